@@ -1,0 +1,48 @@
+"""Errors a user can act on.
+
+`UserError` and its kinds carry one message that says what is wrong, where, and what to change. The command line prints
+that message alone; any other exception is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user can fix.
+
+    what: the fact, with the offending value. where: the configuration key, file and line, host or rank.
+    fix: what to change. The three make up the message, a line each.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if fix:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(UserError):
+    """A configuration key, value or combination of values is wrong."""
+
+
+class DataError(UserError):
+    """A data file is missing, malformed or leaves a client without examples."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer cannot be loaded or has no block structure."""
+
+
+class LaunchError(UserError):
+    """The processes were started in a way that does not fit the configuration."""
+
+
+class GossipError(UserError):
+    """A graph, mixing matrix or neighbour's message is invalid."""
+
+
+class CheckpointError(UserError):
+    """A saved run is missing, incomplete or does not match."""
