@@ -1,4 +1,4 @@
-"""Split a model's parameters into disjoint blocks, found from the module structure, never from a list of model names."""
+"""Split a model's parameters into disjoint blocks, found from the module structure (no list of model names)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ unknown keys and wrong types.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 # OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: UP045
@@ -41,7 +41,7 @@ class ModelConfig:
     tokenizer: Optional[str] = None  # tokenizer directory or hub name; null: the model's
     init: Literal["pretrained", "random"] = "pretrained"  # random: only the architecture is read from `path`
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; masters and moments are always float32
-    attention: Optional[str] = None  # transformers' attn_implementation (eager, sdpa, flash_attention_2); null: its choice
+    attention: Optional[str] = None  # eager, sdpa, flash_attention_2, ...; null: what transformers chooses
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     trust_remote_code: bool = False  # run modelling code that comes with the model; only for authors you trust
 
@@ -64,9 +64,9 @@ class AlgorithmConfig:
     rounds: int = 4  # T: every block is active once a round
     inner_steps: int = 48  # R: consecutive steps of a block
     # what gossip tells Adam's moments (block-wise moment approximation)
-    signal: Literal["none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial"] = (
-        "descent"
-    )
+    signal: Literal[
+        "none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial"
+    ] = "descent"
     a1: float = 0.9  # decay of the first moment, local gradient
     a2: float = 0.999  # decay of the second moment, local gradient
     b1: float = 0.9  # decay of the first moment, signal
@@ -104,7 +104,7 @@ class GossipConfig:
         "isolated",
     ] = "ring"  # isolated: every client trains alone
     weights: Literal["metropolis", "max_degree", "lazy_metropolis"] = "metropolis"  # rule that makes W from the graph
-    matrix: Optional[str] = None  # file with a mixing matrix of your own (n lines of n numbers); replaces graph, weights
+    matrix: Optional[str] = None  # file with your own W, n lines of n numbers; replaces graph and weights
     edges: Optional[str] = None  # for graph edge_list: file with two client numbers a line
     edge_probability: float = 0.5  # for graph erdos_renyi; drawn again until connected, from run.seed
     every: int = 1  # s: inner steps between two averagings
@@ -131,7 +131,7 @@ class DataConfig:
     text_columns: list[str] = field(default_factory=lambda: ["text"])  # for text and classification; joined by a blank
     label_column: str = "label"  # for classification
     # for classification: label value -> the word the model learns to answer; empty: the values themselves
-    label_names: dict[str, str] = field(default_factory=dict)
+    label_names: dict[Any, str] = field(default_factory=dict)
     prompt: str = "{text}\nLabel:"  # for classification; {text} is replaced, the answer follows after a blank
     partition: Literal["iid", "dirichlet", "key"] = "iid"  # how `train` is shared out
     alpha: float = 0.25  # for dirichlet: concentration; smaller is more skewed

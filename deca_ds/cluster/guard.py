@@ -1,0 +1,117 @@
+"""Every rank's failure ends the whole job within seconds and names itself.
+
+The first rank that fails writes its message to the job's store. A thread in every other rank sees it there and ends its
+process, whatever the process waits for (a collective, a message, a slow disk). The job leaves a FAILED marker with the
+message of that first rank, or a DONE marker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.distributed import Store
+
+from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.store import JobStore
+from deca_ds.errors import UserError
+
+_FAILED_KEY, _DONE_KEY = "job/failed", "job/done"
+_POLL_S = 0.5
+_LINGER_S = 2.0  # rank 0 hosts the store: it stays until the others have read why the job ends
+
+USER_ERROR_CODE, FAILURE_CODE = 2, 1
+
+
+class JobGuard:
+    """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to."""
+
+    def __init__(self, launch: Launch, store: JobStore):
+        self.launch = launch
+        self.output: Path | None = None
+        self._store = store
+        self._parent = os.getppid()
+        self._finished = threading.Event()
+        self._thread: threading.Thread | None = None
+        if launch.world_size > 1:
+            self._thread = threading.Thread(target=self._watch, args=(store.reconnect(),), daemon=True)
+            self._thread.start()
+
+    def fail(self, error: BaseException) -> None:
+        """Report `error`, unless another rank was first, and end this process. Does not return."""
+        message = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
+        report = json.dumps(self._report(message, code))
+        first = report
+        with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
+            first = self._store.store.compare_set(_FAILED_KEY, "", report).decode() or report
+        self._leave(json.loads(first), announce=first == report)
+
+    def finish(self) -> None:
+        """Stop watching: every rank is through. Rank 0 leaves last, because it hosts the store."""
+        if self._thread is None:
+            return
+        store = self._store.store
+        store.add(_DONE_KEY, 1)
+        if self.launch.rank == 0:
+            deadline = time.monotonic() + self._store.timeout.total_seconds()
+            while store.add(_DONE_KEY, 0) < self.launch.world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+        self._finished.set()
+        self._thread.join(timeout=2 * _POLL_S)
+
+    def _watch(self, store: Store) -> None:
+        while not self._finished.wait(_POLL_S):
+            if os.getppid() != self._parent:  # the launcher was killed: nobody would ever collect this process
+                self._leave(self._report("the launcher is gone, so this rank stops", FAILURE_CODE), announce=True)
+            try:
+                failed = store.check([_FAILED_KEY])
+            except RuntimeError:
+                if self._finished.is_set():
+                    return
+                self._leave(self._report("rank 0 is gone: it ended without a report", FAILURE_CODE), announce=True)
+            if failed:
+                self._leave(json.loads(store.get(_FAILED_KEY).decode()))
+
+    def _report(self, message: str, code: int) -> dict:
+        return {"rank": self.launch.rank, "host": self.launch.host, "message": message, "code": code}
+
+    def _leave(self, report: dict, announce: bool = False) -> None:
+        if announce:
+            of = f"rank {report['rank']} on {report['host']}: " if self.launch.world_size > 1 else ""
+            print(f"\nERROR: {of}{report['message']}", file=sys.stderr, flush=True)
+        self._mark_failed(report)
+        if self.launch.rank == 0 and self.launch.world_size > 1:
+            time.sleep(_LINGER_S)
+        self._end(report["code"])
+
+    def _mark_failed(self, report: dict) -> None:
+        if self.output is None or not self.output.is_dir():
+            return
+        with contextlib.suppress(OSError), open(self.output / "FAILED", "x") as marker:
+            marker.write(f"rank {report['rank']} on {report['host']}\n{report['message']}\n")
+
+    @staticmethod
+    def _end(code: int) -> None:
+        # not sys.exit: exit handlers of MPI and of process groups wait for the ranks that failed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def guarded(launch: Launch, store: JobStore) -> Iterator[JobGuard]:
+    """Run the body under a `JobGuard`: any exception in it ends the job, its end is waited for on all ranks."""
+    guard = JobGuard(launch, store)
+    try:
+        yield guard
+    except BaseException as error:
+        guard.fail(error)
+    guard.finish()

@@ -1,0 +1,85 @@
+"""What the launcher says about this process, and which rank belongs to which client."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deca_ds.errors import LaunchError
+
+# Launcher -> variables for (rank, world size, rank on this host, ranks on this host). The first whose rank variable is
+# set wins: `deepspeed` and torchrun set RANK themselves, also inside an MPI or Slurm allocation.
+_VARIABLES: dict[str, tuple[str, str, str, str]] = {
+    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
+    "openmpi": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all processes of the job.
+
+    rank, world_size: over all clients. local_rank: on this host. local_size: processes on this host, where known, else
+    world_size. master: host and port that the launcher reserved for the job's store, or None under MPI.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    master: tuple[str, int] | None
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Read the launcher's variables; a plain `python` start is one rank of one.
+
+    Raises LaunchError where they contradict each other or are no numbers.
+    """
+    for launcher, (rank_key, size_key, local_key, local_size_key) in _VARIABLES.items():
+        if rank_key not in environ or size_key not in environ:
+            continue  # the shell of a Slurm batch script has SLURM_PROCID, but no step
+        try:
+            rank, size = int(environ[rank_key]), int(environ[size_key])
+            local_rank = int(environ.get(local_key, 0))
+            local_size = int(environ.get(local_size_key, size))
+        except ValueError as error:
+            raise LaunchError(f"not a number: {error}", where=f"{rank_key}, {size_key} from the launcher") from error
+        if not 0 <= rank < size:
+            raise LaunchError(f"{rank_key}={rank} is not below {size_key}={size}", where="launcher environment")
+        master = None
+        if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+            master = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        return Launch(launcher, rank, size, local_rank, local_size, master)
+    return Launch("python", 0, 1, 0, 1, None)
+
+
+@dataclass(frozen=True)
+class ClientLayout:
+    """n clients of k consecutive ranks each: client i has ranks i*k .. i*k + k-1; shard index r is its r-th rank."""
+
+    clients: int
+    ranks_per_client: int
+
+    def client_of(self, rank: int) -> int:
+        return rank // self.ranks_per_client
+
+    def shard_of(self, rank: int) -> int:
+        return rank % self.ranks_per_client
+
+    def leader_of(self, client: int) -> int:
+        """The rank that speaks for the client: its first one."""
+        return client * self.ranks_per_client

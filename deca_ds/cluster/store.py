@@ -1,0 +1,112 @@
+"""The job's store: a small key-value server hosted by rank 0, through which ranks find each other and report failures.
+
+It carries addresses and messages of a few hundred bytes, never parameters and never data.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import HashStore, Store, TCPStore
+
+from deca_ds.cluster.launch import Launch
+from deca_ds.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class JobStore:
+    """A store and the address that further connections to it use (None for a single process)."""
+
+    store: Store
+    address: tuple[str, int] | None
+    timeout: timedelta
+
+    def reconnect(self) -> Store:
+        """A connection of its own, for a thread: a connection that waits for a key blocks all who share it."""
+        if self.address is None:
+            return self.store
+        return TCPStore(*self.address, is_master=False, timeout=self.timeout, wait_for_workers=False)
+
+    def publish_server(self, key: str) -> Store:
+        """Host a new store on this machine and publish its address under `key` for `join_server`."""
+        if self.address is None:
+            return HashStore()
+        host = own_address(self.address)
+        server = TCPStore(host, 0, is_master=True, timeout=self.timeout, wait_for_workers=False)
+        self.store.set(key, f"{host} {server.port}")
+        return server
+
+    def join_server(self, key: str) -> Store:
+        """Connect to the store that another rank published under `key`."""
+        host, port = self.store.get(key).decode().split()
+        return TCPStore(host, int(port), is_master=False, timeout=self.timeout, wait_for_workers=False)
+
+
+def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
+    """Host (rank 0) or join the job's store; under MPI rank 0 picks a free port and broadcasts it.
+
+    Raises LaunchError if rank 0 cannot be reached within `timeout_s` seconds.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if launch.world_size == 1:
+        return JobStore(HashStore(), None, timeout)
+    is_host = launch.rank == 0
+    try:
+        if launch.master is not None:
+            address = launch.master
+            store = TCPStore(*address, is_master=is_host, timeout=timeout, wait_for_workers=False)
+        else:
+            address, store = _open_over_mpi(launch, is_host, timeout)
+    except RuntimeError as error:
+        raise LaunchError(
+            f"rank {launch.rank} on {launch.host} cannot {'host' if is_host else 'reach'} the job's store: {error}",
+            where=f"{launch.master or 'MPI'}",
+            fix="check that rank 0 runs, that its port is free and that the hosts reach each other; "
+            "deepspeed --master_port chooses another port",
+        ) from error
+    return JobStore(store, address, timeout)
+
+
+def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[tuple[str, int], Store]:
+    from mpi4py import MPI  # importing starts MPI, which only ranks of an MPI launch may do
+
+    world = MPI.COMM_WORLD
+    if world.size != launch.world_size:
+        raise LaunchError(
+            f"{launch.launcher} started {launch.world_size} ranks, but MPI sees {world.size}",
+            where="MPI world",
+            fix="mpi4py is built for another MPI than the one that launched the job: use the mpirun of that library",
+        )
+    on_this_host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = on_this_host.size == world.size
+    on_this_host.Free()
+    server, address = None, bytearray(256)
+    if is_host:
+        host = "127.0.0.1" if one_host else _reachable_address(launch)
+        server = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        text = f"{host} {server.port}".encode()
+        address[: len(text)] = text
+    world.Bcast(address, root=0)
+    host, port = address.rstrip(b"\0").decode().split()
+    store = server or TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+    return (host, int(port)), store
+
+
+def _reachable_address(launch: Launch) -> str:
+    address = socket.gethostbyname(launch.host)
+    if address.startswith("127."):
+        raise LaunchError(
+            f"the name of host {launch.host} stands for {address}, which other hosts cannot reach",
+            where="job store under MPI",
+            fix="pass the address of rank 0 and a free port: mpirun -x MASTER_ADDR=ADDRESS -x MASTER_PORT=29500 ...",
+        )
+    return address
+
+
+def own_address(peer: tuple[str, int]) -> str:
+    """Address of this host's interface towards `peer`: the one that the others can reach as well."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
+        probe.connect((socket.gethostbyname(peer[0]), peer[1]))
+        return probe.getsockname()[0]

@@ -1,0 +1,152 @@
+"""One torch.distributed world per client, and the sub-communicator that joins same-index ranks of all clients."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore
+
+from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.store import JobStore
+from deca_ds.config.checks import check_world
+from deca_ds.config.schema import Config
+from deca_ds.errors import LaunchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where this process stands: client `client`, shard index `shard` of `layout.ranks_per_client`.
+
+    The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
+    communicator of all ranks with this shard index, in client order, or None where gossip goes over torch.
+    """
+
+    launch: Launch
+    layout: ClientLayout
+    store: JobStore
+    device: torch.device
+    gossip_comm: MPI.Intracomm | None
+
+    @property
+    def client(self) -> int:
+        return self.layout.client_of(self.launch.rank)
+
+    @property
+    def shard(self) -> int:
+        return self.layout.shard_of(self.launch.rank)
+
+    @property
+    def clients(self) -> int:
+        return self.layout.clients
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of this client (k)."""
+        return self.layout.ranks_per_client
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for its client."""
+        return self.shard == 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the job."""
+        return self.launch.rank == 0
+
+    @property
+    def transport(self) -> str:
+        return "mpi" if self.gossip_comm is not None else "torch"
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The client's leader runs the body before its other ranks do, so that they find its caches."""
+        if not self.is_leader:
+            dist.barrier()
+        yield
+        if self.is_leader:
+            dist.barrier()
+
+
+def connect(config: Config, launch: Launch, store: JobStore) -> Cluster:
+    """Choose the device, build this client's world and the gossip communicator.
+
+    Raises ConfigError where the ranks cannot be divided into clients, LaunchError where the device or transport that is
+    asked for is not there.
+    """
+    layout = ClientLayout(config.cluster.clients, check_world(config, launch.world_size))
+    transport = choose_transport(config.cluster.transport, launch)
+    device = choose_device(config.run.device, launch)
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // launch.local_size))
+
+    client, shard = layout.client_of(launch.rank), layout.shard_of(launch.rank)
+    key = f"client/{client}/store"
+    # hosted by the client itself: what happens to other clients does not concern its collectives
+    client_store = store.publish_server(key) if shard == 0 else store.join_server(key)
+    # DeepSpeed and its helpers look at these; they mean the client's world from here on
+    os.environ.update(RANK=str(shard), WORLD_SIZE=str(layout.ranks_per_client), LOCAL_RANK=str(launch.local_rank))
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("world", client_store),
+        rank=shard,
+        world_size=layout.ranks_per_client,
+        timeout=timedelta(seconds=config.cluster.timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    comm = None
+    if transport == "mpi":
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD.Split(color=shard, key=client)
+    return Cluster(launch, layout, store, device, comm)
+
+
+def choose_transport(wanted: str, launch: Launch) -> str:
+    """ "mpi" or "torch". "auto" takes MPI where MPI.COMM_WORLD spans all ranks of the job.
+
+    Raises LaunchError if MPI is asked for and the launcher made no MPI world.
+    """
+    if wanted == "torch":
+        return "torch"
+    if launch.launcher in ("openmpi", "mpich", "slurm") and launch.world_size > 1:
+        from mpi4py import MPI
+
+        if launch.world_size == MPI.COMM_WORLD.size:
+            return "mpi"
+    if wanted == "mpi":
+        raise LaunchError(
+            f"cluster.transport=mpi, but {launch.launcher} started {launch.world_size} rank(s) without an MPI world",
+            where="cluster.transport",
+            fix="start with 'mpirun -n N python launchers/train.py ...' or with 'deepspeed --hostfile HOSTS "
+            "--launcher openmpi --force_multi launchers/train.py ...', or set cluster.transport=torch",
+        )
+    return "torch"
+
+
+def choose_device(wanted: str, launch: Launch) -> torch.device:
+    """This rank's device; ranks on one host take its GPUs in turn.
+
+    DeepSpeed chooses its accelerator from DS_ACCELERATOR when it is first imported, so this must come before.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and not available:
+        raise LaunchError(
+            f"run.device=cuda, but torch sees no GPU on {launch.host}", where="run.device", fix="set run.device=cpu"
+        )
+    if wanted == "cpu" or not available:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    device = torch.device("cuda", launch.local_rank % available)
+    torch.cuda.set_device(device)
+    return device

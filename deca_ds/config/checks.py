@@ -1,0 +1,159 @@
+"""Cross-field checks that need nothing but the configuration itself. They run before any process group exists."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from deca_ds.config.schema import Config
+from deca_ds.errors import ConfigError
+
+# (key, predicate, what the value must be)
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("run.threads", lambda x: x is None or x >= 1, "null or at least 1"),
+    ("run.seed", lambda x: 0 <= x < 2**31, "between 0 and 2147483647"),
+    ("cluster.clients", lambda x: x >= 1, "at least 1"),
+    ("cluster.timeout_s", lambda x: x > 0, "more than 0"),
+    ("blocks.layers_per_block", lambda x: x >= 1, "at least 1"),
+    ("algorithm.rounds", lambda x: x >= 1, "at least 1"),
+    ("algorithm.inner_steps", lambda x: x >= 1, "at least 1"),
+    ("algorithm.a1", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("algorithm.a2", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("algorithm.b1", lambda x: 0 <= x <= 1, "in [0, 1]"),
+    ("algorithm.b2", lambda x: 0 <= x < 1, "in [0, 1): with 1 the second moment takes no signal and the run diverges"),
+    ("algorithm.eps", lambda x: x > 0, "more than 0"),
+    ("optimizer.lr", lambda x: x >= 0, "at least 0"),
+    ("optimizer.warmup_steps", lambda x: x >= 0, "at least 0"),
+    ("optimizer.final_lr_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
+    ("optimizer.weight_decay", lambda x: x >= 0, "at least 0"),
+    ("optimizer.clip_norm", lambda x: x >= 0, "at least 0"),
+    ("gossip.every", lambda x: x >= 1, "at least 1"),
+    ("gossip.chunk_mib", lambda x: 0 < x <= 1024, "more than 0 and at most 1024"),
+    ("gossip.edge_probability", lambda x: 0 < x <= 1, "in (0, 1]"),
+    ("data.micro_batch_size", lambda x: x >= 1, "at least 1"),
+    ("data.batch_size", lambda x: x >= 1, "at least 1"),
+    ("data.max_length", lambda x: x >= 2, "at least 2"),
+    ("evaluation.every", lambda x: x >= 0, "at least 0"),
+    ("evaluation.batch_size", lambda x: x >= 1, "at least 1"),
+    ("evaluation.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
+    ("logging.every", lambda x: x >= 1, "at least 1"),
+)
+
+# DeepSpeed keys that the trainer sets itself or that would break block-wise training, with the reason.
+REFUSED_DEEPSPEED_KEYS = {
+    "optimizer": "the block optimizer replaces it; set optimizer.* in the run's YAML",
+    "scheduler": "set optimizer.schedule in the run's YAML",
+    "fp16": "float16 is not supported; use model.dtype=bfloat16",
+    "bf16": "it follows model.dtype",
+    "gradient_clipping": "set optimizer.clip_norm in the run's YAML",
+    "gradient_accumulation_steps": "it follows data.batch_size and data.micro_batch_size",
+    "train_batch_size": "set data.batch_size in the run's YAML",
+    "train_micro_batch_size_per_gpu": "set data.micro_batch_size in the run's YAML",
+    "zero_optimization.offload_optimizer": "only the active block has optimizer state",
+    "zero_optimization.zero_hpz_partition_size": "its secondary copies go stale when shards are written",
+    "zero_optimization.zero_quantized_weights": "its quantised copies go stale when shards are written",
+    "zero_optimization.zero_quantized_nontrainable_weights": "its quantised copies go stale when shards are written",
+    "zero_optimization.mics_shard_size": "every client is one ZeRO-3 world",
+    "zero_optimization.stage3_param_persistence_threshold": "it must be 0, and is: kept parameters would go stale",
+    "zero_optimization.stage3_model_persistence_threshold": "it must be 0, and is: kept parameters would go stale",
+}
+
+
+def check(config: Config) -> None:
+    """Refuse values that are out of range or contradict each other; raises ConfigError naming the key."""
+    _check_finite(config, "")
+    for key, allowed, expected in RANGES:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if not allowed(value):
+            raise ConfigError(f"{key} = {value!r} is out of range", where=key, fix=f"make it {expected}")
+    gossip = config.gossip
+    if (gossip.graph == "edge_list") != (gossip.edges is not None):
+        raise ConfigError(
+            f"gossip.graph = {gossip.graph!r} with gossip.edges = {gossip.edges!r}",
+            where="gossip",
+            fix="set gossip.edges to the edge file together with gossip.graph=edge_list, or leave both out",
+        )
+    if config.data.batch_size % config.data.micro_batch_size:
+        raise ConfigError(
+            f"data.batch_size = {config.data.batch_size} is not a multiple of "
+            f"data.micro_batch_size = {config.data.micro_batch_size}",
+            where="data",
+            fix="the client's batch is split into micro-batches over its ranks: choose a multiple",
+        )
+    if config.deepspeed is not None:
+        read_deepspeed_json(Path(config.deepspeed))
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """The user's DeepSpeed configuration. Raises ConfigError for a file that is no JSON object, for a ZeRO stage other
+    than 3 and for keys that the trainer owns or cannot support."""
+    try:
+        read = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}", where="deepspeed") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
+    if not isinstance(read, dict) or not isinstance(read.get("zero_optimization", {}), dict):
+        raise ConfigError("a DeepSpeed configuration is a JSON object", where=str(path))
+    zero = read.get("zero_optimization", {})
+    if zero.get("stage", 3) != 3:
+        raise ConfigError(f"zero_optimization.stage = {zero['stage']}", where=str(path), fix="every client is ZeRO-3")
+    for key, reason in REFUSED_DEEPSPEED_KEYS.items():
+        section, _, name = key.rpartition(".")
+        if name in (read.get(section, {}) if section else read):
+            raise ConfigError(f"{key} cannot be set here", where=str(path), fix=f"take it out: {reason}")
+    offload = zero.get("offload_param") or {}
+    if offload.get("device", "none") not in ("none", "cpu"):
+        raise ConfigError(
+            f"zero_optimization.offload_param.device = {offload['device']!r}",
+            where=str(path),
+            fix="parameters can be offloaded to cpu; shards that lie on NVMe cannot be mixed with the neighbours'",
+        )
+    return read
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Ranks per client for `world_size` launched ranks. Raises ConfigError where they do not divide evenly."""
+    clients = config.cluster.clients
+    if world_size % clients:
+        raise ConfigError(
+            f"{world_size} ranks cannot be divided among {clients} clients",
+            where="cluster.clients",
+            fix=f"launch a multiple of {clients} ranks, or set cluster.clients to a divisor of {world_size}",
+        )
+    ranks = world_size // clients
+    per_forward = config.data.micro_batch_size * ranks
+    if config.data.batch_size % per_forward:
+        raise ConfigError(
+            f"data.batch_size = {config.data.batch_size} cannot be split over {ranks} ranks a client with "
+            f"data.micro_batch_size = {config.data.micro_batch_size}",
+            where="data.batch_size",
+            fix=f"choose a multiple of {per_forward}, or a smaller data.micro_batch_size",
+        )
+    return ranks
+
+
+def check_output(config: Config) -> Path:
+    """The run's output folder, which must not hold anything yet. Raises ConfigError if it does."""
+    output = Path(config.run.output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ConfigError(
+            f"the output folder {str(output)!r} is already used",
+            where="run.output",
+            fix="name a new folder: a run never writes over another one",
+        )
+    return output
+
+
+def _check_finite(section: Any, prefix: str) -> None:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{field.name} = {value}", where=prefix + field.name, fix="give a finite number")

@@ -1,0 +1,105 @@
+"""Read a YAML file and a dotlist into the schema; every mistake names the key, the value and what would do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from deca_ds.config.checks import check
+from deca_ds.config.schema import Config
+from deca_ds.errors import ConfigError
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `a.b=value` overrides; typed, checked and read-only.
+
+    Raises ConfigError with the file or argument, the key and the value for anything unknown, of the wrong type, missing
+    or contradictory.
+    """
+    config = OmegaConf.structured(Config)
+    if path is not None:
+        config = _merge(config, _read_yaml(path), source=str(path))
+    for argument in overrides:
+        if "=" not in argument or argument.startswith("-"):
+            raise ConfigError(
+                f"cannot read the argument {argument!r}",
+                where="command line",
+                fix="write overrides as key=value, for example optimizer.lr=1e-4",
+            )
+        try:
+            override = OmegaConf.from_dotlist([argument])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the argument {argument!r}: {error}", where="command line") from error
+        config = _merge(config, override, source=f"command line, {argument!r}")
+    try:
+        OmegaConf.resolve(config)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(
+                f"no value for {', '.join(missing)}",
+                where=str(path) if path else "command line",
+                fix=f"set it in the YAML file or as {missing[0]}=VALUE on the command line",
+            )
+        typed = cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere or to the wrong type
+        raise _explain(error, str(path) if path else "command line", config) from error
+    # YAML reads the label values of classification as numbers where they look like numbers
+    typed.data.label_names = {str(value): word for value, word in typed.data.label_names.items()}
+    check(typed)
+    return typed
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load_config(path)` gives it back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {str(path)!r}", where="--config", fix="check the path and the folder")
+    try:
+        read = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
+    except (OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"cannot read the configuration: {error}", where=str(path)) from error
+    if not isinstance(read, DictConfig):
+        raise ConfigError("the file must hold keys and values, like 'model: {path: ...}'", where=str(path))
+    return read
+
+
+def _merge(config: DictConfig, addition: DictConfig, source: str) -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(config, addition))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise _explain(error, source, addition) from error
+
+
+def _explain(error: Exception, source: str, addition: DictConfig) -> ConfigError:
+    key = getattr(error, "full_key", None)
+    first_line = str(error).splitlines()[0]
+    if not key:
+        return ConfigError(first_line, where=source)
+    fix = None
+    if isinstance(error, ConfigKeyError):
+        parent, _, leaf = str(key).rpartition(".")
+        section = OmegaConf.select(OmegaConf.structured(Config), parent) if parent else OmegaConf.structured(Config)
+        known = [str(k) for k in section] if isinstance(section, DictConfig) else []
+        close = difflib.get_close_matches(leaf, known, n=1)
+        dotted = ".".join(filter(None, [parent, close[0]])) if close else None
+        fix = f"did you mean {dotted}?" if dotted else f"known here: {', '.join(known)}"
+        first_line = "unknown key"
+    try:
+        value = OmegaConf.select(addition, str(key))
+    except OmegaConfBaseException:
+        value = None
+    shown = f" = {value!r}" if value is not None and not isinstance(value, DictConfig) else ""
+    return ConfigError(f"{key}{shown}: {first_line}", where=source, fix=fix)

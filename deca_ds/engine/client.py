@@ -1,0 +1,181 @@
+"""A client: a model on ZeRO-3 shards, of which one block at a time has gradients and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes, split_into_blocks
+from deca_ds.config.schema import Config
+from deca_ds.engine import internals
+from deca_ds.engine.gradients import GradientReducer
+from deca_ds.engine.load import zero3_config
+
+_BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
+
+
+@dataclass
+class BlockState:
+    """This rank's float32 shard of the active block: four flat tensors of the same layout.
+
+    theta: master parameters. grad: the gradient, and after the local step what the rule leaves there. m, v: moments.
+    decayed: how many leading elements belong to parameters of two and more dimensions, which weight decay applies to.
+    Parameters follow each other without padding; same-index ranks of clients with as many ranks have the same layout.
+    """
+
+    block: Block
+    theta: Tensor
+    grad: Tensor
+    m: Tensor
+    v: Tensor
+    decayed: int
+
+
+@dataclass(frozen=True)
+class GradientStats:
+    """Of one inner step, over all ranks of the client. loss: mean over `targets` predicted tokens, in nats. tokens: all
+    tokens seen, padding left out. norm: 2-norm of the block's gradient before clipping."""
+
+    loss: float
+    targets: int
+    tokens: int
+    norm: float
+
+
+class Client:
+    """The model of one client, over all its ranks; every method is to be called by all of them."""
+
+    def __init__(self, config: Config, model: nn.Module, device: torch.device):
+        import deepspeed
+
+        self.device = device
+        self.plan: BlockPlan = split_into_blocks(
+            model, layers_per_block=config.blocks.layers_per_block, outside=config.blocks.outside
+        )
+        engine = deepspeed.initialize(model=model, config=zero3_config(config), dist_init_required=False)[0]
+        self.model: nn.Module = engine.module
+        self._zero = engine.optimizer
+        self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+        self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(self.model)
+        self._state: BlockState | None = None
+        self._reducer: GradientReducer | None = None
+
+    def open_block(self, index: int) -> BlockState:
+        """Make a block the active one: float32 masters from the shards, moments zero, gradients for it alone."""
+        assert self._state is None, "close the active block first"
+        block = self.plan.blocks[index]
+        names = sorted(block.names, key=lambda name: len(self.shapes[name]) < 2)  # stable: matrices first
+        shards = [internals.shard(self._parameters[name]) for name in names]
+        sizes = [shard.numel() for shard in shards]
+        theta = torch.cat([shard.to(self.device, torch.float32) for shard in shards])
+        grad, m, v = (torch.zeros_like(theta) for _ in range(3))
+        decayed = sum(size for name, size in zip(names, sizes, strict=True) if len(self.shapes[name]) >= 2)
+        parameters = [self._parameters[name] for name in names]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        internals.forget_trace(self._zero)
+        self._reducer = GradientReducer(parameters, grad.split(sizes), _BUCKET_NUMEL)
+        self._layout = list(zip(names, sizes, strict=True))
+        self._state = BlockState(block, theta, grad, m, v, decayed)
+        return self._state
+
+    def close_block(self) -> None:
+        """End the active block's turn; its optimizer state is freed. The shards hold its last `write_back`."""
+        assert self._state is not None and self._reducer is not None
+        self._reducer.close()
+        for name, _ in self._layout:
+            self._parameters[name].requires_grad_(False)
+        internals.forget_trace(self._zero)
+        self._state = self._reducer = None
+
+    def gradient(self, micro_batches: Sequence[Mapping[str, Tensor]], clip_norm: float = 0.0) -> GradientStats:
+        """Fill the active block's `grad` with the gradient of the mean loss over all of the client's target tokens.
+
+        micro_batches: this rank's part of the client's batch. clip_norm: the gradient's 2-norm over the block is scaled
+        down to it; 0: not at all. Leaves the model partitioned.
+        """
+        assert self._state is not None and self._reducer is not None
+        grad = self._state.grad.zero_()
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            counts[0] += (batch["labels"][:, 1:] != -100).sum()
+            counts[1] += batch["attention_mask"].sum()
+        dist.all_reduce(counts)
+        targets = max(1, int(counts[0]))
+        self.model.train()
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            losses, _ = self._token_losses(batch)
+            loss = losses.sum() / targets
+            loss.backward()
+            total += loss.detach()
+            self._reducer.finish()
+            internals.partition_all(self._zero)
+        summed = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1)])
+        dist.all_reduce(summed)
+        norm = float(summed[1].sqrt())
+        if 0 < clip_norm < norm:
+            grad.mul_(clip_norm / norm)
+        return GradientStats(float(summed[0]), targets, int(counts[1]), norm)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the active block's masters into the model's shards; the next gather sees them."""
+        assert self._state is not None
+        parts = self._state.theta.split([size for _, size in self._layout])
+        for (name, _), part in zip(self._layout, parts, strict=True):
+            internals.shard(self._parameters[name]).copy_(part)
+
+    @torch.no_grad()
+    def score(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Per row of the batch: summed loss of its target tokens in nats, and their number; both [batch], on CPU."""
+        self.model.eval()
+        losses, mask = self._token_losses(batch)
+        return losses.sum(dim=1).cpu(), mask.sum(dim=1).cpu()
+
+    def end_scoring(self) -> None:
+        """Release what evaluation left gathered; call once after a series of `score`."""
+        internals.partition_all(self._zero)
+
+    def shards(self, names: Sequence[str]) -> Iterator[tuple[str, int, int, Tensor]]:
+        """(name, start, stop, values) of this rank's slices; values write through to the model."""
+        for name in names:
+            parameter = self._parameters[name]
+            yield name, *internals.shard_range(parameter), internals.shard(parameter)
+
+    @contextmanager
+    def borrowed_shards(self, names: Sequence[str]) -> Iterator[Iterator[tuple[str, int, int, Tensor]]]:
+        """The slices of `shards`, for overwriting them: their present values come back at the end."""
+        saved = [shard.to("cpu", copy=True) for _, _, _, shard in self.shards(names)]
+        try:
+            yield self.shards(names)
+        finally:
+            for (_, _, _, shard), values in zip(self.shards(names), saved, strict=True):
+                shard.copy_(values)
+
+    def client_sum(self, value: float) -> float:
+        """The sum of `value` over this client's ranks."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def _token_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every next token, zero where labels are -100, and the others' mask: [batch, length-1]."""
+        labels = batch["labels"].to(self.device)[:, 1:]
+        logits = self.model(
+            input_ids=batch["input_ids"].to(self.device),
+            attention_mask=batch["attention_mask"].to(self.device),
+            use_cache=False,
+        ).logits[:, :-1]
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        ).view(labels.shape)
+        return losses, labels != -100

@@ -1,0 +1,86 @@
+"""The DeepSpeed internals that block-wise training leans on, each behind a name of ours.
+
+tests/engine/test_canaries.py holds one test for each, so that an upgrade of DeepSpeed fails loudly and here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def partition_all(zero: Any) -> None:
+    """Release every gathered parameter. `zero` is the engine's DeepSpeedZeRoOffload.
+
+    Needed after every backward pass: hooks of modules below the active block never fire, and what they gathered would
+    stay, and go stale once the shards are written.
+    """
+    zero.release_backward_leftovers()
+    zero.partition_all_parameters()
+
+
+def forget_trace(zero: Any) -> None:
+    """Make ZeRO-3 record anew which modules it visits; to be called when the set of trainable parameters changes.
+
+    The trace does not invalidate itself when the backward pass merely stops earlier: it would go on prefetching layers
+    that are not used, and a cache keyed by the old trace would keep parameters gathered.
+    """
+    coordinator = zero.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    _release_cache(type(coordinator)).cache_clear()
+
+
+def _release_cache(coordinator_class: type) -> Any:
+    """The lru_cache around the coordinator's __params_to_release, found through the wrappers that hide it."""
+    pending: list[Callable] = [coordinator_class._PartitionedParameterCoordinator__params_to_release]
+    while pending:
+        function = pending.pop()
+        if hasattr(function, "cache_clear"):
+            return function
+        if hasattr(function, "__wrapped__"):
+            pending.append(function.__wrapped__)
+        pending.extend(value for value in inspect.getclosurevars(function).nonlocals.values() if callable(value))
+    raise AttributeError("DeepSpeed's __params_to_release has no lru_cache any more: see engine/internals.py")
+
+
+def gathered(model: nn.Module) -> Iterator[str]:
+    """Names of the parameters that are whole on this rank at the moment."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return (name for name, p in model.named_parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+
+
+def shard(parameter: nn.Parameter) -> Tensor:
+    """This rank's slice of `parameter` without its padding: 1-D, a view that writes through.
+
+    Rank r of k holds elements [r*n, (r+1)*n) of the row-major parameter, n = ceil(numel / k); the tail of the last
+    ranks' slices is padding of undefined value, or the slice is empty.
+    """
+    start, stop = shard_range(parameter)
+    return parameter.ds_tensor.data.narrow(0, 0, stop - start)
+
+
+def shard_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """First and last-plus-one element of the row-major parameter that this rank holds."""
+    size = parameter.ds_tensor.ds_numel
+    rank = torch.distributed.get_rank()
+    return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
+
+
+def start() -> None:
+    """Let DeepSpeed take over the torch world that exists; to be called before a model is built under zero.Init.
+
+    Logs warnings only, and does not compile the shared-memory all-reduce for CPUs: ZeRO-3 uses no small all-reduce, the
+    first run would compile for minutes, and a killed compiler leaves a lock that later runs wait for.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False)

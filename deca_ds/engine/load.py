@@ -1,0 +1,105 @@
+"""Build a Hugging Face causal LM straight into ZeRO-3 shards: no rank ever holds the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.schema import Config, ModelConfig
+from deca_ds.engine import internals
+from deca_ds.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def zero3_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed configuration of a client: what the user's JSON says, plus what block-wise training needs."""
+    merged = read_deepspeed_json(Path(config.deepspeed)) if config.deepspeed else {}
+    merged["train_micro_batch_size_per_gpu"] = config.data.micro_batch_size
+    merged["bf16"] = {"enabled": config.model.dtype == "bfloat16"}
+    merged["zero_optimization"] = {
+        **merged.get("zero_optimization", {}),
+        "stage": 3,
+        # a parameter that stays gathered would not see what is written to its shards
+        "stage3_param_persistence_threshold": 0,
+        "stage3_model_persistence_threshold": 0,
+    }
+    return merged
+
+
+def load_architecture(model: ModelConfig) -> PretrainedConfig:
+    """The model's configuration. Raises ModelError if it cannot be had."""
+    with _explained(model.path, "model.path"):
+        return AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
+    path = model.tokenizer or model.path
+    with _explained(path, "model.tokenizer" if model.tokenizer else "model.path"):
+        return AutoTokenizer.from_pretrained(
+            path,
+            revision=None if model.tokenizer else model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+
+def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
+    """The model's modules on the meta device: shapes without memory."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(), _explained(model.path, "model.path"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
+
+
+def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
+    """The model, partitioned over this client's ranks while it is built. All of the client's ranks must call this.
+
+    model.init=random draws the weights from run.seed: the same for every client, whatever its number of ranks.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    internals.start()
+    # transformers builds and loads under zero.Init while this object lives
+    zero_init = HfDeepSpeedConfig(zero3_config(config))
+    options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype], "trust_remote_code": config.model.trust_remote_code}
+    if config.model.attention:
+        options["attn_implementation"] = config.model.attention
+    torch.manual_seed(config.run.seed)
+    with _explained(config.model.path, "model.path"):
+        if config.model.init == "random":
+            model = AutoModelForCausalLM.from_config(architecture, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model.path, config=architecture, revision=config.model.revision, **options
+            )
+    del zero_init
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@contextmanager
+def _explained(path: str, key: str) -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"cannot load {path!r}: {error}",
+            where=key,
+            fix="give a folder with config.json, weights and tokenizer, or a hub name that this host can reach",
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
