@@ -1,0 +1,45 @@
+"""The `deca` command: what needs no cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deca_ds import __version__
+from deca_ds.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`deca export` and `deca plan`; returns the exit code."""
+    from deca_ds.checkpoint.commands import add_export_arguments, run_export
+
+    parser = argparse.ArgumentParser(prog="deca", description="Tools for DECA runs. Train with launchers/train.py.")
+    parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
+    commands = parser.add_subparsers(required=True)
+    export = commands.add_parser("export", help="make a Hugging Face model of a finished run")
+    add_export_arguments(export)
+    export.set_defaults(command=run_export)
+    plan = commands.add_parser("plan", help="check a configuration and show blocks, graph, data and steps")
+    plan.add_argument("--config", type=Path, required=True, help="YAML file with the run's configuration")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.set_defaults(command=_plan)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except UserError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from deca_ds.config import load_config
+    from deca_ds.training.plan import print_plan
+
+    print_plan(load_config(arguments.config, arguments.overrides))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

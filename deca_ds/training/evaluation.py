@@ -1,0 +1,133 @@
+"""Score a model on an evaluation set: loss per token, and accuracy and macro-F1 for classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+from torch import Tensor
+
+from deca_ds.cluster import Cluster
+from deca_ds.data import ClientData, evaluation_batches
+from deca_ds.engine.client import Client
+from deca_ds.gossip.transport import Transport
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores this client's model on its own and on the common set, and the mean of all clients' models."""
+
+    client: Client
+    cluster: Cluster
+    transport: Transport
+    data: ClientData
+    batch_size: int
+    pad_id: int
+    mean_model: bool
+
+    def evaluate(self) -> dict[str, Any]:
+        """All scores that there are sets for: {"own": ..., "common": ..., "mean": ..., "consensus_distance": ...}.
+
+        Waits for the other clients only if the mean model is to be scored.
+        """
+        scores: dict[str, Any] = {}
+        if self.data.own_evaluation is not None:
+            scores["own"] = self._score(self.data.own_evaluation)
+        if self.data.common_evaluation is not None:
+            scores["common"] = self._score(self.data.common_evaluation)
+        if self.mean_model and self.cluster.clients > 1:
+            scores |= self._score_mean_model()
+        self.client.end_scoring()
+        return scores
+
+    def _score_mean_model(self) -> dict[str, Any]:
+        """Overwrite the shards with the mean over clients, score it, put the own values back.
+
+        The consensus distance is sqrt(1/n sum_i |x_i - mean|^2) over all parameters (Kong et al., arXiv 2102.04828).
+        The common set is shared out over the ranks of all clients; without one, each client scores its own set.
+        """
+        self.client.end_scoring()
+        squared = torch.zeros(1, dtype=torch.float64)
+        with self.client.borrowed_shards(list(self.client.shapes)) as shards:
+            for _, _, _, values in shards:
+                mean = values.to("cpu", torch.float32, copy=True)
+                self.transport.all_reduce_sum(mean)
+                mean /= self.cluster.clients
+                squared += (values.cpu().float() - mean).double().square().sum()
+                values.copy_(mean)
+            common = self.data.common_evaluation
+            dataset = common if common is not None else self.data.own_evaluation
+            scores = self._score(dataset, everyone=True, shared=common is not None) if dataset is not None else None
+            self.client.end_scoring()
+        self.transport.all_reduce_sum(squared)
+        distance = (self.client.client_sum(float(squared)) / self.cluster.clients) ** 0.5
+        return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
+
+    def _score(self, dataset: Dataset, *, everyone: bool = False, shared: bool = False) -> dict[str, Any]:
+        """Scores over `dataset`, by this client alone, or pooled over every client.
+
+        shared: all clients hold the same dataset, so that each takes a part of it.
+        """
+        rank, ranks = self.cluster.shard, self.cluster.ranks
+        if shared:
+            rank, ranks = self.cluster.launch.rank, self.cluster.launch.world_size
+        totals = torch.zeros(len(dataset), 2, dtype=torch.float64)  # loss and target tokens of every row
+        batches = evaluation_batches(dataset, batch_size=self.batch_size, rank=rank, ranks=ranks, pad_id=self.pad_id)
+        for batch in batches:
+            losses, counts = self.client.score(batch)
+            kept = batch["row"] >= 0  # the rest fills up so that all ranks run as many forward passes
+            totals[batch["row"][kept]] = torch.stack([losses[kept].double(), counts[kept].double()], dim=1)
+        on_device = totals.to(self.client.device)
+        dist.all_reduce(on_device)
+        totals = on_device.cpu().contiguous()
+        if shared:
+            self.transport.all_reduce_sum(totals)
+        summary = summarize(totals, dataset, self.data.label_names)
+        if everyone and not shared:
+            summary = average(self.transport.gather_json(summary))
+        return summary
+
+
+def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> dict[str, Any]:
+    """Scores from per-row sums. totals: [rows, 2], summed loss in nats and number of target tokens.
+
+    Returns loss (nats per target token), perplexity, examples; for classification, where a row is an example with one
+    of the labels as its answer and the likeliest answer counts, also accuracy, macro_f1 and recall by label.
+    """
+    losses, counts = totals.numpy().T
+    if "candidate" not in dataset.column_names:
+        return _language_scores(losses, counts)
+    columns = dataset.with_format("numpy")
+    example, candidate, label = (np.asarray(columns[name]) for name in ("example", "candidate", "label"))
+    scores = np.full((example.max() + 1, len(label_names)), -np.inf)
+    scores[example, candidate] = -losses
+    truth = np.zeros(len(scores), dtype=int)
+    truth[example] = label
+    predicted = scores.argmax(axis=1)
+    present = sorted(set(truth.tolist()))
+    recall = recall_score(truth, predicted, labels=present, average=None, zero_division=0)
+    right = candidate == label
+    return _language_scores(losses[right], counts[right]) | {
+        "accuracy": float(accuracy_score(truth, predicted)),
+        "macro_f1": float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0)),
+        "recall": {label_names[index]: float(value) for index, value in zip(present, recall, strict=True)},
+    }
+
+
+def average(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Pool the summaries of sets that different clients hold: the mean of every number, weighted by examples."""
+    weights = [summary["examples"] for summary in summaries]
+    keys = [key for key in ("loss", "accuracy", "macro_f1") if all(key in summary for summary in summaries)]
+    pooled = {key: float(np.average([s[key] for s in summaries], weights=weights)) for key in keys}
+    return pooled | {"perplexity": float(np.exp(pooled["loss"])), "examples": sum(weights)}
+
+
+def _language_scores(losses: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    loss = float(losses.sum() / max(1.0, counts.sum()))
+    return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "examples": len(losses)}

@@ -1,0 +1,59 @@
+"""The command that launchers start: `launchers/train.py --config run.yaml [--dry-run] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from deca_ds.cluster import read_launch
+from deca_ds.cluster.guard import USER_ERROR_CODE, guarded
+from deca_ds.cluster.store import open_job_store
+from deca_ds.config import load_config
+from deca_ds.errors import UserError
+
+_START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configuration has told its own
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
+    parser.add_argument("--config", type=Path, help="YAML file with the run's configuration")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    # what the deepspeed launcher adds; the rank is read from the environment
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank of the job; returns the exit code. Failures end the process inside (see cluster/guard.py)."""
+    arguments = parser().parse_intermixed_args(argv)
+    # DeepSpeed still calls collectives by names that newer versions of torch have renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        launch = read_launch()
+        store = open_job_store(launch, _START_TIMEOUT_S)
+    except UserError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return USER_ERROR_CODE
+    with guarded(launch, store) as guard:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            if launch.rank == 0:
+                from deca_ds.training.plan import print_plan
+
+                print_plan(config, launch.world_size if launch.launcher != "python" else None)
+            return 0
+        from deca_ds.training.setup import build
+
+        trainer = build(config, launch, store, guard)
+        trainer.train()
+        trainer.metrics.close()
+        trainer.gossip.transport.barrier()
+        if launch.rank == 0:
+            (trainer.output / "DONE").write_text(f"{len(trainer.schedule)} inner steps\n")
+            print(f"done: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
+    return 0
+

@@ -1,0 +1,124 @@
+"""What a run reports: a JSON line per step and evaluation, TensorBoard events if wanted, a progress bar on rank 0.
+
+Every client's leader writes its own file, so that nobody waits for anybody to log. Rank 0 also writes what concerns all
+clients, to job.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deca_ds.cluster import Cluster
+from deca_ds.config.schema import LoggingConfig
+from deca_ds.errors import ConfigError
+
+
+class JsonLines:
+    """Appends one JSON object a line and flushes it, so that a run that dies has logged all it did."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Metrics:
+    """This rank's part of the reporting; every method may be called on every rank."""
+
+    def __init__(self, config: LoggingConfig, cluster: Cluster, output: Path, steps: int):
+        name = f"client_{cluster.client:03d}"
+        self._lines = JsonLines(output / "metrics" / f"{name}.jsonl") if cluster.is_leader else None
+        self._job = JsonLines(output / "metrics" / "job.jsonl") if cluster.is_main else None
+        self._board = None
+        if config.tensorboard and cluster.is_leader:
+            self._board = _summary_writer(output / "tensorboard" / name)
+        self._every = config.every
+        self._progress = None
+        if config.progress and cluster.is_main:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._progress.add_task("training", total=steps, note="")
+            self._progress.start()
+
+    def step(self, index: int, record: dict[str, Any]) -> None:
+        """Log one inner step of this client; every logging.every-th is written."""
+        if self._progress is not None:
+            note = f"round {record['round']}, {record['block']}: loss {record['loss']:.4f}"
+            self._progress.update(self._task, completed=index + 1, note=note)
+        if (index + 1) % self._every == 0:
+            self._write(self._lines, "step", index + 1, record)
+
+    def evaluation(self, steps_done: int, own: dict[str, Any], job: dict[str, Any]) -> None:
+        """Log an evaluation after `steps_done` steps. own: of this client. job: of all clients together."""
+        self._write(self._lines, "evaluation", steps_done, own)
+        if job and self._job is not None:
+            self._job.write({"kind": "evaluation", "step": steps_done, **job})
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for sink in (self._lines, self._job, self._board):
+            if sink is not None:
+                sink.close()
+
+    def _write(self, lines: JsonLines | None, kind: str, step: int, record: dict[str, Any]) -> None:
+        if lines is not None:
+            lines.write({"kind": kind, "step": step, **record})
+        if self._board is not None:
+            for key, value in _numbers(record):
+                self._board.add_scalar(f"{kind}/{key}", value, step)
+
+
+def peak_memory_bytes(device: torch.device) -> list[int]:
+    """Peak memory of every rank of this client: of its GPU as torch counts it, or resident on the host."""
+    if device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(device)
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    every = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    every[dist.get_rank()] = own
+    dist.all_reduce(every)
+    return every.tolist()
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "logging.tensorboard=true, but TensorBoard is not installed",
+            where="logging.tensorboard",
+            fix="pip install 'deca_ds[tensorboard]', or leave it off",
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            found.append((prefix + key, float(value)))
+    return found

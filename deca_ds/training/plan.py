@@ -1,0 +1,51 @@
+"""What a run would do: blocks, graph, data and steps, without loading weights or starting anything."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from deca_ds.algorithm.blocks import split_into_blocks
+from deca_ds.config import Config
+from deca_ds.config.checks import check_output, check_world
+from deca_ds.data import load_client_data, validate_data_config
+from deca_ds.engine.load import load_architecture, load_tokenizer, meta_model
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.training.setup import build_schedule, compare_label_names
+from deca_ds.training.tables import block_table, data_table
+
+
+def print_plan(config: Config, world_size: int | None = None) -> None:
+    """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would.
+
+    world_size: ranks launched, or None where the plan is made by a process of its own. With data.per_client only the
+    configuration of the data is checked, because each client's files are for its own ranks to open.
+    """
+    console = Console()
+    ranks = check_world(config, world_size) if world_size else None
+    check_output(config)
+    clients = config.cluster.clients
+    validate_data_config(config, client=None)
+    mixing = build_mixing(config.gossip, clients, config.run.seed)
+    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    plan = split_into_blocks(
+        meta_model(config.model, architecture),
+        layers_per_block=config.blocks.layers_per_block,
+        outside=config.blocks.outside,
+    )
+    console.print(block_table(plan, ranks or 1))
+    console.print(f"gossip: {mixing.summary()}")
+    if config.data.per_client:
+        console.print("data: one path per client; each client's ranks open their own only")
+    else:
+        data = [load_client_data(config, tokenizer, client) for client in range(clients)]
+        compare_label_names([part.label_names for part in data])
+        console.print(data_table([part.summary for part in data]))
+    schedule = build_schedule(config, len(plan.blocks))
+    console.print(
+        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = {len(schedule)}, "
+        f"gossip every {config.gossip.every}, {config.data.batch_size} sequences per client and step"
+    )
+    if ranks is None:
+        console.print(f"launch: any multiple of {clients} ranks; state per rank above is for 1 rank per client")
+    else:
+        console.print(f"launch: {world_size} ranks = {clients} clients x {ranks} ranks")

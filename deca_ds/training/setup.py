@@ -1,0 +1,125 @@
+"""Build a run from its configuration, cheapest checks first: nothing is written before everything is known to fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from datasets import disable_progress_bars
+from rich.console import Console
+from torch.distributed import PrefixStore
+
+from deca_ds.algorithm.deca import DecaRule
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.cluster import Cluster, Launch, connect
+from deca_ds.cluster.guard import JobGuard
+from deca_ds.cluster.store import JobStore
+from deca_ds.config import Config, save_config
+from deca_ds.config.checks import check_output, check_world
+from deca_ds.data import load_client_data, training_batches, validate_data_config
+from deca_ds.engine.client import Client
+from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
+from deca_ds.errors import DataError
+from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.mpi import MpiTransport
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.torch_p2p import TorchTransport
+from deca_ds.gossip.transport import Transport
+from deca_ds.training.evaluation import Evaluator
+from deca_ds.training.loop import Trainer
+from deca_ds.training.metrics import Metrics
+from deca_ds.training.tables import data_table
+
+
+def build(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
+    """Everything `Trainer` needs, on every rank. Raises UserErrors; of these only the model's come after the output
+    folder is made."""
+    ranks = check_world(config, launch.world_size)
+    output = check_output(config)
+    validate_data_config(config, client=launch.rank // ranks)
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+
+    cluster = connect(config, launch, store)
+    transport = connect_transport(config, cluster)
+    disable_progress_bars()
+    data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
+    summaries = transport.gather_json(data.summary)
+    compare_label_names(transport.gather_json(data.label_names))
+
+    output.mkdir(parents=True, exist_ok=True)
+    guard.output = output
+    if cluster.is_main:
+        save_config(config, output / "config.yaml")
+        (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
+        Console(stderr=True).print(data_table(summaries), mixing.summary())
+
+    model = load_model(config, architecture)
+    if cluster.is_main:
+        model.config.save_pretrained(output / "hf")
+        tokenizer.save_pretrained(output / "hf")
+        if model.can_generate():
+            model.generation_config.save_pretrained(output / "hf")
+    torch.manual_seed(config.run.seed + launch.rank)  # dropout: the same in every run, different on every rank
+    client = Client(config, model, cluster.device)
+    schedule = build_schedule(config, len(client.plan.blocks))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return Trainer(
+        config=config,
+        cluster=cluster,
+        client=client,
+        rule=build_rule(config),
+        schedule=schedule,
+        gossip=Gossip(transport, mixing, config.gossip.chunk_mib, cluster.device),
+        batches=training_batches(
+            data.train,
+            batch_size=config.data.batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            rank=cluster.shard,
+            ranks=cluster.ranks,
+            seed=config.run.seed,
+            client=cluster.client,
+            pad_id=pad_id,
+        ),
+        evaluator=Evaluator(
+            client, cluster, transport, data, config.evaluation.batch_size, pad_id, config.evaluation.mean_model
+        ),
+        metrics=Metrics(config.logging, cluster, output, len(schedule)),
+        output=output,
+    )
+
+
+def connect_transport(config: Config, cluster: Cluster) -> Transport:
+    """The way between same-index ranks of all clients: MPI where the launcher made an MPI world, else torch."""
+    if cluster.gossip_comm is not None:
+        return MpiTransport(cluster.gossip_comm, config.cluster.timeout_s)
+    store = PrefixStore("transport", cluster.store.store)
+    return TorchTransport(store, cluster.shard, cluster.client, cluster.clients, config.cluster.timeout_s)
+
+
+def build_schedule(config: Config, blocks: int) -> Schedule:
+    return Schedule(
+        rounds=config.algorithm.rounds,
+        blocks=blocks,
+        inner_steps=config.algorithm.inner_steps,
+        gossip_every=config.gossip.every,
+        order=config.blocks.order,
+        seed=config.run.seed,
+    )
+
+
+def build_rule(config: Config) -> DecaRule:
+    a = config.algorithm
+    return DecaRule(signal=a.signal, a1=a.a1, a2=a.a2, b1=a.b1, b2=a.b2, eps=a.eps)
+
+
+def compare_label_names(names: Sequence[list[str]]) -> None:
+    """Raise DataError unless all clients number the same labels in the same way."""
+    for client, others in enumerate(names):
+        if others != names[0]:
+            raise DataError(
+                f"client 0 has the labels {names[0]}, client {client} has {others}",
+                where="data.label_names",
+                fix="name all labels in data.label_names, so that every client knows the same ones",
+            )

@@ -1,0 +1,44 @@
+"""Tables for people: what each client got, what the blocks and the graph are, how the models scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from deca_ds.algorithm.blocks import BlockPlan
+
+_MOST_LABELS = 12  # columns for labels; a table with more says how many labels each client has
+
+
+def data_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """What each client trains on. summaries: `ClientData.summary` of every client."""
+    table = Table(title="data of each client")
+    labels = sorted({label for summary in summaries for label in summary["labels"]})
+    for column in ("client", "train", "own evaluation", "common evaluation", "target tokens"):
+        table.add_column(column, justify="right")
+    wide = len(labels) > _MOST_LABELS
+    for label in ["labels"] if wide else labels:
+        table.add_column(label, justify="right")
+    for summary in summaries:
+        counts = [summary["labels"].get(label, 0) for label in labels]
+        table.add_row(
+            *(str(summary[key]) for key in ("client", "train", "own_evaluation", "common_evaluation", "target_tokens")),
+            *([str(sum(count > 0 for count in counts))] if wide else [str(count or "-") for count in counts]),
+        )
+    return table
+
+
+def block_table(plan: BlockPlan, ranks: int) -> Table:
+    """The blocks with their size and the optimizer memory that each needs on a rank while it is active."""
+    table = Table(title="blocks in model order")
+    for column in ("block", "what", "parameters", "share", "state per rank"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    total = sum(block.numel for block in plan.blocks)
+    for index, block in enumerate(plan.blocks):
+        mib = 16 * block.numel / ranks / 2**20  # master, gradient and two moments in float32
+        table.add_row(str(index), block.label, f"{block.numel:,}", f"{block.numel / total:.1%}", f"{mib:,.1f} MiB")
+    if plan.frozen:
+        table.add_row("-", f"frozen: {len(plan.frozen)} parameters", "", "", "")
+    return table
