@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes, split_into_blocks
+from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes
 from deca_ds.config.schema import Config
 from deca_ds.engine import internals
 from deca_ds.engine.gradients import GradientReducer
-from deca_ds.engine.load import zero3_config
+from deca_ds.engine.load import find_blocks, zero3_config
 
 _BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
 
@@ -55,9 +55,7 @@ class Client:
         import deepspeed
 
         self.device = device
-        self.plan: BlockPlan = split_into_blocks(
-            model, layers_per_block=config.blocks.layers_per_block, outside=config.blocks.outside
-        )
+        self.plan: BlockPlan = find_blocks(config, model)
         engine = deepspeed.initialize(model=model, config=zero3_config(config), dist_init_required=False)[0]
         self.model: nn.Module = engine.module
         self._zero = engine.optimizer

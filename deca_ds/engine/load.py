@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from deca_ds.algorithm.blocks import BlockPlan, split_into_blocks
 from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine import internals
@@ -59,7 +60,9 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
     from accelerate import init_empty_weights
 
     with init_empty_weights(), _explained(model.path, "model.path"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
+        built = AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
+    built.tie_weights()
+    return built
 
 
 def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
@@ -87,6 +90,16 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def find_blocks(config: Config, model: nn.Module) -> BlockPlan:
+    """The model's blocks as the configuration wants them. Raises ModelError for a model without a list of layers."""
+    try:
+        return split_into_blocks(
+            model, layers_per_block=config.blocks.layers_per_block, outside=config.blocks.outside
+        )
+    except ValueError as error:
+        raise ModelError(str(error), where="model.path", fix="use a model with a list of layers") from error
 
 
 @contextmanager

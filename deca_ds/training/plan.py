@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from deca_ds.algorithm.blocks import split_into_blocks
 from deca_ds.config import Config
 from deca_ds.config.checks import check_output, check_world
 from deca_ds.data import load_client_data, validate_data_config
-from deca_ds.engine.load import load_architecture, load_tokenizer, meta_model
+from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.setup import build_schedule, compare_label_names
 from deca_ds.training.tables import block_table, data_table
@@ -27,11 +26,7 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    plan = split_into_blocks(
-        meta_model(config.model, architecture),
-        layers_per_block=config.blocks.layers_per_block,
-        outside=config.blocks.outside,
-    )
+    plan = find_blocks(config, meta_model(config.model, architecture))
     console.print(block_table(plan, ranks or 1))
     console.print(f"gossip: {mixing.summary()}")
     if config.data.per_client:
@@ -42,8 +37,8 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
         console.print(data_table([part.summary for part in data]))
     schedule = build_schedule(config, len(plan.blocks))
     console.print(
-        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = {len(schedule)}, "
-        f"gossip every {config.gossip.every}, {config.data.batch_size} sequences per client and step"
+        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
+        f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
     )
     if ranks is None:
         console.print(f"launch: any multiple of {clients} ranks; state per rank above is for 1 rank per client")
