@@ -149,6 +149,11 @@ class Client:
             parameter = self._parameters[name]
             yield name, *internals.shard_range(parameter), internals.shard(parameter)
 
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Persistent buffers, which are part of a saved model and whole on every rank."""
+        saved = self.model.state_dict(keep_vars=True)
+        return ((name, buffer) for name, buffer in self.model.named_buffers() if name in saved)
+
     @contextmanager
     def borrowed_shards(self, names: Sequence[str]) -> Iterator[Iterator[tuple[str, int, int, Tensor]]]:
         """The slices of `shards`, for overwriting them: their present values come back at the end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,11 @@ class Trainer:
     def _save(self) -> None:
         """Every rank writes its own slices, a file a block; `deca export` puts them together."""
         plan = self.client.plan
-        groups = [(f"block_{index:03d}", block.names) for index, block in enumerate(plan.blocks)]
-        if plan.frozen:
-            groups.append(("frozen", plan.frozen))
+        groups = [(block.label, self._slices(block.names)) for block in plan.blocks]
+        groups.append(("rest", chain(self._slices(plan.frozen), self._buffer_slices())))
         save_shards(
             self.output / "model",
-            ((name, self._slices(names)) for name, names in groups),
+            groups,
             client=self.cluster.client,
             clients=self.cluster.clients,
             rank=self.cluster.shard,
@@ -115,3 +115,10 @@ class Trainer:
     def _slices(self, names: tuple[str, ...]) -> Iterator[Slice]:
         for name, start, stop, values in self.client.shards(names):
             yield Slice(name, self.client.shapes[name], start, stop, values)
+
+    def _buffer_slices(self) -> Iterator[Slice]:
+        for name, buffer in self.client.buffers():
+            flat = buffer.reshape(-1)
+            size = -(-flat.numel() // self.cluster.ranks)
+            start, stop = (min(flat.numel(), (self.cluster.shard + end) * size) for end in (0, 1))
+            yield Slice(name, tuple(buffer.shape), start, stop, flat[start:stop])

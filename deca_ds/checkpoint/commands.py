@@ -1,0 +1,65 @@
+"""The export command, shared by `deca export` and launchers/export.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from accelerate.utils import convert_file_size_to_int
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deca_ds.errors import ConfigError
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `run_export` reads."""
+    parser.add_argument("run", type=Path, help="output folder of a run (run.output)")
+    parser.add_argument("output", type=Path, help="new folder for the Hugging Face model")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--client", type=int, metavar="N", help="export client N's model (clients count from 0)")
+    which.add_argument("--mean", action="store_true", help="export the mean of all clients' models (the default)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the stored one")
+    parser.add_argument(
+        "--max-shard-size", default="500MB", metavar="SIZE", help="largest weight file, and so the memory it takes"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that came with the model; only if you trust it"
+    )
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export with a progress bar and print a summary; returns the exit status 0. Raises UserError."""
+    from deca_ds.checkpoint.export import export_model  # transformers' models: seconds that `--help` need not wait for
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("export", total=None)
+        report = export_model(
+            args.run,
+            args.output,
+            client=args.client,
+            dtype=args.dtype,
+            max_shard_bytes=parse_size(args.max_shard_size),
+            trust_remote_code=args.trust_remote_code,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    files = "1 file" if report.files == 1 else f"{report.files} files"
+    size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {files}"
+    console.print(f"exported {report.source}: {size}")
+    console.print(f"verified and written to {report.output} in {report.seconds:.1f} s")
+    if report.note:
+        console.print(f"note: {report.note}; its saved model is complete")
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "500MB", "2GB", "1GiB". Raises ConfigError for anything else and for less than a byte."""
+    try:
+        size = convert_file_size_to_int(text.upper())  # a small b would mean bits
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"not a size: {text!r}", where="--max-shard-size", fix="write it like 500MB, 2GB or 1GiB")
+    return size

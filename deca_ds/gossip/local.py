@@ -1,0 +1,85 @@
+"""LocalTransport: clients that are threads of one process, for tests and simulation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from deca_ds.gossip.transport import PointToPoint, lost, no_answer
+
+
+class LocalNetwork:
+    """Mailboxes between n clients. timeout_s: how long a receiver waits."""
+
+    def __init__(self, clients: int, timeout_s: float = 60.0):
+        self.clients = clients
+        self.timeout_s = timeout_s
+        self.arrived = threading.Condition()
+        self.mailboxes: dict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)  # (source, destination, tag)
+
+    def transport(self, client: int) -> LocalTransport:
+        """The end of one client."""
+        return LocalTransport(self, client)
+
+
+class LocalTransport(PointToPoint):
+    """A sent tensor is copied at once, so that sending never waits."""
+
+    def __init__(self, network: LocalNetwork, client: int):
+        super().__init__(client, network.clients)
+        self._network = network
+
+    def exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> LocalExchange:
+        """See Transport."""
+        with self._network.arrived:
+            for j in destinations:
+                self._network.mailboxes[self.client, j, tag].append(send.clone())
+                self.bytes_sent += send.nbytes
+            self._network.arrived.notify_all()
+        return LocalExchange(self._network, self.client, dict(receives), tag)
+
+    def close(self) -> None:
+        """See Transport."""
+
+
+class LocalExchange:
+    """Receives still to come of one LocalTransport.exchange."""
+
+    def __init__(self, network: LocalNetwork, client: int, receives: dict[int, Tensor], tag: int):
+        self._network = network
+        self._client = client
+        self._receives = receives
+        self._tag = tag
+
+    def _take(self, source: int) -> bool:
+        """Move source's message into its buffer if it is there. The caller holds the lock."""
+        mailbox = self._network.mailboxes[source, self._client, self._tag]
+        if not mailbox:
+            return False
+        message, buffer = mailbox.popleft(), self._receives.pop(source)
+        if (message.shape, message.dtype) != (buffer.shape, buffer.dtype):
+            cause = f"got {tuple(message.shape)} {message.dtype}, expected {tuple(buffer.shape)} {buffer.dtype}"
+            raise lost(self._client, source, "from", self._tag, cause)
+        buffer.copy_(message)
+        return True
+
+    def test(self) -> bool:
+        """See Exchange."""
+        with self._network.arrived:
+            return all([self._take(source) for source in list(self._receives)])
+
+    def wait(self) -> None:
+        """See Exchange."""
+        timeout_s = self._network.timeout_s
+        deadline = time.monotonic() + timeout_s
+        with self._network.arrived:
+            for source in list(self._receives):
+                while not self._take(source):
+                    if not self._network.arrived.wait(max(0.0, deadline - time.monotonic())):
+                        raise no_answer(self._client, source, "from", self._tag, timeout_s)

@@ -1,0 +1,97 @@
+"""MixingSchedule: which client mixes what from whom at every averaging of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deca_ds.config.schema import GossipConfig
+from deca_ds.errors import GossipError
+from deca_ds.gossip import graphs, weights
+
+
+@dataclass(frozen=True, eq=False)
+class MixingSchedule:
+    """The mixing matrices of one period; averaging t = 0, 1, ... uses matrices[t mod period].
+
+    name: for people. size: number of clients n. matrices: (n, n) float64, read-only.
+    """
+
+    name: str
+    size: int
+    matrices: tuple[np.ndarray, ...]
+
+    def __post_init__(self) -> None:
+        for matrix in self.matrices:
+            weights.validate_stochastic(matrix, self.size)
+            matrix.setflags(write=False)
+
+    @property
+    def period(self) -> int:
+        return len(self.matrices)
+
+    def matrix(self, t: int) -> np.ndarray:
+        return self.matrices[t % self.period]
+
+    def weight(self, i: int, j: int, t: int) -> float:
+        """What client i multiplies client j's tensor by at averaging t."""
+        return float(self.matrix(t)[i, j])
+
+    def sources(self, i: int, t: int) -> list[int]:
+        """Clients that client i receives from at averaging t, ascending, without itself."""
+        return [int(j) for j in np.flatnonzero(self.matrix(t)[i]) if j != i]
+
+    def destinations(self, i: int, t: int) -> list[int]:
+        """Clients that client i sends to at averaging t, ascending, without itself."""
+        return [int(j) for j in np.flatnonzero(self.matrix(t)[:, i]) if j != i]
+
+    @property
+    def spectral_gap(self) -> float:
+        """1 - the factor that an averaging shrinks the distance to the mean by; see weights.spectral_gap."""
+        return weights.spectral_gap(self.matrices)
+
+    @property
+    def max_degree(self) -> int:
+        """Most neighbours that any client receives from in one averaging."""
+        return max(len(self.sources(i, t)) for t in range(self.period) for i in range(self.size))
+
+    @property
+    def messages(self) -> float:
+        """Shards that travel in one averaging, over all clients (mean over the period)."""
+        edges = sum(len(self.sources(i, t)) for t in range(self.period) for i in range(self.size))
+        return edges / self.period
+
+    def summary(self) -> str:
+        """One line for a dry run."""
+        period = f", period {self.period}" if self.period > 1 else ""
+        return (
+            f"{self.name} on {self.size} client{'s' if self.size > 1 else ''}{period}: "
+            f"at most {self.max_degree} neighbour{'s' if self.max_degree != 1 else ''} a client, "
+            f"{self.messages:g} block{'s' if self.messages != 1 else ''} sent per averaging, "
+            f"spectral gap {self.spectral_gap:.4g}"
+        )
+
+
+def build_mixing(config: GossipConfig, clients: int, seed: int) -> MixingSchedule:
+    """The schedule that `gossip.*` asks for; the same on every rank. Raises GossipError that names the wrong key.
+
+    seed: run.seed, for random graphs.
+    """
+    if clients < 1:
+        raise GossipError(f"{clients} clients cannot mix", where="cluster.clients", fix="set it to 1 or more")
+    if config.matrix:
+        return MixingSchedule(f"matrix {config.matrix}", clients, (weights.load(config.matrix, clients),))
+    if config.edges and config.graph != "edge_list":
+        raise GossipError(
+            f"a file of edges is given, but the graph is {config.graph}",
+            where=f"gossip.edges={config.edges}",
+            fix="set gossip.graph=edge_list, or remove gossip.edges",
+        )
+    period = graphs.build_graphs(
+        config.graph, clients, edges=config.edges, probability=config.edge_probability, seed=seed
+    )
+    matrices: Sequence[np.ndarray] = [weights.weigh(graph, config.weights) for graph in period]
+    name = config.graph if config.graph == "isolated" else f"{config.graph} ({config.weights})"
+    return MixingSchedule(name, clients, tuple(matrices))

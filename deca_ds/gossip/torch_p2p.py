@@ -1,0 +1,103 @@
+"""TorchTransport: point-to-point messages over gloo, for launches without an MPI world."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+from deca_ds.errors import GossipError
+from deca_ds.gossip.transport import PointToPoint, lost, no_answer
+
+_Work = tuple[str, int, dist.Work]  # direction, neighbour, work
+
+
+class TorchTransport(PointToPoint):
+    """A gloo group of its own over the ranks of one shard index, apart from the default world.
+
+    store: reachable by all clients. timeout_s: longest wait for one message. The constructor is collective over the
+    clients; it raises GossipError if one does not come. One client needs no group. GLOO_SOCKET_IFNAME picks the
+    network interface.
+    """
+
+    def __init__(self, store: dist.Store, shard: int, client: int, clients: int, timeout_s: float):
+        super().__init__(client, clients)
+        self.timeout_s = timeout_s
+        self._group: dist.ProcessGroupGloo | None = None
+        if clients > 1:
+            prefixed = dist.PrefixStore(f"gossip/{shard}", store)
+            try:
+                self._group = dist.ProcessGroupGloo(prefixed, client, clients, timedelta(seconds=timeout_s))
+            except RuntimeError as error:
+                raise GossipError(
+                    f"not all {clients} clients joined gossip of shard {shard} within {timeout_s:g} s: {error}",
+                    where=f"client {client}",
+                    fix="look at the logs of the other clients; on several networks set GLOO_SOCKET_IFNAME",
+                ) from None
+
+    def exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> TorchExchange:
+        """See Transport."""
+        works: list[_Work] = []
+        for direction, neighbour, tensor in [
+            *(("from", source, buffer) for source, buffer in receives.items()),
+            *(("to", destination, send) for destination in destinations),
+        ]:
+            assert self._group is not None, "the transport is closed or has one client only"
+            start = self._group.recv if direction == "from" else self._group.send
+            try:
+                works.append((direction, neighbour, start([tensor], neighbour, tag)))
+            except RuntimeError as error:
+                raise lost(self.client, neighbour, direction, tag, str(error)) from None
+        self.bytes_sent += send.nbytes * len(destinations)
+        return TorchExchange(self, works, tag)
+
+    def close(self) -> None:
+        """See Transport."""
+        self._group = None
+
+
+class TorchExchange:
+    """Works of one TorchTransport.exchange.
+
+    Gloo learns that a message is through only by waiting for it, so the first `test` leaves the waiting to a thread.
+    """
+
+    def __init__(self, transport: TorchTransport, works: list[_Work], tag: int):
+        self._transport = transport
+        self._works = works
+        self._tag = tag
+        self._waiter: threading.Thread | None = None
+        self._error: GossipError | None = None
+
+    def _finish(self) -> None:
+        timeout_s = self._transport.timeout_s
+        for direction, neighbour, work in self._works:
+            try:
+                work.wait(timedelta(seconds=timeout_s))
+            except RuntimeError as error:
+                failed = (self._transport.client, neighbour, direction, self._tag)
+                late = "timed out" in str(error).lower()
+                self._error = no_answer(*failed, timeout_s) if late else lost(*failed, str(error))
+                return
+
+    def test(self) -> bool:
+        """See Exchange."""
+        if self._waiter is None:
+            self._waiter = threading.Thread(target=self._finish, daemon=True)
+            self._waiter.start()
+        return not self._waiter.is_alive() and self._error is None
+
+    def wait(self) -> None:
+        """See Exchange."""
+        if self._waiter is None:
+            self._finish()
+        else:
+            self._waiter.join()
+        if self._error is not None:
+            raise self._error
+        self._works = []

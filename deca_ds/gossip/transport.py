@@ -1,0 +1,158 @@
+"""What a transport offers, and what all transports share.
+
+A transport joins the ranks of equal shard index, one per client. It moves bytes and knows nothing of mixing. The
+collectives here are written once over `exchange`, so that their results are bit-identical over every transport.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deca_ds.errors import GossipError
+
+# Tags fit MPI's guaranteed range 0..32767. Messages of one source and tag arrive in the order in which they were sent,
+# on every transport, so a tag that comes round again is harmless. Tags let an error name what was waited for.
+_CHUNK_TAGS = 4096
+_STEP_TAGS = 7
+REDUCE_TAG, GATHER_TAG, BARRIER_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(3))
+REDUCE_PIECE = 2**22  # elements that all_reduce_sum works on at a time; bounds its buffers
+MAX_JSON_BYTES = 2**28
+
+
+def chunk_tag(t: int, chunk: int) -> int:
+    """Tag of chunk number `chunk` in averaging t."""
+    return (t % _STEP_TAGS) * _CHUNK_TAGS + chunk % _CHUNK_TAGS
+
+
+class Exchange(Protocol):
+    """Messages under way, started by Transport.exchange."""
+
+    def test(self) -> bool:
+        """Whether all messages are through; does not wait."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for all messages, one by one. GossipError names the neighbour, the tag and the timeout that passed."""
+        ...
+
+
+class Transport(Protocol):
+    """One rank's end of the network between clients. Every client calls the collectives in the same order."""
+
+    client: int  # own client number
+    clients: int  # n
+    bytes_sent: int  # payload that this rank has handed to the network so far
+
+    def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
+        """Start sending `send` to each of `destinations` and receiving from each source client into its buffer.
+
+        Contiguous CPU tensors of any dtype; a message is as long as its buffer. Neither may be touched before `wait`.
+        """
+        ...
+
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Sum over clients, in place, in ascending client order. Contiguous CPU tensor."""
+        ...
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every client's JSON-able value, on every client, ascending."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every client is here."""
+        ...
+
+    def close(self) -> None:
+        """Give the connections back. May be called twice."""
+        ...
+
+
+class PointToPoint(ABC):
+    """The collectives of a transport, from its `exchange`."""
+
+    def __init__(self, client: int, clients: int):
+        self.client = client
+        self.clients = clients
+        self.bytes_sent = 0
+
+    @abstractmethod
+    def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
+        """See Transport."""
+
+    @property
+    def _others(self) -> list[int]:
+        return [j for j in range(self.clients) if j != self.client]
+
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """See Transport. Client j sums slice j for all and sends it back: 2 (n-1)/n of the tensor per client travel."""
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"all_reduce_sum takes a contiguous CPU tensor, got one on {tensor.device}")
+        if self.clients > 1:
+            for piece in tensor.view(-1).split(REDUCE_PIECE):
+                self._reduce_piece(piece)
+
+    def _reduce_piece(self, piece: Tensor) -> None:
+        bounds = [j * piece.numel() // self.clients for j in range(self.clients + 1)]
+        slices = [piece[a:b] for a, b in pairwise(bounds)]
+        own = slices[self.client]
+        terms = {j: torch.empty_like(own) for j in self._others}
+        started = [self.exchange(slices[j], [j], {j: terms[j]}, REDUCE_TAG) for j in self._others]
+        for exchange in started:
+            exchange.wait()
+        terms[self.client] = own.clone()
+        own.zero_()
+        for j in range(self.clients):
+            own.add_(terms[j])
+        self.exchange(own, self._others, {j: slices[j] for j in self._others}, REDUCE_TAG).wait()
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """See Transport. The wire format is the length as int64, then the text as UTF-8."""
+        payload = json.dumps(value).encode()
+        if len(payload) > MAX_JSON_BYTES:
+            raise ValueError(f"{len(payload)} bytes of JSON are more than the {MAX_JSON_BYTES} of a gathered value")
+        own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        lengths = {j: torch.empty(1, dtype=torch.int64) for j in self._others}
+        self.exchange(torch.tensor([own.numel()]), self._others, lengths, GATHER_TAG).wait()
+        for j, length in lengths.items():
+            if not 0 < int(length) <= MAX_JSON_BYTES:
+                raise GossipError(f"client {j} announced {int(length)} bytes of JSON", where=f"client {self.client}")
+        texts = {j: torch.empty(int(length), dtype=torch.uint8) for j, length in lengths.items()}
+        self.exchange(own, self._others, texts, GATHER_TAG).wait()
+        texts[self.client] = own
+        return [self._parse(j, texts[j]) for j in range(self.clients)]
+
+    def _parse(self, j: int, text: Tensor) -> Any:
+        try:
+            return json.loads(text.numpy().tobytes())
+        except ValueError as error:
+            raise GossipError(f"client {j} sent no valid JSON: {error}", where=f"client {self.client}") from None
+
+    def barrier(self) -> None:
+        """See Transport. Everybody hears from everybody."""
+        heard = {j: torch.empty(1, dtype=torch.uint8) for j in self._others}
+        self.exchange(torch.zeros(1, dtype=torch.uint8), self._others, heard, BARRIER_TAG).wait()
+
+
+def no_answer(client: int, neighbour: int, direction: str, tag: int, timeout_s: float, cause: str = "") -> GossipError:
+    """The error of a message that did not get through. direction: "from" or "to" the neighbour."""
+    return GossipError(
+        f"no message {direction} client {neighbour} within {timeout_s:g} s (tag {tag}){': ' + cause if cause else ''}",
+        where=f"client {client}",
+        fix=f"look at the log of client {neighbour}; if it is only slow, raise cluster.timeout_s",
+    )
+
+
+def lost(client: int, neighbour: int, direction: str, tag: int, cause: str) -> GossipError:
+    """The error of a connection that broke, or of a message that does not fit its buffer."""
+    return GossipError(
+        f"a message {direction} client {neighbour} failed (tag {tag}): {cause}",
+        where=f"client {client}",
+        fix=f"look at the log of client {neighbour}: it has stopped, or runs another configuration",
+    )
