@@ -177,4 +177,4 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    deepspeed: Optional[str] = None  # ZeRO-3 JSON file, see ds_configs/; null: the one that fits the device
+    deepspeed: Optional[str] = None  # ZeRO-3 JSON file, see ds_configs/; null: DeepSpeed's defaults

@@ -88,7 +88,10 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
             )
     del zero_init
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers makes the embeddings' output need a gradient, which would drive every backward pass through the
+        # layers below the active block
+        model.disable_input_require_grads()
     return model
 
 

@@ -1,0 +1,76 @@
+"""What all tests share: tiny models, and real data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from jobs import REPOSITORY
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """A folder with real models and data sets, which the project does not ship."""
+    folder = Path(os.environ.get("DECA_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "stories260k").is_dir():
+        pytest.skip(f"no real data at {folder}; set DECA_TEST_DATA")
+    return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer of the words below, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "Label", ":", "red", "green", "blue"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama of three layers with a word-level tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=51,
+            hidden_size=24,
+            intermediate_size=29,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_hidden_layers=3,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def word_files(tmp_path_factory) -> list[Path]:
+    """Three text files (JSON Lines) with different words each: one client's data each."""
+    import json
+    import random
+
+    folder = tmp_path_factory.mktemp("words")
+    files = []
+    for client in range(3):
+        draw = random.Random(client)
+        words = [f"w{i}" for i in range(client * 12, client * 12 + 16)]
+        rows = [{"text": " ".join(draw.choices(words, k=draw.randint(6, 14)))} for _ in range(40)]
+        path = folder / f"client{client}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(path)
+    return files

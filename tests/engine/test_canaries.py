@@ -1,0 +1,42 @@
+"""One test for each DeepSpeed internal that engine/internals.py leans on, without a training run."""
+
+import functools
+
+import pytest
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+from deca_ds.engine import internals
+
+
+def test_zero_without_an_optimizer_releases_on_request():
+    assert callable(DeepSpeedZeRoOffload.release_backward_leftovers)
+    assert callable(DeepSpeedZeRoOffload.partition_all_parameters)
+    assert callable(DeepSpeedZeRoOffload.get_param_coordinator)
+
+
+def test_the_trace_can_be_invalidated():
+    assert callable(PartitionedParameterCoordinator._invalidate_trace)
+    assert callable(PartitionedParameterCoordinator.is_invalid_trace)
+
+
+def test_the_release_cache_is_found_and_is_an_lru_cache():
+    cache = internals._release_cache(PartitionedParameterCoordinator)
+    assert isinstance(cache, functools._lru_cache_wrapper)
+    cache.cache_clear()
+    assert cache.cache_info().currsize == 0
+
+
+def test_a_missing_cache_is_named():
+    class Changed:
+        def _PartitionedParameterCoordinator__params_to_release(self):
+            return set()
+
+    with pytest.raises(AttributeError, match=r"engine/internals\.py"):
+        internals._release_cache(Changed)
+
+
+def test_the_shared_memory_extension_can_be_switched_off():
+    import deepspeed
+
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__

@@ -1,0 +1,63 @@
+"""One client's engine in real processes: gradients against a dense model, block switches, written shards."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import launch
+from transformers import AutoModelForCausalLM
+
+WORKER = "tests/engine/engine_worker.py"
+pytestmark = pytest.mark.multiprocess
+
+
+def measure(ranks: int, model: Path, *overrides: str) -> dict:
+    finished = launch("deepspeed" if ranks > 1 else "python", ranks, [f"model.path={model}", *overrides], script=WORKER)
+    assert finished.code == 0, finished.output[-3000:]
+    line = next(line for line in finished.output.splitlines() if line.startswith("FOUND "))
+    return json.loads(line.removeprefix("FOUND "))
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_model):
+    """Loss, and gradient norm and sum of every block, of the whole model in this process."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, 44, (6, 9), generator=generator)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    logits = model(input_ids=ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    loss.backward()
+    blocks: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        key = name.split(".")[2] if ".layers." in name else ("0-embed" if "embed" in name else "9-head")
+        blocks.setdefault(key, []).append(parameter.grad.double())
+    order = ["0-embed", "0", "1", "2", "9-head"]
+    norms = [math.sqrt(sum(float((g * g).sum()) for g in blocks[key])) for key in order]
+    sums = [sum(float(g.sum()) for g in blocks[key]) for key in order]
+    return loss.item(), norms, sums
+
+
+@pytest.mark.parametrize(("ranks", "checkpointing"), [(1, False), (2, True), (3, False)])
+def test_engine(tiny_model, dense, ranks, checkpointing):
+    overrides = ["data.micro_batch_size=1", "data.batch_size=12", f"model.gradient_checkpointing={checkpointing}"]
+    overrides.append("deepspeed=ds_configs/zero3_lean.json")
+    found = measure(ranks, tiny_model, *overrides)
+    loss, norms, sums = dense
+    assert found["losses"] == pytest.approx([loss] * 10, rel=1e-5)
+    assert found["norms"] == pytest.approx([norm for norm in norms for _ in range(2)], rel=1e-4)
+    assert found["gradient_sums"] == pytest.approx(sums, rel=1e-3, abs=1e-5)
+    assert found["clipped"] == pytest.approx([0.5] * 5, rel=1e-4)
+    assert found["left_gathered"] == 0
+    assert found["uniform_loss"] == pytest.approx(1.0, rel=1e-5)
+    assert found["restored"] == 0.0
+    assert found["covered"] == found["elements"]
+    # with nothing prefetched and nothing kept for later, one parameter is whole at a time
+    assert found["gathered_in_backward"] <= 2
+    # layer 1 is active: its input and those below need no gradient
+    assert found["layers_in_backward"] == [False, False, True]
+    assert found["tensors_grown"] <= 5
+    assert found["rss_grown"] < 20 * 2**20

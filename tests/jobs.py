@@ -1,0 +1,78 @@
+"""Start real jobs as a user would, with a deadline, and leave no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    output: str  # stdout and stderr
+
+
+def run_command(command: list[str], *, deadline_s: float = 240, cwd: Path = REPOSITORY, **env: str) -> Finished:
+    """Run to the end or fail the test at the deadline; the whole process group is gone afterwards."""
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "SLURM_"))},
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        **env,
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in env:
+            environment.pop(name, None)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"not done after {deadline_s} s: {' '.join(command)}\n{output[-4000:]}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, output)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "launchers/train.py", **options):
+    """Start a training job as a user would. launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, python."""
+    script = str(REPOSITORY / script)
+    if launcher == "deepspeed":
+        start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
+    elif launcher == "openmpi":
+        hostfile = Path(options.pop("hostfile"))
+        hostfile.write_text(f"localhost slots={ranks}\n")
+        start = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--launcher", "openmpi", "--force_multi"]
+        start += ["--no_ssh_check", "--master_addr", "127.0.0.1", script]
+    elif launcher == "mpirun":
+        start = [str(BIN / "mpirun"), "-n", str(ranks), sys.executable, script]
+    else:
+        assert launcher == "python" and ranks == 1
+        start = [sys.executable, script]
+    return run_command([*start, *arguments], **options)
