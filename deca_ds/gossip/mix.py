@@ -48,8 +48,9 @@ class Gossip:
     """Mixes this rank's shards with those of the same index in neighbouring clients.
 
     chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
-    wait_seconds: time that the caller has spent in PendingMix.wait for messages so far. Raises GossipError if the
-    schedule is for another number of clients than the transport joins.
+    wait_seconds: time spent in PendingMix.wait for messages so far. bytes_sent: parameters that this
+    rank has sent to neighbours so far. Raises GossipError if the schedule is for another number of clients than the
+    transport joins.
     """
 
     def __init__(
@@ -68,15 +69,11 @@ class Gossip:
         self.transport = transport
         self.schedule = schedule
         self.wait_seconds = 0.0
+        self.bytes_sent = 0
         self.device = torch.device(device)
         self.pool = BufferPool(pinned=self.device.type == "cuda")
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
         self._mixed = torch.empty(0, dtype=torch.float32, device=self.device)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload bytes that this rank has sent so far."""
-        return self.transport.bytes_sent
 
     def has_neighbours(self, t: int) -> bool:
         """Whether averaging t joins this client with any other."""
@@ -109,6 +106,7 @@ class Gossip:
             staged[: x.numel()].copy_(x)  # synchronous: the network reads host memory
         receives = {j: buffer[: x.numel()] for j, buffer in buffers.items()}
         send = x.detach() if staged is None else staged[: x.numel()]
+        self.bytes_sent += send.nbytes * len(destinations)
         exchange = self.transport.exchange(send, destinations, receives, chunk_tag(t, chunk))
         return PendingMix(self, t, x, exchange, buffers, staged)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datasets import disable_progress_bars
 from rich.console import Console
 
 from deca_ds.config import Config
@@ -20,6 +21,7 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     configuration of the data is checked, because each client's files are for its own ranks to open.
     """
     console = Console()
+    disable_progress_bars()
     ranks = check_world(config, world_size) if world_size else None
     check_output(config)
     clients = config.cluster.clients

@@ -16,7 +16,7 @@ def data_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """What each client trains on. summaries: `ClientData.summary` of every client."""
     table = Table(title="data of each client")
     labels = sorted({label for summary in summaries for label in summary["labels"]})
-    for column in ("client", "train", "own evaluation", "common evaluation", "target tokens"):
+    for column in ("client", "train", "own eval", "common eval", "target tokens"):
         table.add_column(column, justify="right")
     wide = len(labels) > _MOST_LABELS
     for label in ["labels"] if wide else labels:

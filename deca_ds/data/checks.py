@@ -1,0 +1,150 @@
+"""What can be told from the configuration and the file names alone, before any process group or tokenizer exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deca_ds.config.checks import RANGES as CONFIG_RANGES
+from deca_ds.config.schema import Config, DataConfig
+from deca_ds.data.sources import TABLES, Source, find_sources
+from deca_ds.errors import ConfigError
+
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    *(entry for entry in CONFIG_RANGES if entry[0].startswith(("data.", "evaluation."))),
+    ("data.alpha", lambda x: x > 0, "more than 0"),
+    ("data.common_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("data.client_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("data.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
+)
+COLUMNS = {"alpaca": ["instruction", "output"], "messages": ["messages"], "sharegpt": ["conversations"]}
+
+
+def validate_data_config(config: Config, client: int | None = None) -> None:
+    """Refuse a data section that cannot work, and paths without files.
+
+    client: whose per_client paths must exist here; None checks none of them. Other clients' paths are never looked at.
+    Raises ConfigError naming the key, DataError naming the path.
+    """
+    data = config.data
+    for key, allowed, expected in RANGES:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if not allowed(value):
+            raise ConfigError(f"{key} = {value!r} is out of range", where=key, fix=f"make it {expected}")
+    _check_where_data_comes_from(data, config.cluster.clients)
+    _check_partition(data)
+    _check_format(data)
+    sources = find_sources(data.train, "data.train") + find_sources(data.evaluation, "data.evaluation")
+    if client is not None:
+        for key in ("per_client", "per_client_evaluation"):
+            sources += own_sources(data, key, client)
+    _check_columns(data, sources)
+
+
+def own_sources(data: DataConfig, key: str, client: int) -> list[Source]:
+    """Client `client`'s files in the list `key` (per_client or per_client_evaluation); [] if the list is empty."""
+    entries = getattr(data, key)
+    return find_sources([entries[client]], f"data.{key}[{client}], of client {client}", hub=False) if entries else []
+
+
+def required_columns(data: DataConfig) -> list[str]:
+    """The columns that every row of the format must have."""
+    if data.format == "classification":
+        return [*data.text_columns, data.label_column]
+    return COLUMNS.get(data.format, list(data.text_columns))
+
+
+def _check_where_data_comes_from(data: DataConfig, clients: int) -> None:
+    if bool(data.train) == bool(data.per_client):
+        raise ConfigError(
+            "both data.train and data.per_client are given" if data.train else "no training data",
+            where="data.train, data.per_client",
+            fix="set data.train (shared out among the clients) or data.per_client (a place for each), not both",
+        )
+    for key in ("per_client", "per_client_evaluation"):
+        entries = getattr(data, key)
+        if entries and len(entries) != clients:
+            raise ConfigError(
+                f"data.{key} has {len(entries)} entries for {clients} clients",
+                where=f"data.{key}",
+                fix=f"list {clients} paths, client i's at place i, or set cluster.clients={len(entries)}",
+            )
+    if data.per_client_evaluation and not data.per_client:
+        raise ConfigError(
+            "data.per_client_evaluation without data.per_client",
+            where="data.per_client_evaluation",
+            fix="with data.train, set data.client_holdout or data.evaluation instead",
+        )
+    if data.common_holdout > 0 and (data.per_client or data.evaluation):
+        reason = "is taken out of data.train" if data.per_client else "and data.evaluation both name the common set"
+        raise ConfigError(
+            f"data.common_holdout = {data.common_holdout} {reason}", where="data.common_holdout", fix="set it to 0"
+        )
+    if data.per_client and data.format == "classification" and not data.label_names:
+        raise ConfigError(
+            "private files may hold different labels, and the clients must agree on them without exchanging data",
+            where="data.label_names",
+            fix="list every label value of all clients with its answer word",
+        )
+
+
+def _check_partition(data: DataConfig) -> None:
+    if data.partition == "iid":
+        return
+    if data.per_client:
+        raise ConfigError(
+            f"data.partition = {data.partition!r} with data.per_client, which is a partition already",
+            where="data.partition",
+            fix="leave it out",
+        )
+    if data.partition_column is None and data.format != "classification":
+        raise ConfigError(
+            f"data.partition = {data.partition!r} needs a column to skew by",
+            where="data.partition_column",
+            fix="name a column of data.train, or set data.partition=iid",
+        )
+
+
+def _check_format(data: DataConfig) -> None:
+    if data.format in ("text", "classification") and not data.text_columns:
+        raise ConfigError("no text column", where="data.text_columns", fix="name at least one column")
+    if data.format != "classification":
+        return
+    if "{text}" not in data.prompt:
+        raise ConfigError(f"data.prompt = {data.prompt!r} has no {{text}}", where="data.prompt", fix="put {text} in")
+    if not data.label_column:
+        raise ConfigError("no label column", where="data.label_column", fix="name the column with the labels")
+    if data.label_names and len(set(data.label_names.values())) < 2:
+        raise ConfigError("fewer than two answer words", where="data.label_names", fix="name at least two labels")
+    if not all(str(word).strip() for word in data.label_names.values()):
+        raise ConfigError("an empty answer word", where="data.label_names", fix="give every label a word")
+
+
+def _check_columns(data: DataConfig, sources: Sequence[Source]) -> None:
+    suffixes = {source.suffix.lower() for source in sources if isinstance(source, Path)}
+    if ".txt" in suffixes and data.format != "text":
+        raise ConfigError(
+            f"a .txt file has no columns for data.format = {data.format!r}",
+            where="data.format",
+            fix="set data.format=text, or give JSON, CSV, TSV or Parquet files",
+        )
+    if suffixes.intersection(TABLES) and data.format in ("messages", "sharegpt"):
+        raise ConfigError(
+            f"a table has no lists of messages for data.format = {data.format!r}",
+            where="data.format",
+            fix="give JSON or Parquet files",
+        )
+    if not data.column_names:
+        return
+    if len(set(data.column_names)) < len(data.column_names):
+        raise ConfigError("a name stands twice", where="data.column_names", fix="give every column its own name")
+    wanted = required_columns(data) + ([data.partition_column] if data.partition_column else [])
+    missing = [name for name in wanted if name not in data.column_names]
+    if missing and suffixes and suffixes <= set(TABLES):
+        raise ConfigError(
+            f"data.column_names = {list(data.column_names)} lacks {', '.join(missing)}",
+            where="data.column_names",
+            fix="name that column, or name others in data.text_columns, data.label_column or data.partition_column",
+        )

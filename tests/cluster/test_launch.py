@@ -1,0 +1,54 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deca_ds.cluster.launch import ClientLayout, Launch, read_launch
+from deca_ds.cluster.world import choose_device, choose_transport
+from deca_ds.errors import LaunchError
+
+
+def test_launchers():
+    assert read_launch({}) == Launch("python", 0, 1, 0, 1, None)
+    deepspeed = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    deepspeed |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert read_launch(deepspeed) == Launch("deepspeed", 3, 4, 1, 2, ("10.0.0.1", 29500))
+    openmpi = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    openmpi |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    assert read_launch(openmpi) == Launch("openmpi", 2, 4, 0, 2, None)
+    assert read_launch(deepspeed | openmpi).launcher == "deepspeed"
+    srun = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+    assert read_launch(srun) == Launch("slurm", 1, 4, 1, 4, None)
+
+
+def test_the_shell_of_a_slurm_batch_script_is_one_rank():
+    assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+@pytest.mark.parametrize("broken", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_contradictory_variables_are_refused(broken):
+    with pytest.raises(LaunchError, match="RANK"):
+        read_launch(broken)
+
+
+@given(clients=st.integers(1, 20), ranks=st.integers(1, 20))
+def test_every_rank_has_one_place(clients, ranks):
+    layout = ClientLayout(clients, ranks)
+    places = [(layout.client_of(r), layout.shard_of(r)) for r in range(clients * ranks)]
+    assert places == [(c, s) for c in range(clients) for s in range(ranks)]
+    assert [layout.leader_of(c) for c in range(clients)] == [places.index((c, 0)) for c in range(clients)]
+
+
+def test_mpi_without_an_mpi_world_fails_at_once_and_names_the_flags():
+    launch = Launch("deepspeed", 0, 4, 0, 4, ("127.0.0.1", 29500))
+    assert choose_transport("auto", launch) == "torch"
+    with pytest.raises(LaunchError, match=r"--launcher openmpi --force_multi(.|\n)*transport=torch"):
+        choose_transport("mpi", launch)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    launch = Launch("python", 0, 1, 0, 1, None)
+    with pytest.raises(LaunchError, match="torch sees no GPU"):
+        choose_device("cuda", launch)
+    assert choose_device("auto", launch).type == "cpu"

@@ -1,0 +1,148 @@
+"""Loading: defaults, YAML, dotlist; every mistake names key, value and remedy."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deca_ds.config import load_config, save_config
+from deca_ds.config.checks import check_output, check_world, read_deepspeed_json
+from deca_ds.errors import ConfigError
+
+BASE = ["model.path=somewhere"]
+
+
+def refused(match, *overrides):
+    with pytest.raises(ConfigError, match=match) as caught:
+        load_config(None, [*BASE, *overrides])
+    return str(caught.value)
+
+
+def test_file_then_dotlist_then_saved_and_read_back(tmp_path):
+    file = tmp_path / "run.yaml"
+    names = "{1: World, 2: Sports}"
+    file.write_text(f"model: {{path: here}}\noptimizer: {{lr: 1e-3, clip_norm: 0.5}}\ndata: {{label_names: {names}}}\n")
+    config = load_config(file, ["optimizer.lr=2e-3", "data.train=[a.json,b.json]"])
+    assert (config.optimizer.lr, config.optimizer.clip_norm, config.model.path) == (2e-3, 0.5, "here")
+    assert config.data.train == ["a.json", "b.json"]
+    assert config.data.label_names == {"1": "World", "2": "Sports"}
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_unknown_keys_suggest_the_right_one():
+    assert "did you mean optimizer.lr?" in refused(r"optimizer\.lrr = 1", "optimizer.lrr=1")
+    assert "did you mean optimizer?" in refused("optimzer", "optimzer.lr=1")
+    assert "known here: run, cluster" in refused("unknown key", "xyz=1")
+
+
+def test_wrong_types_and_choices_name_the_value():
+    refused("optimizer.lr = 'fast'.*Float", "optimizer.lr=fast")
+    refused("gossip.graph = 'rnig'.*ring", "gossip.graph=rnig")
+    refused("data.train = 'x'", "data.train=x")
+    refused("optimizer.lr.*nan|nan.*optimizer.lr", "optimizer.lr=.nan")
+    refused(r"optimizer.lr: Interpolation key 'x.y' not found", "optimizer.lr=${x.y}")
+    refused("cannot read the argument", "optimizer.lr")
+    refused("cannot read the argument '--verbose'", "--verbose")
+    refused("OptimizerConfig", "optimizer=3")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cluster.clients=0",
+        "algorithm.b2=1",
+        "algorithm.a1=1",
+        "algorithm.inner_steps=0",
+        "optimizer.lr=-1",
+        "gossip.every=0",
+        "gossip.chunk_mib=0",
+        "data.max_length=1",
+        "run.threads=0",
+        "run.seed=-1",
+        "logging.every=0",
+        "blocks.layers_per_block=0",
+    ],
+)
+def test_out_of_range(override):
+    refused(re.escape(override.split("=")[0]) + ".*out of range", override)
+
+
+def test_contradictions():
+    refused("gossip.graph = 'edge_list' with gossip.edges = None", "gossip.graph=edge_list")
+    refused("gossip.graph = 'ring' with gossip.edges = 'e.txt'", "gossip.edges=e.txt")
+    refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
+
+
+def test_missing_value_and_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no value for model\.path"):
+        load_config(None)
+    with pytest.raises(ConfigError, match=r"no configuration file.*absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("model:\n  path: {x\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml, line"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="keys and values"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ConfigError, match=r"binary\.yaml"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=40))
+def test_no_argument_makes_a_traceback(text):
+    try:
+        load_config(None, [*BASE, text])
+    except ConfigError as error:
+        assert str(error)
+
+
+def test_world_size():
+    config = load_config(None, [*BASE, "cluster.clients=3", "data.batch_size=8", "data.micro_batch_size=2"])
+    assert check_world(config, 6) == 2
+    with pytest.raises(ConfigError, match="7 ranks cannot be divided among 3 clients"):
+        check_world(config, 7)
+    with pytest.raises(ConfigError, match=r"data\.batch_size = 8 cannot be split over 3 ranks"):
+        check_world(config, 9)
+
+
+def test_output_folder_is_never_used_twice(tmp_path):
+    config = load_config(None, [*BASE, f"run.output={tmp_path / 'new'}"])
+    assert check_output(config) == tmp_path / "new"
+    (tmp_path / "new").mkdir()
+    check_output(config)
+    (tmp_path / "new" / "DONE").touch()
+    with pytest.raises(ConfigError, match="already used"):
+        check_output(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimization": {"stage": 2}}', "stage = 2"),
+        ('{"fp16": {"enabled": true}}', "fp16 cannot be set here"),
+        ('{"optimizer": {"type": "Adam"}}', "optimizer cannot be set here"),
+        ('{"zero_optimization": {"zero_hpz_partition_size": 2}}', "zero_hpz_partition_size cannot be set"),
+        ('{"zero_optimization": {"zero_quantized_weights": true}}', "zero_quantized_weights cannot be set"),
+        ('{"zero_optimization": {"offload_param": {"device": "nvme"}}}', "'nvme'"),
+        ('{"zero_optimization": 3}', "is a JSON object"),
+        ("[1]", "is a JSON object"),
+        ('{"a": 1,\n}', "line 2"),
+    ],
+)
+def test_deepspeed_json_is_checked_before_anything_starts(tmp_path, content, message):
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [*BASE, f"deepspeed={file}"])
+
+
+def test_deepspeed_json_that_fits(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    assert read_deepspeed_json(file)["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(None, [*BASE, f"deepspeed={tmp_path / 'none.json'}"])

@@ -1,0 +1,158 @@
+"""Files, folders, globs and hub names; every malformed row is named with file and line."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_samples import write_jsonl
+
+from deca_ds.data import sources
+from deca_ds.data.sources import HubName, find_sources, load_hub, read_rows
+from deca_ds.errors import DataError
+
+ROWS = [{"text": "one, two", "label": "a"}, {"text": 'say "hi"', "label": "b"}]
+
+
+def rows_of(path, **options):
+    return [row for _, row in read_rows(path, **options)]
+
+
+@pytest.mark.parametrize("kind", ["list", "data", "lines", "one"])
+def test_json_in_its_shapes(tmp_path, kind):
+    path = tmp_path / "rows.json"
+    content = {
+        "list": json.dumps(ROWS, indent=1),
+        "data": json.dumps({"data": ROWS, "version": 1}),
+        "lines": "\n".join(map(json.dumps, ROWS)),
+        "one": json.dumps(ROWS[0]),
+    }[kind]
+    path.write_text(content)
+    assert rows_of(path) == (ROWS[:1] if kind == "one" else ROWS)
+
+
+def test_strings_in_a_json_list_and_text_files_are_texts(tmp_path):
+    (tmp_path / "a.json").write_text('["one", "two"]')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\n")
+    assert rows_of(tmp_path / "a.json") == [{"text": "one"}, {"text": "two"}]
+    assert rows_of(tmp_path / "a.txt") == [{"text": "one\n\ntwo\n"}]
+
+
+def test_tables(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,label\n"one, two",a\n\n"say ""hi""",b\n')
+    (tmp_path / "b.csv").write_text('"one, two",a\n"say ""hi""",b\n')
+    (tmp_path / "c.tsv").write_text('text\tlabel\none, two\ta\nsay "hi"\tb\n')  # no quoting in TSV
+    assert rows_of(tmp_path / "a.csv") == ROWS
+    assert rows_of(tmp_path / "b.csv", column_names=["text", "label"]) == ROWS
+    assert rows_of(tmp_path / "c.tsv") == ROWS
+
+
+def test_values_that_other_readers_take_for_missing_stay_texts(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nNA,null\n1,None\n")
+    assert rows_of(path) == [{"text": "NA", "label": "null"}, {"text": "1", "label": "None"}]
+
+
+def test_parquet(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet"))[1] == (f"{tmp_path / 'a.parquet'}, row 2", ROWS[1])
+    (tmp_path / "b.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match=r"(?s)Parquet.*b\.parquet"):
+        rows_of(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "what"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n', "a.jsonl, line 3", "not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl, line 2", "UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl, line 2", "a row is a list"),
+        ("a.json", b'[\n{"text": "x"},\n{"text": }\n]', "a.json, line 3", "not valid JSON"),
+        ("a.json", b'[{"text": "x"}, 7]', "a.json, row 2", "a row is a int"),
+        ("a.json", b"3", "a.json", "holds a int"),
+        ("a.csv", b"text,label\nx,a\ny\n", "a.csv, line 3", "1 columns instead of 2"),
+        ("a.csv", b"text,label\nx,a,b\n", "a.csv, line 2", "3 columns instead of 2"),
+        ("a.csv", b'text,label\nx,a\n"y,b\nz\n', "a.csv, line 3", "malformed row"),
+        ("a.csv", b"text,label\nx,a\n\xff,b\n", "a.csv, line 3", "UTF-8"),
+        ("a.csv", b"text,text\nx,a\n", "a.csv, line 1", "twice"),
+        ("a.tsv", b"text\tlabel\nx\n", "a.tsv, line 2", "1 columns instead of 2"),
+        ("a.txt", b"fine\n\xff", "a.txt, line 2", "UTF-8"),
+    ],
+)
+def test_malformed_files_name_the_line(tmp_path, name, content, place, what):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=what) as error:
+        rows_of(path)
+    assert error.value.where.startswith(str(tmp_path / place))
+
+
+def test_entries_become_files_in_order_each_once(tmp_path):
+    for name in ("b.json", "a.jsonl", "deep/c.csv", "README.md", ".hidden.json", ".cache/d.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[]")
+    files = [tmp_path / name for name in ("a.jsonl", "b.json", "deep/c.csv")]
+    assert find_sources([str(tmp_path)], "data.train") == files
+    assert find_sources([str(tmp_path / "*.json*"), str(files[0])], "data.train") == files[:2]
+    assert find_sources([str(tmp_path / "**/*.csv")], "data.train") == files[2:]
+    bracket = tmp_path / "x[1].json"
+    bracket.write_text("[]")
+    assert find_sources([str(bracket)], "data.train") == [bracket]
+
+
+@pytest.mark.parametrize("entry", ["./nothing", "/no/where", "no.json", "no/such/thing", "~/nothing.csv"])
+def test_a_missing_path_is_no_hub_name(entry):
+    with pytest.raises(DataError, match=r"(?s)no such file.*data\.train"):
+        find_sources([entry], "data.train")
+
+
+def test_what_is_wrong_with_an_entry(tmp_path):
+    (tmp_path / "a.xml").write_text("")
+    with pytest.raises(DataError, match=r"(?s)unknown kind.*a\.xml.*\.jsonl"):
+        find_sources([str(tmp_path / "a.xml")], "data.train")
+    with pytest.raises(DataError, match="no data files in the folder"):
+        find_sources([str(tmp_path)], "data.train")
+    with pytest.raises(DataError, match="no file matches"):
+        find_sources([str(tmp_path / "*.json")], "data.train")
+    with pytest.raises(DataError, match="no such file"):
+        find_sources(["owner/name"], "data.per_client[0]", hub=False)
+
+
+def test_hub_names(monkeypatch):
+    names = find_sources(["owner/name-v1.1", "ag_news:test"], "data.train")
+    assert names == [HubName("owner/name-v1.1"), HubName("ag_news", "test")]
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    assert list(load_hub(names[0], "small", "train")) == ROWS
+    load_hub(names[1], None, "train")
+    assert asked == [(("owner/name-v1.1", "small"), {"split": "train"}), (("ag_news", None), {"split": "test"})]
+
+
+def test_an_unreachable_hub_is_one_clear_error(monkeypatch):
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmore")
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    with pytest.raises(DataError, match=r"(?s)'owner/name'.*ConnectionError: Couldn't reach.*data\.subset"):
+        load_hub(HubName("owner/name"), None, "train")
+
+
+def test_a_very_long_field_is_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(rows_of(path)[0]["text"]) == 200_000
+
+
+def test_rows_come_lazily(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    path.write_text(path.read_text() + "broken")
+    rows = read_rows(path)
+    assert next(rows)[1] == {"text": "x"}
+    with pytest.raises(DataError, match="line 2"):
+        next(rows)
