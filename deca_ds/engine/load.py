@@ -98,9 +98,7 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
 def find_blocks(config: Config, model: nn.Module) -> BlockPlan:
     """The model's blocks as the configuration wants them. Raises ModelError for a model without a list of layers."""
     try:
-        return split_into_blocks(
-            model, layers_per_block=config.blocks.layers_per_block, outside=config.blocks.outside
-        )
+        return split_into_blocks(model, layers_per_block=config.blocks.layers_per_block, outside=config.blocks.outside)
     except ValueError as error:
         raise ModelError(str(error), where="model.path", fix="use a model with a list of layers") from error
 

@@ -56,4 +56,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             (trainer.output / "DONE").write_text(f"{len(trainer.schedule)} inner steps\n")
             print(f"done: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
     return 0
-

@@ -9,23 +9,18 @@ from rich.table import Table
 
 from deca_ds.algorithm.blocks import BlockPlan
 
-_MOST_LABELS = 12  # columns for labels; a table with more says how many labels each client has
-
 
 def data_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """What each client trains on. summaries: `ClientData.summary` of every client."""
     table = Table(title="data of each client")
-    labels = sorted({label for summary in summaries for label in summary["labels"]})
     for column in ("client", "train", "own eval", "common eval", "target tokens"):
         table.add_column(column, justify="right")
-    wide = len(labels) > _MOST_LABELS
-    for label in ["labels"] if wide else labels:
-        table.add_column(label, justify="right")
+    table.add_column("examples by label")
     for summary in summaries:
-        counts = [summary["labels"].get(label, 0) for label in labels]
+        labels = sorted(summary["labels"].items(), key=lambda item: -item[1])
         table.add_row(
             *(str(summary[key]) for key in ("client", "train", "own_evaluation", "common_evaluation", "target_tokens")),
-            *([str(sum(count > 0 for count in counts))] if wide else [str(count or "-") for count in counts]),
+            ", ".join(f"{label} {count}" for label, count in labels),
         )
     return table
 

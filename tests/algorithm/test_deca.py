@@ -78,9 +78,7 @@ def test_the_step_is_elementwise(signal, cut, inner):
     v = torch.rand(40, generator=generator)
     rule = DecaRule(signal)
     whole = one_step(rule, theta, g, m, v, None, inner, 1e-3)
-    parts = [
-        one_step(rule, theta[s], g[s], m[s], v[s], None, inner, 1e-3) for s in (slice(0, cut), slice(cut, 40))
-    ]
+    parts = [one_step(rule, theta[s], g[s], m[s], v[s], None, inner, 1e-3) for s in (slice(0, cut), slice(cut, 40))]
     for index in range(4):
         assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
 

@@ -1,0 +1,25 @@
+"""Turn a finished run into a Hugging Face directory: python launchers/export.py RUN OUTPUT [--client N]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from deca_ds.checkpoint.commands import add_export_arguments, run_export
+from deca_ds.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 for a mistake the user can fix, which is then on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_export_arguments(parser)
+    try:
+        return run_export(parser.parse_args(argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
