@@ -94,7 +94,7 @@ def test_every_client_lacks_labels_that_its_neighbours_hold(config, tokenizer) -
     for client in range(config.cluster.clients):
         data = load_client_data(config, tokenizer, client)
         assert set(data.label_names) == LABELS
-        assert data.summary["common_evaluation"] == 400
+        assert data.summary["common_evaluation"] == 200
         counts.append(Counter(data.summary["labels"]))
     for count in counts:
         assert count.total() >= 400

@@ -145,15 +145,13 @@ def test_one_client_equals_torch_adamw_block_by_block(overrides):
         torch.testing.assert_close(saved.read(name, 0), parameter.detach(), rtol=0, atol=1e-6, msg=name)
 
 
-def test_ranks_accumulation_and_transport_change_nothing(overrides):
-    """1 rank x 2 micro-batches over torch = 2 ranks over MPI to rounding; the same layout twice is bit-identical."""
+def test_transport_chunks_ranks_and_accumulation_change_nothing(overrides):
+    """Torch and MPI, one chunk and many, give the same bits; 2 ranks equal 1 rank with accumulation to rounding."""
     one = run("deepspeed", 3, overrides(**{"gossip.graph": "star"}))
-    again = run("mpirun", 3, overrides(**{"gossip.graph": "star"}))
+    again = run("mpirun", 3, overrides(**{"gossip.graph": "star", "gossip.chunk_mib": 0.001}))
     two = run("mpirun", 6, overrides(**{"gossip.graph": "star"}))
-    chunked = run("mpirun", 3, overrides(**{"gossip.graph": "star", "gossip.chunk_mib": 0.001}))
     for client in range(3):
         for name in one.names:
             values = one.read(name, client)
-            assert torch.equal(values, again.read(name, client)), f"{name}: transports differ"
-            assert torch.equal(values, chunked.read(name, client)), f"{name}: chunks change the result"
+            assert torch.equal(values, again.read(name, client)), name
             torch.testing.assert_close(values, two.read(name, client), rtol=0, atol=1e-6)
