@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,19 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
                 config.model.path, config=architecture, revision=config.model.revision, **options
             )
     del zero_init
+    _return_freed_memory()
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # transformers makes the embeddings' output need a gradient, which would drive every backward pass through the
         # layers below the active block
         model.disable_input_require_grads()
     return model
+
+
+def _return_freed_memory() -> None:
+    """Give the host back what building freed: glibc would keep up to a whole model in its heap."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def find_blocks(config: Config, model: nn.Module) -> BlockPlan:

@@ -148,4 +148,5 @@ def main() -> None:
             print("FOUND " + json.dumps(found), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

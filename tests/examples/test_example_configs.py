@@ -1,0 +1,134 @@
+"""Examples, DeepSpeed files and documents fit the code: they load, and what they name exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from deca_ds.config.checks import check_world, read_deepspeed_json
+from deca_ds.config.load import load_config
+from deca_ds.config.schema import Config
+from deca_ds.data import validate_data_config
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.training.main import parser
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+DOCUMENTS = [REPOSITORY / file for file in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+FOLDERS = "benchmarks|deca_ds|ds_configs|examples|launchers|tests"
+SCRIPT = "launchers/train.py"
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def config_keys() -> set[str]:
+    keys = set()
+    for section in fields(Config):
+        default = getattr(Config(), section.name)
+        keys |= {f"{section.name}.{f.name}" for f in fields(default)} if is_dataclass(default) else {section.name}
+    return keys
+
+
+def reference() -> dict[str, str]:
+    """Key -> default, from the tables of README's configuration reference."""
+    _, _, text = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Configuration reference")
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| \S.* \|$", text, flags=re.MULTILINE)
+    assert len(rows) == len(dict(rows)), "a key stands twice"
+    return dict(rows)
+
+
+def commands(text: str) -> list[str]:
+    """Lines of bash blocks and of `#   ` lines in headers of examples that start the trainer; continuations joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks += ["\n".join(re.findall(r"^#   (.*)$", text, flags=re.MULTILINE))] if not blocks else []
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if SCRIPT in line]
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
+def test_example_loads_and_is_free_of_contradictions(path: Path) -> None:
+    config = load_config(path)
+    validate_data_config(config)  # without a client: nobody's own files are looked for
+    build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    assert check_world(config, config.cluster.clients) == 1
+    assert not config.model.trust_remote_code
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("ds_configs/*.json")), ids=name)
+def test_deepspeed_file_is_accepted(path: Path) -> None:
+    assert read_deepspeed_json(path)["zero_optimization"]["stage"] == 3
+
+
+def test_the_hosts_of_the_large_example_fit_its_clients() -> None:
+    slots = [int(line.split("slots=")[1]) for line in (REPOSITORY / "examples/hosts").read_text().splitlines()]
+    assert check_world(load_config(REPOSITORY / "examples/llama_7b_multinode.yaml"), sum(slots)) == 2
+
+
+def test_reference_lists_every_key_once() -> None:
+    assert reference().keys() == config_keys()
+
+
+def test_reference_has_the_defaults() -> None:
+    defaults = reference()
+    assert defaults.pop("model.path") == "required"
+    written = load_config(None, ["model.path=x", *(f"{key}={value}" for key, value in defaults.items())])
+    assert written == load_config(None, ["model.path=x"])
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *EXAMPLES], ids=name)
+def test_what_a_document_names_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = set(re.findall(rf"(?<![\w./~-])(?:{FOLDERS})/[\w./-]*\w", text))
+    targets = {target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target}
+    missing = [file for file in named if not (REPOSITORY / file).exists()]
+    missing += [target for target in targets if not (path.parent / target).exists()]
+    assert not missing
+    sections = {section.name for section in fields(Config) if is_dataclass(getattr(Config(), section.name))}
+    keys = set(re.findall(rf"(?<![\w./])(?:{'|'.join(sections)})\.[a-z]\w*", text)) - {"data.json", "run.yaml"}
+    assert keys <= config_keys()
+
+
+def test_anchors_of_readme_lead_to_headings() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
+
+
+@pytest.mark.parametrize("path", [DOCUMENTS[0], DOCUMENTS[-1], *EXAMPLES], ids=name)
+def test_commands_are_understood(path: Path) -> None:
+    for command in commands(path.read_text(encoding="utf-8")):
+        words = shlex.split(command.partition(" # ")[0])
+        arguments = parser().parse_intermixed_args(words[words.index(SCRIPT) + 1 :])
+        if arguments.config is not None and arguments.config.exists():
+            load_config(arguments.config, arguments.overrides)
+
+
+def test_readme_first_run_is_a_configuration(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    path = tmp_path / "my_run.yaml"
+    path.write_text(block)
+    config = load_config(path, ["optimizer.lr=2e-5", "gossip.graph=exponential"])
+    assert check_world(config, 4) == 1
+    (tmp_path / "my_data.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    config.data.train = [str(tmp_path / "my_data.jsonl")]
+    validate_data_config(config)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
+def test_example_starts_with_its_command(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    if path.parent.name != "demo":  # started by demo.py
+        assert any(name(path) in command for command in commands(header))
