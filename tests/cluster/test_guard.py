@@ -1,0 +1,80 @@
+"""How one rank's failure ends another rank, with processes that know nothing but the job's store."""
+
+import subprocess
+import sys
+
+import pytest
+from jobs import free_port
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from deca_ds.cluster.guard import guarded
+from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.store import open_job_store
+from deca_ds.errors import ConfigError
+
+rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+launch = Launch("deepspeed", rank, 3, rank, 3, ("127.0.0.1", port))
+with guarded(launch, open_job_store(launch, 20)) as guard:
+    guard.output = output
+    if what == "wait":
+        time.sleep(60)
+    elif what == "user":
+        raise ConfigError("the value is odd", where="some.key", fix="make it even")
+    elif what == "bug":
+        time.sleep(1)
+        raise RuntimeError("a defect")
+    elif what == "vanish":
+        import os
+        time.sleep(5)  # until the others are connected
+        os._exit(7)
+"""
+
+
+def run(tmp_path, *what: str) -> tuple[list[int], list[str]]:
+    port = free_port()
+    command = lambda rank: [sys.executable, "-c", WORKER, str(rank), str(port), what[rank], str(tmp_path)]  # noqa: E731
+    processes = [
+        subprocess.Popen(command(rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(3)
+    ]
+    try:
+        outputs = [process.communicate(timeout=45)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.mark.multiprocess
+def test_the_first_failure_ends_all_and_is_told_once(tmp_path):
+    codes, outputs = run(tmp_path, "wait", "wait", "user")
+    assert codes == [2, 2, 2]
+    text = "".join(outputs)
+    assert text.count("rank 2") == 1 and text.count("the value is odd") == 1 and "make it even" in text
+    assert "Traceback" not in text
+    assert "the value is odd" in (tmp_path / "FAILED").read_text()
+
+
+@pytest.mark.multiprocess
+def test_a_defect_keeps_its_traceback_and_the_first_one_wins(tmp_path):
+    codes, outputs = run(tmp_path, "wait", "user", "bug")
+    assert codes == [2, 2, 2]
+    assert "the value is odd" in "".join(outputs) and "a defect" not in (tmp_path / "FAILED").read_text()
+    codes, outputs = run(tmp_path / "none", "wait", "bug", "wait")
+    assert codes == [1, 1, 1]
+    assert "RuntimeError: a defect" in outputs[1] and "Traceback" in outputs[1]
+
+
+@pytest.mark.multiprocess
+def test_a_rank_0_that_vanishes_ends_the_others(tmp_path):
+    codes, outputs = run(tmp_path, "vanish", "wait", "wait")
+    assert codes == [7, 1, 1]
+    assert "rank 0 is gone" in outputs[1] + outputs[2]
+
+
+@pytest.mark.multiprocess
+def test_success_ends_all_with_zero(tmp_path):
+    codes, outputs = run(tmp_path, "fine", "fine", "fine")
+    assert codes == [0, 0, 0] and "ERROR" not in "".join(outputs)
