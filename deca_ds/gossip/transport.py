@@ -94,7 +94,7 @@ class PointToPoint(ABC):
         """See Transport. Client j sums slice j for all and sends it back: 2 (n-1)/n of the tensor per client travel."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"all_reduce_sum takes a contiguous CPU tensor, got one on {tensor.device}")
-        if self.clients > 1:
+        if self.clients > 1 and tensor.numel() > 0:
             for piece in tensor.view(-1).split(REDUCE_PIECE):
                 self._reduce_piece(piece)
 

@@ -61,19 +61,18 @@ class Evaluator:
                 mean /= self.cluster.clients
                 squared += (values.cpu().float() - mean).double().square().sum()
                 values.copy_(mean)
-            common = self.data.common_evaluation
-            dataset = common if common is not None else self.data.own_evaluation
-            scores = self._score(dataset, everyone=True, shared=common is not None) if dataset is not None else None
+            if self.data.common_evaluation is not None:
+                scores = self._score(self.data.common_evaluation, shared=True)
+            else:  # private sets, of which a client may have none
+                own = self.data.own_evaluation
+                scores = average(self.transport.gather_json(None if own is None else self._score(own)))
             self.client.end_scoring()
         self.transport.all_reduce_sum(squared)
         distance = (self.client.client_sum(float(squared)) / self.cluster.clients) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
 
-    def _score(self, dataset: Dataset, *, everyone: bool = False, shared: bool = False) -> dict[str, Any]:
-        """Scores over `dataset`, by this client alone, or pooled over every client.
-
-        shared: all clients hold the same dataset, so that each takes a part of it.
-        """
+    def _score(self, dataset: Dataset, *, shared: bool = False) -> dict[str, Any]:
+        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it."""
         rank, ranks = self.cluster.shard, self.cluster.ranks
         if shared:
             rank, ranks = self.cluster.launch.rank, self.cluster.launch.world_size
@@ -88,10 +87,7 @@ class Evaluator:
         totals = on_device.cpu().contiguous()
         if shared:
             self.transport.all_reduce_sum(totals)
-        summary = summarize(totals, dataset, self.data.label_names)
-        if everyone and not shared:
-            summary = average(self.transport.gather_json(summary))
-        return summary
+        return summarize(totals, dataset, self.data.label_names)
 
 
 def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> dict[str, Any]:
@@ -120,12 +116,18 @@ def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> d
     }
 
 
-def average(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Pool the summaries of sets that different clients hold: the mean of every number, weighted by examples."""
-    weights = [summary["examples"] for summary in summaries]
-    keys = [key for key in ("loss", "accuracy", "macro_f1") if all(key in summary for summary in summaries)]
-    pooled = {key: float(np.average([s[key] for s in summaries], weights=weights)) for key in keys}
-    return pooled | {"perplexity": float(np.exp(pooled["loss"])), "examples": sum(weights)}
+def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """Pool the summaries of sets that different clients hold: the mean of every score, weighted by examples.
+
+    None stands for a client without a set; with no set at all the result is empty.
+    """
+    held = [summary for summary in summaries if summary is not None]
+    if not held:
+        return {}
+    weights = [summary["examples"] for summary in held]
+    keys = [key for key in ("loss", "accuracy", "macro_f1") if all(key in summary for summary in held)]
+    pooled = {key: float(np.average([summary[key] for summary in held], weights=weights)) for key in keys}
+    return pooled | {"examples": sum(weights)}
 
 
 def _language_scores(losses: np.ndarray, counts: np.ndarray) -> dict[str, Any]:

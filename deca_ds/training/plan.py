@@ -10,7 +10,7 @@ from deca_ds.config.checks import check_output, check_world
 from deca_ds.data import load_client_data, validate_data_config
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.training.setup import build_schedule, compare_label_names
+from deca_ds.training.setup import build_schedule, compare_data
 from deca_ds.training.tables import block_table, data_table
 
 
@@ -35,8 +35,9 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
         console.print("data: one path per client; each client's ranks open their own only")
     else:
         data = [load_client_data(config, tokenizer, client) for client in range(clients)]
-        compare_label_names([part.label_names for part in data])
-        console.print(data_table([part.summary for part in data]))
+        summaries = [part.summary for part in data]
+        compare_data(summaries, [part.label_names for part in data])
+        console.print(data_table(summaries))
     schedule = build_schedule(config, len(plan.blocks))
     console.print(
         f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "

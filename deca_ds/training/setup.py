@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import disable_progress_bars
@@ -46,7 +47,7 @@ def build(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> T
     disable_progress_bars()
     data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
     summaries = transport.gather_json(data.summary)
-    compare_label_names(transport.gather_json(data.label_names))
+    compare_data(summaries, transport.gather_json(data.label_names))
 
     output.mkdir(parents=True, exist_ok=True)
     guard.output = output
@@ -114,12 +115,19 @@ def build_rule(config: Config) -> DecaRule:
     return DecaRule(signal=a.signal, a1=a.a1, a2=a.a2, b1=a.b1, b2=a.b2, eps=a.eps)
 
 
-def compare_label_names(names: Sequence[list[str]]) -> None:
-    """Raise DataError unless all clients number the same labels in the same way."""
-    for client, others in enumerate(names):
-        if others != names[0]:
+def compare_data(summaries: Sequence[dict[str, Any]], label_names: Sequence[list[str]]) -> None:
+    """Raise DataError unless all clients number the same labels alike and hold equally large common evaluation sets."""
+    for client, (summary, names) in enumerate(zip(summaries, label_names, strict=True)):
+        if names != label_names[0]:
             raise DataError(
-                f"client 0 has the labels {names[0]}, client {client} has {others}",
+                f"client 0 has the labels {label_names[0]}, client {client} has {names}",
                 where="data.label_names",
                 fix="name all labels in data.label_names, so that every client knows the same ones",
+            )
+        if summary["common_evaluation"] != summaries[0]["common_evaluation"]:
+            raise DataError(
+                f"the common evaluation set has {summaries[0]['common_evaluation']} examples at client 0 and "
+                f"{summary['common_evaluation']} at client {client}",
+                where="data.evaluation",
+                fix="give every client the same files",
             )

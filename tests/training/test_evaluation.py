@@ -33,6 +33,9 @@ def test_the_likeliest_label_counts():
 
 
 def test_private_sets_are_pooled_by_size():
-    pooled = average([{"loss": 1.0, "examples": 1, "accuracy": 0.0}, {"loss": 3.0, "examples": 3, "accuracy": 1.0}])
+    pooled = average(
+        [{"loss": 1.0, "examples": 1, "accuracy": 0.0}, None, {"loss": 3.0, "examples": 3, "accuracy": 1.0}]
+    )
     assert pooled["loss"] == 2.5 and pooled["accuracy"] == 0.75 and pooled["examples"] == 4
     assert "macro_f1" not in pooled
+    assert average([None, None]) == {}
