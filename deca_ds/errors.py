@@ -14,6 +14,8 @@ class UserError(ValueError):
     fix: what to change. The three make up the message, a line each.
     """
 
+    private = False  # whether the message may quote a client's data, and so stays with that client
+
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
         lines = [what]
@@ -30,6 +32,8 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file is missing, malformed or leaves a client without examples."""
+
+    private = True
 
 
 class ModelError(UserError):

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_export(parser.parse_args(argv))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"ERROR: {error}", file=sys.stderr)
         return 2
 
 

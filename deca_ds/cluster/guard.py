@@ -2,7 +2,8 @@
 
 The first rank that fails writes its message to the job's store. A thread in every other rank sees it there and ends its
 process, whatever the process waits for (a collective, a message, a slow disk). The job leaves a FAILED marker with the
-message of that first rank, or a DONE marker.
+message of that first rank, or a DONE marker. What may quote a client's data is told on that client's own output and in
+its own FAILED file; the others learn which rank it was and what kind of failure.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class JobGuard:
 
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
-        message = str(error) if isinstance(error, UserError) else traceback.format_exc()
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
-        report = json.dumps(self._report(message, code))
+        report = json.dumps(self._report(public_message(error), code))
         first = report
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
             first = self._store.store.compare_set(_FAILED_KEY, "", report).decode() or report
-        self._leave(json.loads(first), announce=first == report)
+        if first == report:
+            self._leave(self._report(_whole_message(error), code), announce=True)
+        self._leave(json.loads(first))
 
     def finish(self) -> None:
         """Stop watching: every rank is through. Rank 0 leaves last, because it hosts the store."""
@@ -104,6 +106,20 @@ class JobGuard:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def public_message(error: BaseException) -> str:
+    """What other clients may read of `error`: nothing that could quote data."""
+    kind = type(error).__name__
+    if isinstance(error, UserError):
+        return f"{kind}; its message stays with that rank, see its own output" if error.private else str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return f"{kind}{place}; its message and traceback stay with that rank, see its own output"
+
+
+def _whole_message(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
 
 
 @contextlib.contextmanager

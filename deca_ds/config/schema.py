@@ -115,7 +115,7 @@ class GossipConfig:
 class DataConfig:
     """What is trained on, and how it is shared out among the clients."""
 
-    # files (globs allowed), folders or a hub name, shared out by `partition`
+    # files (globs allowed), folders or a hub name (owner/name or owner/name:split), shared out by `partition`
     train: list[str] = field(default_factory=list)
     # instead of train: client i's own file, folder or glob at place i; only client i's ranks open it
     per_client: list[str] = field(default_factory=list)
@@ -156,7 +156,7 @@ class EvaluationConfig:
 
 @dataclass
 class LoggingConfig:
-    """metrics.jsonl is always written; this is the rest."""
+    """The JSON Lines in metrics/ are always written; this is the rest."""
 
     every: int = 1  # inner steps between metric lines
     tensorboard: bool = False  # write TensorBoard event files too (needs the tensorboard extra)

@@ -91,6 +91,13 @@ def _check_where_data_comes_from(data: DataConfig, clients: int) -> None:
 
 
 def _check_partition(data: DataConfig) -> None:
+    if data.per_client and data.partition_column:
+        raise ConfigError(
+            f"data.partition_column = {data.partition_column!r} with data.per_client: nothing is shared out, and the "
+            "column's values would be counted in the table that all clients see",
+            where="data.partition_column",
+            fix="leave it out",
+        )
     if data.partition == "iid":
         return
     if data.per_client:

@@ -84,9 +84,14 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
         if config.model.init == "random":
             model = AutoModelForCausalLM.from_config(architecture, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model.path, config=architecture, revision=config.model.revision, **options
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                config.model.path,
+                config=architecture,
+                revision=config.model.revision,
+                output_loading_info=True,
+                **options,
             )
+            _refuse_incomplete(config.model.path, loading)
     del zero_init
     _return_freed_memory()
     if config.model.gradient_checkpointing:
@@ -95,6 +100,19 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
         # layers below the active block
         model.disable_input_require_grads()
     return model
+
+
+def _refuse_incomplete(path: str, loading: dict[str, Any]) -> None:
+    """Raise ModelError for parameters that the weight files lack or hold in another shape: they would be random."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in loading.get(kind) or ())
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ModelError(
+                f"the weights of {path!r} do not fit its config.json; {kind.replace('_', ' ')}: {shown}",
+                where="model.path",
+                fix="give a complete model folder, or model.init=random to train from random weights",
+            )
 
 
 def _return_freed_memory() -> None:
@@ -117,6 +135,8 @@ def _explained(path: str, key: str) -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     try:
         yield
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"cannot load {path!r}: {error}",

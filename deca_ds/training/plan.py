@@ -44,6 +44,9 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
         f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
     )
     if ranks is None:
-        console.print(f"launch: any multiple of {clients} ranks; state per rank above is for 1 rank per client")
+        console.print(
+            f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
+            "state per rank above is for k = 1"
+        )
     else:
         console.print(f"launch: {world_size} ranks = {clients} clients x {ranks} ranks")

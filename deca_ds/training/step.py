@@ -47,7 +47,7 @@ def inner_step(
             )
         if mixes:
             under_way.append((chunk, gossip.start(step.gossip, state.grad[chunk], index)))
-            if len(under_way) > _WINDOW:
+            if len(under_way) == _WINDOW:
                 accept_oldest()
     while under_way:
         accept_oldest()

@@ -6,13 +6,16 @@ import sys
 import pytest
 from jobs import free_port
 
+from deca_ds.cluster.guard import public_message
+from deca_ds.errors import DataError
+
 WORKER = """
 import sys, time
 from pathlib import Path
 from deca_ds.cluster.guard import guarded
 from deca_ds.cluster.launch import Launch
 from deca_ds.cluster.store import open_job_store
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, DataError
 
 rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 launch = Launch("deepspeed", rank, 3, rank, 3, ("127.0.0.1", port))
@@ -22,6 +25,8 @@ with guarded(launch, open_job_store(launch, 20)) as guard:
         time.sleep(60)
     elif what == "user":
         raise ConfigError("the value is odd", where="some.key", fix="make it even")
+    elif what == "data":
+        raise DataError("row 3 says 'secret'")
     elif what == "bug":
         time.sleep(1)
         raise RuntimeError("a defect")
@@ -65,6 +70,15 @@ def test_a_defect_keeps_its_traceback_and_the_first_one_wins(tmp_path):
     codes, outputs = run(tmp_path / "none", "wait", "bug", "wait")
     assert codes == [1, 1, 1]
     assert "RuntimeError: a defect" in outputs[1] and "Traceback" in outputs[1]
+
+
+@pytest.mark.multiprocess
+def test_what_may_quote_data_stays_with_its_rank(tmp_path):
+    codes, outputs = run(tmp_path, "wait", "wait", "data")
+    assert codes == [2, 2, 2]
+    assert "secret" in outputs[2] and "secret" not in outputs[0] + outputs[1]
+    shared = public_message(DataError("row 3 says 'secret'")) + public_message(KeyError("secret"))
+    assert "secret" not in shared and "DataError" in shared and "KeyError" in shared
 
 
 @pytest.mark.multiprocess

@@ -183,6 +183,19 @@ def test_one_client_s_bad_data_ends_the_job_with_file_and_line(config, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_incomplete_weights_are_refused(config, tmp_path, tiny_model):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    finished = launch("deepspeed", 2, ["--config", str(config), f"model.path={broken}"])
+    assert finished.code != 0
+    assert finished.output.count("model.layers.1.mlp.up_proj.weight") == 1, finished.output[-3000:]
+
+
 def test_divergence_names_the_client_and_leaves_a_failed_marker(config, tmp_path):
     overrides = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "optimizer.clip_norm=0"]
     finished = launch("deepspeed", 4, ["--config", str(config), *overrides])
