@@ -1,4 +1,4 @@
-"""Real runs on a real pretrained model: the loss falls, clients stay together, both transports give the same numbers.
+"""Real runs on a real pretrained model: how the loss falls, how far clients are apart, whether transports agree.
 
     python benchmarks/real_data.py stories|news|tasks [key=value ...]
 
