@@ -1,22 +1,30 @@
 """What an inner step without gossip costs over a bare forward and backward pass of the same engine.
 
-    python benchmarks/step_overhead.py                                      (one rank)
-    deepspeed --num_accelerators 2 benchmarks/step_overhead.py              (two ranks)
+    python benchmarks/step_overhead.py [key=value ...]                                      (one rank)
+    deepspeed --num_accelerators 2 benchmarks/step_overhead.py [key=value ...]              (two ranks)
 
-Both are timed in turn, in one process, on the same batch and the same active block of a random Llama. The bare pass is
-what ZeRO-3 cannot do without: gather, forward, loss, backward, release; its gradients are dropped as soon as autograd
-has made them. The step adds the gradient's reduction to float32 shards, its norm, Adam and the write-back. Prints the
-medians and their ratio.
+Three things are timed in turn, in one process, on the same batch and with the same active block, in the middle of a
+random Llama:
+
+    bare      what ZeRO-3 cannot do without: gather, forward, loss, backward, release; gradients are dropped as soon as
+              autograd has made them, so there is no reduction over the ranks
+    gradient  bare, plus the gradient's reduction to float32 shards, token counts, norm and clipping
+    step      gradient, plus Adam and the write-back: the trainer's inner step of a client without neighbours
+
+Prints the medians and their ratios to the bare pass, by the clock and in CPU seconds of rank 0. On a busy machine the
+CPU seconds are the steadier figure.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,64 +46,61 @@ from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.step import inner_step
 
-REPETITIONS, WARM_UP = 7, 1
+REPETITIONS, WARM_UP = 15, 2
 ROWS, LENGTH = 4, 256  # of a rank's batch
 SHAPE = dict(vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8)
 
 
 def bare_pass(client: Client, batch: dict[str, torch.Tensor]) -> None:
+    client._reducer._take = lambda index, parameter: setattr(parameter, "grad", None)  # hides the method
     client.model.train()
     logits = client.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
     internals.partition_all(client._zero)
+    del client._reducer._take
 
 
-def timed(action: Callable[[], object]) -> float:
+def timed(action: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds by the clock and of this process's CPU time."""
     dist.barrier()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - started
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, time.process_time() - used
 
 
-def measure(client: Client, block: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of both, interleaved, and their ratio, for one active block."""
+def measure(client: Client, block: int, device: torch.device) -> dict[str, Any]:
+    """Median seconds of all three, interleaved, and their ratios to the bare pass, for one active block."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH), generator=generator).to(device)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     gossip = Gossip(LocalNetwork(1).transport(0), build_mixing(GossipConfig(), 1, 0), 16.0, device)
-    steps = Schedule(rounds=1, blocks=len(client.plan.blocks), inner_steps=10**6)
+    first = Schedule(rounds=1, blocks=len(client.plan.blocks), inner_steps=1).step(0)
     options = load_config(None, ["model.path=x"]).optimizer
-    names = set(client.plan.blocks[block].names)
-    trained = [p for name, p in client.model.named_parameters() if name in names]
-
-    def bare() -> None:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
-        internals.forget_trace(client._zero)
-        times["bare"] += [timed(lambda: bare_pass(client, batch)) for _ in range(WARM_UP + 1)][WARM_UP:]
-        for hook in hooks:
-            hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-
-    def step() -> None:
-        state = client.open_block(block)
-        run = lambda: inner_step(client, state, DecaRule(), gossip, steps.step(0), [batch], 1e-4, options)  # noqa: E731
-        times["step"] += [timed(run) for _ in range(WARM_UP + 1)][WARM_UP:]
-        client.close_block()
-
-    times: dict[str, list[float]] = {"bare": [], "step": []}
-    for repetition in range(REPETITIONS):
-        for action in (bare, step) if repetition % 2 else (step, bare):
-            action()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "bare_s": medians["bare"],
-        "step_s": medians["step"],
-        "ratio": medians["step"] / medians["bare"],
-        "ratio_of_minima": min(times["step"]) / min(times["bare"]),
+    state = client.open_block(block)
+    actions: dict[str, Callable[[], object]] = {
+        "bare": lambda: bare_pass(client, batch),
+        "gradient": lambda: client.gradient([batch], options.clip_norm),
+        "step": lambda: inner_step(client, state, DecaRule(), gossip, first, [batch], 1e-4, options),
     }
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
+    names = list(actions)
+    for repetition in range(WARM_UP + REPETITIONS):
+        for name in names[repetition % 3 :] + names[: repetition % 3]:
+            taken[name].append(timed(actions[name], device))
+    client.close_block()
+    result: dict[str, Any] = {"repetitions": REPETITIONS}
+    for place, clock in enumerate(("seconds", "cpu_seconds")):
+        values = {name: [pair[place] for pair in pairs[WARM_UP:]] for name, pairs in taken.items()}
+        medians = {name: statistics.median(each) for name, each in values.items()}
+        result[clock] = {name: round(value, 4) for name, value in medians.items()}
+        for name in ("gradient", "step"):
+            quotients = [x / y for x, y in zip(values[name], values["bare"], strict=True)]
+            low, _, high = statistics.quantiles(quotients, n=4)
+            result[f"{name}_{clock}_ratio"] = round(medians[name] / medians["bare"], 3)
+            result[f"{name}_{clock}_ratio_quartiles"] = [round(low, 3), round(high, 3)]
+    return result
 
 
 def main() -> None:
@@ -110,11 +115,12 @@ def main() -> None:
         )  # fmt: skip
         cluster = connect(config, launch, store)
         client = Client(config, load_model(config, load_architecture(config.model)), cluster.device)
-        for block in (0, len(client.plan.blocks) // 2, len(client.plan.blocks) - 1):
-            result = measure(client, block, cluster.device)
-            if cluster.is_main:
-                label = client.plan.blocks[block].label
-                print(json.dumps({"ranks": cluster.ranks, "block": label, **result}), flush=True)
+        block = len(client.plan.blocks) // 2
+        result = measure(client, block, cluster.device)
+        if cluster.is_main:
+            size = sum(math.prod(client.shapes[name]) for name in client.plan.blocks[block].names)
+            about = {"ranks": cluster.ranks, "block": client.plan.blocks[block].label, "block_parameters": size}
+            print(json.dumps(about | result), flush=True)
 
 
 if __name__ == "__main__":
