@@ -1,0 +1,161 @@
+"""Peak memory of block-wise DECA and of AdamW on the whole model, and what 200 block switches leave behind.
+
+    python benchmarks/memory.py
+
+Each case is a process of its own, on the CPU in float32, on the same random Llama of about 110 million parameters and
+the same short batch, so that activations hardly count. A figure is the process's peak resident memory (ru_maxrss) minus
+its peak after the imports and the connection. DECA trains every block once, one step each, with blocks of one layer.
+Prints a line a case and writes benchmarks/results/memory.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+DEADLINE_S = 400
+ROWS, LENGTH = 1, 64
+SHAPE = dict(
+    vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+)  # fmt: skip
+SMALL = SHAPE | dict(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4)
+LEAN = f"deepspeed={REPOSITORY / 'ds_configs' / 'zero3_lean.json'}"
+WARM_UP_SWITCHES, SWITCHES = 40, 200
+# name: kind, ranks, overrides
+CASES: dict[str, tuple[str, int, list[str]]] = {
+    "AdamW, whole model": ("adamw", 1, []),
+    "DECA, 1 rank, DeepSpeed's defaults": ("deca", 1, []),
+    "DECA, 1 rank, lean": ("deca", 1, [LEAN]),
+    "DECA, 2 ranks, lean": ("deca", 2, [LEAN]),
+    "DECA, 200 switches": ("switches", 1, [LEAN]),
+}
+
+
+def peak() -> int:
+    """Peak resident memory of this process so far, in bytes (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def adamw() -> dict[str, Any]:
+    """Three steps of torch's AdamW on the whole model: parameters, gradients and two moments, 16 bytes a parameter."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    before = peak()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "bytes": peak() - before}
+
+
+def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
+    """One client, every block in turn (kind deca), or many block switches on a small model (kind switches)."""
+    import gc
+    import math
+
+    import torch
+    from transformers import LlamaConfig
+
+    from deca_ds.algorithm.deca import DecaRule
+    from deca_ds.algorithm.schedule import Schedule
+    from deca_ds.cluster import connect, read_launch
+    from deca_ds.cluster.guard import guarded
+    from deca_ds.cluster.store import open_job_store
+    from deca_ds.config import load_config
+    from deca_ds.config.schema import GossipConfig
+    from deca_ds.engine.client import Client
+    from deca_ds.engine.load import load_architecture, load_model
+    from deca_ds.gossip.local import LocalNetwork
+    from deca_ds.gossip.mix import Gossip
+    from deca_ds.gossip.schedule import build_mixing
+    from deca_ds.training.step import inner_step
+
+    launch = read_launch()
+    store = open_job_store(launch, 60)
+    with guarded(launch, store), tempfile.TemporaryDirectory() as folder:
+        LlamaConfig(**(SMALL if kind == "switches" else SHAPE)).save_pretrained(folder)
+        base = [f"model.path={folder}", "model.init=random", "run.device=cpu", "run.threads=1"]
+        config = load_config(None, [*base, "blocks.layers_per_block=1", "data.micro_batch_size=1", *overrides])
+        cluster = connect(config, launch, store)
+        import deepspeed  # noqa: F401  part of the imports
+
+        before = peak()
+        client = Client(config, load_model(config, load_architecture(config.model)), cluster.device)
+        gossip = Gossip(LocalNetwork(1).transport(0), build_mixing(GossipConfig(), 1, 0))
+        first = Schedule(rounds=1, blocks=len(client.plan.blocks), inner_steps=1).step(0)
+        ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+        def train(switches: int) -> dict[str, int]:
+            for switch in range(switches):
+                state = client.open_block(switch % len(client.plan.blocks))
+                inner_step(client, state, DecaRule(), gossip, first, [batch], 1e-4, config.optimizer)
+                client.close_block()
+                del state
+            gc.collect()
+            tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+            return {"resident_bytes": resident(), "live_tensors": tensors}
+
+        size = {"parameters": sum(map(math.prod, client.shapes.values()))}
+        if kind == "switches":
+            return size | {"before": train(WARM_UP_SWITCHES), "after": train(SWITCHES), "switches": SWITCHES}
+        blocks = [sum(math.prod(client.shapes[name]) for name in block.names) for block in client.plan.blocks]
+        train(len(blocks))
+        return size | {"largest_block": max(blocks), "bytes": peak() - before}
+
+
+def run(kind: str, ranks: int, overrides: list[str]) -> dict[str, Any]:
+    """One case in processes of its own; of several ranks, the one that took most."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port)]
+            launcher += ["--log_level", "error", "--hostfile", os.devnull]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DECA_BENCHMARK_OUTPUT": folder}
+        subprocess.run(
+            [*launcher, str(Path(__file__)), kind, *overrides],
+            cwd=REPOSITORY, env=environment, check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        return max((json.loads(path.read_text()) for path in Path(folder).iterdir()), key=lambda r: r.get("bytes", 0))
+
+
+def main() -> None:
+    results = {}
+    for name, case in CASES.items():
+        results[name] = result = run(*case)
+        if "bytes" in result:
+            result["bytes_per_parameter"] = round(result["bytes"] / result["parameters"], 2)
+            result["of_adamw"] = round(result["bytes"] / results["AdamW, whole model"]["bytes"], 3)
+        print(name, result, flush=True)
+    target = REPOSITORY / "benchmarks" / "results" / "memory.json"
+    target.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]  # the launcher adds --local_rank
+    if words:
+        report = adamw() if words[0] == "adamw" else deca(words[0], words[1:])
+        (Path(os.environ["DECA_BENCHMARK_OUTPUT"]) / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(report))
+    else:
+        main()
