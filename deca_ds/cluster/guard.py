@@ -40,6 +40,9 @@ class JobGuard:
         self._store = store
         self._parent = os.getppid()
         self._finished = threading.Event()
+        # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
+        # reported, and must not end the process before the message is told.
+        self._leaving = threading.Lock()
         self._thread: threading.Thread | None = None
         if launch.world_size > 1:
             self._thread = threading.Thread(target=self._watch, args=(store.reconnect(),), daemon=True)
@@ -47,6 +50,7 @@ class JobGuard:
 
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
+        self._leaving.acquire()
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
         report = json.dumps(self._report(public_message(error), code))
         first = report
@@ -71,16 +75,23 @@ class JobGuard:
 
     def _watch(self, store: Store) -> None:
         while not self._finished.wait(_POLL_S):
-            if os.getppid() != self._parent:  # the launcher was killed: nobody would ever collect this process
-                self._leave(self._report("the launcher is gone, so this rank stops", FAILURE_CODE), announce=True)
             try:
-                failed = store.check([_FAILED_KEY])
+                report, announce = self._look(store)
             except RuntimeError:
                 if self._finished.is_set():
                     return
-                self._leave(self._report("rank 0 is gone: it ended without a report", FAILURE_CODE), announce=True)
-            if failed:
-                self._leave(json.loads(store.get(_FAILED_KEY).decode()))
+                report, announce = self._report("rank 0 is gone: it ended without a report", FAILURE_CODE), True
+            if report is not None:
+                self._leaving.acquire()
+                self._leave(report, announce)
+
+    def _look(self, store: Store) -> tuple[dict | None, bool]:
+        """A reason to end this process, if there is one, and whether it has yet to be told."""
+        if os.getppid() != self._parent:  # the launcher was killed: nobody would ever collect this process
+            return self._report("the launcher is gone, so this rank stops", FAILURE_CODE), True
+        if store.check([_FAILED_KEY]):
+            return json.loads(store.get(_FAILED_KEY).decode()), False
+        return None, False
 
     def _report(self, message: str, code: int) -> dict:
         return {"rank": self.launch.rank, "host": self.launch.host, "message": message, "code": code}

@@ -25,6 +25,11 @@ with guarded(launch, open_job_store(launch, 20)) as guard:
         time.sleep(60)
     elif what == "user":
         raise ConfigError("the value is odd", where="some.key", fix="make it even")
+    elif what == "slow":  # long after the report is in the store, the message is still being put together
+        from deca_ds.cluster import guard as module
+
+        module._whole_message = lambda error: time.sleep(3) or "told in full"
+        raise RuntimeError("a defect")
     elif what == "data":
         raise DataError("row 3 says 'secret'")
     elif what == "bug":
@@ -70,6 +75,13 @@ def test_a_defect_keeps_its_traceback_and_the_first_one_wins(tmp_path):
     codes, outputs = run(tmp_path / "none", "wait", "bug", "wait")
     assert codes == [1, 1, 1]
     assert "RuntimeError: a defect" in outputs[1] and "Traceback" in outputs[1]
+
+
+@pytest.mark.multiprocess
+def test_a_rank_s_own_watcher_does_not_cut_its_message_short(tmp_path):
+    codes, outputs = run(tmp_path, "wait", "slow", "wait")
+    assert codes == [1, 1, 1]
+    assert "told in full" in outputs[1]
 
 
 @pytest.mark.multiprocess
