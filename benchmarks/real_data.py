@@ -1,10 +1,11 @@
 """Real runs on a real pretrained model: how the loss falls, how far clients are apart, whether transports agree.
 
-    python benchmarks/real_data.py stories|news|tasks [key=value ...]
+    python benchmarks/real_data.py stories|long|news|tasks [key=value ...]
 
 Four clients of two ranks each on the CPU, stories260k as the model, started with mpirun (MPI transport) and with the
-deepspeed launcher (torch transport). Prints a line per evaluation, compares both runs' losses and final parameters bit
-for bit and writes the figures to benchmarks/results/. The data is not part of the project: DECA_TEST_DATA names its
+deepspeed launcher (torch transport); "long" also runs a control whose clients never gossip. Prints a line per
+evaluation, compares both transports' losses and final parameters bit for bit and writes the figures to
+benchmarks/results/. The data is not part of the project: DECA_TEST_DATA names its
 folder (stories260k/, tinyshakespeare/, ag_news/, natural_instructions_64/).
 """
 
@@ -27,7 +28,7 @@ from deca_ds.checkpoint.shards import ShardedModel
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("DECA_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
-CLIENTS, RANKS, DEADLINE_S = 4, 8, 1200
+CLIENTS, RANKS, DEADLINE_S = 4, 8, 3600
 TASKS = (1231, 68, 1272, 563)  # English and short: nouns and verbs counted, number of the object, events, dialogue acts
 COMMON = [
     f"model.path={DATA / 'stories260k'}",
@@ -46,6 +47,11 @@ def runs() -> dict[str, list[str]]:
         "stories": [
             *(f"data.train=[{DATA / 'tinyshakespeare/input.txt'}]", "data.format=text", "data.max_length=256"),
             *("data.common_holdout=0.02", "algorithm.rounds=2", "evaluation.every=24"),
+        ],
+        "long": [
+            *(f"data.train=[{DATA / 'tinyshakespeare/input.txt'}]", "data.format=text", "data.max_length=128"),
+            *("data.common_holdout=0.02", "algorithm.rounds=10", "evaluation.every=24", "data.batch_size=4"),
+            "data.micro_batch_size=2",
         ],
         "news": [
             *(f"data.train=[{DATA / 'ag_news/test.csv'}]", "data.format=classification", "data.partition=dirichlet"),
@@ -127,10 +133,16 @@ def main() -> None:
             for name in models["mpi"].names
             for client in range(CLIENTS)
         )
+        control = []
+        if kind == "long":
+            alone = Path(folder) / "isolated"
+            seconds["isolated"] = start("torch", [*runs()[kind], *overrides, "gossip.graph=isolated"], alone)
+            control = evaluations(alone)
         result = {
             "run": kind,
             "overrides": overrides,
             "evaluations": curves["mpi"],
+            "evaluations_without_gossip": control,
             "transports_give_the_same_losses": curves["mpi"] == curves["torch"],
             "transports_give_the_same_parameters": same_bits,
             "seconds_with_start_up": seconds,
@@ -139,9 +151,9 @@ def main() -> None:
     target = Path(__file__).parent / "results" / f"{kind}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
-    for record in result["evaluations"]:
+    for record in result["evaluations"] + control:
         print(record)
-    print({key: value for key, value in result.items() if key not in ("evaluations", "overrides")})
+    print({key: value for key, value in result.items() if not key.startswith(("evaluations", "overrides"))})
 
 
 if __name__ == "__main__":
