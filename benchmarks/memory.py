@@ -106,7 +106,7 @@ def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
 
         def train(switches: int) -> dict[str, int]:
             for switch in range(switches):
-                state = client.open_block(switch % len(client.plan.blocks))
+                state = client.open_block(switch % len(client.plan.blocks), DecaRule.buffers)
                 inner_step(client, state, DecaRule(), gossip, first, [batch], 1e-4, config.optimizer)
                 client.close_block()
                 del state

@@ -78,7 +78,7 @@ def measure(client: Client, block: int, device: torch.device) -> dict[str, Any]:
     gossip = Gossip(LocalNetwork(1).transport(0), build_mixing(GossipConfig(), 1, 0), 16.0, device)
     first = Schedule(rounds=1, blocks=len(client.plan.blocks), inner_steps=1).step(0)
     options = load_config(None, ["model.path=x"]).optimizer
-    state = client.open_block(block)
+    state = client.open_block(block, DecaRule.buffers)
     actions: dict[str, Callable[[], object]] = {
         "bare": lambda: bare_pass(client, batch),
         "gradient": lambda: client.gradient([batch], options.clip_norm),

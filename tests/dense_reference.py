@@ -1,4 +1,4 @@
-"""DECA written a second time: dense, in one process, in NumPy, straight from the equations.
+"""Every method written a second time: dense, in one process, in NumPy float64, straight from the equations.
 
 Nothing of deca_ds.algorithm, gossip or engine is used. torch serves for one thing only, the gradient of a whole model.
 """
@@ -6,16 +6,102 @@ Nothing of deca_ds.algorithm, gossip or engine is used. torch serves for one thi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 Parameters = dict[str, np.ndarray]
+Gradient = Callable[[int, np.ndarray], np.ndarray]  # client, its block (numel,) -> gradient of the same shape
 
 
-def gradient(model: torch.nn.Module, parameters: Parameters, batch: dict) -> tuple[Parameters, float]:
+@dataclass(frozen=True)
+class Coefficients:
+    method: str = "deca"
+    signal: str = "descent"
+    a1: float = 0.9
+    a2: float = 0.999
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.9
+
+
+def signal_of(c: Coefficients, theta, half, mixed, lr: float) -> np.ndarray | None:
+    if c.method != "deca" or c.signal == "none":
+        return None
+    if c.signal in ("descent", "trivial"):
+        return theta - mixed
+    if c.signal == "transcribed":
+        return mixed - theta
+    if c.signal == "disagreement":
+        return half - mixed
+    if c.signal == "quasi_global":
+        return (theta - mixed) / lr
+    return (theta - mixed) / (np.linalg.norm(theta - mixed) + c.eps)
+
+
+def activation(
+    c: Coefficients,
+    theta: np.ndarray,
+    gradient: Gradient,
+    matrices: Iterator[np.ndarray],
+    *,
+    steps: int,
+    every: int,
+    lr: float,
+    decay: np.ndarray | float = 0.0,
+) -> list[SimpleNamespace]:
+    """One block from its opening to its closing. theta: [n, numel]. matrices: the next averaging's W, again and again.
+
+    Returns the clients' states; x is what they hold in the end.
+    """
+    n, numel = theta.shape
+    zero = lambda: np.zeros(numel)  # noqa: E731
+    clients = [SimpleNamespace(x=theta[i].copy(), m=zero(), v=zero(), s=zero(), g=zero(), b=zero()) for i in range(n)]
+    for client in clients:
+        client.anchor = client.x.copy()
+    for r in range(steps):
+        for i, k in enumerate(clients):
+            g = gradient(i, k.x)
+            if c.method == "gt-adam":
+                k.s, k.g = k.s + g - k.g, g
+                g = k.s
+            k.m_half, k.v_half = c.a1 * k.m + (1 - c.a1) * g, c.a2 * k.v + (1 - c.a2) * g**2
+            m_hat, v_hat = k.m_half / (1 - c.a1 ** (r + 1)), k.v_half / (1 - c.a2 ** (r + 1))
+            k.half = k.x - lr * (m_hat / (np.sqrt(v_hat) + c.eps) + decay * k.x)
+        gossips = (r + 1) % every == 0 or r == steps - 1
+        w = next(matrices) if gossips else np.eye(n)
+        mixed = w @ np.stack([k.half for k in clients])
+        tracked = w @ np.stack([k.s for k in clients])
+        for i, k in enumerate(clients):
+            before, k.s = k.x, tracked[i]
+            has_neighbour = w[i, i] < 1
+            if c.method == "diloco" and has_neighbour:
+                delta = k.anchor - mixed[i]
+                k.b = c.outer_momentum * k.b + delta
+                k.x = k.anchor - c.outer_lr * (delta + c.outer_momentum * k.b)
+                k.anchor = k.x.copy()
+            else:
+                k.x = mixed[i]
+            if c.method == "qg-adam":
+                d = (before - k.x) / (np.linalg.norm(before - k.x) + c.eps)
+                k.m, k.v = c.a1 * k.m + (1 - c.a1) * d, c.a2 * k.v + (1 - c.a2) * d**2
+                continue
+            if c.method != "deca" or c.signal != "trivial":
+                k.m, k.v = k.m_half, k.v_half
+            h = signal_of(c, before, k.half, mixed[i], lr) if has_neighbour else None
+            if h is not None:
+                k.m, k.v = c.b1 * k.m + (1 - c.b1) * h, c.b2 * k.v + (1 - c.b2) * h**2
+    return clients
+
+
+def model_gradient(model: torch.nn.Module, parameters: Parameters, batch: dict) -> tuple[Parameters, float]:
     """Gradient of the mean loss over the batch's target tokens, float64 copies, and the loss."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -24,26 +110,11 @@ def gradient(model: torch.nn.Module, parameters: Parameters, batch: dict) -> tup
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     loss.backward()
-    return {name: p.grad.double().numpy() for name, p in model.named_parameters()}, float(loss)
-
-
-def signal_of(kind: str, theta, half, mixed, lr: float, eps: float, names) -> Parameters | None:
-    if kind == "none":
-        return None
-    difference = {name: theta[name] - mixed[name] for name in names}
-    if kind in ("descent", "trivial"):
-        return difference
-    if kind == "transcribed":
-        return {name: -difference[name] for name in names}
-    if kind == "disagreement":
-        return {name: half[name] - mixed[name] for name in names}
-    if kind == "quasi_global":
-        return {name: difference[name] / lr for name in names}
-    norm = math.sqrt(sum(float((difference[name] ** 2).sum()) for name in names))
-    return {name: difference[name] / (norm + eps) for name in names}
+    return {name: p.grad.double().numpy() for name, p in model.named_parameters()}, float(loss.detach())
 
 
 def train(
+    c: Coefficients,
     model: torch.nn.Module,
     blocks: Sequence[Sequence[str]],
     batches: Sequence[Iterator[dict]],
@@ -52,52 +123,36 @@ def train(
     rounds: int,
     inner_steps: int,
     every: int,
-    signal: str,
-    a1: float,
-    a2: float,
-    b1: float,
-    b2: float,
-    eps: float,
     lr: float,
     decay: float,
     clip: float,
-) -> tuple[list[Parameters], list[list[float]]]:
-    """Final parameters of every client and its loss at every inner step. blocks in the order in which they train."""
-    clients = range(len(batches))
+) -> list[Parameters]:
+    """Final parameters of every client. blocks: names, in the order in which they train; a single one stays active."""
     start = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
-    theta = [{name: values.copy() for name, values in start.items()} for _ in clients]
-    losses: list[list[float]] = [[] for _ in clients]
-    averagings = 0
+    models = [{name: values.copy() for name, values in start.items()} for _ in batches]
+    endless = cycle(matrices)
+    if len(blocks) == 1:
+        rounds, inner_steps = 1, rounds * inner_steps
     for _ in range(rounds):
         for names in blocks:
-            m = [{name: np.zeros_like(start[name]) for name in names} for _ in clients]
-            v = [{name: np.zeros_like(start[name]) for name in names} for _ in clients]
-            for r in range(inner_steps):
-                half: list[Parameters] = []
-                kept = [(dict(m[i]), dict(v[i])) for i in clients]
-                for i in clients:
-                    g, loss = gradient(model, {k: x.astype(np.float32) for k, x in theta[i].items()}, next(batches[i]))
-                    losses[i].append(loss)
-                    norm = math.sqrt(sum(float((g[name] ** 2).sum()) for name in names))
-                    scale = clip / norm if 0 < clip < norm else 1.0
-                    half.append({})
-                    for name in names:
-                        m[i][name] = a1 * m[i][name] + (1 - a1) * scale * g[name]
-                        v[i][name] = a2 * v[i][name] + (1 - a2) * (scale * g[name]) ** 2
-                        m_hat, v_hat = m[i][name] / (1 - a1 ** (r + 1)), v[i][name] / (1 - a2 ** (r + 1))
-                        shrink = decay if theta[i][name].ndim >= 2 else 0.0
-                        half[i][name] = theta[i][name] - lr * (m_hat / (np.sqrt(v_hat) + eps) + shrink * theta[i][name])
-                    if signal == "trivial":
-                        m[i], v[i] = kept[i]
-                gossips = (r + 1) % every == 0 or r == inner_steps - 1
-                w = matrices[averagings % len(matrices)] if gossips else np.eye(len(clients))
-                averagings += gossips
-                for i in clients:
-                    mixed = {name: sum(w[i, j] * half[j][name] for j in clients) for name in names}
-                    h = signal_of(signal, theta[i], half[i], mixed, lr, eps, names) if w[i, i] < 1 else None
-                    for name in names:
-                        theta[i][name] = mixed[name]
-                        if h is not None:
-                            m[i][name] = b1 * m[i][name] + (1 - b1) * h[name]
-                            v[i][name] = b2 * v[i][name] + (1 - b2) * h[name] ** 2
-    return theta, losses
+            shapes = [start[name].shape for name in names]
+            cuts = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+            flat = lambda arrays, names=names: np.concatenate([arrays[name].ravel() for name in names])  # noqa: E731
+            shrink = np.concatenate([np.full(math.prod(s), decay if len(s) >= 2 else 0.0) for s in shapes])
+
+            def place(i: int, x: np.ndarray, names=names, shapes=shapes, cuts=cuts) -> None:
+                for name, shape, values in zip(names, shapes, np.split(x, cuts), strict=True):
+                    models[i][name] = values.reshape(shape)
+
+            def gradient(i: int, x: np.ndarray, place=place, flat=flat) -> np.ndarray:
+                place(i, x)
+                whole = {name: values.astype(np.float32) for name, values in models[i].items()}
+                g = flat(model_gradient(model, whole, next(batches[i]))[0])
+                norm = np.linalg.norm(g)
+                return g * (clip / norm) if 0 < clip < norm else g
+
+            theta = np.stack([flat(parameters) for parameters in models])
+            ended = activation(c, theta, gradient, endless, steps=inner_steps, every=every, lr=lr, decay=shrink)
+            for i, client in enumerate(ended):
+                place(i, client.x)
+    return models

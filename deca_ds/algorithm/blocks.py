@@ -51,10 +51,11 @@ def find_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return best
 
 
-def split_into_blocks(model: nn.Module, *, layers_per_block: int, outside: str) -> BlockPlan:
+def split_into_blocks(model: nn.Module, *, layers_per_block: int | None, outside: str) -> BlockPlan:
     """Split `model` into blocks of consecutive layers, plus what lies outside the layers.
 
-    layers_per_block: layers in a block; the last block takes what is left over.
+    layers_per_block: layers in a block; the last block takes what is left over. None: all layers make one block, and
+    what lies outside is part of it or frozen.
     outside: what becomes of the embeddings before and the norm and head after the layers: "own" makes them the first
     and the last block, "joined" adds them to the first and the last block, "frozen" never trains them. A trailing norm
     with no head of its own (tied embeddings) never makes a block: it joins the last one, so that no inner steps are
@@ -62,7 +63,7 @@ def split_into_blocks(model: nn.Module, *, layers_per_block: int, outside: str) 
     A tied parameter is listed once, under its first name. Blocks come in the model's order.
     Raises ValueError for a model without layers and for layers_per_block < 1.
     """
-    if layers_per_block < 1:
+    if layers_per_block is not None and layers_per_block < 1:
         raise ValueError(f"layers_per_block must be at least 1, not {layers_per_block}")
     shapes = parameter_shapes(model)
     prefix = find_layers(model, shapes) + "."
@@ -76,6 +77,8 @@ def split_into_blocks(model: nn.Module, *, layers_per_block: int, outside: str) 
             (after if layers else before).append(name)
 
     indices = sorted(layers)
+    if layers_per_block is None:
+        layers_per_block, outside = len(indices), "joined" if outside == "own" else outside
     groups = [indices[i : i + layers_per_block] for i in range(0, len(indices), layers_per_block)]
     named = [(_layer_label(group), [name for index in group for name in layers[index]]) for group in groups]
     frozen: list[str] = []

@@ -1,4 +1,4 @@
-"""DECA's inner step on tensors of any shape: a local Adam step, then what gossip found out, folded into the moments.
+"""DECA's inner step, and gossip Adam, which is DECA without a signal.
 
 With g the gradient of the active block, r = 0 .. R-1 the inner step since the block became active (arXiv 2606.03209,
 after its openly quoted equations):
@@ -9,8 +9,7 @@ after its openly quoted equations):
     h          = signal(theta, theta_half, theta')
     m          = b1 m_half + (1 - b1) h                 v      = b2 v_half + (1 - b2) h*h
 
-The decoupled weight decay is ours (Loshchilov and Hutter, arXiv 1711.05101). The sign and scale of h are not settled by
-what is public, so each choice has a name:
+The decoupled weight decay is ours. The sign and scale of h are not settled by what is public: each choice has a name.
 
     none               no h: m = m_half, v = v_half (gossip Adam per block; the paper's "w/o BMA")
     descent            theta - theta'
@@ -33,74 +32,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deca_ds.algorithm.rule import Rule, State
+
 SIGNALS = ("none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial")
 
 
 @dataclass(frozen=True)
-class DecaRule:
-    """The coefficients of the inner step. Works elementwise: on shards, on whole blocks, on stacked clients."""
+class DecaRule(Rule):
+    """Block-wise Adam whose moments take a signal from gossip. b1, b2: decay of the moments when they do."""
 
     signal: str = "descent"
-    a1: float = 0.9
-    a2: float = 0.999
     b1: float = 0.9
     b2: float = 0.99
-    eps: float = 1e-8
 
     def __post_init__(self) -> None:
         if self.signal not in SIGNALS:
             raise ValueError(f"unknown signal {self.signal!r}; known: {', '.join(SIGNALS)}")
 
-    @torch.no_grad()
-    def local_step(
-        self, theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, inner: int, lr: float, decay: float = 0.0
-    ) -> None:
-        """The local Adam step; all tensors float32 of one shape.
-
-        m and v become m_half and v_half (they stay as they are for "trivial"), `grad` becomes theta_half, and theta is
-        left alone because the signal needs it. inner: r. decay: weight decay coefficient for all of theta.
-        """
-        if self.signal == "trivial":
-            m, v = m.clone(), v.clone()
-        m.lerp_(grad, 1 - self.a1)
-        v.mul_(self.a2).addcmul_(grad, grad, value=1 - self.a2)
-        m_correction = 1 - self.a1 ** (inner + 1)
-        v_correction = 1 - self.a2 ** (inner + 1)
-        denominator = v.sqrt().div_(v_correction**0.5).add_(self.eps)
-        torch.mul(theta, 1 - lr * decay, out=grad)
-        grad.addcdiv_(m, denominator, value=-lr / m_correction)
-
-    @torch.no_grad()
-    def accept(self, theta: Tensor, theta_half: Tensor, mixed: Tensor) -> None:
-        """Take the mixed parameters: theta becomes theta', `theta_half` becomes h up to its scale (see `absorb`)."""
-        if self.signal == "disagreement":
-            theta_half.sub_(mixed)
-        elif self.signal == "transcribed":
-            torch.sub(mixed, theta, out=theta_half)
-        else:
-            torch.sub(theta, mixed, out=theta_half)
-        theta.copy_(mixed)
-
-    def scale(self, *, lr: float, norm: float) -> float:
-        """What `accept`'s discrepancy is multiplied with to make h. norm: its 2-norm over the whole block."""
-        if self.signal == "quasi_global":
-            return 1 / lr if lr > 0 else 0.0
-        if self.signal == "quasi_global_norm":
-            return 1 / (norm + self.eps)
-        return 1.0
-
     @property
     def needs_norm(self) -> bool:
-        """Whether `scale` looks at the norm, which costs a reduction over the client's ranks."""
+        """See Rule."""
         return self.signal == "quasi_global_norm"
 
-    @property
-    def uses_signal(self) -> bool:
-        """Whether the moments take anything from gossip at all."""
-        return self.signal != "none"
+    @torch.no_grad()
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+        """See Rule; m and v become m_half and v_half, or stay as they are for "trivial"."""
+        if self.signal == "trivial":
+            state = {**state, "m": state["m"].clone(), "v": state["v"].clone()}
+        super().local_step(state, inner=inner, lr=lr, decay=decay)
 
     @torch.no_grad()
-    def absorb(self, m: Tensor, v: Tensor, discrepancy: Tensor, scale: float = 1.0) -> None:
-        """Fold h = scale * discrepancy into the moments, in place."""
-        m.mul_(self.b1).add_(discrepancy, alpha=(1 - self.b1) * scale)
-        v.mul_(self.b2).addcmul_(discrepancy, discrepancy, value=(1 - self.b2) * scale * scale)
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """theta becomes theta', state["grad"] becomes h up to its scale."""
+        theta, work = state["theta"], state["grad"]
+        if self.signal == "disagreement":
+            work.sub_(mixed)
+        elif self.signal == "transcribed":
+            torch.sub(mixed, theta, out=work)
+        elif self.signal != "none":
+            torch.sub(theta, mixed, out=work)
+        theta.copy_(mixed)
+
+    @torch.no_grad()
+    def finish(self, state: State, *, lr: float, norm: Tensor | float = 0.0, mixed: bool) -> None:
+        """Fold h into the moments."""
+        if not mixed or self.signal == "none":
+            return
+        h = state["grad"]
+        if self.signal == "quasi_global":
+            h.mul_(1 / lr if lr > 0 else 0.0)
+        elif self.signal == "quasi_global_norm":
+            h.div_(norm + self.eps)
+        state["m"].lerp_(h, 1 - self.b1)
+        state["v"].mul_(self.b2).addcmul_(h, h, value=1 - self.b2)

@@ -17,7 +17,7 @@ class Step:
     """One inner step.
 
     index: of all inner steps of the run, from 0. round: 0 .. T-1. block: index of the active block.
-    inner: r, 0 .. R-1, counted since the block became active. opens, closes: first and last step of an activation.
+    inner: r, counted from 0 since the block became active. opens, closes: first and last step of an activation.
     gossip: how many averagings came before the one at the end of this step, or None where there is none.
     """
 
@@ -34,7 +34,8 @@ class Step:
 class Schedule:
     """T rounds over B blocks with R inner steps each; gossip after every s-th inner step of an activation.
 
-    The last step of an activation always gossips: a block is never left as its clients trained it apart.
+    The last step of an activation always gossips: a block is never left as its clients trained it apart. A single block
+    has nothing to make room for: it stays active, with its moments, through all rounds.
     order: "ascending", "descending" or "random" (reshuffled every round from `seed`).
     """
 
@@ -51,6 +52,11 @@ class Schedule:
     def __iter__(self) -> Iterator[Step]:
         return (self.step(index) for index in range(len(self)))
 
+    @property
+    def activation_steps(self) -> int:
+        """Inner steps from a block's opening to its closing."""
+        return self.inner_steps * (self.rounds if self.blocks == 1 else 1)
+
     def block_order(self, round_index: int) -> list[int]:
         """Indices of all blocks in the order in which the given round visits them."""
         order = list(range(self.blocks))
@@ -64,11 +70,13 @@ class Schedule:
         """The inner step with this index, 0 <= index < len(self)."""
         if not 0 <= index < len(self):
             raise IndexError(f"inner step {index} of {len(self)}")
-        activation, inner = divmod(index, self.inner_steps)
-        round_index, position = divmod(activation, self.blocks)
-        closes = inner == self.inner_steps - 1
+        length = self.activation_steps
+        activation, inner = divmod(index, length)
+        round_index, within = divmod(index, self.blocks * self.inner_steps)
+        position = within // self.inner_steps
+        closes = inner == length - 1
         gossips = closes or (inner + 1) % self.gossip_every == 0
-        per_activation = math.ceil(self.inner_steps / self.gossip_every)
+        per_activation = math.ceil(length / self.gossip_every)
         return Step(
             index=index,
             round=round_index,

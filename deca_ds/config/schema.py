@@ -50,7 +50,7 @@ class ModelConfig:
 class BlocksConfig:
     """How the parameters are split into disjoint blocks."""
 
-    layers_per_block: int = 2  # consecutive layers in a block
+    layers_per_block: Optional[int] = 2  # consecutive layers in a block; null: the whole model is one block
     order: Literal["ascending", "descending", "random"] = "ascending"  # of the blocks in a round; random is reshuffled
     # parameters outside the layers (embeddings, final norm, head): blocks of their own, parts of the first and the last
     # block, or never trained
@@ -59,19 +59,22 @@ class BlocksConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """DECA's inner step; the equations are in deca_ds/algorithm."""
+    """The method and its inner step; the equations are in deca_ds/algorithm."""
 
+    method: Literal["deca", "gossip-adam", "local-adam", "qg-adam", "gt-adam", "diloco", "badam", "adamw"] = "deca"
     rounds: int = 4  # T: every block is active once a round
     inner_steps: int = 48  # R: consecutive steps of a block
-    # what gossip tells Adam's moments (block-wise moment approximation)
+    # for deca: what gossip tells Adam's moments (block-wise moment approximation)
     signal: Literal[
         "none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial"
     ] = "descent"
     a1: float = 0.9  # decay of the first moment, local gradient
     a2: float = 0.999  # decay of the second moment, local gradient
-    b1: float = 0.9  # decay of the first moment, signal
-    b2: float = 0.99  # decay of the second moment, signal
+    b1: float = 0.9  # for deca: decay of the first moment, signal
+    b2: float = 0.99  # for deca: decay of the second moment, signal
     eps: float = 1e-8  # added to the root of the second moment
+    outer_lr: float = 0.7  # for diloco: rate of the outer Nesterov step
+    outer_momentum: float = 0.9  # for diloco: momentum of the outer Nesterov step
 
 
 @dataclass

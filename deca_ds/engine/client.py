@@ -22,19 +22,31 @@ _BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 2
 
 @dataclass
 class BlockState:
-    """This rank's float32 shard of the active block: four flat tensors of the same layout.
+    """This rank's float32 shard of the active block: flat tensors of one layout.
 
-    theta: master parameters. grad: the gradient, and after the local step what the rule leaves there. m, v: moments.
-    decayed: how many leading elements belong to parameters of two and more dimensions, which weight decay applies to.
-    Parameters follow each other without padding; same-index ranks of clients with as many ranks have the same layout.
+    tensors: by name, "theta" (master parameters), "grad" (the gradient, and after the local step what the method's rule
+    leaves there) and the rule's buffers. decayed: how many leading elements belong to parameters of two and more
+    dimensions, which weight decay applies to. Parameters follow each other without padding; same-index ranks of clients
+    with as many ranks have the same layout.
     """
 
     block: Block
-    theta: Tensor
-    grad: Tensor
-    m: Tensor
-    v: Tensor
+    tensors: dict[str, Tensor]
     decayed: int
+
+    @property
+    def theta(self) -> Tensor:
+        """Master parameters."""
+        return self.tensors["theta"]
+
+    @property
+    def grad(self) -> Tensor:
+        """Gradient, or what the rule left in its place."""
+        return self.tensors["grad"]
+
+    def part(self, elements: slice) -> dict[str, Tensor]:
+        """Views of the same elements of all tensors."""
+        return {name: tensor[elements] for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -66,23 +78,23 @@ class Client:
         self._state: BlockState | None = None
         self._reducer: GradientReducer | None = None
 
-    def open_block(self, index: int) -> BlockState:
-        """Make a block the active one: float32 masters from the shards, moments zero, gradients for it alone."""
+    def open_block(self, index: int, buffers: Sequence[str]) -> BlockState:
+        """Make a block the active one: float32 masters from the shards, `buffers` zero, gradients for it alone."""
         assert self._state is None, "close the active block first"
         block = self.plan.blocks[index]
         names = sorted(block.names, key=lambda name: len(self.shapes[name]) < 2)  # stable: matrices first
         shards = [internals.shard(self._parameters[name]) for name in names]
         sizes = [shard.numel() for shard in shards]
         theta = torch.cat([shard.to(self.device, torch.float32) for shard in shards])
-        grad, m, v = (torch.zeros_like(theta) for _ in range(3))
+        tensors = {"theta": theta} | {name: torch.zeros_like(theta) for name in ("grad", *buffers)}
         decayed = sum(size for name, size in zip(names, sizes, strict=True) if len(self.shapes[name]) >= 2)
         parameters = [self._parameters[name] for name in names]
         for parameter in parameters:
             parameter.requires_grad_(True)
         internals.forget_trace(self._zero)
-        self._reducer = GradientReducer(parameters, grad.split(sizes), _BUCKET_NUMEL)
+        self._reducer = GradientReducer(parameters, tensors["grad"].split(sizes), _BUCKET_NUMEL)
         self._layout = list(zip(names, sizes, strict=True))
-        self._state = BlockState(block, theta, grad, m, v, decayed)
+        self._state = BlockState(block, tensors, decayed)
         return self._state
 
     def close_block(self) -> None:

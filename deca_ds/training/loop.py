@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deca_ds.algorithm.deca import DecaRule
+from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step, learning_rate
 from deca_ds.checkpoint.shards import Slice, save_shards
 from deca_ds.cluster import Cluster
@@ -30,7 +30,7 @@ class Trainer:
     config: Config
     cluster: Cluster
     client: Client
-    rule: DecaRule
+    rule: Rule
     schedule: Schedule
     gossip: Gossip
     batches: Iterator[list[dict[str, Tensor]]]
@@ -44,7 +44,8 @@ class Trainer:
         state = None
         for step in self.schedule:
             if step.opens:
-                state = self.client.open_block(step.block)
+                state = self.client.open_block(step.block, self.rule.buffers)
+                self.rule.open(state.tensors)
             started, waited = time.perf_counter(), self.gossip.wait_seconds
             lr = self._learning_rate(step)
             stats = inner_step(

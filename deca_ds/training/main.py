@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 print_plan(config, launch.world_size if launch.launcher != "python" else None)
             return 0
-        from deca_ds.training.setup import build
+        from deca_ds.training.setup import start
 
-        trainer = build(config, launch, store, guard)
+        trainer = start(config, launch, store, guard)
         trainer.train()
         trainer.metrics.close()
         trainer.gossip.transport.barrier()

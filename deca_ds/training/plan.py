@@ -10,7 +10,8 @@ from deca_ds.config.checks import check_output, check_world
 from deca_ds.data import load_client_data, validate_data_config
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.training.setup import build_schedule, compare_data
+from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.setup import compare_data
 from deca_ds.training.tables import block_table, data_table
 
 
@@ -24,12 +25,13 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     disable_progress_bars()
     ranks = check_world(config, world_size) if world_size else None
     check_output(config)
+    check_method(config)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     plan = find_blocks(config, meta_model(config.model, architecture))
-    console.print(block_table(plan, ranks or 1))
+    console.print(block_table(plan, ranks or 1, build_rule(config).bytes_per_parameter))
     console.print(f"gossip: {mixing.summary()}")
     if config.data.per_client:
         console.print("data: one path per client; each client's ranks open their own only")

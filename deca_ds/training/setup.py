@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from torch.distributed import PrefixStore
 
-from deca_ds.algorithm.deca import DecaRule
-from deca_ds.algorithm.schedule import Schedule
 from deca_ds.cluster import Cluster, Launch, connect
 from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.store import JobStore
@@ -29,21 +28,28 @@ from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
+from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.tables import data_table
 
 
-def build(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
-    """Everything `Trainer` needs, on every rank. Raises UserErrors; of these only the model's come after the output
-    folder is made."""
+def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
+    """Check the configuration, join the other ranks and build the run. Raises UserErrors, before anything is written;
+    only the model's come after the output folder is made."""
     ranks = check_world(config, launch.world_size)
-    output = check_output(config)
+    check_method(config)
+    check_output(config)
     validate_data_config(config, client=launch.rank // ranks)
-    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-
+    build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     cluster = connect(config, launch, store)
-    transport = connect_transport(config, cluster)
+    return build(config, cluster, connect_transport(config, cluster), guard)
+
+
+def build(config: Config, cluster: Cluster, transport: Transport, guard: JobGuard) -> Trainer:
+    """Everything `Trainer` needs, on every rank of a connected job. The configuration has been checked."""
+    output = Path(config.run.output)
+    mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
+    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     disable_progress_bars()
     data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
     summaries = transport.gather_json(data.summary)
@@ -62,7 +68,7 @@ def build(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> T
         tokenizer.save_pretrained(output / "hf")
         if model.can_generate():
             model.generation_config.save_pretrained(output / "hf")
-    torch.manual_seed(config.run.seed + launch.rank)  # dropout: the same in every run, different on every rank
+    torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -97,22 +103,6 @@ def connect_transport(config: Config, cluster: Cluster) -> Transport:
         return MpiTransport(cluster.gossip_comm, config.cluster.timeout_s)
     store = PrefixStore("transport", cluster.store.store)
     return TorchTransport(store, cluster.shard, cluster.client, cluster.clients, config.cluster.timeout_s)
-
-
-def build_schedule(config: Config, blocks: int) -> Schedule:
-    return Schedule(
-        rounds=config.algorithm.rounds,
-        blocks=blocks,
-        inner_steps=config.algorithm.inner_steps,
-        gossip_every=config.gossip.every,
-        order=config.blocks.order,
-        seed=config.run.seed,
-    )
-
-
-def build_rule(config: Config) -> DecaRule:
-    a = config.algorithm
-    return DecaRule(signal=a.signal, a1=a.a1, a2=a.a2, b1=a.b1, b2=a.b2, eps=a.eps)
 
 
 def compare_data(summaries: Sequence[dict[str, Any]], label_names: Sequence[list[str]]) -> None:

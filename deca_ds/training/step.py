@@ -1,4 +1,4 @@
-"""One inner step of one client: gradient, local Adam, gossip, moments. Start reading here."""
+"""One inner step of one client: gradient, local step, gossip, what gossip tells the method. Start reading here."""
 
 from __future__ import annotations
 
@@ -7,56 +7,54 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from deca_ds.algorithm.deca import DecaRule
+from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.gossip.mix import Gossip, PendingMix
 
-_WINDOW = 4  # chunks on their way at a time: bounds the receive buffers
+_WINDOW = 4  # messages on their way at a time: bounds the receive buffers
 
 
 def inner_step(
     client: Client,
     state: BlockState,
-    rule: DecaRule,
+    rule: Rule,
     gossip: Gossip,
     step: Step,
     micro_batches: Sequence[Mapping[str, Tensor]],
     lr: float,
     optimizer: OptimizerConfig,
 ) -> GradientStats:
-    """Train the active block for one step and average it with the neighbours; equations in algorithm/deca.py.
+    """Train the active block for one step and average it with the neighbours; equations in algorithm/.
 
     micro_batches: this rank's share of the client's batch. The block's shard is worked through in chunks: while one
-    travels, the next one is computed. At the end theta holds the mixed masters, m and v the moments, and the model's
-    shards the rounded parameters.
+    travels, the next one is computed. At the end theta holds the mixed masters, and the model's shards these, rounded.
     """
     stats = client.gradient(micro_batches, optimizer.clip_norm)
     mixes = step.gossip is not None and gossip.has_neighbours(step.gossip)
-    under_way: deque[tuple[slice, PendingMix]] = deque()
+    under_way: deque[tuple[slice, str, PendingMix]] = deque()
 
     def accept_oldest() -> None:
-        chunk, pending = under_way.popleft()
-        rule.accept(state.theta[chunk], state.grad[chunk], pending.wait())
+        chunk, name, pending = under_way.popleft()
+        rule.accept(state.part(chunk), name, pending.wait())
 
-    for index, chunk in enumerate(gossip.chunks(state.theta.numel())):
+    message = 0
+    for chunk in gossip.chunks(state.theta.numel()):
         for part, decay in _split_by_decay(chunk, state.decayed, optimizer.weight_decay):
-            rule.local_step(
-                state.theta[part], state.grad[part], state.m[part], state.v[part], inner=step.inner, lr=lr, decay=decay
-            )
-        if mixes:
-            under_way.append((chunk, gossip.start(step.gossip, state.grad[chunk], index)))
+            rule.local_step(state.part(part), inner=step.inner, lr=lr, decay=decay)
+        for name in rule.travels if mixes else ():
             if len(under_way) == _WINDOW:
                 accept_oldest()
+            under_way.append((chunk, name, gossip.start(step.gossip, state.tensors[name][chunk], message)))
+            message += 1
     while under_way:
         accept_oldest()
 
     if not mixes:
-        state.theta.copy_(state.grad)
-    elif rule.uses_signal:
-        norm = client.client_sum(float(state.grad.double().square().sum())) ** 0.5 if rule.needs_norm else 0.0
-        rule.absorb(state.m, state.v, state.grad, rule.scale(lr=lr, norm=norm))
+        rule.stay(state.tensors)
+    norm = client.client_sum(float(state.grad.double().square().sum())) ** 0.5 if rule.needs_norm else 0.0
+    rule.finish(state.tensors, lr=lr, norm=norm, mixed=mixes)
     client.write_back()
     return stats
 

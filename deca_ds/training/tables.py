@@ -25,14 +25,14 @@ def data_table(summaries: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def block_table(plan: BlockPlan, ranks: int) -> Table:
-    """The blocks with their size and the optimizer memory that each needs on a rank while it is active."""
+def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
+    """The blocks with their size and the memory that each one's state needs on a rank while it is active."""
     table = Table(title="blocks in model order")
     for column in ("block", "what", "parameters", "share", "state per rank"):
         table.add_column(column, justify="left" if column == "what" else "right")
     total = sum(block.numel for block in plan.blocks)
     for index, block in enumerate(plan.blocks):
-        mib = 16 * block.numel / ranks / 2**20  # master, gradient and two moments in float32
+        mib = bytes_per_parameter * block.numel / ranks / 2**20
         table.add_row(str(index), block.label, f"{block.numel:,}", f"{block.numel / total:.1%}", f"{mib:,.1f} MiB")
     if plan.frozen:
         table.add_row("-", f"frozen: {len(plan.frozen)} parameters", "", "", "")

@@ -9,7 +9,7 @@ from deca_ds.algorithm.schedule import Schedule, learning_rate
 schedules = st.builds(
     Schedule,
     rounds=st.integers(1, 4),
-    blocks=st.integers(1, 6),
+    blocks=st.integers(2, 6),
     inner_steps=st.integers(1, 7),
     gossip_every=st.integers(1, 8),
     order=st.sampled_from(["ascending", "descending", "random"]),
@@ -38,6 +38,14 @@ def test_gossip_comes_every_s_steps_and_before_a_block_closes_and_is_counted_wit
     assert [s.gossip for s in steps if s.gossip is not None] == list(range(sum(s.gossip is not None for s in steps)))
     for s in steps:
         assert (s.gossip is not None) == (s.closes or (s.inner + 1) % schedule.gossip_every == 0)
+
+
+def test_a_single_block_stays_active_through_all_rounds():
+    steps = list(Schedule(rounds=3, blocks=1, inner_steps=4, gossip_every=3))
+    assert [s.inner for s in steps] == list(range(12))
+    assert [s.round for s in steps] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [s.index for s in steps if s.opens] == [0] and [s.index for s in steps if s.closes] == [11]
+    assert [s.gossip for s in steps if s.gossip is not None] == [0, 1, 2, 3]
 
 
 def test_orders():

@@ -29,7 +29,7 @@ def main() -> None:
             client = Client(config, load_model(config, load_architecture(config.model)), cluster.device)
             blocks = []
             for index, block in enumerate(client.plan.blocks):
-                state = client.open_block(index)
+                state = client.open_block(index, ("m", "v"))
                 stats = client.gradient([batch])
                 state.theta.sub_(state.grad, alpha=0.01)
                 client.write_back()

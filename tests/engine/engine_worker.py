@@ -73,7 +73,7 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
     # gradients and norm of every block; nothing stays gathered
     found["norms"], found["losses"], found["left_gathered"], found["gradient_sums"] = [], [], 0, []
     for index in range(len(client.plan.blocks)):
-        state = client.open_block(index)
+        state = client.open_block(index, ("m", "v"))
         stats = client.gradient([batch])
         found["norms"].append(stats.norm)
         found["losses"].append(stats.loss)
@@ -89,11 +89,11 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
         client.close_block()
 
     # after the first block another one: the old trace must not linger, and lower layers must not be visited
-    client.open_block(0)
+    client.open_block(0, ("m", "v"))
     for _ in range(3):
         client.gradient([batch])
     client.close_block()
-    client.open_block(2)
+    client.open_block(2, ("m", "v"))
     client.gradient([batch])
     found["gathered_in_backward"] = gathered_during_backward(client, batch)
     found["layers_in_backward"] = layers_in_backward(client, batch)
@@ -102,7 +102,7 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
     # memory over many switches
     def switch(count: int) -> None:
         for i in range(count):
-            state = client.open_block(i % len(client.plan.blocks))
+            state = client.open_block(i % len(client.plan.blocks), ("m", "v"))
             client.gradient([batch])
             state.theta.sub_(state.grad, alpha=0.0)
             client.write_back()

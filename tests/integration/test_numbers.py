@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dense_reference import Coefficients
 from dense_reference import train as dense_train
 from jobs import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,6 +49,7 @@ def overrides(tiny_model, word_files, tmp_path):
             "data.batch_size": 4,
             "data.micro_batch_size": 2,
             "logging.progress": False,
+            "evaluation.max_examples": 4,
             **changes,
         }
         return [f"{key}={value}" for key, value in keys.items()]
@@ -60,6 +63,15 @@ def run(launcher: str, ranks: int, arguments: list[str]) -> ShardedModel:
     output = Path(load_config(None, arguments).run.output)
     assert (output / "DONE").exists() and not (output / "FAILED").exists()
     return ShardedModel(output / "model")
+
+
+def run_all(launcher: str, ranks: int, folder: Path, runs: list[list[str]]) -> list[ShardedModel]:
+    """Several runs of one layout in one job."""
+    listed = folder / "runs.json"
+    listed.write_text(json.dumps(runs))
+    finished = launch(launcher, ranks, [str(listed)], script="tests/integration/runs_worker.py", deadline_s=400)
+    assert finished.code == 0, finished.output[-4000:]
+    return [ShardedModel(Path(load_config(None, arguments).run.output) / "model") for arguments in runs]
 
 
 def dense_inputs(arguments: list[str]):
@@ -76,45 +88,70 @@ def dense_inputs(arguments: list[str]):
     names = [name for name, _ in model.named_parameters()]
     layer = lambda *indices: [n for n in names if any(f".layers.{i}." in n for i in indices)]  # noqa: E731
     blocks = [["model.embed_tokens.weight"], layer(0, 1), layer(2), ["model.norm.weight", "lm_head.weight"]]
+    if config.blocks.layers_per_block is None:
+        blocks = [sum(blocks, [])]
     assert sorted(sum(blocks, [])) == sorted(names)
     return config, model, blocks, batches
 
 
-@pytest.mark.parametrize(
-    ("signal", "graph", "matrices", "launcher", "ranks_each", "every"),
-    [
-        ("none", "ring", [np.full((3, 3), THIRD)], "mpirun", 1, 1),
-        ("descent", "star", [STAR_OF_3], "deepspeed", 2, 2),
-        ("transcribed", "complete", [np.full((3, 3), THIRD)], "deepspeed", 1, 1),
-        ("disagreement", "one_peer_exponential", None, "mpirun", 1, 1),
-        ("quasi_global", "star", [STAR_OF_3], "mpirun", 1, 2),
-        ("quasi_global_norm", "star", [STAR_OF_3], "mpirun", 2, 1),
-        ("trivial", "ring", [np.full((3, 3), THIRD)], "mpirun", 1, 1),
+ONE_PEER_OF_3 = [(np.eye(3) + np.roll(np.eye(3), hops, axis=0)) / 2 for hops in (1, 2)]  # from client i - hops
+MATRICES = {
+    "ring": [np.full((3, 3), THIRD)],
+    "complete": [np.full((3, 3), THIRD)],
+    "star": [STAR_OF_3],
+    "one_peer_exponential": ONE_PEER_OF_3,
+}
+WHOLE = {"blocks.layers_per_block": "null"}
+# (changes to the configuration, graph, gossip.every) of the runs of each layout: (launcher, ranks a client)
+CASES = {
+    ("mpirun", 2): [
+        ({"algorithm.signal": "none"}, "ring", 1),
+        ({"algorithm.signal": "disagreement"}, "one_peer_exponential", 1),
+        ({"algorithm.signal": "transcribed"}, "complete", 1),
+        ({"algorithm.signal": "quasi_global_norm"}, "star", 1),
+        ({"algorithm.signal": "trivial"}, "ring", 1),
+        ({"algorithm.method": "gossip-adam", **WHOLE}, "star", 1),
+        ({"algorithm.method": "qg-adam"}, "star", 2),
+        ({"algorithm.method": "gt-adam"}, "star", 1),
     ],
-)
-def test_clients_equal_the_dense_reference(overrides, signal, graph, matrices, launcher, ranks_each, every):
-    changes = {"algorithm.signal": signal, "gossip.graph": graph, "gossip.every": every}
-    if signal == "quasi_global":  # its scale is 1 / lr: moments grow, so that steps stay small only with more memory
-        changes["algorithm.b1"] = 0.99
-    arguments = overrides(**changes)
-    saved = run(launcher, 3 * ranks_each, arguments)
-    if matrices is None:  # one-peer exponential on 3 clients: half from the client 1, then 2 places before
-        shift = np.roll(np.eye(3), 1, axis=1).T
-        matrices = [(np.eye(3) + np.linalg.matrix_power(shift, hops)) / 2 for hops in (1, 2)]
+    ("deepspeed", 1): [
+        ({"algorithm.signal": "descent"}, "star", 2),
+        # its scale is 1 / lr: moments grow, so that steps stay small only with more memory
+        ({"algorithm.signal": "quasi_global", "algorithm.b1": 0.99}, "star", 2),
+        ({"algorithm.method": "local-adam", **WHOLE}, "complete", 4),
+        ({"algorithm.method": "qg-adam", **WHOLE}, "one_peer_exponential", 1),
+        ({"algorithm.method": "gt-adam", **WHOLE}, "one_peer_exponential", 1),
+        ({"algorithm.method": "diloco", **WHOLE}, "complete", 4),
+        ({"algorithm.method": "badam"}, "isolated", 1),
+        ({"algorithm.method": "adamw", **WHOLE}, "isolated", 1),
+    ],
+}
 
-    config, model, blocks, batches = dense_inputs(arguments)
-    algorithm = config.algorithm
-    expected, _ = dense_train(
-        model, blocks, batches, matrices, rounds=2, inner_steps=3, every=every, signal=signal,
-        a1=algorithm.a1, a2=algorithm.a2, b1=algorithm.b1, b2=algorithm.b2, eps=algorithm.eps,
-        lr=0.003, decay=0.1, clip=1.0,
-    )  # fmt: skip
-    start = dict(AutoModelForCausalLM.from_pretrained(config.model.path).named_parameters())
-    for client in range(3):
-        for name, values in expected[client].items():
-            got = saved.read(name, client).double().numpy()
-            np.testing.assert_allclose(got, values, rtol=0, atol=1e-5, err_msg=f"client {client}, {name}")
-            assert not np.allclose(got, start[name].detach().numpy(), atol=1e-4), f"{name} was never trained"
+
+@pytest.mark.parametrize("layout", CASES, ids=str)
+def test_clients_equal_the_dense_reference(overrides, tmp_path, layout):
+    """Every signal and every method, in real processes."""
+    launcher, ranks_each = layout
+    runs = [
+        overrides(**changes, **{"gossip.graph": graph, "gossip.every": every})
+        for changes, graph, every in CASES[layout]
+    ]
+    models = run_all(launcher, 3 * ranks_each, tmp_path, runs)
+    for (changes, graph, every), arguments, saved in zip(CASES[layout], runs, models, strict=True):
+        config, model, blocks, batches = dense_inputs(arguments)
+        start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+        a = config.algorithm
+        coefficients = Coefficients(a.method, a.signal, a.a1, a.a2, a.b1, a.b2, a.eps, a.outer_lr, a.outer_momentum)
+        matrices = MATRICES.get(graph, [np.eye(3)])
+        expected = dense_train(
+            coefficients, model, blocks, batches, matrices, rounds=2, inner_steps=3, every=every, lr=0.003, decay=0.1,
+            clip=1.0,
+        )  # fmt: skip
+        for client in range(3):
+            for name, values in expected[client].items():
+                got, where = saved.read(name, client).double().numpy(), f"{changes}: client {client}, {name}"
+                np.testing.assert_allclose(got, values, rtol=0, atol=1e-5, err_msg=where)
+                assert not np.allclose(got, start[name], atol=1e-4), f"{where} was never trained"
 
 
 def test_one_client_equals_torch_adamw_block_by_block(overrides):

@@ -1,0 +1,117 @@
+"""What DECA is compared with: rules of others on the same state, schedule and gossip.
+
+theta_half is the local candidate, theta' = sum_j w_ij theta_half_j; each class gives its source and its equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deca_ds.algorithm.rule import Rule, State
+
+
+@dataclass(frozen=True)
+class QgAdam(Rule):
+    """QG-Adam: Adam whose kept moments follow the direction in which the network moves (Lin et al., arXiv 2102.04761).
+
+        m = a1 mh + (1 - a1) g            v = a2 vh + (1 - a2) g*g          used for theta_half, then dropped
+        d = (theta - theta') / (|theta - theta'|_2 + eps)                   the 2-norm over the whole block
+        mh = a1 mh + (1 - a1) d           vh = a2 vh + (1 - a2) d*d         kept
+
+    At a step without a neighbour theta' is theta_half. State: mh, vh (named m, v).
+    """
+
+    @property
+    def needs_norm(self) -> bool:
+        """See Rule."""
+        return True
+
+    @torch.no_grad()
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+        """See Rule; the kept moments stay as they are."""
+        passing = {**state, "m": state["m"].clone(), "v": state["v"].clone()}
+        super().local_step(passing, inner=inner, lr=lr, decay=decay)
+
+    @torch.no_grad()
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """theta becomes theta', state["grad"] becomes theta - theta'."""
+        torch.sub(state["theta"], mixed, out=state["grad"])
+        state["theta"].copy_(mixed)
+
+    @torch.no_grad()
+    def stay(self, state: State) -> None:
+        """As `accept` of theta_half."""
+        self.accept(state, "grad", state["grad"].clone())
+
+    @torch.no_grad()
+    def finish(self, state: State, *, lr: float, norm: Tensor | float = 0.0, mixed: bool) -> None:
+        """Fold d into the kept moments."""
+        d = state["grad"].div_(norm + self.eps)
+        state["m"].lerp_(d, 1 - self.a1)
+        state["v"].mul_(self.a2).addcmul_(d, d, value=1 - self.a2)
+
+
+@dataclass(frozen=True)
+class GtAdam(Rule):
+    """Adam on a tracked gradient (gradient tracking: Di Lorenzo and Scutari, arXiv 1602.00591; with Adam's moments:
+    Carnevale et al., arXiv 2009.01745).
+
+        s = g                                    at a block's first step
+        s = s_mixed + g - g_previous             later; s_mixed = sum_j w_ij s_j of the step before
+        Adam step with s for g;  theta' = sum_j w_ij theta_half_j
+
+    The mean of s over the clients is the mean of g for every doubly stochastic W. State: m, v, tracker, previous; two
+    tensors travel, twice the traffic of the others.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ("m", "v", "tracker", "previous")
+    travels: ClassVar[tuple[str, ...]] = ("grad", "tracker")
+
+    @torch.no_grad()
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+        """See Rule; tracker and previous start at zero, which makes the first tracker the gradient."""
+        grad, tracker, previous = state["grad"], state["tracker"], state["previous"]
+        tracker.add_(grad).sub_(previous)
+        previous.copy_(grad)
+        grad.copy_(tracker)
+        super().local_step(state, inner=inner, lr=lr, decay=decay)
+
+    @torch.no_grad()
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """theta or the tracker becomes its average."""
+        state["theta" if name == "grad" else name].copy_(mixed)
+
+
+@dataclass(frozen=True)
+class DiLoCo(Rule):
+    """Local AdamW steps between two averagings, then an outer Nesterov step (Douillard et al., arXiv 2311.08105).
+
+        delta = anchor - theta'             theta' = sum_j w_ij theta_half_j, after every s-th inner step
+        b     = mu b + delta                theta = anchor - outer_lr ( delta + mu b );  anchor = theta
+
+    with mu the outer momentum. The original averages exactly, as the complete graph does here; on other graphs it is a
+    decentralized variant of ours. A step without a neighbour is an inner step. State: m, v, anchor, momentum. Adam's
+    moments live on.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ("m", "v", "anchor", "momentum")
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.9
+
+    @torch.no_grad()
+    def open(self, state: State) -> None:
+        """See Rule."""
+        state["anchor"].copy_(state["theta"])
+
+    @torch.no_grad()
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """The outer step."""
+        anchor, momentum = state["anchor"], state["momentum"]
+        delta = torch.sub(anchor, mixed, out=state["grad"])
+        momentum.mul_(self.outer_momentum).add_(delta)
+        anchor.sub_(delta.add_(momentum, alpha=self.outer_momentum), alpha=self.outer_lr)
+        state["theta"].copy_(anchor)

@@ -1,0 +1,94 @@
+"""The contract of a method: what an inner step does to one client's state of the active block.
+
+    rule.open(state)                                    the block becomes active
+    for every inner step:
+        state["grad"] <- gradient at theta
+        rule.local_step(state, ...)                     leaves theta_half in state["grad"]
+        for name in rule.travels:                       where the client has a neighbour at this step
+            rule.accept(state, name, sum_j w_ij state_j[name])
+        rule.stay(state)                                where it has none
+        rule.finish(state, ...)                         theta is where the next gradient is taken
+
+A state is a mapping of tensors of one shape: "theta", "grad" and the rule's own `buffers`, all float32. Everything but
+`finish`'s norm is elementwise, so the same code works on a chunk of a ZeRO-3 shard, on a whole block and on the stacked
+blocks of n clients. A rule itself holds nothing but coefficients: who keeps the state keeps all there is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """A method's inner step. Subclasses are frozen dataclasses of their coefficients.
+
+    buffers: state beside theta and grad; float32 tensors, 4 bytes per active parameter each.
+    travels: what neighbours average, in this order; "grad" stands for theta_half, which lies there by then.
+    a1, a2, eps: coefficients of the local Adam step.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ("m", "v")
+    travels: ClassVar[tuple[str, ...]] = ("grad",)
+
+    a1: float = 0.9
+    a2: float = 0.999
+    eps: float = 1e-8
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """State of one active parameter: theta, grad and the buffers in float32."""
+        return 4 * (2 + len(self.buffers))
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether `finish` looks at the norm, which costs a reduction over the client's ranks."""
+        return False
+
+    def open(self, state: State) -> None:  # noqa: B027 (most rules start from zeros)
+        """Prepare the buffers of a block that becomes active; they come in zero."""
+
+    @torch.no_grad()
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+        """AdamW (Loshchilov and Hutter, arXiv 1711.05101) without touching theta, which later parts need.
+
+        m = a1 m + (1 - a1) g;  v = a2 v + (1 - a2) g*g;  theta_half as in `adam_candidate`, left in state["grad"].
+        inner: r, 0 .. R-1. decay: weight decay coefficient for all of theta.
+        """
+        m, v, grad = state["m"], state["v"], state["grad"]
+        m.lerp_(grad, 1 - self.a1)
+        v.mul_(self.a2).addcmul_(grad, grad, value=1 - self.a2)
+        self.adam_candidate(state["theta"], m, v, grad, inner=inner, lr=lr, decay=decay)
+
+    def adam_candidate(
+        self, theta: Tensor, m: Tensor, v: Tensor, out: Tensor, *, inner: int, lr: float, decay: float
+    ) -> None:
+        """out = theta - lr ( m / (1 - a1^(r+1)) / (sqrt(v / (1 - a2^(r+1))) + eps) + decay theta )"""
+        m_correction = 1 - self.a1 ** (inner + 1)
+        v_correction = 1 - self.a2 ** (inner + 1)
+        denominator = v.sqrt().div_(v_correction**0.5).add_(self.eps)
+        torch.mul(theta, 1 - lr * decay, out=out)
+        out.addcdiv_(m, denominator, value=-lr / m_correction)
+
+    @abstractmethod
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """Take the neighbours' average of what travelled under `name`; called for each of `travels`, in their order."""
+
+    def stay(self, state: State) -> None:
+        """End a step at which the client has no neighbour, instead of `accept`: theta becomes theta_half."""
+        state["theta"].copy_(state["grad"])
+
+    def finish(self, state: State, *, lr: float, norm: Tensor | float = 0.0, mixed: bool) -> None:  # noqa: B027
+        """Update the buffers after `accept` (mixed) or `stay`.
+
+        norm: if `needs_norm`, the 2-norm over the whole block of what these left in state["grad"]. One number, or a
+        column of one per client for stacked states.
+        """

@@ -1,0 +1,26 @@
+"""Several runs in one job, one after the other on the same ranks: what a test saves in start-up.
+
+Usage: runs_worker.py RUNS.json, a list of lists of key=value; clients and ranks are the same in all of them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from deca_ds.cluster import connect, read_launch
+from deca_ds.cluster.guard import guarded
+from deca_ds.cluster.store import open_job_store
+from deca_ds.config import load_config
+from deca_ds.training.setup import build, connect_transport
+
+configs = [load_config(None, overrides) for overrides in json.loads(Path(sys.argv[-1]).read_text())]
+launch = read_launch()
+store = open_job_store(launch, 60)
+with guarded(launch, store) as guard:
+    cluster = connect(configs[0], launch, store)
+    transport = connect_transport(configs[0], cluster)
+    for config in configs:
+        trainer = build(config, cluster, transport, guard)
+        trainer.train()
+        trainer.metrics.close()
+    transport.barrier()
