@@ -12,8 +12,9 @@ from deca_ds.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`deca export` and `deca plan`; returns the exit code."""
+    """`deca export`, `deca plan` and `deca simulate`; returns the exit code."""
     from deca_ds.checkpoint.commands import add_export_arguments, run_export
+    from deca_ds.simulation import command as simulation
 
     parser = argparse.ArgumentParser(prog="deca", description="Tools for DECA runs. Train with launchers/train.py.")
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
@@ -25,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--config", type=Path, required=True, help="YAML file with the run's configuration")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.set_defaults(command=_plan)
+    simulate = commands.add_parser("simulate", help="train all clients of a configuration in this one process")
+    simulation.add_arguments(simulate)
+    simulate.set_defaults(command=simulation.run)
     arguments = parser.parse_args(argv)
     try:
         return arguments.command(arguments)

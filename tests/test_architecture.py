@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "engine": {"config", "algorithm", "cluster", "data"},
     "checkpoint": {"config", "algorithm", "engine"},
     "training": {"config", "cluster", "algorithm", "data", "gossip", "engine", "checkpoint"},
-    "cli": {"config", "checkpoint", "training"},
+    "simulation": {"config", "algorithm", "data", "gossip", "engine", "training"},
+    "cli": {"config", "checkpoint", "training", "simulation"},
 }
 
 

@@ -17,7 +17,7 @@ blocks of n clients. A rule itself holds nothing but coefficients: who keeps the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,3 +92,15 @@ class Rule(ABC):
         norm: if `needs_norm`, the 2-norm over the whole block of what these left in state["grad"]. One number, or a
         column of one per client for stacked states.
         """
+
+
+def split_by_decay(chunk: slice, decayed: int, weight_decay: float) -> Iterator[tuple[slice, float]]:
+    """The parts of a chunk of a block that weight decay applies to and does not, each with its coefficient.
+
+    decayed: how many leading elements of the block it applies to.
+    """
+    border = min(max(chunk.start, decayed), chunk.stop) if weight_decay else chunk.start
+    if chunk.start < border:
+        yield slice(chunk.start, border), weight_decay
+    if border < chunk.stop:
+        yield slice(border, chunk.stop), 0.0

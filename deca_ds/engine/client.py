@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes
@@ -16,6 +15,7 @@ from deca_ds.config.schema import Config
 from deca_ds.engine import internals
 from deca_ds.engine.gradients import GradientReducer
 from deca_ds.engine.load import find_blocks, zero3_config
+from deca_ds.engine.losses import count_targets, token_losses
 
 _BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
 
@@ -116,14 +116,14 @@ class Client:
         grad = self._state.grad.zero_()
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
-            counts[0] += (batch["labels"][:, 1:] != -100).sum()
+            counts[0] += count_targets(batch)
             counts[1] += batch["attention_mask"].sum()
         dist.all_reduce(counts)
         targets = max(1, int(counts[0]))
         self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
-            losses, _ = self._token_losses(batch)
+            losses, _ = token_losses(self.model, batch, self.device)
             loss = losses.sum() / targets
             loss.backward()
             total += loss.detach()
@@ -148,7 +148,7 @@ class Client:
     def score(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Per row of the batch: summed loss of its target tokens in nats, and their number; both [batch], on CPU."""
         self.model.eval()
-        losses, mask = self._token_losses(batch)
+        losses, mask = token_losses(self.model, batch, self.device)
         return losses.sum(dim=1).cpu(), mask.sum(dim=1).cpu()
 
     def end_scoring(self) -> None:
@@ -181,16 +181,3 @@ class Client:
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return float(tensor)
-
-    def _token_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of every next token, zero where labels are -100, and the others' mask: [batch, length-1]."""
-        labels = batch["labels"].to(self.device)[:, 1:]
-        logits = self.model(
-            input_ids=batch["input_ids"].to(self.device),
-            attention_mask=batch["attention_mask"].to(self.device),
-            use_cache=False,
-        ).logits[:, :-1]
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-        ).view(labels.shape)
-        return losses, labels != -100

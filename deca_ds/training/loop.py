@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule, Step, learning_rate
+from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.checkpoint.shards import Slice, save_shards
 from deca_ds.cluster import Cluster
 from deca_ds.config.schema import Config
 from deca_ds.engine.client import Client, GradientStats
 from deca_ds.gossip.mix import Gossip
 from deca_ds.training.evaluation import Evaluator
+from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.step import inner_step
 
@@ -47,7 +48,7 @@ class Trainer:
                 state = self.client.open_block(step.block, self.rule.buffers)
                 self.rule.open(state.tensors)
             started, waited = time.perf_counter(), self.gossip.wait_seconds
-            lr = self._learning_rate(step)
+            lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
             stats = inner_step(
                 self.client, state, self.rule, self.gossip, step, next(self.batches), lr, self.config.optimizer
             )
@@ -63,17 +64,6 @@ class Trainer:
     def _evaluates_after(self, step: Step) -> bool:
         done, every = step.index + 1, self.config.evaluation.every
         return done == len(self.schedule) or (every > 0 and done % every == 0)
-
-    def _learning_rate(self, step: Step) -> float:
-        optimizer = self.config.optimizer
-        return learning_rate(
-            step.index,
-            len(self.schedule),
-            peak=optimizer.lr,
-            schedule=optimizer.schedule,
-            warmup_steps=optimizer.warmup_steps,
-            final_ratio=optimizer.final_lr_ratio,
-        )
 
     def _record(self, step: Step, stats: GradientStats, lr: float, seconds: float, waited: float) -> dict[str, Any]:
         return {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from deca_ds.algorithm import methods
 from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm.schedule import Schedule, Step, learning_rate
 from deca_ds.config import Config
+from deca_ds.config.schema import OptimizerConfig
 from deca_ds.errors import ConfigError
 
 
@@ -34,6 +35,18 @@ def build_schedule(config: Config, blocks: int) -> Schedule:
         gossip_every=config.gossip.every,
         order=config.blocks.order,
         seed=config.run.seed,
+    )
+
+
+def step_learning_rate(optimizer: OptimizerConfig, step: Step, steps: int) -> float:
+    """The learning rate of an inner step of a run of `steps`."""
+    return learning_rate(
+        step.index,
+        steps,
+        peak=optimizer.lr,
+        schedule=optimizer.schedule,
+        warmup_steps=optimizer.warmup_steps,
+        final_ratio=optimizer.final_lr_ratio,
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.rule import Rule, split_by_decay
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
@@ -41,7 +41,7 @@ def inner_step(
 
     message = 0
     for chunk in gossip.chunks(state.theta.numel()):
-        for part, decay in _split_by_decay(chunk, state.decayed, optimizer.weight_decay):
+        for part, decay in split_by_decay(chunk, state.decayed, optimizer.weight_decay):
             rule.local_step(state.part(part), inner=step.inner, lr=lr, decay=decay)
         for name in rule.travels if mixes else ():
             if len(under_way) == _WINDOW:
@@ -57,12 +57,3 @@ def inner_step(
     rule.finish(state.tensors, lr=lr, norm=norm, mixed=mixes)
     client.write_back()
     return stats
-
-
-def _split_by_decay(chunk: slice, decayed: int, weight_decay: float) -> Iterator[tuple[slice, float]]:
-    """The parts of a chunk that weight decay applies to and does not, each with its coefficient."""
-    border = min(max(chunk.start, decayed), chunk.stop) if weight_decay else chunk.start
-    if chunk.start < border:
-        yield slice(chunk.start, border), weight_decay
-    if border < chunk.stop:
-        yield slice(border, chunk.stop), 0.0

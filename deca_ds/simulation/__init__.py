@@ -1,0 +1,1 @@
+"""Many clients in one process: the same rules, schedule, gossip weights and data, without MPI and DeepSpeed."""

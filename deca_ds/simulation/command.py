@@ -1,0 +1,80 @@
+"""`deca simulate`: train all clients in this process and write what happened."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from deca_ds.config import Config, load_config, save_config
+from deca_ds.config.checks import check_output
+
+if TYPE_CHECKING:
+    from deca_ds.simulation.simulate import Simulation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `deca simulate`."""
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with the run's configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Simulate, write run.output and print how it went."""
+    from deca_ds.simulation.setup import build
+
+    config = load_config(arguments.config, arguments.overrides)
+    output = check_output(config)
+    simulation = build(config)
+    started = time.perf_counter()
+    for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
+        pass
+    seconds = time.perf_counter() - started
+    write(simulation, config, output)
+    report(simulation, seconds)
+    return 0
+
+
+def write(simulation: Simulation, config: Config, output: Path) -> None:
+    """config.yaml, data.json and simulation.jsonl: a line a step and a line an evaluation, all clients in each."""
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output / "config.yaml")
+    (output / "data.json").write_text(json.dumps([data.summary for data in simulation.data], indent=2) + "\n")
+    lines = [{"kind": "evaluation", **record} for record in simulation.evaluations]
+    lines += [{"kind": "step", **record} for record in simulation.steps]
+    lines.sort(key=lambda line: line["step"])
+    (output / "simulation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def report(simulation: Simulation, seconds: float) -> None:
+    """A table of the evaluations, and what travelled."""
+    table = Table(title=f"{simulation.config.algorithm.method}, {simulation.mixing.summary()}")
+    for column in ("inner steps", "own loss", "common loss", "mean model", "consensus distance"):
+        table.add_column(column, justify="right")
+    for record in simulation.evaluations:
+        losses = [
+            [scores[kind]["loss"] for scores in record["clients"] if kind in scores] for kind in ("own", "common")
+        ]
+        mean = f"{record['mean']['loss']:.4f}" if record.get("mean") else "-"
+        table.add_row(str(record["step"]), *map(_range, losses), mean, f"{record['consensus_distance']:.4g}")
+    console = Console()
+    console.print(table)
+    sent = simulation.steps[-1]["bytes_sent"]
+    console.print(
+        f"{len(simulation.steps)} inner steps of {len(sent)} clients in {seconds:.1f} s; "
+        f"sent by a client: {_range([each / 1e6 for each in sent])} MB"
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"

@@ -1,0 +1,72 @@
+"""Build a simulation from a run's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from datasets import disable_progress_bars
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from deca_ds.config import Config
+from deca_ds.data import ClientData, load_client_data, validate_data_config
+from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer
+from deca_ds.errors import ConfigError
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.simulation.simulate import Simulation
+from deca_ds.simulation.stacked import StackedClients
+from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.setup import compare_data
+
+
+def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulation:
+    """Clients, data and method of `config`, all in this process; nothing is written.
+
+    data: what `load_data` gave for the same data section, model and seed, where it is used again. Raises UserErrors.
+    """
+    check_method(config)
+    if config.model.dtype != "float32":
+        raise ConfigError(
+            f"a simulation computes in float32, but model.dtype = {config.model.dtype!r}",
+            where="model.dtype",
+            fix="leave model.dtype out",
+        )
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    tokenizer = load_tokenizer(config.model)
+    if data is None:
+        data = load_data(config, tokenizer)
+    model = _load_model(config)
+    plan = find_blocks(config, model)
+    return Simulation(
+        config=config,
+        clients=StackedClients(model, plan, config.cluster.clients),
+        rule=build_rule(config),
+        schedule=build_schedule(config, len(plan.blocks)),
+        mixing=mixing,
+        data=data,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+    )
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
+    """Every client's data. In a simulation one process reads all of it, private files too."""
+    disable_progress_bars()
+    validate_data_config(config, client=None)
+    data = [load_client_data(config, tokenizer, client) for client in range(config.cluster.clients)]
+    compare_data([part.summary for part in data], [part.label_names for part in data])
+    return data
+
+
+def _load_model(config: Config) -> torch.nn.Module:
+    architecture = load_architecture(config.model)
+    options = {"trust_remote_code": config.model.trust_remote_code, "dtype": torch.float32}
+    if config.model.attention:
+        options["attn_implementation"] = config.model.attention
+    torch.manual_seed(config.run.seed)
+    transformers_logging.disable_progress_bar()
+    if config.model.init == "random":
+        return AutoModelForCausalLM.from_config(architecture, **options)
+    return AutoModelForCausalLM.from_pretrained(
+        config.model.path, config=architecture, revision=config.model.revision, **options
+    )

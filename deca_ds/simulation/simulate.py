@@ -1,0 +1,171 @@
+"""Run a configuration with all clients in this process; numbers as in the real job, to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from deca_ds.algorithm.rule import Rule, State, split_by_decay
+from deca_ds.algorithm.schedule import Schedule, Step
+from deca_ds.config import Config
+from deca_ds.data import ClientData, evaluation_batches, training_batches
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.simulation.stacked import StackedClients
+from deca_ds.training.evaluation import average, summarize
+from deca_ds.training.method import step_learning_rate
+
+_BYTES = 4  # of a parameter on the wire
+
+
+@dataclass
+class Simulation:
+    """n clients, their data and how they train; made by `deca_ds.simulation.setup.build`.
+
+    steps: a record per inner step, see `_record`. evaluations: a record per evaluation, see `_evaluate`.
+    """
+
+    config: Config
+    clients: StackedClients
+    rule: Rule
+    schedule: Schedule
+    mixing: MixingSchedule
+    data: Sequence[ClientData]
+    pad_id: int
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Train to the end, step by step; yields every step's record."""
+        batches = [self._batches(client) for client in range(self.clients.clients)]
+        self.sent = [0] * self.clients.clients  # parameters, by each client so far
+        state: dict[str, Tensor] = {}
+        decayed = 0
+        self._evaluate(0)
+        for step in self.schedule:
+            if step.opens:
+                theta, decayed = self.clients.block(step.block)
+                state = {"theta": theta} | {name: torch.zeros_like(theta) for name in ("grad", *self.rule.buffers)}
+                self.rule.open(state)
+            lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
+            losses = [
+                self.clients.gradient(
+                    step.block, client, next(batches[client]), state["grad"][client], self.config.optimizer.clip_norm
+                )
+                for client in range(self.clients.clients)
+            ]
+            every_column = slice(0, state["theta"].shape[1])
+            for columns, decay in split_by_decay(every_column, decayed, self.config.optimizer.weight_decay):
+                part = {name: tensor[:, columns] for name, tensor in state.items()}
+                self.rule.local_step(part, inner=step.inner, lr=lr, decay=decay)
+            before = spread(state["grad"])
+            for rows, mixed in self._by_neighbours(step):
+                self._exchange(state, rows, mixed, step, lr)
+            record = self._record(step, lr, losses, before, spread(state["theta"]))
+            self.steps.append(record)
+            yield record
+            done, every = step.index + 1, self.config.evaluation.every
+            if done == len(self.schedule) or (every > 0 and done % every == 0):
+                self._evaluate(done)
+
+    def _exchange(self, state: State, rows: Tensor | None, mixed: bool, step: Step, lr: float) -> None:
+        """Average for the clients `rows`, or let them be; None: for all of them, in place."""
+        part = dict(state) if rows is None else {name: tensor[rows] for name, tensor in state.items()}
+        if mixed:
+            w = torch.tensor(self.mixing.matrix(step.gossip), dtype=torch.float32)
+            sent = {name: w @ state[name] for name in self.rule.travels}
+            for name in self.rule.travels:
+                self.rule.accept(part, name, sent[name] if rows is None else sent[name][rows])
+        else:
+            self.rule.stay(part)
+        norm: Tensor | float = 0.0
+        if self.rule.needs_norm:
+            norm = torch.linalg.vector_norm(part["grad"], dim=1, keepdim=True, dtype=torch.float64).float()
+        self.rule.finish(part, lr=lr, norm=norm, mixed=mixed)
+        if rows is not None:
+            for name, tensor in state.items():
+                tensor[rows] = part[name]
+
+    def _by_neighbours(self, step: Step) -> list[tuple[Tensor | None, bool]]:
+        """The clients that average at this step and those that do not; [(None, ...)] where all do the same."""
+        t = step.gossip
+        averages = [
+            t is not None and bool(self.mixing.sources(i, t) or self.mixing.destinations(i, t))
+            for i in range(self.clients.clients)
+        ]
+        if len(set(averages)) == 1:
+            return [(None, averages[0])]
+        place = torch.tensor(averages)
+        return [(place.nonzero().flatten(), True), ((~place).nonzero().flatten(), False)]
+
+    def _record(self, step: Step, lr: float, losses: list[float], before: float, after: float) -> dict[str, Any]:
+        """loss: per client, nats. spread_before, spread_after: sqrt(mean_i |x_i - mean|^2) of the active block before
+        and after the averaging. bytes_sent: per client, since the start."""
+        if step.gossip is not None:
+            numel = self.clients.plan.blocks[step.block].numel * len(self.rule.travels)
+            for client in range(self.clients.clients):
+                self.sent[client] += numel * len(self.mixing.destinations(client, step.gossip))
+        return {
+            "step": step.index + 1,
+            "round": step.round,
+            "block": self.clients.plan.blocks[step.block].label,
+            "inner": step.inner,
+            "gossip": step.gossip is not None,
+            "lr": lr,
+            "loss": losses,
+            "spread_before": before,
+            "spread_after": after,
+            "bytes_sent": [_BYTES * sent for sent in self.sent],
+        }
+
+    def _evaluate(self, done: int) -> None:
+        """Scores of every client on its own and the common set and of the mean model, and the consensus distance."""
+        common = self.data[0].common_evaluation
+        mean = self.clients.values.mean(dim=0)
+        record: dict[str, Any] = {"step": done, "consensus_distance": spread(self.clients.values), "clients": []}
+        for client, data in enumerate(self.data):
+            row, scores = self.clients.values[client], {}
+            if data.own_evaluation is not None:
+                scores["own"] = self._score(row, data.own_evaluation)
+            if common is not None:
+                scores["common"] = self._score(row, common)
+            record["clients"].append(scores)
+        if self.config.evaluation.mean_model and self.clients.clients > 1:
+            if common is not None:
+                record["mean"] = self._score(mean, common)
+            else:
+                own = [data.own_evaluation for data in self.data]
+                record["mean"] = average([None if held is None else self._score(mean, held) for held in own])
+        self.evaluations.append(record)
+
+    def _score(self, row: Tensor, dataset: Dataset) -> dict[str, Any]:
+        totals = torch.zeros(len(dataset), 2, dtype=torch.float64)
+        batches = evaluation_batches(
+            dataset, batch_size=self.config.evaluation.batch_size, rank=0, ranks=1, pad_id=self.pad_id
+        )
+        for batch in batches:
+            losses, counts = self.clients.score(row, batch)
+            kept = batch["row"] >= 0
+            totals[batch["row"][kept]] = torch.stack([losses[kept].double(), counts[kept].double()], dim=1)
+        return summarize(totals, dataset, self.data[0].label_names)
+
+    def _batches(self, client: int) -> Iterator[list[dict[str, Tensor]]]:
+        return training_batches(
+            self.data[client].train,
+            batch_size=self.config.data.batch_size,
+            micro_batch_size=self.config.data.micro_batch_size,
+            rank=0,
+            ranks=1,
+            seed=self.config.run.seed,
+            client=client,
+            pad_id=self.pad_id,
+        )
+
+
+def spread(x: Tensor) -> float:
+    """Consensus distance sqrt(mean_i |x_i - mean|^2) of stacked parameters, [n, numel]."""
+    return float(torch.linalg.vector_norm(x - x.mean(dim=0, dtype=torch.float64))) / len(x) ** 0.5

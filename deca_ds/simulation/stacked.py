@@ -1,0 +1,103 @@
+"""n models of one architecture as one matrix, a row a client, of which blocks are column ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.engine.losses import count_targets, token_losses
+
+Batch = Mapping[str, Tensor]
+
+_CPU = torch.device("cpu")
+
+
+class StackedClients:
+    """The clients' parameters, float32 [n, numel], and one module that takes the place of each client in turn.
+
+    A block's columns lie together, matrices before vectors, so that the active block of all clients is a view. The
+    clients start from the same weights. Gradients are computed one client at a time: with models of a size that is
+    worth simulating the arithmetic takes the time, and any model that transformers can build works.
+    """
+
+    def __init__(self, model: nn.Module, plan: BlockPlan, clients: int):
+        self.plan = plan
+        self.clients = clients
+        self._model = model
+        self._parameters = dict(model.named_parameters())
+        self.names = [name for block in plan.blocks for name in self._ordered(block.names)] + list(plan.frozen)
+        starts = [0]
+        for name in self.names:
+            starts.append(starts[-1] + self._parameters[name].numel())
+        self._columns = {name: slice(a, b) for name, a, b in zip(self.names, starts, starts[1:], strict=False)}
+        self._shapes = {name: self._parameters[name].shape for name in self.names}
+        row = torch.cat([self._parameters[name].detach().float().flatten() for name in self.names])
+        self.values = row.repeat(clients, 1)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+
+    def _ordered(self, names: Sequence[str]) -> list[str]:
+        return sorted(names, key=lambda name: self._parameters[name].dim() < 2)  # stable
+
+    def block(self, index: int) -> tuple[Tensor, int]:
+        """The block's parameters, a view [n, numel], and how many leading columns weight decay applies to."""
+        names = self._ordered(self.plan.blocks[index].names)
+        start, stop = self._columns[names[0]].start, self._columns[names[-1]].stop
+        decayed = sum(prod(self._shapes[name]) for name in names if len(self._shapes[name]) >= 2)
+        return self.values[:, start:stop], decayed
+
+    def parameters(self, client: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of one client's model, views."""
+        for name in self.names:
+            yield name, self.values[client, self._columns[name]].view(self._shapes[name])
+
+    def gradient(
+        self,
+        index: int,
+        client: int,
+        micro_batches: Sequence[Batch],
+        out: Tensor,
+        clip_norm: float = 0.0,
+    ) -> float:
+        """Fill `out`, [numel] of block `index`, with the gradient of the mean loss over the targets; returns the loss.
+
+        clip_norm: 2-norm that the gradient is scaled down to; 0: not at all.
+        """
+        self._become(self.values[client])
+        out.zero_()
+        names = self._ordered(self.plan.blocks[index].names)
+        sizes = [self._parameters[name].numel() for name in names]
+        for name, part in zip(names, out.split(sizes), strict=True):
+            self._parameters[name].requires_grad_(True)
+            self._parameters[name].grad = part.view(self._shapes[name])
+        targets = max(1, sum(count_targets(batch) for batch in micro_batches))
+        total = 0.0
+        self._model.train()
+        for batch in micro_batches:
+            loss = token_losses(self._model, batch, _CPU)[0].sum() / targets
+            loss.backward()
+            total += float(loss.detach())
+        for name in names:
+            self._parameters[name].requires_grad_(False)
+            self._parameters[name].grad = None
+        norm = float(torch.linalg.vector_norm(out))
+        if 0 < clip_norm < norm:
+            out.mul_(clip_norm / norm)
+        return total
+
+    @torch.no_grad()
+    def score(self, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Per row of the batch, for the model with the parameters `row` ([numel]): summed loss of its targets in nats,
+        and their number; both [batch]."""
+        self._become(row)
+        self._model.eval()
+        losses, mask = token_losses(self._model, batch, _CPU)
+        return losses.sum(dim=1), mask.sum(dim=1)
+
+    def _become(self, row: Tensor) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data = row[self._columns[name]].view(self._shapes[name])
