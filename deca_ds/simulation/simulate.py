@@ -39,13 +39,17 @@ class Simulation:
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Train to the end, step by step; yields every step's record."""
+    def run(self, *, evaluate_first: bool = True) -> Iterator[dict[str, Any]]:
+        """Train to the end, step by step; yields every step's record.
+
+        evaluate_first: score the models before the first step too.
+        """
         batches = [self._batches(client) for client in range(self.clients.clients)]
         self.sent = [0] * self.clients.clients  # parameters, by each client so far
         state: dict[str, Tensor] = {}
         decayed = 0
-        self._evaluate(0)
+        if evaluate_first:
+            self._evaluate(0)
         for step in self.schedule:
             if step.opens:
                 theta, decayed = self.clients.block(step.block)

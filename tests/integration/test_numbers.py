@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.config import load_config
 from deca_ds.data import load_client_data, training_batches
+from deca_ds.simulation.setup import build as build_simulation
 
 pytestmark = pytest.mark.multiprocess
 
@@ -153,6 +154,48 @@ def test_clients_equal_the_dense_reference(overrides, tmp_path, layout):
                 got, where = saved.read(name, client).double().numpy(), f"{changes}: client {client}, {name}"
                 np.testing.assert_allclose(got, values, rtol=0, atol=1e-5, err_msg=where)
                 assert not np.allclose(got, start[name], atol=1e-4), f"{where} was never trained"
+
+
+SIMULATED = [
+    ({}, "erdos_renyi", 1),
+    ({"algorithm.signal": "quasi_global_norm"}, "star", 2),
+    ({"algorithm.method": "gt-adam"}, "one_peer_exponential", 1),
+    ({"algorithm.method": "diloco", **WHOLE}, "complete", 3),
+]
+
+
+def test_the_simulator_equals_real_processes(overrides, tmp_path, word_files):
+    """Four clients in one process, and in four."""
+    fourth = tmp_path / "fourth.jsonl"
+    fourth.write_text("".join(Path(path).read_text() for path in word_files[:2]))
+    files = {"data.per_client": f"[{','.join(map(str, [*word_files, fourth]))}]", "cluster.clients": 4}
+    runs = [
+        overrides(**files, **changes, **{"gossip.graph": graph, "gossip.every": every, "evaluation.every": 5})
+        for changes, graph, every in SIMULATED
+    ]
+    for arguments, saved in zip(runs, run_all("mpirun", 4, tmp_path, runs), strict=True):
+        config = load_config(None, arguments)
+        simulation = build_simulation(config)
+        for _ in simulation.run():
+            pass
+        for client in range(4):
+            for name, values in simulation.clients.parameters(client):
+                torch.testing.assert_close(saved.read(name, client), values, rtol=0, atol=1e-5, msg=f"{client} {name}")
+        read = lambda file, config=config: [  # noqa: E731
+            json.loads(line) for line in (Path(config.run.output) / "metrics" / file).read_text().splitlines()
+        ]
+        job, clients = read("job.jsonl"), [read(f"client_{client:03d}.jsonl") for client in range(4)]
+        assert [record["step"] for record in job] == [record["step"] for record in simulation.evaluations]
+        for real, simulated in zip(job, simulation.evaluations, strict=True):
+            assert real["consensus_distance"] == pytest.approx(simulated["consensus_distance"], rel=1e-3, abs=1e-6)
+            assert real["mean"]["loss"] == pytest.approx(simulated["mean"]["loss"], abs=1e-5)
+        for client, records in enumerate(clients):
+            losses = [record["loss"] for record in records if record["kind"] == "step"]
+            assert losses == pytest.approx([record["loss"][client] for record in simulation.steps], abs=1e-5)
+            scored = [record for record in records if record["kind"] == "evaluation"]
+            for real, simulated in zip(scored, simulation.evaluations, strict=True):
+                assert real["own"]["loss"] == pytest.approx(simulated["clients"][client]["own"]["loss"], abs=1e-5)
+            assert scored[-1]["gossip_bytes_sent"] == simulation.steps[-1]["bytes_sent"][client]
 
 
 def test_one_client_equals_torch_adamw_block_by_block(overrides):

@@ -1,0 +1,97 @@
+"""The simulator by itself; that it equals real processes is tested in integration/test_numbers.py."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from deca_ds.cli import main
+from deca_ds.config import load_config
+from deca_ds.errors import ConfigError
+from deca_ds.simulation.setup import build
+from deca_ds.simulation.simulate import spread
+
+
+@pytest.fixture
+def keys(tiny_model, word_files, tmp_path) -> list[str]:
+    return [
+        *(f"model.path={tiny_model}", "cluster.clients=6", f"data.train=[{word_files[0]},{word_files[1]}]"),
+        *("data.max_length=16", "data.batch_size=2", "data.micro_batch_size=1", "algorithm.rounds=1"),
+        *(
+            "algorithm.inner_steps=4",
+            "algorithm.eps=1e-4",
+            "optimizer.lr=0.003",
+            "gossip.graph=ring",
+            f"run.output={tmp_path / 'run'}",
+        ),
+        *("data.common_holdout=0.1", "evaluation.max_examples=4", "logging.progress=false"),
+    ]
+
+
+def run(keys):
+    simulation = build(load_config(None, keys))
+    for _ in simulation.run():
+        pass
+    return simulation
+
+
+def test_two_simulations_are_bit_identical_and_learn(keys):
+    first, second = run(keys), run(keys)
+    assert torch.equal(first.clients.values, second.clients.values)
+    assert first.steps == second.steps and first.evaluations == second.evaluations
+    assert first.evaluations[-1]["mean"]["loss"] < first.evaluations[0]["mean"]["loss"]
+    assert first.evaluations[0]["consensus_distance"] == 0 < first.evaluations[-1]["consensus_distance"]
+
+
+def test_micro_batches_change_nothing(keys):
+    one, two = run(keys), run([*keys, "data.micro_batch_size=2"])
+    torch.testing.assert_close(one.clients.values, two.clients.values, rtol=0, atol=1e-5)
+
+
+def test_an_averaging_shrinks_the_spread_at_least_by_the_spectral_gap(keys):
+    simulation = run([*keys, "gossip.every=2"])
+    rho = 1 - simulation.mixing.spectral_gap
+    for step in simulation.steps:
+        if step["gossip"]:
+            assert step["spread_after"] <= step["spread_before"] * rho * 1.001
+        else:
+            assert step["spread_after"] == step["spread_before"] > 0
+
+
+def test_clients_with_and_without_a_neighbour_at_a_step(keys, tmp_path):
+    """Client 0 averages with nobody: it trains as if alone, though the others gossip."""
+    pairs = np.eye(6)
+    pairs[1:, 1:] = 1 / 5
+    path = tmp_path / "matrix.txt"
+    path.write_text("\n".join(" ".join(map(str, row)) for row in pairs))
+    with pytest.raises(Exception, match="falls apart"):
+        run([*keys, f"gossip.matrix={path}"])
+    simulation = build(load_config(None, keys))
+    object.__setattr__(simulation.mixing, "matrices", (pairs,))
+    for _ in simulation.run():
+        pass
+    alone = run([*keys, "gossip.graph=isolated"])
+    assert torch.equal(simulation.clients.values[0], alone.clients.values[0])
+    assert spread(simulation.clients.values[1:]) < spread(alone.clients.values[1:]) / 5
+
+
+def test_the_command_writes_what_happened(keys, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("{}")
+    assert main(["simulate", "--config", str(config), *keys, "cluster.clients=3"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "simulation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 17))
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 16]
+    assert all(len(line["loss"]) == 3 for line in lines if line["kind"] == "step")
+    printed = capsys.readouterr().out
+    assert "16 inner steps of 3 clients" in printed and "spectral gap" in printed
+    assert main(["simulate", "--config", str(config), *keys]) == 2
+    assert "already used" in capsys.readouterr().err
+
+
+def test_bfloat16_is_refused(keys):
+    with pytest.raises(ConfigError, match="bfloat16"):
+        build(load_config(None, [*keys, "model.dtype=bfloat16"]))
