@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,18 @@ class Finished:
     output: str  # stdout and stderr
 
 
-def run_command(command: list[str], *, deadline_s: float = 240, cwd: Path = REPOSITORY, **env: str) -> Finished:
-    """Run to the end or fail the test at the deadline; the whole process group is gone afterwards."""
+def run_command(
+    command: list[str],
+    *,
+    deadline_s: float = 240,
+    cwd: Path = REPOSITORY,
+    during: Callable[[subprocess.Popen], None] = lambda process: None,
+    **env: str,
+) -> Finished:
+    """Run to the end or fail the test at the deadline; the whole process group is gone afterwards.
+
+    during: what happens to the process meanwhile.
+    """
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "SLURM_"))},
         "OMP_NUM_THREADS": "1",
@@ -43,6 +54,7 @@ def run_command(command: list[str], *, deadline_s: float = 240, cwd: Path = REPO
         start_new_session=True,
     )  # fmt: skip
     try:
+        during(process)
         output, _ = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)

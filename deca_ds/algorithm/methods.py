@@ -15,7 +15,8 @@ class Method:
 
     rule: its inner step. about: one line for people. fixed: coefficients that its name settles.
     alone: True where clients must not gossip. whole_model: True or False where the method decides whether there is one
-    block or several; None: both are fine. skips_gossip: gossip must not follow every inner step.
+    block or several; None: both are fine. skips_gossip: gossip must not follow every inner step. adapters: low-rank
+    adapters are that block, and the model under them is frozen.
     """
 
     rule: type[Rule]
@@ -24,6 +25,7 @@ class Method:
     alone: bool = False
     whole_model: bool | None = None
     skips_gossip: bool = False
+    adapters: bool = False
 
 
 _NO_SIGNAL = (("signal", "none"),)
@@ -34,6 +36,9 @@ METHODS: dict[str, Method] = {
     "qg-adam": Method(QgAdam, "Adam whose moments follow the network's direction"),
     "gt-adam": Method(GtAdam, "Adam on tracked gradients, twice the traffic"),
     "diloco": Method(DiLoCo, "local AdamW steps, then an outer Nesterov step"),
+    "dec-lora": Method(
+        DecaRule, "gossip-adam on low-rank adapters of a frozen model", _NO_SIGNAL, whole_model=True, adapters=True
+    ),
     "badam": Method(DecaRule, "block-wise Adam without gossip", _NO_SIGNAL, alone=True, whole_model=False),
     "adamw": Method(DecaRule, "AdamW on all parameters without gossip", _NO_SIGNAL, alone=True, whole_model=True),
 }

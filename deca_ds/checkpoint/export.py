@@ -1,7 +1,7 @@
 """Sharded state of a finished run -> a Hugging Face directory: streamed, verified, and there only once it is whole.
 
 On the host at any time: one output file's tensors and one conversion group, which is one parameter for most models (for
-the mean, with its float32 accumulator).
+the mean, with its float32 accumulator; where adapters are merged into it, with these and a float32 copy).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deca_ds.checkpoint.adapters import MergedModel, read_adapters
 from deca_ds.checkpoint.files import sync
 from deca_ds.checkpoint.layout import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.shards import ShardedModel
@@ -37,7 +38,8 @@ class ExportReport:
     """What was exported.
 
     parameters: number of elements, shared ones counted once. bytes: size of the weight files. files: their number.
-    source: "client 2" or "mean of 3 clients". note: what a user should know about the run, or None.
+    source: "client 2" or "mean of 3 clients", and whether adapters were merged. note: what a user should know about the
+    run, or None.
     """
 
     output: Path
@@ -61,9 +63,10 @@ def export_model(
 ) -> ExportReport:
     """Write the model of one client, or the mean of all clients, as a directory that `from_pretrained` loads.
 
-    run: a run's output folder with hf/ (configuration, tokenizer) and model/ (sharded state). client: its number; None:
-    the mean. dtype: "float32", "bfloat16" or "float16"; None: the stored one. max_shard_bytes: largest weight file; a
-    single larger tensor gets a file of its own. progress: called with (bytes done, bytes in all) after each tensor.
+    run: a run's output folder with hf/ (configuration, tokenizer) and model/ (sharded state); adapters that it trained
+    are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: the stored one.
+    max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
+    done, bytes in all) after each tensor.
     A run that is not marked DONE is exported if its sharded state is complete; the report then says so.
     Raises CheckpointError if `output` exists, the run is incomplete or damaged, a parameter is not finite or any check
     of the result fails; `output` is then not there.
@@ -73,7 +76,9 @@ def export_model(
         raise CheckpointError("the output exists already", where=str(output), fix="give a new folder or remove it")
     if not run.is_dir():
         raise CheckpointError("no such run folder", where=str(run), fix="give the run.output folder of a run")
-    saved = _open_shards(run, client)
+    saved: ShardedModel | MergedModel = _open_shards(run, client)
+    if adapters := read_adapters(run):
+        saved = MergedModel(saved, adapters)
     model = empty_model(run / "hf", trust_remote_code=trust_remote_code)
     compare_shapes(saved, stored_shapes(model))
     stream = _Stream(saved, model, client, getattr(torch, dtype) if dtype else None)
@@ -106,7 +111,9 @@ def export_model(
 class _Stream:
     """The model's tensors under their names in files, one conversion group at a time, each checked to be finite."""
 
-    def __init__(self, saved: ShardedModel, model: PreTrainedModel, client: int | None, dtype: torch.dtype | None):
+    def __init__(
+        self, saved: ShardedModel | MergedModel, model: PreTrainedModel, client: int | None, dtype: torch.dtype | None
+    ):
         self.saved, self.model, self.client, self.cast = saved, model, client, dtype
         self.groups = conversion_groups(model, stored_shapes(model))
         # sizes are known before anything is read: the conversion runs once on tensors without storage
@@ -120,6 +127,7 @@ class _Stream:
         count = len(saved.clients)
         mean = f"mean of {count} client{'s' if count > 1 else ''}"
         self.source = mean if client is None else f"client {client}"
+        self.source += ", adapters merged" if isinstance(saved, MergedModel) else ""
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
@@ -131,7 +139,7 @@ class _Stream:
     def _read(self, name: str) -> Tensor:
         tensor = self.saved.mean(name) if self.client is None else self.saved.read(name, self.client)
         self._refuse_not_finite(name, tensor)
-        cast = tensor.to(self._out(tensor.dtype))
+        cast = tensor.to(self._out(self.saved.dtype(name)))
         if cast.dtype != tensor.dtype and (count := _not_finite(cast)):
             raise CheckpointError(
                 f"{count} of {cast.numel()} elements of {name} are too large for {_label(cast.dtype)}",

@@ -1,127 +1,40 @@
-"""Sharded model state: every rank writes its own slices, one process reads them back parameter by parameter.
+"""Reading sharded state back, parameter by parameter or slice by slice; slices.py says what was written.
 
-    <folder>/client_003/rank_001/manifest.json             who wrote it, and where each slice lies
-    <folder>/client_003/rank_001/000_embeddings.safetensors   one file for each group of slices
-
-A slice is [start, stop) of the row-major flat parameter, as ZeRO-3 cuts it, and may be empty. A rank's folder appears
-by one rename once it is complete, so a folder that exists is whole unless something damaged it later.
+The reader's ranks need not be the writer's: a slice is put together from whatever slices it intersects.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from deca_ds.checkpoint.files import checksum, sync
+from deca_ds.checkpoint.files import checksum
+from deca_ds.checkpoint.slices import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION, rank_folder
 from deca_ds.errors import CheckpointError
-
-VERSION = 1
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Elements [start, stop) of the flat parameter (or persistent buffer) `name`, whose full shape is `shape`.
-
-    values: 1-D, stop - start elements, on any device, of the data type to be stored.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    values: Tensor
-
-
-def rank_folder(folder: Path, client: int, rank: int) -> Path:
-    """Where `rank` of `client` keeps its slices."""
-    return folder / f"client_{client:03d}" / f"rank_{rank:03d}"
-
-
-def save_shards(
-    folder: Path,
-    groups: Iterable[tuple[str, Iterable[Slice]]],
-    *,
-    client: int,
-    clients: int,
-    rank: int,
-    ranks: int,
-    step: int,
-) -> Path:
-    """Write one rank's slices and return its folder. No communication; one group at a time is on the host.
-
-    groups: (label, slices) pairs, consumed lazily. Every rank passes the same names, empty slices included.
-    clients, ranks: the run's number of clients and this client's number of ranks. step: inner steps done.
-    Raises CheckpointError if the folder exists or cannot be written.
-    """
-    target = rank_folder(folder, client, rank)
-    if target.exists():
-        raise CheckpointError("this rank's model is saved already", where=str(target), fix="write to a new folder")
-    partial = target.with_name(target.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-        partial.mkdir(parents=True)
-        manifest = {"version": VERSION, "client": client, "clients": clients, "rank": rank, "ranks": ranks}
-        manifest |= {"step": step, "tensors": {}, "files": {}}
-        for index, (label, slices) in enumerate(groups):
-            name = f"{index:03d}_{re.sub('[^A-Za-z0-9]+', '-', label).strip('-')}.safetensors"
-            _write_group(partial / name, slices, manifest)
-        (partial / MANIFEST).write_text(json.dumps(manifest))
-        sync(partial / MANIFEST)
-        sync(partial)
-        partial.rename(target)
-        sync(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot save the model: {error}", where=str(target), fix="check the disk's free space and permissions"
-        ) from error
-    return target
-
-
-def _write_group(path: Path, slices: Iterable[Slice], manifest: dict[str, Any]) -> None:
-    tensors: dict[str, Tensor] = {}
-    for piece in slices:
-        if piece.values.shape != (piece.stop - piece.start,):
-            raise ValueError(f"{piece.name}: [{piece.start}, {piece.stop}) does not fit {tuple(piece.values.shape)}")
-        if piece.name in manifest["tensors"]:
-            raise ValueError(f"{piece.name} is given twice")
-        manifest["tensors"][piece.name] = {
-            "shape": list(piece.shape),
-            "dtype": str(piece.values.dtype).removeprefix("torch."),
-            "start": piece.start,
-            "stop": piece.stop,
-            "file": path.name,
-        }
-        tensors[piece.name] = piece.values.detach().to("cpu").contiguous()
-    save_file(tensors, path)
-    sync(path)
-    manifest["files"][path.name] = {"bytes": path.stat().st_size, "blake2b": checksum(path)}
 
 
 class ShardedModel:
     """A saved model, read lazily: opening looks at manifests and file sizes, reading at one parameter at a time.
 
     clients: numbers of the clients that will be read; None: all clients of the run. Only their files must be here.
+    ranks: numbers of the ranks whose slices will be read; None: all of a client's, which then leave no gap.
     A file's checksum is compared when the file is first read.
-    Attributes: clients (numbers, ascending), clients_of_run, step, names (in the order they were written).
+    Attributes: clients (numbers, ascending), clients_of_run, ranks (how many wrote, by client), step, names (in the
+    order they were written), states (what each (client, rank) gave to `save_shards` as its state).
     Raises CheckpointError for a missing folder, client or rank, a file of the wrong size, slices that overlap or leave
     a gap, and clients that differ in names, shapes, data types or step.
     """
 
-    def __init__(self, folder: Path, clients: Sequence[int] | None = None):
+    def __init__(self, folder: Path, clients: Sequence[int] | None = None, ranks: Sequence[int] | None = None):
         self.folder = folder
-        manifests = self._read_manifests()
+        manifests = self._read_manifests(clients, ranks)
         first = next(iter(manifests.values()))
         self.clients_of_run: int = first["clients"]
         self.step: int = first["step"]
@@ -132,7 +45,7 @@ class ShardedModel:
                     f"there is no client {client}", where=str(folder), fix=f"0 to {self.clients_of_run - 1} exist"
                 )
         wanted = {key: manifest for key, manifest in manifests.items() if key[0] in self.clients}
-        self._refuse_missing(wanted)
+        self._refuse_missing(wanted, ranks)
         for (client, rank), manifest in wanted.items():
             if (manifest["clients"], manifest["step"]) != (self.clients_of_run, self.step):
                 raise CheckpointError(
@@ -141,6 +54,8 @@ class ShardedModel:
                     where=str(rank_folder(folder, client, rank)),
                     fix="bring together the files of one run only",
                 )
+        self.ranks = {client: manifest["ranks"] for (client, _), manifest in wanted.items()}
+        self.states = {key: manifest.get("state", {}) for key, manifest in wanted.items()}
         self._files = {
             rank_folder(folder, *key) / name: entry
             for key, manifest in wanted.items()
@@ -149,6 +64,9 @@ class ShardedModel:
         self._intact: set[Path] = set()
         self._refuse_wrong_sizes()
         self._meta, self._slices = self._index(wanted)
+        if ranks is None:
+            for name, client in self._slices:
+                self._refuse_gaps(name, client, 0, prod(self.shape(name)))
 
     @property
     def names(self) -> list[str]:
@@ -162,31 +80,56 @@ class ShardedModel:
 
     def read(self, name: str, client: int) -> Tensor:
         """The full parameter of one client, on the CPU, in the stored data type."""
-        flat = torch.empty(prod(self.shape(name)), dtype=self.dtype(name))
-        for start, stop, values in self._read_slices(name, client):
-            flat[start:stop] = values
-        return flat.view(self.shape(name))
+        return self.read_range(name, client, 0, prod(self.shape(name))).view(self.shape(name))
+
+    def read_range(self, name: str, client: int, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of one client's flat parameter, on the CPU, in the stored data type.
+
+        Reads nothing else. Raises CheckpointError if `ranks` hold only a part of them.
+        """
+        self._refuse_gaps(name, client, start, stop)
+        values = torch.empty(stop - start, dtype=self.dtype(name))
+        for low, high, part in self._read_slices(name, client, start, stop):
+            values[low - start : high - start] = part
+        return values
 
     def mean(self, name: str) -> Tensor:
         """Mean over `clients`, added up in float32 in ascending order of the clients; stored data type."""
         total = torch.zeros(prod(self.shape(name)), dtype=torch.float32)
         for client in self.clients:
-            for start, stop, values in self._read_slices(name, client):
+            for start, stop, values in self._read_slices(name, client, 0, total.numel()):
                 total[start:stop] += values
         return total.div_(len(self.clients)).to(self.dtype(name)).view(self.shape(name))
 
-    def _read_slices(self, name: str, client: int) -> Iterator[tuple[int, int, Tensor]]:
-        for start, stop, path in self._slices[name, client]:
+    def verify(self) -> None:
+        """Compare the checksums of all files. Raises CheckpointError for the first one that is damaged."""
+        for path in self._files:
             self._refuse_damaged(path)
-            with safe_open(path, framework="pt") as file:
-                yield start, stop, file.get_tensor(name)
 
-    def _read_manifests(self) -> dict[tuple[int, int], dict[str, Any]]:
+    def _read_slices(self, name: str, client: int, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
+        """What the slices hold of [start, stop), ascending: (first, last-plus-one, values)."""
+        for low, high, path in self._slices[name, client]:
+            first, last = max(low, start), min(high, stop)
+            if first < last:
+                self._refuse_damaged(path)
+                with safe_open(path, framework="pt") as file:
+                    yield first, last, file.get_slice(name)[first - low : last - low]
+
+    def _read_manifests(
+        self, clients: Sequence[int] | None, ranks: Sequence[int] | None
+    ) -> dict[tuple[int, int], dict[str, Any]]:
+        if clients is None or ranks is None:
+            folders = [path.parent for path in self.folder.glob(f"client_*/rank_*/{MANIFEST}")]
+        else:
+            folders = [rank_folder(self.folder, client, rank) for client in clients for rank in ranks]
         manifests = {}
-        for path in sorted(self.folder.glob(f"client_*/rank_*/{MANIFEST}")):
-            if path.parent.suffix == ".partial":
+        for path in (folder / MANIFEST for folder in sorted(folders)):
+            if path.parent.suffix == PARTIAL or not path.is_file():
                 continue
+            sums = path.with_name(MANIFEST_CHECKSUM)
             try:
+                if sums.is_file() and sums.read_text() != checksum(path):
+                    raise ValueError("its checksum is not the one it was written with")
                 manifest = json.loads(path.read_text())
                 version, key = manifest["version"], (manifest["client"], manifest["rank"])
             except (ValueError, KeyError, TypeError) as error:
@@ -214,14 +157,15 @@ class ShardedModel:
             )
         return manifests
 
-    def _refuse_missing(self, manifests: dict[tuple[int, int], dict[str, Any]]) -> None:
+    def _refuse_missing(self, manifests: dict[tuple[int, int], dict[str, Any]], only: Sequence[int] | None) -> None:
         ranks = {client: manifest["ranks"] for (client, _), manifest in manifests.items()}
         absent = []
         for client in self.clients:
             if client not in ranks:
                 absent.append(f"client {client}")
             else:
-                absent += [f"client {client} rank {r}" for r in range(ranks[client]) if (client, r) not in manifests]
+                wanted = range(ranks[client]) if only is None else only
+                absent += [f"client {client} rank {r}" for r in wanted if (client, r) not in manifests]
         if absent:
             raise CheckpointError(
                 f"the saved model is incomplete; missing: {', '.join(absent)}",
@@ -270,24 +214,24 @@ class ShardedModel:
                 if entry["start"] < entry["stop"]:
                     held.append((entry["start"], entry["stop"], where / entry["file"]))
         for client in self.clients:
-            for name, (shape, _) in meta.items():
-                held = slices.setdefault((name, client), [])
-                held.sort()
-                self._refuse_gaps(name, client, [(start, stop) for start, stop, _ in held], prod(shape))
+            for name in meta:
+                slices.setdefault((name, client), []).sort()
         return meta, slices
 
-    def _refuse_gaps(self, name: str, client: int, intervals: list[tuple[int, int]], numel: int) -> None:
-        covered = 0
-        for start, stop in [*intervals, (numel, numel)]:
-            if start != covered:
-                low, high = sorted((start, covered))
-                found = "are held twice" if start < covered else "are missing"
+    def _refuse_gaps(self, name: str, client: int, start: int, stop: int) -> None:
+        """Raise CheckpointError unless every element of [start, stop) is held, and once."""
+        covered = start
+        intervals = [(max(low, start), min(high, stop)) for low, high, _ in self._slices[name, client]]
+        for first, last in [*((low, high) for low, high in intervals if low < high), (stop, stop)]:
+            if first != covered:
+                low, high = sorted((first, covered))
+                found = "are held twice" if first < covered else "are missing"
                 raise CheckpointError(
-                    f"client {client}, {name}: elements [{low}, {high}) of {numel} {found}",
+                    f"client {client}, {name}: elements [{low}, {high}) of {prod(self.shape(name))} {found}",
                     where=str(self.folder),
                     fix="bring together the files of one run only",
                 )
-            covered = stop
+            covered = last
 
 
 def _describe(described: tuple[tuple[int, ...], torch.dtype]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from deca_ds.checkpoint.adapters import MergedModel
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.errors import CheckpointError
 
@@ -21,7 +22,7 @@ _NAMES_SHOWN = 5
 _LOAD_FIX = "export with the transformers version of the run"
 
 
-def compare_shapes(saved: ShardedModel, expected: Mapping[str, tuple[int, ...]]) -> None:
+def compare_shapes(saved: ShardedModel | MergedModel, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `saved` holds exactly the tensors in `expected` (name -> full shape)."""
     held = dict.fromkeys(saved.names)
     missing = [name for name in expected if name not in held]

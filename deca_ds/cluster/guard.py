@@ -21,22 +21,25 @@ from pathlib import Path
 from torch.distributed import Store
 
 from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.stop import StopAgreement
 from deca_ds.cluster.store import JobStore
 from deca_ds.errors import UserError
 
 _FAILED_KEY, _DONE_KEY = "job/failed", "job/done"
-_POLL_S = 0.5
+_POLL_S, _STOPPING_POLL_S = 0.5, 0.05
 _LINGER_S = 2.0  # rank 0 hosts the store: it stays until the others have read why the job ends
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
 
 
 class JobGuard:
-    """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to."""
+    """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to; `stop` is
+    how the job is told to stop, and where."""
 
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
         self.output: Path | None = None
+        self.stop = StopAgreement(launch.rank, launch.world_size, store.timeout.total_seconds())
         self._store = store
         self._parent = os.getppid()
         self._finished = threading.Event()
@@ -74,8 +77,9 @@ class JobGuard:
         self._thread.join(timeout=2 * _POLL_S)
 
     def _watch(self, store: Store) -> None:
-        while not self._finished.wait(_POLL_S):
+        while not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
             try:
+                self.stop.look(store)
                 report, announce = self._look(store)
             except RuntimeError:
                 if self._finished.is_set():
@@ -87,7 +91,9 @@ class JobGuard:
 
     def _look(self, store: Store) -> tuple[dict | None, bool]:
         """A reason to end this process, if there is one, and whether it has yet to be told."""
-        if os.getppid() != self._parent:  # the launcher was killed: nobody would ever collect this process
+        # The launcher was killed: nobody would ever collect this process. One that was told to stop, as we were, may go
+        # before we are through.
+        if os.getppid() != self._parent and not self.stop.pending:
             return self._report("the launcher is gone, so this rank stops", FAILURE_CODE), True
         if store.check([_FAILED_KEY]):
             return json.loads(store.get(_FAILED_KEY).decode()), False

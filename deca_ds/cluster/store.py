@@ -5,9 +5,11 @@ It carries addresses and messages of a few hundred bytes, never parameters and n
 
 from __future__ import annotations
 
+import json
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import HashStore, Store, TCPStore
 
@@ -28,6 +30,14 @@ class JobStore:
         if self.address is None:
             return self.store
         return TCPStore(*self.address, is_master=False, timeout=self.timeout, wait_for_workers=False)
+
+    def gather(self, launch: Launch, key: str, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, a few hundred bytes, on every rank, ascending; each `key` can be used once."""
+        self.store.set(f"{key}/{launch.rank}", json.dumps(value))
+        if launch.rank == 0:
+            every = [json.loads(self.store.get(f"{key}/{rank}").decode()) for rank in range(launch.world_size)]
+            self.store.set(key, json.dumps(every))
+        return json.loads(self.store.get(key).decode())
 
     def publish_server(self, key: str) -> Store:
         """Host a new store on this machine and publish its address under `key` for `join_server`."""

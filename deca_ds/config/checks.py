@@ -28,6 +28,9 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("algorithm.eps", lambda x: x > 0, "more than 0"),
     ("algorithm.outer_lr", lambda x: x > 0, "more than 0"),
     ("algorithm.outer_momentum", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("lora.rank", lambda x: x >= 1, "at least 1"),
+    ("lora.alpha", lambda x: x > 0, "more than 0"),
+    ("lora.dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
     ("optimizer.lr", lambda x: x >= 0, "at least 0"),
     ("optimizer.warmup_steps", lambda x: x >= 0, "at least 0"),
     ("optimizer.final_lr_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -42,6 +45,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("evaluation.every", lambda x: x >= 0, "at least 0"),
     ("evaluation.batch_size", lambda x: x >= 1, "at least 1"),
     ("evaluation.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
+    ("checkpoint.every", lambda x: x >= 0, "at least 0"),
+    ("checkpoint.keep", lambda x: x >= 1, "at least 1"),
     ("logging.every", lambda x: x >= 1, "at least 1"),
 )
 
@@ -147,7 +152,7 @@ def check_output(config: Config) -> Path:
         raise ConfigError(
             f"the output folder {str(output)!r} is already used",
             where="run.output",
-            fix="name a new folder: a run never writes over another one",
+            fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
         )
     return output
 

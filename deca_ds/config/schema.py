@@ -18,6 +18,8 @@ class RunConfig:
     """One run: where it writes, on what it computes, what it is seeded with."""
 
     output: str = "runs/deca"  # new folder for metrics, tables, the resolved config and the trained shards
+    # continue the run in `output` from its newest checkpoint: never; require: there must be one; auto: if there is one
+    resume: Literal["never", "auto", "require"] = "never"
     seed: int = 0  # of the partition, the data order, random blocks, random graphs and random weights
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one, else cpu
     threads: Optional[int] = None  # CPU threads per rank; null: the host's cores divided by its ranks
@@ -61,7 +63,9 @@ class BlocksConfig:
 class AlgorithmConfig:
     """The method and its inner step; the equations are in deca_ds/algorithm."""
 
-    method: Literal["deca", "gossip-adam", "local-adam", "qg-adam", "gt-adam", "diloco", "badam", "adamw"] = "deca"
+    method: Literal[
+        "deca", "gossip-adam", "local-adam", "qg-adam", "gt-adam", "diloco", "dec-lora", "badam", "adamw"
+    ] = "deca"
     rounds: int = 4  # T: every block is active once a round
     inner_steps: int = 48  # R: consecutive steps of a block
     # for deca: what gossip tells Adam's moments (block-wise moment approximation)
@@ -75,6 +79,17 @@ class AlgorithmConfig:
     eps: float = 1e-8  # added to the root of the second moment
     outer_lr: float = 0.7  # for diloco: rate of the outer Nesterov step
     outer_momentum: float = 0.9  # for diloco: momentum of the outer Nesterov step
+
+
+@dataclass
+class LoraConfig:
+    """For dec-lora: the adapters. A linear layer's weight W acts as W + alpha / rank * B A."""
+
+    rank: int = 8  # rows of A, columns of B
+    alpha: float = 16.0  # alpha / rank scales what the adapter adds
+    # linear layers that get an adapter, by full name or its end (q_proj); empty: all those in the transformer's layers
+    target_modules: list[str] = field(default_factory=list)
+    dropout: float = 0.0  # of the adapters' input while training
 
 
 @dataclass
@@ -158,6 +173,14 @@ class EvaluationConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When the state of the run is saved, to go on from there. A preemption (SIGTERM) saves it in any case."""
+
+    every: int = 0  # inner steps between checkpoints; 0: only when the job is told to stop
+    keep: int = 2  # complete checkpoints that stay on the disk, the newest ones
+
+
+@dataclass
 class LoggingConfig:
     """The JSON Lines in metrics/ are always written; this is the rest."""
 
@@ -175,9 +198,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     gossip: GossipConfig = field(default_factory=GossipConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     deepspeed: Optional[str] = None  # ZeRO-3 JSON file, see ds_configs/; null: DeepSpeed's defaults

@@ -161,6 +161,17 @@ class Client:
             parameter = self._parameters[name]
             yield name, *internals.shard_range(parameter), internals.shard(parameter)
 
+    def block_shards(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
+        """(name, start, stop, state) of this rank's slices of the active block, if there is one; state: views of all of
+        the block's tensors."""
+        if self._state is None:
+            return
+        sizes = [size for _, size in self._layout]
+        parts = {key: tensor.split(sizes) for key, tensor in self._state.tensors.items()}
+        for place, (name, _) in enumerate(self._layout):
+            state = {key: split[place] for key, split in parts.items()}
+            yield name, *internals.shard_range(self._parameters[name]), state
+
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Persistent buffers, which are part of a saved model and whole on every rank."""
         saved = self.model.state_dict(keep_vars=True)

@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.algorithm.blocks import BlockPlan, split_into_blocks
+from deca_ds.algorithm.methods import METHODS
 from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine import internals
+from deca_ds.engine.adapters import adapter_plan, add_adapters
 from deca_ds.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,7 +71,8 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
 def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
     """The model, partitioned over this client's ranks while it is built. All of the client's ranks must call this.
 
-    model.init=random draws the weights from run.seed: the same for every client, whatever its number of ranks.
+    If the method trains adapters, they are on it. model.init=random draws the weights from run.seed: the same for every
+    client, whatever its number of ranks.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -93,6 +96,7 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
             )
             _refuse_incomplete(config.model.path, loading)
     del zero_init
+    add_adapters(config, model)
     _return_freed_memory()
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -123,6 +127,8 @@ def _return_freed_memory() -> None:
 
 def find_blocks(config: Config, model: nn.Module) -> BlockPlan:
     """The model's blocks as the configuration wants them. Raises ModelError for a model without a list of layers."""
+    if METHODS[config.algorithm.method].adapters:
+        return adapter_plan(model)
     try:
         return split_into_blocks(model, layers_per_block=config.blocks.layers_per_block, outside=config.blocks.outside)
     except ValueError as error:

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
 from deca_ds.data import ClientData, load_client_data, validate_data_config
+from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
@@ -37,6 +38,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     if data is None:
         data = load_data(config, tokenizer)
     model = _load_model(config)
+    add_adapters(config, model)
     plan = find_blocks(config, model)
     return Simulation(
         config=config,

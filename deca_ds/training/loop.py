@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ from torch import Tensor
 
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step
-from deca_ds.checkpoint.shards import Slice, save_shards
+from deca_ds.checkpoint.slices import save_shards
 from deca_ds.cluster import Cluster
+from deca_ds.cluster.stop import StopAgreement
 from deca_ds.config.schema import Config
-from deca_ds.engine.client import Client, GradientStats
+from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.gossip.mix import Gossip
+from deca_ds.training.checkpoints import Checkpoints, model_slices
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
@@ -37,33 +38,50 @@ class Trainer:
     batches: Iterator[list[dict[str, Tensor]]]
     evaluator: Evaluator
     metrics: Metrics
+    checkpoints: Checkpoints
+    stop: StopAgreement
     output: Path
+    done: int = 0  # inner steps
+    state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it
 
-    def train(self) -> None:
-        """Run the whole schedule and save the shards. All ranks of all clients call this."""
-        self._evaluate(0)
-        state = None
-        for step in self.schedule:
-            if step.opens:
-                state = self.client.open_block(step.block, self.rule.buffers)
-                self.rule.open(state.tensors)
-            started, waited = time.perf_counter(), self.gossip.wait_seconds
-            lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
-            stats = inner_step(
-                self.client, state, self.rule, self.gossip, step, next(self.batches), lr, self.config.optimizer
-            )
-            seconds = time.perf_counter() - started
-            self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
-            if step.closes:
-                self.client.close_block()
-                state = None
-            if self._evaluates_after(step):
-                self._evaluate(step.index + 1)
-        self._save()
+    def train(self) -> bool:
+        """Run the schedule from where it stands and save the trained shards. All ranks of all clients call this.
 
-    def _evaluates_after(self, step: Step) -> bool:
-        done, every = step.index + 1, self.config.evaluation.every
-        return done == len(self.schedule) or (every > 0 and done % every == 0)
+        Returns False if the job was told to stop before: then the checkpoints of all ranks are on the disk.
+        """
+        while self.stop.may_pass(self.done):
+            if self._evaluates():
+                self._evaluate()
+            if self.done == len(self.schedule):
+                self.checkpoints.wait()
+                self._save()
+                return True
+            self._inner_step(self.schedule.step(self.done))
+            self.checkpoints.after_step(self.done)
+        self.checkpoints.save(self.done)
+        self.checkpoints.wait_for_all(self.done)
+        return False
+
+    def _inner_step(self, step: Step) -> None:
+        if step.opens:
+            self.state = self.client.open_block(step.block, self.rule.buffers)
+            self.rule.open(self.state.tensors)
+        assert self.state is not None
+        started, waited = time.perf_counter(), self.gossip.wait_seconds
+        lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
+        stats = inner_step(
+            self.client, self.state, self.rule, self.gossip, step, next(self.batches), lr, self.config.optimizer
+        )
+        seconds = time.perf_counter() - started
+        self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
+        if step.closes:
+            self.client.close_block()
+            self.state = None
+        self.done = step.index + 1
+
+    def _evaluates(self) -> bool:
+        every = self.config.evaluation.every
+        return self.done in (0, len(self.schedule)) or (every > 0 and self.done % every == 0)
 
     def _record(self, step: Step, stats: GradientStats, lr: float, seconds: float, waited: float) -> dict[str, Any]:
         return {
@@ -78,7 +96,7 @@ class Trainer:
             **asdict(stats),
         }
 
-    def _evaluate(self, done: int) -> None:
+    def _evaluate(self) -> None:
         scores = self.evaluator.evaluate()
         job = {key: scores.pop(key) for key in ("mean", "consensus_distance") if key in scores}
         own = scores | {
@@ -86,30 +104,16 @@ class Trainer:
             "gossip_bytes_sent": int(self.client.client_sum(self.gossip.bytes_sent)),
             "gossip_wait_seconds": self.gossip.wait_seconds,
         }
-        self.metrics.evaluation(done, own, job)
+        self.metrics.evaluation(self.done, own, job)
 
     def _save(self) -> None:
         """Every rank writes its own slices, a file a block; `deca export` puts them together."""
-        plan = self.client.plan
-        groups = [(block.label, self._slices(block.names)) for block in plan.blocks]
-        groups.append(("rest", chain(self._slices(plan.frozen), self._buffer_slices())))
         save_shards(
             self.output / "model",
-            groups,
+            model_slices(self.client, self.cluster),
             client=self.cluster.client,
             clients=self.cluster.clients,
             rank=self.cluster.shard,
             ranks=self.cluster.ranks,
             step=len(self.schedule),
         )
-
-    def _slices(self, names: tuple[str, ...]) -> Iterator[Slice]:
-        for name, start, stop, values in self.client.shards(names):
-            yield Slice(name, self.client.shapes[name], start, stop, values)
-
-    def _buffer_slices(self) -> Iterator[Slice]:
-        for name, buffer in self.client.buffers():
-            flat = buffer.reshape(-1)
-            size = -(-flat.numel() // self.cluster.ranks)
-            start, stop = (min(flat.numel(), (self.cluster.shard + end) * size) for end in (0, 1))
-            yield Slice(name, tuple(buffer.shape), start, stop, flat[start:stop])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.errors import UserError
 
+# Slurm and mpirun stop a job with SIGTERM; mpirun hands SIGUSR1 on to the ranks without ending them.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configuration has told its own
 
 
@@ -49,10 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deca_ds.training.setup import start
 
         trainer = start(config, launch, store, guard)
-        trainer.train()
+        for number in STOP_SIGNALS:
+            signal.signal(number, guard.stop.ask)
+        finished = trainer.train()
         trainer.metrics.close()
         trainer.gossip.transport.barrier()
         if launch.rank == 0:
-            (trainer.output / "DONE").write_text(f"{len(trainer.schedule)} inner steps\n")
-            print(f"done: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
+            steps = f"{trainer.done} of {len(trainer.schedule)} inner steps"
+            (trainer.output / ("DONE" if finished else "STOPPED")).write_text(f"{steps}\n")
+            if finished:
+                print(f"done: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
+            else:
+                print(f"stopped after {steps}; to go on: the same command with run.resume=require", flush=True)
     return 0

@@ -7,6 +7,7 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step, learning_rate
 from deca_ds.config import Config
 from deca_ds.config.schema import OptimizerConfig
+from deca_ds.engine.adapters import require_peft
 from deca_ds.errors import ConfigError
 
 
@@ -62,7 +63,8 @@ def check_method(config: Config) -> None:
         )
     if method.whole_model is True and config.blocks.layers_per_block is not None:
         raise ConfigError(
-            f"{chosen} trains the whole model at once, but blocks.layers_per_block = {config.blocks.layers_per_block}",
+            f"{chosen} trains {'all adapters' if method.adapters else 'the whole model'} at once, but "
+            f"blocks.layers_per_block = {config.blocks.layers_per_block}",
             where="blocks.layers_per_block",
             fix="set blocks.layers_per_block=null, or algorithm.method=badam for blocks",
         )
@@ -84,3 +86,5 @@ def check_method(config: Config) -> None:
             where="algorithm.signal",
             fix="leave it out, or set algorithm.method=deca",
         )
+    if method.adapters:
+        require_peft()

@@ -6,8 +6,10 @@ from datasets import disable_progress_bars
 from rich.console import Console
 
 from deca_ds.config import Config
-from deca_ds.config.checks import check_output, check_world
+from deca_ds.config.checks import check_world
+from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, validate_data_config
+from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.method import build_rule, build_schedule, check_method
@@ -24,13 +26,15 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     console = Console()
     disable_progress_bars()
     ranks = check_world(config, world_size) if world_size else None
-    check_output(config)
+    check_folder(config)
     check_method(config)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    plan = find_blocks(config, meta_model(config.model, architecture))
+    model = meta_model(config.model, architecture)
+    add_adapters(config, model)
+    plan = find_blocks(config, model)
     console.print(block_table(plan, ranks or 1, build_rule(config).bytes_per_parameter))
     console.print(f"gossip: {mixing.summary()}")
     if config.data.per_client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from torch.distributed import PrefixStore
 
+from deca_ds.algorithm.methods import METHODS
+from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.cluster import Cluster, Launch, connect
 from deca_ds.cluster.guard import JobGuard
+from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.store import JobStore
 from deca_ds.config import Config, save_config
-from deca_ds.config.checks import check_output, check_world
+from deca_ds.config.checks import check_world
+from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, training_batches, validate_data_config
+from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
@@ -26,27 +32,40 @@ from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
+from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
+from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
+from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind
 from deca_ds.training.tables import data_table
 
 
 def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
-    """Check the configuration, join the other ranks and build the run. Raises UserErrors, before anything is written;
-    only the model's come after the output folder is made."""
+    """Check the configuration, join the other ranks and build the run, or what is left of it. Raises UserErrors, before
+    anything is written; only the model's come after the output folder is made."""
     ranks = check_world(config, launch.world_size)
     check_method(config)
-    check_output(config)
+    if config.run.resume == "never" or launch.rank == 0:  # other hosts have not got the run's configuration
+        check_folder(config)
     validate_data_config(config, client=launch.rank // ranks)
-    build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    resumption = None
+    if config.run.resume != "never":
+        resumption = choose(config, launch, store, ClientLayout(config.cluster.clients, ranks), mixing)
     cluster = connect(config, launch, store)
-    return build(config, cluster, connect_transport(config, cluster), guard)
+    return build(config, cluster, connect_transport(config, cluster), guard, resumption)
 
 
-def build(config: Config, cluster: Cluster, transport: Transport, guard: JobGuard) -> Trainer:
-    """Everything `Trainer` needs, on every rank of a connected job. The configuration has been checked."""
+def build(
+    config: Config, cluster: Cluster, transport: Transport, guard: JobGuard, resumption: Resumption | None = None
+) -> Trainer:
+    """Everything `Trainer` needs, on every rank of a connected job. The configuration has been checked.
+
+    resumption: what to go on from; None: a new run.
+    """
+    resumption = resumption or Resumption()
     output = Path(config.run.output)
     mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
@@ -57,13 +76,17 @@ def build(config: Config, cluster: Cluster, transport: Transport, guard: JobGuar
 
     output.mkdir(parents=True, exist_ok=True)
     guard.output = output
-    if cluster.is_main:
+    if cluster.is_main and resumption.saved is not None:
+        compare_with_saved(output, summaries)
+    elif cluster.is_main:
         save_config(config, output / "config.yaml")
         (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
         Console(stderr=True).print(data_table(summaries), mixing.summary())
 
     model = load_model(config, architecture)
     if cluster.is_main:
+        if METHODS[config.algorithm.method].adapters:
+            save_adapters(output, find_adapters(model))
         model.config.save_pretrained(output / "hf")
         tokenizer.save_pretrained(output / "hf")
         if model.can_generate():
@@ -72,13 +95,19 @@ def build(config: Config, cluster: Cluster, transport: Transport, guard: JobGuar
     client = Client(config, model, cluster.device)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    gossip = Gossip(transport, mixing, config.gossip.chunk_mib, cluster.device)
+    rule = build_rule(config)
+    rewind(output, cluster, resumption.step)
+    state = restore(resumption, cluster, client, rule, schedule, gossip)
+    # every attempt at the run has a number, which client 0's leader draws for all
+    attempt = transport.gather_json(secrets.randbits(48))[0]
     return Trainer(
         config=config,
         cluster=cluster,
         client=client,
-        rule=build_rule(config),
+        rule=rule,
         schedule=schedule,
-        gossip=Gossip(transport, mixing, config.gossip.chunk_mib, cluster.device),
+        gossip=gossip,
         batches=training_batches(
             data.train,
             batch_size=config.data.batch_size,
@@ -88,12 +117,26 @@ def build(config: Config, cluster: Cluster, transport: Transport, guard: JobGuar
             seed=config.run.seed,
             client=cluster.client,
             pad_id=pad_id,
+            start_step=resumption.step,
         ),
         evaluator=Evaluator(
             client, cluster, transport, data, config.evaluation.batch_size, pad_id, config.evaluation.mean_model
         ),
         metrics=Metrics(config.logging, cluster, output, len(schedule)),
+        checkpoints=Checkpoints(
+            config.checkpoint,
+            cluster,
+            client,
+            schedule,
+            gossip,
+            folder=output / CHECKPOINTS,
+            attempt=int(client.client_sum(attempt if cluster.is_leader else 0)),
+            resumed=resumption.step if resumption.saved is not None else None,
+        ),
+        stop=guard.stop,
         output=output,
+        done=resumption.step,
+        state=state,
     )
 
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from deca_ds.checkpoint import export as export_module
 from deca_ds.checkpoint.commands import parse_size
 from deca_ds.checkpoint.export import export_model
-from deca_ds.checkpoint.shards import ShardedModel, rank_folder
+from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.checkpoint.slices import rank_folder
 from deca_ds.errors import CheckpointError, ConfigError
 
 MakeRun = Callable[..., tuple[Path, list[PreTrainedModel]]]

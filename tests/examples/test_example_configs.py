@@ -17,7 +17,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.main import parser
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+EXAMPLES = sorted({*(REPOSITORY / "examples").glob("*.yaml"), *(REPOSITORY / "examples/demo").glob("*.yaml")})
 DOCUMENTS = [REPOSITORY / file for file in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 FOLDERS = "benchmarks|deca_ds|ds_configs|examples|launchers|tests"
 SCRIPT = "launchers/train.py"

@@ -92,6 +92,17 @@ def test_the_command_writes_what_happened(keys, tmp_path, capsys):
     assert "already used" in capsys.readouterr().err
 
 
+def test_adapters_move_and_the_model_under_them_stays(keys):
+    pytest.importorskip("peft")
+    simulation = run([*keys, "algorithm.method=dec-lora", "blocks.layers_per_block=null"])
+    (block,), values = simulation.clients.plan.blocks, dict(simulation.clients.parameters(1))
+    untouched = dict(build(load_config(None, [*keys, "run.output=other"])).clients.parameters(1))
+    for name in simulation.clients.plan.frozen:
+        assert torch.equal(values[name], untouched[name.replace(".base_layer", "")]), name
+    assert all(values[name].any() for name in block.names)
+    assert simulation.evaluations[-1]["mean"]["loss"] < simulation.evaluations[0]["mean"]["loss"]
+
+
 def test_bfloat16_is_refused(keys):
     with pytest.raises(ConfigError, match="bfloat16"):
         build(load_config(None, [*keys, "model.dtype=bfloat16"]))

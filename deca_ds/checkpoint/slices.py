@@ -1,0 +1,114 @@
+"""Writing sharded state: every rank writes its own slices, and its folder appears at once, complete.
+
+    <folder>/client_003/rank_001/manifest.json             who wrote it, and where each slice lies
+    <folder>/client_003/rank_001/manifest.blake2b          the manifest's checksum
+    <folder>/client_003/rank_001/000_embeddings.safetensors   one file for each group of slices
+
+A slice is [start, stop) of the row-major flat parameter, as ZeRO-3 cuts it, and may be empty. A rank's folder appears
+by one rename once it is complete, so a folder that exists is whole unless something damaged it later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deca_ds.checkpoint.files import checksum, sync
+from deca_ds.errors import CheckpointError
+
+VERSION = 1
+MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.blake2b"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, stop) of the flat parameter (or persistent buffer) `name`, whose full shape is `shape`.
+
+    values: 1-D, stop - start elements, on any device, of the data type to be stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    values: Tensor
+
+
+def rank_folder(folder: Path, client: int, rank: int) -> Path:
+    """Where `rank` of `client` keeps its slices."""
+    return folder / f"client_{client:03d}" / f"rank_{rank:03d}"
+
+
+def save_shards(
+    folder: Path,
+    groups: Iterable[tuple[str, Iterable[Slice]]],
+    *,
+    client: int,
+    clients: int,
+    rank: int,
+    ranks: int,
+    step: int,
+    state: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one rank's slices and return its folder. No communication; one group at a time is on the host.
+
+    groups: (label, slices) pairs, consumed lazily. Every rank passes the same names, empty slices included.
+    clients, ranks: the run's number of clients and this client's number of ranks. step: inner steps done. state: what
+    else this rank wants to find again, JSON-able; it goes into the manifest.
+    Raises CheckpointError if the folder exists or cannot be written; what was written of it is taken away again then.
+    """
+    target = rank_folder(folder, client, rank)
+    if target.exists():
+        raise CheckpointError("this rank's model is saved already", where=str(target), fix="write to a new folder")
+    partial = target.with_name(target.name + PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        partial.mkdir(parents=True)
+        manifest = {"version": VERSION, "client": client, "clients": clients, "rank": rank, "ranks": ranks}
+        manifest |= {"step": step, "state": dict(state or {}), "tensors": {}, "files": {}}
+        for index, (label, slices) in enumerate(groups):
+            name = f"{index:03d}_{re.sub('[^A-Za-z0-9]+', '-', label).strip('-')}.safetensors"
+            _write_group(partial / name, slices, manifest)
+        (partial / MANIFEST).write_text(json.dumps(manifest))
+        (partial / MANIFEST_CHECKSUM).write_text(checksum(partial / MANIFEST))
+        for name in (MANIFEST, MANIFEST_CHECKSUM, ""):
+            sync(partial / name)
+        partial.rename(target)
+        for changed in (target.parent, folder, folder.parent):
+            sync(changed)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save the model: {error}", where=str(target), fix="check the disk's free space and permissions"
+        ) from error
+    return target
+
+
+def _write_group(path: Path, slices: Iterable[Slice], manifest: dict[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for piece in slices:
+        if piece.values.shape != (piece.stop - piece.start,):
+            raise ValueError(f"{piece.name}: [{piece.start}, {piece.stop}) does not fit {tuple(piece.values.shape)}")
+        if piece.name in manifest["tensors"]:
+            raise ValueError(f"{piece.name} is given twice")
+        manifest["tensors"][piece.name] = {
+            "shape": list(piece.shape),
+            "dtype": str(piece.values.dtype).removeprefix("torch."),
+            "start": piece.start,
+            "stop": piece.stop,
+            "file": path.name,
+        }
+        tensors[piece.name] = piece.values.detach().to("cpu").contiguous()
+    save_file(tensors, path)
+    sync(path)
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "blake2b": checksum(path)}

@@ -1,0 +1,231 @@
+"""What a run needs to go on exactly where it was, and how it gets to the disk while training goes on.
+
+A rank's checkpoint holds the model's slices, float32 masters in place of the active block's parameters (which are the
+masters, rounded), the rule's buffers of that block, and in the manifest its random state and its place in the
+schedule, in the data and in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one
+copy at a time, and written by a thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.checkpoint.slices import Slice, save_shards
+from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
+from deca_ds.cluster import Cluster
+from deca_ds.config.schema import CheckpointConfig
+from deca_ds.engine.client import Client
+from deca_ds.errors import CheckpointError
+from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.schedule import MixingSchedule
+
+FOLDER = "checkpoints"
+MASTERS, GRADIENT = "theta", "grad"
+
+Groups = list[tuple[str, list[Slice]]]
+
+
+class Checkpoints:
+    """Saves this rank's part of a run's checkpoints and keeps the newest complete ones.
+
+    attempt: number of this attempt at the run, the same on all ranks. resumed: the step that it continued from.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        cluster: Cluster,
+        client: Client,
+        schedule: Schedule,
+        gossip: Gossip,
+        *,
+        folder: Path,
+        attempt: int,
+        resumed: int | None = None,
+    ):
+        self._config, self._cluster, self._client = config, cluster, client
+        self._schedule, self._gossip = schedule, gossip
+        self._folder, self._attempt = folder, attempt
+        self._resumed = resumed
+        self._saved: list[int] = [] if resumed is None else [resumed]
+        self._store = cluster.store.reconnect()  # a connection of its own: the thread's waits must not block others
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write_under_way: Future[None] | None = None
+
+    def after_step(self, done: int) -> None:
+        """Save if it is time to; raise CheckpointError if the write that is under way has failed."""
+        if self._write_under_way is not None and self._write_under_way.done():
+            self.wait()
+        if self._config.every and done % self._config.every == 0:
+            self.save(done)
+
+    def save(self, done: int) -> None:
+        """Copy the state after `done` inner steps and have it written; waits for the write before it, if need be."""
+        if done in self._saved:
+            return
+        self.wait()
+        groups, state = self._groups(), self._state(done)
+        self._saved.append(done)
+        self._write_under_way = self._thread.submit(self._write, done, groups, state)
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises CheckpointError if it could not be."""
+        if self._write_under_way is not None:
+            pending, self._write_under_way = self._write_under_way, None
+            pending.result()
+
+    def wait_for_all(self, done: int) -> None:
+        """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
+        self.wait()
+        deadline = time.monotonic() + self._cluster.store.timeout.total_seconds()
+        while not self._complete(done):
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"not all ranks have saved step {done}", where=str(self._folder))
+            time.sleep(0.05)
+
+    def _groups(self) -> Groups:
+        """Copies of all slices, on the host."""
+        client, cluster = self._client, self._cluster
+        active = {name: (start, stop, tensors) for name, start, stop, tensors in client.block_shards()}
+        masters = {name: tensors[MASTERS] for name, (_, _, tensors) in active.items()}
+        groups = [
+            (label, [_copy(piece, masters.get(piece.name, piece.values)) for piece in slices])
+            for label, slices in model_slices(client, cluster)
+        ]
+        buffers = {key for _, _, tensors in active.values() for key in tensors} - {MASTERS, GRADIENT}
+        for key in sorted(buffers):
+            pieces = (
+                Slice(buffer_name(key, name), client.shapes[name], start, stop, tensors[key])
+                for name, (start, stop, tensors) in active.items()
+            )
+            groups.append((key, [_copy(piece, piece.values) for piece in pieces]))
+        return groups
+
+    def _state(self, done: int) -> dict[str, Any]:
+        return {
+            "attempt": self._attempt,
+            "schedule": position(self._schedule, done),
+            "mixing": mixing_digest(self._gossip.schedule),
+            "random": _random_state(self._client.device),
+            "gossip": {"bytes_sent": self._gossip.bytes_sent, "wait_seconds": self._gossip.wait_seconds},
+        }
+
+    def _write(self, done: int, groups: Groups, state: dict[str, Any]) -> None:
+        cluster = self._cluster
+        self._remove_old()  # by now all ranks have written what this one wrote before
+        need = sum(piece.values.nbytes for _, slices in groups for piece in slices)
+        try:
+            save_shards(
+                step_folder(self._folder, done),
+                groups,
+                client=cluster.client,
+                clients=cluster.clients,
+                rank=cluster.shard,
+                ranks=cluster.ranks,
+                step=done,
+                state=state,
+            )
+        except CheckpointError as error:
+            free = shutil.disk_usage(self._folder.parent).free
+            raise CheckpointError(
+                f"{error.what}; this rank's checkpoint takes {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
+                where=error.where,
+                fix="make room (checkpoint.keep, too, says how many lie there) and go on with run.resume=require: "
+                "earlier checkpoints are as they were",
+            ) from error
+        self._store.add(self._key(done), 1)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        kept = [step for step in self._saved if self._complete(step)][-self._config.keep :]
+        if len(kept) == self._config.keep:
+            for step in steps_in(self._folder):
+                if step < kept[0]:
+                    remove_part(
+                        self._folder,
+                        step,
+                        client=self._cluster.client,
+                        rank=self._cluster.shard,
+                        ranks=self._cluster.ranks,
+                    )
+
+    def _complete(self, step: int) -> bool:
+        return step == self._resumed or self._store.add(self._key(step), 0) == self._cluster.launch.world_size
+
+    def _key(self, step: int) -> str:
+        return f"checkpoint/{self._attempt}/{step}"
+
+
+def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
+    """This rank's slices of the model, a group a block; they write through to the model."""
+    for block in client.plan.blocks:
+        yield block.label, _slices(client, block.names)
+    yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))
+
+
+def _slices(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
+    for name, start, stop, values in client.shards(names):
+        yield Slice(name, client.shapes[name], start, stop, values)
+
+
+def _buffer_slices(client: Client, cluster: Cluster) -> Iterator[Slice]:
+    for name, buffer in client.buffers():
+        start, stop = buffer_range(math.prod(buffer.shape), cluster)
+        yield Slice(name, tuple(buffer.shape), start, stop, buffer.reshape(-1)[start:stop])
+
+
+def buffer_range(numel: int, cluster: Cluster) -> tuple[int, int]:
+    """The part of a persistent buffer of the model that this rank saves; every rank holds the whole buffer."""
+    size = -(-numel // cluster.ranks)
+    return min(numel, cluster.shard * size), min(numel, (cluster.shard + 1) * size)
+
+
+def buffer_name(buffer: str, parameter: str) -> str:
+    """The name of one of the rule's buffers for one parameter, in a checkpoint."""
+    return f"{buffer}/{parameter}"
+
+
+def position(schedule: Schedule, done: int) -> dict[str, int]:
+    """Where a run stands after `done` inner steps: of the step that comes next, what the schedule says about it."""
+    if done == len(schedule):
+        return {"done": done, "of": len(schedule)}
+    step = schedule.step(done)
+    return {"done": done, "of": len(schedule), "round": step.round, "block": step.block, "inner": step.inner}
+
+
+def mixing_digest(mixing: MixingSchedule) -> str:
+    """Tells one sequence of mixing matrices from another."""
+    return hashlib.blake2b(b"".join(matrix.tobytes() for matrix in mixing.matrices), digest_size=16).hexdigest()
+
+
+def _copy(piece: Slice, values: torch.Tensor) -> Slice:
+    return Slice(piece.name, piece.shape, piece.start, piece.stop, values.detach().to("cpu", copy=True))
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
+
+
+def set_random_state(saved: dict[str, str], device: torch.device) -> None:
+    """Undo what was drawn since `_random_state`, on a device of the same kind."""
+    for kind, text in saved.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if kind == "cpu":
+            torch.set_rng_state(state)
+        elif kind == device.type:
+            torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,226 @@
+"""Going on from a checkpoint: which one all ranks can use, and putting its state back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
+from deca_ds.cluster import Cluster, Launch
+from deca_ds.cluster.launch import ClientLayout
+from deca_ds.cluster.store import JobStore
+from deca_ds.config import Config
+from deca_ds.engine.client import BlockState, Client
+from deca_ds.errors import CheckpointError
+from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.training.checkpoints import (
+    FOLDER,
+    GRADIENT,
+    MASTERS,
+    buffer_name,
+    buffer_range,
+    mixing_digest,
+    position,
+    set_random_state,
+)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What a run goes on from.
+
+    step: inner steps done, 0 where there was no checkpoint yet. saved: what this rank reads. state: what it, or another
+    rank of its client, had put into the manifest. same_layout: there are as many ranks as then.
+    """
+
+    step: int = 0
+    saved: ShardedModel | None = None
+    state: dict[str, Any] | None = None
+    same_layout: bool = True
+
+
+def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout, mixing: MixingSchedule) -> Resumption:
+    """The newest checkpoint that every rank of every client finds whole; all ranks call this, before anything else.
+
+    Newer ones are named on stderr, with the reason, and removed: the run comes to their steps again. Raises
+    CheckpointError if there is none that all can use, or if the mixing matrices are others than they were.
+    """
+    folder = Path(config.run.output) / FOLDER
+    client = layout.client_of(launch.rank)
+    own = {"client": client, "rank": layout.shard_of(launch.rank), "ranks": layout.ranks_per_client}
+    seen = store.gather(launch, f"resume/{folder}/seen", steps_in(folder))
+    refused: list[str] = []
+    for step in sorted({step for steps in seen for step in steps}, reverse=True):
+        saved, answer = _try(folder, step, own)
+        answers = store.gather(launch, f"resume/{folder}/{step}", answer)
+        attempts = {answer.get("attempt") for answer in answers}
+        if len(attempts) == 1 and None not in attempts:
+            assert saved is not None
+            same = saved.ranks[client] == own["ranks"]
+            state = saved.states[client, own["rank"] if same else 0]
+            _refuse_other_mixing(state, mixing)
+            for newer in (found for found in steps_in(folder) if found > step):
+                remove_part(folder, newer, **own)
+            _clear(Path(config.run.output))
+            _report(launch, refused, saved.folder, state)
+            return Resumption(step, saved, state, same)
+        failing = next((r for r, answer in enumerate(answers) if "reason" in answer), None)
+        reason = "ranks hold it from different attempts" if failing is None else answers[failing]["reason"]
+        refused.append(f"step {step}: {'' if failing is None else f'rank {failing}: '}{reason}")
+    if refused or config.run.resume == "require":
+        raise CheckpointError(
+            "there is no checkpoint that all ranks can use" + "".join(f"\n  {line}" for line in refused),
+            where=str(folder),
+            fix="start anew in a new folder; without a common file system, every rank needs the part that it wrote",
+        )
+    _clear(Path(config.run.output))
+    return Resumption()
+
+
+def _try(folder: Path, step: int, own: dict[str, int]) -> tuple[ShardedModel | None, dict[str, Any]]:
+    """The checkpoint and its attempt, or None and why this rank cannot use it."""
+    try:
+        saved = open_checkpoint(folder, step, **own)
+    except CheckpointError as error:
+        return None, {"reason": f"{error.what} ({error.where})"}
+    except (OSError, SafetensorError) as error:
+        return None, {"reason": f"{error} ({step_folder(folder, step)})"}
+    return saved, {"attempt": next(iter(saved.states.values()))["attempt"]}
+
+
+def _report(launch: Launch, refused: list[str], folder: Path, state: dict[str, Any]) -> None:
+    if launch.rank == 0:
+        for line in refused:
+            print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
+        at = state["schedule"]
+        print(f"going on after inner step {at['done']} of {at['of']}: {folder}", file=sys.stderr, flush=True)
+
+
+def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
+    if state["mixing"] != mixing_digest(mixing):
+        raise CheckpointError(
+            "the mixing matrices are not those that the run was started with",
+            where="gossip.matrix, gossip.edges",
+            fix="give the run its own files",
+        )
+
+
+def _clear(output: Path) -> None:
+    """Take away how the last attempt ended."""
+    for marker in ("FAILED", "STOPPED"):
+        (output / marker).unlink(missing_ok=True)
+
+
+def rewind(output: Path, cluster: Cluster, done: int) -> None:
+    """Forget what was logged after `done` inner steps, and slices of the trained model that the run saves again.
+
+    An evaluation comes after the checkpoint of its step, so that it is repeated.
+    """
+    if cluster.is_leader:
+        _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
+        shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)
+    if cluster.is_main:
+        _rewind_lines(output / "metrics" / "job.jsonl", done)
+    dist.barrier()
+
+
+def _rewind_lines(path: Path, done: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that a killed process was writing
+            break
+        if record["step"] <= done - (record["kind"] == "evaluation"):
+            kept.append(line)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> None:
+    """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell."""
+    before = json.loads((output / "data.json").read_text())
+    for client, (old, new) in enumerate(zip(before, summaries, strict=True)):
+        for key in new.keys() - {"own_evaluation", "common_evaluation"}:
+            if old.get(key) != new[key]:
+                raise CheckpointError(
+                    f"client {client} has other data than before: {key} was {old.get(key)}, is {new[key]}",
+                    where=str(output / "data.json"),
+                    fix="give the run the data that it was started with",
+                )
+
+
+def restore(
+    resumption: Resumption, cluster: Cluster, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip
+) -> BlockState | None:
+    """Put the saved state back; the active block's, if the checkpoint is from amid one.
+
+    With another number of ranks each reads the elements that it holds now, from whoever wrote them; the random state is
+    then a new one. Raises CheckpointError for a checkpoint of another model or schedule.
+    """
+    saved, state = resumption.saved, resumption.state
+    if saved is None or state is None:
+        return None
+    if state["schedule"] != position(schedule, resumption.step):
+        raise CheckpointError(
+            f"the checkpoint stands at {state['schedule']}, where this run has {position(schedule, resumption.step)}",
+            where=str(saved.folder),
+            fix="resume with the model that the run was started with",
+        )
+    read = _Reader(saved, cluster.client)
+    names = [name for block in client.plan.blocks for name in block.names] + list(client.plan.frozen)
+    for name, start, stop, shard in client.shards(tuple(names)):
+        shard.copy_(read(name, client.shapes[name], start, stop))
+    for name, buffer in client.buffers():
+        flat = torch.zeros_like(buffer).reshape(-1)
+        start, stop = buffer_range(flat.numel(), cluster)
+        flat[start:stop] = read(name, tuple(buffer.shape), start, stop)
+        dist.all_reduce(flat.view(torch.uint8))  # everybody else's bytes are zero
+        buffer.copy_(flat.view_as(buffer))
+    block = None
+    if state["schedule"].get("inner"):
+        block = client.open_block(state["schedule"]["block"], rule.buffers)
+        for name, start, stop, tensors in client.block_shards():
+            for key in tensors.keys() - {GRADIENT}:
+                stored = name if key == MASTERS else buffer_name(key, name)
+                tensors[key].copy_(read(stored, client.shapes[name], start, stop))
+    if resumption.same_layout:
+        set_random_state(state["random"], cluster.device)
+        gossip.bytes_sent, gossip.wait_seconds = state["gossip"]["bytes_sent"], state["gossip"]["wait_seconds"]
+    else:
+        torch.manual_seed(torch.initial_seed() + (resumption.step << 32))
+    return block
+
+
+class _Reader:
+    """Reads one client's slices of tensors that must be there, in the shape that they have now."""
+
+    def __init__(self, saved: ShardedModel, client: int):
+        self._saved, self._client = saved, client
+        self._names = set(saved.names)
+
+    def __call__(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        found = self._saved.shape(name) if name in self._names else None
+        if found != shape:
+            raise CheckpointError(
+                f"{name} has shape {shape}, in the checkpoint {found or 'it is missing'}",
+                where=str(self._saved.folder),
+                fix="resume with the model that the run was started with",
+            )
+        return self._saved.read_range(name, self._client, start, stop)

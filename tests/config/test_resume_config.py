@@ -1,0 +1,82 @@
+"""What a run that goes on may change, and what run.resume finds in the output folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deca_ds.config import load_config, save_config
+from deca_ds.config.resume import check_folder
+from deca_ds.errors import CheckpointError, ConfigError
+
+BASE = ["model.path=x", "cluster.clients=3", "data.label_names={a: b}"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(load_config(None, [*BASE, f"run.output={folder}"]), folder / "config.yaml")
+    return folder
+
+
+def configured(run: Path, *changes: str, resume: str = "require"):
+    return load_config(None, [*BASE, f"run.output={run}", f"run.resume={resume}", *changes])
+
+
+@pytest.mark.parametrize("resume", ["auto", "require"])
+def test_the_same_configuration_goes_on(run: Path, resume: str) -> None:
+    check_folder(configured(run, resume=resume))
+
+
+def test_a_used_folder_is_refused_unless_the_run_is_continued(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"already used[\s\S]*run.resume=require"):
+        check_folder(configured(run, resume="never"))
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_new_folder_starts_a_run(tmp_path: Path, resume: str) -> None:
+    check_folder(configured(tmp_path / "new", resume=resume))
+    check_folder(configured(tmp_path, resume=resume))
+
+
+def test_there_must_be_a_run_to_continue(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no run to continue in .*new"):
+        check_folder(configured(tmp_path / "new"))
+    (tmp_path / "something").touch()
+    for resume in ("auto", "require"):
+        with pytest.raises(CheckpointError, match="no run to continue"):
+            check_folder(configured(tmp_path, resume=resume))
+
+
+@pytest.mark.parametrize("resume", ["auto", "require"])
+def test_a_finished_run_is_not_continued(run: Path, resume: str) -> None:
+    (run / "DONE").touch()
+    with pytest.raises(CheckpointError, match="has finished"):
+        check_folder(configured(run, resume=resume))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["logging.every=5", "checkpoint.keep=9", "cluster.transport=torch", "data.micro_batch_size=1", "evaluation.every=3",
+     "gossip.chunk_mib=1", "run.threads=1", "deepspeed=ds_configs/zero3.json"],
+)  # fmt: skip
+def test_what_does_not_change_the_training_may_change(run: Path, change: str, monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    check_folder(configured(run, change))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["optimizer.lr=1"], r"optimizer.lr = 1.0, but the run was started with 5e-05"),
+        (["cluster.clients=4"], r"cluster.clients = 4, but .* with 3"),
+        (["data.label_names={a: c}"], "data.label_names = "),
+        (["run.seed=1", "gossip.graph=star"], r"run.seed = 1 \(and gossip.graph\)"),
+        (["algorithm.rounds=9"], "algorithm.rounds = 9"),
+    ],
+)
+def test_what_changes_the_training_is_refused_by_name(run: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_folder(configured(run, *changes))

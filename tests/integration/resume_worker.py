@@ -1,0 +1,75 @@
+"""Several runs in one job, of which some are left in the middle, as by a crash, and some go on.
+
+Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_after": inner steps or null}; clients and
+ranks are the same in all of them. What a run that goes on holds is compared with its checkpoint before it trains.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.cluster import connect, read_launch
+from deca_ds.cluster.guard import guarded
+from deca_ds.cluster.store import open_job_store
+from deca_ds.config import load_config
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.training.checkpoints import buffer_name
+from deca_ds.training.resume import choose
+from deca_ds.training.setup import build, connect_transport
+
+
+class Left(Exception):
+    pass
+
+
+class LeaveAfter:
+    def __init__(self, step: int):
+        self.step = step
+
+    def may_pass(self, done: int) -> bool:
+        if done == self.step:
+            raise Left
+        return True
+
+
+def compare(trainer, resumption) -> None:
+    """Bit by bit, whatever number of ranks wrote the checkpoint: the model, and all of the active block's state."""
+    saved, client = ShardedModel(resumption.saved.folder), trainer.client
+    active = {name for name, *_ in client.block_shards()}
+    assert active, "the checkpoint is from between two blocks"
+    for block in client.plan.blocks:
+        for name, start, stop, values in client.shards(block.names):
+            assert torch.equal(values, saved.read(name, trainer.cluster.client).flatten()[start:stop].to(values.dtype))
+    for name, start, stop, state in client.block_shards():
+        assert set(state) == {"theta", "grad", *trainer.rule.buffers}
+        for key in set(state) - {"grad"}:
+            stored = saved.read(name if key == "theta" else buffer_name(key, name), trainer.cluster.client)
+            assert stored.dtype == torch.float32 and torch.equal(state[key], stored.flatten()[start:stop])
+    assert all(tensor.any() for key, tensor in trainer.state.tensors.items() if key != "grad")
+
+
+runs = [(load_config(None, run["keys"]), run["leave_after"]) for run in json.loads(Path(sys.argv[-1]).read_text())]
+launch = read_launch()
+store = open_job_store(launch, 60)
+with guarded(launch, store) as guard:
+    cluster = connect(runs[0][0], launch, store)
+    transport = connect_transport(runs[0][0], cluster)
+    for config, leave_after in runs:
+        resumption = None
+        if config.run.resume != "never":
+            mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+            resumption = choose(config, launch, store, cluster.layout, mixing)
+        trainer = build(config, cluster, transport, guard, resumption)
+        if resumption is not None:
+            compare(trainer, resumption)
+        if leave_after is not None:
+            trainer.stop = LeaveAfter(leave_after)
+        try:
+            trainer.train()
+        except Left:
+            trainer.checkpoints.wait()
+        trainer.metrics.close()
+    transport.barrier()

@@ -1,0 +1,173 @@
+"""Runs that are killed, told to stop, damaged or moved to another number of ranks, and go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from jobs import REPOSITORY, launch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.checkpoint.steps import step_folder, steps_in
+
+pytestmark = pytest.mark.multiprocess
+
+CLOCKS = ("seconds", "tokens_per_second", "gossip_wait_seconds", "peak_memory_bytes_by_rank")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def keys(tiny_model, word_files, folder):
+    """Two clients with a file each and a model with dropout, which draws random numbers at every step."""
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    LlamaConfig.from_pretrained(model, attention_dropout=0.1).save_pretrained(model)
+    assert LlamaForCausalLM.from_pretrained(model).config.attention_dropout == 0.1
+
+    def make(output: str, **changes: object) -> list[str]:
+        every = {
+            "run.output": folder / output,
+            "run.device": "cpu",
+            "cluster.clients": 2,
+            "cluster.timeout_s": 60,
+            "model.path": model,
+            "algorithm.rounds": 1,
+            "algorithm.inner_steps": 4,
+            "optimizer.lr": 0.003,
+            "data.per_client": f"[{word_files[0]},{word_files[1]}]",
+            "data.max_length": 16,
+            "data.batch_size": 4,
+            "data.micro_batch_size": 1,
+            "logging.progress": False,
+            "evaluation.max_examples": 4,
+            **changes,
+        }
+        return [f"{key}={value}" for key, value in every.items()]
+
+    return make
+
+
+def assert_equal(run: Path, uninterrupted: Path) -> None:
+    """The trained models, bit for bit, and everything in the metrics but the time that it took."""
+    one, other = ShardedModel(run / "model"), ShardedModel(uninterrupted / "model")
+    assert one.names == other.names and one.clients == other.clients
+    for name in one.names:
+        for client in one.clients:
+            assert torch.equal(one.read(name, client), other.read(name, client)), (client, name)
+    for file in ("client_000.jsonl", "client_001.jsonl", "job.jsonl"):
+        assert records(run / "metrics" / file) == records(uninterrupted / "metrics" / file), file
+
+
+def records(path: Path) -> list[dict]:
+    lines = map(json.loads, path.read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+
+
+def at_step(run: Path, step: int, action):
+    """An action on the launcher's process, when client 1 has done `step` inner steps."""
+
+    def during(process: subprocess.Popen) -> None:
+        path, deadline = run / "metrics" / "client_001.jsonl", time.monotonic() + 120
+        while not (path.exists() and f'"step": {step},' in path.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, f"never came to step {step}"
+            time.sleep(0.02)
+        action(psutil.Process(process.pid))
+
+    return during
+
+
+def kill_rank_1(launcher: psutil.Process) -> None:
+    script = str(REPOSITORY / "launchers/train.py")
+    ranks = [p for p in launcher.children(recursive=True) if script in p.cmdline()[:3]]
+    next(p for p in ranks if p.environ()["OMPI_COMM_WORLD_RANK"] == "1").kill()
+
+
+def terminate_launch_process(runner: psutil.Process) -> None:
+    next(p for p in runner.children(recursive=True) if "deepspeed.launcher.launch" in p.cmdline()).terminate()
+
+
+LONG = {"algorithm.inner_steps": 20, "evaluation.every": 30}
+
+
+@pytest.fixture(scope="module")
+def crashed_and_moved(keys, folder):
+    """Runs that need no launcher of their own, in one job of two ranks a client and one of one rank a client."""
+    # gt-adam has more buffers than moments; with bfloat16 the masters are not the model's values
+    tracking = {"algorithm.method": "gt-adam", "model.dtype": "bfloat16", "evaluation.every": 4}
+    runs = [
+        {"keys": keys("full", **tracking), "leave_after": None},
+        {"keys": keys("cut", **tracking, **{"checkpoint.every": 3}), "leave_after": 8},
+        {"keys": keys("cut", **tracking, **{"run.resume": "require"}), "leave_after": None},
+        {"keys": keys("moved", **{"checkpoint.every": 3}), "leave_after": 7},
+    ]
+    work(folder, 4, runs)
+    runs = [
+        {"keys": keys("moved", **{"run.resume": "require"}), "leave_after": None},
+        {"keys": keys("uninterrupted", **LONG), "leave_after": None},
+    ]
+    work(folder, 2, runs)
+    return folder
+
+
+def work(folder: Path, ranks: int, runs: list[dict]) -> None:
+    listed = folder / "runs.json"
+    listed.write_text(json.dumps(runs))
+    finished = launch("mpirun", ranks, [str(listed)], script="tests/integration/resume_worker.py")
+    assert finished.code == 0, finished.output[-4000:]
+
+
+def test_a_run_left_amid_a_block_equals_an_uninterrupted_one(crashed_and_moved):
+    assert_equal(crashed_and_moved / "cut", crashed_and_moved / "full")
+
+
+def test_another_number_of_ranks_goes_on(crashed_and_moved):
+    """The worker has compared what it read with the checkpoint, bit by bit."""
+    moved = crashed_and_moved / "moved"
+    steps = [(record["kind"], record["step"]) for record in records(moved / "metrics" / "client_001.jsonl")]
+    assert steps == [("evaluation", 0), *(("step", step) for step in range(1, 17)), ("evaluation", 16)]
+    saved = ShardedModel(moved / "model")
+    assert saved.ranks == {0: 1, 1: 1} and all(saved.mean(name).isfinite().all() for name in saved.names)
+
+
+def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and_moved):
+    """Every attempt goes on where the one before it stood, amid a block, on another launcher and transport too."""
+    run = crashed_and_moved / "run"
+    checkpoints = run / "checkpoints"
+    arguments = keys("run", **LONG, **{"checkpoint.every": 7, "run.resume": "auto"})
+
+    killed = launch("mpirun", 2, arguments, during=at_step(run, 16, kill_rank_1))
+    assert killed.code != 0 and not (run / "STOPPED").exists()
+    newest = steps_in(checkpoints)[-1]
+    assert newest >= 14
+
+    victim = next(step_folder(checkpoints, newest).rglob("000_*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    during = at_step(run, newest + 5, lambda mpirun: mpirun.send_signal(signal.SIGUSR1))
+    stopped = launch("mpirun", 2, arguments, during=during)
+    assert stopped.code == 0, stopped.output[-4000:]
+    assert stopped.output.count(f"removed, step {newest}: rank") == 1
+    assert f"going on after inner step {newest - 7} of 80" in stopped.output
+    last = steps_in(checkpoints)[-1]
+    assert (run / "STOPPED").read_text() == f"{last} of 80 inner steps\n" and last >= newest + 5
+
+    stopped = launch("deepspeed", 2, arguments, during=at_step(run, last + 5, terminate_launch_process))
+    assert f"going on after inner step {last} of 80" in stopped.output, stopped.output[-4000:]
+    assert "ERROR" not in stopped.output and not (run / "FAILED").exists()
+    assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of 80 inner steps\n"
+
+    done = launch("mpirun", 2, arguments)
+    assert done.code == 0, done.output[-4000:]
+    assert (run / "DONE").exists() and not (run / "STOPPED").exists()
+    assert_equal(run, crashed_and_moved / "uninterrupted")

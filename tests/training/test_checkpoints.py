@@ -1,0 +1,156 @@
+"""Saving in the background: one copy at a time, the newest K kept, failures told at the next step's end."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
+from deca_ds.cluster.store import JobStore
+from deca_ds.config.schema import CheckpointConfig
+from deca_ds.errors import CheckpointError
+from deca_ds.training import checkpoints as module
+from deca_ds.training.checkpoints import Checkpoints
+
+SHAPES = {"a": (3, 2), "b": (4,)}
+
+
+class OneRank:
+    """A client of one rank whose block `a` is active, with all of its state equal to `value`."""
+
+    def __init__(self) -> None:
+        self.device, self.shapes, self.value = torch.device("cpu"), SHAPES, 0.0
+        block = SimpleNamespace(label="block", names=("a",))
+        self.plan = SimpleNamespace(blocks=[block], frozen=("b",))
+
+    def shards(self, names):
+        for name in names:
+            numel = int(np.prod(SHAPES[name]))
+            yield name, 0, numel, torch.full((numel,), self.value, dtype=torch.bfloat16)
+
+    def block_shards(self):
+        yield "a", 0, 6, {key: torch.full((6,), self.value) for key in ("theta", "grad", "m", "v")}
+
+    def buffers(self):
+        return iter([("c", torch.arange(5))])
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """make(world=1, **CheckpointConfig) -> (checkpoints, client, the job's store)."""
+    mixing = SimpleNamespace(matrices=(np.eye(1),))
+    gossip = SimpleNamespace(schedule=mixing, bytes_sent=3, wait_seconds=0.5)
+
+    def make(world: int = 1, resumed: int | None = None, **config: int):
+        store = HashStore()
+        cluster = SimpleNamespace(
+            client=0, clients=1, shard=0, ranks=1, launch=SimpleNamespace(world_size=world),
+            store=JobStore(store, None, timedelta(seconds=5)),
+        )  # fmt: skip
+        client = OneRank()
+        options = {"folder": tmp_path / "checkpoints", "attempt": 7, "resumed": resumed}
+        schedule = Schedule(rounds=2, blocks=2, inner_steps=5)
+        return Checkpoints(CheckpointConfig(**config), cluster, client, schedule, gossip, **options), client, store
+
+    return make
+
+
+def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_path: Path) -> None:
+    saver, client, _ = job(every=3)
+    client.value = 1 / 3
+    for done in (1, 2, 3):
+        saver.after_step(done)
+    saver.wait()
+    assert steps_in(tmp_path / "checkpoints") == [3]
+    saved = open_checkpoint(tmp_path / "checkpoints", 3, client=0, rank=0, ranks=1)
+    assert set(saved.names) == {"a", "b", "c", "m/a", "v/a"}
+    assert saved.dtype("a") == torch.float32 and saved.dtype("b") == torch.bfloat16
+    assert torch.equal(saved.read("v/a", 0), torch.full((3, 2), 1 / 3))
+    assert torch.equal(saved.read("c", 0), torch.arange(5))
+    state = saved.states[0, 0]
+    assert state["schedule"] == {"done": 3, "of": 20, "round": 0, "block": 0, "inner": 3}
+    torch.manual_seed(99)
+    module.set_random_state(state["random"], torch.device("cpu"))
+    drawn = torch.rand(3)
+    module.set_random_state(state["random"], torch.device("cpu"))
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
+    saver, _, store = job(world=2, every=1, keep=2)
+    for done in range(1, 5):
+        saver.save(done)
+        saver.wait()
+    assert steps_in(tmp_path / "checkpoints") == [1, 2, 3, 4]  # the other rank has written none
+    for done in range(1, 4):
+        store.add(f"checkpoint/7/{done}", 1)
+    saver.save(5)
+    saver.wait()
+    assert steps_in(tmp_path / "checkpoints") == [2, 3, 4, 5]
+    with pytest.raises(CheckpointError, match="not all ranks have saved step 5"):
+        saver._cluster.store = JobStore(store, None, timedelta(seconds=0.2))
+        saver.wait_for_all(5)
+    store.add("checkpoint/7/5", 1)
+    saver.wait_for_all(5)
+
+
+def test_training_goes_on_while_one_is_written_and_the_next_waits(job, tmp_path: Path, monkeypatch) -> None:
+    saver, client, _ = job(every=1)
+    writing, go = threading.Event(), threading.Event()
+    original = module.save_shards
+
+    def slow(*arguments, **options):
+        writing.set()
+        assert go.wait(timeout=20)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "save_shards", slow)
+    client.value = 1.0
+    saver.after_step(1)
+    assert writing.wait(timeout=20)
+    client.value = 2.0  # training goes on: what is written is a copy
+    next_one = threading.Thread(target=saver.after_step, args=(2,))
+    next_one.start()
+    next_one.join(timeout=0.2)
+    assert next_one.is_alive()
+    go.set()
+    next_one.join(timeout=20)
+    saver.wait()
+    for step in (1, 2):
+        saved = open_checkpoint(tmp_path / "checkpoints", step, client=0, rank=0, ranks=1)
+        assert torch.equal(saved.read("m/a", 0), torch.full((3, 2), float(step)))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(job, tmp_path: Path, monkeypatch) -> None:
+    saver, _, _ = job(every=2)
+    saver.after_step(2)
+    saver.wait()
+    from deca_ds.checkpoint import slices
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(slices, "save_file", full)
+    saver.after_step(4)
+    message = r"No space left[\s\S]*takes 0.0 MB, [\d.]+ MB are free[\s\S]*step_00000004[\s\S]*run.resume=require"
+    with pytest.raises(CheckpointError, match=message):
+        for _ in range(200):
+            saver._thread.submit(lambda: None).result()  # until the write is through
+            saver.after_step(5)
+    open_checkpoint(tmp_path / "checkpoints", 2, client=0, rank=0, ranks=1)
+    assert not list(step_folder(tmp_path / "checkpoints", 4).rglob("*rank*"))
+
+
+def test_the_checkpoint_that_a_run_went_on_from_is_not_written_again(job, tmp_path: Path) -> None:
+    saver, _, _ = job(resumed=6)
+    saver.save(6)
+    saver.wait_for_all(6)
+    assert steps_in(tmp_path / "checkpoints") == []

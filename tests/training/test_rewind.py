@@ -1,0 +1,102 @@
+"""What a run that goes on forgets, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from deca_ds.checkpoint.slices import Slice, rank_folder, save_shards
+from deca_ds.checkpoint.steps import step_folder, steps_in
+from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.store import JobStore
+from deca_ds.config.schema import Config, GossipConfig
+from deca_ds.errors import CheckpointError
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.training.checkpoints import mixing_digest
+from deca_ds.training.resume import _rewind_lines, choose, compare_with_saved
+from deca_ds.training.setup import start
+
+ALONE = build_mixing(GossipConfig(graph="isolated"), 1, 0)
+
+
+def make_checkpoint(run: Path, step: int) -> Path:
+    state = {"attempt": 1, "mixing": mixing_digest(ALONE), "schedule": {"done": step, "of": 9}}
+    groups = [("all", [Slice("w", (3,), 0, 3, torch.ones(3))])]
+    folder = step_folder(run / "checkpoints", step)
+    return save_shards(folder, groups, client=0, clients=1, rank=0, ranks=1, step=step, state=state)
+
+
+def chosen(run: Path, resume: str = "require", mixing=ALONE):
+    config = Config()
+    config.run.output, config.run.resume = str(run), resume
+    launch = Launch("python", 0, 1, 0, 1, None)
+    return choose(config, launch, JobStore(HashStore(), None, timedelta(seconds=5)), ClientLayout(1, 1), mixing)
+
+
+def test_the_newest_whole_checkpoint_is_chosen_and_damaged_ones_are_named(tmp_path: Path, capsys) -> None:
+    for step in (2, 4, 6):
+        folder = make_checkpoint(tmp_path, step)
+    (folder / "000_all.safetensors").write_bytes(b"torn")
+    for marker in ("FAILED", "STOPPED"):
+        (tmp_path / marker).touch()
+    found = chosen(tmp_path)
+    assert found.step == 4 and found.same_layout
+    told = capsys.readouterr().err
+    assert "step 6: rank 0: 000_all.safetensors has 4 bytes" in told and "going on after inner step 4 of 9" in told
+    assert steps_in(tmp_path / "checkpoints") == [2, 4]  # the run will come to step 6 again
+    assert not list(tmp_path.glob("*ED"))
+
+
+def test_without_a_usable_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint that all ranks can use"):
+        chosen(tmp_path)
+    assert chosen(tmp_path, "auto").step == 0
+    folder = make_checkpoint(tmp_path, 2)
+    (folder / "manifest.json").unlink()
+    for resume in ("auto", "require"):  # a run that got somewhere is not begun again unasked
+        with pytest.raises(CheckpointError, match=r"no checkpoint that all ranks can use\n  step 2: rank 0"):
+            chosen(tmp_path, resume)
+    assert rank_folder(step_folder(tmp_path / "checkpoints", 2), 0, 0).exists()
+
+
+def test_another_mixing_matrix_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="mixing matrices are not those"):
+        chosen(tmp_path, mixing=SimpleNamespace(matrices=(ALONE.matrices[0] / 2,)))
+
+
+def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "client_000.jsonl"
+    lines = [{"kind": "evaluation", "step": 0}, *({"kind": "step", "step": s} for s in (1, 2))]
+    lines += [{"kind": "evaluation", "step": 2}, {"kind": "step", "step": 3}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(text + '{"kind": "st')  # killed while it wrote
+    _rewind_lines(path, 3)
+    assert path.read_text() == text
+    _rewind_lines(path, 2)  # the evaluation after step 2 is repeated
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    _rewind_lines(path, 0)
+    assert path.read_text() == ""
+    _rewind_lines(tmp_path / "none.jsonl", 0)
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    before = [{"client": 0, "train": 5, "own_evaluation": 2}, {"client": 1, "train": 6, "own_evaluation": 2}]
+    (tmp_path / "data.json").write_text(json.dumps(before))
+    compare_with_saved(tmp_path, [before[0], {**before[1], "own_evaluation": 1}])
+    with pytest.raises(CheckpointError, match="client 1 has other data than before: train was 6, is 7"):
+        compare_with_saved(tmp_path, [before[0], {**before[1], "train": 7}])
+
+
+def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    config = Config()
+    config.run.output, config.run.resume = str(tmp_path), "require"
+    with pytest.raises(CheckpointError, match="no run to continue"):
+        start(config, Launch("python", 0, 1, 0, 1, None), JobStore(HashStore(), None, timedelta(seconds=5)), None)
+    assert not list(tmp_path.iterdir())
