@@ -49,12 +49,14 @@ class Evaluator:
     def _score_mean_model(self) -> dict[str, Any]:
         """Overwrite the shards with the mean over clients, score it, put the own values back.
 
-        The consensus distance is sqrt(1/n sum_i |x_i - mean|^2) over all trained parameters (Kong et al., arXiv 2102.04828).
+        The consensus distance is sqrt(1/n sum_i |x_i - mean|^2) over all trained parameters (Kong et al., arXiv
+        2102.04828).
         The common set is shared out over the ranks of all clients; without one, each client scores its own set.
         """
         self.client.end_scoring()
         squared = torch.zeros(1, dtype=torch.float64)
-        trained = [name for block in self.client.plan.blocks for name in block.names]  # the rest is equal everywhere
+        # frozen parameters are equal everywhere
+        trained = [name for block in self.client.plan.blocks for name in block.names]
         with self.client.borrowed_shards(trained) as shards:
             for _, _, _, values in shards:
                 mean = values.to("cpu", torch.float32, copy=True)
