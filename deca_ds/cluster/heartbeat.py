@@ -180,7 +180,7 @@ class Heartbeats:
         if not awaited:
             return None  # at work of its own
         seen = [self._observed[rank].moved for rank in awaited if rank in self._observed]
-        if now - max(*seen, moved) < timeout_s:
+        if now - max([*seen, moved]) < timeout_s:
             return None
         direct = self._culprits(awaited)
         return StallError(
