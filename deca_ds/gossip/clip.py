@@ -7,9 +7,9 @@ paper lets tau vary with client and step; ours is one number. The same mean with
 
     x_i <- sum_j (w_ij s_j) x_j + (w_ii + sum_j w_ij (1 - s_j)) x_i        s_j = min(1, tau / |x_j - x_i|_2)
 
-A row still sums to 1. Where W is symmetric, both ends of an edge clip the same difference alike, so that the mean of the
-clients that follow the rule stays; where it is not (a directed graph, a matrix of one's own), a column does not sum to 1
-any more and clipping moves the mean.
+A row still sums to 1. Where W is symmetric, both ends of an edge clip the same difference alike, so that the clients'
+mean stays, as long as all follow the rule. Where W is not (one_peer_exponential, a directed matrix), its columns do not
+sum to 1 any more and clipping moves the mean.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ def test_patience_follows_the_chain_of_waits_but_no_circle(job):
 
 
 def test_the_rank_that_keeps_silent_is_named_within_a_client(job):
+    job.later(2, *range(6))
     job.silent.add(3)
     with pytest.raises(Exception, match="waits for rank 3 on") as caught:
         job.later(2 * int(TIMEOUT_S), 0, 1, 4, 5)
@@ -96,8 +97,10 @@ def test_who_keeps_silent_passes_no_patience_on(job):
 def test_a_wait_for_everybody_and_a_rank_never_seen(job):
     job.silent.add(5)
     job.ranks[0].progress.wait_for(EVERYBODY)
+    for rank in job.ranks[1:]:
+        rank.progress.timeout_s = None  # not they
     with pytest.raises(Exception, match="rank 5: never"):
-        job.later(2 * int(TIMEOUT_S), 1)
+        job.later(2 * int(TIMEOUT_S))
 
 
 def test_the_deadline_is_not_used_before_the_ranks_are_known():
