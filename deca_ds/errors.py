@@ -58,3 +58,7 @@ class StallError(UserError):
 
 class MessageError(GossipError):
     """A neighbour's message did not come, or came broken."""
+
+
+class RankLostError(UserError):
+    """Another rank of this rank's client is gone, and so the client."""

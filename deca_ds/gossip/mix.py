@@ -8,21 +8,23 @@
 
 Chunks travel while later ones are computed. At most `window` of them are under way, so receive buffers take at most
 window * degree * chunk_mib, and they are used again. With clipping (clip.py) there is no window: the mean of any chunk
-takes the distance over all of them.
+takes the distance over all of them. Nor is there one where clients may die (ulfm.py): an averaging then counts as a
+whole or is done again without them, so the means of all chunks are kept, and `settle` comes before the first `wait`.
 
 Nothing is averaged before it is checked: that it is of this averaging, and that all its values are finite.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from deca_ds.errors import GossipError
+from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.transport import Exchange, Transport, chunk_tag
@@ -86,11 +88,12 @@ class Gossip:
         self.device = torch.device(device)
         self.pool = BufferPool(pinned=self.device.type == "cuda")
         self.clip_radius = clip_radius
-        self.window = _WINDOW if clip_radius is None else math.inf
+        self._settles = clip_radius is not None or transport.may_lose_clients
+        self.window = math.inf if self._settles else _WINDOW
         self._client_sum = client_sum
-        self._unclipped: list[PendingMix] = []  # of the averaging under way, all chunks so far
+        self._unsettled: list[PendingMix] = []  # of the averaging under way, all chunks so far
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
-        self._mixed = torch.empty(0, dtype=torch.float32, device=self.device)
+        self._outputs: list[Tensor] = []
 
     def has_neighbours(self, t: int) -> bool:
         """Whether averaging t joins this client with any other."""
@@ -112,33 +115,49 @@ class Gossip:
             raise ValueError(
                 f"expected a flat float32 tensor on {self.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        client = self.transport.client
-        sources, destinations = self.schedule.sources(client, t), self.schedule.destinations(client, t)
-        if not sources and not destinations:
-            return PendingMix(self, t, x, None, {}, None)
-        self.transport.progress.enter("gossip")
-        buffers = {j: self.pool.take(x.numel()) for j in sources}
-        staged = None
-        if x.device.type == "cuda":
-            staged = self.pool.take(x.numel())
-            staged[: x.numel()].copy_(x)  # synchronous: the network reads host memory
-        receives = {j: buffer[: x.numel()] for j, buffer in buffers.items()}
-        send = x.detach() if staged is None else staged[: x.numel()]
-        self.bytes_sent += send.nbytes * len(destinations)
-        exchange = self.transport.exchange(send, destinations, receives, chunk_tag(t, chunk))
-        pending = PendingMix(self, t, x, exchange, buffers, staged)
-        if self.clip_radius is not None:
-            self._unclipped.append(pending)
+        pending = PendingMix(self, t, x, chunk)
+        if self.transport.may_lose_clients:
+            with contextlib.suppress(MessageError):  # `settle` finds out who is gone
+                pending.start()
+                self._mix_older()
+        else:
+            pending.start()
+        if self._settles:
+            self._unsettled.append(pending)
         return pending
 
-    def clip(self, t: int) -> None:
-        """Receive all chunks of averaging t and give them the weights that clip, if there is anything to clip.
+    def settle(self, t: int) -> bool:
+        """What comes between the last `start` and the first `wait` of averaging t; whether this client has neighbours.
 
-        All ranks of a client call this when they have started all chunks, also those whose shard is empty.
+        All ranks of all clients call this when they have started all chunks, also those whose shard is empty. With
+        clipping, all chunks are received and given the weights that clip. Where clients may die, all is received by
+        all survivors, or again without the dead; then `schedule` and with it the neighbours may have changed.
         """
-        if self.clip_radius is None:
-            return
-        client, (chunks, self._unclipped) = self.transport.client, (self._unclipped, [])
+        chunks, self._unsettled = self._unsettled, []
+        if self.transport.may_lose_clients and self.schedule.sends(t):
+            self.transport.together(lambda: self._receive(chunks))
+        if self.clip_radius is not None:
+            self._clip(t, chunks, self.clip_radius)
+        return self.has_neighbours(t)
+
+    def _mix_older(self) -> None:
+        """Make room: the means of chunks take less than what they are made of."""
+        if self.clip_radius is None and len(self._unsettled) >= _WINDOW:
+            place = len(self._unsettled) - _WINDOW
+            self._unsettled[place].mix(place)
+
+    def _receive(self, chunks: Sequence[PendingMix]) -> None:
+        """All of an averaging, from the start if the connections are new. May be repeated."""
+        for pending in chunks:
+            pending.start()
+        for place, pending in enumerate(chunks):
+            if self.clip_radius is None:
+                pending.mix(place)
+            else:
+                pending.receive()
+
+    def _clip(self, t: int, chunks: Sequence[PendingMix], radius: float) -> None:
+        client = self.transport.client
         for pending in chunks:
             pending.receive()
         sources = self.schedule.sources(client, t)
@@ -150,13 +169,15 @@ class Gossip:
                 raise refusal(self, t, f"the block of client {j} is not at a finite distance", j)
         row = {j: self.schedule.weight(client, j, t) for j in (*sources, client)}
         for pending in chunks:
-            pending.weights = clipped_weights(row, client, distances, self.clip_radius)
+            pending.weights = clipped_weights(row, client, distances, radius)
 
-    def output(self, numel: int) -> Tensor:
-        """The buffer of mixed values, (numel,), on `device`; there is one."""
-        if self._mixed.numel() < numel:
-            self._mixed = torch.empty(numel, dtype=torch.float32, device=self.device)
-        return self._mixed[:numel]
+    def output(self, numel: int, place: int = 0) -> Tensor:
+        """A buffer of mixed values, (numel,), on `device`; there is one for each `place`."""
+        while len(self._outputs) <= place:
+            self._outputs.append(torch.empty(0, dtype=torch.float32, device=self.device))
+        if self._outputs[place].numel() < numel:
+            self._outputs[place] = torch.empty(numel, dtype=torch.float32, device=self.device)
+        return self._outputs[place][:numel]
 
 
 class PendingMix:
@@ -165,26 +186,37 @@ class PendingMix:
     terms: what each source sends, by client, valid after `receive`. weights: j -> w_ij, this client's too.
     """
 
-    def __init__(
-        self,
-        gossip: Gossip,
-        t: int,
-        x: Tensor,
-        exchange: Exchange | None,
-        buffers: dict[int, Tensor],
-        staged: Tensor | None,
-    ):
-        self._gossip = gossip
-        self._t = t
-        self._x = x
-        self._exchange = exchange  # None: nobody to talk to
-        self._buffers = buffers
-        self._staged = staged
-        self._received = False
+    def __init__(self, gossip: Gossip, t: int, x: Tensor, chunk: int):
+        self._gossip, self._t, self._x, self._chunk = gossip, t, x, chunk
+        self._exchange: Exchange | None = None  # None: not started, or nobody to talk to
+        self._connections = -1  # what Transport.rebuilt was at the start
         self._waited = False
-        client = gossip.transport.client
-        self.terms = {j: buffer[: x.numel()] for j, buffer in buffers.items()}
-        self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*buffers, client)}
+
+    def start(self) -> None:
+        """Send and receive; does nothing the second time, unless the transport's connections are new since then."""
+        gossip, x, transport = self._gossip, self._x, self._gossip.transport
+        if self._connections == transport.rebuilt:
+            return
+        client, t = transport.client, self._t
+        sources, destinations = gossip.schedule.sources(client, t), gossip.schedule.destinations(client, t)
+        self._exchange, self._mixed, self._received = None, None, False
+        self._buffers: dict[int, Tensor] = {}
+        self._staged: Tensor | None = None
+        self.terms: dict[int, Tensor] = {}
+        self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*sources, client)}
+        if sources or destinations:
+            transport.progress.enter("gossip")
+            if transport.may_lose_clients:  # before it is sent: a client that has diverged ends by itself
+                self._refuse_not_finite(client, x.detach())
+            self._buffers = {j: gossip.pool.take(x.numel()) for j in sources}
+            self.terms = {j: buffer[: x.numel()] for j, buffer in self._buffers.items()}
+            if x.device.type == "cuda":
+                self._staged = gossip.pool.take(x.numel())
+                self._staged[: x.numel()].copy_(x)  # synchronous: the network reads host memory
+            send = x.detach() if self._staged is None else self._staged[: x.numel()]
+            gossip.bytes_sent += send.nbytes * len(destinations)
+            self._exchange = transport.exchange(send, destinations, self.terms, chunk_tag(t, self._chunk))
+        self._connections = transport.rebuilt
 
     def wait(self) -> Tensor:
         """sum_j W_ij x_j, float32, on the device of x; call it once. With clipping, x_j as clip.py makes it.
@@ -195,17 +227,23 @@ class PendingMix:
         been averaged.
         """
         assert not self._waited, "a PendingMix is waited for once"
+        assert self not in self._gossip._unsettled, "Gossip.settle comes before"
         self._waited = True
+        return self.mix()
+
+    def mix(self, place: int = 0) -> Tensor:
+        """The mean, kept until the connections are new. place: of the buffer that it is kept in."""
         if self._exchange is None:
             return self._x
+        if self._mixed is not None:
+            return self._mixed
         gossip, client = self._gossip, self._gossip.transport.client
-        assert self not in gossip._unclipped, "Gossip.clip comes before"
         self.receive()
-        mixed = gossip.output(self._x.numel())
+        mixed = gossip.output(self._x.numel(), place)
         terms = self.terms | {client: self._x.detach()}
-        for place, j in enumerate(sorted(j for j in terms if self.weights[j] > 0)):
+        for number, j in enumerate(sorted(j for j in terms if self.weights[j] > 0)):
             term = terms[j].to(mixed.device, non_blocking=True)
-            if place == 0:
+            if number == 0:
                 torch.mul(term, self.weights[j], out=mixed)
             else:
                 mixed.add_(term, alpha=self.weights[j])
@@ -213,22 +251,26 @@ class PendingMix:
             torch.cuda.current_stream(mixed.device).synchronize()  # the copies have left their buffers
         for buffer in (*self._buffers.values(), *([] if self._staged is None else [self._staged])):
             gossip.pool.give_back(buffer)
+        self._mixed = mixed
         return mixed
 
     def receive(self) -> None:
         """Wait for the messages and check them; does nothing the second time. Raises GossipError, see `wait`."""
         if self._received or self._exchange is None:
             return
-        self._received = True
         started = time.perf_counter()
         self._exchange.wait()
+        self._received = True
         self._gossip.wait_seconds += time.perf_counter() - started
         self._gossip.transport.progress.tick()
         for j, term in (*self.terms.items(), (self._gossip.transport.client, self._x.detach())):
-            # a sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
-            bad = 0 if bool(term.sum().isfinite()) else int(term.numel() - term.isfinite().sum())
-            if bad:
-                raise refusal(self._gossip, self._t, f"{bad} of {term.numel()} values of client {j} are not finite", j)
+            self._refuse_not_finite(j, term)
+
+    def _refuse_not_finite(self, j: int, term: Tensor) -> None:
+        # a sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
+        bad = 0 if bool(term.sum().isfinite()) else int(term.numel() - term.isfinite().sum())
+        if bad:
+            raise refusal(self._gossip, self._t, f"{bad} of {term.numel()} values of client {j} are not finite", j)
 
     def squared_distance(self, j: int) -> float:
         """|x_j - x_i|^2 of this chunk."""

@@ -55,17 +55,24 @@ class MpiTransport(PointToPoint):
 
         super().__init__(comm.Get_rank(), comm.Get_size())
         self.timeout_s = timeout_s
+        self._comm: MPI.Intracomm | None = self.duplicate(comm, timeout_s)
+        self._mpi = MPI
+        self._abandoned: list[_Request] = []  # they still belong to MPI, so their memory has to stay
+
+    @staticmethod
+    def duplicate(comm: MPI.Intracomm, timeout_s: float) -> MPI.Intracomm:
+        """A communicator of our own over the same ranks, of which failures are errors that Python sees."""
+        from mpi4py import MPI
+
         duplicate, request = comm.Idup()
         if not poll(request.Test, time.monotonic() + timeout_s):
             raise GossipError(
-                f"not all {self.clients} clients set up their gossip communicator within {timeout_s:g} s",
-                where=f"client {self.client}",
+                f"not all {comm.Get_size()} ranks set up their gossip communicator within {timeout_s:g} s",
+                where=f"rank {comm.Get_rank()} of them",
                 fix="look at the logs of the other clients; if they are only slow, raise cluster.timeout_s",
             )
         duplicate.Set_errhandler(MPI.ERRORS_RETURN)
-        self._comm: MPI.Intracomm | None = duplicate
-        self._mpi = MPI
-        self._abandoned: list[_Request] = []  # they still belong to MPI, so their memory has to stay
+        return duplicate
 
     def exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
@@ -79,7 +86,7 @@ class MpiTransport(PointToPoint):
         for direction, neighbour, part in messages:
             start = self._comm.Irecv if direction == "from" else self._comm.Isend
             try:
-                requests.append((direction, neighbour, start(part, neighbour, tag), part))
+                requests.append((direction, neighbour, start(part, self.members.place(neighbour), tag), part))
             except self._mpi.Exception as error:
                 self._abandoned.extend(requests)
                 raise lost(self.client, neighbour, direction, tag, str(error)) from None
@@ -111,36 +118,39 @@ class MpiTransport(PointToPoint):
 
 
 class MpiExchange:
-    """Requests of one MpiTransport.exchange; each is completed on its own (a failing Waitall leaves stale handles)."""
+    """Requests of one MpiTransport.exchange; each is completed on its own (a failing Waitall leaves stale handles).
+
+    requests: those that are not through yet.
+    """
 
     def __init__(self, transport: MpiTransport, requests: list[_Request], tag: int):
         self._transport = transport
-        self._requests = requests
+        self.requests = requests
         self._tag = tag
 
     def _first_done(self) -> bool:
         try:
-            return self._transport.completed(self._requests[0], self._tag)
+            return self._transport.completed(self.requests[0], self._tag)
         except GossipError:
-            self._transport.abandon(self._requests)
+            self._transport.abandon(self.requests)
             raise
 
     def test(self) -> bool:
         """See Exchange."""
-        while self._requests and self._first_done():
-            self._requests.pop(0)
-        return not self._requests
+        while self.requests and self._first_done():
+            self.requests.pop(0)
+        return not self.requests
 
     def wait(self) -> None:
         """See Exchange."""
         deadline = time.monotonic() + self._transport.timeout_s
         progress = self._transport.progress
-        while self._requests:
-            direction, neighbour, *_ = self._requests[0]
+        while self.requests:
+            direction, neighbour, *_ = self.requests[0]
             progress.wait_for(neighbour)
             if not poll(self._first_done, deadline):
-                self._transport.abandon(self._requests)
+                self._transport.abandon(self.requests)
                 raise no_answer(self._transport.client, neighbour, direction, self._tag, self._transport.timeout_s)
-            self._requests.pop(0)
+            self.requests.pop(0)
             progress.tick()
         progress.wait_for(None)

@@ -47,6 +47,11 @@ class MixingSchedule:
         """Clients that client i sends to at averaging t, ascending, without itself."""
         return [int(j) for j in np.flatnonzero(self.matrix(t)[:, i]) if j != i]
 
+    def sends(self, t: int) -> bool:
+        """Whether averaging t joins any two clients."""
+        matrix = self.matrix(t)
+        return bool(np.count_nonzero(matrix) > np.count_nonzero(matrix.diagonal()))
+
     @property
     def spectral_gap(self) -> float:
         """1 - the factor that an averaging shrinks the distance to the mean by; see weights.spectral_gap."""

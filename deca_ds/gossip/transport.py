@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from deca_ds.cluster.heartbeat import Progress
+from deca_ds.cluster.members import Members
 from deca_ds.errors import GossipError, MessageError
 
 # Tags fit MPI's guaranteed range 0..32767. Messages of one source and tag arrive in the order in which they were sent,
@@ -25,6 +26,8 @@ _STEP_TAGS = 7
 REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG, HEADER_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(5))
 REDUCE_PIECE = 2**22  # elements that all_reduce_sum works on at a time; bounds its buffers
 MAX_JSON_BYTES = 2**28
+
+Result = TypeVar("Result")
 
 
 def chunk_tag(t: int, chunk: int) -> int:
@@ -49,6 +52,9 @@ class Transport(Protocol):
 
     client: int  # own client number
     clients: int  # n
+    members: Members  # those that are left of them; the collectives join these
+    may_lose_clients: bool  # whether `together` means more than to run the work
+    rebuilt: int  # how often it has been put together anew
     bytes_sent: int  # payload that this rank has handed to the network so far
     progress: Progress  # what this rank is doing; waits note whom they are for
 
@@ -56,6 +62,15 @@ class Transport(Protocol):
         """Start sending `send` to each of `destinations` and receiving from each source client into its buffer.
 
         Contiguous CPU tensors of any dtype; a message is as long as its buffer. Neither may be touched before `wait`.
+        """
+        ...
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Run `work`, exchanges that every rank of every client runs at this place, until it counts for all of them.
+
+        Where a client may die, all survivors agree that they are through; if not, they let go of what was received and
+        of the dead clients, and run `work` again. So it may be repeated, does nothing but exchange (a collective inside
+        the client would wait for a rank that has given up), and what follows from it comes after.
         """
         ...
 
@@ -79,9 +94,13 @@ class Transport(Protocol):
 class PointToPoint(ABC):
     """The collectives of a transport, from its `exchange`."""
 
+    may_lose_clients = False
+
     def __init__(self, client: int, clients: int):
         self.client = client
         self.clients = clients
+        self.members = Members(clients)
+        self.rebuilt = 0
         self.bytes_sent = 0
         self.progress = Progress()
 
@@ -89,21 +108,27 @@ class PointToPoint(ABC):
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """See Transport."""
 
+    def together(self, work: Callable[[], Result]) -> Result:
+        """See Transport. Here a client that dies ends the job."""
+        return work()
+
     @property
     def _others(self) -> list[int]:
-        return [j for j in range(self.clients) if j != self.client]
+        return [j for j in self.members.clients if j != self.client]
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """See Transport. Client j sums slice j for all and sends it back: 2 (n-1)/n of the tensor per client travel."""
+        """See Transport. Each client sums a slice for all: 2 (n-1)/n of the tensor per client travel."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"all_reduce_sum takes a contiguous CPU tensor, got one on {tensor.device}")
-        if self.clients > 1 and tensor.numel() > 0:
+        if len(self.members) > 1 and tensor.numel() > 0:
             for piece in tensor.view(-1).split(REDUCE_PIECE):
                 self._reduce_piece(piece)
 
     def _reduce_piece(self, piece: Tensor) -> None:
-        bounds = [j * piece.numel() // self.clients for j in range(self.clients + 1)]
-        slices = [piece[a:b] for a, b in pairwise(bounds)]
+        n = len(self.members)
+        bounds = [place * piece.numel() // n for place in range(n + 1)]
+        parts = [piece[a:b] for a, b in pairwise(bounds)]
+        slices = dict(zip(self.members.clients, parts, strict=True))
         own = slices[self.client]
         terms = {j: torch.empty_like(own) for j in self._others}
         started = [self.exchange(slices[j], [j], {j: terms[j]}, REDUCE_TAG) for j in self._others]
@@ -111,7 +136,7 @@ class PointToPoint(ABC):
             exchange.wait()
         terms[self.client] = own.clone()
         own.zero_()
-        for j in range(self.clients):
+        for j in self.members.clients:
             own.add_(terms[j])
         self.exchange(own, self._others, {j: slices[j] for j in self._others}, REDUCE_TAG).wait()
 
@@ -129,7 +154,7 @@ class PointToPoint(ABC):
         texts = {j: torch.empty(int(length), dtype=torch.uint8) for j, length in lengths.items()}
         self.exchange(own, self._others, texts, GATHER_TAG).wait()
         texts[self.client] = own
-        return [self._parse(j, texts[j]) for j in range(self.clients)]
+        return [self._parse(j, texts[j]) for j in self.members.clients]
 
     def _parse(self, j: int, text: Tensor) -> Any:
         try:

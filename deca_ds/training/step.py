@@ -46,9 +46,9 @@ def inner_step(
                 accept_oldest()
             under_way.append((chunk, name, gossip.start(step.gossip, state.tensors[name][chunk], message)))
             message += 1
-    if mixes:
-        gossip.clip(step.gossip)
-    while under_way:
+    if step.gossip is not None:
+        mixes = gossip.settle(step.gossip)  # where clients may die, some neighbours may have
+    while mixes and under_way:
         accept_oldest()
 
     if not mixes:

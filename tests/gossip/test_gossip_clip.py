@@ -43,7 +43,7 @@ def clipped(x: torch.Tensor, graph: str, radius: float | None, steps: int = 3) -
             parts = gossip.chunks(NUMEL)
             assert len(parts) <= gossip.window
             pending = [gossip.start(t, own[part], chunk) for chunk, part in enumerate(parts)]
-            gossip.clip(t)
+            gossip.settle(t)
             for part, mix in zip(parts, pending, strict=True):
                 own[part] = mix.wait()
         return own
@@ -112,7 +112,7 @@ def test_a_poisoned_message_is_refused_by_name_before_anything_is_averaged(radiu
     pending = here.start(3, own)
     mixed = here.output(50).fill_(-1)
     with pytest.raises(GossipError) as caught:
-        here.clip(3)
+        here.settle(3)
         pending.wait()
     assert "1 of 50 values of client 1 are not finite (averaging 3)" in caught.value.what
     assert caught.value.where == "client 0, gossip, step 412, block layers 0-1"

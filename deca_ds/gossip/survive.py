@@ -1,0 +1,48 @@
+"""The mixing matrices that are left when clients are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import networkx as nx
+import numpy as np
+
+from deca_ds.gossip import weights
+from deca_ds.gossip.schedule import MixingSchedule
+
+
+def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
+    """The same period of matrices over the same client numbers, in which `missing` clients neither send nor receive.
+
+    Every matrix becomes the Metropolis-Hastings matrix of its graph, taken as undirected, without the missing clients:
+    doubly stochastic, symmetric, positive only on edges that both ends survive. A missing client's row and column are
+    those of the identity. Give it the matrices that the run was started with: with no client missing they come back
+    as they were.
+    """
+    if not missing:
+        return mixing
+    matrices = []
+    for matrix in mixing.matrices:
+        graph = nx.DiGraph()
+        graph.add_nodes_from(range(mixing.size))
+        joined = (matrix > 0) | (matrix.T > 0)
+        edges = ((int(i), int(j)) for i, j in np.argwhere(joined) if i != j)
+        graph.add_edges_from(edge for edge in edges if not set(edge) & set(missing))
+        matrices.append(weights.weigh(graph, "metropolis"))
+    names = ", ".join(map(str, sorted(missing)))
+    return MixingSchedule(f"{mixing.name} without client {names}", mixing.size, tuple(matrices))
+
+
+def parts(mixing: MixingSchedule, clients: Sequence[int]) -> list[list[int]]:
+    """`clients` in the groups that averagings join, over all of the period; one group where all of them mix."""
+    graph = nx.Graph()
+    graph.add_nodes_from(clients)
+    for matrix in mixing.matrices:
+        graph.add_edges_from((i, j) for i in clients for j in clients if i != j and matrix[i, j] > 0)
+    return sorted(map(sorted, nx.connected_components(graph)))
+
+
+def spectral_gap(mixing: MixingSchedule, clients: Sequence[int]) -> float:
+    """See weights.spectral_gap, of the averaging among `clients`, which get nothing from others."""
+    chosen = np.ix_(clients, clients)
+    return weights.spectral_gap([matrix[chosen] for matrix in mixing.matrices])

@@ -1,0 +1,176 @@
+"""SurvivingTransport: messages over an MPI that lets the others go on when a process dies (ULFM, `mpirun --with-ft`).
+
+ULFM (user-level failure mitigation) turns a dead peer into an error of the call that needs it. Others may see no error,
+or see it later, so one agreement over all ranks of all clients decides whether an exchange counts. If it does not:
+
+1. revoke the gossip communicator, so that nobody waits for messages of somebody who has given up, and complete every
+   request on its own (a request that is dropped, or a failing Waitall, ends the job later);
+2. shrink the world to those who live. The ranks of a client that has lost one leave, until all clients are whole;
+3. split it anew into one gossip communicator a shard index, agree that this has worked, and tell `changed`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from deca_ds.cluster.heartbeat import EVERYBODY
+from deca_ds.cluster.launch import ClientLayout
+from deca_ds.cluster.members import Members
+from deca_ds.errors import GossipError, MessageError, RankLostError
+from deca_ds.gossip.mpi import MpiExchange, MpiTransport, poll
+from deca_ds.gossip.transport import Result
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_DRAIN_S = 60.0  # for a revoked communicator to end its requests, which it does at once
+_SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
+_NEWS_BYTES = 256
+
+
+@dataclass
+class Question:
+    """What every agreement asks all ranks beside. answer: this rank's. heard: called with whether all have said yes."""
+
+    answer: Callable[[], bool]
+    heard: Callable[[bool], None]
+
+
+class SurvivingTransport(MpiTransport):
+    """See MpiTransport; `together` outlives dead clients.
+
+    world: a communicator of all ranks of the job in rank order. members: what is kept up to date.
+    questions: asked with every agreement. news: what the first survivor's leader wants all ranks to know after a death,
+    a short text. changed: called with that text when clients have died and `members` is new; on all survivors alike.
+    """
+
+    may_lose_clients = True
+
+    def __init__(self, world: MPI.Intracomm, layout: ClientLayout, members: Members, timeout_s: float):
+        self._everybody = self.duplicate(world, timeout_s)
+        self._ranks = self._everybody.Get_group()  # of the start: what ranks are numbered by
+        rank = self._everybody.Get_rank()
+        client, self._shard = layout.client_of(rank), layout.shard_of(rank)
+        super().__init__(self._everybody.Split(color=self._shard, key=client), timeout_s)
+        self.members = members
+        self.questions: list[Question] = []
+        self.news: Callable[[], str] = str
+        self.changed: Callable[[str], None] = lambda news: None
+        self._layout = layout
+        self._exchanges: list[MpiExchange] = []
+
+    def exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> MpiExchange:
+        """See Transport."""
+        self._exchanges = [exchange for exchange in self._exchanges if exchange.requests]
+        started = super().exchange(send, destinations, receives, tag)
+        self._exchanges.append(started)
+        return started
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
+        nobody has died."""
+        spurious, error = 0, None
+        while spurious < _SPURIOUS:
+            result, through = None, True
+            try:
+                result = work()
+            except MessageError as failed:
+                through, error = False, failed
+            answers = self._agree([through, *(question.answer() for question in self.questions)])
+            if answers and answers[0]:
+                for question, all_said_yes in zip(self.questions, answers[1:], strict=True):
+                    question.heard(all_said_yes)
+                return result  # type: ignore[return-value]
+            spurious = 0 if self._rebuild() else spurious + 1
+        raise GossipError(
+            f"messages fail again and again, though all clients are there: {error or 'another rank says so'}",
+            where=f"client {self.client}",
+            fix="look at the output of the other ranks; all of them must run the same configuration",
+        )
+
+    def _agree(self, answers: Sequence[bool]) -> list[bool]:
+        """Whether all survivors say yes, question by question, the same for all of them; empty if one has died."""
+        bits = np.array([sum(1 << place for place, yes in enumerate(answers) if yes)], dtype=np.int32)
+        self.progress.wait_for(EVERYBODY)
+        try:
+            request = self._everybody.Iagree(bits)
+            if not poll(request.Test, time.monotonic() + self.timeout_s):
+                raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self.client}")
+        except self._mpi.Exception:
+            return []
+        finally:
+            self.progress.wait_for(None)
+            self.progress.tick()
+        return [bool(int(bits[0]) >> place & 1) for place in range(len(answers))]
+
+    def _rebuild(self) -> bool:
+        """Go on with the clients that are whole; whether there are fewer now."""
+        self._end_requests()
+        before = self.members.clients
+        while True:
+            self._everybody = self._everybody.Shrink()
+            self._everybody.Set_errhandler(self._mpi.ERRORS_RETURN)
+            living = self._living()
+            whole = [c for c in before if all(rank in living for rank in self._ranks_of(c))]
+            if self.client not in whole:
+                lost = sorted(set(self._ranks_of(self.client)) - living)
+                raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
+            if len(living) > len(whole) * self._layout.ranks_per_client:
+                continue  # the next shrink waits until these have left
+            try:
+                comm = self._everybody.Split(color=self._shard, key=self.client)
+                news = self._tell()
+                through = True
+            except self._mpi.Exception:  # one more
+                self._everybody.Revoke()
+                through = False
+            if self._agree([through]) == [True]:
+                break
+        comm.Set_errhandler(self._mpi.ERRORS_RETURN)
+        self._comm = comm
+        self.members.clients = tuple(whole)
+        self.rebuilt += 1
+        if self.members.clients != before:
+            self.changed(news)
+        return self.members.clients != before
+
+    def _living(self) -> set[int]:
+        """The ranks in the shrunk world, as they were numbered at the start."""
+        group = self._everybody.Get_group()
+        return set(self._mpi.Group.Translate_ranks(group, list(range(group.size)), self._ranks))
+
+    def _ranks_of(self, client: int) -> range:
+        first = self._layout.leader_of(client)
+        return range(first, first + self._layout.ranks_per_client)
+
+    def _tell(self) -> str:
+        """The news of the lowest rank that lives."""
+        text = bytearray(_NEWS_BYTES)
+        if self._everybody.Get_rank() == 0:
+            own = self.news().encode()
+            text[: len(own)] = own
+        self._everybody.Bcast(text, root=0)
+        return text.rstrip(b"\0").decode()
+
+    def _end_requests(self) -> None:
+        """Complete all that is under way; those that wait for this rank's messages are told to do the same."""
+        assert self._comm is not None, "the transport is closed"
+        self._comm.Revoke()
+        deadline = time.monotonic() + _DRAIN_S
+        left = [request for exchange in self._exchanges for request in exchange.requests] + self._abandoned
+        self._abandoned = [request for request in left if not poll(lambda r=request: self._ended(r[2]), deadline)]
+        self._exchanges = []
+
+    def _ended(self, handle: MPI.Request) -> bool:
+        try:
+            return bool(handle.Test())
+        except self._mpi.Exception:
+            return True
