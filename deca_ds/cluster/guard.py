@@ -5,6 +5,10 @@ process, whatever the process waits for (a collective, a message, a slow disk). 
 message of that first rank, or a DONE marker. What may quote a client's data is told on that client's own output and in
 its own FAILED file; the others learn which rank it was and what kind of failure. The same thread sends this rank's
 heartbeats and ends waits that last too long (heartbeat.py).
+
+With cluster.on_failure=continue, from the first step on: a rank that fails tells it on its own output and in
+FAILED_client_NNN and kills itself, as the MPI library expects of the dead; and the store may go with its host, until
+the survivors have put up another one.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from torch.distributed import Store
@@ -24,35 +29,37 @@ from torch.distributed import Store
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
 from deca_ds.cluster.heartbeat import Heartbeats, Progress
 from deca_ds.cluster.launch import Launch
-from deca_ds.cluster.stop import StopAgreement
+from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.cluster.store import JobStore
 from deca_ds.errors import MessageError, UserError
 
 _FAILED_KEY, _DONE_KEY = "job/failed", "job/done"
 _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
-_LINGER_S = 2.0  # rank 0 hosts the store: it stays until the others have read why the job ends
+_LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
 
 
 class JobGuard:
     """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to; `stop` is
-    how the job is told to stop, and where."""
+    how the job is told to stop, and where. host: the rank that hosts the job's store."""
 
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
         self.output: Path | None = None
         self.heartbeats = Heartbeats(launch)
-        self.stop = StopAgreement(launch.rank, launch.world_size, store.timeout.total_seconds())
+        self.stop: StopAgreement | StopQuestion = StopAgreement(
+            launch.rank, launch.world_size, store.timeout.total_seconds()
+        )
         self._store = store
+        self._outlived = False  # whether the others go on when this rank fails
+        self.host, self._ranks = 0, launch.world_size  # ... and how many use it
         self._parent = os.getppid()
         self._finished = threading.Event()
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
         # reported, and must not end the process before the message is told.
         self._leaving = threading.Lock()
-        watch = self._watch if launch.world_size > 1 else self._beat
-        self._thread = threading.Thread(target=watch, args=(store.reconnect(),), daemon=True)
-        self._thread.start()
+        self._start_watching()
 
     @property
     def progress(self) -> Progress:
@@ -64,9 +71,30 @@ class JobGuard:
         self.output = output
         self.heartbeats.folder = output / HEARTBEATS
 
+    def let_others_go_on(self) -> None:
+        """From now on a failure of this rank ends its own client alone."""
+        self._outlived = True
+
+    def survive(self, ranks: Collection[int], store: JobStore | None) -> None:
+        """Others have died and these are left. store: another one, which the first of `ranks` hosts, if the host of the
+        old one has died."""
+        gone = set(range(self.launch.world_size)) - set(ranks)
+        self.heartbeats.gone = frozenset(gone)
+        self._ranks = len(ranks)
+        if store is not None:
+            self.host, self._store = min(ranks), store
+            self._start_watching()
+
+    @property
+    def store(self) -> JobStore:
+        """The job's store, wherever it is now."""
+        return self._store
+
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
         self._leaving.acquire()
+        if self._outlived:
+            self._die(_whole_message(error) + self._last_seen(error))
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
         seen = self._last_seen(error)
         report = json.dumps(self._report(public_message(error) + seen, code))
@@ -78,32 +106,44 @@ class JobGuard:
         self._leave(json.loads(first))
 
     def finish(self) -> None:
-        """Stop watching: every rank is through. Rank 0 leaves last, because it hosts the store."""
+        """Stop watching: every rank is through. The store's host leaves last."""
         self.progress.enter("done")
         store = self._store.store
-        store.add(_DONE_KEY, 1)
-        if self.launch.rank == 0:
-            deadline = time.monotonic() + self._store.timeout.total_seconds()
-            while store.add(_DONE_KEY, 0) < self.launch.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
+        # one that dies now, all being through, is nobody's concern
+        with contextlib.suppress(RuntimeError) if self._outlived else contextlib.nullcontext():
+            store.add(_DONE_KEY, 1)
+            if self.launch.rank == self.host:
+                deadline = time.monotonic() + self._store.timeout.total_seconds()
+                while store.add(_DONE_KEY, 0) < self._ranks and time.monotonic() < deadline:
+                    time.sleep(0.05)
         self._finished.set()
         self._thread.join(timeout=2 * _POLL_S)
         self.heartbeats.beat(store, last=True)
 
-    def _beat(self, store: Store) -> None:
+    def _start_watching(self) -> None:
+        watch = self._watch if self.launch.world_size > 1 else self._beat
+        self._thread = threading.Thread(target=watch, args=(self._store, self._store.reconnect()), daemon=True)
+        self._thread.start()
+
+    def _beat(self, job: JobStore, store: Store) -> None:
         """All that there is to do for a single rank."""
         while not self._finished.wait(_POLL_S):
             self.heartbeats.beat(store)
 
-    def _watch(self, store: Store) -> None:
-        while not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
+    def _watch(self, job: JobStore, store: Store) -> None:
+        while self._store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
             try:
                 self.stop.look(store)
                 report, announce = self._look(store)
             except RuntimeError:
                 if self._finished.is_set():
                     return
-                report, announce = self._report("rank 0 is gone: it ended without a report", FAILURE_CODE), True
+                if self._outlived:
+                    continue  # the survivors will put up another one
+                report, announce = (
+                    self._report(f"rank {self.host} is gone: it ended without a report", FAILURE_CODE),
+                    True,
+                )
             except Exception as error:  # without its watcher a rank could wait for ever
                 report, announce = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE), True
             if report is not None:
@@ -148,14 +188,29 @@ class JobGuard:
             of = f"rank {report['rank']} on {report['host']}{report['place']}: " if self.launch.world_size > 1 else ""
             print(f"\nERROR: {of}{report['message']}", file=sys.stderr, flush=True)
         self._mark_failed(report)
-        if self.launch.rank == 0 and self.launch.world_size > 1:
+        if self.launch.rank == self.host and self.launch.world_size > 1:
             time.sleep(_LINGER_S)
         self._end(report["code"])
 
-    def _mark_failed(self, report: dict) -> None:
+    def _die(self, message: str) -> None:
+        """End this rank, and with it its client, while the others go on. Does not return."""
+        client = self.heartbeats.own().client
+        report = self._report(message, FAILURE_CODE)
+        print(
+            f"\nERROR: client {client} ends, rank {report['rank']} on {report['host']}{report['place']}: {message}",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._mark_failed(report, f"FAILED_client_{client:03d}")
+        sys.stdout.flush()
+        # not an exit: mpirun lets the others go on after a process that died, and ends them after one that failed
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(_LINGER_S)
+
+    def _mark_failed(self, report: dict, name: str = "FAILED") -> None:
         if self.output is None or not self.output.is_dir():
             return
-        with contextlib.suppress(OSError), open(self.output / "FAILED", "x") as marker:
+        with contextlib.suppress(OSError), open(self.output / name, "x") as marker:
             marker.write(f"rank {report['rank']} on {report['host']}{report['place']}\n{report['message']}\n")
 
     @staticmethod

@@ -136,12 +136,13 @@ class _Observed:
 class Heartbeats:
     """This rank's heartbeat, and what it sees of the others'. `beat` and `stalled` belong to the watcher thread.
 
-    folder: run.output/heartbeats, once it may be written to.
+    folder: run.output/heartbeats, once it may be written to. gone: ranks that have died while the others go on.
     """
 
     launch: Launch
     progress: Progress = field(default_factory=Progress)
     folder: Path | None = None
+    gone: frozenset[int] = frozenset()
     _due: float = 0.0
     _observed: dict[int, _Observed] = field(default_factory=dict)
 
@@ -192,7 +193,9 @@ class Heartbeats:
 
     def last_seen(self, store: Store) -> str:
         """For a message: where the ranks are that this rank has to do with, a line each; empty if it is alone."""
-        look = Heartbeats(self.launch, self.progress)  # what has been observed belongs to the watcher thread
+        look = Heartbeats(
+            self.launch, self.progress, gone=self.gone
+        )  # what has been observed belongs to the watcher thread
         lines = "".join(f"\n    {line}" for line in look._lines(look._awaited(store, time.monotonic())))
         return f"\n  last seen:{lines}" if lines else ""
 
@@ -203,7 +206,7 @@ class Heartbeats:
         at_hand = list(self._named(own, self.progress.awaits))
         while at_hand:
             rank = at_hand.pop(0)
-            if rank == own or rank in found:
+            if rank == own or rank in found or rank in self.gone:
                 continue
             found[rank] = None
             observed = self._observe(rank, store, now)

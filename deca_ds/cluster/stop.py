@@ -24,6 +24,42 @@ from deca_ds.errors import LaunchError
 _ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
 
 
+class StopQuestion:
+    """The same where all ranks of all clients agree on every averaging anyway (gossip/ulfm.py): the agreement also asks
+    whether anybody was told to stop. It holds at one inner step for all, and all stop after that one."""
+
+    def __init__(self) -> None:
+        self._asked = self._agreed = False
+
+    @property
+    def pending(self) -> bool:
+        """See StopAgreement."""
+        return self._asked or self._agreed
+
+    def ask(self, *_: Any) -> None:
+        """See StopAgreement."""
+        self._asked = True
+
+    def may_pass(self, done: int) -> bool:
+        """See StopAgreement."""
+        return not self._agreed
+
+    def look(self, store: Store) -> None:
+        """See StopAgreement. There is nothing to look for."""
+
+    def answer(self) -> bool:
+        """Whether this rank may go on."""
+        return not self._asked
+
+    def heard(self, all_may: bool) -> None:
+        """What all ranks have answered."""
+        self._agreed |= not all_may
+
+    def stop(self) -> None:
+        """All ranks know by themselves that they stop after this step."""
+        self._agreed = True
+
+
 class StopAgreement:
     """The gate of one rank. `ask` and `may_pass` belong to the main thread, `look` to the watcher's."""
 

@@ -154,6 +154,20 @@ def _reachable_address(launch: Launch) -> str:
     return address
 
 
+def host_again(former: JobStore) -> JobStore:
+    """A new, empty store on this machine, in place of one whose host is gone."""
+    assert former.address is not None, "a single process has no host"
+    host = own_address(former.address)
+    server = TCPStore(host, 0, is_master=True, timeout=former.timeout, wait_for_workers=False)
+    return JobStore(server, (host, server.port), former.timeout)
+
+
+def join_again(former: JobStore, address: tuple[str, int]) -> JobStore:
+    """What another rank has hosted by `host_again`."""
+    store = TCPStore(*address, is_master=False, timeout=former.timeout, wait_for_workers=False)
+    return JobStore(store, address, former.timeout)
+
+
 def own_address(peer: tuple[str, int]) -> str:
     """Address of this host's interface towards `peer`: the one that the others can reach as well."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing

@@ -15,10 +15,11 @@ from torch.distributed import PrefixStore
 
 from deca_ds.cluster.heartbeat import EVERYBODY, Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.members import Members
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.checks import check_world
 from deca_ds.config.schema import Config
-from deca_ds.errors import LaunchError
+from deca_ds.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,7 +31,7 @@ class Cluster:
 
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
     communicator of all ranks with this shard index, in client order, or None where gossip goes over torch. progress:
-    what this rank is doing.
+    what this rank is doing. members: the clients that have not died.
     """
 
     launch: Launch
@@ -39,6 +40,10 @@ class Cluster:
     device: torch.device
     gossip_comm: MPI.Intracomm | None
     progress: Progress = field(default_factory=Progress)
+    members: Members = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "members", Members(self.layout.clients))
 
     @property
     def client(self) -> int:
@@ -64,8 +69,8 @@ class Cluster:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the job."""
-        return self.launch.rank == 0
+        """Whether this rank speaks for the job: the leader of the first client that is left."""
+        return self.is_leader and self.client == self.members.first
 
     @property
     def transport(self) -> str:
@@ -142,6 +147,29 @@ def choose_transport(wanted: str, launch: Launch) -> str:
             "--launcher openmpi --force_multi launchers/train.py ...', or set cluster.transport=torch",
         )
     return "torch"
+
+
+def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
+    """Raise LaunchError or ConfigError where cluster.on_failure=continue cannot be kept. edges: whether clients mix."""
+    if config.cluster.on_failure == "stop":
+        return
+    if config.cluster.clients < 2 or not edges:
+        raise ConfigError(
+            "cluster.on_failure=continue, but there are no clients that average with each other",
+            where="cluster.on_failure",
+            fix="set cluster.on_failure=stop; clients without a graph can as well be jobs of their own",
+        )
+    if choose_transport(config.cluster.transport, launch) != "mpi" or not _has_ulfm():
+        raise LaunchError(
+            "cluster.on_failure=continue needs Open MPI 5 with fault tolerance (ULFM), which this job was started without",
+            where="cluster.on_failure",
+            fix="start with 'mpirun --with-ft ulfm -n N python launchers/train.py ...', or set cluster.on_failure=stop",
+        )
+
+
+def _has_ulfm() -> bool:
+    """Whether MPI hands on the death of a process as an error; `mpirun --with-ft ulfm` sets this for its ranks."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "cluster.transport",
     "cluster.timeout_s",
     "cluster.allow_mixed_versions",
+    "cluster.on_failure",
     "model.gradient_checkpointing",
     "gossip.chunk_mib",
     "data.micro_batch_size",

@@ -178,14 +178,14 @@ class Client:
         return ((name, buffer) for name, buffer in self.model.named_buffers() if name in saved)
 
     @contextmanager
-    def borrowed_shards(self, names: Sequence[str]) -> Iterator[Iterator[tuple[str, int, int, Tensor]]]:
-        """The slices of `shards`, for overwriting them: their present values come back at the end."""
-        saved = [shard.to("cpu", copy=True) for _, _, _, shard in self.shards(names)]
+    def borrowed_shards(self, names: Sequence[str]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The values of `shards`, for overwriting them, each with a copy on the host; it comes back at the end."""
+        borrowed = [(shard, shard.to("cpu", copy=True)) for _, _, _, shard in self.shards(names)]
         try:
-            yield self.shards(names)
+            yield borrowed
         finally:
-            for (_, _, _, shard), values in zip(self.shards(names), saved, strict=True):
-                shard.copy_(values)
+            for shard, own in borrowed:
+                shard.copy_(own)
 
     def client_sum(self, value: float) -> float:
         """The sum of `value` over this client's ranks."""

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import math
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
@@ -25,12 +24,12 @@ from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.slices import Slice, save_shards
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.cluster import Cluster
-from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.client import Client
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.training.written import Written
 
 FOLDER = "checkpoints"
 MASTERS, GRADIENT = "theta", "grad"
@@ -41,8 +40,8 @@ Groups = list[tuple[str, list[Slice]]]
 class Checkpoints:
     """Saves this rank's part of a run's checkpoints and keeps the newest complete ones.
 
-    attempt: number of this attempt at the run, the same on all ranks. timeout_s: cluster.timeout_s.
-    resumed: the step that it continued from.
+    written: who has written what. attempt: number of this attempt at the run, the same on all ranks. timeout_s:
+    cluster.timeout_s. resumed: the step that it continued from.
     """
 
     def __init__(
@@ -52,6 +51,7 @@ class Checkpoints:
         client: Client,
         schedule: Schedule,
         gossip: Gossip,
+        written: Written,
         *,
         folder: Path,
         attempt: int,
@@ -59,11 +59,10 @@ class Checkpoints:
         resumed: int | None = None,
     ):
         self._config, self._cluster, self._client = config, cluster, client
-        self._schedule, self._gossip = schedule, gossip
+        self._schedule, self._gossip, self._written = schedule, gossip, written
         self._folder, self._attempt = folder, attempt
         self._resumed, self._timeout_s = resumed, timeout_s
         self._saved: list[int] = [] if resumed is None else [resumed]
-        self._store = cluster.store.reconnect()  # a connection of its own: the thread's waits must not block others
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write_under_way: Future[None] | None = None
 
@@ -82,6 +81,7 @@ class Checkpoints:
         self.wait()
         groups, state = self._groups(), self._state(done)
         self._saved.append(done)
+        self._written.begin(done)
         self._write_under_way = self._thread.submit(self._write, done, groups, state)
 
     def wait(self) -> None:
@@ -99,15 +99,8 @@ class Checkpoints:
     def wait_for_all(self, done: int) -> None:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
         self.wait()
-        progress = self._cluster.progress
-        progress.enter("saving: waiting for all ranks")
-        progress.wait_for(EVERYBODY)
-        deadline = time.monotonic() + progress.deadline_s(self._timeout_s)
-        while not self._complete(done):
-            if time.monotonic() > deadline:
-                raise CheckpointError(f"not all ranks have saved step {done}", where=str(self._folder))
-            time.sleep(0.05)
-        progress.wait_for(None)
+        self._cluster.progress.enter("saving: waiting for all ranks")
+        self._written.wait(done)
 
     def _groups(self) -> Groups:
         """Copies of all slices, on the host."""
@@ -159,14 +152,14 @@ class Checkpoints:
                 fix="make room (checkpoint.keep, too, says how many lie there) and go on with run.resume=require: "
                 "earlier checkpoints are as they were",
             ) from error
-        self._store.add(self._key(done), 1)
+        self._written.add(done)
         self._remove_old()
 
     def _remove_old(self) -> None:
         kept = [step for step in self._saved if self._complete(step)][-self._config.keep :]
         if len(kept) == self._config.keep:
             for step in steps_in(self._folder):
-                if step < kept[0]:
+                if step < kept[0] and step != self._written.whole:
                     remove_part(
                         self._folder,
                         step,
@@ -176,10 +169,7 @@ class Checkpoints:
                     )
 
     def _complete(self, step: int) -> bool:
-        return step == self._resumed or self._store.add(self._key(step), 0) == self._cluster.launch.world_size
-
-    def _key(self, step: int) -> str:
-        return f"checkpoint/{self._attempt}/{step}"
+        return step == self._resumed or self._written.complete(step)
 
 
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:

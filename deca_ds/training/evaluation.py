@@ -34,14 +34,22 @@ class Evaluator:
     def evaluate(self) -> dict[str, Any]:
         """All scores that there are sets for: {"own": ..., "common": ..., "mean": ..., "consensus_distance": ...}.
 
-        Waits for the other clients only if the mean model is to be scored.
+        Waits for the other clients only if the mean model is to be scored. If one of them dies meanwhile, all is scored
+        again with those that are left.
         """
+        while True:
+            rebuilt = self.transport.rebuilt
+            scores = self._evaluate()
+            if self.transport.rebuilt == rebuilt:
+                return scores
+
+    def _evaluate(self) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         if self.data.own_evaluation is not None:
             scores["own"] = self._score(self.data.own_evaluation)
         if self.data.common_evaluation is not None:
             scores["common"] = self._score(self.data.common_evaluation)
-        if self.mean_model and self.cluster.clients > 1:
+        if self.mean_model and len(self.cluster.members) > 1:
             scores |= self._score_mean_model()
         self.client.end_scoring()
         return scores
@@ -54,31 +62,37 @@ class Evaluator:
         The common set is shared out over the ranks of all clients; without one, each client scores its own set.
         """
         self.client.end_scoring()
-        squared = torch.zeros(1, dtype=torch.float64)
         # frozen parameters are equal everywhere
         trained = [name for block in self.client.plan.blocks for name in block.names]
         with self.client.borrowed_shards(trained) as shards:
-            for _, _, _, values in shards:
-                mean = values.to("cpu", torch.float32, copy=True)
-                self.transport.all_reduce_sum(mean)
-                mean /= self.cluster.clients
-                squared += (values.cpu().float() - mean).double().square().sum()
-                values.copy_(mean)
+            squared = self.transport.together(lambda: self._average(shards))
             if self.data.common_evaluation is not None:
                 scores = self._score(self.data.common_evaluation, shared=True)
             else:  # private sets, of which a client may have none
-                own = self.data.own_evaluation
-                scores = average(self.transport.gather_json(None if own is None else self._score(own)))
+                own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation)
+                scores = average(self.transport.together(lambda: self.transport.gather_json(own)))
             self.client.end_scoring()
-        self.transport.all_reduce_sum(squared)
-        distance = (self.client.client_sum(float(squared)) / self.cluster.clients) ** 0.5
+        distance = (self.client.client_sum(squared) / len(self.cluster.members)) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
+
+    def _average(self, shards: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """Overwrite the shards, given with their own values, with the mean; returns sum_i |x_i - mean|^2 over them."""
+        squared = torch.zeros(1, dtype=torch.float64)
+        for shard, own in shards:
+            mean = own.to(torch.float32, copy=True)
+            self.transport.all_reduce_sum(mean)
+            mean /= len(self.cluster.members)
+            squared += (own.float() - mean).double().square().sum()
+            shard.copy_(mean)
+        self.transport.all_reduce_sum(squared)
+        return float(squared)
 
     def _score(self, dataset: Dataset, *, shared: bool = False) -> dict[str, Any]:
         """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it."""
         rank, ranks = self.cluster.shard, self.cluster.ranks
         if shared:
-            rank, ranks = self.cluster.launch.rank, self.cluster.launch.world_size
+            members = self.cluster.members
+            rank, ranks = members.place(self.cluster.client) * ranks + rank, len(members) * ranks
         totals = torch.zeros(len(dataset), 2, dtype=torch.float64)  # loss and target tokens of every row
         batches = evaluation_batches(dataset, batch_size=self.batch_size, rank=rank, ranks=ranks, pad_id=self.pad_id)
         for batch in batches:
@@ -90,8 +104,14 @@ class Evaluator:
         dist.all_reduce(on_device)
         totals = on_device.cpu().contiguous()
         if shared:
-            self.transport.all_reduce_sum(totals)
+            totals = self.transport.together(lambda: self._sum(totals))
         return summarize(totals, dataset, self.data.label_names)
+
+    def _sum(self, totals: Tensor) -> Tensor:
+        """Over all clients."""
+        totals = totals.clone()
+        self.transport.all_reduce_sum(totals)
+        return totals
 
 
 def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.checkpoint.slices import save_shards
 from deca_ds.cluster import Cluster
-from deca_ds.cluster.stop import StopAgreement
+from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.config.schema import Config
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.gossip.mix import Gossip
@@ -39,7 +39,7 @@ class Trainer:
     evaluator: Evaluator
     metrics: Metrics
     checkpoints: Checkpoints
-    stop: StopAgreement
+    stop: StopAgreement | StopQuestion
     output: Path
     done: int = 0  # inner steps
     state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it

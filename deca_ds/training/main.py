@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from deca_ds.checkpoint.done import mark_done
 from deca_ds.cluster import read_launch
 from deca_ds.cluster.guard import USER_ERROR_CODE, guarded
 from deca_ds.cluster.store import open_job_store
@@ -55,14 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in STOP_SIGNALS:
             signal.signal(number, guard.stop.ask)
         finished = trainer.train()
-        trainer.metrics.close()
         guard.progress.enter("the end")
-        trainer.gossip.transport.barrier()
-        if launch.rank == 0:
+        transport, members = trainer.gossip.transport, trainer.cluster.members
+        transport.together(transport.barrier)
+        trainer.metrics.close()
+        if trainer.cluster.is_main:
             steps = f"{trainer.done} of {len(trainer.schedule)} inner steps"
-            (trainer.output / ("DONE" if finished else "STOPPED")).write_text(f"{steps}\n")
+            without = f" without clients {', '.join(map(str, members.missing))}" if members.missing else ""
             if finished:
-                print(f"done: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
+                mark_done(trainer.output, steps, members.missing)
+                print(f"done{without}: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
             else:
-                print(f"stopped after {steps}; to go on: the same command with run.resume=require", flush=True)
+                (trainer.output / "STOPPED").write_text(f"{steps}{without}\n")
+                print(f"stopped after {steps}{without}; to go on: the same command with run.resume=require", flush=True)
     return 0

@@ -43,7 +43,8 @@ class Metrics:
     def __init__(self, config: LoggingConfig, cluster: Cluster, output: Path, steps: int):
         name = f"client_{cluster.client:03d}"
         self._lines = JsonLines(output / "metrics" / f"{name}.jsonl") if cluster.is_leader else None
-        self._job = JsonLines(output / "metrics" / "job.jsonl") if cluster.is_main else None
+        self._cluster, self._job_path = cluster, output / "metrics" / "job.jsonl"
+        self._job = JsonLines(self._job_path) if cluster.is_main else None
         self._board = None
         if config.tensorboard and cluster.is_leader:
             self._board = _summary_writer(output / "tensorboard" / name)
@@ -74,6 +75,14 @@ class Metrics:
         self._write(self._lines, "evaluation", steps_done, own)
         if job and self._job is not None:
             self._job.write({"kind": "evaluation", "step": steps_done, **job})
+
+    def membership(self, step: int, record: dict[str, Any]) -> None:
+        """Log who is left after a death, while inner step `step` or what follows it is under way; this rank may be the
+        one now that speaks for the job."""
+        if self._job is None and self._cluster.is_main:
+            self._job = JsonLines(self._job_path)
+        if self._job is not None:
+            self._job.write({"kind": "membership", "step": step, **record})
 
     def close(self) -> None:
         if self._progress is not None:

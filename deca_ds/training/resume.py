@@ -127,7 +127,8 @@ def _clear(output: Path) -> None:
 def rewind(output: Path, cluster: Cluster, done: int) -> None:
     """Forget what was logged after `done` inner steps, and slices of the trained model that the run saves again.
 
-    An evaluation comes after the checkpoint of its step, so that it is repeated.
+    An evaluation comes after the checkpoint of its step, so that it is repeated. A client that dies does so after the
+    newest checkpoint that has its part.
     """
     if cluster.is_leader:
         _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
@@ -146,7 +147,7 @@ def _rewind_lines(path: Path, done: int) -> None:
             record = json.loads(line)
         except ValueError:  # the line that a killed process was writing
             break
-        if record["step"] <= done - (record["kind"] == "evaluation"):
+        if record["step"] <= done - (record["kind"] != "step"):
             kept.append(line)
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")

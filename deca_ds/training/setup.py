@@ -22,7 +22,9 @@ from deca_ds.cluster.fingerprint import compare_software, compare_start, digest
 from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.cluster.launch import ClientLayout
+from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore
+from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import check_folder
@@ -37,6 +39,7 @@ from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
+from deca_ds.gossip.ulfm import SurvivingTransport
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.evaluation import Evaluator
@@ -44,7 +47,9 @@ from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind
+from deca_ds.training.survivors import Survivors
 from deca_ds.training.tables import data_table
+from deca_ds.training.written import Agreed, StoreCount, Written
 
 
 def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
@@ -56,6 +61,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> T
     guard.progress.enter("checking the configuration")
     ranks = check_world(config, launch.world_size)
     check_method(config)
+    check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     if config.run.resume == "never" or launch.rank == 0:  # other hosts have not got the run's configuration
         check_folder(config)
     validate_data_config(config, client=launch.rank // ranks)
@@ -123,6 +129,15 @@ def build(
     state = restore(resumption, cluster, client, rule, schedule, gossip)
     # every attempt at the run has a number, which client 0's leader draws for all
     attempt = transport.gather_json(secrets.randbits(48))[0]
+    attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
+    resumed = resumption.step if resumption.saved is not None else None
+    metrics = Metrics(config.logging, cluster, output, len(schedule))
+    written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
+    if isinstance(transport, SurvivingTransport):
+        written = Agreed(transport, resumed)
+        guard.stop = StopQuestion()
+        Survivors(cluster, transport, gossip, mixing, metrics, guard, guard.stop)
+        guard.let_others_go_on()
     return Trainer(
         config=config,
         cluster=cluster,
@@ -144,17 +159,18 @@ def build(
         evaluator=Evaluator(
             client, cluster, transport, data, config.evaluation.batch_size, pad_id, config.evaluation.mean_model
         ),
-        metrics=Metrics(config.logging, cluster, output, len(schedule)),
+        metrics=metrics,
         checkpoints=Checkpoints(
             config.checkpoint,
             cluster,
             client,
             schedule,
             gossip,
+            written,
             folder=output / CHECKPOINTS,
+            attempt=attempt,
             timeout_s=config.cluster.timeout_s,
-            attempt=int(client.client_sum(attempt if cluster.is_leader else 0)),
-            resumed=resumption.step if resumption.saved is not None else None,
+            resumed=resumed,
         ),
         stop=guard.stop,
         output=output,
@@ -169,7 +185,11 @@ def connect_transport(config: Config, cluster: Cluster) -> Transport:
     cluster.progress.wait_for(EVERYBODY)
     timeout_s = cluster.progress.deadline_s(config.cluster.timeout_s)
     transport: MpiTransport | TorchTransport
-    if cluster.gossip_comm is not None:
+    if config.cluster.on_failure == "continue":
+        from mpi4py import MPI
+
+        transport = SurvivingTransport(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
+    elif cluster.gossip_comm is not None:
         transport = MpiTransport(cluster.gossip_comm, timeout_s)
     else:
         store = PrefixStore("transport", cluster.store.store)

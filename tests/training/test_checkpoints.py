@@ -20,6 +20,7 @@ from deca_ds.config.schema import CheckpointConfig
 from deca_ds.errors import CheckpointError
 from deca_ds.training import checkpoints as module
 from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.written import StoreCount
 
 SHAPES = {"a": (3, 2), "b": (4,)}
 
@@ -59,7 +60,9 @@ def job(tmp_path: Path):
         client = OneRank()
         options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 5.0, "resumed": resumed}
         schedule = Schedule(rounds=2, blocks=2, inner_steps=5)
-        return Checkpoints(CheckpointConfig(**config), cluster, client, schedule, gossip, **options), client, store
+        written = StoreCount(cluster, 7, 5.0)
+        made = Checkpoints(CheckpointConfig(**config), cluster, client, schedule, gossip, written, **options)
+        return made, client, store
 
     return make
 

@@ -1,0 +1,105 @@
+"""Whether all ranks have written a checkpoint: counted in the job's store, or agreed on where clients may die."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from deca_ds.cluster import Cluster
+from deca_ds.cluster.heartbeat import EVERYBODY
+from deca_ds.errors import CheckpointError
+from deca_ds.gossip.ulfm import Question, SurvivingTransport
+
+
+class Written(Protocol):
+    """Steps of checkpoints. whole: the newest that all clients of the start have written, if it has to stay."""
+
+    whole: int | None
+
+    def begin(self, step: int) -> None:
+        """This rank is about to write."""
+        ...
+
+    def add(self, step: int) -> None:
+        """This rank has written; called by the thread that writes."""
+        ...
+
+    def complete(self, step: int) -> bool:
+        """Whether all ranks have, as far as this one knows."""
+        ...
+
+    def wait(self, step: int) -> None:
+        """Return when all ranks have. Raises CheckpointError if they do not."""
+        ...
+
+
+class StoreCount:
+    """Every rank adds one in the job's store."""
+
+    whole = None
+
+    def __init__(self, cluster: Cluster, attempt: int, timeout_s: float):
+        self._cluster, self._attempt, self._timeout_s = cluster, attempt, timeout_s
+        self._store = cluster.store.reconnect()  # a connection of its own: the thread's waits must not block others
+
+    def begin(self, step: int) -> None:
+        """See Written."""
+
+    def add(self, step: int) -> None:
+        """See Written."""
+        self._store.add(self._key(step), 1)
+
+    def complete(self, step: int) -> bool:
+        """See Written."""
+        return self._store.add(self._key(step), 0) == self._cluster.launch.world_size
+
+    def wait(self, step: int) -> None:
+        """See Written."""
+        progress = self._cluster.progress
+        progress.wait_for(EVERYBODY)
+        deadline = time.monotonic() + progress.deadline_s(self._timeout_s)
+        while not self.complete(step):
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"not all ranks have saved step {step}")
+            time.sleep(0.05)
+        progress.wait_for(None)
+
+    def _key(self, step: int) -> str:
+        return f"checkpoint/{self._attempt}/{step}"
+
+
+class Agreed:
+    """A question of every agreement (gossip/ulfm.py): all ranks are at the same inner step there, so the same checkpoint
+    is each one's last. Complete means that all survivors have written it.
+
+    A run can only go on with all its clients, so the newest checkpoint from before the first death has to stay.
+    """
+
+    def __init__(self, transport: SurvivingTransport, resumed: int | None):
+        self.whole = resumed
+        self._transport = transport
+        self._begun = self._written = self._complete = -1
+        transport.questions.append(Question(lambda: self._written == self._begun, self._heard))
+
+    def begin(self, step: int) -> None:
+        """See Written."""
+        self._begun = step
+
+    def add(self, step: int) -> None:
+        """See Written."""
+        self._written = step
+
+    def complete(self, step: int) -> bool:
+        """See Written."""
+        return step <= self._complete
+
+    def wait(self, step: int) -> None:
+        """See Written."""
+        while not self.complete(step):
+            self._transport.together(lambda: None)
+
+    def _heard(self, all_have: bool) -> None:
+        if all_have and self._begun >= 0:
+            self._complete = self._begun
+            if not self._transport.members.missing:
+                self.whole = self._begun
