@@ -29,6 +29,7 @@ from torch.distributed import Store
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
 from deca_ds.cluster.heartbeat import Heartbeats, Progress
 from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.lifeline import Lifeline
 from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.cluster.store import JobStore
 from deca_ds.errors import MessageError, UserError
@@ -42,7 +43,8 @@ USER_ERROR_CODE, FAILURE_CODE = 2, 1
 
 class JobGuard:
     """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to; `stop` is
-    how the job is told to stop, and where. host: the rank that hosts the job's store."""
+    how the job is told to stop, and where. host: the rank that hosts the job's store. lifeline: of the client, where
+    the others go on without it."""
 
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
@@ -52,8 +54,9 @@ class JobGuard:
             launch.rank, launch.world_size, store.timeout.total_seconds()
         )
         self._store = store
+        self.lifeline: Lifeline | None = None
+        self.host, self._ranks = 0, launch.world_size  # ranks that use the store
         self._outlived = False  # whether the others go on when this rank fails
-        self.host, self._ranks = 0, launch.world_size  # ... and how many use it
         self._parent = os.getppid()
         self._finished = threading.Event()
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
@@ -108,6 +111,8 @@ class JobGuard:
     def finish(self) -> None:
         """Stop watching: every rank is through. The store's host leaves last."""
         self.progress.enter("done")
+        if self.lifeline is not None:
+            self.lifeline.close()
         store = self._store.store
         # one that dies now, all being through, is nobody's concern
         with contextlib.suppress(RuntimeError) if self._outlived else contextlib.nullcontext():
@@ -140,10 +145,8 @@ class JobGuard:
                     return
                 if self._outlived:
                     continue  # the survivors will put up another one
-                report, announce = (
-                    self._report(f"rank {self.host} is gone: it ended without a report", FAILURE_CODE),
-                    True,
-                )
+                gone = f"rank {self.host} is gone: it ended without a report"
+                report, announce = self._report(gone, FAILURE_CODE), True
             except Exception as error:  # without its watcher a rank could wait for ever
                 report, announce = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE), True
             if report is not None:

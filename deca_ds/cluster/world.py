@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore, Store
 
 from deca_ds.cluster.heartbeat import EVERYBODY, Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
@@ -24,6 +24,8 @@ from deca_ds.errors import ConfigError, LaunchError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -31,7 +33,8 @@ class Cluster:
 
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
     communicator of all ranks with this shard index, in client order, or None where gossip goes over torch. progress:
-    what this rank is doing. members: the clients that have not died.
+    what this rank is doing. members: the clients that have not died. client_store: this client's own, None where its
+    leader does not host one.
     """
 
     launch: Launch
@@ -40,6 +43,7 @@ class Cluster:
     device: torch.device
     gossip_comm: MPI.Intracomm | None
     progress: Progress = field(default_factory=Progress)
+    client_store: Store | None = None
     members: Members = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +128,7 @@ def connect(config: Config, launch: Launch, store: JobStore, progress: Progress 
 
         progress.wait_for(EVERYBODY)
         comm = MPI.COMM_WORLD.Split(color=shard, key=client)
-    return Cluster(launch, layout, store, device, comm, progress)
+    return Cluster(launch, layout, store, device, comm, progress, client_store)
 
 
 def choose_transport(wanted: str, launch: Launch) -> str:
@@ -161,7 +165,7 @@ def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
         )
     if choose_transport(config.cluster.transport, launch) != "mpi" or not _has_ulfm():
         raise LaunchError(
-            "cluster.on_failure=continue needs Open MPI 5 with fault tolerance (ULFM), which this job was started without",
+            "cluster.on_failure=continue needs Open MPI 5 with its fault tolerance (ULFM), which this job has not got",
             where="cluster.on_failure",
             fix="start with 'mpirun --with-ft ulfm -n N python launchers/train.py ...', or set cluster.on_failure=stop",
         )
@@ -169,7 +173,7 @@ def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
 
 def _has_ulfm() -> bool:
     """Whether MPI hands on the death of a process as an error; `mpirun --with-ft ulfm` sets this for its ranks."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")
+    return os.environ.get(_ULFM_VARIABLE, "").lower() in ("1", "true")
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:

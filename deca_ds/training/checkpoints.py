@@ -100,7 +100,8 @@ class Checkpoints:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
         self.wait()
         self._cluster.progress.enter("saving: waiting for all ranks")
-        self._written.wait(done)
+        if done != self._resumed:
+            self._written.wait(done)
 
     def _groups(self) -> Groups:
         """Copies of all slices, on the host."""

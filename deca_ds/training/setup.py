@@ -22,6 +22,7 @@ from deca_ds.cluster.fingerprint import compare_software, compare_start, digest
 from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.cluster.launch import ClientLayout
+from deca_ds.cluster.lifeline import Lifeline
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore
 from deca_ds.cluster.world import check_on_failure
@@ -137,6 +138,9 @@ def build(
         written = Agreed(transport, resumed)
         guard.stop = StopQuestion()
         Survivors(cluster, transport, gossip, mixing, metrics, guard, guard.stop)
+        guard.lifeline = Lifeline(
+            cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail
+        )
         guard.let_others_go_on()
     return Trainer(
         config=config,

@@ -69,8 +69,8 @@ class StoreCount:
 
 
 class Agreed:
-    """A question of every agreement (gossip/ulfm.py): all ranks are at the same inner step there, so the same checkpoint
-    is each one's last. Complete means that all survivors have written it.
+    """A question of every agreement (gossip/ulfm.py): all ranks are at the same inner step there, so that the same
+    checkpoint is each one's last. Complete means that all survivors have written it.
 
     A run can only go on with all its clients, so the newest checkpoint from before the first death has to stay.
     """
