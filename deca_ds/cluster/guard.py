@@ -109,7 +109,7 @@ class JobGuard:
         self._leave(json.loads(first))
 
     def finish(self) -> None:
-        """Stop watching: every rank is through. The store's host leaves last."""
+        """Stop watching: every rank is through. The store's host leaves last. After a death, ends this process."""
         self.progress.enter("done")
         if self.lifeline is not None:
             self.lifeline.close()
@@ -124,6 +124,8 @@ class JobGuard:
         self._finished.set()
         self._thread.join(timeout=2 * _POLL_S)
         self.heartbeats.beat(store, last=True)
+        if self.heartbeats.gone:
+            self._end(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
 
     def _start_watching(self) -> None:
         watch = self._watch if self.launch.world_size > 1 else self._beat

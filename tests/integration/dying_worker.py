@@ -1,7 +1,8 @@
-"""The trainer, in which one rank kills itself without a word. Started by mpirun like launchers/train.py.
+"""The trainer, in which ranks die. Started by mpirun like launchers/train.py.
 
-Usage: dying_worker.py RANK STEP PLACE key=value ...; STEP: inner step, counted from 1. PLACE: before (its local step),
-sent (its first chunk of the averaging), evaluation (while the mean model after STEP is averaged), never.
+Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
+step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
+after STEP is averaged). All but error is SIGKILL.
 """
 
 import os
@@ -13,31 +14,29 @@ from deca_ds.engine.client import Client
 from deca_ds.gossip.ulfm import SurvivingTransport
 from deca_ds.training.main import main
 
-rank, last, place = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":") for death in sys.argv[1].split(","))}
+last, place = deaths.get(read_launch().rank, (0, "never"))
+gradient, exchange = Client.gradient, SurvivingTransport.exchange
+steps = 0
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def counting_gradient(self, *arguments):
+    global steps
+    steps += 1
+    if steps == last and place == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if steps == last and place == "error":
+        raise RuntimeError("a defect")
+    return gradient(self, *arguments)
 
 
-if read_launch().rank == rank:
-    gradient, exchange = Client.gradient, SurvivingTransport.exchange
-    steps = 0
+def dying_exchange(self, *arguments):
+    started = exchange(self, *arguments)
+    if steps == last and {"gossip": "sent", "evaluation": "evaluation"}.get(self.progress.phase) == place:
+        started.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return started
 
-    def counting_gradient(self, *arguments):
-        global steps
-        steps += 1
-        if steps == last and place == "before":
-            die()
-        return gradient(self, *arguments)
 
-    def dying_exchange(self, *arguments):
-        started = exchange(self, *arguments)
-        if steps == last and self.progress.phase == {"sent": "gossip", "evaluation": "evaluation"}.get(place):
-            started.wait()
-            die()
-        return started
-
-    Client.gradient, SurvivingTransport.exchange = counting_gradient, dying_exchange
-
-sys.exit(main(sys.argv[4:]))
+Client.gradient, SurvivingTransport.exchange = counting_gradient, dying_exchange
+sys.exit(main(sys.argv[2:]))

@@ -97,6 +97,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = Config()
     config.run.output, config.run.resume = str(tmp_path), "require"
+    guard = SimpleNamespace(progress=Progress())
     with pytest.raises(CheckpointError, match="no run to continue"):
-        start(config, Launch("python", 0, 1, 0, 1, None), JobStore(HashStore(), None, timedelta(seconds=5)), None)
+        start(config, Launch("python", 0, 1, 0, 1, None), JobStore(HashStore(), None, timedelta(seconds=5)), guard)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,128 @@
+"""Clients that die while the others go on: numbers, records, who speaks for the job, and when it has to stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import BIN, REPOSITORY, Finished, launch, run_command
+
+from deca_ds.checkpoint.export import export_model
+from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.checkpoint.steps import steps_in
+from deca_ds.config import load_config
+from deca_ds.gossip import survive
+from deca_ds.simulation.setup import build
+
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun"),
+]
+
+
+@pytest.fixture
+def keys(tiny_model, word_files, tmp_path) -> list[str]:
+    return [
+        *(f"run.output={tmp_path / 'run'}", "run.device=cpu", "cluster.timeout_s=100", "cluster.on_failure=continue"),
+        *(f"model.path={tiny_model}", "algorithm.rounds=1", "algorithm.inner_steps=2", "algorithm.eps=1e-4"),
+        *("optimizer.lr=0.003", f"data.train=[{','.join(map(str, word_files))}]", "data.max_length=16"),
+        *("data.batch_size=4", "data.micro_batch_size=1", "logging.progress=false", "evaluation.max_examples=4"),
+        "gossip.chunk_mib=0.002",  # many chunks, of which some have been sent when a client dies
+    ]
+
+
+def run(ranks: int, deaths: str, keys: list[str], **options) -> Finished:
+    script = str(REPOSITORY / "tests/integration/dying_worker.py")
+    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable, script, deaths]
+    return run_command([*start, *keys], deadline_s=300, **options)
+
+
+def simulated(keys: list[str], deaths: dict[int, int]) -> dict[int, dict[str, torch.Tensor]]:
+    """Client -> parameters, where client c's death is noticed at inner step deaths[c]."""
+    simulation = build(load_config(None, keys))
+    original = simulation.mixing
+    steps = simulation.run()
+    for number in range(1, len(simulation.schedule) + 1):
+        simulation.mixing = survive.without(original, [c for c, step in deaths.items() if step <= number])
+        next(steps)
+    return {client: dict(simulation.clients.parameters(client)) for client in range(simulation.clients.clients)}
+
+
+def assert_numbers(run: Path, keys: list[str], deaths: dict[int, int]) -> None:
+    expected = simulated(keys, deaths)
+    living = [client for client in expected if client not in deaths]
+    saved = ShardedModel(run / "model", living)
+    for client in living:
+        for name in saved.names:
+            torch.testing.assert_close(saved.read(name, client), expected[client][name], rtol=0, atol=1e-5)
+
+
+def records(path: Path, kind: str) -> list[dict]:
+    return [record for record in map(json.loads, path.read_text().splitlines()) if record["kind"] == kind]
+
+
+def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(keys, tmp_path):
+    """Client 1 dies amid an averaging, then client 0, which hosts the job's store, before its local step."""
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=4", "evaluation.every=3"]
+    finished = run(4, "1:3:sent,0:5:before", keys)
+    assert finished.code == 0, finished.output[-4000:]
+    assert_numbers(output, keys, {1: 3, 0: 5})
+    job = output / "metrics" / "job.jsonl"
+    first, second = records(job, "membership")
+    assert (first["step"], first["missing"], first["clients"]) == (3, [1], [0, 2, 3])
+    assert (second["step"], second["missing"], second["clients"]) == (5, [0, 1], [2, 3])
+    assert 0 < first["spectral_gap"] < 1 and second["spectral_gap"] == 1
+    assert [record["step"] for record in records(job, "evaluation")] == [0, 3, 6, 8]
+    assert finished.output.count("client 1 gone; 3 of 4 go on") == 1, finished.output[-4000:]
+    assert finished.output.count("clients 0, 1 gone; 2 of 4 go on") == 1
+    for client, steps in ((1, 2), (0, 4), (2, 8), (3, 8)):
+        lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")
+        assert [line["step"] for line in lines] == list(range(1, steps + 1)), "no step is lost or repeated"
+    assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0, 1\n"
+    assert not (output / "FAILED").exists()
+
+    report = export_model(output, tmp_path / "mean")
+    assert "mean of 2 clients" in report.source and "clients 0, 1" in (report.note or "")
+
+
+def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_path):
+    """Two ranks a client; one of client 2 dies in an evaluation, the rest of it follows. Later all are told to stop."""
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=3", "checkpoint.every=2", "checkpoint.keep=1", "evaluation.every=4"]
+    finished = run(6, "5:4:evaluation", keys)
+    assert finished.code == 0, finished.output[-4000:]
+    assert_numbers(output, keys, {2: 5})
+    job = output / "metrics" / "job.jsonl"
+    (record,) = records(job, "membership")
+    assert (record["step"], record["missing"]) == (4, [2])
+    assert [record["step"] for record in records(job, "evaluation")] == [0, 4, 8]
+    assert not (output / "model" / "client_002").exists()
+    # the newest checkpoint that all clients have been in stays, to go on from with all of them
+    assert steps_in(output / "checkpoints") == [4, 8]
+
+
+def test_a_graph_that_falls_apart_stops_the_job_with_a_checkpoint(keys, tmp_path):
+    """The centre of a star has an error of its own; it is also the one that speaks for the job."""
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=3", "gossip.graph=star", "evaluation.mean_model=false"]
+    finished = run(3, "0:3:error", keys)
+    assert finished.code == 0, finished.output[-4000:]
+    assert "[1] and [2] do not reach each other any more: stopping" in finished.output
+    assert "client 0 ends" in finished.output and "RuntimeError: a defect" in finished.output
+    assert "a defect" in (output / "FAILED_client_000").read_text() and not (output / "FAILED").exists()
+    assert (output / "STOPPED").read_text() == "3 of 8 inner steps without clients 0\n"
+    saved = ShardedModel(output / "checkpoints" / "step_00000003", [1, 2])
+    assert saved.step == 3
+
+
+def test_what_cannot_be_kept_is_refused(keys, tmp_path):
+    keys = [*keys, "cluster.clients=2"]
+    for launcher in ("deepspeed", "mpirun"):
+        finished = launch(launcher, 2, keys)
+        assert finished.code != 0
+        assert finished.output.count("mpirun --with-ft ulfm") == 1, finished.output[-3000:]
+    assert not (tmp_path / "run").exists()
