@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deca_ds.checkpoint.adapters import MergedModel, read_adapters
+from deca_ds.checkpoint.done import DONE, missing_clients
 from deca_ds.checkpoint.files import sync
 from deca_ds.checkpoint.layout import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.shards import ShardedModel
@@ -67,7 +68,7 @@ def export_model(
     are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: the stored one.
     max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
     done, bytes in all) after each tensor.
-    A run that is not marked DONE is exported if its sharded state is complete; the report then says so.
+    The mean leaves out the clients that DONE names as missing. A run that is not marked DONE is exported if its sharded state is complete; the report then says so.
     Raises CheckpointError if `output` exists, the run is incomplete or damaged, a parameter is not finite or any check
     of the result fails; `output` is then not there.
     """
@@ -76,7 +77,8 @@ def export_model(
         raise CheckpointError("the output exists already", where=str(output), fix="give a new folder or remove it")
     if not run.is_dir():
         raise CheckpointError("no such run folder", where=str(run), fix="give the run.output folder of a run")
-    saved: ShardedModel | MergedModel = _open_shards(run, client)
+    missing = missing_clients(run)
+    saved: ShardedModel | MergedModel = _open_shards(run, client, missing)
     if adapters := read_adapters(run):
         saved = MergedModel(saved, adapters)
     model = empty_model(run / "hf", trust_remote_code=trust_remote_code)
@@ -105,7 +107,8 @@ def export_model(
         shutil.rmtree(partial, ignore_errors=True)
     parameters = sum(t.numel() for t in model.parameters())
     seconds = time.monotonic() - started
-    return ExportReport(output, parameters, written, len(files), stream.source, seconds, _unfinished(run))
+    names = f" (without {', '.join(map(str, missing))}, gone before the end)" if missing and client is None else ""
+    return ExportReport(output, parameters, written, len(files), stream.source + names, seconds, _unfinished(run))
 
 
 class _Stream:
@@ -189,9 +192,15 @@ def _write_weights(folder: Path, stream: _Stream, max_shard_bytes: int, progress
     return list(plan.filename_to_tensors)
 
 
-def _open_shards(run: Path, client: int | None) -> ShardedModel:
+def _open_shards(run: Path, client: int | None, missing: list[int]) -> ShardedModel:
+    if client in missing:
+        raise CheckpointError(
+            f"client {client} was gone before the run ended",
+            where=str(run / DONE),
+            fix="export the mean, or another client",
+        )
     try:
-        return ShardedModel(run / "model", None if client is None else [client])
+        return ShardedModel(run / "model", None if client is None else [client], without=missing)
     except CheckpointError as error:
         note = _unfinished(run)
         if note is None:
@@ -203,7 +212,7 @@ def _unfinished(run: Path) -> str | None:
     if (run / "FAILED").is_file():
         reason = (run / "FAILED").read_text(errors="replace").strip().splitlines()
         return "the run is marked FAILED" + (f": {reason[0]}" if reason else "")
-    return None if (run / "DONE").is_file() else "the run is not marked DONE: it was stopped, or is still going on"
+    return None if (run / DONE).is_file() else "the run is not marked DONE: it was stopped, or is still going on"
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:

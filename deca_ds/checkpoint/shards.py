@@ -24,6 +24,7 @@ class ShardedModel:
     """A saved model, read lazily: opening looks at manifests and file sizes, reading at one parameter at a time.
 
     clients: numbers of the clients that will be read; None: all clients of the run. Only their files must be here.
+    without: clients that all of the run are meant without, because they died.
     ranks: numbers of the ranks whose slices will be read; None: all of a client's, which then leave no gap.
     A file's checksum is compared when the file is first read.
     Attributes: clients (numbers, ascending), clients_of_run, ranks (how many wrote, by client), step, names (in the
@@ -32,13 +33,21 @@ class ShardedModel:
     a gap, and clients that differ in names, shapes, data types or step.
     """
 
-    def __init__(self, folder: Path, clients: Sequence[int] | None = None, ranks: Sequence[int] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        clients: Sequence[int] | None = None,
+        ranks: Sequence[int] | None = None,
+        *,
+        without: Sequence[int] = (),
+    ):
         self.folder = folder
         manifests = self._read_manifests(clients, ranks)
         first = next(iter(manifests.values()))
         self.clients_of_run: int = first["clients"]
         self.step: int = first["step"]
-        self.clients = list(range(self.clients_of_run)) if clients is None else sorted(clients)
+        everybody = [client for client in range(self.clients_of_run) if client not in without]
+        self.clients = everybody if clients is None else sorted(clients)
         for client in self.clients:
             if not 0 <= client < self.clients_of_run:
                 raise CheckpointError(

@@ -14,6 +14,7 @@ from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import steps_in
 from deca_ds.config import load_config
+from deca_ds.errors import CheckpointError
 from deca_ds.gossip import survive
 from deca_ds.simulation.setup import build
 
@@ -86,7 +87,9 @@ def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(ke
     assert not (output / "FAILED").exists()
 
     report = export_model(output, tmp_path / "mean")
-    assert "mean of 2 clients" in report.source and "clients 0, 1" in (report.note or "")
+    assert report.source == "mean of 2 clients (without 0, 1, gone before the end)" and report.note is None
+    with pytest.raises(CheckpointError, match="client 1 was gone before the run ended"):
+        export_model(output, tmp_path / "client1", client=1)
 
 
 def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_path):
