@@ -68,7 +68,8 @@ def export_model(
     are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: the stored one.
     max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
     done, bytes in all) after each tensor.
-    The mean leaves out the clients that DONE names as missing. A run that is not marked DONE is exported if its sharded state is complete; the report then says so.
+    The mean leaves out the clients that DONE names as missing. A run that is not marked DONE is exported if its sharded
+    state is complete; the report then says so.
     Raises CheckpointError if `output` exists, the run is incomplete or damaged, a parameter is not finite or any check
     of the result fails; `output` is then not there.
     """

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import networkx as nx
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deca_ds.config.schema import GossipConfig
+from deca_ds.errors import GossipError
 from deca_ds.gossip import survive
+from deca_ds.gossip.local import LocalNetwork, LocalTransport
+from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 
 GRAPHS = ["ring", "complete", "star", "exponential", "one_peer_exponential", "erdos_renyi", "bipartite", "isolated"]
@@ -62,3 +68,50 @@ def test_a_star_without_its_centre_falls_apart():
     assert survive.parts(leaf, [0, 1, 3]) == [[0, 1, 3]]
     assert leaf.matrix(0)[1].tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0])
     assert "without client 2" in leaf.summary()
+
+
+class Repeating(LocalTransport):
+    """Everything that counts for all or for none is found not to count, once, and done again."""
+
+    may_lose_clients = True
+
+    def together(self, work):
+        work()
+        self.rebuilt += 1
+        return work()
+
+
+@pytest.mark.parametrize("radius", [None, 0.5])
+def test_an_averaging_that_is_repeated_equals_one_that_is_not(radius):
+    network, mixing = LocalNetwork(3), build_mixing(GossipConfig(graph="ring"), 3, seed=0)
+    values = [torch.randn(2_500, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def average(transport: LocalTransport) -> tuple[torch.Tensor, int]:
+        gossip = Gossip(transport, mixing, chunk_mib=0.001, clip_radius=radius)
+        x = values[transport.client].clone()
+        under_way = [(part, gossip.start(0, x[part], c)) for c, part in enumerate(gossip.chunks(x.numel()))]
+        assert gossip.settle(0)
+        for part, mix in under_way:
+            x[part] = mix.wait()
+        return x, gossip.bytes_sent
+
+    for kind in (LocalTransport, Repeating):
+        with ThreadPoolExecutor(3) as pool:
+            results = list(pool.map(lambda client, kind=kind: average(kind(network, client)), range(3)))
+        if kind is LocalTransport and radius is None:
+            # without clipping, `settle` has nothing to do here
+            expected = [torch.stack(values).T @ torch.tensor(row, dtype=torch.float32) for row in mixing.matrix(0)]
+            for (x, _), y in zip(results, expected, strict=True):
+                torch.testing.assert_close(x, y)
+        if kind is LocalTransport:
+            once = results
+    for (x, sent), (again, sent_again) in zip(once, results, strict=True):
+        assert torch.equal(x, again) and sent_again == 2 * sent
+
+
+def test_only_own_messages_that_are_not_finite_end_a_client_where_others_go_on():
+    network = LocalNetwork(2)
+    gossip = Gossip(Repeating(network, 0), build_mixing(GossipConfig(graph="ring"), 2, seed=0))
+    with pytest.raises(GossipError, match="1 of 3 values of client 0 are not finite"):
+        gossip.start(0, torch.tensor([1.0, torch.nan, 2.0]))
+    assert not network.mailboxes, "nothing of it was sent"
