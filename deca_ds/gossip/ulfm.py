@@ -3,8 +3,9 @@
 ULFM (user-level failure mitigation) turns a dead peer into an error of the call that needs it. Others may see no error,
 or see it later, so one agreement over all ranks of all clients decides whether an exchange counts. If it does not:
 
-1. revoke the gossip communicator, so that nobody waits for messages of somebody who has given up, and complete every
-   request on its own (a request that is dropped, or a failing Waitall, ends the job later);
+1. whoever has seen an error revokes the gossip communicator before the agreement, so that nobody waits for messages of
+   somebody who has given up; afterwards every request is completed on its own (one that is dropped, or a failing
+   Waitall, ends the job later);
 2. shrink the world to those who live. The ranks of a client that has lost one leave, until all clients are whole;
 3. split it anew into one gossip communicator a shard index, agree that this has worked, and tell `changed`.
 """
@@ -84,6 +85,7 @@ class SurvivingTransport(MpiTransport):
                 result = work()
             except MessageError as failed:
                 through, error = False, failed
+                self._give_up()
             answers = self._agree([through, *(question.answer() for question in self.questions)])
             if answers and answers[0]:
                 for question, all_said_yes in zip(self.questions, answers[1:], strict=True):
@@ -160,10 +162,15 @@ class SurvivingTransport(MpiTransport):
         self._everybody.Bcast(text, root=0)
         return text.rstrip(b"\0").decode()
 
-    def _end_requests(self) -> None:
-        """Complete all that is under way; those that wait for this rank's messages are told to do the same."""
+    def _give_up(self) -> None:
+        """Let those that wait for this rank's messages, or for messages of those who wait, do so no more."""
         assert self._comm is not None, "the transport is closed"
-        self._comm.Revoke()
+        if not self._comm.Is_revoked():
+            self._comm.Revoke()
+
+    def _end_requests(self) -> None:
+        """Complete all that is under way."""
+        self._give_up()
         deadline = time.monotonic() + _DRAIN_S
         left = [request for exchange in self._exchanges for request in exchange.requests] + self._abandoned
         self._abandoned = [request for request in left if not poll(lambda r=request: self._ended(r[2]), deadline)]

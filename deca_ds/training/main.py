@@ -62,11 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.metrics.close()
         if trainer.cluster.is_main:
             steps = f"{trainer.done} of {len(trainer.schedule)} inner steps"
-            without = f" without clients {', '.join(map(str, members.missing))}" if members.missing else ""
+            without = f" without client {', '.join(map(str, members.missing))}" if members.missing else ""
             if finished:
                 mark_done(trainer.output, steps, members.missing)
                 print(f"done{without}: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
             else:
                 (trainer.output / "STOPPED").write_text(f"{steps}{without}\n")
-                print(f"stopped after {steps}{without}; to go on: the same command with run.resume=require", flush=True)
+                whence = ", from the newest checkpoint that all clients wrote" if members.missing else ""
+                how = f"the same command with run.resume=require{whence}"
+                print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
     return 0

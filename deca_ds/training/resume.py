@@ -120,8 +120,8 @@ def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
 
 def _clear(output: Path) -> None:
     """Take away how the last attempt ended."""
-    for marker in ("FAILED", "STOPPED"):
-        (output / marker).unlink(missing_ok=True)
+    for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
+        marker.unlink(missing_ok=True)
 
 
 def rewind(output: Path, cluster: Cluster, done: int) -> None:

@@ -12,7 +12,7 @@ from jobs import BIN, REPOSITORY, Finished, launch, run_command
 
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import steps_in
+from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.config import load_config
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import survive
@@ -65,6 +65,10 @@ def records(path: Path, kind: str) -> list[dict]:
     return [record for record in map(json.loads, path.read_text().splitlines()) if record["kind"] == kind]
 
 
+def clients_in(run: Path, step: int) -> list[int]:
+    return sorted(int(path.name[-3:]) for path in step_folder(run / "checkpoints", step).glob("client_*"))
+
+
 def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(keys, tmp_path):
     """Client 1 dies amid an averaging, then client 0, which hosts the job's store, before its local step."""
     output = tmp_path / "run"
@@ -93,7 +97,7 @@ def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(ke
 
 
 def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_path):
-    """Two ranks a client; one of client 2 dies in an evaluation, the rest of it follows. Later all are told to stop."""
+    """Two ranks a client; one of client 2 dies in an evaluation, the rest of it follows."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "checkpoint.every=2", "checkpoint.keep=1", "evaluation.every=4"]
     finished = run(6, "5:4:evaluation", keys)
@@ -104,8 +108,10 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     assert (record["step"], record["missing"]) == (4, [2])
     assert [record["step"] for record in records(job, "evaluation")] == [0, 4, 8]
     assert not (output / "model" / "client_002").exists()
-    # the newest checkpoint that all clients have been in stays, to go on from with all of them
-    assert steps_in(output / "checkpoints") == [4, 8]
+    # beside the last one, the newest that the survivors know all clients to have written stays, for them to resume from
+    whole = [step for step in steps_in(output / "checkpoints") if clients_in(output, step) == [0, 1, 2]]
+    assert whole and clients_in(output, 8) == [0, 1]
+    ShardedModel(step_folder(output / "checkpoints", whole[0])).verify()
 
 
 def test_a_graph_that_falls_apart_stops_the_job_with_a_checkpoint(keys, tmp_path):
@@ -117,7 +123,7 @@ def test_a_graph_that_falls_apart_stops_the_job_with_a_checkpoint(keys, tmp_path
     assert "[1] and [2] do not reach each other any more: stopping" in finished.output
     assert "client 0 ends" in finished.output and "RuntimeError: a defect" in finished.output
     assert "a defect" in (output / "FAILED_client_000").read_text() and not (output / "FAILED").exists()
-    assert (output / "STOPPED").read_text() == "3 of 8 inner steps without clients 0\n"
+    assert (output / "STOPPED").read_text() == "3 of 8 inner steps without client 0\n"
     saved = ShardedModel(output / "checkpoints" / "step_00000003", [1, 2])
     assert saved.step == 3
 
