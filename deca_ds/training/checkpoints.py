@@ -160,7 +160,7 @@ class Checkpoints:
         kept = [step for step in self._saved if self._complete(step)][-self._config.keep :]
         if len(kept) == self._config.keep:
             for step in steps_in(self._folder):
-                if step < kept[0] and step != self._written.whole:
+                if step < kept[0] and not self._written.keeps(step):
                     remove_part(
                         self._folder,
                         step,

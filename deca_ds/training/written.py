@@ -12,9 +12,7 @@ from deca_ds.gossip.ulfm import Question, SurvivingTransport
 
 
 class Written(Protocol):
-    """Steps of checkpoints. whole: the newest that all clients of the start have written, if it has to stay."""
-
-    whole: int | None
+    """Steps of checkpoints, and who has written them."""
 
     def begin(self, step: int) -> None:
         """This rank is about to write."""
@@ -28,6 +26,10 @@ class Written(Protocol):
         """Whether all ranks have, as far as this one knows."""
         ...
 
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint has to stay, however many newer ones there are."""
+        ...
+
     def wait(self, step: int) -> None:
         """Return when all ranks have. Raises CheckpointError if they do not."""
         ...
@@ -35,8 +37,6 @@ class Written(Protocol):
 
 class StoreCount:
     """Every rank adds one in the job's store."""
-
-    whole = None
 
     def __init__(self, cluster: Cluster, attempt: int, timeout_s: float):
         self._cluster, self._attempt, self._timeout_s = cluster, attempt, timeout_s
@@ -52,6 +52,10 @@ class StoreCount:
     def complete(self, step: int) -> bool:
         """See Written."""
         return self._store.add(self._key(step), 0) == self._cluster.launch.world_size
+
+    def keeps(self, step: int) -> bool:
+        """See Written."""
+        return False
 
     def wait(self, step: int) -> None:
         """See Written."""
@@ -72,18 +76,22 @@ class Agreed:
     """A question of every agreement (gossip/ulfm.py): all ranks are at the same inner step there, so that the same
     checkpoint is each one's last. Complete means that all survivors have written it.
 
-    A run can only go on with all its clients, so the newest checkpoint from before the first death has to stay.
+    A run is resumed with all its clients, so the newest checkpoint from before the first death has to stay, and newer
+    ones that the dead may have written.
     """
 
     def __init__(self, transport: SurvivingTransport, resumed: int | None):
-        self.whole = resumed
         self._transport = transport
+        self._whole = resumed  # the newest that all clients of the start are known to have written
+        self._begun_by_all: set[int] = set()  # newer ones that they may have written
         self._begun = self._written = self._complete = -1
         transport.questions.append(Question(lambda: self._written == self._begun, self._heard))
 
     def begin(self, step: int) -> None:
         """See Written."""
         self._begun = step
+        if not self._transport.members.missing:
+            self._begun_by_all.add(step)
 
     def add(self, step: int) -> None:
         """See Written."""
@@ -92,6 +100,10 @@ class Agreed:
     def complete(self, step: int) -> bool:
         """See Written."""
         return step <= self._complete
+
+    def keeps(self, step: int) -> bool:
+        """See Written."""
+        return step == self._whole or step in self._begun_by_all
 
     def wait(self, step: int) -> None:
         """See Written."""
@@ -102,4 +114,4 @@ class Agreed:
         if all_have and self._begun >= 0:
             self._complete = self._begun
             if not self._transport.members.missing:
-                self.whole = self._begun
+                self._whole, self._begun_by_all = self._begun, set()

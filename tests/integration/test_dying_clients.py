@@ -114,10 +114,11 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     ShardedModel(step_folder(output / "checkpoints", whole[0])).verify()
 
 
-def test_a_graph_that_falls_apart_stops_the_job_with_a_checkpoint(keys, tmp_path):
+def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp_path):
     """The centre of a star has an error of its own; it is also the one that speaks for the job."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "gossip.graph=star", "evaluation.mean_model=false"]
+    keys += ["checkpoint.every=2", "checkpoint.keep=1"]
     finished = run(3, "0:3:error", keys)
     assert finished.code == 0, finished.output[-4000:]
     assert "[1] and [2] do not reach each other any more: stopping" in finished.output
@@ -127,11 +128,18 @@ def test_a_graph_that_falls_apart_stops_the_job_with_a_checkpoint(keys, tmp_path
     saved = ShardedModel(output / "checkpoints" / "step_00000003", [1, 2])
     assert saved.step == 3
 
+    resumed = run(3, "0:99:never", [*keys, "run.resume=require"])
+    assert resumed.code == 0, resumed.output[-4000:]
+    assert "a checkpoint cannot be used and is removed, step 3: rank 0: " in resumed.output
+    assert "going on after inner step 2 of 8" in resumed.output
+    assert (output / "DONE").read_text() == "8 of 8 inner steps\n"
+    assert not list(output.glob("FAILED*")) and not (output / "STOPPED").exists()
+    assert not records(output / "metrics" / "job.jsonl", "membership")
+    assert_numbers(output, keys, {})
 
-def test_what_cannot_be_kept_is_refused(keys, tmp_path):
-    keys = [*keys, "cluster.clients=2"]
-    for launcher in ("deepspeed", "mpirun"):
-        finished = launch(launcher, 2, keys)
-        assert finished.code != 0
-        assert finished.output.count("mpirun --with-ft ulfm") == 1, finished.output[-3000:]
+
+def test_an_mpi_without_fault_tolerance_is_refused(keys, tmp_path):
+    finished = launch("mpirun", 2, [*keys, "cluster.clients=2"])
+    assert finished.code != 0 and "Traceback" not in finished.output
+    assert finished.output.count("mpirun --with-ft ulfm") == 1, finished.output[-3000:]
     assert not (tmp_path / "run").exists()
