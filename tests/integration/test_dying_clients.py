@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -119,19 +120,20 @@ def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "gossip.graph=star", "evaluation.mean_model=false"]
     keys += ["checkpoint.every=2", "checkpoint.keep=1"]
-    finished = run(3, "0:3:error", keys)
+    finished = run(3, "0:5:error", keys)
     assert finished.code == 0, finished.output[-4000:]
     assert "[1] and [2] do not reach each other any more: stopping" in finished.output
     assert "client 0 ends" in finished.output and "RuntimeError: a defect" in finished.output
     assert "a defect" in (output / "FAILED_client_000").read_text() and not (output / "FAILED").exists()
-    assert (output / "STOPPED").read_text() == "3 of 8 inner steps without client 0\n"
-    saved = ShardedModel(output / "checkpoints" / "step_00000003", [1, 2])
-    assert saved.step == 3
+    assert (output / "STOPPED").read_text() == "5 of 8 inner steps without client 0\n"
+    saved = ShardedModel(output / "checkpoints" / "step_00000005", [1, 2])
+    assert saved.step == 5
 
     resumed = run(3, "0:99:never", [*keys, "run.resume=require"])
     assert resumed.code == 0, resumed.output[-4000:]
-    assert "a checkpoint cannot be used and is removed, step 3: rank 0: " in resumed.output
-    assert "going on after inner step 2 of 8" in resumed.output
+    assert "a checkpoint cannot be used and is removed, step 5: rank 0: " in resumed.output
+    # the one of step 4 may still have been on its way to client 0's disk when that client died
+    assert re.search("going on after inner step [24] of 8", resumed.output)
     assert (output / "DONE").read_text() == "8 of 8 inner steps\n"
     assert not list(output.glob("FAILED*")) and not (output / "STOPPED").exists()
     assert not records(output / "metrics" / "job.jsonl", "membership")
