@@ -115,6 +115,7 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     ShardedModel(step_folder(output / "checkpoints", whole[0])).verify()
 
 
+@pytest.mark.timeout(620)  # two launches
 def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp_path):
     """The centre of a star has an error of its own; it is also the one that speaks for the job."""
     output = tmp_path / "run"
