@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python examples/demo/demo.py --runs $(RUNS)
 
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 lint: install
 	$(BIN)/ruff check .
