@@ -208,7 +208,7 @@ def test_divergence_names_the_client_and_leaves_a_failed_marker(config, tmp_path
 
 
 def test_a_rank_that_hangs_is_named_with_phase_and_step(config, tmp_path):
-    """One launch: edges.json, heartbeats, `deca status`, and the wait of the others for a rank that has been stopped."""
+    """One launch: edges.json, heartbeats, `deca status`, and how the others end when one rank has been stopped."""
     run = tmp_path / "run"
     long = ["--config", str(config), "algorithm.inner_steps=100000", "evaluation.every=0", "logging.progress=false"]
 
