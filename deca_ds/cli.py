@@ -12,9 +12,10 @@ from deca_ds.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`deca export`, `deca plan` and `deca simulate`; returns the exit code."""
+    """`deca export`, `deca plan`, `deca simulate` and `deca status`; returns the exit code."""
     from deca_ds.checkpoint.commands import add_export_arguments, run_export
     from deca_ds.simulation import command as simulation
+    from deca_ds.training import status
 
     parser = argparse.ArgumentParser(prog="deca", description="Tools for DECA runs. Train with launchers/train.py.")
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     simulate = commands.add_parser("simulate", help="train all clients of a configuration in this one process")
     simulation.add_arguments(simulate)
     simulate.set_defaults(command=simulation.run)
+    show = commands.add_parser("status", help="where every rank of a run is")
+    status.add_arguments(show)
+    show.set_defaults(command=status.run)
     arguments = parser.parse_args(argv)
     try:
         return arguments.command(arguments)

@@ -50,3 +50,11 @@ class GossipError(UserError):
 
 class CheckpointError(UserError):
     """A saved run is missing, incomplete or does not match."""
+
+
+class StallError(UserError):
+    """A rank waited longer than cluster.timeout_s for ranks that do not move on."""
+
+
+class MessageError(GossipError):
+    """A neighbour's message did not come, or came broken."""

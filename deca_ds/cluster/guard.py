@@ -3,7 +3,8 @@
 The first rank that fails writes its message to the job's store. A thread in every other rank sees it there and ends its
 process, whatever the process waits for (a collective, a message, a slow disk). The job leaves a FAILED marker with the
 message of that first rank, or a DONE marker. What may quote a client's data is told on that client's own output and in
-its own FAILED file; the others learn which rank it was and what kind of failure.
+its own FAILED file; the others learn which rank it was and what kind of failure. The same thread sends this rank's
+heartbeats and ends waits that last too long (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pathlib import Path
 
 from torch.distributed import Store
 
+from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
+from deca_ds.cluster.heartbeat import Heartbeats, Progress
 from deca_ds.cluster.launch import Launch
 from deca_ds.cluster.stop import StopAgreement
 from deca_ds.cluster.store import JobStore
-from deca_ds.errors import UserError
+from deca_ds.errors import MessageError, UserError
 
 _FAILED_KEY, _DONE_KEY = "job/failed", "job/done"
 _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
@@ -39,6 +42,7 @@ class JobGuard:
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
         self.output: Path | None = None
+        self.heartbeats = Heartbeats(launch)
         self.stop = StopAgreement(launch.rank, launch.world_size, store.timeout.total_seconds())
         self._store = store
         self._parent = os.getppid()
@@ -46,27 +50,36 @@ class JobGuard:
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
         # reported, and must not end the process before the message is told.
         self._leaving = threading.Lock()
-        self._thread: threading.Thread | None = None
-        if launch.world_size > 1:
-            self._thread = threading.Thread(target=self._watch, args=(store.reconnect(),), daemon=True)
-            self._thread.start()
+        watch = self._watch if launch.world_size > 1 else self._beat
+        self._thread = threading.Thread(target=watch, args=(store.reconnect(),), daemon=True)
+        self._thread.start()
+
+    @property
+    def progress(self) -> Progress:
+        """Where this rank's main thread notes what it does."""
+        return self.heartbeats.progress
+
+    def write_to(self, output: Path) -> None:
+        """The run's folder is known, and ours to write to."""
+        self.output = output
+        self.heartbeats.folder = output / HEARTBEATS
 
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
         self._leaving.acquire()
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
-        report = json.dumps(self._report(public_message(error), code))
+        seen = self._last_seen(error)
+        report = json.dumps(self._report(public_message(error) + seen, code))
         first = report
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
             first = self._store.store.compare_set(_FAILED_KEY, "", report).decode() or report
         if first == report:
-            self._leave(self._report(_whole_message(error), code), announce=True)
+            self._leave(self._report(_whole_message(error) + seen, code), announce=True)
         self._leave(json.loads(first))
 
     def finish(self) -> None:
         """Stop watching: every rank is through. Rank 0 leaves last, because it hosts the store."""
-        if self._thread is None:
-            return
+        self.progress.enter("done")
         store = self._store.store
         store.add(_DONE_KEY, 1)
         if self.launch.rank == 0:
@@ -75,6 +88,12 @@ class JobGuard:
                 time.sleep(0.05)
         self._finished.set()
         self._thread.join(timeout=2 * _POLL_S)
+        self.heartbeats.beat(store, last=True)
+
+    def _beat(self, store: Store) -> None:
+        """All that there is to do for a single rank."""
+        while not self._finished.wait(_POLL_S):
+            self.heartbeats.beat(store)
 
     def _watch(self, store: Store) -> None:
         while not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
@@ -85,6 +104,8 @@ class JobGuard:
                 if self._finished.is_set():
                     return
                 report, announce = self._report("rank 0 is gone: it ended without a report", FAILURE_CODE), True
+            except Exception as error:  # without its watcher a rank could wait for ever
+                report, announce = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE), True
             if report is not None:
                 self._leaving.acquire()
                 self._leave(report, announce)
@@ -97,14 +118,34 @@ class JobGuard:
             return self._report("the launcher is gone, so this rank stops", FAILURE_CODE), True
         if store.check([_FAILED_KEY]):
             return json.loads(store.get(_FAILED_KEY).decode()), False
+        stall = self.heartbeats.stalled(store) if self.heartbeats.beat(store) else None
+        if stall is not None:
+            report = self._report(str(stall), USER_ERROR_CODE)
+            first = json.loads(store.compare_set(_FAILED_KEY, "", json.dumps(report)).decode())
+            return first, first == report
         return None, False
 
+    def _last_seen(self, error: BaseException) -> str:
+        """Where the awaited ranks are, if `error` is of a connection or a library's wait."""
+        if not isinstance(error, (MessageError, RuntimeError)) or self.launch.world_size == 1:
+            return ""
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            return self.heartbeats.last_seen(self._store.store)
+        return ""
+
     def _report(self, message: str, code: int) -> dict:
-        return {"rank": self.launch.rank, "host": self.launch.host, "message": message, "code": code}
+        where = self.progress.place
+        return {
+            "rank": self.launch.rank,
+            "host": self.launch.host,
+            "place": "" if where == "starting" else f", {where}",
+            "message": message,
+            "code": code,
+        }
 
     def _leave(self, report: dict, announce: bool = False) -> None:
         if announce:
-            of = f"rank {report['rank']} on {report['host']}: " if self.launch.world_size > 1 else ""
+            of = f"rank {report['rank']} on {report['host']}{report['place']}: " if self.launch.world_size > 1 else ""
             print(f"\nERROR: {of}{report['message']}", file=sys.stderr, flush=True)
         self._mark_failed(report)
         if self.launch.rank == 0 and self.launch.world_size > 1:
@@ -115,7 +156,7 @@ class JobGuard:
         if self.output is None or not self.output.is_dir():
             return
         with contextlib.suppress(OSError), open(self.output / "FAILED", "x") as marker:
-            marker.write(f"rank {report['rank']} on {report['host']}\n{report['message']}\n")
+            marker.write(f"rank {report['rank']} on {report['host']}{report['place']}\n{report['message']}\n")
 
     @staticmethod
     def _end(code: int) -> None:

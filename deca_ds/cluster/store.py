@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import dataclass
+import time
+from collections import Counter
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +26,7 @@ class JobStore:
     store: Store
     address: tuple[str, int] | None
     timeout: timedelta
+    _gathered: Counter[str] = field(default_factory=Counter, compare=False)  # how often each key was used
 
     def reconnect(self) -> Store:
         """A connection of its own, for a thread: a connection that waits for a key blocks all who share it."""
@@ -32,12 +35,30 @@ class JobStore:
         return TCPStore(*self.address, is_master=False, timeout=self.timeout, wait_for_workers=False)
 
     def gather(self, launch: Launch, key: str, value: Any) -> list[Any]:
-        """Every rank's JSON-able value, a few hundred bytes, on every rank, ascending; each `key` can be used once."""
-        self.store.set(f"{key}/{launch.rank}", json.dumps(value))
+        """Every rank's JSON-able value, a few hundred bytes, on every rank, ascending; all ranks use the same keys.
+
+        Raises LaunchError that names the ranks that do not come within the store's time limit.
+        """
+        self._gathered[key] += 1
+        key = f"{key}/{self._gathered[key]}"
+        own = [f"{key}/{rank}" for rank in range(launch.world_size)]
+        self.store.set(own[launch.rank], json.dumps(value))
         if launch.rank == 0:
-            every = [json.loads(self.store.get(f"{key}/{rank}").decode()) for rank in range(launch.world_size)]
+            every = [json.loads(self._get(part, launch, own)) for part in own]
             self.store.set(key, json.dumps(every))
-        return json.loads(self.store.get(key).decode())
+        return json.loads(self._get(key, launch, own))
+
+    def _get(self, key: str, launch: Launch, parts: list[str]) -> bytes:
+        try:
+            return self.store.get(key)
+        except RuntimeError as error:
+            missing = [rank for rank, part in enumerate(parts) if not self.store.check([part])]
+            raise LaunchError(
+                f"rank {launch.rank} on {launch.host} waited {self.timeout.total_seconds():g} s for "
+                + (f"rank {', '.join(map(str, missing))}" if missing else "rank 0, which all others have told"),
+                where=key.rsplit("/", 1)[0],
+                fix="look at the output of these ranks",
+            ) from error
 
     def publish_server(self, key: str) -> Store:
         """Host a new store on this machine and publish its address under `key` for `join_server`."""
@@ -49,8 +70,15 @@ class JobStore:
         return server
 
     def join_server(self, key: str) -> Store:
-        """Connect to the store that another rank published under `key`."""
-        host, port = self.store.get(key).decode().split()
+        """Connect to the store that another rank published under `key`. Raises LaunchError if it does not."""
+        try:
+            host, port = self.store.get(key).decode().split()
+        except RuntimeError as error:
+            raise LaunchError(
+                f"nobody hosted a store within {self.timeout.total_seconds():g} s",
+                where=key,
+                fix="look at the output of that client's first rank",
+            ) from error
         return TCPStore(host, int(port), is_master=False, timeout=self.timeout, wait_for_workers=False)
 
 
@@ -89,6 +117,17 @@ def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[t
             where="MPI world",
             fix="mpi4py is built for another MPI than the one that launched the job: use the mpirun of that library",
         )
+    arrived = world.Ibarrier()  # the one call of these that can be given a deadline; once all are here, none waits long
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not arrived.Test():
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"rank {launch.rank} on {launch.host}: not all {world.size} MPI ranks came within "
+                f"{timeout.total_seconds():g} s",
+                where="MPI world",
+                fix="look for the rank that has not started; mpirun --tag-output says which rank a line is from",
+            )
+        time.sleep(0.001)
     on_this_host = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_host = on_this_host.size == world.size
     on_this_host.Free()

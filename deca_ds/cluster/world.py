@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore
 
+from deca_ds.cluster.heartbeat import EVERYBODY, Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.checks import check_world
@@ -28,7 +29,8 @@ class Cluster:
     """Where this process stands: client `client`, shard index `shard` of `layout.ranks_per_client`.
 
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
-    communicator of all ranks with this shard index, in client order, or None where gossip goes over torch.
+    communicator of all ranks with this shard index, in client order, or None where gossip goes over torch. progress:
+    what this rank is doing.
     """
 
     launch: Launch
@@ -36,6 +38,7 @@ class Cluster:
     store: JobStore
     device: torch.device
     gossip_comm: MPI.Intracomm | None
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def client(self) -> int:
@@ -78,9 +81,11 @@ class Cluster:
             dist.barrier()
 
 
-def connect(config: Config, launch: Launch, store: JobStore) -> Cluster:
+def connect(config: Config, launch: Launch, store: JobStore, progress: Progress | None = None) -> Cluster:
     """Choose the device, build this client's world and the gossip communicator.
 
+    progress: the guard's; from here on its watcher ends waits in which nobody moves on for cluster.timeout_s. Without
+    it every wait has that deadline of its own.
     Raises ConfigError where the ranks cannot be divided into clients, LaunchError where the device or transport that is
     asked for is not there.
     """
@@ -89,6 +94,11 @@ def connect(config: Config, launch: Launch, store: JobStore) -> Cluster:
     device = choose_device(config.run.device, launch)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // launch.local_size))
 
+    if progress is None:
+        progress = Progress()
+    else:
+        progress.watch(layout, config.cluster.timeout_s)
+    progress.enter("connecting")
     client, shard = layout.client_of(launch.rank), layout.shard_of(launch.rank)
     key = f"client/{client}/store"
     # hosted by the client itself: what happens to other clients does not concern its collectives
@@ -100,15 +110,16 @@ def connect(config: Config, launch: Launch, store: JobStore) -> Cluster:
         store=PrefixStore("world", client_store),
         rank=shard,
         world_size=layout.ranks_per_client,
-        timeout=timedelta(seconds=config.cluster.timeout_s),
+        timeout=timedelta(seconds=progress.deadline_s(config.cluster.timeout_s)),
         device_id=device if device.type == "cuda" else None,
     )
     comm = None
     if transport == "mpi":
         from mpi4py import MPI
 
+        progress.wait_for(EVERYBODY)
         comm = MPI.COMM_WORLD.Split(color=shard, key=client)
-    return Cluster(launch, layout, store, device, comm)
+    return Cluster(launch, layout, store, device, comm, progress)
 
 
 def choose_transport(wanted: str, launch: Launch) -> str:

@@ -37,6 +37,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.weight_decay", lambda x: x >= 0, "at least 0"),
     ("optimizer.clip_norm", lambda x: x >= 0, "at least 0"),
     ("gossip.every", lambda x: x >= 1, "at least 1"),
+    ("gossip.clip_radius", lambda x: x is None or x > 0, "null or more than 0"),
     ("gossip.chunk_mib", lambda x: 0 < x <= 1024, "more than 0 and at most 1024"),
     ("gossip.edge_probability", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("data.micro_batch_size", lambda x: x >= 1, "at least 1"),

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "run.threads",
     "cluster.transport",
     "cluster.timeout_s",
+    "cluster.allow_mixed_versions",
     "model.gradient_checkpointing",
     "gossip.chunk_mib",
     "data.micro_batch_size",
@@ -63,7 +64,7 @@ def check_folder(config: Config) -> None:
 
 def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Key -> both values, of the keys that differ and must not."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     return {
         key: (old[key], value)
         for key, value in new.items()
@@ -72,7 +73,8 @@ def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat(config: Config) -> dict[str, Any]:
+    """section.key -> value, of all keys."""
     sections = asdict(config)
     flat = {}
     for section, values in sections.items():

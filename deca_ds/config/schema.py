@@ -31,7 +31,8 @@ class ClusterConfig:
 
     clients: int = 1  # number of clients n; must divide the number of ranks launched
     transport: Literal["auto", "mpi", "torch"] = "auto"  # auto: mpi if every rank is in one MPI world, else torch
-    timeout_s: float = 600.0  # seconds that any collective, message or start-up step may wait before the job fails
+    timeout_s: float = 600.0  # seconds that a rank may wait while none of those that it waits for moves on
+    allow_mixed_versions: bool = False  # warn about ranks with other versions of Python or a library, and go on
 
 
 @dataclass
@@ -126,6 +127,7 @@ class GossipConfig:
     edges: Optional[str] = None  # for graph edge_list: file with two client numbers a line
     edge_probability: float = 0.5  # for graph erdos_renyi; drawn again until connected, from run.seed
     every: int = 1  # s: inner steps between two averagings
+    clip_radius: Optional[float] = None  # a neighbour's block counts as at most this 2-norm away; null: as it is
     chunk_mib: float = 16.0  # size of a message; a chunk travels while the next one is computed
 
 

@@ -7,19 +7,27 @@
     for mix in pending: absorb(mix.wait())
 
 Chunks travel while later ones are computed. At most `window` of them are under way, so receive buffers take at most
-window * degree * chunk_mib, and they are used again.
+window * degree * chunk_mib, and they are used again. With clipping (clip.py) there is no window: the mean of any chunk
+takes the distance over all of them.
+
+Nothing is averaged before it is checked: that it is of this averaging, and that all its values are finite.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from deca_ds.errors import GossipError
+from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.transport import Exchange, Transport, chunk_tag
+
+_WINDOW = 4  # messages on their way at a time: bounds the receive buffers
 
 
 class BufferPool:
@@ -48,6 +56,8 @@ class Gossip:
     """Mixes this rank's shards with those of the same index in neighbouring clients.
 
     chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
+    clip_radius: gossip.clip_radius; client_sum: then, the sum of a number over the client's ranks. window: how many
+    chunks may be under way.
     wait_seconds: time spent in PendingMix.wait for messages so far. bytes_sent: parameters that this
     rank has sent to neighbours so far. Raises GossipError if the schedule is for another number of clients than the
     transport joins.
@@ -59,6 +69,9 @@ class Gossip:
         schedule: MixingSchedule,
         chunk_mib: float = 16.0,
         device: torch.device | str = "cpu",
+        *,
+        clip_radius: float | None = None,
+        client_sum: Callable[[float], float] = float,
     ):
         if schedule.size != transport.clients:
             raise GossipError(
@@ -72,6 +85,10 @@ class Gossip:
         self.bytes_sent = 0
         self.device = torch.device(device)
         self.pool = BufferPool(pinned=self.device.type == "cuda")
+        self.clip_radius = clip_radius
+        self.window = _WINDOW if clip_radius is None else math.inf
+        self._client_sum = client_sum
+        self._unclipped: list[PendingMix] = []  # of the averaging under way, all chunks so far
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
         self._mixed = torch.empty(0, dtype=torch.float32, device=self.device)
 
@@ -99,6 +116,7 @@ class Gossip:
         sources, destinations = self.schedule.sources(client, t), self.schedule.destinations(client, t)
         if not sources and not destinations:
             return PendingMix(self, t, x, None, {}, None)
+        self.transport.progress.enter("gossip")
         buffers = {j: self.pool.take(x.numel()) for j in sources}
         staged = None
         if x.device.type == "cuda":
@@ -108,7 +126,31 @@ class Gossip:
         send = x.detach() if staged is None else staged[: x.numel()]
         self.bytes_sent += send.nbytes * len(destinations)
         exchange = self.transport.exchange(send, destinations, receives, chunk_tag(t, chunk))
-        return PendingMix(self, t, x, exchange, buffers, staged)
+        pending = PendingMix(self, t, x, exchange, buffers, staged)
+        if self.clip_radius is not None:
+            self._unclipped.append(pending)
+        return pending
+
+    def clip(self, t: int) -> None:
+        """Receive all chunks of averaging t and give them the weights that clip, if there is anything to clip.
+
+        All ranks of a client call this when they have started all chunks, also those whose shard is empty.
+        """
+        if self.clip_radius is None:
+            return
+        client, (chunks, self._unclipped) = self.transport.client, (self._unclipped, [])
+        for pending in chunks:
+            pending.receive()
+        sources = self.schedule.sources(client, t)
+        distances = {
+            j: self._client_sum(sum(pending.squared_distance(j) for pending in chunks)) ** 0.5 for j in sources
+        }
+        for j, distance in distances.items():
+            if not math.isfinite(distance):
+                raise refusal(self, t, f"the block of client {j} is not at a finite distance", j)
+        row = {j: self.schedule.weight(client, j, t) for j in (*sources, client)}
+        for pending in chunks:
+            pending.weights = clipped_weights(row, client, distances, self.clip_radius)
 
     def output(self, numel: int) -> Tensor:
         """The buffer of mixed values, (numel,), on `device`; there is one."""
@@ -118,7 +160,10 @@ class Gossip:
 
 
 class PendingMix:
-    """One chunk under way. Made by Gossip.start."""
+    """One chunk under way. Made by Gossip.start.
+
+    terms: what each source sends, by client, valid after `receive`. weights: j -> w_ij, this client's too.
+    """
 
     def __init__(
         self,
@@ -135,50 +180,69 @@ class PendingMix:
         self._exchange = exchange  # None: nobody to talk to
         self._buffers = buffers
         self._staged = staged
+        self._received = False
         self._waited = False
+        client = gossip.transport.client
+        self.terms = {j: buffer[: x.numel()] for j, buffer in buffers.items()}
+        self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*buffers, client)}
 
     def wait(self) -> Tensor:
-        """sum_j W_ij x_j, float32, on the device of x; call it once.
+        """sum_j W_ij x_j, float32, on the device of x; call it once. With clipping, x_j as clip.py makes it.
 
         Terms are added in ascending client order, the own one in its place, so that the result does not depend on the
         transport. It is valid until the next `wait` of the same Gossip. With nobody to talk to it is x itself. Raises
-        GossipError if a neighbour does not answer or has sent a value that is not finite, naming it.
+        GossipError if a neighbour does not answer or has sent a value that is not finite, naming it; then nothing has
+        been averaged.
         """
         assert not self._waited, "a PendingMix is waited for once"
         self._waited = True
         if self._exchange is None:
             return self._x
-        gossip, client, numel = self._gossip, self._gossip.transport.client, self._x.numel()
-        started = time.perf_counter()
-        self._exchange.wait()
-        gossip.wait_seconds += time.perf_counter() - started
-
-        mixed = gossip.output(numel)
-        terms = {j: buffer[:numel] for j, buffer in self._buffers.items()}
-        if gossip.schedule.weight(client, client, self._t) > 0:
-            terms[client] = self._x.detach()
-        for place, j in enumerate(sorted(terms)):
-            term, weight = terms[j].to(mixed.device, non_blocking=True), gossip.schedule.weight(client, j, self._t)
+        gossip, client = self._gossip, self._gossip.transport.client
+        assert self not in gossip._unclipped, "Gossip.clip comes before"
+        self.receive()
+        mixed = gossip.output(self._x.numel())
+        terms = self.terms | {client: self._x.detach()}
+        for place, j in enumerate(sorted(j for j in terms if self.weights[j] > 0)):
+            term = terms[j].to(mixed.device, non_blocking=True)
             if place == 0:
-                torch.mul(term, weight, out=mixed)
+                torch.mul(term, self.weights[j], out=mixed)
             else:
-                mixed.add_(term, alpha=weight)
-        # A value that is not finite stays so in every later sum, so one pass over the result is enough. Asking for the
-        # answer also waits for the copies to the GPU, after which the buffers are free.
-        if not bool(mixed.sum().isfinite()):
-            self._refuse_non_finite(terms)
+                mixed.add_(term, alpha=self.weights[j])
+        if mixed.device.type == "cuda":
+            torch.cuda.current_stream(mixed.device).synchronize()  # the copies have left their buffers
         for buffer in (*self._buffers.values(), *([] if self._staged is None else [self._staged])):
             gossip.pool.give_back(buffer)
         return mixed
 
-    def _refuse_non_finite(self, terms: dict[int, Tensor]) -> None:
-        """Raise GossipError that names whose values are not finite; none are if only the check's sum overflowed."""
-        client = self._gossip.transport.client
-        for j, term in terms.items():
-            bad = int(term.numel() - term.isfinite().sum())
+    def receive(self) -> None:
+        """Wait for the messages and check them; does nothing the second time. Raises GossipError, see `wait`."""
+        if self._received or self._exchange is None:
+            return
+        self._received = True
+        started = time.perf_counter()
+        self._exchange.wait()
+        self._gossip.wait_seconds += time.perf_counter() - started
+        self._gossip.transport.progress.tick()
+        for j, term in (*self.terms.items(), (self._gossip.transport.client, self._x.detach())):
+            # a sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
+            bad = 0 if bool(term.sum().isfinite()) else int(term.numel() - term.isfinite().sum())
             if bad:
-                raise GossipError(
-                    f"{bad} of {term.numel()} values of client {j} are not finite (averaging {self._t})",
-                    where=f"client {client}",
-                    fix=f"the training of client {j} has diverged: lower optimizer.lr or look at its data",
-                )
+                raise refusal(self._gossip, self._t, f"{bad} of {term.numel()} values of client {j} are not finite", j)
+
+    def squared_distance(self, j: int) -> float:
+        """|x_j - x_i|^2 of this chunk."""
+        difference = self.terms[j].to(self._x.device) - self._x.detach()
+        square = float(torch.dot(difference, difference))
+        return (
+            square if math.isfinite(square) else float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+        )
+
+
+def refusal(gossip: Gossip, t: int, what: str, j: int) -> GossipError:
+    """The error of a message of client j that must not be averaged."""
+    return GossipError(
+        f"{what} (averaging {t})",
+        where=f"client {gossip.transport.client}, {gossip.transport.progress.place}",
+        fix=f"the training of client {j} has diverged: lower optimizer.lr or look at its data",
+    )

@@ -134,9 +134,13 @@ class MpiExchange:
     def wait(self) -> None:
         """See Exchange."""
         deadline = time.monotonic() + self._transport.timeout_s
+        progress = self._transport.progress
         while self._requests:
+            direction, neighbour, *_ = self._requests[0]
+            progress.wait_for(neighbour)
             if not poll(self._first_done, deadline):
-                direction, neighbour, *_ = self._requests[0]
                 self._transport.abandon(self._requests)
                 raise no_answer(self._transport.client, neighbour, direction, self._tag, self._transport.timeout_s)
             self._requests.pop(0)
+            progress.tick()
+        progress.wait_for(None)

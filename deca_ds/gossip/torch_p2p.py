@@ -76,7 +76,9 @@ class TorchExchange:
 
     def _finish(self) -> None:
         timeout_s = self._transport.timeout_s
+        progress = self._transport.progress
         for direction, neighbour, work in self._works:
+            progress.wait_for(neighbour)
             try:
                 work.wait(timedelta(seconds=timeout_s))
             except RuntimeError as error:
@@ -84,6 +86,8 @@ class TorchExchange:
                 late = "timed out" in str(error).lower()
                 self._error = no_answer(*failed, timeout_s) if late else lost(*failed, str(error))
                 return
+            progress.tick()
+        progress.wait_for(None)
 
     def test(self) -> bool:
         """See Exchange."""

@@ -15,13 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deca_ds.errors import GossipError
+from deca_ds.cluster.heartbeat import Progress
+from deca_ds.errors import GossipError, MessageError
 
 # Tags fit MPI's guaranteed range 0..32767. Messages of one source and tag arrive in the order in which they were sent,
 # on every transport, so a tag that comes round again is harmless. Tags let an error name what was waited for.
 _CHUNK_TAGS = 4096
 _STEP_TAGS = 7
-REDUCE_TAG, GATHER_TAG, BARRIER_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(3))
+REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG, HEADER_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(5))
 REDUCE_PIECE = 2**22  # elements that all_reduce_sum works on at a time; bounds its buffers
 MAX_JSON_BYTES = 2**28
 
@@ -49,6 +50,7 @@ class Transport(Protocol):
     client: int  # own client number
     clients: int  # n
     bytes_sent: int  # payload that this rank has handed to the network so far
+    progress: Progress  # what this rank is doing; waits note whom they are for
 
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """Start sending `send` to each of `destinations` and receiving from each source client into its buffer.
@@ -81,6 +83,7 @@ class PointToPoint(ABC):
         self.client = client
         self.clients = clients
         self.bytes_sent = 0
+        self.progress = Progress()
 
     @abstractmethod
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
@@ -140,18 +143,18 @@ class PointToPoint(ABC):
         self.exchange(torch.zeros(1, dtype=torch.uint8), self._others, heard, BARRIER_TAG).wait()
 
 
-def no_answer(client: int, neighbour: int, direction: str, tag: int, timeout_s: float, cause: str = "") -> GossipError:
+def no_answer(client: int, neighbour: int, direction: str, tag: int, timeout_s: float, cause: str = "") -> MessageError:
     """The error of a message that did not get through. direction: "from" or "to" the neighbour."""
-    return GossipError(
+    return MessageError(
         f"no message {direction} client {neighbour} within {timeout_s:g} s (tag {tag}){': ' + cause if cause else ''}",
         where=f"client {client}",
         fix=f"look at the log of client {neighbour}; if it is only slow, raise cluster.timeout_s",
     )
 
 
-def lost(client: int, neighbour: int, direction: str, tag: int, cause: str) -> GossipError:
+def lost(client: int, neighbour: int, direction: str, tag: int, cause: str) -> MessageError:
     """The error of a connection that broke, or of a message that does not fit its buffer."""
-    return GossipError(
+    return MessageError(
         f"a message {direction} client {neighbour} failed (tag {tag}): {cause}",
         where=f"client {client}",
         fix=f"look at the log of client {neighbour}: it has stopped, or runs another configuration",

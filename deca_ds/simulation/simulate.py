@@ -14,6 +14,7 @@ from deca_ds.algorithm.rule import Rule, State, split_by_decay
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
+from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.evaluation import average, summarize
@@ -80,7 +81,7 @@ class Simulation:
         """Average for the clients `rows`, or let them be; None: for all of them, in place."""
         part = dict(state) if rows is None else {name: tensor[rows] for name, tensor in state.items()}
         if mixed:
-            w = torch.tensor(self.mixing.matrix(step.gossip), dtype=torch.float32)
+            w = self._weights(step.gossip, state[self.rule.travels[0]])
             sent = {name: w @ state[name] for name in self.rule.travels}
             for name in self.rule.travels:
                 self.rule.accept(part, name, sent[name] if rows is None else sent[name][rows])
@@ -93,6 +94,20 @@ class Simulation:
         if rows is not None:
             for name, tensor in state.items():
                 tensor[rows] = part[name]
+
+    def _weights(self, t: int, sent: Tensor) -> Tensor:
+        """The matrix [n, n] of averaging t, with clipping the one for these parameters [n, numel]."""
+        w, radius = self.mixing.matrix(t), self.config.gossip.clip_radius
+        if radius is not None:
+            w = w.copy()
+            for i, row in enumerate(self.mixing.matrix(t)):
+                sources = self.mixing.sources(i, t)
+                distances = {
+                    j: float(torch.linalg.vector_norm(sent[j] - sent[i], dtype=torch.float64)) for j in sources
+                }
+                clipped = clipped_weights({j: row[j] for j in (*sources, i)}, i, distances, radius)
+                w[i, list(clipped)] = list(clipped.values())
+        return torch.tensor(w, dtype=torch.float32)
 
     def _by_neighbours(self, step: Step) -> list[tuple[Tensor | None, bool]]:
         """The clients that average at this step and those that do not; [(None, ...)] where all do the same."""

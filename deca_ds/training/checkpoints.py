@@ -14,7 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.slices import Slice, save_shards
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.cluster import Cluster
+from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.client import Client
 from deca_ds.errors import CheckpointError
@@ -40,7 +41,8 @@ Groups = list[tuple[str, list[Slice]]]
 class Checkpoints:
     """Saves this rank's part of a run's checkpoints and keeps the newest complete ones.
 
-    attempt: number of this attempt at the run, the same on all ranks. resumed: the step that it continued from.
+    attempt: number of this attempt at the run, the same on all ranks. timeout_s: cluster.timeout_s.
+    resumed: the step that it continued from.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class Checkpoints:
         *,
         folder: Path,
         attempt: int,
+        timeout_s: float,
         resumed: int | None = None,
     ):
         self._config, self._cluster, self._client = config, cluster, client
         self._schedule, self._gossip = schedule, gossip
         self._folder, self._attempt = folder, attempt
-        self._resumed = resumed
+        self._resumed, self._timeout_s = resumed, timeout_s
         self._saved: list[int] = [] if resumed is None else [resumed]
         self._store = cluster.store.reconnect()  # a connection of its own: the thread's waits must not block others
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -75,25 +78,36 @@ class Checkpoints:
         """Copy the state after `done` inner steps and have it written; waits for the write before it, if need be."""
         if done in self._saved:
             return
+        self._cluster.progress.enter("saving a checkpoint")
         self.wait()
         groups, state = self._groups(), self._state(done)
         self._saved.append(done)
         self._write_under_way = self._thread.submit(self._write, done, groups, state)
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises CheckpointError if it could not be."""
+        """Return when nothing is being written. Raises CheckpointError if it could not be, or takes too long."""
         if self._write_under_way is not None:
             pending, self._write_under_way = self._write_under_way, None
+            if pending not in wait([pending], self._timeout_s).done:
+                raise CheckpointError(
+                    f"a checkpoint is still being written after {self._timeout_s:g} s",
+                    where=str(self._folder),
+                    fix="look at the disk; if it is only slow, raise cluster.timeout_s",
+                )
             pending.result()
 
     def wait_for_all(self, done: int) -> None:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
         self.wait()
-        deadline = time.monotonic() + self._cluster.store.timeout.total_seconds()
+        progress = self._cluster.progress
+        progress.enter("saving: waiting for all ranks")
+        progress.wait_for(EVERYBODY)
+        deadline = time.monotonic() + progress.deadline_s(self._timeout_s)
         while not self._complete(done):
             if time.monotonic() > deadline:
                 raise CheckpointError(f"not all ranks have saved step {done}", where=str(self._folder))
             time.sleep(0.05)
+        progress.wait_for(None)
 
     def _groups(self) -> Groups:
         """Copies of all slices, on the host."""

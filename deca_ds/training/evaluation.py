@@ -81,6 +81,7 @@ class Evaluator:
         totals = torch.zeros(len(dataset), 2, dtype=torch.float64)  # loss and target tokens of every row
         batches = evaluation_batches(dataset, batch_size=self.batch_size, rank=rank, ranks=ranks, pad_id=self.pad_id)
         for batch in batches:
+            self.cluster.progress.tick()
             losses, counts = self.client.score(batch)
             kept = batch["row"] >= 0  # the rest fills up so that all ranks run as many forward passes
             totals[batch["row"][kept]] = torch.stack([losses[kept].double(), counts[kept].double()], dim=1)

@@ -51,8 +51,10 @@ class Trainer:
         """
         while self.stop.may_pass(self.done):
             if self._evaluates():
+                self.cluster.progress.enter("evaluation")
                 self._evaluate()
             if self.done == len(self.schedule):
+                self.cluster.progress.enter("saving")
                 self.checkpoints.wait()
                 self._save()
                 return True
@@ -63,6 +65,8 @@ class Trainer:
         return False
 
     def _inner_step(self, step: Step) -> None:
+        block = self.client.plan.blocks[step.block].label
+        self.cluster.progress.enter("gradient", step=step.index + 1, block=block)
         if step.opens:
             self.state = self.client.open_block(step.block, self.rule.buffers)
             self.rule.open(self.state.tensors)

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, guard.stop.ask)
         finished = trainer.train()
         trainer.metrics.close()
+        guard.progress.enter("the end")
         trainer.gossip.transport.barrier()
         if launch.rank == 0:
             steps = f"{trainer.done} of {len(trainer.schedule)} inner steps"

@@ -86,5 +86,11 @@ def check_method(config: Config) -> None:
             where="algorithm.signal",
             fix="leave it out, or set algorithm.method=deca",
         )
+    if config.gossip.clip_radius is not None and len(method.rule.travels) > 1:
+        raise ConfigError(
+            f"{chosen} sends {' and '.join(method.rule.travels)}, for which one gossip.clip_radius cannot be right",
+            where="gossip.clip_radius",
+            fix="leave it out, or choose a method that sends parameters alone",
+        )
     if method.adapters:
         require_peft()

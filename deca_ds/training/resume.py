@@ -61,11 +61,11 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     folder = Path(config.run.output) / FOLDER
     client = layout.client_of(launch.rank)
     own = {"client": client, "rank": layout.shard_of(launch.rank), "ranks": layout.ranks_per_client}
-    seen = store.gather(launch, f"resume/{folder}/seen", steps_in(folder))
+    seen = store.gather(launch, "resume/seen", steps_in(folder))
     refused: list[str] = []
     for step in sorted({step for steps in seen for step in steps}, reverse=True):
         saved, answer = _try(folder, step, own)
-        answers = store.gather(launch, f"resume/{folder}/{step}", answer)
+        answers = store.gather(launch, f"resume/{step}", answer)
         attempts = {answer.get("attempt") for answer in answers}
         if len(attempts) == 1 and None not in attempts:
             assert saved is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 from torch.distributed import PrefixStore
+from transformers import PreTrainedTokenizerBase
 
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.cluster import Cluster, Launch, connect
+from deca_ds.cluster.fingerprint import compare_software, compare_start, digest
 from deca_ds.cluster.guard import JobGuard
+from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.store import JobStore
 from deca_ds.config import Config, save_config
@@ -27,6 +31,7 @@ from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
+from deca_ds.gossip.edges import probe_edges, save_edges
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.schedule import build_mixing
@@ -45,16 +50,19 @@ from deca_ds.training.tables import data_table
 def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
     """Check the configuration, join the other ranks and build the run, or what is left of it. Raises UserErrors, before
     anything is written; only the model's come after the output folder is made."""
+    guard.progress.enter("comparing the ranks")
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
+    guard.progress.enter("checking the configuration")
     ranks = check_world(config, launch.world_size)
     check_method(config)
     if config.run.resume == "never" or launch.rank == 0:  # other hosts have not got the run's configuration
         check_folder(config)
     validate_data_config(config, client=launch.rank // ranks)
-    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     resumption = None
     if config.run.resume != "never":
         resumption = choose(config, launch, store, ClientLayout(config.cluster.clients, ranks), mixing)
-    cluster = connect(config, launch, store)
+    cluster = connect(config, launch, store, guard.progress)
     return build(config, cluster, connect_transport(config, cluster), guard, resumption)
 
 
@@ -66,23 +74,28 @@ def build(
     resumption: what to go on from; None: a new run.
     """
     resumption = resumption or Resumption()
-    output = Path(config.run.output)
+    progress, launch, output = cluster.progress, cluster.launch, Path(config.run.output)
     mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     disable_progress_bars()
+    progress.enter("reading the data")
     data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
     summaries = transport.gather_json(data.summary)
     compare_data(summaries, transport.gather_json(data.label_names))
 
+    edges = probe_edges(transport, mixing, launch, cluster.layout, cluster.store)
     output.mkdir(parents=True, exist_ok=True)
-    guard.output = output
+    guard.write_to(output)
     if cluster.is_main and resumption.saved is not None:
         compare_with_saved(output, summaries)
     elif cluster.is_main:
         save_config(config, output / "config.yaml")
         (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
         Console(stderr=True).print(data_table(summaries), mixing.summary())
+    if cluster.is_main and edges:
+        print(save_edges(edges, output), file=sys.stderr, flush=True)
 
+    progress.enter("loading the model")
     model = load_model(config, architecture)
     if cluster.is_main:
         if METHODS[config.algorithm.method].adapters:
@@ -95,7 +108,16 @@ def build(
     client = Client(config, model, cluster.device)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    gossip = Gossip(transport, mixing, config.gossip.chunk_mib, cluster.device)
+    if resumption.saved is None:
+        compare_start(launch, cluster.store, _starts_from(client, tokenizer), cluster.ranks)
+    gossip = Gossip(
+        transport,
+        mixing,
+        config.gossip.chunk_mib,
+        cluster.device,
+        clip_radius=config.gossip.clip_radius,
+        client_sum=client.client_sum,
+    )
     rule = build_rule(config)
     rewind(output, cluster, resumption.step)
     state = restore(resumption, cluster, client, rule, schedule, gossip)
@@ -130,6 +152,7 @@ def build(
             schedule,
             gossip,
             folder=output / CHECKPOINTS,
+            timeout_s=config.cluster.timeout_s,
             attempt=int(client.client_sum(attempt if cluster.is_leader else 0)),
             resumed=resumption.step if resumption.saved is not None else None,
         ),
@@ -142,10 +165,34 @@ def build(
 
 def connect_transport(config: Config, cluster: Cluster) -> Transport:
     """The way between same-index ranks of all clients: MPI where the launcher made an MPI world, else torch."""
+    cluster.progress.enter("connecting the clients")
+    cluster.progress.wait_for(EVERYBODY)
+    timeout_s = cluster.progress.deadline_s(config.cluster.timeout_s)
+    transport: MpiTransport | TorchTransport
     if cluster.gossip_comm is not None:
-        return MpiTransport(cluster.gossip_comm, config.cluster.timeout_s)
-    store = PrefixStore("transport", cluster.store.store)
-    return TorchTransport(store, cluster.shard, cluster.client, cluster.clients, config.cluster.timeout_s)
+        transport = MpiTransport(cluster.gossip_comm, timeout_s)
+    else:
+        store = PrefixStore("transport", cluster.store.store)
+        transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
+    cluster.progress.wait_for(None)
+    transport.progress = cluster.progress
+    return transport
+
+
+def _starts_from(client: Client, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Digests of the initial parameters and buffers that this rank holds, and of the tokenizer's vocabulary."""
+    names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
+    held = [values for *_, values in client.shards(names)] + [buffer for _, buffer in client.buffers()]
+    return {
+        "initial parameters": digest(_memory(values) for values in held),
+        "tokenizer": digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()]),
+    }
+
+
+def _memory(values: torch.Tensor) -> memoryview:
+    """The memory of a tensor, on the host."""
+    flat = values.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def compare_data(summaries: Sequence[dict[str, Any]], label_names: Sequence[list[str]]) -> None:

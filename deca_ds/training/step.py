@@ -13,8 +13,6 @@ from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.gossip.mix import Gossip, PendingMix
 
-_WINDOW = 4  # messages on their way at a time: bounds the receive buffers
-
 
 def inner_step(
     client: Client,
@@ -44,10 +42,12 @@ def inner_step(
         for part, decay in split_by_decay(chunk, state.decayed, optimizer.weight_decay):
             rule.local_step(state.part(part), inner=step.inner, lr=lr, decay=decay)
         for name in rule.travels if mixes else ():
-            if len(under_way) == _WINDOW:
+            if len(under_way) == gossip.window:
                 accept_oldest()
             under_way.append((chunk, name, gossip.start(step.gossip, state.tensors[name][chunk], message)))
             message += 1
+    if mixes:
+        gossip.clip(step.gossip)
     while under_way:
         accept_oldest()
 

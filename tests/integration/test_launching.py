@@ -203,7 +203,36 @@ def test_divergence_names_the_client_and_leaves_a_failed_marker(config, tmp_path
     assert "not finite" in finished.output and "optimizer.lr" in finished.output
     marker = (tmp_path / "run" / "FAILED").read_text()
     assert "not finite" in marker and "rank" in marker
+    assert "gossip, step " in marker and ", block " in marker
     assert not (tmp_path / "run" / "DONE").exists()
+
+
+def test_a_rank_that_hangs_is_named_with_phase_and_step(config, tmp_path):
+    """One launch: edges.json, heartbeats, `deca status`, and how the others end when one rank has been stopped."""
+    run = tmp_path / "run"
+    long = ["--config", str(config), "algorithm.inner_steps=100000", "evaluation.every=0", "logging.progress=false"]
+
+    def hang_rank_3(job: subprocess.Popen) -> None:
+        heartbeat, deadline = run / "heartbeats" / "rank_0003.json", time.monotonic() + 150
+        while not heartbeat.exists() or json.loads(heartbeat.read_text())["step"] < 3:
+            assert time.monotonic() < deadline and job.poll() is None, "no training"
+            time.sleep(0.2)
+        scripts = [
+            p for p in psutil.Process(job.pid).children(recursive=True) if "train.py" in "".join(p.cmdline()[:3])
+        ]
+        next(p for p in scripts if p.environ().get("LOCAL_RANK") == "3").suspend()
+        table = run_command([sys.executable, "-m", "deca_ds.cli", "status", str(run)], deadline_s=60)
+        assert table.code == 0 and table.output.count("gossip") + table.output.count("gradient") >= 4, table.output
+
+    finished = launch("deepspeed", 4, [*long, "cluster.timeout_s=20"], during=hang_rank_3)
+    assert finished.code != 0
+    assert "slowest of 1 edge: client 0 on" in finished.output
+    (edge,) = json.loads((run / "edges.json").read_text())
+    assert edge["clients"] == [0, 1] and len(edge["shards"]) == 2
+    marker = (run / "FAILED").read_text()
+    assert "waits for rank 3 on" in marker and "cluster.timeout_s" in marker, finished.output[-4000:]
+    assert "no sign of life for" in marker and ", step " in marker.splitlines()[0]
+    assert finished.output.count("no progress for") == 1
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])

@@ -13,6 +13,7 @@ from torch.distributed import HashStore
 
 from deca_ds.checkpoint.slices import Slice, rank_folder, save_shards
 from deca_ds.checkpoint.steps import step_folder, steps_in
+from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.schema import Config, GossipConfig
@@ -97,6 +98,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = Config()
     config.run.output, config.run.resume = str(tmp_path), "require"
+    guard = SimpleNamespace(progress=Progress())
     with pytest.raises(CheckpointError, match="no run to continue"):
-        start(config, Launch("python", 0, 1, 0, 1, None), JobStore(HashStore(), None, timedelta(seconds=5)), None)
+        start(config, Launch("python", 0, 1, 0, 1, None), JobStore(HashStore(), None, timedelta(seconds=5)), guard)
     assert not list(tmp_path.iterdir())

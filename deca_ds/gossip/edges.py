@@ -1,0 +1,100 @@
+"""A timed test of every edge of the graph before training: an edge that does not carry messages ends the run here."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.store import JobStore
+from deca_ds.errors import GossipError, MessageError
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip.transport import PROBE_TAG, Transport
+
+FILE = "edges.json"
+LARGE_BYTES = 2**20
+_ROUND_TRIPS = 3  # of each size; the fastest counts, after one that opens the connection
+
+
+def edges_of(mixing: MixingSchedule, client: int) -> list[int]:
+    """The neighbours that any matrix of the sequence joins `client` with, in either direction, ascending."""
+    joined = (set(mixing.sources(client, t)) | set(mixing.destinations(client, t)) for t in range(mixing.period))
+    return sorted(set().union(*joined))
+
+
+def probe_edges(
+    transport: Transport, mixing: MixingSchedule, launch: Launch, layout: ClientLayout, store: JobStore
+) -> list[dict[str, Any]]:
+    """Time every edge of the graph; all ranks of all clients call this, each tests its shard's own connections.
+
+    Returns, on every rank, an entry an edge: clients and hosts of both ends and, per shard index, round_trip_ms of 8
+    bytes and mb_per_s of one-MiB messages (10^6 bytes, both ways added, half a round trip each). The edges of a client
+    are tested one after the other, in an order that all clients share, so that none waits in a circle. All shards
+    are tested side by side, as they gossip. Raises GossipError that names an edge's both ends if a message is lost or
+    is another one than was sent.
+    """
+    hosts = store.gather(launch, "edges/hosts", launch.host)
+    measured = {}
+    for j in edges_of(mixing, transport.client):
+        transport.progress.enter(f"testing the edge to client {j}")
+        ends = sorted((transport.client, j))
+        try:
+            measured[j] = _measure(transport, j)
+        except MessageError as error:
+            ranks = [layout.leader_of(client) + layout.shard_of(launch.rank) for client in ends]
+            places = " and ".join(
+                f"client {client} (rank {rank} on {hosts[rank]})" for client, rank in zip(ends, ranks, strict=True)
+            )
+            raise GossipError(
+                f"the edge between {places} does not carry messages: {error.what}",
+                where="edge test at the start",
+                fix="check that these hosts reach each other: firewall, GLOO_SOCKET_IFNAME or MPI's network interface",
+            ) from error
+    lower = {j: values for j, values in measured.items() if j > transport.client}
+    every = store.gather(launch, "edges/measured", list(lower.items()))
+    edges: dict[tuple[int, int], dict[str, Any]] = {}
+    for rank, rows in enumerate(every):
+        i, shard = layout.client_of(rank), layout.shard_of(rank)
+        for j, (round_trip_ms, mb_per_s) in rows:
+            other = layout.leader_of(j) + shard
+            edge = edges.setdefault((i, j), {"clients": [i, j], "hosts": [hosts[rank], hosts[other]], "shards": []})
+            edge["shards"].append({"round_trip_ms": round_trip_ms, "mb_per_s": mb_per_s})
+    return [edges[ends] for ends in sorted(edges)]
+
+
+def save_edges(edges: list[dict[str, Any]], folder: Path) -> str:
+    """Write the result of `probe_edges` to edges.json; returns a line about the slowest edge."""
+    (folder / FILE).write_text(json.dumps(edges, indent=1) + "\n")
+    slowest = min(edges, key=lambda edge: min(shard["mb_per_s"] for shard in edge["shards"]))
+    (i, j), (here, there) = slowest["clients"], slowest["hosts"]
+    return (
+        f"slowest of {len(edges)} edge{'s' if len(edges) > 1 else ''}: client {i} on {here} - client {j} on {there}, "
+        f"round trip {max(shard['round_trip_ms'] for shard in slowest['shards']):.2f} ms, "
+        f"{min(shard['mb_per_s'] for shard in slowest['shards']):.0f} MB/s"
+    )
+
+
+def _measure(transport: Transport, j: int) -> tuple[float, float]:
+    """(round trip in ms of 8 bytes, MB/s of LARGE_BYTES) between this client and client j."""
+    small, large = _fastest(transport, j, 8), _fastest(transport, j, LARGE_BYTES)
+    return round(1e3 * small, 4), round(2 * LARGE_BYTES / large / 1e6, 1)
+
+
+def _fastest(transport: Transport, j: int, size: int) -> float:
+    """Seconds of the fastest round trip of a message of `size` bytes; the client with the lower number begins."""
+    sent = torch.arange(size, dtype=torch.int64).add_(min(transport.client, j)).to(torch.uint8)
+    received = torch.empty_like(sent)
+    seconds = []
+    for _ in range(1 + _ROUND_TRIPS):
+        started = time.perf_counter()
+        for sends in (transport.client < j, transport.client > j):
+            to, sources = ([j], {}) if sends else ([], {j: received})
+            transport.exchange(sent, to, sources, PROBE_TAG).wait()
+        seconds.append(time.perf_counter() - started)
+        if not torch.equal(sent, received):
+            raise MessageError(f"client {j} sent another message than it should", where=f"client {transport.client}")
+    return min(seconds[1:])
