@@ -132,16 +132,17 @@ def test_bfloat16_and_parameters_offloaded_to_the_cpu(config, tmp_path):
 
 
 def test_random_weights_do_not_depend_on_the_number_of_ranks(config, tmp_path):
-    for ranks in (2, 4):
-        overrides = ["model.init=random", "optimizer.lr=0", f"run.output={tmp_path / str(ranks)}"]
-        finished = launch("mpirun", ranks, ["--config", str(config), *overrides])
+    for launcher, ranks, clients in (("python", 1, 1), ("mpirun", 4, 2)):
+        overrides = ["model.init=random", "optimizer.lr=0", f"cluster.clients={clients}"]
+        overrides += [f"run.output={tmp_path / launcher}"]
+        finished = launch(launcher, ranks, ["--config", str(config), *overrides])
         assert finished.code == 0, finished.output[-4000:]
-    two, four = (ShardedModel(tmp_path / str(ranks) / "model") for ranks in (2, 4))
-    for name in two.names:
-        assert torch.equal(two.read(name, 0), two.read(name, 1)), "clients start from different weights"
-        assert torch.equal(two.read(name, 0), four.read(name, 1))
+    alone, four = (ShardedModel(tmp_path / launcher / "model") for launcher in ("python", "mpirun"))
+    for name in four.names:
+        assert torch.equal(four.read(name, 0), four.read(name, 1)), "clients start from different weights"
+        assert torch.equal(alone.read(name, 0), four.read(name, 1))
         if "norm" not in name:
-            assert two.read(name, 0).std() > 0
+            assert alone.read(name, 0).std() > 0
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
@@ -235,10 +236,12 @@ def test_a_rank_that_hangs_is_named_with_phase_and_step(config, tmp_path):
     assert finished.output.count("no progress for") == 1
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
-def test_a_killed_rank_ends_the_job_and_no_process_stays(config, tmp_path, launcher):
+@pytest.mark.parametrize(("launcher", "count"), [("deepspeed", 4), ("mpirun", 2)])
+def test_a_killed_rank_ends_the_job_and_no_process_stays(config, tmp_path, launcher, count):
     long = ["--config", str(config), "algorithm.inner_steps=100000", "evaluation.every=0", "logging.progress=false"]
-    start = ["--num_accelerators", "4", "--master_port", "29653"] if launcher == "deepspeed" else ["-n", "4"]
+    start = (
+        ["--num_accelerators", str(count), "--master_port", "29653"] if launcher == "deepspeed" else ["-n", str(count)]
+    )
     script = [str(REPOSITORY / "launchers/train.py")]
     command = [str(BIN / launcher), *start, *([sys.executable] if launcher == "mpirun" else []), *script, *long]
     environment = os.environ | {
@@ -254,8 +257,8 @@ def test_a_killed_rank_ends_the_job_and_no_process_stays(config, tmp_path, launc
         _wait(lambda: metrics.exists() and '"step": 3' in metrics.read_text(), 120, log)
         # python [-u] train.py, not the launcher, which has the script among its later arguments
         ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if script[0] in p.cmdline()[:3]]
-        assert len(ranks) == 4
-        ranks[3].kill()
+        assert len(ranks) == count
+        ranks[-1].kill()
         assert job.wait(timeout=60) != 0
         _wait(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks), 30, log)
     finally:
