@@ -7,7 +7,8 @@ python examples/ablation/report.py --no-plots  tables only; needs no matplotlib
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ablation import RESULTS, finished, load_studies
@@ -15,9 +16,13 @@ from summary import (
     Interval,
     Measure,
     Row,
+    Run,
+    Studies,
+    agreeing,
     clients_loss,
     clients_mean,
     difference,
+    differences,
     gap_closed,
     mean_model,
     pairs_without_signal,
@@ -30,14 +35,22 @@ HEAD = """# The ablation's tables
 
 made this file from runs.jsonl; what the studies are is in examples/ablation/studies.yaml. Losses are nats per target
 token on the common evaluation set, after the last step: the mean over the clients, and that of the mean model. Every
-row has its own best learning rate, found on seed 0 by the clients' loss; seed 0 is one of the reported seeds. +- is the
-half-width of a 95 % interval over the seeds (Student's t; three seeds, so it is wide). "against the first" is the row
-minus the first one, seed by seed, with the same data and order; bold where the interval excludes 0. No correction is
-made for the number of comparisons: of twenty true zeros, one would be bold. A learning rate with a * is the smallest or
-the largest that was tried, after extensions of the grid: the row could be better yet. Contraction is what an averaging
-leaves of the clients' disagreement; the bound is 1 - spectral gap (of one-peer exponential: of a period's averagings,
-which make an exact mean together).
+row has its own best learning rate, found on seed 0 by the clients' loss; seed 0 is one of the reported seeds, and the
+set is the reported one. +- is the half-width of a 95 % interval over the seeds (Student's t; three seeds, so it is
+wide). "against the first" is the row minus the first one, seed by seed: the same common set, graph and (but where the
+study changes alpha) split of the data; bold where the interval excludes 0. "same sign" counts the seeds whose
+difference has the sign of the mean difference. No correction is made for the number of comparisons: of twenty true
+zeros, one would be bold. A learning rate with a * is the smallest or the largest that was tried, after extensions of
+the grid: the row could be better yet.
+
+A seed draws its own Erdos-Renyi graph, so MB sent and contraction are means over the seeds. Contraction is what an
+averaging leaves of the clients' disagreement; the bound is 1 - spectral gap, for graphs that stay the same (a period
+of one-peer exponential makes an exact mean, its single averagings have no such bound). The share of the gap closed is
+(local - x) / (local - central), local: "adamw, alone", central: "adamw, all data", for block-wise methods too.
 """
+
+
+ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
 
 
 def main() -> None:
@@ -45,25 +58,41 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-plots", action="store_true")
     arguments = parser.parse_args()
-    studies = list(summarize(load_studies(), finished(arguments.results / "runs.jsonl")))
-    (arguments.results / "tables.md").write_text(tables(studies))
+    runs = finished(arguments.results / "runs.jsonl")
+    studies = list(summarize(load_studies(), runs))
+    (arguments.results / "tables.md").write_text(tables(studies, runs))
     if not arguments.no_plots:
         from plots import draw
 
         draw(studies, arguments.results)
 
 
-def tables(studies: Sequence[tuple[str, str, list[Row]]]) -> str:
-    """All tables as Markdown."""
-    runs = {run["key"]: run["cpu_seconds"] for _, _, rows in studies for row in rows for run in row.runs}
-    parts = [HEAD, f"{len(runs)} runs at the tuned learning rates took {sum(runs.values()) / 3600:.1f} CPU hours.\n"]
-    parts.append(_signal_table(studies))
+def tables(studies: Studies, runs: Mapping[str, Run]) -> str:
+    """All tables as Markdown. runs: everything on record, by key; what no row asks for any more counts as cost only."""
+    reported = {run["key"] for _, _, rows in studies for row in rows for run in row.runs}
+    hours = sum(run["cpu_seconds"] for run in runs.values()) / 3600
+    cost = f"{len(runs)} runs took {hours:.1f} CPU hours; {len(reported)} of them are reported, the others tuned.\n"
+    parts = [HEAD, cost, _ordering_table(studies), _signal_table(studies)]
     for study, dataset, rows in studies:
         parts.append(f"## {study}, {dataset}\n\n" + _table(rows))
     return "\n".join(parts)
 
 
-def _signal_table(studies: Sequence[tuple[str, str, list[Row]]]) -> str:
+def _ordering_table(studies: Studies) -> str:
+    """The paper's ordering, where all three have run: the loss that each step down the ordering adds."""
+    lines = ["## The paper's ordering: DECA, no BMA, trivial BMA", ""]
+    lines += ["| study | data | no BMA minus DECA | trivial minus no BMA | trivial minus DECA |", "|---" * 5 + "|"]
+    for study, dataset, rows in studies:
+        named = {row.name: row for row in rows if row.runs}
+        if not named.keys() >= set(ORDERING):
+            continue
+        deca, without, trivial = (named[name] for name in ORDERING)
+        steps = (_difference(without, deca), _difference(trivial, without), _difference(trivial, deca))
+        lines.append(f"| {study} | {dataset} | {' | '.join(steps)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _signal_table(studies: Studies) -> str:
     """DECA's default signal against none, in every setting that has both."""
     lines = ["## The signal: gossip-adam minus deca (descent), in every setting that has both", ""]
     lines += [
@@ -71,13 +100,9 @@ def _signal_table(studies: Sequence[tuple[str, str, list[Row]]]) -> str:
         "|---" * 6 + "|",
     ]
     for study, dataset, deca, without in pairs_without_signal(studies):
-        values = zip(without.values(clients_loss), deca.values(clients_loss), strict=True)
-        lower = sum(a > b for a, b in values)
-        scores = (
-            _difference(without, deca),
-            f"{lower} of {len(deca.runs)}",
-            _difference(without, deca, mean_model("loss")),
-        )
+        values = differences(without, deca)
+        lower = f"{sum(value > 0 for value in values)} of {len(values)}" if any(values) else "the same bits"
+        scores = (_difference(without, deca), lower, _difference(without, deca, mean_model("loss")))
         lines.append(f"| {study} | {dataset} | {deca.name} | {' | '.join(scores)} |")
     return "\n".join(lines) + "\n"
 
@@ -86,32 +111,40 @@ def _table(rows: Sequence[Row]) -> str:
     scored = any(row.values(clients_mean("accuracy")) for row in rows)
     closes = any(gap_closed(row, rows, clients_loss) for row in rows)
     columns = ["", "lr", "steps", "samples a client", "MB sent a client", "clients' loss", "against the first"]
+    columns += ["same sign"]
     columns += ["mean model", "consensus distance", "contraction: bound, measured"]
     columns += ["clients' accuracy, %", "macro-F1, %", "mean model's accuracy, %"] if scored else []
     columns += ["share of the gap closed: loss"] + (["accuracy"] if scored else []) if closes else []
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for row in rows:
-        cells = _cells(row, rows, scored, closes) if row.runs else ["not run"]
+        unfinished = "not finished" if row.tried else "not run"
+        cells = _cells(row, rows, scored, closes) if row.runs else [unfinished]
         cells += [""] * (len(columns) - 1 - len(cells))
         lines.append(f"| {' | '.join([row.name, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: Row, rows: Sequence[Row], scored: bool, closes: bool) -> list[str]:
-    first = row.runs[0]
-    if not all(run["loss"] is not None for run in row.runs):
-        return [f"{row.lr:g}", "diverged at every learning rate"]
-    samples = first["steps"] * row.variant.keys["data.batch_size"]
-    gossips = first["contraction"] is not None and first["bytes_sent_by_a_client"] > 0
+    if row.diverged:
+        at = (
+            "every learning rate" if math.isinf(min(row.tried.values())) else f"{row.diverged} of {len(row.runs)} seeds"
+        )
+        return [f"{row.lr:g}", f"diverged at {at}"]
+    steps, sent, contraction = row.runs[0]["steps"], row.average("bytes_sent_by_a_client"), row.average("contraction")
+    changes = differences(row, rows[0]) if row is not rows[0] else []
     cells = [
         f"{row.lr:g}" + ("*" if row.at_the_end else ""),
-        str(first["steps"]),
-        str(samples),
-        f"{first['bytes_sent_by_a_client'] / 1e6:.0f}",
+        str(steps),
+        str(steps * row.variant.keys["data.batch_size"]),
+        f"{sent / 1e6:.0f}",
+        _shown(row.interval(clients_loss)),
+        _difference(row, rows[0]),
+        f"{agreeing(changes)} of {len(changes)}" if any(changes) else "the same bits" if changes else "",
+        _shown(row.interval(mean_model("loss"))),
+        _shown(row.interval(lambda run: run["consensus_distance"]), digits=2),
     ]
-    cells += [_shown(row.interval(clients_loss)), _difference(row, rows[0]), _shown(row.interval(mean_model("loss")))]
-    cells += [_shown(row.interval(lambda run: run["consensus_distance"]), digits=2)]
-    cells += [f"{1 - first['spectral_gap']:.3f}, {first['contraction']:.3f}" if gossips else ""]
+    bound = "-" if row.bound is None else f"{row.bound:.3f}"
+    cells += [f"{bound}, {contraction:.3f}" if contraction is not None and sent else ""]
     if scored:
         for measure in (clients_mean("accuracy"), clients_mean("macro_f1"), mean_model("accuracy")):
             cells.append(_shown(row.interval(measure), digits=1, scale=100))

@@ -14,6 +14,7 @@ from scipy import stats
 Run = Mapping[str, Any]
 Measure = Callable[[Run], float | None]
 
+TIME_VARYING = ("one_peer_exponential",)  # gossip.graph
 LOCAL, CENTRAL = "adamw, alone", "adamw, all data"  # the brackets of a study, where it has both
 
 
@@ -63,15 +64,36 @@ class Row:
         """One value per seed, of the runs that have it."""
         return [value for run in self.runs if (value := measure(run)) is not None]
 
+    @property
+    def diverged(self) -> int:
+        """Number of seeds whose run diverged at the tuned learning rate."""
+        return sum(map(math.isinf, self.values(clients_loss)))
+
+    def average(self, key: str) -> float | None:
+        """Mean over the seeds of a number of the records: a seed draws its own Erdos-Renyi graph, so traffic and
+        spectral gap are not the same at every seed. None where a run has no such number."""
+        values = [run[key] for run in self.runs]
+        return fmean(values) if values and None not in values else None
+
+    @property
+    def bound(self) -> float | None:
+        """The factor that an averaging shrinks the distance to the mean by at worst: 1 - spectral gap. None for graphs
+        that change from one averaging to the next: their gap is of a whole period."""
+        gap = self.average("spectral_gap")
+        return None if gap is None or self.variant.keys.get("gossip.graph") in TIME_VARYING else 1 - gap
+
     def interval(self, measure: Measure) -> Interval | None:
         """None where the row did not run, or has no such value."""
         values = self.values(measure)
         return Interval.of(values) if values else None
 
 
+Studies = Sequence[tuple[str, str, list[Row]]]  # (study, data set, rows)
+
+
 def clients_loss(run: Run) -> float:
     """Mean over the clients of the loss on the common set; infinite for a run that diverged."""
-    return math.inf if run["loss"] is None else run["loss"]
+    return run["loss"] if run["loss"] is not None and math.isfinite(run["loss"]) else math.inf
 
 
 def mean_model(key: str) -> Measure:
@@ -108,16 +130,27 @@ def _row(variant: Variant, tune: Mapping[str, Any], runs: Mapping[str, Run]) -> 
     return Row(variant, best, tuple(found for found in at_best if found is not None), tried)
 
 
-def difference(row: Row, reference: Row, measure: Measure = clients_loss) -> Interval | None:
-    """Row minus reference, seed by seed: the same seed is the same split of the data and the same order."""
+def differences(row: Row, reference: Row, measure: Measure = clients_loss) -> list[float]:
+    """Row minus reference, seed by seed; the graph and the common set are those of the seed. Empty where one did not
+    run, or diverged."""
     if not row.runs or not reference.runs:
-        return None
-    pairs = zip(row.values(measure), reference.values(measure), strict=True)
-    values = [a - b for a, b in pairs]
-    return Interval.of(values) if all(map(math.isfinite, values)) else None
+        return []
+    values = [a - b for a, b in zip(row.values(measure), reference.values(measure), strict=True)]
+    return values if all(map(math.isfinite, values)) else []
 
 
-def pairs_without_signal(studies: Sequence[tuple[str, str, list[Row]]]) -> Iterator[tuple[str, str, Row, Row]]:
+def difference(row: Row, reference: Row, measure: Measure = clients_loss) -> Interval | None:
+    """The interval of `differences`; None where there are none."""
+    values = differences(row, reference, measure)
+    return Interval.of(values) if values else None
+
+
+def agreeing(values: Sequence[float]) -> int:
+    """How many values have the sign of their mean."""
+    return sum(value * fmean(values) > 0 for value in values)
+
+
+def pairs_without_signal(studies: Studies) -> Iterator[tuple[str, str, Row, Row]]:
     """(study, data set, deca, gossip-adam) of all settings that ran with both; a setting of several studies comes once.
 
     The one's keys are the other's with another method, so that the signal is all that differs.
