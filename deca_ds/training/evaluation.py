@@ -105,7 +105,7 @@ def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> d
     from sklearn.metrics import accuracy_score, f1_score, recall_score  # a second to import, for classification only
 
     columns = dataset.with_format("numpy")
-    example, candidate, label = (np.asarray(columns[name]) for name in ("example", "candidate", "label"))
+    example, candidate, label = (np.asarray(columns[name][:]) for name in ("example", "candidate", "label"))
     scores = np.full((example.max() + 1, len(label_names)), -np.inf)
     scores[example, candidate] = -losses
     truth = np.zeros(len(scores), dtype=int)
