@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--faults-per-run", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what cleans up
     draw, console, done, wrong = random.Random(arguments.seed), Console(), [], []
     kinds = [kind for kind in FAULTS if kind != "disk" or os.geteuid() == 0]
     target = REPOSITORY / "benchmarks" / "results" / "faults.json"
