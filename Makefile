@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test faults lint clean
 
 install: $(VENV)/installed
 
@@ -19,7 +19,12 @@ demo: install
 	$(BIN)/python examples/demo/demo.py --runs $(RUNS)
 
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
+
+# hours for all 200; FAULTS=10 for a look
+FAULTS ?= 200
+faults: install
+	$(BIN)/python benchmarks/faults.py --faults $(FAULTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ class Coefficients:
     eps: float = 1e-8
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
+    clip_radius: float | None = None
 
 
 def signal_of(c: Coefficients, theta, half, mixed, lr: float) -> np.ndarray | None:
@@ -44,6 +45,18 @@ def signal_of(c: Coefficients, theta, half, mixed, lr: float) -> np.ndarray | No
     if c.signal == "quasi_global":
         return (theta - mixed) / lr
     return (theta - mixed) / (np.linalg.norm(theta - mixed) + c.eps)
+
+
+def average(w: np.ndarray, x: np.ndarray, radius: float | None) -> np.ndarray:
+    """W x, or ClippedGossip (arXiv 2202.01545) to the letter. x: [n, numel]."""
+    if radius is None:
+        return w @ x
+    mixed = np.zeros_like(x)
+    for i, own in enumerate(x):
+        for weight, other in zip(w[i], x, strict=True):
+            norm = np.sqrt(((other - own) ** 2).sum())
+            mixed[i] += weight * (own + (min(1.0, radius / norm) if norm > 0 else 1.0) * (other - own))
+    return mixed
 
 
 def activation(
@@ -77,7 +90,7 @@ def activation(
             k.half = k.x - lr * (m_hat / (np.sqrt(v_hat) + c.eps) + decay * k.x)
         gossips = (r + 1) % every == 0 or r == steps - 1
         w = next(matrices) if gossips else np.eye(n)
-        mixed = w @ np.stack([k.half for k in clients])
+        mixed = average(w, np.stack([k.half for k in clients]), c.clip_radius)
         tracked = w @ np.stack([k.s for k in clients])
         for i, k in enumerate(clients):
             before, k.s = k.x, tracked[i]

@@ -106,8 +106,12 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}", where="deepspeed") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
     if not isinstance(read, dict) or not isinstance(read.get("zero_optimization", {}), dict):
-        raise ConfigError("a DeepSpeed configuration is a JSON object", where=str(path))
+        raise ConfigError(
+            "a DeepSpeed configuration is a JSON object, and so is its zero_optimization", where=str(path)
+        )
     zero = read.get("zero_optimization", {})
     if zero.get("stage", 3) != 3:
         raise ConfigError(f"zero_optimization.stage = {zero['stage']}", where=str(path), fix="every client is ZeRO-3")
@@ -116,6 +120,8 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         if name in (read.get(section, {}) if section else read):
             raise ConfigError(f"{key} cannot be set here", where=str(path), fix=f"take it out: {reason}")
     offload = zero.get("offload_param") or {}
+    if not isinstance(offload, dict):
+        raise ConfigError(f"zero_optimization.offload_param = {offload!r} is no JSON object", where=str(path))
     if offload.get("device", "none") not in ("none", "cpu"):
         raise ConfigError(
             f"zero_optimization.offload_param.device = {offload['device']!r}",

@@ -69,7 +69,7 @@ def _read_yaml(path: Path) -> DictConfig:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
-    except (OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"cannot read the configuration: {error}", where=str(path)) from error
     if not isinstance(read, DictConfig):
         raise ConfigError("the file must hold keys and values, like 'model: {path: ...}'", where=str(path))

@@ -113,7 +113,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not content.strip():
         return
     try:
-        read = json.loads(content.decode("utf-8-sig"))
+        read = _parse_json(content.decode("utf-8-sig"), str(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines are often named .json
             yield from _read_json_lines(path)
@@ -136,10 +136,19 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = _parse_json(line.decode("utf-8-sig"), place)
             except json.JSONDecodeError as error:
                 raise DataError(f"not valid JSON: {error.msg}", where=f"{place}, column {error.colno}") from error
             yield _json_row(row, place)
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise  # the caller knows how to count lines
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"JSON that cannot be read: {error}", where=place) from error
 
 
 def _json_row(row: Any, place: str) -> tuple[str, dict[str, Any]]:

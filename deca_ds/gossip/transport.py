@@ -23,7 +23,7 @@ from deca_ds.errors import GossipError, MessageError
 # on every transport, so a tag that comes round again is harmless. Tags let an error name what was waited for.
 _CHUNK_TAGS = 4096
 _STEP_TAGS = 7
-REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG, HEADER_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(5))
+REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(4))
 REDUCE_PIECE = 2**22  # elements that all_reduce_sum works on at a time; bounds its buffers
 MAX_JSON_BYTES = 2**28
 

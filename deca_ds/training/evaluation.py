@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch import Tensor
 
 from deca_ds.cluster import Cluster
@@ -123,8 +122,10 @@ def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> d
     losses, counts = totals.numpy().T
     if "candidate" not in dataset.column_names:
         return _language_scores(losses, counts)
+    from sklearn.metrics import accuracy_score, f1_score, recall_score  # a second to import, for classification only
+
     columns = dataset.with_format("numpy")
-    example, candidate, label = (np.asarray(columns[name]) for name in ("example", "candidate", "label"))
+    example, candidate, label = (np.asarray(columns[name][:]) for name in ("example", "candidate", "label"))
     scores = np.full((example.max() + 1, len(label_names)), -np.inf)
     scores[example, candidate] = -losses
     truth = np.zeros(len(scores), dtype=int)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deca_ds.cluster import Cluster
 from deca_ds.config.schema import LoggingConfig
-from deca_ds.errors import ConfigError
+from deca_ds.errors import CheckpointError, ConfigError
 
 
 class JsonLines:
@@ -30,8 +30,16 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one line, at once. Raises CheckpointError where it cannot be written, as on a full disk."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the metrics: {error.strerror or error}",
+                where=self._file.name,
+                fix="make room and go on with run.resume=require, if there is a checkpoint",
+            ) from error
 
     def close(self) -> None:
         self._file.close()

@@ -11,10 +11,13 @@ from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
-from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
 from deca_ds.training.tables import block_table, data_table
+
+_USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
 
 def print_plan(config: Config, world_size: int | None = None) -> None:
@@ -36,7 +39,16 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     add_adapters(config, model)
     plan = find_blocks(config, model)
     console.print(block_table(plan, ranks or 1, build_rule(config).bytes_per_parameter))
-    console.print(f"gossip: {mixing.summary()}")
+    console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
+    scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
+    for warning in slow_mixing(
+        mixing,
+        inner_steps=config.algorithm.inner_steps,
+        gossip_every=config.gossip.every,
+        lr=config.optimizer.lr,
+        weight_scale=scale,
+    ):
+        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     if config.data.per_client:
         console.print("data: one path per client; each client's ranks open their own only")
     else:
@@ -56,3 +68,10 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
         )
     else:
         console.print(f"launch: {world_size} ranks = {clients} clients x {ranks} ranks")
+
+
+def _agreement(mixing: MixingSchedule) -> str:
+    needed = averagings_to_agree(mixing)
+    if needed == float("inf"):
+        return "clients never agree"
+    return f"a disagreement shrinks by 2.7 in {needed:.3g} averaging{'s' if needed != 1 else ''} at most"

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "ablation"
-MAX_EXTENSIONS = 3  # of the grid, each by a factor of 2
+MAX_EXTENSIONS = 5  # of the grid, each by a factor of 2
 
 Keys = dict[str, Any]
 

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from dense_reference import average
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
-from deca_ds.errors import GossipError
+from deca_ds.errors import ConfigError, GossipError
 from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.local import LocalNetwork
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.simulation.simulate import Simulation
+from deca_ds.training.method import check_method
 
 CLIENTS, NUMEL, CHUNK_MIB = 4, 1000, 0.001
-
-
-def reference(x: np.ndarray, w: np.ndarray, radius: float) -> np.ndarray:
-    """ClippedGossip (arXiv 2202.01545), to the letter. x: [n, numel] float64."""
-    mixed = np.zeros_like(x)
-    for i in range(len(x)):
-        for j in range(len(x)):
-            z = x[j] - x[i]
-            norm = np.sqrt((z**2).sum())
-            mixed[i] += w[i, j] * (x[i] + (min(1.0, radius / norm) if norm > 0 else 1.0) * z)
-    return mixed
 
 
 def clipped(x: torch.Tensor, graph: str, radius: float | None, steps: int = 3) -> torch.Tensor:
@@ -59,7 +53,7 @@ def test_clipped_gossip_is_the_papers_equation(graph, radius):
     x[2] *= 30  # far from the others
     schedule, expected = build_mixing(GossipConfig(graph=graph), CLIENTS, seed=4), x.double().numpy()
     for t in range(3):
-        expected = reference(expected, schedule.matrix(t), radius)
+        expected = average(schedule.matrix(t), expected, radius)
     np.testing.assert_allclose(clipped(x, graph, radius).numpy(), expected, atol=2e-4)
 
 
@@ -117,3 +111,19 @@ def test_a_poisoned_message_is_refused_by_name_before_anything_is_averaged(radiu
     assert "1 of 50 values of client 1 are not finite (averaging 3)" in caught.value.what
     assert caught.value.where == "client 0, gossip, step 412, block layers 0-1"
     assert torch.equal(own, torch.arange(50.0)) and torch.equal(mixed, torch.full((50,), -1.0))
+
+
+def test_only_methods_that_send_parameters_alone_can_clip():
+    check_method(load_config(None, ["model.path=x", "gossip.clip_radius=1"]))
+    with pytest.raises(ConfigError, match=r"gt-adam sends grad and tracker, for which one gossip\.clip_radius"):
+        check_method(load_config(None, ["model.path=x", "gossip.clip_radius=1", "algorithm.method=gt-adam"]))
+    with pytest.raises(ConfigError, match=r"gossip\.clip_radius = 0"):
+        load_config(None, ["model.path=x", "gossip.clip_radius=0"])
+
+
+def test_the_simulation_clips_alike():
+    x = torch.randn(CLIENTS, NUMEL, generator=torch.Generator().manual_seed(5))
+    mixing = build_mixing(GossipConfig(graph="one_peer_exponential"), CLIENTS, seed=4)
+    simulation = SimpleNamespace(mixing=mixing, config=SimpleNamespace(gossip=SimpleNamespace(clip_radius=20.0)))
+    mixed = Simulation._weights(simulation, 0, x) @ x
+    np.testing.assert_allclose(mixed.numpy(), clipped(x, "one_peer_exponential", 20.0, steps=1).numpy(), atol=1e-5)

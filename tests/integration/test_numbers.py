@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -115,6 +116,7 @@ CASES = {
         ({"algorithm.method": "gossip-adam", **WHOLE}, "star", 1),
         ({"algorithm.method": "qg-adam", **SMOOTH}, "star", 2),
         ({"algorithm.method": "gt-adam"}, "star", 1),
+        ({"gossip.clip_radius": 0.03}, "one_peer_exponential", 1),
     ],
     ("deepspeed", 1): [
         ({"algorithm.signal": "descent"}, "star", 2),
@@ -144,6 +146,7 @@ def test_clients_equal_the_dense_reference(overrides, tmp_path, layout):
         start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
         a = config.algorithm
         coefficients = Coefficients(a.method, a.signal, a.a1, a.a2, a.b1, a.b2, a.eps, a.outer_lr, a.outer_momentum)
+        coefficients = replace(coefficients, clip_radius=config.gossip.clip_radius)
         matrices = MATRICES.get(graph, [np.eye(3)])
         expected = dense_train(
             coefficients, model, blocks, batches, matrices, rounds=2, inner_steps=3, every=every, lr=0.003, decay=0.1,
@@ -161,6 +164,7 @@ SIMULATED = [
     ({"algorithm.signal": "quasi_global_norm"}, "star", 2),
     ({"algorithm.method": "gt-adam"}, "one_peer_exponential", 1),
     ({"algorithm.method": "diloco", **WHOLE}, "complete", 3),
+    ({"gossip.clip_radius": 0.03}, "star", 1),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -81,13 +82,17 @@ def test_clients_with_and_without_a_neighbour_at_a_step(keys, tmp_path):
 def test_the_command_writes_what_happened(keys, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("{}")
-    assert main(["simulate", "--config", str(config), *keys, "cluster.clients=3"]) == 0
+    assert main(["simulate", "--config", str(config), *keys, "cluster.clients=5"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "simulation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 17))
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 16]
-    assert all(len(line["loss"]) == 3 for line in lines if line["kind"] == "step")
-    printed = capsys.readouterr().out
-    assert "16 inner steps of 3 clients" in printed and "spectral gap" in printed
+    assert all(len(line["loss"]) == 5 for line in lines if line["kind"] == "step")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "16 inner steps of 5 clients" in printed and "spectral gap" in printed
+    measured, bound = map(
+        float, re.search(r"disagreement to (\S+) of it; the graph's bound is (\S+)", printed).groups()
+    )
+    assert measured <= bound + 0.001
     assert main(["simulate", "--config", str(config), *keys]) == 2
     assert "already used" in capsys.readouterr().err
 

@@ -1,0 +1,67 @@
+"""How fast a graph averages, by theory: what a plan can say about consensus before anything runs.
+
+rho = 1 - spectral gap is the factor by which one averaging shrinks the clients' distance to their mean, at least; see
+weights.spectral_gap.
+"""
+
+from __future__ import annotations
+
+import math
+
+from deca_ds.gossip.schedule import MixingSchedule
+
+# Of the standard deviation of freshly drawn weights: a disagreement as large as this is no small perturbation.
+LARGE_DISAGREEMENT = 0.5
+
+
+def averagings_to_agree(mixing: MixingSchedule) -> float:
+    """Averagings after which a disagreement is smaller by a factor of e = 2.718, or more: -1 / ln(1 - gap).
+
+    At least one period of the schedule; infinite for gap 0.
+    """
+    gap = mixing.spectral_gap
+    if gap <= 0:
+        return math.inf
+    return max(float(mixing.period), 0.0 if gap >= 1 else -1.0 / math.log1p(-gap))
+
+
+def predicted_disagreement(gap: float, lr: float, local_steps: int) -> float:
+    """How far apart a weight of different clients stays, per coordinate: e* = rho s lr / (1 - rho).
+
+    Adam moves a coordinate by about lr at most (Kingma and Ba, arXiv 1412.6980, section 2.1), so that s local steps and
+    an averaging take a disagreement e to at most rho (e + s lr), of which e* is the fixed point. The same balance of
+    drift and spectral gap bounds the consensus distance of local SGD (Koloskova et al., arXiv 2003.10422). An upper
+    estimate: clients that move the same way disagree less. Infinite for gap 0.
+    """
+    return math.inf if gap <= 0 else (1 - gap) * local_steps * lr / gap
+
+
+def slow_mixing(
+    mixing: MixingSchedule, *, inner_steps: int, gossip_every: int, lr: float, weight_scale: float
+) -> list[str]:
+    """Warnings, whole sentences, where the graph mixes too slowly for R = inner_steps or for lr; empty if it does not.
+
+    weight_scale: standard deviation of the model's freshly drawn weights. Clients that do not gossip are not warned of:
+    that is what was asked for.
+    """
+    gap = mixing.spectral_gap
+    if mixing.messages == 0:
+        return []
+    found = []
+    averagings = math.ceil(inner_steps / gossip_every)
+    needed = averagings_to_agree(mixing)
+    if needed > averagings:
+        found.append(
+            f"the graph mixes slowly for R: a block is averaged {averagings} time{'s' if averagings > 1 else ''} while "
+            f"it is active, and about {needed:.3g} averagings shrink a disagreement by 2.7. What a client learns in a "
+            "block has not reached all clients when the next block begins. A graph with a larger spectral gap "
+            "(gossip.graph=exponential), more algorithm.inner_steps or a smaller gossip.every helps"
+        )
+    apart = predicted_disagreement(gap, lr, gossip_every)
+    if apart > LARGE_DISAGREEMENT * weight_scale:
+        found.append(
+            f"the graph mixes slowly for this learning rate: weights of different clients may stay {apart:.2g} apart, "
+            f"which is {apart / weight_scale:.2g} times the standard deviation of fresh weights ({weight_scale:g}). "
+            "A graph with a larger spectral gap, a smaller optimizer.lr or a smaller gossip.every helps"
+        )
+    return found

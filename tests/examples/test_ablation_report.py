@@ -1,0 +1,187 @@
+"""The ablation's tables follow from its raw runs, and its statistics are right."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+from jobs import REPOSITORY
+
+FOLDER = REPOSITORY / "examples" / "ablation"
+RESULTS = REPOSITORY / "benchmarks" / "ablation"
+BASE = {"data.batch_size": 4}
+VARIANTS = {
+    "first": {},
+    "second": {"x": 1},
+    "adamw, alone": {"x": 2},
+    "adamw, all data": {"x": 3},
+    "later": {"x": 4},
+    "lost": {"x": 5},
+    "half lost": {"x": 6},
+    "never": {"x": 7},
+}
+STUDIES = {
+    "tune": {"key": "lr", "grid": [1.0, 2.0, 4.0], "tuning_seed": 0, "seeds": [0, 1, 2]},
+    "base": BASE,
+    "datasets": {"news": {}},
+    "studies": {"methods": {"datasets": ["news"], "variants": VARIANTS}},
+}
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def rows():
+    """Losses 0.3, 0.4, 0.5 of the first variant at its best rate 2; the others are apart from it as below."""
+    from ablation import run_key
+    from summary import summarize
+
+    runs = {}
+
+    def add(keys, lr, seed, loss):
+        score = {"loss": loss, "accuracy": None if loss is None else 1 - loss, "macro_f1": 0.5}
+        record = {"loss": loss, "clients": [score, score], "mean": score, "consensus_distance": 0.1, "steps": 10}
+        record |= {"contraction": 0.4 - 0.1 * seed, "spectral_gap": 0.5 + 0.1 * seed, "cpu_seconds": 36.0}
+        record["bytes_sent_by_a_client"] = 3e6 * (1 + seed)
+        key = run_key(BASE | keys | {"lr": lr, "run.seed": seed})
+        runs[key] = record | {"key": key}
+
+    shifts = {"first": (0, 0, 0), "second": (0.1, 0.2, 0.3), "adamw, alone": (0.6,) * 3, "adamw, all data": (-0.2,) * 3}
+    for name, shift in shifts.items():
+        for seed in range(3):
+            add(VARIANTS[name], 2.0, seed, 0.3 + 0.1 * seed + shift[seed])
+        add(VARIANTS[name], 1.0, 0, 2.0)
+        add(VARIANTS[name], 4.0, 0, None)
+    add(VARIANTS["later"], 1.0, 0, 0.1)
+    for seed in range(3):
+        add(VARIANTS["lost"], 1.0, seed, None)
+        add(VARIANTS["half lost"], 1.0, seed, math.nan if seed == 2 else 0.4)
+    ((_, _, found),) = summarize(STUDIES, runs)
+    return {row.name: row for row in found}
+
+
+def test_the_best_learning_rate_is_of_the_tuning_seed(rows):
+    assert rows["first"].lr == 2.0 and not rows["first"].at_the_end
+    assert rows["first"].tried == {1.0: 2.0, 2.0: 0.3, 4.0: math.inf}
+    assert rows["later"].lr is None and not rows["later"].runs, "two of its seeds have not run"
+
+
+def test_means_and_intervals(rows):
+    from summary import clients_loss, clients_mean, difference, gap_closed
+
+    loss = rows["first"].interval(clients_loss)
+    half = 4.302652729911275 * 0.1 / math.sqrt(3)  # t of two degrees of freedom; the standard deviation is 0.1
+    assert loss.mean == pytest.approx(0.4) and loss.half == pytest.approx(half)
+    assert rows["first"].interval(clients_mean("accuracy")).mean == pytest.approx(0.6)
+    apart = difference(rows["second"], rows["first"])
+    assert apart.mean == pytest.approx(0.2) and apart.half == pytest.approx(half) and not apart.excludes_zero
+    apart = difference(rows["adamw, alone"], rows["first"])
+    assert apart.mean == pytest.approx(0.6) and apart.half == pytest.approx(0, abs=1e-9) and apart.excludes_zero
+    assert difference(rows["later"], rows["first"]) is None
+    closed = gap_closed(rows["second"], list(rows.values()), clients_loss)
+    assert closed.mean == pytest.approx((0.5 + 0.4 + 0.3) / 0.8 / 3)
+    assert gap_closed(rows["adamw, alone"], list(rows.values()), clients_loss).mean == 0
+    assert gap_closed(rows["second"], [rows["first"], rows["second"]], clients_loss) is None
+
+
+def test_what_depends_on_the_seeds_graph_is_a_mean_over_the_seeds(rows):
+    from dataclasses import replace
+
+    row = rows["first"]
+    assert row.average("bytes_sent_by_a_client") == pytest.approx(6e6)
+    assert row.bound == pytest.approx(1 - 0.6), "of spectral gaps 0.5, 0.6 and 0.7"
+    changing = replace(row.variant, keys=row.variant.keys | {"gossip.graph": "one_peer_exponential"})
+    assert replace(row, variant=changing).bound is None, "its gap is of a period, not of an averaging"
+
+
+def test_signs_that_agree(rows):
+    from summary import agreeing, differences
+
+    assert differences(rows["second"], rows["first"]) == pytest.approx([0.1, 0.2, 0.3])
+    assert differences(rows["half lost"], rows["first"]) == [] == differences(rows["never"], rows["first"])
+    assert agreeing([0.1, -0.2, 0.3]) == 2 and agreeing([-0.1, -0.2, 0.1]) == 2 and agreeing([0.0, 0.0]) == 0
+
+
+def test_settings_with_and_without_a_signal_are_found_by_their_keys(rows):
+    from dataclasses import replace
+
+    from summary import pairs_without_signal
+
+    def with_keys(row, **changes):
+        return replace(row, variant=replace(row.variant, keys=row.variant.keys | changes))
+
+    without = with_keys(rows["first"], **{"algorithm.method": "gossip-adam"})
+    other = with_keys(without, y=1)
+    studies = [("methods", "news", [rows["first"], rows["second"], without, other]), ("again", "news", [without])]
+    assert list(pairs_without_signal(studies)) == [("methods", "news", rows["first"], without)]
+
+
+def test_the_table(rows):
+    from report import tables
+
+    runs = {run["key"]: run for row in rows.values() for run in row.runs} | {"superseded": {"cpu_seconds": 3600.0}}
+    table = tables([("methods", "news", list(rows.values()))], runs)
+    first = "| first | 2 | 10 | 40 | 6 | 0.400 +- 0.248 |  |  | 0.400 +- 0.248 | 0.10 +- 0.00 | 0.400, 0.300 |"
+    assert first in table
+    assert "| **+0.600 +- 0.000** | 3 of 3 |" in table
+    assert "| later | not finished |" in table and "| never | not run |" in table
+    assert "| lost | 1 | diverged at every learning rate |" in table
+    assert "| half lost | 1 | diverged at 1 of 3 seeds |" in table
+    assert f"{len(runs)} runs took 1.2 CPU hours; {len(runs) - 1} of them are reported" in table  # 18 x 36 s + 1 h
+    width = {line.count("|") for line in table.partition("## methods")[2].splitlines() if line.startswith("|")}
+    assert len(width) == 1, "a row has other columns than the head"
+
+
+def test_equal_runs_are_said_to_be_equal(rows):
+    from dataclasses import replace
+
+    from report import tables
+
+    twin = replace(rows["first"], variant=replace(rows["first"].variant, name="twin"))
+    assert "| +0.000 +- 0.000 | the same bits |" in tables([("rounds", "news", [rows["first"], twin])], {})
+
+
+def test_the_papers_ordering(rows):
+    from dataclasses import replace
+
+    from report import ORDERING, tables
+
+    three = [rows["first"], rows["second"], rows["adamw, alone"]]
+    named = [replace(row, variant=replace(row.variant, name=name)) for row, name in zip(three, ORDERING, strict=True)]
+    table = tables([("methods", "news", named), ("blocks", "news", three)], {})
+    assert "| methods | news | +0.200 +- 0.248 | **+0.400 +- 0.248** | **+0.600 +- 0.000** |" in table
+    assert "| blocks | news | +" not in table
+
+
+def test_the_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from ablation import finished, load_studies
+    from plots import draw
+    from summary import summarize
+
+    studies = list(summarize(load_studies(), finished(RESULTS / "runs.jsonl")))
+    names = {path.name for path in draw(studies, tmp_path)}
+    assert {"methods.png", "graphs.png", "traffic.png", "heterogeneity.png"} <= names
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    assert names == {path.name for path in RESULTS.glob("*.png")}, "run python examples/ablation/report.py"
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "plots", raising=False)
+    with pytest.raises(SystemExit, match=r"\.\[plots\].*--no-plots"):
+        import plots  # noqa: F401
+
+
+def test_the_tables_in_the_repository_are_made_from_its_runs():
+    from ablation import finished, load_studies
+    from report import tables
+    from summary import summarize
+
+    runs = finished(RESULTS / "runs.jsonl")
+    made = tables(list(summarize(load_studies(), runs)), runs)
+    assert made == (RESULTS / "tables.md").read_text(), "run python examples/ablation/report.py"

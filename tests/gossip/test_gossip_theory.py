@@ -1,0 +1,62 @@
+"""What theory says about a graph, against averagings that are carried out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from deca_ds.config.schema import GossipConfig
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.theory import averagings_to_agree, predicted_disagreement, slow_mixing
+
+
+def mixing(graph: str, clients: int):
+    return build_mixing(GossipConfig(graph=graph), clients, 0)
+
+
+@pytest.mark.parametrize("graph", ["ring", "star", "erdos_renyi", "exponential", "one_peer_exponential"])
+def test_disagreement_shrinks_as_predicted(graph):
+    schedule = mixing(graph, 16)
+    averagings = schedule.period * math.ceil(averagings_to_agree(schedule) / schedule.period)
+    values = np.random.default_rng(0).standard_normal((16, 50))
+    before = np.linalg.norm(values - values.mean(axis=0))
+    for t in range(averagings):
+        values = schedule.matrix(t) @ values
+    assert np.linalg.norm(values - values.mean(axis=0)) <= before / math.e * 1.000001
+
+
+def test_the_bound_is_reached_by_the_slowest_mode_of_a_ring():
+    schedule, lr = mixing("ring", 8), 0.01
+    apart = np.cos(2 * np.pi * np.arange(8) / 8)  # eigenvector of the second eigenvalue
+    values = np.zeros(8)
+    for t in range(400):
+        values = schedule.matrix(t) @ (values + 3 * lr * apart)
+    assert np.abs(values).max() == pytest.approx(predicted_disagreement(schedule.spectral_gap, lr, 3), rel=1e-6)
+
+
+def test_extremes():
+    assert averagings_to_agree(mixing("isolated", 3)) == math.inf == predicted_disagreement(0.0, 0.1, 1)
+    assert averagings_to_agree(mixing("complete", 3)) == 1.0 and predicted_disagreement(1.0, 0.1, 1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("graph", "clients", "changes", "words"),
+    [
+        ("ring", 8, {}, []),
+        ("isolated", 8, {}, []),
+        ("complete", 64, {"inner_steps": 1, "lr": 1.0}, []),
+        ("ring", 64, {}, ["for R: a block is averaged 48 times", "for this learning rate"]),
+        ("ring", 64, {"lr": 1e-6}, ["for R"]),
+        ("ring", 8, {"inner_steps": 4}, ["for R: a block is averaged 4 times"]),
+        ("ring", 8, {"gossip_every": 24}, ["for R: a block is averaged 2 times"]),
+        ("ring", 8, {"lr": 0.01}, ["for this learning rate: weights of different clients may stay 0.041 apart"]),
+    ],
+)
+def test_slow_graphs_are_warned_of(graph, clients, changes, words):
+    settings = {"inner_steps": 48, "gossip_every": 1, "lr": 5e-5, "weight_scale": 0.02} | changes
+    found = slow_mixing(mixing(graph, clients), **settings)
+    assert len(found) == len(words)
+    for sentence, word in zip(found, words, strict=True):
+        assert word in sentence and ("gossip.graph" in sentence or "optimizer.lr" in sentence)
