@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from torch.distributed import Store
@@ -29,7 +29,6 @@ from torch.distributed import Store
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
 from deca_ds.cluster.heartbeat import Heartbeats, Progress
 from deca_ds.cluster.launch import Launch
-from deca_ds.cluster.lifeline import Lifeline
 from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.cluster.store import JobStore
 from deca_ds.errors import MessageError, UserError
@@ -43,8 +42,8 @@ USER_ERROR_CODE, FAILURE_CODE = 2, 1
 
 class JobGuard:
     """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to; `stop` is
-    how the job is told to stop, and where. host: the rank that hosts the job's store. lifeline: of the client, where
-    the others go on without it."""
+    how the job is told to stop, and where. host: the rank that hosts the job's store. farewells: what this rank does
+    when it is through, so that nobody takes its end for a death."""
 
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
@@ -54,7 +53,7 @@ class JobGuard:
             launch.rank, launch.world_size, store.timeout.total_seconds()
         )
         self._store = store
-        self.lifeline: Lifeline | None = None
+        self.farewells: list[Callable[[], None]] = []
         self.host, self._ranks = 0, launch.world_size  # ranks that use the store
         self._outlived = False  # whether the others go on when this rank fails
         self._parent = os.getppid()
@@ -111,8 +110,8 @@ class JobGuard:
     def finish(self) -> None:
         """Stop watching: every rank is through. The store's host leaves last. After a death, ends this process."""
         self.progress.enter("done")
-        if self.lifeline is not None:
-            self.lifeline.close()
+        for farewell in self.farewells:
+            farewell()
         store = self._store.store
         # one that dies now, all being through, is nobody's concern
         with contextlib.suppress(RuntimeError) if self._outlived else contextlib.nullcontext():

@@ -22,6 +22,16 @@ _KEY = "lifeline"
 _GOODBYE = b"!"
 _NUMBER = struct.Struct("!i")
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))  # gone after about 11 s
+_SILENT_MS = 11_000  # the same for data that the other host does not acknowledge
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the system end `connection` when the other host is silent, whether there is anything to send or not."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in _KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, seconds)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENT_MS)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class Lifeline:
@@ -38,9 +48,7 @@ class Lifeline:
         self._peers = self._accept(store, ranks, timeout_s) if shard == 0 else self._connect(store, shard, timeout_s)
         for connection in self._peers:
             connection.settimeout(None)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, seconds in _KEEPALIVE:
-                connection.setsockopt(socket.IPPROTO_TCP, option, seconds)
+            keep_alive(connection)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self) -> None:

@@ -25,8 +25,8 @@ _ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
 
 
 class StopQuestion:
-    """The same where all ranks of all clients agree on every averaging anyway (gossip/ulfm.py): the agreement also asks
-    whether anybody was told to stop. It holds at one inner step for all, and all stop after that one."""
+    """The same where all ranks of all clients agree on every averaging anyway (gossip/surviving.py): the agreement also
+    asks whether anybody was told to stop. It holds at one inner step for all, and all stop after that one."""
 
     def __init__(self) -> None:
         self._asked = self._agreed = False

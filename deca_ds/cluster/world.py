@@ -163,17 +163,26 @@ def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
             where="cluster.on_failure",
             fix="set cluster.on_failure=stop; clients without a graph can as well be jobs of their own",
         )
-    if choose_transport(config.cluster.transport, launch) != "mpi" or not _has_ulfm():
+    if (why := _ends_together(config, launch)) is not None:
         raise LaunchError(
-            "cluster.on_failure=continue needs Open MPI 5 with its fault tolerance (ULFM), which this job has not got",
+            f"cluster.on_failure=continue, but {why}",
             where="cluster.on_failure",
-            fix="start with 'mpirun --with-ft ulfm -n N python launchers/train.py ...', or set cluster.on_failure=stop",
+            fix="start with 'mpirun --with-ft ulfm -n N python launchers/train.py ...' (Open MPI 5), or every client "
+            "by itself with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or set cluster.on_failure=stop",
         )
 
 
-def _has_ulfm() -> bool:
-    """Whether MPI hands on the death of a process as an error; `mpirun --with-ft ulfm` sets this for its ranks."""
-    return os.environ.get(_ULFM_VARIABLE, "").lower() in ("1", "true")
+def _ends_together(config: Config, launch: Launch) -> str | None:
+    """Why all ranks end when one does; None if they do not."""
+    if launch.launcher in ("openmpi", "mpich") or choose_transport(config.cluster.transport, launch) == "mpi":
+        if os.environ.get(_ULFM_VARIABLE, "").lower() in ("1", "true"):  # set by mpirun --with-ft ulfm
+            return None
+        return "this MPI job ends when one of its ranks dies: it was started without fault tolerance (ULFM)"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun ends all ranks when one fails"
+    if os.environ.get("CROSS_SIZE") == "1":
+        return "deepspeed ends all ranks of a host when one fails, and here all ranks are on one host"
+    return None
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:

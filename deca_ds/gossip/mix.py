@@ -8,8 +8,8 @@
 
 Chunks travel while later ones are computed. At most `window` of them are under way, so receive buffers take at most
 window * degree * chunk_mib, and they are used again. With clipping (clip.py) there is no window: the mean of any chunk
-takes the distance over all of them. Nor is there one where clients may die (ulfm.py): an averaging then counts as a
-whole or is done again without them, so the means of all chunks are kept, and `settle` comes before the first `wait`.
+takes the distance over all of them. Nor is there one where clients may die (surviving.py): an averaging then counts as
+a whole or is done again without them, so the means of all chunks are kept, and `settle` comes before the first `wait`.
 
 Nothing is averaged before it is checked: that it is of this averaging, and that all its values are finite.
 """

@@ -29,19 +29,28 @@ class TorchTransport(PointToPoint):
         self._group: dist.ProcessGroupGloo | None = None
         if clients > 1:
             prefixed = dist.PrefixStore(f"gossip/{shard}", store)
-            try:
-                self._group = dist.ProcessGroupGloo(prefixed, client, clients, timedelta(seconds=timeout_s))
-            except RuntimeError as error:
-                raise GossipError(
-                    f"not all {clients} clients joined gossip of shard {shard} within {timeout_s:g} s: {error}",
-                    where=f"client {client}",
-                    fix="look at the logs of the other clients; on several networks set GLOO_SOCKET_IFNAME",
-                ) from None
+            self._connect(prefixed, client, clients, timedelta(seconds=timeout_s))
+
+    def _connect(self, store: dist.Store, place: int, size: int, timeout: timedelta) -> None:
+        """Join a group of `size` clients, in which this one is number `place`."""
+        try:
+            self._group = dist.ProcessGroupGloo(store, place, size, timeout)
+        except RuntimeError as error:
+            raise GossipError(
+                f"not all {size} clients joined the gossip group within {timeout.total_seconds():g} s: {error}",
+                where=f"client {self.client}",
+                fix="look at the logs of the other clients; on several networks set GLOO_SOCKET_IFNAME",
+            ) from None
 
     def exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> TorchExchange:
         """See Transport."""
+        return TorchExchange(self, self._start(send, destinations, receives, tag), tag)
+
+    def _start(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> list[_Work]:
         works: list[_Work] = []
         for direction, neighbour, tensor in [
             *(("from", source, buffer) for source, buffer in receives.items()),
@@ -50,11 +59,11 @@ class TorchTransport(PointToPoint):
             assert self._group is not None, "the transport is closed or has one client only"
             start = self._group.recv if direction == "from" else self._group.send
             try:
-                works.append((direction, neighbour, start([tensor], neighbour, tag)))
+                works.append((direction, neighbour, start([tensor], self.members.place(neighbour), tag)))
             except RuntimeError as error:
                 raise lost(self.client, neighbour, direction, tag, str(error)) from None
         self.bytes_sent += send.nbytes * len(destinations)
-        return TorchExchange(self, works, tag)
+        return works
 
     def close(self) -> None:
         """See Transport."""

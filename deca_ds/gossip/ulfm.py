@@ -1,4 +1,4 @@
-"""SurvivingTransport: messages over an MPI that lets the others go on when a process dies (ULFM, `mpirun --with-ft`).
+"""UlfmTransport: messages over an MPI that lets the others go on when a process dies (ULFM, `mpirun --with-ft`).
 
 ULFM (user-level failure mitigation) turns a dead peer into an error of the call that needs it. Others may see no error,
 or see it later, so one agreement over all ranks of all clients decides whether an exchange counts. If it does not:
@@ -13,8 +13,7 @@ or see it later, so one agreement over all ranks of all clients decides whether 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,35 +22,22 @@ from torch import Tensor
 from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.members import Members
-from deca_ds.errors import GossipError, MessageError, RankLostError
+from deca_ds.errors import GossipError, RankLostError
 from deca_ds.gossip.mpi import MpiExchange, MpiTransport, poll
-from deca_ds.gossip.transport import Result
+from deca_ds.gossip.surviving import Surviving, answers_in, bits
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _DRAIN_S = 60.0  # for a revoked communicator to end its requests, which it does at once
-_SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
 _NEWS_BYTES = 256
 
 
-@dataclass
-class Question:
-    """What every agreement asks all ranks beside. answer: this rank's. heard: called with whether all have said yes."""
-
-    answer: Callable[[], bool]
-    heard: Callable[[bool], None]
-
-
-class SurvivingTransport(MpiTransport):
+class UlfmTransport(MpiTransport, Surviving):
     """See MpiTransport; `together` outlives dead clients.
 
     world: a communicator of all ranks of the job in rank order. members: what is kept up to date.
-    questions: asked with every agreement. news: what the first survivor's leader wants all ranks to know after a death,
-    a short text. changed: called with that text when clients have died and `members` is new; on all survivors alike.
     """
-
-    may_lose_clients = True
 
     def __init__(self, world: MPI.Intracomm, layout: ClientLayout, members: Members, timeout_s: float):
         self._everybody = self.duplicate(world, timeout_s)
@@ -60,9 +46,6 @@ class SurvivingTransport(MpiTransport):
         client, self._shard = layout.client_of(rank), layout.shard_of(rank)
         super().__init__(self._everybody.Split(color=self._shard, key=client), timeout_s)
         self.members = members
-        self.questions: list[Question] = []
-        self.news: Callable[[], str] = str
-        self.changed: Callable[[str], None] = lambda news: None
         self._layout = layout
         self._exchanges: list[MpiExchange] = []
 
@@ -75,35 +58,11 @@ class SurvivingTransport(MpiTransport):
         self._exchanges.append(started)
         return started
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
-        nobody has died."""
-        spurious, error = 0, None
-        while spurious < _SPURIOUS:
-            result, through = None, True
-            try:
-                result = work()
-            except MessageError as failed:
-                through, error = False, failed
-                self._give_up()
-            answers = self._agree([through, *(question.answer() for question in self.questions)])
-            if answers and answers[0]:
-                for question, all_said_yes in zip(self.questions, answers[1:], strict=True):
-                    question.heard(all_said_yes)
-                return result  # type: ignore[return-value]
-            spurious = 0 if self._rebuild() else spurious + 1
-        raise GossipError(
-            f"messages fail again and again, though all clients are there: {error or 'another rank says so'}",
-            where=f"client {self.client}",
-            fix="look at the output of the other ranks; all of them must run the same configuration",
-        )
-
     def _agree(self, answers: Sequence[bool]) -> list[bool]:
-        """Whether all survivors say yes, question by question, the same for all of them; empty if one has died."""
-        bits = np.array([sum(1 << place for place, yes in enumerate(answers) if yes)], dtype=np.int32)
+        number = np.array([bits(answers)], dtype=np.int32)
         self.progress.wait_for(EVERYBODY)
         try:
-            request = self._everybody.Iagree(bits)
+            request = self._everybody.Iagree(number)
             if not poll(request.Test, time.monotonic() + self.timeout_s):
                 raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self.client}")
         except self._mpi.Exception:
@@ -111,10 +70,9 @@ class SurvivingTransport(MpiTransport):
         finally:
             self.progress.wait_for(None)
             self.progress.tick()
-        return [bool(int(bits[0]) >> place & 1) for place in range(len(answers))]
+        return answers_in(int(number[0]), len(answers))
 
     def _rebuild(self) -> bool:
-        """Go on with the clients that are whole; whether there are fewer now."""
         self._end_requests()
         before = self.members.clients
         while True:
@@ -163,7 +121,6 @@ class SurvivingTransport(MpiTransport):
         return text.rstrip(b"\0").decode()
 
     def _give_up(self) -> None:
-        """Let those that wait for this rank's messages, or for messages of those who wait, do so no more."""
         assert self._comm is not None, "the transport is closed"
         if not self._comm.Is_revoked():
             self._comm.Revoke()

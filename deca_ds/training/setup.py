@@ -25,6 +25,7 @@ from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.lifeline import Lifeline
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore
+from deca_ds.cluster.votes import open_votes
 from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
@@ -38,9 +39,11 @@ from deca_ds.gossip.edges import probe_edges, save_edges
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.surviving import Surviving
 from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
-from deca_ds.gossip.ulfm import SurvivingTransport
+from deca_ds.gossip.ulfm import UlfmTransport
+from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.evaluation import Evaluator
@@ -70,7 +73,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> T
     if config.run.resume != "never":
         resumption = choose(config, launch, store, ClientLayout(config.cluster.clients, ranks), mixing)
     cluster = connect(config, launch, store, guard.progress)
-    return build(config, cluster, connect_transport(config, cluster), guard, resumption)
+    return build(config, cluster, connect_transport(config, cluster, guard), guard, resumption)
 
 
 def build(
@@ -134,13 +137,12 @@ def build(
     resumed = resumption.step if resumption.saved is not None else None
     metrics = Metrics(config.logging, cluster, output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
-    if isinstance(transport, SurvivingTransport):
+    if isinstance(transport, Surviving):
         written = Agreed(transport, resumed)
         guard.stop = StopQuestion()
         Survivors(cluster, transport, gossip, mixing, metrics, guard, guard.stop)
-        guard.lifeline = Lifeline(
-            cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail
-        )
+        lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
+        guard.farewells.append(lifeline.close)
         guard.let_others_go_on()
     return Trainer(
         config=config,
@@ -183,20 +185,24 @@ def build(
     )
 
 
-def connect_transport(config: Config, cluster: Cluster) -> Transport:
+def connect_transport(config: Config, cluster: Cluster, guard: JobGuard) -> Transport:
     """The way between same-index ranks of all clients: MPI where the launcher made an MPI world, else torch."""
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
     timeout_s = cluster.progress.deadline_s(config.cluster.timeout_s)
+    store, survives = PrefixStore("transport", cluster.store.store), config.cluster.on_failure == "continue"
     transport: MpiTransport | TorchTransport
-    if config.cluster.on_failure == "continue":
+    if survives and cluster.gossip_comm is not None:
         from mpi4py import MPI
 
-        transport = SurvivingTransport(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
+        transport = UlfmTransport(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
+    elif survives:
+        votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s)
+        guard.farewells.append(votes.close)
+        transport = VotingTransport(votes, store, cluster.shard, cluster.client, cluster.members, timeout_s)
     elif cluster.gossip_comm is not None:
         transport = MpiTransport(cluster.gossip_comm, timeout_s)
     else:
-        store = PrefixStore("transport", cluster.store.store)
         transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
     cluster.progress.wait_for(None)
     transport.progress = cluster.progress

@@ -12,7 +12,7 @@ from deca_ds.cluster.store import JobStore, host_again, join_again
 from deca_ds.gossip import survive
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.gossip.ulfm import Question, SurvivingTransport
+from deca_ds.gossip.surviving import Question, Surviving
 from deca_ds.training.metrics import Metrics
 
 
@@ -21,7 +21,7 @@ class Survivors:
     """Listens to the transport. mixing: the matrices that the run was started with."""
 
     cluster: Cluster
-    transport: SurvivingTransport
+    transport: Surviving
     gossip: Gossip
     mixing: MixingSchedule
     metrics: Metrics
@@ -48,6 +48,8 @@ class Survivors:
             host, port = news.split()
             own = cluster.is_main and self._hosted is not None
             store = self._hosted if own else join_again(self.guard.store, (host, int(port)))
+            assert store is not None
+            self.transport.store = store.store
         k = cluster.ranks
         self.guard.survive([client * k + shard for client in members.clients for shard in range(k)], store)
         mixing = survive.without(self.mixing, members.missing)

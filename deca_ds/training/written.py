@@ -8,7 +8,7 @@ from typing import Protocol
 from deca_ds.cluster import Cluster
 from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.errors import CheckpointError
-from deca_ds.gossip.ulfm import Question, SurvivingTransport
+from deca_ds.gossip.surviving import Question, Surviving
 
 
 class Written(Protocol):
@@ -73,14 +73,14 @@ class StoreCount:
 
 
 class Agreed:
-    """A question of every agreement (gossip/ulfm.py): all ranks are at the same inner step there, so that the same
+    """A question of every agreement (gossip/surviving.py): all ranks are at the same inner step there, so that the same
     checkpoint is each one's last. Complete means that all survivors have written it.
 
     A run is resumed with all its clients, so the newest checkpoint from before the first death has to stay, and newer
     ones that the dead may have written.
     """
 
-    def __init__(self, transport: SurvivingTransport, resumed: int | None):
+    def __init__(self, transport: Surviving, resumed: int | None):
         self._transport = transport
         self._whole = resumed  # the newest that all clients of the start are known to have written
         self._begun_by_all: set[int] = set()  # newer ones that they may have written

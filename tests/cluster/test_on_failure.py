@@ -16,17 +16,33 @@ def config(clients: int, on_failure: str = "continue") -> Config:
     return made
 
 
-DEEPSPEED = Launch("deepspeed", 0, 4, 0, 4, ("127.0.0.1", 1))
+def launched(launcher: str) -> Launch:
+    return Launch(launcher, 0, 4, 0, 4, ("127.0.0.1", 1))
 
 
-def test_torch_is_refused_by_name(monkeypatch):
-    monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", "1")
-    with pytest.raises(LaunchError, match="mpirun --with-ft ulfm"):
-        check_on_failure(config(2), DEEPSPEED, edges=True)
-    check_on_failure(config(2, "stop"), DEEPSPEED, edges=True)
+@pytest.mark.parametrize(
+    ("launcher", "variable", "what"),
+    [
+        ("openmpi", None, "started without fault tolerance \\(ULFM\\)"),
+        ("deepspeed", ("CROSS_SIZE", "1"), "deepspeed ends all ranks of a host"),
+        ("deepspeed", ("TORCHELASTIC_RUN_ID", "x"), "torchrun ends all ranks"),
+    ],
+)
+def test_launchers_that_end_all_ranks_are_refused_with_what_to_do(monkeypatch, launcher, variable, what):
+    made = config(2)
+    made.cluster.transport = "torch"
+    for name in ("OMPI_MCA_mpi_ft_enable", "CROSS_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    check_on_failure(made, launched("deepspeed"), edges=True)
+    if variable:
+        monkeypatch.setenv(*variable)
+    with pytest.raises(LaunchError, match=f"(?s){what}.*mpirun --with-ft ulfm.*by itself"):
+        check_on_failure(made, launched(launcher), edges=True)
+    made.cluster.on_failure = "stop"
+    check_on_failure(made, launched(launcher), edges=True)
 
 
 @pytest.mark.parametrize(("clients", "edges"), [(1, False), (4, False)])
 def test_clients_that_do_not_average_are_refused(clients, edges):
     with pytest.raises(ConfigError, match="no clients that average with each other"):
-        check_on_failure(config(clients), DEEPSPEED, edges=edges)
+        check_on_failure(config(clients), launched("deepspeed"), edges=edges)

@@ -1,4 +1,4 @@
-"""The trainer, in which ranks die. Started by mpirun like launchers/train.py.
+"""The trainer, in which ranks die. Started like launchers/train.py.
 
 Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
 step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
@@ -11,12 +11,13 @@ import sys
 
 from deca_ds.cluster.launch import read_launch
 from deca_ds.engine.client import Client
-from deca_ds.gossip.ulfm import SurvivingTransport
+from deca_ds.gossip.ulfm import UlfmTransport
+from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.main import main
 
 deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":") for death in sys.argv[1].split(","))}
 last, place = deaths.get(read_launch().rank, (0, "never"))
-gradient, exchange = Client.gradient, SurvivingTransport.exchange
+gradient = Client.gradient
 steps = 0
 
 
@@ -30,13 +31,18 @@ def counting_gradient(self, *arguments):
     return gradient(self, *arguments)
 
 
-def dying_exchange(self, *arguments):
-    started = exchange(self, *arguments)
-    if steps == last and {"gossip": "sent", "evaluation": "evaluation"}.get(self.progress.phase) == place:
-        started.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return started
+def dying(exchange):
+    def dying_exchange(self, *arguments):
+        started = exchange(self, *arguments)
+        if steps == last and {"gossip": "sent", "evaluation": "evaluation"}.get(self.progress.phase) == place:
+            started.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return started
+
+    return dying_exchange
 
 
-Client.gradient, SurvivingTransport.exchange = counting_gradient, dying_exchange
+Client.gradient = counting_gradient
+for transport in (UlfmTransport, VotingTransport):
+    transport.exchange = dying(transport.exchange)  # type: ignore[method-assign]
 sys.exit(main(sys.argv[2:]))

@@ -56,7 +56,7 @@ launch = read_launch()
 store = open_job_store(launch, 60)
 with guarded(launch, store) as guard:
     cluster = connect(runs[0][0], launch, store)
-    transport = connect_transport(runs[0][0], cluster)
+    transport = connect_transport(runs[0][0], cluster, guard)
     for config, leave_after in runs:
         resumption = None
         if config.run.resume != "never":

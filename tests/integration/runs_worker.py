@@ -18,7 +18,7 @@ launch = read_launch()
 store = open_job_store(launch, 60)
 with guarded(launch, store) as guard:
     cluster = connect(configs[0], launch, store)
-    transport = connect_transport(configs[0], cluster)
+    transport = connect_transport(configs[0], cluster, guard)
     for config in configs:
         trainer = build(config, cluster, transport, guard)
         trainer.train()

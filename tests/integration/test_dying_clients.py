@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import BIN, REPOSITORY, Finished, launch, run_command
+from jobs import BIN, REPOSITORY, Finished, free_port, launch, run_command
 
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
@@ -19,10 +19,9 @@ from deca_ds.errors import CheckpointError
 from deca_ds.gossip import survive
 from deca_ds.simulation.setup import build
 
-pytestmark = [
-    pytest.mark.multiprocess,
-    pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun"),
-]
+pytestmark = pytest.mark.multiprocess
+MPI = pytest.param("mpi", marks=pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun"))
+over_both = pytest.mark.parametrize("transport", [MPI, "torch"])
 
 
 @pytest.fixture
@@ -36,10 +35,13 @@ def keys(tiny_model, word_files, tmp_path) -> list[str]:
     ]
 
 
-def run(ranks: int, deaths: str, keys: list[str], **options) -> Finished:
-    script = str(REPOSITORY / "tests/integration/dying_worker.py")
-    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable, script, deaths]
-    return run_command([*start, *keys], deadline_s=300, **options)
+def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi") -> Finished:
+    """transport: mpi, by mpirun with ULFM; torch: every rank started by itself."""
+    here = REPOSITORY / "tests/integration"
+    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable]
+    if transport == "torch":
+        start = [sys.executable, str(here / "by_hand.py"), str(ranks), str(free_port())]
+    return run_command([*start, str(here / "dying_worker.py"), deaths, *keys], deadline_s=300)
 
 
 def simulated(keys: list[str], deaths: dict[int, int]) -> dict[int, dict[str, torch.Tensor]]:
@@ -70,11 +72,12 @@ def clients_in(run: Path, step: int) -> list[int]:
     return sorted(int(path.name[-3:]) for path in step_folder(run / "checkpoints", step).glob("client_*"))
 
 
-def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(keys, tmp_path):
+@over_both
+def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(keys, tmp_path, transport):
     """Client 1 dies amid an averaging, then client 0, which hosts the job's store, before its local step."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=4", "evaluation.every=3"]
-    finished = run(4, "1:3:sent,0:5:before", keys)
+    finished = run(4, "1:3:sent,0:5:before", keys, transport)
     assert finished.code == 0, finished.output[-4000:]
     assert_numbers(output, keys, {1: 3, 0: 5})
     job = output / "metrics" / "job.jsonl"
@@ -97,11 +100,12 @@ def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(ke
         export_model(output, tmp_path / "client1", client=1)
 
 
-def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_path):
+@over_both
+def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_path, transport):
     """Two ranks a client; one of client 2 dies in an evaluation, the rest of it follows."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "checkpoint.every=2", "checkpoint.keep=1", "evaluation.every=4"]
-    finished = run(6, "5:4:evaluation", keys)
+    finished = run(6, "5:4:evaluation", keys, transport)
     assert finished.code == 0, finished.output[-4000:]
     assert_numbers(output, keys, {2: 5})
     job = output / "metrics" / "job.jsonl"
@@ -116,12 +120,13 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
 
 
 @pytest.mark.timeout(620)  # two launches
-def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp_path):
+@over_both
+def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp_path, transport):
     """The centre of a star has an error of its own; it is also the one that speaks for the job."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "gossip.graph=star", "evaluation.mean_model=false"]
     keys += ["checkpoint.every=2", "checkpoint.keep=1"]
-    finished = run(3, "0:5:error", keys)
+    finished = run(3, "0:5:error", keys, transport)
     assert finished.code == 0, finished.output[-4000:]
     assert "[1] and [2] do not reach each other any more: stopping" in finished.output
     assert "client 0 ends" in finished.output and "RuntimeError: a defect" in finished.output
@@ -130,7 +135,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp
     saved = ShardedModel(output / "checkpoints" / "step_00000005", [1, 2])
     assert saved.step == 5
 
-    resumed = run(3, "0:99:never", [*keys, "run.resume=require"])
+    resumed = run(3, "0:99:never", [*keys, "run.resume=require"], transport)
     assert resumed.code == 0, resumed.output[-4000:]
     assert "a checkpoint cannot be used and is removed, step 5: rank 0: " in resumed.output
     # the one of step 4 may still have been on its way to client 0's disk when that client died
@@ -141,6 +146,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp
     assert_numbers(output, keys, {})
 
 
+@pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun")
 def test_an_mpi_without_fault_tolerance_is_refused(keys, tmp_path):
     finished = launch("mpirun", 2, [*keys, "cluster.clients=2"])
     assert finished.code != 0 and "Traceback" not in finished.output

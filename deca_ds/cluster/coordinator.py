@@ -1,0 +1,219 @@
+"""Agreements without MPI: every rank votes at a coordinator, and all agree on who is left when a client dies.
+
+Each client's leader runs a `Coordinator`, a thread. One of them at a time is at work, at the start that of client 0.
+Every rank keeps a connection to it (votes.py). Messages are lines of JSON of a few hundred bytes:
+
+    rank to coordinator    hello (rank, the last decision that it knows, coordinators that it has lost), vote, goodbye
+    coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (you are)
+
+1. All ranks of all clients that are in vote under one number. The decision is the AND of their answers, bit by bit.
+2. A connection that ends without a goodbye puts its client out. The next decision names the clients that are left.
+   Whoever votes no, or such a loss, interrupts all at once, so that nobody waits for messages that will not come.
+3. When the coordinator itself is lost, every rank says hello to the leader of the next client. Its coordinator begins
+   as soon as its own rank has come, which has lost the old one then, too; those who have not come after a while are
+   out. Whoever misses a decision that another rank knows is given it: nobody is further apart than one, because a
+   decision takes the votes of all who know the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deca_ds.cluster.launch import ClientLayout
+from deca_ds.cluster.lifeline import keep_alive
+
+GRACE_S = 20.0  # for the others to notice that the old coordinator is lost; a silent host takes them about 11 s
+_MOST_BYTES = 2**16  # of a message
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Of agreement `number`. yes: bit by bit, whether all have said yes; the lowest bit is the one that counts.
+    news: what the lowest rank had to tell. clients: who is in, ascending."""
+
+    number: int
+    yes: int
+    news: str
+    clients: tuple[int, ...]
+
+    @staticmethod
+    def read(message: dict[str, Any]) -> Decision:
+        return Decision(message["number"], message["yes"], message["news"], tuple(message["clients"]))
+
+
+class Line:
+    """A connection that carries lines of JSON. rank: whose it is; known: number of the last decision sent to it."""
+
+    def __init__(self, connection: socket.socket):
+        keep_alive(connection)
+        self.connection = connection
+        self.rank: int | None = None
+        self.known = -1
+        self._text = bytearray()
+
+    def send(self, kind: str, **message: Any) -> bool:
+        """Whether the system took it."""
+        try:
+            self.connection.sendall(json.dumps({"kind": kind, **message}).encode() + b"\n")
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Messages, after waiting for some bytes; None at the end of the connection, or if they make no sense."""
+        try:
+            more = self.connection.recv(_MOST_BYTES)
+            self._text += more
+            *lines, rest = self._text.split(b"\n")
+            if not more or len(rest) > _MOST_BYTES:
+                return None
+            self._text = rest
+            messages = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return None
+        return messages if all(isinstance(message, dict) for message in messages) else None
+
+
+class Coordinator:
+    """Of client `client`. host: address to listen at. timeout_s: for all ranks to come at the start of the job.
+
+    address: where ranks reach it.
+    """
+
+    def __init__(self, layout: ClientLayout, client: int, host: str, timeout_s: float):
+        self._layout, self._leader, self._timeout_s = layout, layout.leader_of(client), timeout_s
+        self._server = socket.create_server((host, 0), backlog=1024)
+        self.address: tuple[str, int] = self._server.getsockname()[:2]
+        self._lines: dict[int, Line] = {}  # by rank
+        self._last = Decision(0, 0, "", tuple(range(layout.clients)))
+        self._clients: set[int] = set()  # who is in, once at work
+        self._done: set[int] = set()  # ranks that have said goodbye
+        self._votes: dict[int, tuple[int, str]] = {}
+        self._gathered: float | None = None  # monotonic time after which nobody is waited for who has never come
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._server, selectors.EVENT_READ, None)
+            while True:
+                for key, _ in ready.select(timeout=0.5):
+                    if key.data is None:
+                        line = Line(self._server.accept()[0])
+                        ready.register(line.connection, selectors.EVENT_READ, line)
+                    elif (messages := key.data.receive()) is None:
+                        ready.unregister(key.data.connection)
+                        self._ended(key.data)
+                    else:
+                        self._hear(key.data, messages)
+                self._give_up_waiting()
+
+    def _hear(self, line: Line, messages: list[dict[str, Any]]) -> None:
+        try:
+            for message in messages:
+                self._heard(line, message)
+        except (KeyError, TypeError, ValueError):  # not one of our ranks
+            with contextlib.suppress(OSError):
+                line.connection.shutdown(socket.SHUT_RDWR)
+
+    def _heard(self, line: Line, message: dict[str, Any]) -> None:
+        if message["kind"] == "hello":
+            self._hello(line, message)
+        elif line.rank is None:
+            return
+        elif message["kind"] == "vote":
+            if message["number"] == self._last.number + 1:  # an older one has been decided by those who knew all votes
+                self._votes[line.rank] = message["yes"], message["news"]
+                if not message["yes"] & 1:
+                    self._interrupt()
+        elif message["kind"] == "goodbye":
+            self._done.add(line.rank)
+        self._decide()
+
+    def _hello(self, line: Line, message: dict[str, Any]) -> None:
+        last = Decision.read(message["last"])
+        if message["rank"] not in range(self._layout.leader_of(self._layout.clients)):
+            raise ValueError(f"no such rank: {message['rank']}")
+        line.rank, line.known = message["rank"], last.number
+        self._lines[message["rank"]] = line
+        if last.number > self._last.number:
+            self._last = last
+        if line.rank == self._leader:
+            self._clients = set(self._last.clients)
+            self._gathered = time.monotonic() + (GRACE_S if last.number else self._timeout_s)
+            for client in message["lost"]:
+                self._put_out(client, "it was lost with the coordinator before")
+        if not self._clients:
+            return
+        for rank, other in self._lines.items():
+            if self._layout.client_of(rank) not in self._clients:
+                other.send("out", why="the others have gone on without it")
+                continue
+            if other is line or line.rank == self._leader:
+                other.send("welcome")
+            if other.known < self._last.number:
+                self._tell(other)
+
+    def _ended(self, line: Line) -> None:
+        line.connection.close()
+        if line.rank is not None and self._lines.get(line.rank) is line:
+            del self._lines[line.rank]
+            if line.rank not in self._done and self._clients:
+                self._put_out(self._layout.client_of(line.rank), f"its rank {line.rank} is gone")
+
+    def _put_out(self, client: int, why: str) -> None:
+        if client not in self._clients:
+            return
+        self._clients.remove(client)
+        for rank in self._ranks_of([client]):
+            self._votes.pop(rank, None)
+            if line := self._lines.pop(rank, None):
+                line.send("out", why=why)
+        self._interrupt()
+        self._decide()
+
+    def _interrupt(self) -> None:
+        for line in self._lines.values():
+            line.send("interrupt")
+
+    def _give_up_waiting(self) -> None:
+        if self._gathered is None or time.monotonic() < self._gathered:
+            return
+        self._gathered = None
+        for rank in self._ranks_of(sorted(self._clients)):
+            if rank not in self._lines and rank not in self._done:
+                self._put_out(self._layout.client_of(rank), f"its rank {rank} has not come")
+
+    def _decide(self) -> None:
+        ranks = [rank for rank in self._ranks_of(sorted(self._clients)) if rank not in self._done]
+        if not ranks or any(rank not in self._votes for rank in ranks):
+            return
+        yes = -1
+        for rank in ranks:
+            yes &= self._votes[rank][0]
+        news = self._votes[ranks[0]][1]
+        self._last = Decision(self._last.number + 1, yes, news, tuple(sorted(self._clients)))
+        self._votes.clear()
+        for rank in sorted(ranks, key=self._is_own):  # its own client last: with that one this process may end
+            self._tell(self._lines[rank])
+
+    def _tell(self, line: Line) -> None:
+        line.known = self._last.number
+        line.send("decision", **asdict(self._last))  # one that is not taken is noticed at the connection's end
+
+    def _is_own(self, rank: int) -> bool:
+        return self._layout.client_of(rank) == self._layout.client_of(self._leader)
+
+    def _ranks_of(self, clients: Sequence[int]) -> list[int]:
+        return [
+            rank
+            for rank in range(self._layout.leader_of(self._layout.clients))
+            if self._layout.client_of(rank) in clients
+        ]

@@ -1,0 +1,146 @@
+"""One rank's part in the agreements that coordinator.py explains."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from deca_ds.cluster.coordinator import GRACE_S, Coordinator, Decision, Line
+from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.store import JobStore, own_address
+from deca_ds.errors import GossipError, RankLostError, UserError
+
+_CONNECT_S = 5.0
+
+
+class Votes:
+    """A thread keeps the connection to whoever is the coordinator, also while this rank is busy with something else.
+
+    addresses: of every client's coordinator. timeout_s: for all ranks to come to an agreement.
+    interrupted: set as soon as a client has gone or a rank has voted no (the lowest bit), until the next decision.
+    """
+
+    def __init__(self, rank: int, layout: ClientLayout, addresses: Mapping[int, tuple[str, int]], timeout_s: float):
+        self.interrupted = threading.Event()
+        self._rank, self._addresses, self._timeout_s = rank, addresses, timeout_s
+        self._last = Decision(0, 0, "", tuple(range(layout.clients)))
+        self._lost: list[int] = []  # clients whose coordinators are out of reach
+        self._line: Line | None = None
+        self._ballot: dict[str, Any] | None = None  # until it is decided
+        self._sending = threading.Lock()
+        self._inbox: queue.Queue[Decision | UserError] = queue.Queue()
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """Who is in, by the last decision."""
+        return self._last.clients
+
+    def vote(self, yes: int, news: str = "") -> Decision:
+        """Give answers, a bit each, and news, a short text; returns when all have.
+
+        Raises RankLostError if this client is out or cut off, GossipError if not all ranks come within the time limit.
+        """
+        with self._sending:
+            self._ballot = {"number": self._last.number + 1, "yes": yes, "news": news}
+            if self._line is not None:
+                self._line.send("vote", **self._ballot)  # if it does not arrive the connection ends
+        try:
+            decided = self._inbox.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise GossipError(
+                f"no agreement within {self._timeout_s:g} s: not all ranks have come to it",
+                where=f"rank {self._rank}",
+                fix="look for a rank that hangs; if it is only slow, raise cluster.timeout_s",
+            ) from None
+        if isinstance(decided, UserError):
+            raise decided
+        return decided
+
+    def close(self) -> None:
+        """This rank is through."""
+        with self._sending:
+            if self._line is not None:
+                self._line.send("goodbye")
+
+    def _follow(self) -> None:
+        """In the thread: go from coordinator to coordinator. `interrupted` follows the order of the messages."""
+        try:
+            while True:
+                for client in self._last.clients:
+                    if client not in self._lost:
+                        self._listen(client)
+                        self.interrupted.set()
+                        self._lost.append(client)
+                        break
+                else:
+                    raise RankLostError(
+                        "no other client is in reach", where=f"rank {self._rank}", fix="look at the network"
+                    )
+        except UserError as error:
+            self.interrupted.set()
+            self._inbox.put(error)
+
+    def _listen(self, client: int) -> None:
+        """Take part in the agreements of `client`'s coordinator; returns when it is lost."""
+        try:
+            connection = socket.create_connection(self._addresses[client], _CONNECT_S)
+        except OSError:
+            return
+        connection.settimeout(None)
+        line, welcome = Line(connection), False
+        line.send("hello", rank=self._rank, last=asdict(self._last), lost=self._lost)
+        late_s = self._timeout_s if self._last.number == 0 else 2 * GRACE_S
+        deadline = time.monotonic() + late_s
+        while True:
+            if not welcome:
+                connection.settimeout(max(0.1, deadline - time.monotonic()))
+            messages = line.receive()
+            if messages is None:
+                if not welcome and time.monotonic() >= deadline:
+                    raise RankLostError(
+                        f"client {client} has not lost the coordinator that this rank has lost: it is cut off",
+                        where=f"rank {self._rank}",
+                        fix="look at the network",
+                    )
+                return
+            for message in messages:
+                if message["kind"] == "welcome" and not welcome:
+                    welcome = True
+                    connection.settimeout(None)
+                    self._vote_again(line)
+                elif message["kind"] == "interrupt":
+                    self.interrupted.set()
+                elif message["kind"] == "out":
+                    raise RankLostError(f"this client is out of the job: {message['why']}", where=f"rank {self._rank}")
+                elif message["kind"] == "decision":
+                    self._decided(Decision.read(message))
+
+    def _vote_again(self, line: Line) -> None:
+        with self._sending:
+            self._line = line
+            if self._ballot is not None:
+                line.send("vote", **self._ballot)
+
+    def _decided(self, decision: Decision) -> None:
+        with self._sending:
+            if decision.number <= self._last.number:
+                return
+            self._last, self._ballot = decision, None
+        self.interrupted.clear()
+        self._inbox.put(decision)
+
+
+def open_votes(launch: Launch, layout: ClientLayout, store: JobStore, timeout_s: float) -> Votes:
+    """Start this client's coordinator, if this rank is its leader, and join the one at work. All ranks call this."""
+    client, address = layout.client_of(launch.rank), None
+    if launch.rank == layout.leader_of(client):
+        assert store.address is not None, "a single process has nobody to vote with"
+        address = Coordinator(layout, client, own_address(store.address), timeout_s).address
+    told = store.gather(launch, "coordinators", address)
+    return Votes(launch.rank, layout, {c: tuple(told[layout.leader_of(c)]) for c in range(layout.clients)}, timeout_s)

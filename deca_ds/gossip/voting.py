@@ -1,0 +1,101 @@
+"""VotingTransport: messages over gloo that outlive dead clients, by votes at a coordinator (cluster/coordinator.py).
+
+Gloo cannot take clients out of a group, nor be told to stop waiting. So a thread waits for each message, the rank looks
+meanwhile whether a client has gone, and after a death the survivors make a new group. What was under way in the old one
+is left to its threads: gloo may write into its buffers as long as the connections last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+from torch import Tensor
+from torch.distributed import PrefixStore, Store
+
+from deca_ds.cluster.heartbeat import EVERYBODY
+from deca_ds.cluster.members import Members
+from deca_ds.cluster.votes import Votes
+from deca_ds.errors import GossipError
+from deca_ds.gossip.surviving import Surviving, answers_in, bits
+from deca_ds.gossip.torch_p2p import TorchExchange, TorchTransport
+from deca_ds.gossip.transport import lost
+
+_CONNECT_S = 30.0  # for the survivors, who have just agreed, to meet in a new group
+_LOOK_S = 0.02  # between two looks at whether a client has gone
+
+
+class VotingTransport(TorchTransport, Surviving):
+    """See TorchTransport; `together` outlives dead clients.
+
+    members: what is kept up to date.
+    """
+
+    def __init__(self, votes: Votes, store: Store, shard: int, client: int, members: Members, timeout_s: float):
+        super().__init__(store, shard, client, members.total, timeout_s)
+        self.votes, self.store, self._shard = votes, store, shard
+        self.members = members
+
+    def exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> VotingExchange:
+        """See Transport."""
+        if self._group is None and (receives or destinations):
+            raise lost(self.client, [*receives, *destinations][0], "from", tag, "a client has gone")
+        return VotingExchange(self, self._start(send, destinations, receives, tag), tag)
+
+    def _give_up(self) -> None:
+        self._group = None
+
+    def _agree(self, answers: Sequence[bool]) -> list[bool]:
+        self.progress.wait_for(EVERYBODY)
+        decision = self.votes.vote(bits(answers))
+        self.progress.wait_for(None)
+        self.progress.tick()
+        return answers_in(decision.yes, len(answers)) if decision.clients == self.members.clients else []
+
+    def _rebuild(self) -> bool:
+        before = self.members.clients
+        while True:
+            self._group = None
+            decided = self.votes.clients
+            news = self.votes.vote(1, self.news() if self.client == decided[0] and self._shard == 0 else "")
+            if news.clients != decided:  # one more: perhaps the one that had something to tell
+                continue
+            if decided != self.members.clients:
+                self.members.clients = decided
+                self.changed(news.news)
+            through = self._connect_again(news.number)
+            voted = self.votes.vote(int(through))
+            if voted.clients == decided and voted.yes:
+                break
+        self.rebuilt += 1
+        return self.members.clients != before
+
+    def _connect_again(self, number: int) -> bool:
+        """Whether the members have met in a new group. number: of the agreement that it follows."""
+        if len(self.members) == 1:
+            return True
+        assert self.store is not None
+        store = PrefixStore(f"gossip/{self._shard}/{number}", self.store)
+        try:
+            self._connect(store, self.members.place(self.client), len(self.members), timedelta(seconds=_CONNECT_S))
+        except GossipError:  # one more is gone, or the store
+            return False
+        return True
+
+
+class VotingExchange(TorchExchange):
+    """See TorchExchange; it ends when a client has gone."""
+
+    _transport: VotingTransport
+
+    def wait(self) -> None:
+        """See Exchange."""
+        while self._works and not self.test() and self._error is None:
+            if self._transport.votes.interrupted.is_set():
+                direction, neighbour, _ = self._works[0]
+                raise lost(self._transport.client, neighbour, direction, self._tag, "a client has gone")
+            assert self._waiter is not None
+            self._waiter.join(_LOOK_S)
+        super().wait()

@@ -1,0 +1,148 @@
+"""Agreements without MPI: ranks as threads, connections that break, coordinators that are lost."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from deca_ds.cluster import coordinator, votes
+from deca_ds.cluster.coordinator import Coordinator
+from deca_ds.cluster.launch import ClientLayout
+from deca_ds.cluster.votes import Votes
+from deca_ds.errors import GossipError, RankLostError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Job:
+    """n clients of k ranks in threads; `kill` breaks a client's connections, like the end of its processes."""
+
+    def __init__(self, clients: int, ranks: int = 1, timeout_s: float = 20.0):
+        self.layout = ClientLayout(clients, ranks)
+        self.coordinators = [Coordinator(self.layout, client, "127.0.0.1", timeout_s) for client in range(clients)]
+        addresses = {client: each.address for client, each in enumerate(self.coordinators)}
+        self.votes = [Votes(rank, self.layout, addresses, timeout_s) for rank in range(clients * ranks)]
+
+    def vote(self, bits: dict[int, int], news: str = "") -> dict[int, coordinator.Decision | Exception]:
+        def one(rank: int):
+            try:
+                return self.votes[rank].vote(bits[rank], f"{news}{rank}")
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(len(bits)) as pool:
+            return dict(zip(bits, pool.map(one, bits), strict=True))
+
+    def kill(self, client: int) -> None:
+        for rank in range(client * self.layout.ranks_per_client, (client + 1) * self.layout.ranks_per_client):
+            self.votes[rank]._lost = list(range(self.layout.clients))  # it looks for nobody
+            self.votes[rank]._line.connection.shutdown(socket.SHUT_RDWR)
+        dead = self.coordinators[client]
+        dead._server.close()
+        for line in list(dead._lines.values()):
+            line.connection.shutdown(socket.SHUT_RDWR)
+
+
+def wait_until_connected(job: Job) -> None:
+    assert {decision.yes for decision in job.vote(dict.fromkeys(range(len(job.votes)), 1)).values()} == {1}
+
+
+def test_the_decision_is_the_and_of_all_answers_and_the_lowest_ranks_news():
+    job = Job(3, ranks=2)
+    first = job.vote({0: 7, 1: 7, 2: 5, 3: 7, 4: 7, 5: 6}, news="from ")
+    assert all(decision == first[0] for decision in first.values())
+    assert (first[0].number, first[0].yes, first[0].news, first[0].clients) == (1, 4, "from 0", (0, 1, 2))
+    assert job.vote(dict.fromkeys(range(6), 3))[5].yes == 3
+
+
+def test_a_client_that_ends_is_out_as_a_whole_and_interrupts_the_others():
+    job = Job(3, ranks=2)
+    wait_until_connected(job)
+    job.votes[3]._line.connection.shutdown(socket.SHUT_RDWR)  # one rank of client 1
+    for rank in (0, 1, 4, 5):
+        assert job.votes[rank].interrupted.wait(10)
+    decided = job.vote({0: 1, 1: 1, 2: 1, 4: 1, 5: 1})
+    assert isinstance(decided.pop(2), RankLostError)
+    assert {decision.clients for decision in decided.values()} == {(0, 2)}
+    assert not any(job.votes[rank].interrupted.is_set() for rank in (0, 1, 4, 5))
+    assert job.vote(dict.fromkeys((0, 1, 4, 5), 1))[0].yes == 1
+
+
+def test_the_coordinator_is_lost_and_the_one_after_it():
+    job = Job(4)
+    wait_until_connected(job)
+    job.kill(0)
+    decided = job.vote({1: 1, 2: 1, 3: 1}, news="now ")
+    assert {(each.number, each.clients, each.news) for each in decided.values()} == {(2, (1, 2, 3), "now 1")}
+    job.kill(1)
+    decided = job.vote({2: 1, 3: 3})
+    assert {(each.number, each.clients, each.yes) for each in decided.values()} == {(3, (2, 3), 1)}
+
+
+def test_a_decision_that_only_some_have_got_counts_for_all(monkeypatch):
+    """Client 0's coordinator tells rank 1 alone, and is lost."""
+    job = Job(3)
+    wait_until_connected(job)
+    tell, told = Coordinator._tell, threading.Event()
+
+    def partly(self, line):
+        if self is not job.coordinators[0] or line.rank == 1:
+            tell(self, line)
+            told.set()
+
+    monkeypatch.setattr(Coordinator, "_tell", partly)
+    with ThreadPoolExecutor(3) as pool:
+        voting = [pool.submit(job.votes[rank].vote, 1) for rank in range(3)]
+        assert told.wait(10)
+        job.kill(0)
+        assert voting[1].result(20) == voting[2].result(20)
+        assert (voting[2].result().number, voting[2].result().clients) == (2, (0, 1, 2))
+        with pytest.raises(RankLostError):
+            voting[0].result(20)
+    assert {decision.clients for decision in job.vote({1: 1, 2: 1}).values()} == {(1, 2)}
+
+
+def test_who_does_not_come_to_the_next_coordinator_is_out(monkeypatch):
+    monkeypatch.setattr(coordinator, "GRACE_S", 1.0)
+    job = Job(3)
+    wait_until_connected(job)
+    job.kill(2)
+    job.kill(0)
+    decided = job.vote({1: 1})
+    assert decided[1].clients == (1,)
+
+
+def test_who_is_cut_off_from_a_living_coordinator_leaves(monkeypatch):
+    monkeypatch.setattr(votes, "GRACE_S", 0.5)
+    job = Job(3)
+    wait_until_connected(job)
+    job.votes[2]._line.connection.shutdown(socket.SHUT_RDWR)
+    decided = job.vote({0: 1, 1: 1, 2: 1})
+    assert isinstance(decided[2], RankLostError) and "cut off" in str(decided[2])
+    assert decided[0].clients == (0, 1)
+
+
+def test_a_rank_that_does_not_vote_is_an_error_with_a_time_limit():
+    job = Job(2, timeout_s=1.0)
+    error = job.vote({0: 1})[0]
+    assert isinstance(error, GossipError) and "no agreement within 1 s" in str(error)
+
+
+def test_strangers_and_goodbyes_put_nobody_out():
+    job = Job(2)
+    wait_until_connected(job)
+    for text in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b'{"kind": "hello"}\n',
+        b'{"kind": "hello", "rank": 99, "last": {}}\n',
+        b"[1]\n",
+    ):
+        with socket.create_connection(job.coordinators[0].address) as stranger:
+            stranger.sendall(text)
+    assert job.vote({0: 1, 1: 1})[0].clients == (0, 1)
+    job.votes[1].close()
+    job.votes[1]._line.connection.shutdown(socket.SHUT_RDWR)
+    assert job.vote({0: 1})[0].clients == (0, 1)
