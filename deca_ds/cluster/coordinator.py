@@ -5,6 +5,7 @@ Every rank keeps a connection to it (votes.py). Messages are lines of JSON of a 
 
     rank to coordinator    hello (rank, the last decision that it knows, coordinators that it has lost), vote, goodbye
     coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (you are)
+    of a returning client  join, ready; to it: invitation, asleep (another one is the coordinator)
 
 1. All ranks of all clients that are in vote under one number. The decision is the AND of their answers, bit by bit.
 2. A connection that ends without a goodbye puts its client out. The next decision names the clients that are left.
@@ -13,6 +14,9 @@ Every rank keeps a connection to it (votes.py). Messages are lines of JSON of a 
    as soon as its own rank has come, which has lost the old one then, too; those who have not come after a while are
    out. Whoever misses a decision that another rank knows is given it: nobody is further apart than one, because a
    decision takes the votes of all who know the one before.
+4. A client that has gone may come back, as new processes. When all its ranks are ready, the next decision to which all
+   have voted yes and OPEN announces it. From the agreement after that one on it votes like the others. It stands at the
+   end of the line of those who become coordinator, so that it takes nobody's place.
 """
 
 from __future__ import annotations
@@ -31,32 +35,43 @@ from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.lifeline import keep_alive
 
 GRACE_S = 20.0  # for the others to notice that the old coordinator is lost; a silent host takes them about 11 s
-_MOST_BYTES = 2**16  # of a message
+_MOST_BYTES = 2**20  # of a message
+YES, OPEN = 1, 2  # bits of a vote: that this counts; that a returning client may come in after it
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Of agreement `number`. yes: bit by bit, whether all have said yes; the lowest bit is the one that counts.
-    news: what the lowest rank had to tell. clients: who is in, ascending."""
+    """Of agreement `number`. yes: bit by bit, whether all have said so. news: what the first client's leader had to
+    tell. clients: who is in, the coordinator's first. joining: who comes in now, with its coordinator's address."""
 
     number: int
     yes: int
     news: str
     clients: tuple[int, ...]
+    joining: tuple[tuple[int, str, int], ...] = ()
+
+    @property
+    def everybody(self) -> tuple[int, ...]:
+        """Who is in from now on, in the order in which they become coordinator."""
+        return (*self.clients, *(client for client, _, _ in self.joining))
 
     @staticmethod
     def read(message: dict[str, Any]) -> Decision:
-        return Decision(message["number"], message["yes"], message["news"], tuple(message["clients"]))
+        joining = tuple((client, host, port) for client, host, port in message["joining"])
+        return Decision(message["number"], message["yes"], message["news"], tuple(message["clients"]), joining)
 
 
 class Line:
-    """A connection that carries lines of JSON. rank: whose it is; known: number of the last decision sent to it."""
+    """A connection that carries lines of JSON. rank: whose it is. known: number of the last decision sent to it.
+    ready: of a returning client, whether it only waits to come in; address: of its coordinator, from its leader."""
 
     def __init__(self, connection: socket.socket):
         keep_alive(connection)
         self.connection = connection
         self.rank: int | None = None
         self.known = -1
+        self.ready = False
+        self.address: tuple[str, int] | None = None
         self._text = bytearray()
 
     def send(self, kind: str, **message: Any) -> bool:
@@ -85,7 +100,7 @@ class Line:
 class Coordinator:
     """Of client `client`. host: address to listen at. timeout_s: for all ranks to come at the start of the job.
 
-    address: where ranks reach it.
+    address: where ranks reach it. invitation: what a returning client has to know; set by the leader.
     """
 
     def __init__(self, layout: ClientLayout, client: int, host: str, timeout_s: float):
@@ -94,7 +109,10 @@ class Coordinator:
         self.address: tuple[str, int] = self._server.getsockname()[:2]
         self._lines: dict[int, Line] = {}  # by rank
         self._last = Decision(0, 0, "", tuple(range(layout.clients)))
-        self._clients: set[int] = set()  # who is in, once at work
+        self.invitation: dict[str, Any] | None = None
+        self._visits = 0
+        self._visitors: dict[int, Line] = {}  # ranks of clients that want to come back
+        self._clients: list[int] = []  # who is in, once at work; itself first
         self._done: set[int] = set()  # ranks that have said goodbye
         self._votes: dict[int, tuple[int, str]] = {}
         self._gathered: float | None = None  # monotonic time after which nobody is waited for who has never come
@@ -126,12 +144,16 @@ class Coordinator:
     def _heard(self, line: Line, message: dict[str, Any]) -> None:
         if message["kind"] == "hello":
             self._hello(line, message)
+        elif message["kind"] == "join":
+            self._join(line, message["rank"], message["address"])
+        elif message["kind"] == "ready":
+            line.ready = True
         elif line.rank is None:
             return
         elif message["kind"] == "vote":
             if message["number"] == self._last.number + 1:  # an older one has been decided by those who knew all votes
                 self._votes[line.rank] = message["yes"], message["news"]
-                if not message["yes"] & 1:
+                if not message["yes"] & YES:
                     self._interrupt()
         elif message["kind"] == "goodbye":
             self._done.add(line.rank)
@@ -139,14 +161,13 @@ class Coordinator:
 
     def _hello(self, line: Line, message: dict[str, Any]) -> None:
         last = Decision.read(message["last"])
-        if message["rank"] not in range(self._layout.leader_of(self._layout.clients)):
-            raise ValueError(f"no such rank: {message['rank']}")
+        self._check(message["rank"])
         line.rank, line.known = message["rank"], last.number
         self._lines[message["rank"]] = line
         if last.number > self._last.number:
             self._last = last
         if line.rank == self._leader:
-            self._clients = set(self._last.clients)
+            self._clients = list(self._last.everybody)
             self._gathered = time.monotonic() + (GRACE_S if last.number else self._timeout_s)
             for client in message["lost"]:
                 self._put_out(client, "it was lost with the coordinator before")
@@ -161,8 +182,45 @@ class Coordinator:
             if other.known < self._last.number:
                 self._tell(other)
 
+    def _join(self, line: Line, rank: int, address: tuple[str, int] | None) -> None:
+        self._check(rank)
+        client = self._layout.client_of(rank)
+        if not self._clients or self.invitation is None:
+            line.send("asleep")
+            return
+        if client in self._clients:
+            line.send("out", why=f"client {client} is still in the job")
+            return
+        line.rank, line.address = rank, address
+        self._visitors[rank] = line
+        ranks = self._ranks_of([client])
+        if all(each in self._visitors for each in ranks):
+            self._visits += 1
+            visit = f"{self._last.number}.{self._visits}"  # another coordinator's numbers are higher
+            for each in ranks:
+                self._visitors[each].send("invitation", visit=visit, clients=self._clients, **self.invitation)
+
+    def _announced(self, yes: int) -> tuple[tuple[int, str, int], ...]:
+        """Clients that come in with a decision, at most one: all its ranks are ready, and all others let it in."""
+        for rank in self._visitors if yes & YES and yes & OPEN else ():
+            client = self._layout.client_of(rank)
+            ranks = self._ranks_of([client])
+            address = self._visitors[ranks[0]].address if ranks[0] in self._visitors else None
+            if address and all(each in self._visitors and self._visitors[each].ready for each in ranks):
+                self._lines |= {each: self._visitors.pop(each) for each in ranks}
+                return ((client, *address),)
+        return ()
+
+    def _check(self, rank: int) -> None:
+        if rank not in range(self._layout.leader_of(self._layout.clients)):
+            raise ValueError(f"no such rank: {rank}")
+
     def _ended(self, line: Line) -> None:
         line.connection.close()
+        if line.rank is not None and self._visitors.get(line.rank) is line:
+            for rank in self._ranks_of([self._layout.client_of(line.rank)]):
+                if visitor := self._visitors.pop(rank, None):
+                    visitor.send("out", why=f"its rank {line.rank} is gone")
         if line.rank is not None and self._lines.get(line.rank) is line:
             del self._lines[line.rank]
             if line.rank not in self._done and self._clients:
@@ -187,20 +245,24 @@ class Coordinator:
         if self._gathered is None or time.monotonic() < self._gathered:
             return
         self._gathered = None
-        for rank in self._ranks_of(sorted(self._clients)):
+        for rank in self._ranks_of(self._clients):
             if rank not in self._lines and rank not in self._done:
                 self._put_out(self._layout.client_of(rank), f"its rank {rank} has not come")
 
     def _decide(self) -> None:
-        ranks = [rank for rank in self._ranks_of(sorted(self._clients)) if rank not in self._done]
+        ranks = [rank for rank in self._ranks_of(self._clients) if rank not in self._done]
         if not ranks or any(rank not in self._votes for rank in ranks):
             return
         yes = -1
         for rank in ranks:
             yes &= self._votes[rank][0]
         news = self._votes[ranks[0]][1]
-        self._last = Decision(self._last.number + 1, yes, news, tuple(sorted(self._clients)))
+        joining = self._announced(yes)
+        self._last = Decision(self._last.number + 1, yes, news, tuple(self._clients), joining)
+        newcomers = [client for client, _, _ in joining]
+        self._clients += newcomers
         self._votes.clear()
+        ranks += self._ranks_of(newcomers)
         for rank in sorted(ranks, key=self._is_own):  # its own client last: with that one this process may end
             self._tell(self._lines[rank])
 
@@ -212,8 +274,6 @@ class Coordinator:
         return self._layout.client_of(rank) == self._layout.client_of(self._leader)
 
     def _ranks_of(self, clients: Sequence[int]) -> list[int]:
-        return [
-            rank
-            for rank in range(self._layout.leader_of(self._layout.clients))
-            if self._layout.client_of(rank) in clients
-        ]
+        """The clients' ranks, client by client."""
+        layout = self._layout
+        return [rank for c in clients for rank in range(layout.leader_of(c), layout.leader_of(c + 1))]

@@ -24,7 +24,8 @@ from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
 from deca_ds.errors import LaunchError
 
-_LIBRARIES = ("torch", "deepspeed", "transformers")
+_PACKAGES = ("torch", "deepspeed", "transformers")
+LIBRARIES = ("Python", *_PACKAGES)  # of these, versions may differ with cluster.allow_mixed_versions
 # Keys that may name other places on other hosts, or what only concerns one host. What is found there is compared: the
 # models by their values, data by counts and labels, the mixing matrices and DeepSpeed's JSON by their content.
 _OF_A_HOST = frozenset(
@@ -61,21 +62,25 @@ def compare_software(config: Config, launch: Launch, store: JobStore, matrices: 
 
     matrices: the mixing matrices. With cluster.allow_mixed_versions other libraries are a warning on rank 0.
     """
-    keys = _keys(config, matrices)
-    versions = {"Python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES}
-    own = {"host": launch.host, **versions, "code": code_digest(), "keys": digest([json.dumps(keys).encode()])}
-    every = store.gather(launch, "fingerprint", own)
+    every = store.gather(launch, "fingerprint", {"host": launch.host, **software(config, matrices)})
     hosts = [of["host"] for of in every]
     _refuse("deca_ds source files", [of["code"] for of in every], hosts, "install the same deca_ds everywhere")
     if len({of["keys"] for of in every}) > 1:
-        _refuse_keys(store.gather(launch, "fingerprint/keys", keys), hosts)
-    for name in versions:
+        _refuse_keys(store.gather(launch, "fingerprint/keys", _keys(config, matrices)), hosts)
+    for name in LIBRARIES:
         odd = odd_ones([of[name] for of in every], hosts)
         if odd and not config.cluster.allow_mixed_versions:
             fix = "install the same everywhere, or set cluster.allow_mixed_versions=true if you know them to fit"
             raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=fix)
         if odd and launch.rank == 0:
             print("WARNING: " + "; ".join(odd).replace("{}", name), file=sys.stderr, flush=True)
+
+
+def software(config: Config, matrices: Sequence[bytes]) -> dict[str, str]:
+    """Versions and digests of what this rank runs: libraries, "code" and "keys", the configuration's."""
+    versions = {"Python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    keys = json.dumps(_keys(config, matrices)).encode()
+    return {**versions, "code": code_digest(), "keys": digest([keys])}
 
 
 def compare_start(launch: Launch, store: JobStore, parts: Mapping[str, str], ranks_per_client: int) -> None:

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch.distributed import Store
@@ -56,6 +56,8 @@ class JobGuard:
         self.farewells: list[Callable[[], None]] = []
         self.host, self._ranks = 0, launch.world_size  # ranks that use the store
         self._outlived = False  # whether the others go on when this rank fails
+        self._visits = False
+        self._abrupt = False  # whether somebody has died
         self._parent = os.getppid()
         self._finished = threading.Event()
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
@@ -75,16 +77,19 @@ class JobGuard:
 
     def let_others_go_on(self) -> None:
         """From now on a failure of this rank ends its own client alone."""
-        self._outlived = True
+        self._outlived, self._visits = True, False
 
-    def survive(self, ranks: Collection[int], store: JobStore | None) -> None:
-        """Others have died and these are left. store: another one, which the first of `ranks` hosts, if the host of the
-        old one has died."""
-        gone = set(range(self.launch.world_size)) - set(ranks)
-        self.heartbeats.gone = frozenset(gone)
-        self._ranks = len(ranks)
+    def visit(self, host: int) -> None:
+        """This rank is not of the job yet: until `let_others_go_on` its failure is its own. host: see JobGuard."""
+        self.host, self._visits = host, True
+
+    def survive(self, ranks: Sequence[int], store: JobStore | None) -> None:
+        """Others have died and these are in now. store: another one, which the first of `ranks` hosts, if the host of
+        the old one has died."""
+        self.heartbeats.gone = frozenset(range(self.launch.world_size)) - frozenset(ranks)
+        self._ranks, self._abrupt = len(ranks), True
         if store is not None:
-            self.host, self._store = min(ranks), store
+            self.host, self._store = ranks[0], store
             self._start_watching()
 
     @property
@@ -98,6 +103,8 @@ class JobGuard:
         if self._outlived:
             self._die(_whole_message(error) + self._last_seen(error))
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
+        if self._visits:
+            self._leave(self._report(_whole_message(error), code), announce=True)
         seen = self._last_seen(error)
         report = json.dumps(self._report(public_message(error) + seen, code))
         first = report
@@ -123,7 +130,7 @@ class JobGuard:
         self._finished.set()
         self._thread.join(timeout=2 * _POLL_S)
         self.heartbeats.beat(store, last=True)
-        if self.heartbeats.gone:
+        if self._abrupt:
             self._end(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
 
     def _start_watching(self) -> None:
@@ -191,7 +198,8 @@ class JobGuard:
         if announce:
             of = f"rank {report['rank']} on {report['host']}{report['place']}: " if self.launch.world_size > 1 else ""
             print(f"\nERROR: {of}{report['message']}", file=sys.stderr, flush=True)
-        self._mark_failed(report)
+        if not self._visits:
+            self._mark_failed(report)
         if self.launch.rank == self.host and self.launch.world_size > 1:
             time.sleep(_LINGER_S)
         self._end(report["code"])

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class Members:
     """The clients that train, by the numbers they started with. One object for everybody in a rank who asks.
 
-    total: clients at the start. It changes only where all survivors agree on it, so that all ranks always see the same.
+    total: clients at the start. clients: ascending, but that those who have come back are the last. They change only
+    where all survivors agree on it, so that all ranks always see the same.
     """
 
     total: int

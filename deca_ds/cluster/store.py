@@ -164,8 +164,20 @@ def host_again(former: JobStore) -> JobStore:
 
 def join_again(former: JobStore, address: tuple[str, int]) -> JobStore:
     """What another rank has hosted by `host_again`."""
-    store = TCPStore(*address, is_master=False, timeout=former.timeout, wait_for_workers=False)
-    return JobStore(store, address, former.timeout)
+    return join_job_store(address, former.timeout.total_seconds())
+
+
+def join_job_store(address: tuple[str, int], timeout_s: float) -> JobStore:
+    """The store of a job that is under way. Raises LaunchError if it is out of reach."""
+    host, port = address
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise LaunchError(
+            f"the job's store is out of reach: {error}", where=f"{host} {port}", fix="look at the network"
+        ) from error
+    return JobStore(store, (host, port), timeout)
 
 
 def own_address(peer: tuple[str, int]) -> str:

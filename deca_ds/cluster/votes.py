@@ -13,6 +13,7 @@ from typing import Any
 from deca_ds.cluster.coordinator import GRACE_S, Coordinator, Decision, Line
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.store import JobStore, own_address
+from deca_ds.cluster.visit import Addresses, Visit
 from deca_ds.errors import GossipError, RankLostError, UserError
 
 _CONNECT_S = 5.0
@@ -21,14 +22,25 @@ _CONNECT_S = 5.0
 class Votes:
     """A thread keeps the connection to whoever is the coordinator, also while this rank is busy with something else.
 
-    addresses: of every client's coordinator. timeout_s: for all ranks to come to an agreement.
-    interrupted: set as soon as a client has gone or a rank has voted no (the lowest bit), until the next decision.
+    addresses: of every client's coordinator, as it is now. timeout_s: for all ranks to come to an agreement. own:
+    this client's coordinator, on its leader. visit: of a client that comes back; it does not vote before `enter`.
+    interrupted: set as soon as a client has gone or a rank has voted no, until the next decision.
     """
 
-    def __init__(self, rank: int, layout: ClientLayout, addresses: Mapping[int, tuple[str, int]], timeout_s: float):
+    def __init__(
+        self,
+        rank: int,
+        layout: ClientLayout,
+        addresses: Mapping[int, tuple[str, int]],
+        timeout_s: float,
+        own: Coordinator | None = None,
+        visit: Visit | None = None,
+    ):
+        self.own = own
         self.interrupted = threading.Event()
-        self._rank, self._addresses, self._timeout_s = rank, addresses, timeout_s
+        self._rank, self.addresses, self._timeout_s = rank, dict(addresses), timeout_s
         self._last = Decision(0, 0, "", tuple(range(layout.clients)))
+        self._visit = visit
         self._lost: list[int] = []  # clients whose coordinators are out of reach
         self._line: Line | None = None
         self._ballot: dict[str, Any] | None = None  # until it is decided
@@ -38,8 +50,17 @@ class Votes:
 
     @property
     def clients(self) -> tuple[int, ...]:
-        """Who is in, by the last decision."""
-        return self._last.clients
+        """Who is in, by the last decision, in the order in which they become coordinator."""
+        return self._last.everybody
+
+    def enter(self) -> Decision:
+        """For a client that comes back: wait until an agreement of the others lets it in, and return that one.
+
+        Raises RankLostError if the coordinator is lost before.
+        """
+        assert self._visit is not None
+        self._visit.line.send("ready")
+        return self._wait(threading.TIMEOUT_MAX)
 
     def vote(self, yes: int, news: str = "") -> Decision:
         """Give answers, a bit each, and news, a short text; returns when all have.
@@ -50,11 +71,14 @@ class Votes:
             self._ballot = {"number": self._last.number + 1, "yes": yes, "news": news}
             if self._line is not None:
                 self._line.send("vote", **self._ballot)  # if it does not arrive the connection ends
+        return self._wait(self._timeout_s)
+
+    def _wait(self, timeout_s: float) -> Decision:
         try:
-            decided = self._inbox.get(timeout=self._timeout_s)
+            decided = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             raise GossipError(
-                f"no agreement within {self._timeout_s:g} s: not all ranks have come to it",
+                f"no agreement within {timeout_s:g} s: not all ranks have come to it",
                 where=f"rank {self._rank}",
                 fix="look for a rank that hangs; if it is only slow, raise cluster.timeout_s",
             ) from None
@@ -71,17 +95,18 @@ class Votes:
     def _follow(self) -> None:
         """In the thread: go from coordinator to coordinator. `interrupted` follows the order of the messages."""
         try:
-            while True:
-                for client in self._last.clients:
-                    if client not in self._lost:
-                        self._listen(client)
-                        self.interrupted.set()
-                        self._lost.append(client)
-                        break
-                else:
-                    raise RankLostError(
-                        "no other client is in reach", where=f"rank {self._rank}", fix="look at the network"
-                    )
+            if self._visit is not None:
+                self._line = self._visit.line
+                self._read(self._line)
+                self.interrupted.set()
+                self._lost.append(self._visit.coordinator)
+                if self._last.number == 0:
+                    raise RankLostError("the coordinator is lost before this client came in", fix="start it again")
+            while left := [client for client in self.clients if client not in self._lost]:
+                self._listen(left[0])
+                self.interrupted.set()
+                self._lost.append(left[0])
+            raise RankLostError("no other client is in reach", where=f"rank {self._rank}", fix="look at the network")
         except UserError as error:
             self.interrupted.set()
             self._inbox.put(error)
@@ -89,30 +114,27 @@ class Votes:
     def _listen(self, client: int) -> None:
         """Take part in the agreements of `client`'s coordinator; returns when it is lost."""
         try:
-            connection = socket.create_connection(self._addresses[client], _CONNECT_S)
+            connection = socket.create_connection(self.addresses[client], _CONNECT_S)
         except OSError:
             return
-        connection.settimeout(None)
-        line, welcome = Line(connection), False
-        line.send("hello", rank=self._rank, last=asdict(self._last), lost=self._lost)
         late_s = self._timeout_s if self._last.number == 0 else 2 * GRACE_S
-        deadline = time.monotonic() + late_s
-        while True:
-            if not welcome:
-                connection.settimeout(max(0.1, deadline - time.monotonic()))
-            messages = line.receive()
-            if messages is None:
-                if not welcome and time.monotonic() >= deadline:
-                    raise RankLostError(
-                        f"client {client} has not lost the coordinator that this rank has lost: it is cut off",
-                        where=f"rank {self._rank}",
-                        fix="look at the network",
-                    )
-                return
+        connection.settimeout(late_s)
+        line = Line(connection)
+        line.send("hello", rank=self._rank, last=asdict(self._last), lost=self._lost)
+        since = time.monotonic()
+        self._read(line)
+        if line is not self._line and time.monotonic() - since >= late_s:
+            raise RankLostError(
+                f"client {client} has not lost the coordinator that this rank has lost: it is cut off",
+                where=f"rank {self._rank}",
+                fix="look at the network",
+            )
+
+    def _read(self, line: Line) -> None:
+        while (messages := line.receive()) is not None:
             for message in messages:
-                if message["kind"] == "welcome" and not welcome:
-                    welcome = True
-                    connection.settimeout(None)
+                if message["kind"] == "welcome":
+                    line.connection.settimeout(None)
                     self._vote_again(line)
                 elif message["kind"] == "interrupt":
                     self.interrupted.set()
@@ -132,15 +154,19 @@ class Votes:
             if decision.number <= self._last.number:
                 return
             self._last, self._ballot = decision, None
+            for client, host, port in decision.joining:
+                self.addresses[client] = host, port
+                self._lost = [lost for lost in self._lost if lost != client]
         self.interrupted.clear()
         self._inbox.put(decision)
 
 
 def open_votes(launch: Launch, layout: ClientLayout, store: JobStore, timeout_s: float) -> Votes:
     """Start this client's coordinator, if this rank is its leader, and join the one at work. All ranks call this."""
-    client, address = layout.client_of(launch.rank), None
+    client, coordinator = layout.client_of(launch.rank), None
     if launch.rank == layout.leader_of(client):
         assert store.address is not None, "a single process has nobody to vote with"
-        address = Coordinator(layout, client, own_address(store.address), timeout_s).address
-    told = store.gather(launch, "coordinators", address)
-    return Votes(launch.rank, layout, {c: tuple(told[layout.leader_of(c)]) for c in range(layout.clients)}, timeout_s)
+        coordinator = Coordinator(layout, client, own_address(store.address), timeout_s)
+    told = store.gather(launch, "coordinators", coordinator and coordinator.address)
+    addresses: Addresses = {c: tuple(told[layout.leader_of(c)]) for c in range(layout.clients)}
+    return Votes(launch.rank, layout, addresses, timeout_s, coordinator)

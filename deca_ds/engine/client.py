@@ -78,6 +78,11 @@ class Client:
         self._state: BlockState | None = None
         self._reducer: GradientReducer | None = None
 
+    @property
+    def active(self) -> BlockState | None:
+        """The active block's state, if one is open."""
+        return self._state
+
     def open_block(self, index: int, buffers: Sequence[str]) -> BlockState:
         """Make a block the active one: float32 masters from the shards, `buffers` zero, gradients for it alone."""
         assert self._state is None, "close the active block first"

@@ -135,7 +135,7 @@ class Gossip:
         """
         chunks, self._unsettled = self._unsettled, []
         if self.transport.may_lose_clients and self.schedule.sends(t):
-            self.transport.together(lambda: self._receive(chunks))
+            self.transport.together(lambda: self._receive(chunks), last=True)
         if self.clip_radius is not None:
             self._clip(t, chunks, self.clip_radius)
         return self.has_neighbours(t)

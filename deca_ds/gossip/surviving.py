@@ -39,7 +39,7 @@ class Surviving(PointToPoint):
         self.changed: Callable[[str], None] = lambda news: None
         self.store: Store | None = None
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
         nobody has died."""
         spurious, error = 0, None
@@ -50,9 +50,9 @@ class Surviving(PointToPoint):
             except MessageError as failed:
                 through, error = False, failed
                 self._give_up()
-            answers = self._agree([through, *(question.answer() for question in self.questions)])
+            answers = self._agree([through, last, *(question.answer() for question in self.questions)])
             if answers and answers[0]:
-                for question, all_said_yes in zip(self.questions, answers[1:], strict=True):
+                for question, all_said_yes in zip(self.questions, answers[2:], strict=True):
                     question.heard(all_said_yes)
                 return result  # type: ignore[return-value]
             spurious = 0 if self._rebuild() else spurious + 1
@@ -76,7 +76,7 @@ class Surviving(PointToPoint):
 
 
 def bits(answers: Sequence[bool]) -> int:
-    """Answers as the bits of a number, the first one the lowest."""
+    """Answers as the bits of a number, the first one the lowest; the first two are coordinator.YES and OPEN."""
     return sum(1 << place for place, yes in enumerate(answers) if yes)
 
 

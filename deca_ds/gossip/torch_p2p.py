@@ -18,16 +18,18 @@ _Work = tuple[str, int, dist.Work]  # direction, neighbour, work
 class TorchTransport(PointToPoint):
     """A gloo group of its own over the ranks of one shard index, apart from the default world.
 
-    store: reachable by all clients. timeout_s: longest wait for one message. The constructor is collective over the
-    clients; it raises GossipError if one does not come. One client needs no group. GLOO_SOCKET_IFNAME picks the
-    network interface.
+    store: reachable by all clients. timeout_s: longest wait for one message. connected: whether to meet the others now;
+    then the constructor is collective over the clients and raises GossipError if one does not come. One client needs no
+    group. GLOO_SOCKET_IFNAME picks the network interface.
     """
 
-    def __init__(self, store: dist.Store, shard: int, client: int, clients: int, timeout_s: float):
+    def __init__(
+        self, store: dist.Store, shard: int, client: int, clients: int, timeout_s: float, *, connected: bool = True
+    ):
         super().__init__(client, clients)
         self.timeout_s = timeout_s
         self._group: dist.ProcessGroupGloo | None = None
-        if clients > 1:
+        if clients > 1 and connected:
             prefixed = dist.PrefixStore(f"gossip/{shard}", store)
             self._connect(prefixed, client, clients, timedelta(seconds=timeout_s))
 

@@ -23,7 +23,7 @@ from deca_ds.errors import GossipError, MessageError
 # on every transport, so a tag that comes round again is harmless. Tags let an error name what was waited for.
 _CHUNK_TAGS = 4096
 _STEP_TAGS = 7
-REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(4))
+REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG, HANDOVER_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(5))
 REDUCE_PIECE = 2**22  # elements that all_reduce_sum works on at a time; bounds its buffers
 MAX_JSON_BYTES = 2**28
 
@@ -65,21 +65,22 @@ class Transport(Protocol):
         """
         ...
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """Run `work`, exchanges that every rank of every client runs at this place, until it counts for all of them.
 
         Where a client may die, all survivors agree that they are through; if not, they let go of what was received and
         of the dead clients, and run `work` again. So it may be repeated, does nothing but exchange (a collective inside
-        the client would wait for a rank that has given up), and what follows from it comes after.
+        the client would wait for a rank that has given up), and what follows from it comes after. last: nothing else is
+        exchanged before the end of the inner step, where a client may then come back.
         """
         ...
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """Sum over clients, in place, in ascending client order. Contiguous CPU tensor."""
+        """Sum over clients, in place, in the order of `members`. Contiguous CPU tensor."""
         ...
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every client's JSON-able value, on every client, ascending."""
+        """Every client's JSON-able value, on every client, in the order of `members`."""
         ...
 
     def barrier(self) -> None:
@@ -108,7 +109,7 @@ class PointToPoint(ABC):
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """See Transport."""
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Transport. Here a client that dies ends the job."""
         return work()
 

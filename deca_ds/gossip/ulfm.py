@@ -83,6 +83,7 @@ class UlfmTransport(MpiTransport, Surviving):
             if self.client not in whole:
                 lost = sorted(set(self._ranks_of(self.client)) - living)
                 raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
+            self.members.clients = tuple(whole)
             if len(living) > len(whole) * self._layout.ranks_per_client:
                 continue  # the next shrink waits until these have left
             try:
@@ -96,7 +97,6 @@ class UlfmTransport(MpiTransport, Surviving):
                 break
         comm.Set_errhandler(self._mpi.ERRORS_RETURN)
         self._comm = comm
-        self.members.clients = tuple(whole)
         self.rebuilt += 1
         if self.members.clients != before:
             self.changed(news)

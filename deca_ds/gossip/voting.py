@@ -13,6 +13,7 @@ from datetime import timedelta
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
+from deca_ds.cluster.coordinator import YES
 from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.cluster.members import Members
 from deca_ds.cluster.votes import Votes
@@ -26,15 +27,47 @@ _LOOK_S = 0.02  # between two looks at whether a client has gone
 
 
 class VotingTransport(TorchTransport, Surviving):
-    """See TorchTransport; `together` outlives dead clients.
+    """See TorchTransport; `together` outlives dead clients, and those that come back can be let in.
 
-    members: what is kept up to date.
+    members: what is kept up to date. connected: False for a client that comes back, until it is let in. joining:
+    clients that the last agreement has let in, for `admit`.
     """
 
-    def __init__(self, votes: Votes, store: Store, shard: int, client: int, members: Members, timeout_s: float):
-        super().__init__(store, shard, client, members.total, timeout_s)
+    def __init__(
+        self,
+        votes: Votes,
+        store: Store,
+        shard: int,
+        client: int,
+        members: Members,
+        timeout_s: float,
+        *,
+        connected: bool = True,
+    ):
+        super().__init__(store, shard, client, members.total, timeout_s, connected=connected)
         self.votes, self.store, self._shard = votes, store, shard
         self.members = members
+        self.joining: tuple[int, ...] = ()
+
+    def enter(self) -> None:
+        """For a client that comes back: wait until the others let it in."""
+        self.progress.wait_for(EVERYBODY)
+        decision = self.votes.enter()
+        self.progress.wait_for(None)
+        self.members.clients, self.joining = decision.clients, decision.everybody[len(decision.clients) :]
+        self._announced = decision.number
+
+    def admit(self) -> None:
+        """Connect those that are `joining` with the others; all of them call this. `members` says who has come in."""
+        clients, self.joining = (*self.members.clients, *self.joining), ()
+        self._group = None
+        self.members.clients = clients
+        self.changed("")
+        through = self._connect_again(self._announced)
+        decision = self.votes.vote(YES if through else 0)
+        if decision.clients != clients or not decision.yes:
+            self._rebuild()
+        self.rebuilt += 1
 
     def exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
@@ -52,22 +85,28 @@ class VotingTransport(TorchTransport, Surviving):
         decision = self.votes.vote(bits(answers))
         self.progress.wait_for(None)
         self.progress.tick()
-        return answers_in(decision.yes, len(answers)) if decision.clients == self.members.clients else []
+        if decision.clients != self.members.clients:
+            return []
+        self.joining, self._announced = decision.everybody[len(decision.clients) :], decision.number
+        return answers_in(decision.yes, len(answers))
 
     def _rebuild(self) -> bool:
-        before = self.members.clients
+        before, told = self.members.clients, True
         while True:
             self._group = None
             decided = self.votes.clients
-            news = self.votes.vote(1, self.news() if self.client == decided[0] and self._shard == 0 else "")
-            if news.clients != decided:  # one more: perhaps the one that had something to tell
+            lost, self.members.clients = decided != self.members.clients, decided
+            decision = self.votes.vote(YES, self.news() if self.client == decided[0] and self._shard == 0 else "")
+            if lost:
+                told = False
+            if decision.clients != decided:  # one more: perhaps the one that had something to tell
                 continue
-            if decided != self.members.clients:
-                self.members.clients = decided
-                self.changed(news.news)
-            through = self._connect_again(news.number)
-            voted = self.votes.vote(int(through))
-            if voted.clients == decided and voted.yes:
+            if not told:
+                self.changed(decision.news)
+                told = True
+            through = self._connect_again(decision.number)
+            decision = self.votes.vote(YES if through else 0)
+            if decision.clients == decided and decision.yes:
                 break
         self.rebuilt += 1
         return self.members.clients != before

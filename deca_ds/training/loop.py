@@ -20,9 +20,11 @@ from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.gossip.mix import Gossip
 from deca_ds.training.checkpoints import Checkpoints, model_slices
 from deca_ds.training.evaluation import Evaluator
+from deca_ds.training.handover import Standing
 from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.step import inner_step
+from deca_ds.training.survivors import Survivors
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Trainer:
     stop: StopAgreement | StopQuestion
     output: Path
     done: int = 0  # inner steps
+    survivors: Survivors | None = None  # where clients may die
     state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it
 
     def train(self) -> bool:
@@ -49,7 +52,7 @@ class Trainer:
 
         Returns False if the job was told to stop before: then the checkpoints of all ranks are on the disk.
         """
-        while self.stop.may_pass(self.done):
+        while self._goes_on():
             if self._evaluates():
                 self.cluster.progress.enter("evaluation")
                 self._evaluate()
@@ -63,6 +66,12 @@ class Trainer:
         self.checkpoints.save(self.done)
         self.checkpoints.wait_for_all(self.done)
         return False
+
+    def _goes_on(self) -> bool:
+        """Whether the job is not to stop here; before that, clients that come back are let in."""
+        if self.survivors is not None:
+            self.survivors.admit(Standing(self.done, not self.stop.may_pass(self.done), self.state))
+        return self.stop.may_pass(self.done)
 
     def _inner_step(self, step: Step) -> None:
         block = self.client.plan.blocks[step.block].label

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deca_ds.checkpoint.done import mark_done
-from deca_ds.cluster import read_launch
+from deca_ds.cluster import ClientLayout, read_launch
 from deca_ds.cluster.guard import USER_ERROR_CODE, guarded
-from deca_ds.cluster.store import open_job_store
+from deca_ds.cluster.store import join_job_store, open_job_store
+from deca_ds.cluster.visit import ask_to_join
 from deca_ds.config import load_config
+from deca_ds.config.checks import check_world
 from deca_ds.errors import UserError
 
 # Slurm and mpirun stop a job with SIGTERM; mpirun hands SIGUSR1 on to the ranks without ending them.
@@ -24,6 +26,7 @@ _START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configurati
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
     parser.add_argument("--config", type=Path, help="YAML file with the run's configuration")
+    parser.add_argument("--join", action="store_true", help="come back, as a client that the others go on without")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # what the deepspeed launcher adds; the rank is read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
@@ -38,12 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         launch = read_launch()
-        store = open_job_store(launch, _START_TIMEOUT_S)
+        config, visit = None, None
+        if arguments.join:
+            config = load_config(arguments.config, arguments.overrides)
+            layout = ClientLayout(config.cluster.clients, check_world(config, launch.world_size))
+            visit = ask_to_join(launch, layout, Path(config.run.output), _START_TIMEOUT_S)
+            store = join_job_store(visit.invitation["store"], _START_TIMEOUT_S)
+        else:
+            store = open_job_store(launch, _START_TIMEOUT_S)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return USER_ERROR_CODE
     with guarded(launch, store) as guard:
-        config = load_config(arguments.config, arguments.overrides)
+        if visit is not None:
+            guard.visit(visit.invitation["host"])
+        config = config or load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             if launch.rank == 0:
                 from deca_ds.training.plan import print_plan
@@ -52,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from deca_ds.training.setup import start
 
-        trainer = start(config, launch, store, guard)
+        trainer = start(config, launch, store, guard, visit)
         for number in STOP_SIGNALS:
             signal.signal(number, guard.stop.ask)
         finished = trainer.train()

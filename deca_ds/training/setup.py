@@ -6,6 +6,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,18 @@ import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 from torch.distributed import PrefixStore
-from transformers import PreTrainedTokenizerBase
 
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.cluster import Cluster, Launch, connect
-from deca_ds.cluster.fingerprint import compare_software, compare_start, digest
+from deca_ds.cluster.fingerprint import compare_software, compare_start, digest, software
 from deca_ds.cluster.guard import JobGuard
-from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.lifeline import Lifeline
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore
-from deca_ds.cluster.votes import open_votes
+from deca_ds.cluster.visit import Visit, save_addresses
+from deca_ds.cluster.votes import Votes
 from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
@@ -37,16 +37,15 @@ from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
 from deca_ds.gossip.edges import probe_edges, save_edges
 from deca_ds.gossip.mix import Gossip
-from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.surviving import Surviving
-from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
-from deca_ds.gossip.ulfm import UlfmTransport
 from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.connect import connect_transport
 from deca_ds.training.evaluation import Evaluator
+from deca_ds.training.invite import Invitation
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
@@ -56,32 +55,47 @@ from deca_ds.training.tables import data_table
 from deca_ds.training.written import Agreed, StoreCount, Written
 
 
-def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
+def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None = None) -> Trainer:
     """Check the configuration, join the other ranks and build the run, or what is left of it. Raises UserErrors, before
-    anything is written; only the model's come after the output folder is made."""
-    guard.progress.enter("comparing the ranks")
+    anything is written; only the model's come after the output folder is made. visit: of a client that comes back."""
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
+    matrices = [matrix.tobytes() for matrix in mixing.matrices]
+    invitation = None if visit is None else Invitation.read(visit.invitation)
+    guard.progress.enter("comparing the ranks")
+    if invitation is None:
+        compare_software(config, launch, store, matrices)
+    else:
+        invitation.compare_software(config, launch, software(config, matrices))
+        store = JobStore(PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout)
     guard.progress.enter("checking the configuration")
     ranks = check_world(config, launch.world_size)
     check_method(config)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
-    if config.run.resume == "never" or launch.rank == 0:  # other hosts have not got the run's configuration
+    # other hosts have not got the run's configuration
+    if visit is None and (config.run.resume == "never" or launch.rank == 0):
         check_folder(config)
     validate_data_config(config, client=launch.rank // ranks)
     resumption = None
-    if config.run.resume != "never":
+    if visit is None and config.run.resume != "never":
         resumption = choose(config, launch, store, ClientLayout(config.cluster.clients, ranks), mixing)
     cluster = connect(config, launch, store, guard.progress)
-    return build(config, cluster, connect_transport(config, cluster, guard), guard, resumption)
+    if invitation is not None:
+        cluster.members.clients = tuple(invitation.clients)
+    return build(config, cluster, connect_transport(config, cluster, guard, visit), guard, resumption, invitation)
 
 
 def build(
-    config: Config, cluster: Cluster, transport: Transport, guard: JobGuard, resumption: Resumption | None = None
+    config: Config,
+    cluster: Cluster,
+    transport: Transport,
+    guard: JobGuard,
+    resumption: Resumption | None = None,
+    invitation: Invitation | None = None,
 ) -> Trainer:
     """Everything `Trainer` needs, on every rank of a connected job. The configuration has been checked.
 
-    resumption: what to go on from; None: a new run.
+    resumption: what to go on from; None: a new run. invitation: for a client that comes back; it returns when that has
+    been let in.
     """
     resumption = resumption or Resumption()
     progress, launch, output = cluster.progress, cluster.launch, Path(config.run.output)
@@ -90,10 +104,13 @@ def build(
     disable_progress_bars()
     progress.enter("reading the data")
     data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
-    summaries = transport.gather_json(data.summary)
-    compare_data(summaries, transport.gather_json(data.label_names))
-
-    edges = probe_edges(transport, mixing, launch, cluster.layout, cluster.store)
+    vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
+    if invitation is None:
+        summaries = transport.gather_json(data.summary)
+        compare_data(summaries, transport.gather_json(data.label_names))
+        edges = probe_edges(transport, mixing, launch, cluster.layout, cluster.store)
+    else:
+        invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
     output.mkdir(parents=True, exist_ok=True)
     guard.write_to(output)
     if cluster.is_main and resumption.saved is not None:
@@ -118,8 +135,9 @@ def build(
     client = Client(config, model, cluster.device)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    if resumption.saved is None:
-        compare_start(launch, cluster.store, _starts_from(client, tokenizer), cluster.ranks)
+    if resumption.saved is None and invitation is None:
+        starts_from = {"initial parameters": _initial(client), "tokenizer": vocabulary}
+        compare_start(launch, cluster.store, starts_from, cluster.ranks)
     gossip = Gossip(
         transport,
         mixing,
@@ -129,20 +147,40 @@ def build(
         client_sum=client.client_sum,
     )
     rule = build_rule(config)
-    rewind(output, cluster, resumption.step)
-    state = restore(resumption, cluster, client, rule, schedule, gossip)
-    # every attempt at the run has a number, which client 0's leader draws for all
-    attempt = transport.gather_json(secrets.randbits(48))[0]
-    attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
+    rewind(output, cluster, resumption.step if invitation is None else len(schedule))
+    state, done = restore(resumption, cluster, client, rule, schedule, gossip), resumption.step
+    if invitation is None:  # every attempt at the run has a number, which client 0's leader draws for all
+        attempt = transport.gather_json(secrets.randbits(48))[0]
+        attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
+    else:
+        attempt = invitation.attempt
     resumed = resumption.step if resumption.saved is not None else None
     metrics = Metrics(config.logging, cluster, output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
+    survivors = None
     if isinstance(transport, Surviving):
         written = Agreed(transport, resumed)
         guard.stop = StopQuestion()
-        Survivors(cluster, transport, gossip, mixing, metrics, guard, guard.stop)
+        survivors = Survivors(cluster, client, transport, gossip, mixing, metrics, guard, guard.stop)
         lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
         guard.farewells.append(lifeline.close)
+        if isinstance(transport, VotingTransport) and cluster.is_leader:
+            survivors.invite = partial(
+                invite,
+                transport.votes,
+                output,
+                guard,
+                attempt=attempt,
+                software=software(config, [matrix.tobytes() for matrix in mixing.matrices]),
+                tokenizer=vocabulary,
+                label_names=data.label_names,
+                common_evaluation=data.summary["common_evaluation"],
+            )
+            survivors.invite()
+        if invitation is not None:
+            standing = survivors.enter(rule, schedule)
+            state, done = standing.state, standing.done
+            torch.manual_seed(torch.initial_seed() + (done << 32))
         guard.let_others_go_on()
     return Trainer(
         config=config,
@@ -160,7 +198,7 @@ def build(
             seed=config.run.seed,
             client=cluster.client,
             pad_id=pad_id,
-            start_step=resumption.step,
+            start_step=done,
         ),
         evaluator=Evaluator(
             client, cluster, transport, data, config.evaluation.batch_size, pad_id, config.evaluation.mean_model
@@ -180,43 +218,24 @@ def build(
         ),
         stop=guard.stop,
         output=output,
-        done=resumption.step,
+        done=done,
         state=state,
+        survivors=survivors,
     )
 
 
-def connect_transport(config: Config, cluster: Cluster, guard: JobGuard) -> Transport:
-    """The way between same-index ranks of all clients: MPI where the launcher made an MPI world, else torch."""
-    cluster.progress.enter("connecting the clients")
-    cluster.progress.wait_for(EVERYBODY)
-    timeout_s = cluster.progress.deadline_s(config.cluster.timeout_s)
-    store, survives = PrefixStore("transport", cluster.store.store), config.cluster.on_failure == "continue"
-    transport: MpiTransport | TorchTransport
-    if survives and cluster.gossip_comm is not None:
-        from mpi4py import MPI
-
-        transport = UlfmTransport(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
-    elif survives:
-        votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s)
-        guard.farewells.append(votes.close)
-        transport = VotingTransport(votes, store, cluster.shard, cluster.client, cluster.members, timeout_s)
-    elif cluster.gossip_comm is not None:
-        transport = MpiTransport(cluster.gossip_comm, timeout_s)
-    else:
-        transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
-    cluster.progress.wait_for(None)
-    transport.progress = cluster.progress
-    return transport
+def invite(votes: Votes, output: Path, guard: JobGuard, **told: Any) -> None:
+    """Bring up to date what a client that comes back finds in `output`, and is told by this rank's coordinator."""
+    save_addresses(output, votes.addresses)
+    if votes.own is not None and guard.store.address is not None:
+        votes.own.invitation = Invitation(store=guard.store.address, host=guard.host, **told).text()
 
 
-def _starts_from(client: Client, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Digests of the initial parameters and buffers that this rank holds, and of the tokenizer's vocabulary."""
+def _initial(client: Client) -> str:
+    """Digest of the initial parameters and buffers that this rank holds."""
     names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
     held = [values for *_, values in client.shards(names)] + [buffer for _, buffer in client.buffers()]
-    return {
-        "initial parameters": digest(_memory(values) for values in held),
-        "tokenizer": digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()]),
-    }
+    return digest(_memory(values) for values in held)
 
 
 def _memory(values: torch.Tensor) -> memoryview:

@@ -1,48 +1,92 @@
-"""What else changes on a rank when clients have died and the others go on: matrices, duties, and where the store is."""
+"""What else changes on a rank when clients die or come back: matrices, duties, where the store is, and whose state."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.schedule import Schedule
 from deca_ds.cluster import Cluster
 from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore, host_again, join_again
+from deca_ds.engine.client import Client
 from deca_ds.gossip import survive
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.surviving import Question, Surviving
+from deca_ds.gossip.voting import VotingTransport
+from deca_ds.training.handover import Standing, receive, send
 from deca_ds.training.metrics import Metrics
 
 
 @dataclass
 class Survivors:
-    """Listens to the transport. mixing: the matrices that the run was started with."""
+    """Listens to the transport. mixing: the matrices that the run was started with. invite: over torch, brings what
+    clients that come back are told up to date."""
 
     cluster: Cluster
+    client: Client
     transport: Surviving
     gossip: Gossip
     mixing: MixingSchedule
     metrics: Metrics
     guard: JobGuard
     stop: StopQuestion
+    invite: Callable[[], None] | None = None
     _hosted: JobStore | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self._before = self.cluster.members.clients
         self.transport.questions.append(Question(self.stop.answer, self.stop.heard))
         self.transport.news, self.transport.changed = self._news, self._changed
 
+    def admit(self, standing: Standing) -> None:
+        """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
+        if isinstance(self.transport, VotingTransport) and self.transport.joining:
+            newcomers = self.transport.joining
+            self.cluster.progress.enter("letting a client in")
+            self.transport.admit()
+            for client in newcomers:
+                self.transport.together(lambda client=client: self._hand_over(client, standing))
+
+    def enter(self, rule: Rule, schedule: Schedule) -> Standing:
+        """For a client that comes back: wait until it is let in, and take over where training stands."""
+        assert isinstance(self.transport, VotingTransport)
+        self.cluster.progress.enter("waiting to be let in")
+        self.transport.enter()
+        self.cluster.progress.enter("taking over")
+        self.transport.admit()
+        standing = self.transport.together(
+            lambda: receive(self.transport, self._giver(self.cluster.client), self.client, rule, schedule)
+        )
+        if standing.stopping:
+            self.stop.stop()
+        return standing
+
+    def _hand_over(self, to: int, standing: Standing) -> None:
+        if to in self.cluster.members.clients and self.cluster.client == self._giver(to):
+            send(self.transport, to, self.client, standing)
+
+    def _giver(self, to: int) -> int:
+        """Who gives client `to` its state: the first neighbour that averages with it, else the first member."""
+        mixing, members = self.gossip.schedule, self.cluster.members
+        sources = {j for t in range(mixing.period) for j in mixing.sources(to, t)}
+        return next((client for client in members.clients if client in sources), members.first)
+
     def _news(self) -> str:
-        """This rank speaks for the survivors, as far as it knows: the address of the store, if it had to host one."""
-        if self.guard.host >= self.cluster.launch.rank:  # it was the first of all, too, when it became the host
+        """This rank speaks for the survivors: the address of a store, if it has to host one."""
+        if self.cluster.layout.client_of(self.guard.host) in self.cluster.members.clients:
             return ""
         self._hosted = self._hosted or host_again(self.guard.store)
         assert self._hosted.address is not None
         return "{} {}".format(*self._hosted.address)
 
     def _changed(self, news: str) -> None:
-        members, cluster = self.cluster.members, self.cluster
+        members, cluster, before = self.cluster.members, self.cluster, self._before
+        self._before = members.clients
         store = None
         if news:
             host, port = news.split()
@@ -56,7 +100,8 @@ class Survivors:
         parts = survive.parts(mixing, members.clients)
         gap = survive.spectral_gap(mixing, members.clients)
         self.gossip.schedule = mixing
-        gone = f"client{'s' * (len(members.missing) > 1)} {', '.join(map(str, members.missing))} gone"
+        if self.invite is not None:
+            self.invite()
         verdict = f"{len(members)} of {members.total} go on, spectral gap {gap:.4g}"
         if len(parts) > 1:
             self.stop.stop()
@@ -65,8 +110,14 @@ class Survivors:
             self.stop.stop()
             verdict = f"nobody is left for client {members.first} to average with: stopping"
         if cluster.is_main:
-            print(f"WARNING: {cluster.progress.place}: {gone}; {verdict}", file=sys.stderr, flush=True)
+            back = [client for client in members.clients if client not in before]
+            who = f"{_clients(back)} back" if back else f"{_clients(members.missing)} gone"
+            print(f"WARNING: {cluster.progress.place}: {who}; {verdict}", file=sys.stderr, flush=True)
         self.metrics.membership(
             cluster.progress.step,
-            {"clients": list(members.clients), "missing": list(members.missing), "spectral_gap": gap, "parts": parts},
+            {"clients": sorted(members.clients), "missing": list(members.missing), "spectral_gap": gap, "parts": parts},
         )
+
+
+def _clients(numbers: Sequence[int]) -> str:
+    return f"client{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from deca_ds.cluster import coordinator, votes
-from deca_ds.cluster.coordinator import Coordinator
-from deca_ds.cluster.launch import ClientLayout
+from deca_ds.cluster.coordinator import OPEN, YES, Coordinator
+from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.visit import ask_to_join, save_addresses
 from deca_ds.cluster.votes import Votes
-from deca_ds.errors import GossipError, RankLostError
+from deca_ds.errors import GossipError, LaunchError, RankLostError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -43,7 +46,8 @@ class Job:
         dead = self.coordinators[client]
         dead._server.close()
         for line in list(dead._lines.values()):
-            line.connection.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # its thread was faster
+                line.connection.shutdown(socket.SHUT_RDWR)
 
 
 def wait_until_connected(job: Job) -> None:
@@ -146,3 +150,61 @@ def test_strangers_and_goodbyes_put_nobody_out():
     job.votes[1].close()
     job.votes[1]._line.connection.shutdown(socket.SHUT_RDWR)
     assert job.vote({0: 1})[0].clients == (0, 1)
+
+
+def come_back(job: Job, client: int, tmp_path) -> Votes:
+    """A new process of a client that has gone."""
+    save_addresses(tmp_path, job.votes[2].addresses)
+    launch = Launch("deepspeed", client, 3, 0, 1, None)
+    visit = ask_to_join(launch, job.layout, tmp_path, 10.0)
+    assert visit.invitation["mark"] == "of the job"
+    return Votes(client, job.layout, visit.addresses, 20.0, visit.own, visit)
+
+
+def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_path):
+    job = Job(3)
+    wait_until_connected(job)
+    job.kill(0)
+    assert {decision.clients for decision in job.vote({1: 1, 2: 1}).values()} == {(1, 2)}
+    job.coordinators[1].invitation = {"mark": "of the job"}
+    votes = come_back(job, 0, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        entering = pool.submit(votes.enter)
+        time.sleep(0.3)
+        assert job.vote({1: YES | OPEN, 2: YES})[1].joining == (), "client 2 cannot have it come in now"
+        assert job.vote({1: OPEN, 2: YES | OPEN})[1].joining == (), "this one did not count"
+        decided = job.vote({1: YES | OPEN, 2: YES | OPEN})
+        assert decided[1] == decided[2] == entering.result(10)
+    assert decided[1].clients == (1, 2) and decided[1].everybody == (1, 2, 0)
+    job.votes[0] = votes
+    assert {each.clients for each in job.vote({0: 1, 1: 1, 2: 1}).values()} == {(1, 2, 0)}
+    job.kill(1)
+    decided = job.vote({0: 1, 2: 1}, news="by ")
+    assert {(each.clients, each.news) for each in decided.values()} == {((2, 0), "by 2")}
+    job.kill(2)
+    assert job.vote({0: 1})[0].clients == (0,), "its own coordinator, which is a new one, has taken over"
+
+
+def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path):
+    job = Job(3)
+    wait_until_connected(job)
+    job.coordinators[0].invitation = {"mark": "of the job"}
+    with pytest.raises(LaunchError, match="client 1 is still in the job"):
+        come_back(job, 1, tmp_path)
+    job.kill(1)
+    assert job.vote({0: 1, 2: 1})[0].clients == (0, 2)
+    come_back(job, 1, tmp_path)._visit.line.connection.shutdown(socket.SHUT_RDWR)
+    time.sleep(0.3)
+    decision = job.vote({0: YES | OPEN, 2: YES | OPEN})[0]
+    assert (decision.clients, decision.joining) == ((0, 2), ())
+
+
+def test_nobody_to_join_is_said(tmp_path):
+    launch = Launch("deepspeed", 1, 2, 0, 1, None)
+    with pytest.raises(LaunchError, match="no addresses of a job to join"):
+        ask_to_join(launch, ClientLayout(2, 1), tmp_path, 5.0)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    save_addresses(tmp_path, {0: address, 1: address})
+    with pytest.raises(LaunchError, match="none of the other clients is there"):
+        ask_to_join(launch, ClientLayout(2, 1), tmp_path, 5.0)

@@ -1,13 +1,30 @@
-"""Start ranks one by one, as by hand on their hosts: by_hand.py RANKS PORT COMMAND... Their exit codes are printed."""
+"""Start ranks one by one, as by hand on their hosts: by_hand.py RANKS PORT COMMAND... Their exit codes are printed.
+
+With DECA_TEST_JOIN=N the ranks that are killed are started again with --join, up to N of them.
+"""
 
 import os
 import subprocess
 import sys
+import time
 
 ranks, port, *command = sys.argv[1:]
-started = []
-for rank in range(int(ranks)):
+joins = int(os.environ.get("DECA_TEST_JOIN", 0))
+
+
+def start(rank: int, *more: str) -> subprocess.Popen:
     environment = {"RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_RANK": str(rank), "LOCAL_SIZE": ranks}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started.append(subprocess.Popen([sys.executable, *command], env=os.environ | environment))
-print("exit codes:", [process.wait() for process in started])
+    return subprocess.Popen([sys.executable, *command, *more], env=os.environ | environment)
+
+
+started = {rank: start(rank) for rank in range(int(ranks))}
+while any(process.poll() is None for process in started.values()):
+    for rank, process in started.items():
+        if joins and (process.poll() or 0) < 0:
+            joins -= 1
+            started[rank] = start(rank, "--join")
+    time.sleep(0.1)
+codes = [process.wait() for process in started.values()]
+print("exit codes:", codes)
+sys.exit(max(map(abs, codes)) if joins else 0)

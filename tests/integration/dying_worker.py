@@ -2,12 +2,14 @@
 
 Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
 step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
-after STEP is averaged). All but error is SIGKILL.
+after STEP is averaged). All but error is SIGKILL. A rank that is started with --join does not die. While a client is
+missing, steps take a second.
 """
 
 import os
 import signal
 import sys
+import time
 
 from deca_ds.cluster.launch import read_launch
 from deca_ds.engine.client import Client
@@ -17,13 +19,16 @@ from deca_ds.training.main import main
 
 deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":") for death in sys.argv[1].split(","))}
 last, place = deaths.get(read_launch().rank, (0, "never"))
+if "--join" in sys.argv:
+    last = 0
 gradient = Client.gradient
-steps = 0
+steps, missing = 0, ()
 
 
 def counting_gradient(self, *arguments):
     global steps
     steps += 1
+    time.sleep(1.0 if missing else 0)
     if steps == last and place == "before":
         os.kill(os.getpid(), signal.SIGKILL)
     if steps == last and place == "error":
@@ -33,6 +38,8 @@ def counting_gradient(self, *arguments):
 
 def dying(exchange):
     def dying_exchange(self, *arguments):
+        global missing
+        missing = self.members.missing
         started = exchange(self, *arguments)
         if steps == last and {"gossip": "sent", "evaluation": "evaluation"}.get(self.progress.phase) == place:
             started.wait()

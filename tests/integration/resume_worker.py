@@ -17,8 +17,9 @@ from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.checkpoints import buffer_name
+from deca_ds.training.connect import connect_transport
 from deca_ds.training.resume import choose
-from deca_ds.training.setup import build, connect_transport
+from deca_ds.training.setup import build
 
 
 class Left(Exception):

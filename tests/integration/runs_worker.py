@@ -11,7 +11,8 @@ from deca_ds.cluster import connect, read_launch
 from deca_ds.cluster.guard import guarded
 from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
-from deca_ds.training.setup import build, connect_transport
+from deca_ds.training.connect import connect_transport
+from deca_ds.training.setup import build
 
 configs = [load_config(None, overrides) for overrides in json.loads(Path(sys.argv[-1]).read_text())]
 launch = read_launch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -35,29 +36,42 @@ def keys(tiny_model, word_files, tmp_path) -> list[str]:
     ]
 
 
-def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi") -> Finished:
-    """transport: mpi, by mpirun with ULFM; torch: every rank started by itself."""
+def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins: int = 0) -> Finished:
+    """transport: mpi, by mpirun with ULFM; torch: every rank started by itself. joins: ranks that then come back."""
     here = REPOSITORY / "tests/integration"
     start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable]
     if transport == "torch":
         start = [sys.executable, str(here / "by_hand.py"), str(ranks), str(free_port())]
-    return run_command([*start, str(here / "dying_worker.py"), deaths, *keys], deadline_s=300)
+    return run_command(
+        [*start, str(here / "dying_worker.py"), deaths, *keys], deadline_s=300, DECA_TEST_JOIN=str(joins)
+    )
 
 
-def simulated(keys: list[str], deaths: dict[int, int]) -> dict[int, dict[str, torch.Tensor]]:
-    """Client -> parameters, where client c's death is noticed at inner step deaths[c]."""
+def simulated(
+    keys: list[str], deaths: dict[int, int], returns: dict[int, tuple[int, int]]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Client -> parameters, where client c's death is noticed at inner step deaths[c], and it comes back with the state
+    of client g after inner step s, (s, g) = returns[c]."""
     simulation = build(load_config(None, keys))
-    original = simulation.mixing
+    original, values = simulation.mixing, simulation.clients.values
     steps = simulation.run()
     for number in range(1, len(simulation.schedule) + 1):
-        simulation.mixing = survive.without(original, [c for c, step in deaths.items() if step <= number])
+        gone = [c for c, step in deaths.items() if step <= number <= returns.get(c, (math.inf,))[0]]
+        simulation.mixing = survive.without(original, gone)
         next(steps)
+        for client, (step, giver) in returns.items():
+            if step == number:
+                values[client] = values[giver]
+                for tensor in steps.gi_frame.f_locals["state"].values():
+                    tensor[client] = tensor[giver]
     return {client: dict(simulation.clients.parameters(client)) for client in range(simulation.clients.clients)}
 
 
-def assert_numbers(run: Path, keys: list[str], deaths: dict[int, int]) -> None:
-    expected = simulated(keys, deaths)
-    living = [client for client in expected if client not in deaths]
+def assert_numbers(
+    run: Path, keys: list[str], deaths: dict[int, int], returns: dict[int, tuple[int, int]] | None = None
+) -> None:
+    expected = simulated(keys, deaths, returns or {})
+    living = [client for client in expected if client not in deaths or client in (returns or {})]
     saved = ShardedModel(run / "model", living)
     for client in living:
         for name in saved.names:
@@ -117,6 +131,28 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     whole = [step for step in steps_in(output / "checkpoints") if clients_in(output, step) == [0, 1, 2]]
     assert whole and clients_in(output, 8) == [0, 1]
     ShardedModel(step_folder(output / "checkpoints", whole[0])).verify()
+
+
+@pytest.mark.timeout(620)
+@pytest.mark.parametrize(("clients", "ranks", "dead", "step"), [(4, 1, 2, 3), (3, 2, 0, 4)])
+def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path, clients, ranks, dead, step):
+    """Client 0 is the coordinator, hosts the store and speaks for the job."""
+    output = tmp_path / "run"
+    keys = [*keys, f"cluster.clients={clients}", "algorithm.rounds=8", "evaluation.every=32", "checkpoint.every=8"]
+    finished = run(clients * ranks, f"{ranks * (dead + 1) - 1}:{step}:before", keys, "torch", joins=ranks)
+    assert finished.code == 0, finished.output[-6000:]
+    lost, back = records(output / "metrics" / "job.jsonl", "membership")
+    everybody = list(range(clients))
+    assert (lost["step"], lost["missing"]) == (step, [dead])
+    assert (back["clients"], back["missing"], back["parts"]) == (everybody, [], [everybody])
+    assert finished.output.count(f"client {dead} back; {clients} of {clients} go on") == 1
+    assert_numbers(output, keys, {dead: step}, {dead: (back["step"], 1)})
+    own = records(output / "metrics" / f"client_{dead:03d}.jsonl", "step")
+    assert [line["step"] for line in own] == [*range(1, step), *range(back["step"] + 1, 65)]
+    assert (output / "DONE").read_text() == "64 of 64 inner steps\n" and not list(output.glob("FAILED*"))
+    assert export_model(output, tmp_path / "mean").source == f"mean of {clients} clients"
+    assert clients_in(output, 64) == everybody
+    ShardedModel(step_folder(output / "checkpoints", 64)).verify()
 
 
 @pytest.mark.timeout(620)  # two launches

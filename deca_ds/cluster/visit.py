@@ -1,0 +1,92 @@
+"""A client that has gone from a job comes back: how its ranks find the coordinator (coordinator.py) and ask."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deca_ds.cluster.coordinator import Coordinator, Line
+from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.store import own_address
+from deca_ds.errors import LaunchError
+
+FILE = "coordinators.json"
+_CONNECT_S = 5.0
+
+Addresses = dict[int, tuple[str, int]]  # of every client's coordinator
+
+
+@dataclass(frozen=True)
+class Visit:
+    """line: to the coordinator, of client `coordinator`. invitation: what it says about the job. own: this client's own
+    coordinator, on its leader. addresses: of all coordinators."""
+
+    line: Line
+    coordinator: int
+    invitation: Mapping[str, Any]
+    own: Coordinator | None
+    addresses: Addresses
+
+
+def ask_to_join(launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float) -> Visit:
+    """Ask those whose addresses lie in `folder`, the run's, to let this rank's client come back.
+
+    Raises LaunchError if nobody is there who could, or the client is still in, or its ranks do not come within
+    `timeout_s` seconds.
+    """
+    addresses = _read(folder / FILE)
+    client = layout.client_of(launch.rank)
+    own = None
+    if launch.rank == layout.leader_of(client):
+        own = Coordinator(layout, client, own_address(next(iter(addresses.values()))), timeout_s)
+        addresses[client] = own.address
+    deadline = time.monotonic() + timeout_s
+    for other, address in addresses.items():
+        if other == client:
+            continue
+        try:
+            connection = socket.create_connection(address, _CONNECT_S)
+        except OSError:
+            continue
+        line = Line(connection)
+        line.send("join", rank=launch.rank, address=None if own is None else own.address)
+        connection.settimeout(max(0.1, deadline - time.monotonic()))
+        for message in line.receive() or []:
+            if message["kind"] == "invitation":
+                connection.settimeout(None)
+                return Visit(line, other, message, own, addresses)
+            if message["kind"] == "out":
+                raise LaunchError(message["why"], where="--join", fix="join when the others have lost it")
+        if time.monotonic() > deadline:
+            raise LaunchError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where="--join")
+    raise LaunchError(
+        "none of the other clients is there and in training",
+        where=str(folder / FILE),
+        fix="join a job that goes on with cluster.on_failure=continue over torch; if it has ended, resume it",
+    )
+
+
+def save_addresses(folder: Path, addresses: Addresses) -> None:
+    """Where a client that comes back finds the others; written as a whole or not at all."""
+    partial = folder / f"{FILE}.{os.getpid()}.partial"
+    partial.write_text(json.dumps({str(client): address for client, address in addresses.items()}) + "\n")
+    os.replace(partial, folder / FILE)
+
+
+def _read(path: Path) -> Addresses:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        read = {int(client): (str(host), int(port)) for client, (host, port) in json.loads(path.read_text()).items()}
+        if read:
+            return read
+    raise LaunchError(
+        "there are no addresses of a job to join",
+        where=str(path),
+        fix="give run.output of a run with cluster.on_failure=continue over torch, on this host or copied from another",
+    )

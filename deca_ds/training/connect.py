@@ -1,0 +1,54 @@
+"""The transport between clients, by how the job was launched and what it is to outlive."""
+
+from __future__ import annotations
+
+from torch.distributed import PrefixStore
+
+from deca_ds.cluster import Cluster
+from deca_ds.cluster.guard import JobGuard
+from deca_ds.cluster.heartbeat import EVERYBODY
+from deca_ds.cluster.visit import Visit
+from deca_ds.cluster.votes import Votes, open_votes
+from deca_ds.config import Config
+from deca_ds.gossip.mpi import MpiTransport
+from deca_ds.gossip.torch_p2p import TorchTransport
+from deca_ds.gossip.transport import Transport
+from deca_ds.gossip.ulfm import UlfmTransport
+from deca_ds.gossip.voting import VotingTransport
+
+
+def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None = None) -> Transport:
+    """The way between same-index ranks of all clients: MPI where the launcher made an MPI world, else torch.
+
+    visit: of a client that comes back; its transport is not connected until it is let in.
+    """
+    cluster.progress.enter("connecting the clients")
+    cluster.progress.wait_for(EVERYBODY)
+    timeout_s, survives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
+    transport: MpiTransport | TorchTransport
+    if survives and cluster.gossip_comm is None:
+        transport = _voting(cluster, guard, visit, timeout_s)
+    elif survives:
+        from mpi4py import MPI
+
+        transport = UlfmTransport(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
+    elif cluster.gossip_comm is not None:
+        transport = MpiTransport(cluster.gossip_comm, timeout_s)
+    else:
+        store = PrefixStore("transport", cluster.store.store)
+        transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
+    cluster.progress.wait_for(None)
+    transport.progress = cluster.progress
+    return transport
+
+
+def _voting(cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float) -> VotingTransport:
+    if visit is None:
+        votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s)
+    else:
+        votes = Votes(cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, visit.own, visit)
+    guard.farewells.append(votes.close)
+    store = guard.store.store
+    return VotingTransport(
+        votes, store, cluster.shard, cluster.client, cluster.members, timeout_s, connected=visit is None
+    )
