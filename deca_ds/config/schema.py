@@ -32,7 +32,7 @@ class ClusterConfig:
     clients: int = 1  # number of clients n; must divide the number of ranks launched
     transport: Literal["auto", "mpi", "torch"] = "auto"  # auto: mpi if every rank is in one MPI world, else torch
     timeout_s: float = 600.0  # seconds that a rank may wait while none of those that it waits for moves on
-    # when a client dies: stop the job; continue: the others go on without it (MPI only, `mpirun --with-ft ulfm`)
+    # when a client dies: stop the job; continue: the others go on without it (where the launcher lets them)
     on_failure: Literal["stop", "continue"] = "stop"
     allow_mixed_versions: bool = False  # warn about ranks with other versions of Python or a library, and go on
 
