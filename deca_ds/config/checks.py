@@ -18,6 +18,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("run.seed", lambda x: 0 <= x < 2**31, "between 0 and 2147483647"),
     ("cluster.clients", lambda x: x >= 1, "at least 1"),
     ("cluster.timeout_s", lambda x: x > 0, "more than 0"),
+    ("cluster.min_clients", lambda x: x >= 1, "at least 1"),
     ("blocks.layers_per_block", lambda x: x is None or x >= 1, "null or at least 1"),
     ("algorithm.rounds", lambda x: x >= 1, "at least 1"),
     ("algorithm.inner_steps", lambda x: x >= 1, "at least 1"),
@@ -85,6 +86,12 @@ def check(config: Config) -> None:
             f"gossip.graph = {gossip.graph!r} with gossip.edges = {gossip.edges!r}",
             where="gossip",
             fix="set gossip.edges to the edge file together with gossip.graph=edge_list, or leave both out",
+        )
+    if config.cluster.on_failure == "continue" and config.cluster.min_clients > config.cluster.clients > 1:
+        raise ConfigError(
+            f"cluster.min_clients = {config.cluster.min_clients}, but there are {config.cluster.clients} clients",
+            where="cluster.min_clients",
+            fix=f"set it to {config.cluster.clients} or less",
         )
     if config.data.batch_size % config.data.micro_batch_size:
         raise ConfigError(

@@ -22,6 +22,8 @@ MAY_CHANGE = (
     "cluster.timeout_s",
     "cluster.allow_mixed_versions",
     "cluster.on_failure",
+    "cluster.min_clients",
+    "cluster.on_partition",
     "model.gradient_checkpointing",
     "gossip.chunk_mib",
     "data.micro_batch_size",

@@ -161,7 +161,7 @@ def build(
     if isinstance(transport, Surviving):
         written = Agreed(transport, resumed)
         guard.stop = StopQuestion()
-        survivors = Survivors(cluster, client, transport, gossip, mixing, metrics, guard, guard.stop)
+        survivors = Survivors(config.cluster, cluster, client, transport, gossip, mixing, metrics, guard, guard.stop)
         lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
         guard.farewells.append(lifeline.close)
         if isinstance(transport, VotingTransport) and cluster.is_leader:

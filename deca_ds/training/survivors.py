@@ -12,6 +12,7 @@ from deca_ds.cluster import Cluster
 from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore, host_again, join_again
+from deca_ds.config.schema import ClusterConfig
 from deca_ds.engine.client import Client
 from deca_ds.gossip import survive
 from deca_ds.gossip.mix import Gossip
@@ -24,9 +25,10 @@ from deca_ds.training.metrics import Metrics
 
 @dataclass
 class Survivors:
-    """Listens to the transport. mixing: the matrices that the run was started with. invite: over torch, brings what
-    clients that come back are told up to date."""
+    """Listens to the transport. config: when to stop. mixing: the matrices that the run was started with. invite: over
+    torch, brings what clients that come back are told up to date."""
 
+    config: ClusterConfig
     cluster: Cluster
     client: Client
     transport: Surviving
@@ -103,12 +105,14 @@ class Survivors:
         if self.invite is not None:
             self.invite()
         verdict = f"{len(members)} of {members.total} go on, spectral gap {gap:.4g}"
-        if len(parts) > 1:
+        if len(members) < self.config.min_clients:
             self.stop.stop()
-            verdict = f"{' and '.join(map(str, parts))} do not reach each other any more: stopping"
-        elif len(members) < 2:
-            self.stop.stop()
-            verdict = f"nobody is left for client {members.first} to average with: stopping"
+            verdict = f"{len(members)} of {members.total} are left, fewer than cluster.min_clients: stopping"
+        elif len(parts) > 1:
+            verdict = f"{' and '.join(map(str, parts))} do not reach each other any more: "
+            verdict += "each part goes on by itself" if self.config.on_partition == "continue" else "stopping"
+            if self.config.on_partition == "stop":
+                self.stop.stop()
         if cluster.is_main:
             back = [client for client in members.clients if client not in before]
             who = f"{_clients(back)} back" if back else f"{_clients(members.missing)} gone"

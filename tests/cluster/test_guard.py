@@ -19,7 +19,7 @@ from deca_ds.errors import ConfigError, DataError
 
 rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 launch = Launch("deepspeed", rank, 3, rank, 3, ("127.0.0.1", port))
-with guarded(launch, open_job_store(launch, 20)) as guard:
+with guarded(launch, open_job_store(launch, 60)) as guard:
     guard.output = output
     if what == "wait":
         time.sleep(60)
@@ -50,7 +50,7 @@ def run(tmp_path, *what: str) -> tuple[list[int], list[str]]:
         for rank in range(3)
     ]
     try:
-        outputs = [process.communicate(timeout=45)[0] for process in processes]
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -126,7 +126,7 @@ def test_one_client_needs_no_gloo_group():
 
 def test_a_client_that_does_not_join_ends_the_wait():
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=1))
-    with pytest.raises(GossipError, match=r"not all 2 clients joined gossip of shard 5 within 0\.5 s"):
+    with pytest.raises(GossipError, match=r"not all 2 clients joined the gossip group within 0\.5 s"):
         TorchTransport(store, shard=5, client=0, clients=2, timeout_s=0.5)
 
 

@@ -48,21 +48,21 @@ def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins:
 
 
 def simulated(
-    keys: list[str], deaths: dict[int, int], returns: dict[int, tuple[int, int]]
+    keys: list[str], deaths: dict[int, int], returns: dict[int, tuple[int, int]], steps: int | None = None
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Client -> parameters, where client c's death is noticed at inner step deaths[c], and it comes back with the state
     of client g after inner step s, (s, g) = returns[c]."""
     simulation = build(load_config(None, keys))
     original, values = simulation.mixing, simulation.clients.values
-    steps = simulation.run()
-    for number in range(1, len(simulation.schedule) + 1):
+    run = simulation.run()
+    for number in range(1, (steps or len(simulation.schedule)) + 1):
         gone = [c for c, step in deaths.items() if step <= number <= returns.get(c, (math.inf,))[0]]
         simulation.mixing = survive.without(original, gone)
-        next(steps)
+        next(run)
         for client, (step, giver) in returns.items():
             if step == number:
                 values[client] = values[giver]
-                for tensor in steps.gi_frame.f_locals["state"].values():
+                for tensor in run.gi_frame.f_locals["state"].values():
                     tensor[client] = tensor[giver]
     return {client: dict(simulation.clients.parameters(client)) for client in range(simulation.clients.clients)}
 
@@ -156,6 +156,25 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path, clients, ra
 
 
 @pytest.mark.timeout(620)  # two launches
+def test_each_part_of_a_graph_goes_on_by_itself(keys, tmp_path):
+    """A path of four loses its second client; then one of the others, and that is one too many."""
+    output = tmp_path / "run"
+    (tmp_path / "path.txt").write_text("0 1\n1 2\n2 3\n")
+    keys = [*keys, "cluster.clients=4", "gossip.graph=edge_list", f"gossip.edges={tmp_path / 'path.txt'}"]
+    keys += ["cluster.on_partition=continue", "cluster.min_clients=3", "algorithm.inner_steps=3"]
+    finished = run(4, "1:3:before,3:7:before", keys, "torch")
+    assert finished.code == 0, finished.output[-4000:]
+    assert "[0] and [2, 3] do not reach each other any more: each part goes on by itself" in finished.output
+    assert "2 of 4 are left, fewer than cluster.min_clients: stopping" in finished.output
+    assert (output / "STOPPED").read_text() == "7 of 12 inner steps without client 1, 3\n"
+    expected = simulated(keys, {1: 3, 3: 7}, {}, steps=7)
+    saved = ShardedModel(output / "checkpoints" / "step_00000007", [0, 2])
+    for client in (0, 2):
+        for name in saved.names:
+            if name in expected[client]:  # beside these, the buffers of the active block
+                torch.testing.assert_close(saved.read(name, client), expected[client][name], rtol=0, atol=1e-5)
+
+
 @over_both
 def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp_path, transport):
     """The centre of a star has an error of its own; it is also the one that speaks for the job."""
