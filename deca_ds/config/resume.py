@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "cluster.allow_mixed_versions",
     "cluster.on_failure",
     "model.gradient_checkpointing",
+    "gossip.wait_s",
     "gossip.chunk_mib",
     "data.micro_batch_size",
     "evaluation.",

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
+from deca_ds.cluster.heartbeat import Progress
 from deca_ds.errors import GossipError
 from deca_ds.gossip.transport import PointToPoint, lost, no_answer
 
@@ -74,9 +75,8 @@ class TorchExchange:
         self._waiter: threading.Thread | None = None
         self._error: GossipError | None = None
 
-    def _finish(self) -> None:
+    def _finish(self, progress: Progress) -> None:
         timeout_s = self._transport.timeout_s
-        progress = self._transport.progress
         for direction, neighbour, work in self._works:
             progress.wait_for(neighbour)
             try:
@@ -90,16 +90,20 @@ class TorchExchange:
         progress.wait_for(None)
 
     def test(self) -> bool:
-        """See Exchange."""
-        if self._waiter is None:
-            self._waiter = threading.Thread(target=self._finish, daemon=True)
+        """See Exchange. Raises GossipError if a message has failed."""
+        if self._waiter is None:  # what it waits for is not what this rank waits for
+            self._waiter = threading.Thread(target=self._finish, args=(Progress(),), daemon=True)
             self._waiter.start()
-        return not self._waiter.is_alive() and self._error is None
+        if self._waiter.is_alive():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
 
     def wait(self) -> None:
         """See Exchange."""
         if self._waiter is None:
-            self._finish()
+            self._finish(self._transport.progress)
         else:
             self._waiter.join()
         if self._error is not None:

@@ -35,9 +35,11 @@ from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
 from deca_ds.gossip.edges import probe_edges, save_edges
+from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.stragglers import Stragglers
 from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
 from deca_ds.gossip.ulfm import SurvivingTransport
@@ -62,6 +64,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> T
     guard.progress.enter("checking the configuration")
     ranks = check_world(config, launch.world_size)
     check_method(config)
+    check_wait(config.gossip.wait_s, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     if config.run.resume == "never" or launch.rank == 0:  # other hosts have not got the run's configuration
         check_folder(config)
@@ -117,6 +120,9 @@ def build(
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if resumption.saved is None:
         compare_start(launch, cluster.store, _starts_from(client, tokenizer), cluster.ranks)
+    # every attempt at the run has a number, which client 0's leader draws for all
+    attempt = transport.gather_json(secrets.randbits(48))[0]
+    attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
     gossip = Gossip(
         transport,
         mixing,
@@ -124,13 +130,12 @@ def build(
         cluster.device,
         clip_radius=config.gossip.clip_radius,
         client_sum=client.client_sum,
+        stragglers=_stragglers(config, cluster, transport, attempt),
     )
+    gossip.attendance.speaks = cluster.is_leader
     rule = build_rule(config)
     rewind(output, cluster, resumption.step)
     state = restore(resumption, cluster, client, rule, schedule, gossip)
-    # every attempt at the run has a number, which client 0's leader draws for all
-    attempt = transport.gather_json(secrets.randbits(48))[0]
-    attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
     resumed = resumption.step if resumption.saved is not None else None
     metrics = Metrics(config.logging, cluster, output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
@@ -201,6 +206,14 @@ def connect_transport(config: Config, cluster: Cluster) -> Transport:
     cluster.progress.wait_for(None)
     transport.progress = cluster.progress
     return transport
+
+
+def _stragglers(config: Config, cluster: Cluster, transport: Transport, attempt: int) -> Stragglers | None:
+    """What leaves out late neighbours, if that is wanted; on a connection of its own to the job's store."""
+    if config.gossip.wait_s is None:
+        return None
+    store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
+    return Stragglers(transport, store, config.gossip.wait_s)
 
 
 def _starts_from(client: Client, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
