@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore, PrefixStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, GossipError
 from deca_ds.gossip.attendance import Attendance
 from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, Word, check_wait, without
 from deca_ds.gossip.local import LocalNetwork, LocalTransport
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.stragglers import Stragglers
+from deca_ds.gossip.torch_p2p import TorchExchange, TorchTransport
 from deca_ds.gossip.weights import weigh
 
 NUMEL, CHUNK_MIB = 1000, 0.001  # four chunks
@@ -256,6 +257,23 @@ def test_attendance_tells_the_beginning_and_the_end(capsys):
         "client 0, inner step 0: goes on without client 2, which is late",
         "client 0, inner step 0: averages with client 2 again, after 3 averagings without it",
     ]
+
+
+class Failing:
+    """A message of gloo whose connection breaks."""
+
+    def wait(self, timeout):
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_message_over_torch_that_fails_in_the_background_is_an_error_and_no_wait_of_this_rank():
+    transport = TorchTransport(store=None, shard=0, client=0, clients=1, timeout_s=1)
+    transport.progress.wait_for(2)
+    exchange = TorchExchange(transport, [("from", 1, Failing())], tag=7)
+    with pytest.raises(GossipError, match=r"a message from client 1 failed \(tag 7\): Connection closed"):
+        while not exchange.test():
+            time.sleep(0.001)
+    assert transport.progress.awaits == 2
 
 
 @pytest.mark.parametrize("kind", ["one_peer_exponential", "exponential"])
