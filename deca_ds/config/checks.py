@@ -39,6 +39,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.clip_norm", lambda x: x >= 0, "at least 0"),
     ("gossip.every", lambda x: x >= 1, "at least 1"),
     ("gossip.clip_radius", lambda x: x is None or x > 0, "null or more than 0"),
+    ("gossip.wait_s", lambda x: x is None or x > 0, "null or more than 0"),
     ("gossip.chunk_mib", lambda x: 0 < x <= 1024, "more than 0 and at most 1024"),
     ("gossip.edge_probability", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("data.micro_batch_size", lambda x: x >= 1, "at least 1"),
@@ -93,6 +94,7 @@ def check(config: Config) -> None:
             where="cluster.min_clients",
             fix=f"set it to {config.cluster.clients} or less",
         )
+    _check_wait(config)
     if config.data.batch_size % config.data.micro_batch_size:
         raise ConfigError(
             f"data.batch_size = {config.data.batch_size} is not a multiple of "
@@ -102,6 +104,22 @@ def check(config: Config) -> None:
         )
     if config.deepspeed is not None:
         read_deepspeed_json(Path(config.deepspeed))
+
+
+def _check_wait(config: Config) -> None:
+    wait_s, timeout_s = config.gossip.wait_s, config.cluster.timeout_s
+    if wait_s is not None and config.cluster.on_failure == "continue":
+        raise ConfigError(
+            f"gossip.wait_s = {wait_s:g} with cluster.on_failure=continue, where every averaging waits for all clients",
+            where="gossip.wait_s",
+            fix="set gossip.wait_s=null, or cluster.on_failure=stop",
+        )
+    if wait_s is not None and wait_s >= timeout_s:
+        raise ConfigError(
+            f"gossip.wait_s = {wait_s:g}, but a wait ends the job after cluster.timeout_s = {timeout_s:g}",
+            where="gossip.wait_s",
+            fix="make it less than cluster.timeout_s",
+        )
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:

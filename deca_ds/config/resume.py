@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "cluster.min_clients",
     "cluster.on_partition",
     "model.gradient_checkpointing",
+    "gossip.wait_s",
     "gossip.chunk_mib",
     "data.micro_batch_size",
     "evaluation.",

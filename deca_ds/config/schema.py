@@ -133,6 +133,8 @@ class GossipConfig:
     edge_probability: float = 0.5  # for graph erdos_renyi; drawn again until connected, from run.seed
     every: int = 1  # s: inner steps between two averagings
     clip_radius: Optional[float] = None  # a neighbour's block counts as at most this 2-norm away; null: as it is
+    # seconds that a client waits for a neighbour that is late, before both average without each other; null: for ever
+    wait_s: Optional[float] = None
     chunk_mib: float = 16.0  # size of a message; a chunk travels while the next one is computed
 
 

@@ -14,7 +14,11 @@ sum to 1 any more and clipping moves the mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 
 def clipped_weights(
@@ -28,3 +32,10 @@ def clipped_weights(
     kept = sum(weights[j] * (1 - scale) for j, scale in scales.items())
     clipped = {j: weights[j] * scale for j, scale in scales.items()}
     return clipped | {client: weights.get(client, 0.0) + kept}
+
+
+def squared_distance(theirs: Tensor, own: Tensor) -> float:
+    """|x_j - x_i|^2 of a chunk, flat float32; `theirs` may be on another device."""
+    difference = theirs.to(own.device) - own.detach()
+    square = float(torch.dot(difference, difference))
+    return square if math.isfinite(square) else float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2

@@ -8,8 +8,9 @@
 
 Chunks travel while later ones are computed. At most `window` of them are under way, so receive buffers take at most
 window * degree * chunk_mib, and they are used again. With clipping (clip.py) there is no window: the mean of any chunk
-takes the distance over all of them. Nor is there one where clients may die (surviving.py): an averaging then counts as
-a whole or is done again without them, so the means of all chunks are kept, and `settle` comes before the first `wait`.
+takes the distance over all of them. Nor is there one where late neighbours are left out (stragglers.py), or where
+clients may die (surviving.py): an averaging then counts as a whole or is done again without them, so the means of all
+chunks are kept. In all three cases `settle` comes before the first `wait`.
 
 Nothing is averaged before it is checked: that it is of this averaging, and that all its values are finite.
 """
@@ -19,50 +20,31 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from deca_ds.errors import GossipError, MessageError
-from deca_ds.gossip.clip import clipped_weights
+from deca_ds.gossip.attendance import Attendance
+from deca_ds.gossip.buffers import BufferPool
+from deca_ds.gossip.clip import clipped_weights, squared_distance
+from deca_ds.gossip.late import without
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip.stragglers import Stragglers
 from deca_ds.gossip.transport import Exchange, Transport, chunk_tag
 
 _WINDOW = 4  # messages on their way at a time: bounds the receive buffers
-
-
-class BufferPool:
-    """Flat float32 CPU buffers, used again; page-locked if `pinned`, as copies to and from a GPU want them."""
-
-    def __init__(self, pinned: bool):
-        self._pinned = pinned
-        self._free: list[Tensor] = []  # ascending by size
-
-    def take(self, numel: int) -> Tensor:
-        """A buffer of at least `numel` elements: the smallest free one, or a new one in place of a smaller."""
-        for place, buffer in enumerate(self._free):
-            if buffer.numel() >= numel:
-                return self._free.pop(place)
-        if self._free:
-            self._free.pop(0)
-        return torch.empty(numel, dtype=torch.float32, pin_memory=self._pinned)
-
-    def give_back(self, buffer: Tensor) -> None:
-        """Make a taken buffer free again."""
-        self._free.append(buffer)
-        self._free.sort(key=Tensor.numel)
 
 
 class Gossip:
     """Mixes this rank's shards with those of the same index in neighbouring clients.
 
     chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
-    clip_radius: gossip.clip_radius; client_sum: then, the sum of a number over the client's ranks. window: how many
-    chunks may be under way.
-    wait_seconds: time spent in PendingMix.wait for messages so far. bytes_sent: parameters that this
-    rank has sent to neighbours so far. Raises GossipError if the schedule is for another number of clients than the
-    transport joins.
+    clip_radius: gossip.clip_radius; client_sum: the sum of a number over the client's ranks. window: how many
+    chunks may be under way. stragglers: where late neighbours are left out; attendance: who they were. wait_seconds:
+    spent waiting for messages so far. bytes_sent: parameters that this rank has sent to neighbours so far. Raises
+    GossipError if the schedule is for another number of clients than the transport joins.
     """
 
     def __init__(
@@ -74,6 +56,7 @@ class Gossip:
         *,
         clip_radius: float | None = None,
         client_sum: Callable[[float], float] = float,
+        stragglers: Stragglers | None = None,
     ):
         if schedule.size != transport.clients:
             raise GossipError(
@@ -88,7 +71,9 @@ class Gossip:
         self.device = torch.device(device)
         self.pool = BufferPool(pinned=self.device.type == "cuda")
         self.clip_radius = clip_radius
-        self._settles = clip_radius is not None or transport.may_lose_clients
+        self.stragglers = stragglers
+        self.attendance = Attendance(transport, client_sum)
+        self._settles = clip_radius is not None or transport.may_lose_clients or stragglers is not None
         self.window = math.inf if self._settles else _WINDOW
         self._client_sum = client_sum
         self._unsettled: list[PendingMix] = []  # of the averaging under way, all chunks so far
@@ -131,14 +116,32 @@ class Gossip:
 
         All ranks of all clients call this when they have started all chunks, also those whose shard is empty. With
         clipping, all chunks are received and given the weights that clip. Where clients may die, all is received by
-        all survivors, or again without the dead; then `schedule` and with it the neighbours may have changed.
+        all survivors, or again without the dead; then `schedule` and with it the neighbours may have changed. Late
+        neighbours that are left out count as none.
         """
         chunks, self._unsettled = self._unsettled, []
         if self.transport.may_lose_clients and self.schedule.sends(t):
             self.transport.together(lambda: self._receive(chunks), last=True)
+        here = self.has_neighbours(t)
+        if self.stragglers is not None:
+            here = self._leave_out(t, chunks, self.stragglers)
         if self.clip_radius is not None:
             self._clip(t, chunks, self.clip_radius)
-        return self.has_neighbours(t)
+        return here
+
+    def _leave_out(self, t: int, chunks: Sequence[PendingMix], stragglers: Stragglers) -> bool:
+        started, neighbours = time.perf_counter(), self.schedule.sources(self.transport.client, t)
+        skipped = stragglers.settle(t, neighbours) if chunks else {}  # a shard without elements has no messages
+        self.wait_seconds += time.perf_counter() - started
+        for pending in chunks:
+            pending.leave_out(skipped)
+        self.attendance.note(neighbours, skipped)
+        return len(skipped) < len(neighbours)
+
+    def drain(self) -> None:
+        """Wait until no message is under way that nobody waits for. All clients call this before they part."""
+        if self.stragglers is not None:
+            self.stragglers.drain()
 
     def _mix_older(self) -> None:
         """Make room: the means of chunks take less than what they are made of."""
@@ -160,16 +163,16 @@ class Gossip:
         client = self.transport.client
         for pending in chunks:
             pending.receive()
-        sources = self.schedule.sources(client, t)
-        distances = {
-            j: self._client_sum(sum(pending.squared_distance(j) for pending in chunks)) ** 0.5 for j in sources
-        }
+
+        def squared(j: int) -> float:
+            return sum(squared_distance(pending.terms[j], pending.x) for pending in chunks if j in pending.terms)
+
+        distances = {j: self._client_sum(squared(j)) ** 0.5 for j in self.schedule.sources(client, t)}
         for j, distance in distances.items():
             if not math.isfinite(distance):
                 raise refusal(self, t, f"the block of client {j} is not at a finite distance", j)
-        row = {j: self.schedule.weight(client, j, t) for j in (*sources, client)}
         for pending in chunks:
-            pending.weights = clipped_weights(row, client, distances, radius)
+            pending.weights = clipped_weights(pending.weights, client, {j: distances[j] for j in pending.terms}, radius)
 
     def output(self, numel: int, place: int = 0) -> Tensor:
         """A buffer of mixed values, (numel,), on `device`; there is one for each `place`."""
@@ -183,18 +186,19 @@ class Gossip:
 class PendingMix:
     """One chunk under way. Made by Gossip.start.
 
-    terms: what each source sends, by client, valid after `receive`. weights: j -> w_ij, this client's too.
+    x: the own values. terms: what each source sends, by client, valid after `receive`. weights: j -> w_ij, also of this
+    client.
     """
 
     def __init__(self, gossip: Gossip, t: int, x: Tensor, chunk: int):
-        self._gossip, self._t, self._x, self._chunk = gossip, t, x, chunk
+        self._gossip, self._t, self.x, self._chunk = gossip, t, x, chunk
         self._exchange: Exchange | None = None  # None: not started, or nobody to talk to
         self._connections = -1  # what Transport.rebuilt was at the start
         self._waited = False
 
     def start(self) -> None:
         """Send and receive; does nothing the second time, unless the transport's connections are new since then."""
-        gossip, x, transport = self._gossip, self._x, self._gossip.transport
+        gossip, x, transport = self._gossip, self.x, self._gossip.transport
         if self._connections == transport.rebuilt:
             return
         client, t = transport.client, self._t
@@ -204,19 +208,33 @@ class PendingMix:
         self._staged: Tensor | None = None
         self.terms: dict[int, Tensor] = {}
         self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*sources, client)}
+        stragglers = gossip.stragglers
+        if stragglers is not None:
+            sources = destinations = stragglers.carrying(sources)
         if sources or destinations:
             transport.progress.enter("gossip")
             if transport.may_lose_clients:  # before it is sent: a client that has diverged ends by itself
                 self._refuse_not_finite(client, x.detach())
             self._buffers = {j: gossip.pool.take(x.numel()) for j in sources}
             self.terms = {j: buffer[: x.numel()] for j, buffer in self._buffers.items()}
-            if x.device.type == "cuda":
-                self._staged = gossip.pool.take(x.numel())
-                self._staged[: x.numel()].copy_(x)  # synchronous: the network reads host memory
-            send = x.detach() if self._staged is None else self._staged[: x.numel()]
+            tag, send = chunk_tag(t, self._chunk), x.detach()
+            if x.device.type == "cuda" or stragglers is not None:  # late: the message may outlive these values of x
+                staged = gossip.pool.take(x.numel())
+                send = staged[: x.numel()].copy_(x)  # synchronous: the network reads host memory
             gossip.bytes_sent += send.nbytes * len(destinations)
-            self._exchange = transport.exchange(send, destinations, self.terms, chunk_tag(t, self._chunk))
+            if stragglers is not None:
+                self._exchange = stragglers.exchange(gossip.pool, staged, x.numel(), self._buffers, tag)
+            else:
+                self._staged = staged if x.device.type == "cuda" else None
+                self._exchange = transport.exchange(send, destinations, self.terms, tag)
         self._connections = transport.rebuilt
+
+    def leave_out(self, skipped: Collection[int]) -> None:
+        """Average without these neighbours; their buffers are no longer this chunk's."""
+        for j in skipped:
+            self._buffers.pop(j, None)
+            self.terms.pop(j, None)
+        self.weights = without(self.weights, self._gossip.transport.client, skipped)
 
     def wait(self) -> Tensor:
         """sum_j W_ij x_j, float32, on the device of x; call it once. With clipping, x_j as clip.py makes it.
@@ -234,13 +252,13 @@ class PendingMix:
     def mix(self, place: int = 0) -> Tensor:
         """The mean, kept until the connections are new. place: of the buffer that it is kept in."""
         if self._exchange is None:
-            return self._x
+            return self.x
         if self._mixed is not None:
             return self._mixed
         gossip, client = self._gossip, self._gossip.transport.client
         self.receive()
-        mixed = gossip.output(self._x.numel(), place)
-        terms = self.terms | {client: self._x.detach()}
+        mixed = gossip.output(self.x.numel(), place)
+        terms = self.terms | {client: self.x.detach()}
         for number, j in enumerate(sorted(j for j in terms if self.weights[j] > 0)):
             term = terms[j].to(mixed.device, non_blocking=True)
             if number == 0:
@@ -263,7 +281,7 @@ class PendingMix:
         self._received = True
         self._gossip.wait_seconds += time.perf_counter() - started
         self._gossip.transport.progress.tick()
-        for j, term in (*self.terms.items(), (self._gossip.transport.client, self._x.detach())):
+        for j, term in (*self.terms.items(), (self._gossip.transport.client, self.x.detach())):
             self._refuse_not_finite(j, term)
 
     def _refuse_not_finite(self, j: int, term: Tensor) -> None:
@@ -271,14 +289,6 @@ class PendingMix:
         bad = 0 if bool(term.sum().isfinite()) else int(term.numel() - term.isfinite().sum())
         if bad:
             raise refusal(self._gossip, self._t, f"{bad} of {term.numel()} values of client {j} are not finite", j)
-
-    def squared_distance(self, j: int) -> float:
-        """|x_j - x_i|^2 of this chunk."""
-        difference = self.terms[j].to(self._x.device) - self._x.detach()
-        square = float(torch.dot(difference, difference))
-        return (
-            square if math.isfinite(square) else float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
-        )
 
 
 def refusal(gossip: Gossip, t: int, what: str, j: int) -> GossipError:

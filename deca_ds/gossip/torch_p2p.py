@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
+from deca_ds.cluster.heartbeat import Progress
 from deca_ds.errors import GossipError
 from deca_ds.gossip.transport import PointToPoint, lost, no_answer
 
@@ -85,9 +86,8 @@ class TorchExchange:
         self._waiter: threading.Thread | None = None
         self._error: GossipError | None = None
 
-    def _finish(self) -> None:
+    def _finish(self, progress: Progress) -> None:
         timeout_s = self._transport.timeout_s
-        progress = self._transport.progress
         for direction, neighbour, work in self._works:
             progress.wait_for(neighbour)
             try:
@@ -101,16 +101,23 @@ class TorchExchange:
         progress.wait_for(None)
 
     def test(self) -> bool:
-        """See Exchange."""
+        """See Exchange. Raises GossipError if a message has failed."""
+        if self._in_thread(Progress()).is_alive():  # what it waits for is not what this rank waits for
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def _in_thread(self, progress: Progress) -> threading.Thread:
         if self._waiter is None:
-            self._waiter = threading.Thread(target=self._finish, daemon=True)
+            self._waiter = threading.Thread(target=self._finish, args=(progress,), daemon=True)
             self._waiter.start()
-        return not self._waiter.is_alive() and self._error is None
+        return self._waiter
 
     def wait(self) -> None:
         """See Exchange."""
         if self._waiter is None:
-            self._finish()
+            self._finish(self._transport.progress)
         else:
             self._waiter.join()
         if self._error is not None:

@@ -131,10 +131,10 @@ class VotingExchange(TorchExchange):
 
     def wait(self) -> None:
         """See Exchange."""
-        while self._works and not self.test() and self._error is None:
+        waiter = self._in_thread(self._transport.progress)
+        while waiter.is_alive():
             if self._transport.votes.interrupted.is_set():
                 direction, neighbour, _ = self._works[0]
                 raise lost(self._transport.client, neighbour, direction, self._tag, "a client has gone")
-            assert self._waiter is not None
-            self._waiter.join(_LOOK_S)
+            waiter.join(_LOOK_S)
         super().wait()

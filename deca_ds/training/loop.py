@@ -60,11 +60,13 @@ class Trainer:
                 self.cluster.progress.enter("saving")
                 self.checkpoints.wait()
                 self._save()
+                self.gossip.drain()
                 return True
             self._inner_step(self.schedule.step(self.done))
             self.checkpoints.after_step(self.done)
         self.checkpoints.save(self.done)
         self.checkpoints.wait_for_all(self.done)
+        self.gossip.drain()
         return False
 
     def _goes_on(self) -> bool:
@@ -97,6 +99,7 @@ class Trainer:
         return self.done in (0, len(self.schedule)) or (every > 0 and self.done % every == 0)
 
     def _record(self, step: Step, stats: GradientStats, lr: float, seconds: float, waited: float) -> dict[str, Any]:
+        skipped = self.gossip.attendance.skipped if step.gossip is not None else []
         return {
             "round": step.round,
             "block": self.client.plan.blocks[step.block].label,
@@ -107,6 +110,7 @@ class Trainer:
             "gossip_wait_seconds": waited,
             "gossip_bytes_sent_by_rank": self.gossip.bytes_sent,
             **asdict(stats),
+            **({"skipped": skipped} if skipped else {}),
         }
 
     def _evaluate(self) -> None:
@@ -117,6 +121,8 @@ class Trainer:
             "gossip_bytes_sent": int(self.client.client_sum(self.gossip.bytes_sent)),
             "gossip_wait_seconds": self.gossip.wait_seconds,
         }
+        if self.gossip.attendance.times:
+            own["gossip_skipped"] = {str(j): times for j, times in sorted(self.gossip.attendance.times.items())}
         self.metrics.evaluation(self.done, own, job)
 
     def _save(self) -> None:

@@ -11,6 +11,7 @@ from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
+from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
 from deca_ds.training.method import build_rule, build_schedule, check_method
@@ -34,6 +35,7 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
+    check_wait(config.gossip.wait_s, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     model = meta_model(config.model, architecture)
     add_adapters(config, model)

@@ -36,8 +36,10 @@ from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
 from deca_ds.gossip.edges import probe_edges, save_edges
+from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.stragglers import Stragglers
 from deca_ds.gossip.surviving import Surviving
 from deca_ds.gossip.transport import Transport
 from deca_ds.gossip.voting import VotingTransport
@@ -70,6 +72,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     guard.progress.enter("checking the configuration")
     ranks = check_world(config, launch.world_size)
     check_method(config)
+    check_wait(config.gossip.wait_s, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     # other hosts have not got the run's configuration
     if visit is None and (config.run.resume == "never" or launch.rank == 0):
@@ -138,6 +141,11 @@ def build(
     if resumption.saved is None and invitation is None:
         starts_from = {"initial parameters": _initial(client), "tokenizer": vocabulary}
         compare_start(launch, cluster.store, starts_from, cluster.ranks)
+    if invitation is None:  # every attempt at the run has a number, which client 0's leader draws for all
+        attempt = transport.gather_json(secrets.randbits(48))[0]
+        attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
+    else:
+        attempt = invitation.attempt
     gossip = Gossip(
         transport,
         mixing,
@@ -145,15 +153,12 @@ def build(
         cluster.device,
         clip_radius=config.gossip.clip_radius,
         client_sum=client.client_sum,
+        stragglers=_stragglers(config, cluster, transport, attempt),
     )
+    gossip.attendance.speaks = cluster.is_leader
     rule = build_rule(config)
     rewind(output, cluster, resumption.step if invitation is None else len(schedule))
     state, done = restore(resumption, cluster, client, rule, schedule, gossip), resumption.step
-    if invitation is None:  # every attempt at the run has a number, which client 0's leader draws for all
-        attempt = transport.gather_json(secrets.randbits(48))[0]
-        attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
-    else:
-        attempt = invitation.attempt
     resumed = resumption.step if resumption.saved is not None else None
     metrics = Metrics(config.logging, cluster, output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
@@ -229,6 +234,14 @@ def invite(votes: Votes, output: Path, guard: JobGuard, **told: Any) -> None:
     save_addresses(output, votes.addresses)
     if votes.own is not None and guard.store.address is not None:
         votes.own.invitation = Invitation(store=guard.store.address, host=guard.host, **told).text()
+
+
+def _stragglers(config: Config, cluster: Cluster, transport: Transport, attempt: int) -> Stragglers | None:
+    """What leaves out late neighbours, if that is wanted; on a connection of its own to the job's store."""
+    if config.gossip.wait_s is None:
+        return None
+    store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
+    return Stragglers(transport, store, config.gossip.wait_s)
 
 
 def _initial(client: Client) -> str:

@@ -57,6 +57,7 @@ def test_wrong_types_and_choices_name_the_value():
         "algorithm.inner_steps=0",
         "optimizer.lr=-1",
         "gossip.every=0",
+        "gossip.wait_s=0",
         "gossip.chunk_mib=0",
         "data.max_length=1",
         "run.threads=0",
@@ -72,6 +73,8 @@ def test_out_of_range(override):
 def test_contradictions():
     refused("gossip.graph = 'edge_list' with gossip.edges = None", "gossip.graph=edge_list")
     refused("gossip.graph = 'ring' with gossip.edges = 'e.txt'", "gossip.edges=e.txt")
+    refused("gossip.wait_s = 2 with cluster.on_failure=continue", "gossip.wait_s=2", "cluster.on_failure=continue")
+    refused("gossip.wait_s = 60, .* cluster.timeout_s = 60", "gossip.wait_s=60", "cluster.timeout_s=60")
     refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
 
 

@@ -75,7 +75,7 @@ class Repeating(LocalTransport):
 
     may_lose_clients = True
 
-    def together(self, work):
+    def together(self, work, *, last=False):
         work()
         self.rebuilt += 1
         return work()

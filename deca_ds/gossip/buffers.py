@@ -1,0 +1,28 @@
+"""Receive buffers that are used again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class BufferPool:
+    """Flat float32 CPU buffers, used again; page-locked if `pinned`, as copies to and from a GPU want them."""
+
+    def __init__(self, pinned: bool):
+        self._pinned = pinned
+        self._free: list[Tensor] = []  # ascending by size
+
+    def take(self, numel: int) -> Tensor:
+        """A buffer of at least `numel` elements: the smallest free one, or a new one in place of a smaller."""
+        for place, buffer in enumerate(self._free):
+            if buffer.numel() >= numel:
+                return self._free.pop(place)
+        if self._free:
+            self._free.pop(0)
+        return torch.empty(numel, dtype=torch.float32, pin_memory=self._pinned)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Make a taken buffer free again."""
+        self._free.append(buffer)
+        self._free.sort(key=Tensor.numel)

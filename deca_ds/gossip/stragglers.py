@@ -1,0 +1,182 @@
+"""The messages of averagings that do not wait for late neighbours; late.py has the rule.
+
+    for every chunk: stragglers.exchange(...)       to and from the neighbours whose edge does not rest
+    skipped = stragglers.settle(t, neighbours)      waits, gossip.wait_s at most for who is late, and decides every edge
+
+A message of a skipped averaging still arrives, some day, and is thrown away then: its buffer and that of what was sent
+stay until they are through. An edge that rests sends nothing, and its ends meet only when all that was under way
+between them is through, so one averaging's messages per edge are kept at most, from both sides.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import Store
+
+from deca_ds.gossip.buffers import BufferPool
+from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, Word
+from deca_ds.gossip.mpi import poll
+from deca_ds.gossip.transport import Exchange, Transport
+
+_Edge = Generator[None, None, Word]
+
+
+class _Lease:
+    """A buffer of the pool that is given back when all messages that use it are through."""
+
+    def __init__(self, pool: BufferPool, buffer: Tensor, messages: int):
+        self._pool, self._buffer, self._messages = pool, buffer, messages
+
+    def end(self) -> None:
+        self._messages -= 1
+        if self._messages == 0:
+            self._pool.give_back(self._buffer)
+
+
+@dataclass
+class _Message:
+    """exchange: of one message to or from one neighbour. lease: of its buffer."""
+
+    exchange: Exchange
+    lease: _Lease
+
+
+def _through(messages: deque[_Message], then: Callable[[_Message], None]) -> bool:
+    """Whether all are; those that are leave the queue, for `then`. One by one, because torch tests in a thread each."""
+    while messages and messages[0].exchange.test():
+        then(messages.popleft())
+    return not messages
+
+
+def _release(message: _Message) -> None:
+    message.lease.end()
+
+
+class _Settled:
+    """The Exchange of an averaging that is settled: all that is waited for is here."""
+
+    def test(self) -> bool:
+        """See Exchange."""
+        return True
+
+    def wait(self) -> None:
+        """See Exchange."""
+
+
+class Stragglers:
+    """This rank's edges. store: the shard index's, the same for all clients; used by the main thread alone."""
+
+    def __init__(self, transport: Transport, store: Store, wait_s: float):
+        self.wait_s = wait_s
+        self._transport, self._store = transport, store
+        self._resting: set[int] = set()
+        self._coming: dict[int, deque[_Message]] = defaultdict(deque)  # of the averaging under way
+        self._leaving: dict[int, deque[_Message]] = defaultdict(deque)
+        self._stray: dict[int, deque[_Message]] = defaultdict(deque)  # of skipped averagings, not here yet
+
+    def carrying(self, neighbours: Sequence[int]) -> list[int]:
+        """Those of `neighbours` to and from whom an averaging that starts now sends."""
+        return [j for j in neighbours if j not in self._resting]
+
+    def exchange(self, pool: BufferPool, send: Tensor, numel: int, buffers: Mapping[int, Tensor], tag: int) -> Exchange:
+        """Start sending the first `numel` elements of `send` to all neighbours that have one of `buffers`, to be
+        received into. All are of `pool`; `send` goes back there by itself, and so do the buffers of skipped ones.
+        What it returns is to be waited for after `settle`."""
+        lease = _Lease(pool, send, len(buffers))
+        nothing = torch.empty(0)
+        for j, buffer in buffers.items():
+            exchange = self._transport.exchange(nothing, [], {j: buffer[:numel]}, tag)
+            self._coming[j].append(_Message(exchange, _Lease(pool, buffer, 1)))
+        for j in buffers:
+            self._leaving[j].append(_Message(self._transport.exchange(send[:numel], [j], {}, tag), lease))
+        return _Settled()
+
+    def settle(self, t: int, neighbours: Sequence[int]) -> dict[int, bool]:
+        """Decide averaging t with each of `neighbours`: the skipped ones, each with whether it was late (or this end).
+
+        When it returns, all values of all others are here.
+        """
+        self._transport.progress.enter("gossip")
+        deadline = time.monotonic() + self.wait_s
+        edges = {
+            j: self._meet(t, j, deadline) if j in self._resting else self._take(t, j, deadline) for j in neighbours
+        }
+        decided: dict[int, Word] = {}
+
+        def go_on() -> bool:
+            for j in list(edges):
+                try:
+                    next(edges[j])
+                except StopIteration as end:
+                    decided[j] = end.value
+                    del edges[j]
+                    self._transport.progress.tick()
+            self._transport.progress.wait_for(next(iter(edges), None))
+            return not edges
+
+        poll(go_on, math.inf)  # a neighbour that has promised its values and stops is for the watcher to notice
+        skipped = {}
+        for j in neighbours:
+            word = decided[j]
+            if not word.is_(TAKEN):
+                skipped[j] = word.mine
+            if word.is_(SKIPPED):
+                self._resting.add(j)
+                self._stray[j].extend(self._coming.pop(j, ()))
+            else:
+                self._resting.discard(j)
+        return skipped
+
+    def drain(self) -> None:
+        """Wait until nothing is under way any more. Every client has started all that it will send, or will do so."""
+        for j in [*self._stray, *self._leaving]:
+            self._transport.progress.wait_for(j)
+            poll(lambda j=j: self._idle(j), math.inf)
+        self._transport.progress.wait_for(None)
+
+    def _idle(self, j: int) -> bool:
+        return all([_through(queue[j], _release) for queue in (self._stray, self._leaving)])
+
+    def _take(self, t: int, j: int, deadline: float) -> _Edge:
+        """Receive j's values, unless it is late."""
+        word, here = Word(self._store, t, self._transport.client, j), list[_Message]()
+        while not _through(self._coming[j], here.append):
+            word.look()
+            if not word.final and time.monotonic() > deadline:
+                word.write(SKIPPED)
+            if word.is_(SKIPPED):
+                break
+            yield
+        if not word.final:
+            word.write(TAKEN)
+        if word.is_(SKIPPED):
+            for message in here:
+                message.lease.end()
+            return word
+        # MPI may need this rank's help to send the rest, and a gradient gives none
+        while not _through(self._leaving[j], _release) and time.monotonic() < deadline:
+            yield
+        return word
+
+    def _meet(self, t: int, j: int, deadline: float) -> _Edge:
+        """Find out whether j is at this averaging, too."""
+        word = Word(self._store, t, self._transport.client, j)
+        while True:
+            word.look()
+            if self._idle(j):
+                if word.blank:
+                    word.write(HERE)
+                if word.is_(HERE) and not word.mine:
+                    word.write(MET)
+            if not word.final and time.monotonic() > deadline:
+                word.write(SKIPPED)
+            if word.final:
+                return word
+            yield
