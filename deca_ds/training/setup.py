@@ -184,6 +184,7 @@ def build(
             survivors.invite()
         if invitation is not None:
             standing = survivors.enter(rule, schedule)
+            (output / f"FAILED_client_{cluster.client:03d}").unlink(missing_ok=True)
             state, done = standing.state, standing.done
             torch.manual_seed(torch.initial_seed() + (done << 32))
         guard.let_others_go_on()
