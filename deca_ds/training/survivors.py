@@ -117,9 +117,17 @@ class Survivors:
             back = [client for client in members.clients if client not in before]
             who = f"{_clients(back)} back" if back else f"{_clients(members.missing)} gone"
             print(f"WARNING: {cluster.progress.place}: {who}; {verdict}", file=sys.stderr, flush=True)
+        progress = cluster.progress
         self.metrics.membership(
-            cluster.progress.step,
-            {"clients": sorted(members.clients), "missing": list(members.missing), "spectral_gap": gap, "parts": parts},
+            progress.step,
+            {
+                # the inner step under way is averaged again, or for the first time
+                "from_step": progress.step + (progress.phase not in ("gradient", "gossip")),
+                "clients": sorted(members.clients),
+                "missing": list(members.missing),
+                "spectral_gap": gap,
+                "parts": parts,
+            },
         )
 
 

@@ -124,7 +124,7 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     assert_numbers(output, keys, {2: 5})
     job = output / "metrics" / "job.jsonl"
     (record,) = records(job, "membership")
-    assert (record["step"], record["missing"]) == (4, [2])
+    assert (record["step"], record["from_step"], record["missing"]) == (4, 5, [2])
     assert [record["step"] for record in records(job, "evaluation")] == [0, 4, 8]
     assert not (output / "model" / "client_002").exists()
     # beside the last one, the newest that the survivors know all clients to have written stays, for them to resume from
@@ -143,12 +143,12 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path, clients, ra
     assert finished.code == 0, finished.output[-6000:]
     lost, back = records(output / "metrics" / "job.jsonl", "membership")
     everybody = list(range(clients))
-    assert (lost["step"], lost["missing"]) == (step, [dead])
+    assert (lost["from_step"], lost["missing"]) == (step, [dead])
     assert (back["clients"], back["missing"], back["parts"]) == (everybody, [], [everybody])
     assert finished.output.count(f"client {dead} back; {clients} of {clients} go on") == 1
-    assert_numbers(output, keys, {dead: step}, {dead: (back["step"], 1)})
+    assert_numbers(output, keys, {dead: step}, {dead: (back["from_step"] - 1, 1)})
     own = records(output / "metrics" / f"client_{dead:03d}.jsonl", "step")
-    assert [line["step"] for line in own] == [*range(1, step), *range(back["step"] + 1, 65)]
+    assert [line["step"] for line in own] == [*range(1, step), *range(back["from_step"], 65)]
     assert (output / "DONE").read_text() == "64 of 64 inner steps\n" and not list(output.glob("FAILED*"))
     assert export_model(output, tmp_path / "mean").source == f"mean of {clients} clients"
     assert clients_in(output, 64) == everybody
