@@ -6,6 +6,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
 from deca_ds.gossip.ulfm import SurvivingTransport
+from deca_ds.gossip.uneven import UnevenGossip, UnevenTransport, torch_between_ranks
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.evaluation import Evaluator
@@ -50,6 +52,7 @@ from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind
 from deca_ds.training.survivors import Survivors
 from deca_ds.training.tables import data_table
+from deca_ds.training.whole_digest import whole_digest
 from deca_ds.training.written import Agreed, StoreCount, Written
 
 
@@ -60,15 +63,15 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> T
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
     guard.progress.enter("checking the configuration")
-    ranks = check_world(config, launch.world_size)
+    layout = ClientLayout.of(check_world(config, launch.world_size))
     check_method(config)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     if config.run.resume == "never" or launch.rank == 0:  # other hosts have not got the run's configuration
         check_folder(config)
-    validate_data_config(config, client=launch.rank // ranks)
+    validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if config.run.resume != "never":
-        resumption = choose(config, launch, store, ClientLayout(config.cluster.clients, ranks), mixing)
+        resumption = choose(config, launch, store, layout, mixing)
     cluster = connect(config, launch, store, guard.progress)
     return build(config, cluster, connect_transport(config, cluster), guard, resumption)
 
@@ -116,8 +119,16 @@ def build(
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if resumption.saved is None:
-        compare_start(launch, cluster.store, _starts_from(client, tokenizer), cluster.ranks)
-    gossip = Gossip(
+        even = cluster.layout.even  # else digests are of whole clients, and all ranks have the same
+        starts_from = _starts_from(client, tokenizer)
+        if not even:
+            starts_from["initial parameters"] = whole_digest(client)
+        compare_start(launch, cluster.store, starts_from, cluster.ranks if even else 1)
+    make_gossip = Gossip
+    if isinstance(transport, UnevenTransport):
+        messages = len(METHODS[config.algorithm.method].rule.travels)
+        make_gossip = partial(UnevenGossip, numels=client.block_numels, messages=messages)
+    gossip = make_gossip(
         transport,
         mixing,
         config.gossip.chunk_mib,
@@ -184,11 +195,12 @@ def build(
 
 
 def connect_transport(config: Config, cluster: Cluster) -> Transport:
-    """The way between same-index ranks of all clients: MPI where the launcher made an MPI world, else torch."""
+    """The way between same-index ranks of all clients, or between all ranks where clients differ in size: MPI where the
+    launcher made an MPI world, else torch."""
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
     timeout_s = cluster.progress.deadline_s(config.cluster.timeout_s)
-    transport: MpiTransport | TorchTransport
+    transport: MpiTransport | TorchTransport | UnevenTransport
     if config.cluster.on_failure == "continue":
         from mpi4py import MPI
 
@@ -197,7 +209,12 @@ def connect_transport(config: Config, cluster: Cluster) -> Transport:
         transport = MpiTransport(cluster.gossip_comm, timeout_s)
     else:
         store = PrefixStore("transport", cluster.store.store)
-        transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
+        if cluster.layout.even:
+            transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
+        else:
+            transport = torch_between_ranks(store, cluster.launch, timeout_s)
+    if not cluster.layout.even:
+        transport = UnevenTransport(transport, cluster.layout)
     cluster.progress.wait_for(None)
     transport.progress = cluster.progress
     return transport
