@@ -275,5 +275,4 @@ class Coordinator:
 
     def _ranks_of(self, clients: Sequence[int]) -> list[int]:
         """The clients' ranks, client by client."""
-        layout = self._layout
-        return [rank for c in clients for rank in range(layout.leader_of(c), layout.leader_of(c + 1))]
+        return [rank for client in clients for rank in self._layout.ranks_of(client)]

@@ -37,8 +37,8 @@ EVERYBODY = "all"
 class Progress:
     """What this rank's main thread does. Written by that thread, read by the watcher.
 
-    awaits: what a wait is for: a client's number (its rank of this shard index), EVERYBODY, or None: this client's
-    other ranks, as far as it waits for anybody.
+    awaits: what a wait is for: a client's number (those of its ranks that this one exchanges with), EVERYBODY, or None:
+    this client's other ranks, as far as it waits for anybody.
     """
 
     def __init__(self) -> None:
@@ -221,9 +221,8 @@ class Heartbeats:
             yield from range(self.launch.world_size)
             return
         if isinstance(awaits, int):
-            yield layout.leader_of(awaits) + layout.shard_of(rank)
-        first = layout.leader_of(layout.client_of(rank))
-        yield from range(first, first + layout.ranks_per_client)
+            yield from layout.partners(rank, awaits)
+        yield from layout.ranks_of(layout.client_of(rank))
 
     def _observe(self, rank: int, store: Store, now: float) -> _Observed | None:
         if store.check([_key(rank)]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deca_ds.errors import LaunchError
@@ -69,17 +69,45 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
 @dataclass(frozen=True)
 class ClientLayout:
-    """n clients of k consecutive ranks each: client i has ranks i*k .. i*k + k-1; shard index r is its r-th rank."""
+    """n clients of k consecutive ranks each: client i has ranks i*k .. i*k + k-1; shard index r is its r-th rank.
+
+    sizes: where the clients differ, the ranks of each; the clients still follow each other, and k is the largest size.
+    """
 
     clients: int
     ranks_per_client: int
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> ClientLayout:
+        """Clients of these numbers of ranks."""
+        return cls(len(sizes), max(sizes), tuple(sizes) if len(set(sizes)) > 1 else ())
+
+    @property
+    def even(self) -> bool:
+        """Whether all clients have as many ranks, so that shards of one index are alike in all of them."""
+        return not self.sizes
 
     def client_of(self, rank: int) -> int:
-        return rank // self.ranks_per_client
+        if self.even:
+            return rank // self.ranks_per_client
+        return next(client for client in range(self.clients) if rank in self.ranks_of(client))
 
     def shard_of(self, rank: int) -> int:
-        return rank % self.ranks_per_client
+        return rank - self.leader_of(self.client_of(rank))
 
     def leader_of(self, client: int) -> int:
         """The rank that speaks for the client: its first one."""
-        return client * self.ranks_per_client
+        return client * self.ranks_per_client if self.even else sum(self.sizes[:client])
+
+    def ranks_of(self, client: int) -> range:
+        """The client's ranks, as they are numbered over the job."""
+        first = self.leader_of(client)
+        return range(first, first + (self.ranks_per_client if self.even else self.sizes[client]))
+
+    def partners(self, rank: int, client: int) -> range:
+        """The ranks of another client that `rank` may exchange shards with: the one of its index, or any of them."""
+        if not self.even:
+            return self.ranks_of(client)
+        partner = self.leader_of(client) + self.shard_of(rank)
+        return range(partner, partner + 1)

@@ -1,4 +1,4 @@
-"""One torch.distributed world per client, and the sub-communicator that joins same-index ranks of all clients."""
+"""One torch.distributed world per client, and the sub-communicator that joins the clients' ranks."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where this process stands: client `client`, shard index `shard` of `layout.ranks_per_client`.
+    """Where this process stands: client `client`, shard index `shard` of its `ranks`.
 
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
-    communicator of all ranks with this shard index, in client order, or None where gossip goes over torch. progress:
-    what this rank is doing. members: the clients that have not died. client_store: this client's own, None where its
-    leader does not host one.
+    communicator of all ranks with this shard index, in client order; of all ranks where clients differ in size; None
+    where gossip goes over torch. progress: what this rank is doing. members: the clients that have not died.
+    client_store: this client's own, None where its leader does not host one.
     """
 
     launch: Launch
@@ -64,7 +64,7 @@ class Cluster:
     @property
     def ranks(self) -> int:
         """Ranks of this client (k)."""
-        return self.layout.ranks_per_client
+        return len(self.layout.ranks_of(self.client))
 
     @property
     def is_leader(self) -> bool:
@@ -95,10 +95,10 @@ def connect(config: Config, launch: Launch, store: JobStore, progress: Progress 
 
     progress: the guard's; from here on its watcher ends waits in which nobody moves on for cluster.timeout_s. Without
     it every wait has that deadline of its own.
-    Raises ConfigError where the ranks cannot be divided into clients, LaunchError where the device or transport that is
+    Raises ConfigError where the ranks do not fit the clients, LaunchError where the device or transport that is
     asked for is not there.
     """
-    layout = ClientLayout(config.cluster.clients, check_world(config, launch.world_size))
+    layout = ClientLayout.of(check_world(config, launch.world_size))
     transport = choose_transport(config.cluster.transport, launch)
     device = choose_device(config.run.device, launch)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // launch.local_size))
@@ -109,16 +109,17 @@ def connect(config: Config, launch: Launch, store: JobStore, progress: Progress 
         progress.watch(layout, config.cluster.timeout_s)
     progress.enter("connecting")
     client, shard = layout.client_of(launch.rank), layout.shard_of(launch.rank)
+    ranks = len(layout.ranks_of(client))
     key = f"client/{client}/store"
     # hosted by the client itself: what happens to other clients does not concern its collectives
     client_store = store.publish_server(key) if shard == 0 else store.join_server(key)
     # DeepSpeed and its helpers look at these; they mean the client's world from here on
-    os.environ.update(RANK=str(shard), WORLD_SIZE=str(layout.ranks_per_client), LOCAL_RANK=str(launch.local_rank))
+    os.environ.update(RANK=str(shard), WORLD_SIZE=str(ranks), LOCAL_RANK=str(launch.local_rank))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("world", client_store),
         rank=shard,
-        world_size=layout.ranks_per_client,
+        world_size=ranks,
         timeout=timedelta(seconds=progress.deadline_s(config.cluster.timeout_s)),
         device_id=device if device.type == "cuda" else None,
     )
@@ -127,7 +128,7 @@ def connect(config: Config, launch: Launch, store: JobStore, progress: Progress 
         from mpi4py import MPI
 
         progress.wait_for(EVERYBODY)
-        comm = MPI.COMM_WORLD.Split(color=shard, key=client)
+        comm = MPI.COMM_WORLD.Split(color=shard if layout.even else 0, key=launch.rank)
     return Cluster(launch, layout, store, device, comm, progress, client_store)
 
 

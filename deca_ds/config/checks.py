@@ -88,6 +88,8 @@ def check(config: Config) -> None:
             where="gossip",
             fix="set gossip.edges to the edge file together with gossip.graph=edge_list, or leave both out",
         )
+    if config.cluster.ranks is not None:
+        _check_ranks(config)
     if config.cluster.on_failure == "continue" and config.cluster.min_clients > config.cluster.clients > 1:
         raise ConfigError(
             f"cluster.min_clients = {config.cluster.min_clients}, but there are {config.cluster.clients} clients",
@@ -156,25 +158,59 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     return read
 
 
-def check_world(config: Config, world_size: int) -> int:
-    """Ranks per client for `world_size` launched ranks. Raises ConfigError where they do not divide evenly."""
-    clients = config.cluster.clients
-    if world_size % clients:
+def check_world(config: Config, world_size: int) -> list[int]:
+    """The number of ranks of each client, where `world_size` are launched.
+
+    Raises ConfigError where they do not fit cluster.clients or cluster.ranks, or a client's batch not its ranks.
+    """
+    clients, ranks = config.cluster.clients, config.cluster.ranks
+    if ranks is None:
+        if world_size % clients:
+            raise ConfigError(
+                f"{world_size} ranks cannot be divided among {clients} clients",
+                where="cluster.clients",
+                fix=f"launch a multiple of {clients} ranks, set cluster.clients to a divisor of {world_size}, or list "
+                "each client's ranks in cluster.ranks",
+            )
+        ranks = [world_size // clients] * clients
+    elif sum(ranks) != world_size:
         raise ConfigError(
-            f"{world_size} ranks cannot be divided among {clients} clients",
-            where="cluster.clients",
-            fix=f"launch a multiple of {clients} ranks, or set cluster.clients to a divisor of {world_size}",
+            f"cluster.ranks = {list(ranks)} are {sum(ranks)} ranks, but {world_size} are launched",
+            where="cluster.ranks",
+            fix=f"launch {sum(ranks)} ranks, or change cluster.ranks",
         )
-    ranks = world_size // clients
-    per_forward = config.data.micro_batch_size * ranks
-    if config.data.batch_size % per_forward:
+    for client, k in enumerate(ranks):
+        per_forward = config.data.micro_batch_size * k
+        if config.data.batch_size % per_forward:
+            raise ConfigError(
+                f"data.batch_size = {config.data.batch_size} cannot be split over the {k} ranks of client {client} "
+                f"with data.micro_batch_size = {config.data.micro_batch_size}",
+                where="data.batch_size",
+                fix=f"choose a multiple of {per_forward}, or a smaller data.micro_batch_size",
+            )
+    return list(ranks)
+
+
+def _check_ranks(config: Config) -> None:
+    cluster, ranks = config.cluster, list(config.cluster.ranks or ())
+    if len(ranks) != cluster.clients or min(ranks, default=0) < 1:
         raise ConfigError(
-            f"data.batch_size = {config.data.batch_size} cannot be split over {ranks} ranks a client with "
-            f"data.micro_batch_size = {config.data.micro_batch_size}",
-            where="data.batch_size",
-            fix=f"choose a multiple of {per_forward}, or a smaller data.micro_batch_size",
+            f"cluster.ranks = {ranks} is not a number of ranks for each of cluster.clients = {cluster.clients}",
+            where="cluster.ranks",
+            fix=f"list {cluster.clients} numbers, each at least 1, or leave it out for clients of one size",
         )
-    return ranks
+    if config.gossip.wait_s is not None and len(set(ranks)) > 1:
+        raise ConfigError(
+            f"gossip.wait_s = {config.gossip.wait_s:g} is for clients of one size, and cluster.ranks = {ranks}",
+            where="gossip.wait_s",
+            fix="give all clients as many ranks, or set gossip.wait_s=null",
+        )
+    if cluster.on_failure == "continue" and len(set(ranks)) > 1:
+        raise ConfigError(
+            f"cluster.on_failure=continue, but clients of different sizes (cluster.ranks = {ranks}) stop together",
+            where="cluster.ranks",
+            fix="give all clients as many ranks, or set cluster.on_failure=stop",
+        )
 
 
 def check_output(config: Config) -> Path:

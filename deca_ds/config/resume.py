@@ -12,12 +12,13 @@ from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
 
 SAVED_CONFIG = "config.yaml"
-# What changes no more than the rounding of what is trained. The number of ranks a client is no key and may change, too.
+# What changes no more than the rounding of what is trained. The number of ranks launched is no key and may change, too.
 MAY_CHANGE = (
     "run.output",
     "run.resume",
     "run.device",
     "run.threads",
+    "cluster.ranks",
     "cluster.transport",
     "cluster.timeout_s",
     "cluster.allow_mixed_versions",

@@ -27,9 +27,10 @@ class RunConfig:
 
 @dataclass
 class ClusterConfig:
-    """Who trains: n clients, each a ZeRO-3 world of (ranks launched / n) ranks."""
+    """Who trains: n clients, each a ZeRO-3 world of its own."""
 
-    clients: int = 1  # number of clients n; must divide the number of ranks launched
+    clients: int = 1  # number of clients n
+    ranks: Optional[list[int]] = None  # of each client in order, [2, 1, 1]; null: those launched, divided equally
     transport: Literal["auto", "mpi", "torch"] = "auto"  # auto: mpi if every rank is in one MPI world, else torch
     timeout_s: float = 600.0  # seconds that a rank may wait while none of those that it waits for moves on
     # when a client dies: stop the job; continue: the others go on without it (where the launcher lets them)

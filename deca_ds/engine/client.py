@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -176,6 +177,10 @@ class Client:
         for place, (name, _) in enumerate(self._layout):
             state = {key: split[place] for key, split in parts.items()}
             yield name, *internals.shard_range(self._parameters[name]), state
+
+    def block_numels(self) -> list[int]:
+        """Elements of the active block's parameters, whole, in the order of its shard."""
+        return [prod(self.shapes[name]) for name, _ in self._layout]
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Persistent buffers, which are part of a saved model and whole on every rank."""

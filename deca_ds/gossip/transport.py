@@ -79,6 +79,11 @@ class Transport(Protocol):
         """Sum over clients, in place, in the order of `members`. Contiguous CPU tensor."""
         ...
 
+    def sum_slices(self, values: Tensor, numel: int) -> None:
+        """Sum over clients, in place, in ascending client order, of a parameter of `numel` elements, of which this rank
+        holds the slice `values`."""
+        ...
+
     def gather_json(self, value: Any) -> list[Any]:
         """Every client's JSON-able value, on every client, in the order of `members`."""
         ...
@@ -140,6 +145,10 @@ class PointToPoint(ABC):
         for j in self.members.clients:
             own.add_(terms[j])
         self.exchange(own, self._others, {j: slices[j] for j in self._others}, REDUCE_TAG).wait()
+
+    def sum_slices(self, values: Tensor, numel: int) -> None:
+        """See Transport. Ranks of one index hold the same elements."""
+        self.all_reduce_sum(values)
 
     def gather_json(self, value: Any) -> list[Any]:
         """See Transport. The wire format is the length as int64, then the text as UTF-8."""

@@ -79,9 +79,9 @@ class UlfmTransport(MpiTransport, Surviving):
             self._everybody = self._everybody.Shrink()
             self._everybody.Set_errhandler(self._mpi.ERRORS_RETURN)
             living = self._living()
-            whole = [c for c in before if all(rank in living for rank in self._ranks_of(c))]
+            whole = [c for c in before if all(rank in living for rank in self._layout.ranks_of(c))]
             if self.client not in whole:
-                lost = sorted(set(self._ranks_of(self.client)) - living)
+                lost = sorted(set(self._layout.ranks_of(self.client)) - living)
                 raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
             self.members.clients = tuple(whole)
             if len(living) > len(whole) * self._layout.ranks_per_client:
@@ -106,10 +106,6 @@ class UlfmTransport(MpiTransport, Surviving):
         """The ranks in the shrunk world, as they were numbered at the start."""
         group = self._everybody.Get_group()
         return set(self._mpi.Group.Translate_ranks(group, list(range(group.size)), self._ranks))
-
-    def _ranks_of(self, client: int) -> range:
-        first = self._layout.leader_of(client)
-        return range(first, first + self._layout.ranks_per_client)
 
     def _tell(self) -> str:
         """The news of the lowest rank that lives."""

@@ -14,18 +14,20 @@ from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
 from deca_ds.gossip.ulfm import UlfmTransport
+from deca_ds.gossip.uneven import UnevenTransport, torch_between_ranks
 from deca_ds.gossip.voting import VotingTransport
 
 
 def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None = None) -> Transport:
-    """The way between same-index ranks of all clients: MPI where the launcher made an MPI world, else torch.
+    """The way between same-index ranks of all clients, or between all ranks where clients differ in size: MPI where the
+    launcher made an MPI world, else torch.
 
     visit: of a client that comes back; its transport is not connected until it is let in.
     """
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
     timeout_s, survives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
-    transport: MpiTransport | TorchTransport
+    transport: MpiTransport | TorchTransport | UnevenTransport
     if survives and cluster.gossip_comm is None:
         transport = _voting(cluster, guard, visit, timeout_s)
     elif survives:
@@ -36,7 +38,12 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
         transport = MpiTransport(cluster.gossip_comm, timeout_s)
     else:
         store = PrefixStore("transport", cluster.store.store)
-        transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
+        if cluster.layout.even:
+            transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
+        else:
+            transport = torch_between_ranks(store, cluster.launch, timeout_s)
+    if not cluster.layout.even:
+        transport = UnevenTransport(transport, cluster.layout)
     cluster.progress.wait_for(None)
     transport.progress = cluster.progress
     return transport

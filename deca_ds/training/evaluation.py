@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -64,34 +65,39 @@ class Evaluator:
         # frozen parameters are equal everywhere
         trained = [name for block in self.client.plan.blocks for name in block.names]
         with self.client.borrowed_shards(trained) as shards:
-            squared = self.transport.together(lambda: self._average(shards))
+            numels = [prod(self.client.shapes[name]) for name in trained]
+            squared = self.client.client_sum(self.transport.together(lambda: self._average(shards, numels)))
+            total = self.transport.together(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
             if self.data.common_evaluation is not None:
                 scores = self._score(self.data.common_evaluation, shared=True)
             else:  # private sets, of which a client may have none
                 own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation)
                 scores = average(self.transport.together(lambda: self.transport.gather_json(own)))
             self.client.end_scoring()
-        distance = (self.client.client_sum(squared) / len(self.cluster.members)) ** 0.5
+        distance = (float(total) / len(self.cluster.members)) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
 
-    def _average(self, shards: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """Overwrite the shards, given with their own values, with the mean; returns sum_i |x_i - mean|^2 over them."""
+    def _average(self, shards: Sequence[tuple[Tensor, Tensor]], numels: Sequence[int]) -> float:
+        """Overwrite the shards, given with their own values, with the mean; returns |x_i - mean|^2 over them.
+
+        numels: of the whole parameters.
+        """
         squared = torch.zeros(1, dtype=torch.float64)
-        for shard, own in shards:
+        for (shard, own), numel in zip(shards, numels, strict=True):
             mean = own.to(torch.float32, copy=True)
-            self.transport.all_reduce_sum(mean)
+            self.transport.sum_slices(mean, numel)
             mean /= len(self.cluster.members)
             squared += (own.float() - mean).double().square().sum()
             shard.copy_(mean)
-        self.transport.all_reduce_sum(squared)
         return float(squared)
 
     def _score(self, dataset: Dataset, *, shared: bool = False) -> dict[str, Any]:
         """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it."""
         rank, ranks = self.cluster.shard, self.cluster.ranks
         if shared:
-            members = self.cluster.members
-            rank, ranks = members.place(self.cluster.client) * ranks + rank, len(members) * ranks
+            members, layout = self.cluster.members, self.cluster.layout
+            sizes = [len(layout.ranks_of(client)) for client in members.clients]
+            rank, ranks = sum(sizes[: members.place(self.cluster.client)]) + rank, sum(sizes)
         totals = torch.zeros(len(dataset), 2, dtype=torch.float64)  # loss and target tokens of every row
         batches = evaluation_batches(dataset, batch_size=self.batch_size, rank=rank, ranks=ranks, pad_id=self.pad_id)
         for batch in batches:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, visit = None, None
         if arguments.join:
             config = load_config(arguments.config, arguments.overrides)
-            layout = ClientLayout(config.cluster.clients, check_world(config, launch.world_size))
+            layout = ClientLayout.of(check_world(config, launch.world_size))
             visit = ask_to_join(launch, layout, Path(config.run.output), _START_TIMEOUT_S)
             store = join_job_store(visit.invitation["store"], _START_TIMEOUT_S)
         else:

@@ -29,6 +29,8 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     """
     console = Console()
     disable_progress_bars()
+    if world_size is None and config.cluster.ranks is not None:
+        world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
     check_folder(config)
     check_method(config)
@@ -40,7 +42,7 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
     model = meta_model(config.model, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
-    console.print(block_table(plan, ranks or 1, build_rule(config).bytes_per_parameter))
+    console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
     for warning in slow_mixing(
@@ -68,8 +70,14 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
             f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
             "state per rank above is for k = 1"
         )
+    elif len(set(ranks)) == 1:
+        console.print(f"launch: {world_size} ranks = {clients} clients x {ranks[0]} ranks")
     else:
-        console.print(f"launch: {world_size} ranks = {clients} clients x {ranks} ranks")
+        named = ", ".join(f"client {client}: {k}" for client, k in enumerate(ranks))
+        console.print(
+            f"launch: {world_size} ranks of clients of different sizes ({named}); state per rank above is that of "
+            f"{min(ranks)} rank{'s' if min(ranks) > 1 else ''} a client"
+        )
 
 
 def _agreement(mixing: MixingSchedule) -> str:

@@ -60,7 +60,7 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     """
     folder = Path(config.run.output) / FOLDER
     client = layout.client_of(launch.rank)
-    own = {"client": client, "rank": layout.shard_of(launch.rank), "ranks": layout.ranks_per_client}
+    own = {"client": client, "rank": layout.shard_of(launch.rank), "ranks": len(layout.ranks_of(client))}
     seen = store.gather(launch, "resume/seen", steps_in(folder))
     refused: list[str] = []
     for step in sorted({step for steps in seen for step in steps}, reverse=True):

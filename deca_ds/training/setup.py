@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import Stragglers
 from deca_ds.gossip.surviving import Surviving
 from deca_ds.gossip.transport import Transport
+from deca_ds.gossip.uneven import UnevenGossip, UnevenTransport
 from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
@@ -54,6 +55,7 @@ from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind
 from deca_ds.training.survivors import Survivors
 from deca_ds.training.tables import data_table
+from deca_ds.training.whole_digest import whole_digest
 from deca_ds.training.written import Agreed, StoreCount, Written
 
 
@@ -70,17 +72,17 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
         invitation.compare_software(config, launch, software(config, matrices))
         store = JobStore(PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout)
     guard.progress.enter("checking the configuration")
-    ranks = check_world(config, launch.world_size)
+    layout = ClientLayout.of(check_world(config, launch.world_size))
     check_method(config)
     check_wait(config.gossip.wait_s, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     # other hosts have not got the run's configuration
     if visit is None and (config.run.resume == "never" or launch.rank == 0):
         check_folder(config)
-    validate_data_config(config, client=launch.rank // ranks)
+    validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if visit is None and config.run.resume != "never":
-        resumption = choose(config, launch, store, ClientLayout(config.cluster.clients, ranks), mixing)
+        resumption = choose(config, launch, store, layout, mixing)
     cluster = connect(config, launch, store, guard.progress)
     if invitation is not None:
         cluster.members.clients = tuple(invitation.clients)
@@ -139,14 +141,19 @@ def build(
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if resumption.saved is None and invitation is None:
-        starts_from = {"initial parameters": _initial(client), "tokenizer": vocabulary}
-        compare_start(launch, cluster.store, starts_from, cluster.ranks)
+        even = cluster.layout.even  # else digests are of whole clients, and all ranks have the same
+        starts_from = {"initial parameters": _initial(client) if even else whole_digest(client)}
+        compare_start(launch, cluster.store, starts_from | {"tokenizer": vocabulary}, cluster.ranks if even else 1)
     if invitation is None:  # every attempt at the run has a number, which client 0's leader draws for all
         attempt = transport.gather_json(secrets.randbits(48))[0]
         attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
     else:
         attempt = invitation.attempt
-    gossip = Gossip(
+    make_gossip: Callable[..., Gossip] = Gossip
+    if isinstance(transport, UnevenTransport):
+        messages = len(METHODS[config.algorithm.method].rule.travels)
+        make_gossip = partial(UnevenGossip, numels=client.block_numels, messages=messages)
+    gossip = make_gossip(
         transport,
         mixing,
         config.gossip.chunk_mib,

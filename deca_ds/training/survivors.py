@@ -96,8 +96,8 @@ class Survivors:
             store = self._hosted if own else join_again(self.guard.store, (host, int(port)))
             assert store is not None
             self.transport.store = store.store
-        k = cluster.ranks
-        self.guard.survive([client * k + shard for client in members.clients for shard in range(k)], store)
+        ranks = [rank for client in members.clients for rank in cluster.layout.ranks_of(client)]
+        self.guard.survive(ranks, store)
         mixing = survive.without(self.mixing, members.missing)
         parts = survive.parts(mixing, members.clients)
         gap = survive.spectral_gap(mixing, members.clients)

@@ -84,6 +84,16 @@ def test_other_initial_parameters_are_named_among_ranks_of_equal_shard():
         assert "rank 3 on" in message and "has initial parameters damaged, 1 other shard 1" in message
 
 
+def test_digests_of_whole_clients_are_compared_among_all_ranks():
+    def body(launch: Launch, store: JobStore) -> None:
+        compare_start(launch, store, {"initial parameters": "odd" if launch.rank in odd else "same"}, 1)
+
+    odd: tuple[int, ...] = ()
+    assert on_all_ranks(body) == [""] * RANKS
+    odd = (3,)
+    assert all("rank 3 on" in message and "3 others same" in message for message in on_all_ranks(body))
+
+
 def test_odd_ones():
     assert odd_ones(["a", "a"], ["h", "h"]) == []
     assert odd_ones(["b", "a", "a"], ["n0", "n1", "n2"]) == ["rank 0 on n0 has {} b, 2 others a"]

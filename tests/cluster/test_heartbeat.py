@@ -11,19 +11,20 @@ from torch.distributed import HashStore
 from deca_ds.cluster import heartbeat
 from deca_ds.cluster.heartbeat import EVERYBODY, Heartbeats, Progress, read_heartbeats
 from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.errors import StallError
 
 TIMEOUT_S = 100.0
 
 
 class Job:
-    """Six ranks, three clients of two; time passes when `later` is called."""
+    """Six ranks, three clients of two or of other sizes; time passes when `later` is called."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (2, 2, 2)):
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "time", lambda: self.now)
         self.store = HashStore()
-        layout = ClientLayout(3, 2)
+        layout = ClientLayout.of(sizes)
         self.ranks = [Heartbeats(Launch("deepspeed", rank, 6, rank, 6, None)) for rank in range(6)]
         for rank in self.ranks:
             rank.progress.watch(layout, TIMEOUT_S)
@@ -122,3 +123,12 @@ def test_heartbeats_are_files_too(job, tmp_path):
     assert "rank 1 on" in str(read) and "gossip, waiting for client 2, step 412, block layers 0-1, 0 s ago" in str(read)
     text = (tmp_path / heartbeat.FOLDER / "rank_0001.json").read_text()
     assert json.loads(text)["phase"] == "gossip" and len(list((tmp_path / heartbeat.FOLDER).iterdir())) == 1
+
+
+def test_among_clients_of_different_sizes_a_rank_waits_for_any_rank_of_the_other(monkeypatch):
+    job = Job(monkeypatch, sizes=(1, 3, 2))
+    job.ranks[0].progress.wait_for(1)  # client 1 has ranks 1 to 3
+    job.later(150, 2, 4, 5)
+    job.silent = {1, 2, 3}
+    with pytest.raises(StallError, match=r"this rank waits for rank 1 on .*, rank 2 on .*, rank 3 on"):
+        job.later(150, 4, 5)

@@ -52,3 +52,17 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     with pytest.raises(LaunchError, match="torch sees no GPU"):
         choose_device("cuda", launch)
     assert choose_device("auto", launch).type == "cpu"
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_clients_of_different_sizes_follow_each_other(sizes):
+    layout = ClientLayout.of(sizes)
+    places = [(client, shard) for client, size in enumerate(sizes) for shard in range(size)]
+    assert layout.even == (len(set(sizes)) == 1) and layout.clients == len(sizes)
+    assert [(layout.client_of(r), layout.shard_of(r)) for r in range(sum(sizes))] == places
+    for client, size in enumerate(sizes):
+        assert [places[rank] for rank in layout.ranks_of(client)] == [(client, shard) for shard in range(size)]
+        assert layout.leader_of(client) == places.index((client, 0))
+        for rank in range(sum(sizes)):
+            wanted = [(client, layout.shard_of(rank))] if layout.even else [(client, shard) for shard in range(size)]
+            assert [places[partner] for partner in layout.partners(rank, client)] == wanted

@@ -105,11 +105,34 @@ def test_no_argument_makes_a_traceback(text):
 
 def test_world_size():
     config = load_config(None, [*BASE, "cluster.clients=3", "data.batch_size=8", "data.micro_batch_size=2"])
-    assert check_world(config, 6) == 2
+    assert check_world(config, 6) == [2, 2, 2]
     with pytest.raises(ConfigError, match="7 ranks cannot be divided among 3 clients"):
         check_world(config, 7)
-    with pytest.raises(ConfigError, match=r"data\.batch_size = 8 cannot be split over 3 ranks"):
+    with pytest.raises(ConfigError, match=r"data\.batch_size = 8 cannot be split over the 3 ranks of client 0"):
         check_world(config, 9)
+
+
+def test_ranks_of_each_client():
+    keys = [*BASE, "cluster.clients=3", "data.batch_size=8", "data.micro_batch_size=2"]
+    config = load_config(None, [*keys, "cluster.ranks=[2,1,1]"])
+    assert check_world(config, 4) == [2, 1, 1]
+    with pytest.raises(ConfigError, match=r"cluster\.ranks = \[2, 1, 1\] are 4 ranks, but 6 are launched"):
+        check_world(config, 6)
+    with pytest.raises(ConfigError, match=r"cannot be split over the 3 ranks of client 2"):
+        check_world(load_config(None, [*keys, "cluster.ranks=[2,1,3]"]), 6)
+    with pytest.raises(ConfigError, match=r"cluster\.on_failure=continue, but clients of different sizes"):
+        load_config(None, [*keys, "cluster.ranks=[2,1,1]", "cluster.on_failure=continue"])
+    load_config(None, [*keys, "cluster.ranks=[2,2,2]", "cluster.on_failure=continue"])
+    with pytest.raises(ConfigError, match=r"gossip\.wait_s = 2 is for clients of one size"):
+        load_config(None, [*keys, "cluster.ranks=[2,1,1]", "gossip.wait_s=2"])
+    with pytest.raises(ConfigError, match=r"cluster\.min_clients = 4, but there are 3 clients"):
+        load_config(None, [*keys, "cluster.min_clients=4", "cluster.on_failure=continue"])
+
+
+@pytest.mark.parametrize("ranks", ["[2,1]", "[2,1,1,1]", "[]", "[2,0,1]", "[2,1,-1]", "[2,1,null]", "[2,1,x]", "4"])
+def test_numbers_of_ranks_that_fit_no_clients_are_refused(ranks):
+    with pytest.raises(ConfigError, match=r"cluster\.ranks"):
+        load_config(None, [*BASE, "cluster.clients=3", f"cluster.ranks={ranks}"])
 
 
 def test_output_folder_is_never_used_twice(tmp_path):

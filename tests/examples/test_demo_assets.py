@@ -77,7 +77,7 @@ def test_tokenizer_gives_texts_back_and_starts_them(tokenizer) -> None:
 
 
 def test_configuration_fits_the_model_and_six_ranks(config, tokenizer) -> None:
-    assert check_world(config, 6) == 2
+    assert check_world(config, 6) == [2, 2, 2]
     architecture = AutoConfig.from_pretrained(config.model.path)
     assert architecture.vocab_size == len(tokenizer)
     assert architecture.max_position_embeddings >= config.data.max_length

@@ -1,0 +1,240 @@
+"""Gossip between clients of different sizes: each rank exchanges with those ranks that hold what it holds.
+
+The way is one transport of all ranks, addressed by their numbers in the job. On it,
+
+    what all ranks of a client have alike (collectives)   a rank hears from one rank of every other client
+    an interval of a block (`UnevenTransport.cut`)        a rank exchanges intersections.Cut.meets, packed
+
+so that Gossip's chunks, their order and their weights stay what they are between clients of one size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deca_ds.cluster.heartbeat import Progress
+from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.errors import GossipError, MessageError
+from deca_ds.gossip import transport as shared
+from deca_ds.gossip.intersections import Cut, Range, cuts
+from deca_ds.gossip.mix import Gossip, PendingMix
+from deca_ds.gossip.torch_p2p import TorchTransport
+from deca_ds.gossip.transport import Exchange, PointToPoint, Transport
+
+
+def torch_between_ranks(store: dist.Store, launch: Launch, timeout_s: float) -> TorchTransport:
+    """TorchTransport of all ranks, for UnevenTransport. Raises GossipError if one does not come."""
+    try:
+        return TorchTransport(store, 0, launch.rank, launch.world_size, timeout_s)
+    except GossipError:
+        raise GossipError(
+            f"not all {launch.world_size} ranks joined gossip within {timeout_s:g} s",
+            where=f"rank {launch.rank}",
+            fix="look at the output of the other ranks; on several networks set GLOO_SOCKET_IFNAME",
+        ) from None
+
+
+class UnevenTransport(PointToPoint):
+    """See Transport; and `cut`.
+
+    ranks: a transport whose "clients" are all ranks of the job. In its collectives all ranks of a client give the same.
+    """
+
+    def __init__(self, ranks: PointToPoint, layout: ClientLayout):
+        self.rank, self.layout = ranks.client, layout
+        self._ranks = ranks
+        super().__init__(layout.client_of(self.rank), layout.clients)
+        self.shard = layout.shard_of(self.rank)
+        self._cut: Cut | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """See Transport."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._progress = progress
+        self._ranks.progress = _ByClient(progress, self.layout)
+
+    @contextmanager
+    def cut(self, cut: Cut) -> Iterator[None]:
+        """Exchanges in the body are of this interval: of its part, what the other client's ranks hold of it."""
+        self._cut = cut
+        try:
+            yield
+        finally:
+            self._cut = None
+
+    def exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> UnevenExchange:
+        """See Transport."""
+        if self._cut is not None:
+            return self._exchange_cut(self._cut, send, destinations, receives, tag)
+        size = len(self.layout.ranks_of(self.client))
+        to = [rank for j in destinations for rank in self.layout.ranks_of(j)[self.shard :: size]]
+        buffers = {}
+        for j, buffer in receives.items():
+            sources = self.layout.ranks_of(j)
+            buffers[sources[self.shard % len(sources)]] = buffer
+        return self.between_ranks(send, to, buffers, tag)
+
+    def between_ranks(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> UnevenExchange:
+        """The same, by the numbers of ranks."""
+        exchange = UnevenExchange(self.layout)
+        exchange.start(self._ranks, send, destinations, receives, tag)
+        self.bytes_sent += send.nbytes * len(destinations)
+        return exchange
+
+    def _exchange_cut(
+        self, cut: Cut, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> UnevenExchange:
+        assert send.shape == (cut.numel,), f"{tuple(send.shape)} is not the part of {cut.numel} elements"
+        exchange = UnevenExchange(self.layout)
+        for j, buffer in receives.items():
+            for rank, ranges in self._meets(cut, j):
+                if len(ranges) == 1:
+                    packed = buffer[slice(*ranges[0])]
+                else:
+                    packed = torch.empty(sum(b - a for a, b in ranges), dtype=buffer.dtype)
+                    exchange.packed.append((packed, buffer, ranges))
+                exchange.start(self._ranks, packed, [], {rank: packed}, tag)
+        pieces: dict[tuple[int, int], Tensor] = {}  # clients of one size meet alike: packed once
+        for j in destinations:
+            for place, (rank, ranges) in enumerate(self._meets(cut, j)):
+                key = (len(self.layout.ranks_of(j)), place)
+                if key not in pieces:
+                    parts = [send[a:b] for a, b in ranges]
+                    pieces[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                exchange.start(self._ranks, pieces[key], [rank], {}, tag)
+                self.bytes_sent += pieces[key].nbytes
+        return exchange
+
+    def _meets(self, cut: Cut, j: int) -> list[tuple[int, Sequence[Range]]]:
+        ranks = self.layout.ranks_of(j)
+        return [(ranks[shard], ranges) for shard, ranges in cut.meets[len(ranks)]]
+
+    def cuts(self, numels: Sequence[int], step: int) -> list[Cut]:
+        """A block of parameters of `numels` elements in intervals of `step`, as this rank and the others hold it."""
+        sizes = {len(self.layout.ranks_of(j)) for j in range(self.clients)}
+        return cuts(numels, len(self.layout.ranks_of(self.client)), self.shard, sorted(sizes), step)
+
+    def sum_slices(self, values: Tensor, numel: int) -> None:
+        """See Transport. Everybody gets everything: n-1 times its slice is what a rank sends, n/2 times what it sends
+        among clients of one size."""
+        for cut in self.cuts([numel], max(1, shared.REDUCE_PIECE // self.clients)):
+            own = values[cut.part].clone()
+            terms = {j: torch.empty_like(own) for j in self._others}
+            with self.cut(cut):
+                self.exchange(own, self._others, terms, shared.REDUCE_TAG).wait()
+            terms[self.client] = own
+            total = values[cut.part].zero_()
+            for j in self.members.clients:
+                total.add_(terms[j])
+
+    def close(self) -> None:
+        """See Transport."""
+        self._ranks.close()
+
+
+class UnevenExchange:
+    """Messages of one UnevenTransport.exchange. packed: received values, the buffer that they belong to, and where."""
+
+    def __init__(self, layout: ClientLayout):
+        self._layout = layout
+        self._started: list[Exchange] = []
+        self.packed: list[tuple[Tensor, Tensor, Sequence[Range]]] = []
+
+    def start(
+        self, ranks: Transport, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> None:
+        """Add messages."""
+        with self._naming_ranks():
+            self._started.append(ranks.exchange(send, destinations, receives, tag))
+
+    def test(self) -> bool:
+        """See Exchange."""
+        with self._naming_ranks():
+            return all([exchange.test() for exchange in self._started])
+
+    def wait(self) -> None:
+        """See Exchange."""
+        with self._naming_ranks():
+            for exchange in self._started:
+                exchange.wait()
+        for values, buffer, ranges in self.packed:
+            for part, (a, b) in zip(values.split([b - a for a, b in ranges]), ranges, strict=True):
+                buffer[a:b] = part
+        self._started, self.packed = [], []
+
+    @contextmanager
+    def _naming_ranks(self) -> Iterator[None]:
+        """The transport of ranks takes them for clients; whoever reads its errors must not."""
+
+        def name(found: re.Match[str]) -> str:
+            return f"rank {found[1]} (client {self._layout.client_of(int(found[1]))})"
+
+        try:
+            yield
+        except MessageError as error:
+            texts = (error.what, error.where, error.fix)
+            what, where, fix = (re.sub(r"client (\d+)", name, text or "") for text in texts)
+            raise MessageError(what, where=where, fix=fix) from None
+
+
+class _ByClient(Progress):
+    """Hands on for which client a rank is waited for."""
+
+    def __init__(self, progress: Progress, layout: ClientLayout):
+        self._progress, self._of = progress, layout
+
+    def wait_for(self, awaits: int | str | None) -> None:
+        self._progress.wait_for(self._of.client_of(awaits) if isinstance(awaits, int) else awaits)
+
+    def tick(self) -> None:
+        self._progress.tick()
+
+
+class UnevenGossip(Gossip):
+    """Gossip whose chunks are intervals of the block, the same for all clients; parts of this rank's may be empty.
+
+    numels: elements of each parameter of the active block, in the order of its shard. messages: how many a chunk are
+    started, as many as tensors travel.
+    """
+
+    def __init__(
+        self,
+        transport: UnevenTransport,
+        *arguments: Any,
+        numels: Callable[[], Sequence[int]],
+        messages: int,
+        **options: Any,
+    ):
+        super().__init__(transport, *arguments, **options)
+        self._network, self._numels, self._messages = transport, numels, messages
+        self._cuts: dict[tuple[int, ...], list[Cut]] = {}  # of each block so far
+        self._active: list[Cut] = []
+
+    def chunks(self, numel: int) -> list[slice]:
+        """The parts of the active block's shard of `numel` elements, of at most chunk_mib each."""
+        block = tuple(self._numels())
+        if block not in self._cuts:
+            self._cuts[block] = self._network.cuts(block, self._chunk_elements)
+        self._active = self._cuts[block]
+        assert self._active[-1].part.stop == numel, "the shard is not what ZeRO-3 makes of this block"
+        return [cut.part for cut in self._active]
+
+    def start(self, t: int, x: Tensor, chunk: int = 0) -> PendingMix:
+        """See Gossip.start. chunk: number of the message, `messages` of them for each of `chunks`."""
+        with self._network.cut(self._active[chunk // self._messages]):
+            return super().start(t, x, chunk)
