@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def build(
         if not even:
             starts_from["initial parameters"] = whole_digest(client)
         compare_start(launch, cluster.store, starts_from, cluster.ranks if even else 1)
-    make_gossip = Gossip
+    make_gossip: Callable[..., Gossip] = Gossip
     if isinstance(transport, UnevenTransport):
         messages = len(METHODS[config.algorithm.method].rule.travels)
         make_gossip = partial(UnevenGossip, numels=client.block_numels, messages=messages)
