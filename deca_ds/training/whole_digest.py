@@ -3,7 +3,7 @@ digest has to be put together from slices of any size:
 
     sum_i w_i b_i  mod 2^64        b_i: the bits of element i as a whole number, w_i: pseudo-random of name and i
 
-Another value somewhere changes it for sure where w_i is odd, as it is made here; it is no defence against intent.
+As w_i is odd, another value of one element changes it for sure. It is no defence against intent.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from jobs import launch
 
 from deca_ds.checkpoint.shards import ShardedModel
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]  # the first test waits for three launches
 
 STEPS = 12  # inner steps of a run
 # Changes to the configuration. Shards travel in many chunks, and with gt-adam two tensors of each.
