@@ -81,16 +81,20 @@ class Metrics:
     def evaluation(self, steps_done: int, own: dict[str, Any], job: dict[str, Any]) -> None:
         """Log an evaluation after `steps_done` steps. own: of this client. job: of all clients together."""
         self._write(self._lines, "evaluation", steps_done, own)
-        if job and self._job is not None:
-            self._job.write({"kind": "evaluation", "step": steps_done, **job})
+        if job:
+            self.job("evaluation", steps_done, job)
 
     def membership(self, step: int, record: dict[str, Any]) -> None:
         """Log who is left after a death, while inner step `step` or what follows it is under way; this rank may be the
         one now that speaks for the job."""
         if self._job is None and self._cluster.is_main:
             self._job = JsonLines(self._job_path)
+        self.job("membership", step, record)
+
+    def job(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        """Log what concerns all clients, if this rank is the one that does."""
         if self._job is not None:
-            self._job.write({"kind": "membership", "step": step, **record})
+            self._job.write({"kind": kind, "step": step, **record})
 
     def close(self) -> None:
         if self._progress is not None:

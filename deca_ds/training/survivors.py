@@ -53,6 +53,9 @@ class Survivors:
             self.transport.admit()
             for client in newcomers:
                 self.transport.together(lambda client=client: self._hand_over(client, standing))
+                if client in self.cluster.members.clients:
+                    record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client)}
+                    self.metrics.job("handover", standing.done, record)
 
     def enter(self, rule: Rule, schedule: Schedule) -> Standing:
         """For a client that comes back: wait until it is let in, and take over where training stands."""
