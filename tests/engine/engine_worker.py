@@ -120,7 +120,7 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
     original = client.score(batch)[0].sum()
     client.end_scoring()
     with client.borrowed_shards(names) as shards:
-        for _, _, _, values in shards:
+        for values, _ in shards:
             values.zero_()
         losses, counts = client.score(batch)
         found["uniform_loss"] = float(losses.sum() / counts.sum()) / math.log(vocabulary)

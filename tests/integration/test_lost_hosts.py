@@ -114,11 +114,9 @@ def step(folder: Path, client: int) -> int:
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("cut", [2, 0])
-def test_the_others_go_on_without_a_host_that_is_cut_off_and_it_comes_back(
-    tiny_model, word_files, tmp_path, hosts, cut
-):
+def test_the_others_go_on_without_a_host_that_is_cut_off_and_it_comes_back(tiny_model, word_files, tmp_path, hosts):
     """Host 0 has the coordinator and the job's store. Every host has a disk of its own, as far as the run knows."""
+    cut = 0
     log = tmp_path / "log"
     keys = [
         *("run.device=cpu", "run.threads=1", "cluster.clients=3", "cluster.timeout_s=120"),
