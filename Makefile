@@ -21,11 +21,10 @@ demo: install
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
-# hours for all 200 of each; FAULTS=10 for a look
+# hours for all 200; FAULTS=10 for a look
 FAULTS ?= 200
 faults: install
 	$(BIN)/python benchmarks/faults.py --faults $(FAULTS)
-	$(BIN)/python benchmarks/deaths.py --faults $(FAULTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -154,6 +154,7 @@ class JobGuard:
                 if self._outlived:
                     continue  # the survivors will put up another one
                 gone = f"rank {self.host} is gone: it ended without a report"
+                gone += ", before this client was let in: join again" if self._visits else ""
                 report, announce = self._report(gone, FAILURE_CODE), True
             except Exception as error:  # without its watcher a rank could wait for ever
                 report, announce = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE), True
