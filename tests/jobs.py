@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,23 @@ def run_command(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return Finished(process.returncode, output)
+
+
+def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
+    """Arguments of a short job on a CPU in which every client has a file of words. keys: all else, and what differs."""
+    every = {
+        "run.device": "cpu",
+        "cluster.timeout_s": 60,
+        "model.path": model,
+        "optimizer.lr": 0.003,
+        "data.per_client": f"[{','.join(map(str, files))}]",
+        "data.max_length": 16,
+        "data.batch_size": 4,
+        "data.micro_batch_size": 2,
+        "logging.progress": False,
+        **keys,
+    }
+    return [f"{key}={value}" for key, value in every.items()]
 
 
 def free_port() -> int:

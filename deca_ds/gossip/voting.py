@@ -95,10 +95,8 @@ class VotingTransport(TorchTransport, Surviving):
         while True:
             self._group = None
             decided = self.votes.clients
-            lost, self.members.clients = decided != self.members.clients, decided
+            told, self.members.clients = told and decided == self.members.clients, decided
             decision = self.votes.vote(YES, self.news() if self.client == decided[0] and self._shard == 0 else "")
-            if lost:
-                told = False
             if decision.clients != decided:  # one more: perhaps the one that had something to tell
                 continue
             if not told:

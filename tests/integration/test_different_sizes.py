@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import launch
+from jobs import launch, word_job
 
 from deca_ds.checkpoint.shards import ShardedModel
 
@@ -34,11 +34,8 @@ def folder(tmp_path_factory, tiny_model, word_files) -> Path:
     def keys(output: str, sizes: str, **changes: object) -> list[str]:
         every = {
             "run.output": folder / output,
-            "run.device": "cpu",
             "cluster.clients": 3,
             "cluster.ranks": "null" if SIZES[sizes] is None else SIZES[sizes],
-            "cluster.timeout_s": 60,
-            "model.path": tiny_model,
             "blocks.layers_per_block": 2,
             "algorithm.rounds": 1,
             "algorithm.inner_steps": STEPS // 4,
@@ -46,18 +43,12 @@ def folder(tmp_path_factory, tiny_model, word_files) -> Path:
             # a gradient is summed up in another order where there are more ranks; with a small eps, rounding of an
             # element of about that size would decide where it goes
             "algorithm.eps": 1e-3,
-            "optimizer.lr": 0.003,
             "optimizer.weight_decay": 0.1,
             "gossip.chunk_mib": 0.001,
-            "data.per_client": f"[{','.join(map(str, word_files))}]",
-            "data.max_length": 16,
-            "data.batch_size": 4,
-            "data.micro_batch_size": 2,
-            "logging.progress": False,
             "evaluation.max_examples": 4,
             **changes,
         }
-        return [f"{key}={value}" for key, value in every.items()]
+        return word_job(tiny_model, word_files, **every)
 
     def job(launcher: str, ranks: int, runs: list[tuple[list[str], int | None]]) -> None:
         listed = folder / "runs.json"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense_reference import Coefficients
 from dense_reference import train as dense_train
-from jobs import launch
+from jobs import launch, word_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deca_ds.checkpoint.shards import ShardedModel
@@ -34,27 +34,18 @@ def overrides(tiny_model, word_files, tmp_path):
     def make(**changes: object) -> list[str]:
         keys = {
             "run.output": tmp_path / f"run{next(numbers)}",
-            "run.device": "cpu",
             "cluster.clients": 3,
-            "cluster.timeout_s": 60,
-            "model.path": tiny_model,
             "blocks.layers_per_block": 2,
             "algorithm.rounds": 2,
             "algorithm.inner_steps": 3,
             "algorithm.b1": 0.8,
             # with 1e-8, rounding of a gradient element of about that size would decide where the element goes
             "algorithm.eps": 1e-4,
-            "optimizer.lr": 0.003,
             "optimizer.weight_decay": 0.1,
-            "data.per_client": f"[{','.join(map(str, word_files))}]",
-            "data.max_length": 16,
-            "data.batch_size": 4,
-            "data.micro_batch_size": 2,
-            "logging.progress": False,
             "evaluation.max_examples": 4,
             **changes,
         }
-        return [f"{key}={value}" for key, value in keys.items()]
+        return word_job(tiny_model, word_files, **keys)
 
     return make
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from jobs import REPOSITORY, launch
+from jobs import REPOSITORY, launch, word_job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deca_ds.checkpoint.shards import ShardedModel
@@ -39,22 +39,14 @@ def keys(tiny_model, word_files, folder):
     def make(output: str, **changes: object) -> list[str]:
         every = {
             "run.output": folder / output,
-            "run.device": "cpu",
             "cluster.clients": 2,
-            "cluster.timeout_s": 60,
-            "model.path": model,
             "algorithm.rounds": 1,
             "algorithm.inner_steps": 4,
-            "optimizer.lr": 0.003,
-            "data.per_client": f"[{word_files[0]},{word_files[1]}]",
-            "data.max_length": 16,
-            "data.batch_size": 4,
             "data.micro_batch_size": 1,
-            "logging.progress": False,
             "evaluation.max_examples": 4,
             **changes,
         }
-        return [f"{key}={value}" for key, value in every.items()]
+        return word_job(model, word_files[:2], **every)
 
     return make
 
