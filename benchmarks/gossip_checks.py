@@ -3,9 +3,9 @@
     python benchmarks/gossip_checks.py
 
 One client of a ring of three averages a shard of 64 MiB in chunks of 16 MiB; messages from its two neighbours are in
-their buffers at once. Three variants in turn, in one process: without the check for values that are not finite, with it
-(what a run does), and with gossip.clip_radius as well. Adam's arithmetic on as many elements is beside them for
-scale, and so is what noting a phase costs. CPU seconds of this process, one thread, medians.
+their buffers at once. Variants in turn, in one process: without the check for values that are not finite, with it, with
+checksums as well (what a run does), and with the finite check and gossip.clip_radius. Adam's arithmetic on as many
+elements is beside them for scale, and so is what noting a phase costs. CPU seconds, one thread, medians.
 """
 
 from __future__ import annotations
@@ -22,20 +22,37 @@ from torch import Tensor
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.cluster.heartbeat import Progress
 from deca_ds.config.schema import GossipConfig
+from deca_ds.gossip.checksums import checksum
 from deca_ds.gossip.mix import Gossip, PendingMix
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.transport import PointToPoint
 
 NUMEL, REPETITIONS, WARM_UP = 2**24, 15, 2
 
 
-class ThereAlready:
-    """A transport whose messages are there as soon as they are asked for: whatever is in the buffers."""
+class ThereAlready(PointToPoint):
+    """A transport whose messages are there as soon as they are asked for: whatever is in the buffers, which nobody ever
+    changes, so that their checksums are known by where they are."""
 
-    client, clients, bytes_sent = 0, 3, 0
-    progress = Progress()
+    def __init__(self, checksums: bool = False):
+        super().__init__(0, 3)
+        self.checksums = checksums
+        self._values: dict[int, Tensor] = {}  # the last message of each neighbour
+        self._known: dict[int, int] = {}
 
-    def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int):
+    def _exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int):
+        for j, buffer in receives.items():
+            if buffer.dtype == torch.float32:
+                self._values[j] = buffer
+            else:
+                where = self._values[j].data_ptr()
+                if where not in self._known:
+                    self._known[where] = checksum(self._values[j])
+                buffer[0] = self._known[where]
         return self
+
+    def test(self) -> bool:
+        return True
 
     def wait(self) -> None:
         pass
@@ -45,7 +62,7 @@ def average(gossip: Gossip, x: Tensor) -> None:
     under_way = []
     for chunk, part in enumerate(gossip.chunks(NUMEL)):
         under_way.append(gossip.start(0, x[part], chunk))
-    gossip.clip(0)
+    gossip.settle(0)
     for pending in under_way:
         pending.wait()
 
@@ -54,7 +71,8 @@ def main() -> None:
     torch.set_num_threads(1)
     schedule, x = build_mixing(GossipConfig(), 3, seed=0), torch.randn(NUMEL)
     plain, clipping = (Gossip(ThereAlready(), schedule, clip_radius=radius) for radius in (None, 1.0))
-    for gossip in (plain, clipping):
+    summed = Gossip(ThereAlready(checksums=True), schedule)
+    for gossip in (plain, summed, clipping):
         for _ in range(8):
             gossip.pool.give_back(torch.randn(2**22))
     rule = DecaRule()
@@ -67,6 +85,7 @@ def main() -> None:
     actions: dict[str, Callable[[], object]] = {
         "unchecked": unchecked,
         "checked": lambda: average(plain, x),
+        "checked and summed": lambda: average(summed, x),
         "clipped": lambda: average(clipping, x),
         "local step": lambda: rule.local_step(state, inner=0, lr=1e-4, decay=0.0),
     }

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "cluster.on_partition",
     "model.gradient_checkpointing",
     "gossip.wait_s",
+    "gossip.checksums",
     "gossip.chunk_mib",
     "data.micro_batch_size",
     "evaluation.",

@@ -136,6 +136,7 @@ class GossipConfig:
     clip_radius: Optional[float] = None  # a neighbour's block counts as at most this 2-norm away; null: as it is
     # seconds that a client waits for a neighbour that is late, before both average without each other; null: for ever
     wait_s: Optional[float] = None
+    checksums: bool = True  # every message carries one; a damaged one is not averaged
     chunk_mib: float = 16.0  # size of a message; a chunk travels while the next one is computed
 
 

@@ -33,10 +33,10 @@ class LocalTransport(PointToPoint):
         super().__init__(client, network.clients)
         self._network = network
 
-    def exchange(
+    def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> LocalExchange:
-        """See Transport."""
+        """See PointToPoint."""
         with self._network.arrived:
             for j in destinations:
                 self._network.mailboxes[self.client, j, tag].append(send.clone())

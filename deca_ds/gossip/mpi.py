@@ -74,10 +74,10 @@ class MpiTransport(PointToPoint):
         duplicate.Set_errhandler(MPI.ERRORS_RETURN)
         return duplicate
 
-    def exchange(
+    def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> MpiExchange:
-        """See Transport."""
+        """See PointToPoint."""
         assert self._comm is not None, "the transport is closed"
         # Receives first: a message that finds its buffer is not copied twice.
         messages = [("from", source, part) for source, buffer in receives.items() for part in _parts(buffer)]

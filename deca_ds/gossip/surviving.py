@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,13 +43,13 @@ class Surviving(PointToPoint):
     def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
         nobody has died."""
-        spurious, error = 0, None
+        spurious, last_error = 0, None
         while spurious < _SPURIOUS:
-            result, through = None, True
+            result, through, error = None, True, None
             try:
                 result = work()
             except MessageError as failed:
-                through, error = False, failed
+                through, error, last_error = False, failed, failed
                 self._give_up()
             answers = self._agree([through, last, *(question.answer() for question in self.questions)])
             if answers and answers[0]:
@@ -56,8 +57,10 @@ class Surviving(PointToPoint):
                     question.heard(all_said_yes)
                 return result  # type: ignore[return-value]
             spurious = 0 if self._rebuild() else spurious + 1
+            if spurious and error is not None:
+                print(f"WARNING: {self.progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
         raise GossipError(
-            f"messages fail again and again, though all clients are there: {error or 'another rank says so'}",
+            f"messages fail again and again, though all clients are there: {last_error or 'another rank says so'}",
             where=f"client {self.client}",
             fix="look at the output of the other ranks; all of them must run the same configuration",
         )

@@ -45,10 +45,10 @@ class TorchTransport(PointToPoint):
                 fix="look at the logs of the other clients; on several networks set GLOO_SOCKET_IFNAME",
             ) from None
 
-    def exchange(
+    def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> TorchExchange:
-        """See Transport."""
+        """See PointToPoint."""
         return TorchExchange(self, self._start(send, destinations, receives, tag), tag)
 
     def _start(

@@ -18,6 +18,7 @@ from torch import Tensor
 from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.members import Members
 from deca_ds.errors import GossipError, MessageError
+from deca_ds.gossip.checksums import CheckedExchange, Exchange
 
 # Tags fit MPI's guaranteed range 0..32767. Messages of one source and tag arrive in the order in which they were sent,
 # on every transport, so a tag that comes round again is harmless. Tags let an error name what was waited for.
@@ -35,18 +36,6 @@ def chunk_tag(t: int, chunk: int) -> int:
     return (t % _STEP_TAGS) * _CHUNK_TAGS + chunk % _CHUNK_TAGS
 
 
-class Exchange(Protocol):
-    """Messages under way, started by Transport.exchange."""
-
-    def test(self) -> bool:
-        """Whether all messages are through; does not wait."""
-        ...
-
-    def wait(self) -> None:
-        """Wait for all messages, one by one. GossipError names the neighbour, the tag and the timeout that passed."""
-        ...
-
-
 class Transport(Protocol):
     """One rank's end of the network between clients. Every client calls the collectives in the same order."""
 
@@ -57,6 +46,7 @@ class Transport(Protocol):
     rebuilt: int  # how often it has been put together anew
     bytes_sent: int  # payload that this rank has handed to the network so far
     progress: Progress  # what this rank is doing; waits note whom they are for
+    checksums: bool  # whether messages carry checksums (checksums.py); the same for all clients
 
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """Start sending `send` to each of `destinations` and receiving from each source client into its buffer.
@@ -98,7 +88,7 @@ class Transport(Protocol):
 
 
 class PointToPoint(ABC):
-    """The collectives of a transport, from its `exchange`."""
+    """The collectives of a transport, and checksums, from its `_exchange`."""
 
     may_lose_clients = False
 
@@ -109,10 +99,19 @@ class PointToPoint(ABC):
         self.rebuilt = 0
         self.bytes_sent = 0
         self.progress = Progress()
+        self.checksums = False
 
-    @abstractmethod
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """See Transport."""
+        if self.checksums and (destinations or receives):
+            return CheckedExchange(self._exchange, self.client, send, destinations, receives, tag)
+        return self._exchange(send, destinations, receives, tag)
+
+    @abstractmethod
+    def _exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> Exchange:
+        """Transport.exchange, without checksums."""
 
     def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Transport. Here a client that dies ends the job."""

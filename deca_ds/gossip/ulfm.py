@@ -49,12 +49,12 @@ class UlfmTransport(MpiTransport, Surviving):
         self._layout = layout
         self._exchanges: list[MpiExchange] = []
 
-    def exchange(
+    def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> MpiExchange:
-        """See Transport."""
+        """See PointToPoint."""
         self._exchanges = [exchange for exchange in self._exchanges if exchange.requests]
-        started = super().exchange(send, destinations, receives, tag)
+        started = super()._exchange(send, destinations, receives, tag)
         self._exchanges.append(started)
         return started
 

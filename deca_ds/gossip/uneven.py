@@ -73,10 +73,10 @@ class UnevenTransport(PointToPoint):
         finally:
             self._cut = None
 
-    def exchange(
+    def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> UnevenExchange:
-        """See Transport."""
+        """See PointToPoint."""
         if self._cut is not None:
             return self._exchange_cut(self._cut, send, destinations, receives, tag)
         size = len(self.layout.ranks_of(self.client))

@@ -69,10 +69,10 @@ class VotingTransport(TorchTransport, Surviving):
             self._rebuild()
         self.rebuilt += 1
 
-    def exchange(
+    def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> VotingExchange:
-        """See Transport."""
+        """See PointToPoint."""
         if self._group is None and (receives or destinations):
             raise lost(self.client, [*receives, *destinations][0], "from", tag, "a client has gone")
         return VotingExchange(self, self._start(send, destinations, receives, tag), tag)

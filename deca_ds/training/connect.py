@@ -42,6 +42,7 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
             transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
         else:
             transport = torch_between_ranks(store, cluster.launch, timeout_s)
+    transport.checksums = config.gossip.checksums
     if not cluster.layout.even:
         transport = UnevenTransport(transport, cluster.layout)
     cluster.progress.wait_for(None)

@@ -59,6 +59,8 @@ def checks(transport: Transport, hold: Callable[[], None]) -> dict:
     client, n = transport.client, transport.clients
     result: dict = {graph: digest(average(transport, graph)) for graph in GRAPHS}
     result["bytes"] = transport.bytes_sent
+    transport.checksums = True
+    assert {graph: digest(average(transport, graph)) for graph in GRAPHS} == {graph: result[graph] for graph in GRAPHS}
     shared.REDUCE_PIECE = 1000
     for dtype in (torch.float32, torch.float64):
         total = start_values(client).to(dtype) / 3

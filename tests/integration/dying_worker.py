@@ -2,14 +2,16 @@
 
 Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
 step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
-after STEP is averaged). All but error is SIGKILL. A rank that is started with --join does not die. While a client is
-missing, steps take a second.
+after STEP is averaged). All but error is SIGKILL. And damaged: a bit of its first chunk flips on the way. A rank that
+is started with --join does not die. While a client is missing, steps take a second.
 """
 
 import os
 import signal
 import sys
 import time
+
+import torch
 
 from deca_ds.cluster.launch import read_launch
 from deca_ds.engine.client import Client
@@ -22,7 +24,7 @@ last, place = deaths.get(read_launch().rank, (0, "never"))
 if "--join" in sys.argv:
     last = 0
 gradient = Client.gradient
-steps, missing = 0, ()
+steps, missing, damaged = 0, (), []
 
 
 def counting_gradient(self, *arguments):
@@ -37,10 +39,14 @@ def counting_gradient(self, *arguments):
 
 
 def dying(exchange):
-    def dying_exchange(self, *arguments):
+    def dying_exchange(self, send, destinations, receives, tag):
         global missing
         missing = self.members.missing
-        started = exchange(self, *arguments)
+        if steps == last and place == "damaged" and self.progress.phase == "gossip" and destinations and not damaged:
+            damaged.append(send.clone())  # MPI reads it later
+            send = damaged[0]
+            send.view(torch.int32)[0] ^= 1 << 20
+        started = exchange(self, send, destinations, receives, tag)
         if steps == last and {"gossip": "sent", "evaluation": "evaluation"}.get(self.progress.phase) == place:
             started.wait()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -51,5 +57,5 @@ def dying(exchange):
 
 Client.gradient = counting_gradient
 for transport in (UlfmTransport, VotingTransport):
-    transport.exchange = dying(transport.exchange)  # type: ignore[method-assign]
+    transport._exchange = dying(transport._exchange)  # type: ignore[method-assign]
 sys.exit(main(sys.argv[2:]))

@@ -88,10 +88,11 @@ def clients_in(run: Path, step: int) -> list[int]:
 
 @over_both
 def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(keys, tmp_path, transport):
-    """Client 1 dies amid an averaging, then client 0, which hosts the job's store, before its local step."""
+    """Client 1 dies amid an averaging, then client 0, which hosts the job's store, before its local step. Before that
+    a message of client 2 is damaged."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=4", "evaluation.every=3"]
-    finished = run(4, "1:3:sent,0:5:before", keys, transport)
+    finished = run(4, "1:3:sent,0:5:before,2:2:damaged", keys, transport)
     assert finished.code == 0, finished.output[-4000:]
     assert_numbers(output, keys, {1: 3, 0: 5})
     job = output / "metrics" / "job.jsonl"
@@ -102,6 +103,7 @@ def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(ke
     assert [record["step"] for record in records(job, "evaluation")] == [0, 3, 6, 8]
     assert finished.output.count("client 1 gone; 3 of 4 go on") == 1, finished.output[-4000:]
     assert finished.output.count("clients 0, 1 gone; 2 of 4 go on") == 1
+    assert "a message from client 2 was damaged on its way: its checksum differs" in finished.output
     for client, steps in ((1, 2), (0, 4), (2, 8), (3, 8)):
         lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")
         assert [line["step"] for line in lines] == list(range(1, steps + 1)), "no step is lost or repeated"
