@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ class Survivors:
             for client in newcomers:
                 self.transport.together(lambda client=client: self._hand_over(client, standing))
                 if client in self.cluster.members.clients:
-                    record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client)}
+                    record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client), "time": _now()}
                     self.metrics.job("handover", standing.done, record)
 
     def enter(self, rule: Rule, schedule: Schedule) -> Standing:
@@ -130,8 +131,14 @@ class Survivors:
                 "missing": list(members.missing),
                 "spectral_gap": gap,
                 "parts": parts,
+                "time": _now(),
             },
         )
+
+
+def _now() -> float:
+    """Seconds since 1970, to tell apart what happened in one inner step."""
+    return round(time.time(), 3)
 
 
 def _clients(numbers: Sequence[int]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hosts import Hosts, may_make_hosts
 from jobs import REPOSITORY
 
 pytestmark = pytest.mark.multiprocess
@@ -20,60 +20,19 @@ WORKER = str(REPOSITORY / "tests/integration/dying_worker.py")
 STEPS = 128
 
 
-def ip(*command: str) -> None:
-    subprocess.run(["ip", *command], check=True, capture_output=True, timeout=20)
-
-
-def may_make_hosts() -> bool:
-    if os.geteuid() != 0:
-        return False
-    name = f"deca{os.getpid()}probe"
-    try:
-        ip("netns", "add", name)
-        ip("netns", "del", name)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
-
-
-class Hosts:
-    """n network namespaces on one bridge, in a namespace of its own; host i has the address 10.77.0.(i+1)."""
+class Started(Hosts):
+    """Hosts and what runs on them."""
 
     def __init__(self, n: int):
-        self.prefix = f"deca{os.getpid()}"
-        self.names = [f"{self.prefix}h{i}" for i in range(n)]
-        self.switch = f"{self.prefix}s"
+        super().__init__(n)
         self.started: list[subprocess.Popen] = []
 
-    def set_up(self) -> None:
-        for name in (self.switch, *self.names):
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
-        ip("-n", self.switch, "link", "set", "bridge", "up")
-        for i, name in enumerate(self.names):
-            ip("-n", name, "link", "add", "lan", "type", "veth", "peer", "name", f"port{i}", "netns", self.switch)
-            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "lan")
-            ip("-n", name, "link", "set", "lan", "up")
-            ip("-n", self.switch, "link", "set", f"port{i}", "master", "bridge")
-            ip("-n", self.switch, "link", "set", f"port{i}", "up")
-
-    def link(self, i: int, state: str) -> None:
-        """state: up or down."""
-        ip("-n", self.switch, "link", "set", f"port{i}", state)
-
     def start(self, i: int, folder: Path, *arguments: str) -> subprocess.Popen:
-        environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PRTE_"))},
-            **{"RANK": str(i), "WORLD_SIZE": str(len(self.names)), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"},
-            **{"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "lan"},
-            **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        }
         output = f"run.output={folder / f'run{i}'}"
         with open(folder / "log", "a") as sink:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.names[i], sys.executable, WORKER, "0:0:never", output, *arguments],
-                cwd=REPOSITORY, env=environment, stdout=sink, stderr=subprocess.STDOUT,
+                self.command(i, sys.executable, WORKER, "0:0:never", output, *arguments),
+                cwd=REPOSITORY, env=self.environment(i), stdout=sink, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.started.append(process)
         return process
@@ -82,15 +41,14 @@ class Hosts:
         for process in self.started:
             process.kill()
             process.wait()
-        for name in (self.switch, *self.names):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20)
+        super().clean_up()
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
+def hosts() -> Iterator[Started]:
     if not may_make_hosts():
         pytest.skip("takes root and network namespaces")
-    made = Hosts(3)
+    made = Started(3)
     try:
         made.set_up()
         yield made
