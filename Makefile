@@ -21,10 +21,12 @@ demo: install
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
-# hours for all 200; FAULTS=10 for a look
-FAULTS ?= 200
+# two hours for 80 and 150; FAULTS=10 SURVIVED=10 for a look
+FAULTS ?= 80
+SURVIVED ?= 150
 faults: install
 	$(BIN)/python benchmarks/faults.py --faults $(FAULTS)
+	$(BIN)/python benchmarks/survivors.py --faults $(SURVIVED)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A fault campaign: runs that are killed, frozen, told to stop, starved of disk or damaged, and go on to their end.
+"""A fault campaign: runs that are killed, frozen, told to stop, starved of disk or damaged, and resumed to their end.
 
     python benchmarks/faults.py --faults 200
 
@@ -34,7 +34,7 @@ from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPT = str(REPOSITORY / "launchers" / "train.py")
+SCRIPT = str(REPOSITORY / "benchmarks" / "faulty_client.py")
 TIMEOUT_S = 30  # cluster.timeout_s: how long the job waits for a rank that does not move
 DEADLINE_S = 150  # after a fault or a start the job has to do something by then, or it hangs
 DISK_MIB = 256
@@ -186,7 +186,12 @@ def disk(job: Job, fault: Fault, draw: random.Random) -> None:
     ballast.unlink()
 
 
-FAULTS = {each.__name__: each for each in (kill, hang, freeze, preempt, damage, disk)}
+def message(job: Job, fault: Fault, draw: random.Random) -> None:
+    """A bit of a message flips: its receiver has to say so."""
+    job.rank(fault.rank).send_signal(signal.SIGUSR2)
+
+
+FAULTS = {each.__name__: each for each in (kill, hang, freeze, preempt, damage, disk, message)}
 GOES_ON, ENDS_WELL = ("freeze",), ("preempt",)
 
 
@@ -231,8 +236,10 @@ def survive(output: Path, clients: int, kinds: list[str], draw: random.Random, l
             fault.message = errors[0] if errors else ""
             if (code == 0) != (fault.kind in ENDS_WELL):
                 raise Failure(f"{fault.kind} ended the job with {code}")
-            if fault.kind in ("hang", "disk") and not errors:
-                raise Failure(f"{fault.kind} ended the job without a message")
+            if fault.kind in ("hang", "disk", "message") and not errors:
+                raise Failure(f"{fault.kind} ended the job without an error")
+            if fault.kind == "message" and f"client {fault.rank} was damaged" not in " ".join(errors):
+                raise Failure(f"a damaged message of client {fault.rank} ended the job with {errors}")
         finally:
             job.clean_up()
     raise Failure("100 starts were not enough")
@@ -263,11 +270,12 @@ def main() -> None:
         "--clients", type=int, nargs="*", default=[4, 5, 6, 7, 8], help="numbers of clients to draw from"
     )
     parser.add_argument("--faults-per-run", type=int, default=8)
+    parser.add_argument("--kinds", nargs="*", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what cleans up
     draw, console, done, wrong = random.Random(arguments.seed), Console(), [], []
-    kinds = [kind for kind in FAULTS if kind != "disk" or os.geteuid() == 0]
+    kinds = [kind for kind in arguments.kinds if kind != "disk" or os.geteuid() == 0]
     target = REPOSITORY / "benchmarks" / "results" / "faults.json"
     with tempfile.TemporaryDirectory() as folder:
         references: dict[int, Path] = {}

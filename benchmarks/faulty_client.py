@@ -8,13 +8,13 @@ from collections import deque
 
 import torch
 
+from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.main import main
 
-_KEPT = 100  # damaged messages whose memory gloo may still read
+_KEPT = 100  # damaged messages whose memory the network may still read
 armed = False
 damaged: deque[torch.Tensor] = deque(maxlen=_KEPT)
-exchange = VotingTransport._exchange
 
 
 def arm(*_: object) -> None:
@@ -22,18 +22,22 @@ def arm(*_: object) -> None:
     armed = True
 
 
-def damaging(self, send, destinations, receives, tag):
-    global armed
-    if armed and destinations and send.numel() and self.progress.phase == "gossip":
-        armed = False
-        damaged.append(send.detach().clone())
-        send = damaged[-1]
-        values = send.view(-1).view(torch.uint8)
-        place = int(torch.randint(8 * len(values), (1,), generator=torch.Generator().manual_seed(len(values))))
-        values[place // 8] ^= 1 << place % 8
-    return exchange(self, send, destinations, receives, tag)
+def damaging(exchange):
+    def damaging_exchange(self, send, destinations, receives, tag):
+        global armed
+        if armed and destinations and send.numel() and self.progress.phase == "gossip":
+            armed = False
+            damaged.append(send.detach().clone())
+            send = damaged[-1]
+            values = send.view(-1).view(torch.uint8)
+            place = int(torch.randint(8 * len(values), (1,), generator=torch.Generator().manual_seed(len(values))))
+            values[place // 8] ^= 1 << place % 8
+        return exchange(self, send, destinations, receives, tag)
+
+    return damaging_exchange
 
 
 signal.signal(signal.SIGUSR2, arm)
-VotingTransport._exchange = damaging  # type: ignore[method-assign]
+for transport in (MpiTransport, VotingTransport):
+    transport._exchange = damaging(transport._exchange)  # type: ignore[method-assign]
 sys.exit(main())

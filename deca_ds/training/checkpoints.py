@@ -133,6 +133,7 @@ class Checkpoints:
     def _write(self, done: int, groups: Groups, state: dict[str, Any]) -> None:
         cluster = self._cluster
         self._remove_old()  # by now all ranks have written what this one wrote before
+        state["earlier"] = max((step for step in self._saved if step != done and self._complete(step)), default=None)
         need = sum(piece.values.nbytes for _, slices in groups for piece in slices)
         try:
             save_shards(

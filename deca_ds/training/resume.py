@@ -55,14 +55,16 @@ class Resumption:
 def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout, mixing: MixingSchedule) -> Resumption:
     """The newest checkpoint that every rank of every client finds whole; all ranks call this, before anything else.
 
-    Newer ones are named on stderr, with the reason, and removed: the run comes to their steps again. Raises
-    CheckpointError if there is none that all can use, or if the mixing matrices are others than they were.
+    Newer ones are named on stderr, with the reason, and removed: the run comes to their steps again. If none can be
+    used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is none that all
+    can use, or if the mixing matrices are others than they were.
     """
     folder = Path(config.run.output) / FOLDER
     client = layout.client_of(launch.rank)
     own = {"client": client, "rank": layout.shard_of(launch.rank), "ranks": len(layout.ranks_of(client))}
     seen = store.gather(launch, "resume/seen", steps_in(folder))
     refused: list[str] = []
+    earlier: set[int | None] = set()  # the newest that was complete when these were written
     for step in sorted({step for steps in seen for step in steps}, reverse=True):
         saved, answer = _try(folder, step, own)
         answers = store.gather(launch, f"resume/{step}", answer)
@@ -72,21 +74,22 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
             same = saved.ranks[client] == own["ranks"]
             state = saved.states[client, own["rank"] if same else 0]
             _refuse_other_mixing(state, mixing)
-            for newer in (found for found in steps_in(folder) if found > step):
-                remove_part(folder, newer, **own)
-            _clear(Path(config.run.output))
-            _report(launch, refused, saved.folder, state)
+            at = state["schedule"]
+            verdict = f"going on after inner step {at['done']} of {at['of']}: {saved.folder}"
+            _leave_behind(Path(config.run.output), step, own, launch, refused, verdict)
             return Resumption(step, saved, state, same)
+        earlier |= {answer["earlier"] for answer in answers if "earlier" in answer}
         failing = next((r for r, answer in enumerate(answers) if "reason" in answer), None)
         reason = "ranks hold it from different attempts" if failing is None else answers[failing]["reason"]
         refused.append(f"step {step}: {'' if failing is None else f'rank {failing}: '}{reason}")
-    if refused or config.run.resume == "require":
+    if (refused and earlier != {None}) or config.run.resume == "require":
         raise CheckpointError(
             "there is no checkpoint that all ranks can use" + "".join(f"\n  {line}" for line in refused),
             where=str(folder),
             fix="start anew in a new folder; without a common file system, every rank needs the part that it wrote",
         )
-    _clear(Path(config.run.output))
+    verdict = "no checkpoint was complete before: starting anew" if refused else ""
+    _leave_behind(Path(config.run.output), 0, own, launch, refused, verdict)
     return Resumption()
 
 
@@ -98,15 +101,23 @@ def _try(folder: Path, step: int, own: dict[str, int]) -> tuple[ShardedModel | N
         return None, {"reason": f"{error.what} ({error.where})"}
     except (OSError, SafetensorError) as error:
         return None, {"reason": f"{error} ({step_folder(folder, step)})"}
-    return saved, {"attempt": next(iter(saved.states.values()))["attempt"]}
+    state = next(iter(saved.states.values()))
+    return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 
-def _report(launch: Launch, refused: list[str], folder: Path, state: dict[str, Any]) -> None:
+def _leave_behind(
+    output: Path, step: int, own: dict[str, int], launch: Launch, refused: list[str], verdict: str
+) -> None:
+    """Remove this rank's parts of checkpoints after `step` and how the last attempt ended; say so."""
+    for newer in (found for found in steps_in(output / FOLDER) if found > step):
+        remove_part(output / FOLDER, newer, **own)
+    for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
+        marker.unlink(missing_ok=True)
     if launch.rank == 0:
         for line in refused:
             print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
-        at = state["schedule"]
-        print(f"going on after inner step {at['done']} of {at['of']}: {folder}", file=sys.stderr, flush=True)
+        if verdict:
+            print(verdict, file=sys.stderr, flush=True)
 
 
 def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
@@ -116,12 +127,6 @@ def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
             where="gossip.matrix, gossip.edges",
             fix="give the run its own files",
         )
-
-
-def _clear(output: Path) -> None:
-    """Take away how the last attempt ended."""
-    for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
-        marker.unlink(missing_ok=True)
 
 
 def rewind(output: Path, cluster: Cluster, done: int) -> None:

@@ -99,6 +99,9 @@ def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
     saver.save(5)
     saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [2, 3, 4, 5]
+    # what was complete when each was written, for a run that finds none whole
+    whole = [open_checkpoint(tmp_path / "checkpoints", step, client=0, rank=0, ranks=1) for step in (4, 5)]
+    assert [saved.states[0, 0]["earlier"] for saved in whole] == [None, 3]
     with pytest.raises(CheckpointError, match="not all ranks have saved step 5"):
         saver._cluster.store = JobStore(store, None, timedelta(seconds=0.2))
         saver.wait_for_all(5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,18 +27,25 @@ from deca_ds.training.setup import start
 ALONE = build_mixing(GossipConfig(graph="isolated"), 1, 0)
 
 
-def make_checkpoint(run: Path, step: int) -> Path:
-    state = {"attempt": 1, "mixing": mixing_digest(ALONE), "schedule": {"done": step, "of": 9}}
+def make_checkpoint(run: Path, step: int, earlier: int | None = 0, rank: int = 0, ranks: int = 1) -> Path:
+    state = {"attempt": 1, "mixing": mixing_digest(ALONE), "schedule": {"done": step, "of": 9}, "earlier": earlier}
     groups = [("all", [Slice("w", (3,), 0, 3, torch.ones(3))])]
     folder = step_folder(run / "checkpoints", step)
-    return save_shards(folder, groups, client=0, clients=1, rank=0, ranks=1, step=step, state=state)
+    return save_shards(folder, groups, client=0, clients=1, rank=rank, ranks=ranks, step=step, state=state)
 
 
-def chosen(run: Path, resume: str = "require", mixing=ALONE):
+def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1):
+    """What rank 0 chooses."""
     config = Config()
     config.run.output, config.run.resume = str(run), resume
-    launch = Launch("python", 0, 1, 0, 1, None)
-    return choose(config, launch, JobStore(HashStore(), None, timedelta(seconds=5)), ClientLayout(1, 1), mixing)
+    shared = HashStore()
+
+    def choice(rank: int):
+        store = JobStore(shared, None, timedelta(seconds=5))
+        return choose(config, Launch("python", rank, ranks, rank, ranks, None), store, ClientLayout(1, ranks), mixing)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        return next(iter(threads.map(choice, range(ranks))))
 
 
 def test_the_newest_whole_checkpoint_is_chosen_and_damaged_ones_are_named(tmp_path: Path, capsys) -> None:
@@ -64,6 +72,29 @@ def test_without_a_usable_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Pa
         with pytest.raises(CheckpointError, match=r"no checkpoint that all ranks can use\n  step 2: rank 0"):
             chosen(tmp_path, resume)
     assert rank_folder(step_folder(tmp_path / "checkpoints", 2), 0, 0).exists()
+
+
+def test_killed_amid_its_first_checkpoint_a_run_begins_anew(tmp_path: Path, capsys) -> None:
+    """Rank 1 of two has not come to write its part of the only one, or of the first two."""
+    for steps in ([2], [2, 4]):
+        for step in steps:
+            make_checkpoint(tmp_path, step, earlier=None, rank=0, ranks=2)
+        with pytest.raises(CheckpointError, match="no checkpoint that all ranks can use"):
+            chosen(tmp_path, "require", ranks=2)
+        assert steps_in(tmp_path / "checkpoints") == steps
+        assert chosen(tmp_path, "auto", ranks=2).step == 0
+        assert steps_in(tmp_path / "checkpoints") == []
+        told = capsys.readouterr().err
+        assert "no checkpoint was complete before: starting anew" in told and told.count("is removed, step") == len(
+            steps
+        )
+
+
+def test_a_run_that_got_further_is_not_begun_again_unasked(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 4, earlier=2, rank=0, ranks=2)
+    with pytest.raises(CheckpointError, match=r"no checkpoint that all ranks can use\n  step 4: rank 1"):
+        chosen(tmp_path, "auto", ranks=2)
+    assert steps_in(tmp_path / "checkpoints") == [4]
 
 
 def test_another_mixing_matrix_is_refused(tmp_path: Path) -> None:
