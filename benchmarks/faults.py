@@ -126,9 +126,19 @@ class Job:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
+    def doing(self) -> str:
+        """What the ranks have noted last."""
+        notes = sorted((self.output / "heartbeats").glob("*.json"))
+        return "\n".join(f"{path.name}: {path.read_text().strip()}" for path in notes)
+
     def clean_up(self) -> None:
+        ranks = psutil.Process(self.process.pid).children(recursive=True) if not self.ended() else []
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.kill()
+        psutil.wait_procs(ranks, timeout=20)
         self.process.wait()
 
 
@@ -240,6 +250,8 @@ def survive(output: Path, clients: int, kinds: list[str], draw: random.Random, l
                 raise Failure(f"{fault.kind} ended the job without an error")
             if fault.kind == "message" and f"client {fault.rank} was damaged" not in " ".join(errors):
                 raise Failure(f"a damaged message of client {fault.rank} ended the job with {errors}")
+        except Failure as failure:
+            raise Failure(f"{failure}; last fault: {fault}\n{job.doing()}") from None
         finally:
             job.clean_up()
     raise Failure("100 starts were not enough")
