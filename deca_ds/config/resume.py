@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "logging.",
     "deepspeed",
 )
+BEFORE_CONFIG = {"heartbeats", "FAILED"}  # what may be there of a run that ended before it had saved its configuration
 
 
 def check_folder(config: Config) -> None:
@@ -43,11 +44,13 @@ def check_folder(config: Config) -> None:
     With run.resume=auto an empty folder will do, and one whose run has not come to its first checkpoint.
     """
     output = Path(config.run.output)
-    used = output.is_file() or (output.is_dir() and any(output.iterdir()))
-    if config.run.resume == "never" or (config.run.resume == "auto" and not used):
+    saved = output / SAVED_CONFIG
+    if config.run.resume == "never":
         check_output(config)
         return
-    saved = output / SAVED_CONFIG
+    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if config.run.resume == "auto" and not output.is_file() and there <= BEFORE_CONFIG:
+        return
     if not saved.is_file():
         raise CheckpointError(
             f"there is no run to continue in {str(output)!r}: it has no {SAVED_CONFIG}",
