@@ -28,7 +28,8 @@ def may_make_hosts() -> bool:
 
 
 class Hosts:
-    """n network namespaces on one bridge, in a namespace of its own; host i has the address 10.77.0.(i+1)."""
+    """n network namespaces on one bridge, or some of them on another one, both in a namespace of their own; host i has
+    the address 10.77.0.(i+1)."""
 
     def __init__(self, n: int):
         self.prefix = f"deca{os.getpid()}"
@@ -40,14 +41,19 @@ class Hosts:
         for name in (self.switch, *self.names):
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
-        ip("-n", self.switch, "link", "set", "bridge", "up")
+        for bridge in ("bridge", "apart"):
+            ip("-n", self.switch, "link", "add", bridge, "type", "bridge")
+            ip("-n", self.switch, "link", "set", bridge, "up")
         for i, name in enumerate(self.names):
             ip("-n", name, "link", "add", DEVICE, "type", "veth", "peer", "name", f"port{i}", "netns", self.switch)
             ip("-n", name, "addr", "add", f"{ADDRESS.format(i + 1)}/24", "dev", DEVICE)
             ip("-n", name, "link", "set", DEVICE, "up")
             ip("-n", self.switch, "link", "set", f"port{i}", "master", "bridge")
             ip("-n", self.switch, "link", "set", f"port{i}", "up")
+
+    def set_apart(self, i: int, apart: bool) -> None:
+        """Whether host i reaches only those that are set apart, too, or only those that are not."""
+        ip("-n", self.switch, "link", "set", f"port{i}", "master", "apart" if apart else "bridge")
 
     def link(self, i: int, state: str) -> None:
         """state: up or down."""

@@ -62,3 +62,7 @@ class MessageError(GossipError):
 
 class RankLostError(UserError):
     """Another rank of this rank's client is gone, and so the client."""
+
+
+class CutOffError(RankLostError):
+    """The other clients go on without this one, or are out of its reach."""

@@ -6,6 +6,7 @@ Every rank keeps a connection to it (votes.py). Messages are lines of JSON of a 
     rank to coordinator    hello (rank, the last decision that it knows, coordinators that it has lost), vote, goodbye
     coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (you are)
     of a returning client  join, ready; to it: invitation, asleep (another one is the coordinator)
+    of another part        who; to it: part (the clients that are in, none if this coordinator is not at work)
 
 1. All ranks of all clients that are in vote under one number. The decision is the AND of their answers, bit by bit.
 2. A connection that ends without a goodbye puts its client out. The next decision names the clients that are left.
@@ -148,6 +149,8 @@ class Coordinator:
             self._join(line, message["rank"], message["address"])
         elif message["kind"] == "ready":
             line.ready = True
+        elif message["kind"] == "who":
+            line.send("part", clients=self._clients if self.invitation is not None else [])
         elif line.rank is None:
             return
         elif message["kind"] == "vote":

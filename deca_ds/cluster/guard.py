@@ -23,18 +23,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from torch.distributed import Store
 
+from deca_ds.cluster.comeback import come_back
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
 from deca_ds.cluster.heartbeat import Heartbeats, Progress
 from deca_ds.cluster.launch import Launch
 from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.cluster.store import JobStore
-from deca_ds.errors import MessageError, UserError
+from deca_ds.errors import CutOffError, MessageError, RankLostError, UserError
 
 _FAILED_KEY, _DONE_KEY = "job/failed", "job/done"
 _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
+_CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice that the client is cut off
 _LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
@@ -43,7 +46,8 @@ USER_ERROR_CODE, FAILURE_CODE = 2, 1
 class JobGuard:
     """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to; `stop` is
     how the job is told to stop, and where. host: the rank that hosts the job's store. farewells: what this rank does
-    when it is through, so that nobody takes its end for a death."""
+    when it is through, so that nobody takes its end for a death. return_s: cluster.return_s, where it holds. cut_off:
+    set when the others are out of reach."""
 
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
@@ -54,6 +58,7 @@ class JobGuard:
         )
         self._store = store
         self.farewells: list[Callable[[], None]] = []
+        self.return_s, self.cut_off = 0.0, threading.Event()
         self.host, self._ranks = 0, launch.world_size  # ranks that use the store
         self._outlived = False  # whether the others go on when this rank fails
         self._visits = False
@@ -100,6 +105,8 @@ class JobGuard:
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
         self._leaving.acquire()
+        if self.return_s and self._is_cut_off(error):
+            self.come_back(f"was cut off: {error}")
         if self._outlived:
             self._die(_whole_message(error) + self._last_seen(error))
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
@@ -113,6 +120,21 @@ class JobGuard:
         if first == report:
             self._leave(self._report(_whole_message(error) + seen, code), announce=True)
         self._leave(json.loads(first))
+
+    def come_back(self, why: str) -> NoReturn:
+        """Become a new process that tries to join the others again."""
+        client = self.heartbeats.own().client
+        print(f"\nWARNING: client {client} {why}; it tries to come back for {self.return_s:g} s", file=sys.stderr)
+        for farewell in self.farewells:
+            farewell()
+        come_back(self.return_s)
+
+    def _is_cut_off(self, error: BaseException) -> bool:
+        if isinstance(error, CutOffError):
+            return True
+        # another rank of this client may know already: then what broke here is the connection to that one
+        of_a_connection = isinstance(error, (MessageError, RankLostError, RuntimeError))
+        return self._outlived and of_a_connection and self.cut_off.wait(_CUT_OFF_S)
 
     def finish(self) -> None:
         """Stop watching: every rank is through. The store's host leaves last. After a death, ends this process."""
@@ -153,6 +175,9 @@ class JobGuard:
                     return
                 if self._outlived:
                     continue  # the survivors will put up another one
+                if self.return_s:
+                    self._leaving.acquire()
+                    self.come_back("has lost the job before it was let in")
                 gone = f"rank {self.host} is gone: it ended without a report"
                 gone += ", before this client was let in: join again" if self._visits else ""
                 report, announce = self._report(gone, FAILURE_CODE), True

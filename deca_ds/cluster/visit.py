@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deca_ds.cluster.comeback import JOIN
 from deca_ds.cluster.coordinator import Coordinator, Line
 from deca_ds.cluster.launch import ClientLayout, Launch
-from deca_ds.cluster.store import own_address
+from deca_ds.cluster.store import JobStore, join_job_store, own_address
 from deca_ds.errors import LaunchError
 
 FILE = "coordinators.json"
 _CONNECT_S = 5.0
+_PAUSE_S = 3.0  # before asking again
 
 Addresses = dict[int, tuple[str, int]]  # of every client's coordinator
 
@@ -35,18 +37,31 @@ class Visit:
     addresses: Addresses
 
 
-def ask_to_join(launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float) -> Visit:
-    """Ask those whose addresses lie in `folder`, the run's, to let this rank's client come back.
+def join_job(
+    launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float, until: float = 0.0
+) -> tuple[Visit, JobStore]:
+    """Ask those whose addresses lie in `folder`, the run's, to let this rank's client come back; the job's store, too.
 
     Raises LaunchError if nobody is there who could, or the client is still in, or its ranks do not come within
-    `timeout_s` seconds.
+    `timeout_s` seconds; before the time `until`, by time.time(), it asks again instead.
     """
-    addresses = _read(folder / FILE)
     client = layout.client_of(launch.rank)
-    own = None
-    if launch.rank == layout.leader_of(client):
-        own = Coordinator(layout, client, own_address(next(iter(addresses.values()))), timeout_s)
-        addresses[client] = own.address
+    own: Coordinator | None = None
+    while True:
+        try:
+            addresses = _read(folder / FILE)
+            if launch.rank == layout.leader_of(client):
+                own = own or Coordinator(layout, client, _address_towards(addresses), timeout_s)
+                addresses[client] = own.address
+            visit = _ask_to_join(launch.rank, client, addresses, own, timeout_s)
+            return visit, join_job_store(visit.invitation["store"], timeout_s)
+        except LaunchError:
+            if time.time() > until:
+                raise
+        time.sleep(_PAUSE_S)
+
+
+def _ask_to_join(rank: int, client: int, addresses: Addresses, own: Coordinator | None, timeout_s: float) -> Visit:
     deadline = time.monotonic() + timeout_s
     for other, address in addresses.items():
         if other == client:
@@ -56,21 +71,30 @@ def ask_to_join(launch: Launch, layout: ClientLayout, folder: Path, timeout_s: f
         except OSError:
             continue
         line = Line(connection)
-        line.send("join", rank=launch.rank, address=None if own is None else own.address)
+        line.send("join", rank=rank, address=None if own is None else own.address)
         connection.settimeout(max(0.1, deadline - time.monotonic()))
         for message in line.receive() or []:
             if message["kind"] == "invitation":
                 connection.settimeout(None)
                 return Visit(line, other, message, own, addresses)
             if message["kind"] == "out":
-                raise LaunchError(message["why"], where="--join", fix="join when the others have lost it")
+                raise LaunchError(message["why"], where=JOIN, fix="join when the others have lost it")
         if time.monotonic() > deadline:
-            raise LaunchError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where="--join")
+            raise LaunchError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where=JOIN)
     raise LaunchError(
         "none of the other clients is there and in training",
-        where=str(folder / FILE),
+        where=", ".join(f"{host} {port}" for host, port in addresses.values()),
         fix="join a job that goes on with cluster.on_failure=continue over torch; if it has ended, resume it",
     )
+
+
+def _address_towards(addresses: Addresses) -> str:
+    try:
+        return own_address(next(iter(addresses.values())))
+    except OSError as error:
+        raise LaunchError(
+            f"there is no way to the other clients: {error}", where=JOIN, fix="look at the network"
+        ) from None
 
 
 def save_addresses(folder: Path, addresses: Addresses) -> None:

@@ -14,7 +14,7 @@ from deca_ds.cluster.coordinator import GRACE_S, Coordinator, Decision, Line
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.store import JobStore, own_address
 from deca_ds.cluster.visit import Addresses, Visit
-from deca_ds.errors import GossipError, RankLostError, UserError
+from deca_ds.errors import CutOffError, GossipError, UserError
 
 _CONNECT_S = 5.0
 
@@ -24,6 +24,7 @@ class Votes:
 
     addresses: of every client's coordinator, as it is now. timeout_s: for all ranks to come to an agreement. own:
     this client's coordinator, on its leader. visit: of a client that comes back; it does not vote before `enter`.
+    cut_off: set when this client is out, or out of the others' reach.
     interrupted: set as soon as a client has gone or a rank has voted no, until the next decision.
     """
 
@@ -37,7 +38,7 @@ class Votes:
         visit: Visit | None = None,
     ):
         self.own = own
-        self.interrupted = threading.Event()
+        self.interrupted, self.cut_off = threading.Event(), threading.Event()
         self._rank, self.addresses, self._timeout_s = rank, dict(addresses), timeout_s
         self._last = Decision(0, 0, "", tuple(range(layout.clients)))
         self._visit = visit
@@ -56,7 +57,7 @@ class Votes:
     def enter(self) -> Decision:
         """For a client that comes back: wait until an agreement of the others lets it in, and return that one.
 
-        Raises RankLostError if the coordinator is lost before.
+        Raises CutOffError if the coordinator is lost before.
         """
         assert self._visit is not None
         self._visit.line.send("ready")
@@ -65,7 +66,7 @@ class Votes:
     def vote(self, yes: int, news: str = "") -> Decision:
         """Give answers, a bit each, and news, a short text; returns when all have.
 
-        Raises RankLostError if this client is out or cut off, GossipError if not all ranks come within the time limit.
+        Raises CutOffError if this client is out or cut off, GossipError if not all ranks come within the time limit.
         """
         with self._sending:
             self._ballot = {"number": self._last.number + 1, "yes": yes, "news": news}
@@ -101,13 +102,14 @@ class Votes:
                 self.interrupted.set()
                 self._lost.append(self._visit.coordinator)
                 if self._last.number == 0:
-                    raise RankLostError("the coordinator is lost before this client came in", fix="start it again")
+                    raise CutOffError("the coordinator is lost before this client came in", fix="start it again")
             while left := [client for client in self.clients if client not in self._lost]:
                 self._listen(left[0])
                 self.interrupted.set()
                 self._lost.append(left[0])
-            raise RankLostError("no other client is in reach", where=f"rank {self._rank}", fix="look at the network")
+            raise CutOffError("no other client is in reach", where=f"rank {self._rank}", fix="look at the network")
         except UserError as error:
+            self.cut_off.set()
             self.interrupted.set()
             self._inbox.put(error)
 
@@ -124,7 +126,7 @@ class Votes:
         since = time.monotonic()
         self._read(line)
         if line is not self._line and time.monotonic() - since >= late_s:
-            raise RankLostError(
+            raise CutOffError(
                 f"client {client} has not lost the coordinator that this rank has lost: it is cut off",
                 where=f"rank {self._rank}",
                 fix="look at the network",
@@ -139,7 +141,7 @@ class Votes:
                 elif message["kind"] == "interrupt":
                     self.interrupted.set()
                 elif message["kind"] == "out":
-                    raise RankLostError(f"this client is out of the job: {message['why']}", where=f"rank {self._rank}")
+                    raise CutOffError(f"this client is out of the job: {message['why']}", where=f"rank {self._rank}")
                 elif message["kind"] == "decision":
                     self._decided(Decision.read(message))
 

@@ -164,6 +164,12 @@ def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
             where="cluster.on_failure",
             fix="set cluster.on_failure=stop; clients without a graph can as well be jobs of their own",
         )
+    if config.cluster.return_s and choose_transport(config.cluster.transport, launch) == "mpi":
+        raise LaunchError(
+            f"cluster.return_s = {config.cluster.return_s:g}, but over MPI no process can join a job that runs",
+            where="cluster.return_s",
+            fix="leave it out, or start every client by itself, over torch",
+        )
     if (why := _ends_together(config, launch)) is not None:
         raise LaunchError(
             f"cluster.on_failure=continue, but {why}",

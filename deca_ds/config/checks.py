@@ -18,6 +18,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("run.seed", lambda x: 0 <= x < 2**31, "between 0 and 2147483647"),
     ("cluster.clients", lambda x: x >= 1, "at least 1"),
     ("cluster.timeout_s", lambda x: x > 0, "more than 0"),
+    ("cluster.return_s", lambda x: x >= 0, "0 or more"),
     ("cluster.min_clients", lambda x: x >= 1, "at least 1"),
     ("blocks.layers_per_block", lambda x: x is None or x >= 1, "null or at least 1"),
     ("algorithm.rounds", lambda x: x >= 1, "at least 1"),
@@ -95,6 +96,12 @@ def check(config: Config) -> None:
             f"cluster.min_clients = {config.cluster.min_clients}, but there are {config.cluster.clients} clients",
             where="cluster.min_clients",
             fix=f"set it to {config.cluster.clients} or less",
+        )
+    if config.cluster.return_s and config.cluster.on_failure == "stop":
+        raise ConfigError(
+            f"cluster.return_s = {config.cluster.return_s:g}, but with cluster.on_failure=stop nobody goes on",
+            where="cluster.return_s",
+            fix="set cluster.on_failure=continue, or leave cluster.return_s out",
         )
     _check_wait(config)
     if config.data.batch_size % config.data.micro_batch_size:

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "cluster.on_failure",
     "cluster.min_clients",
     "cluster.on_partition",
+    "cluster.return_s",
     "model.gradient_checkpointing",
     "gossip.wait_s",
     "gossip.checksums",

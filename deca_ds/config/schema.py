@@ -38,6 +38,9 @@ class ClusterConfig:
     min_clients: int = 2  # for continue: with fewer clients left the job saves a checkpoint and stops
     # for continue, where those who are left are not joined by the graph: stop in the same way; continue: part by part
     on_partition: Literal["stop", "continue"] = "stop"
+    # for continue over torch: seconds that a client that was cut off, or is in the smaller part of a network that fell
+    # apart, tries to come back by itself; 0: it ends, or its part goes on by itself
+    return_s: float = 0.0
     allow_mixed_versions: bool = False  # warn about ranks with other versions of Python or a library, and go on
 
 

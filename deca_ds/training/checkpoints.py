@@ -124,6 +124,7 @@ class Checkpoints:
     def _state(self, done: int) -> dict[str, Any]:
         return {
             "attempt": self._attempt,
+            "missing": list(self._cluster.members.missing),
             "schedule": position(self._schedule, done),
             "mixing": mixing_digest(self._gossip.schedule),
             "random": _random_state(self._client.device),

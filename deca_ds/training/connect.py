@@ -29,7 +29,7 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
     timeout_s, survives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
     transport: MpiTransport | TorchTransport | UnevenTransport
     if survives and cluster.gossip_comm is None:
-        transport = _voting(cluster, guard, visit, timeout_s)
+        transport = _voting(config, cluster, guard, visit, timeout_s)
     elif survives:
         from mpi4py import MPI
 
@@ -50,12 +50,15 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
     return transport
 
 
-def _voting(cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float) -> VotingTransport:
+def _voting(
+    config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float
+) -> VotingTransport:
     if visit is None:
         votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s)
     else:
         votes = Votes(cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, visit.own, visit)
     guard.farewells.append(votes.close)
+    guard.cut_off, guard.return_s = votes.cut_off, max(guard.return_s, config.cluster.return_s)
     store = guard.store.store
     return VotingTransport(
         votes, store, cluster.shard, cluster.client, cluster.members, timeout_s, connected=visit is None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from deca_ds.checkpoint.done import mark_done
 from deca_ds.cluster import ClientLayout, read_launch
+from deca_ds.cluster.comeback import JOIN, tries_until
 from deca_ds.cluster.guard import USER_ERROR_CODE, guarded
-from deca_ds.cluster.store import join_job_store, open_job_store
-from deca_ds.cluster.visit import ask_to_join
+from deca_ds.cluster.store import open_job_store
+from deca_ds.cluster.visit import join_job
 from deca_ds.config import load_config
 from deca_ds.config.checks import check_world
 from deca_ds.errors import UserError
@@ -26,7 +28,7 @@ _START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configurati
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
     parser.add_argument("--config", type=Path, help="YAML file with the run's configuration")
-    parser.add_argument("--join", action="store_true", help="come back, as a client that the others go on without")
+    parser.add_argument(JOIN, action="store_true", help="come back, as a client that the others go on without")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # what the deepspeed launcher adds; the rank is read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
@@ -45,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.join:
             config = load_config(arguments.config, arguments.overrides)
             layout = ClientLayout.of(check_world(config, launch.world_size))
-            visit = ask_to_join(launch, layout, Path(config.run.output), _START_TIMEOUT_S)
-            store = join_job_store(visit.invitation["store"], _START_TIMEOUT_S)
+            visit, store = join_job(launch, layout, Path(config.run.output), _START_TIMEOUT_S, tries_until())
         else:
             store = open_job_store(launch, _START_TIMEOUT_S)
     except UserError as error:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with guarded(launch, store) as guard:
         if visit is not None:
             guard.visit(visit.invitation["host"])
+            guard.return_s = max(0.0, tries_until() - time.time())
         config = config or load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             if launch.rank == 0:
@@ -83,4 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 whence = ", from the newest checkpoint that all clients wrote" if members.missing else ""
                 how = f"the same command with run.resume=require{whence}"
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
+        if trainer.survivors is not None and trainer.survivors.returns:
+            guard.come_back("is in the smaller part of the network, or alone")
     return 0

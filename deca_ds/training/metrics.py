@@ -41,6 +41,11 @@ class JsonLines:
                 fix="make room and go on with run.resume=require, if there is a checkpoint",
             ) from error
 
+    def reopen(self) -> None:
+        """After the file of this name has become another one."""
+        self._file.close()
+        self._file = open(self._file.name, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
     def close(self) -> None:
         self._file.close()
 
@@ -95,6 +100,11 @@ class Metrics:
         """Log what concerns all clients, if this rank is the one that does."""
         if self._job is not None:
             self._job.write({"kind": kind, "step": step, **record})
+
+    def reopen(self) -> None:
+        """After this client's lines have been rewound."""
+        if self._lines is not None:
+            self._lines.reopen()
 
     def close(self) -> None:
         if self._progress is not None:

@@ -102,6 +102,8 @@ def _try(folder: Path, step: int, own: dict[str, int]) -> tuple[ShardedModel | N
     except (OSError, SafetensorError) as error:
         return None, {"reason": f"{error} ({step_folder(folder, step)})"}
     state = next(iter(saved.states.values()))
+    if state.get("missing"):
+        return None, {"reason": f"it was saved without client {', '.join(map(str, state['missing']))}"}
     return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 
@@ -133,8 +135,10 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
     """Forget what was logged after `done` inner steps, and slices of the trained model that the run saves again.
 
     An evaluation comes after the checkpoint of its step, so that it is repeated. A client that dies does so after the
-    newest checkpoint that has its part.
+    newest checkpoint that has its part. Its parts of newer ones are removed.
     """
+    for newer in (step for step in steps_in(output / FOLDER) if step > done):
+        remove_part(output / FOLDER, newer, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
     if cluster.is_leader:
         _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
         shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)

@@ -22,6 +22,7 @@ from deca_ds.cluster.fingerprint import compare_software, compare_start, digest,
 from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.lifeline import Lifeline
+from deca_ds.cluster.lookout import Lookout
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore
 from deca_ds.cluster.visit import Visit, save_addresses
@@ -189,10 +190,15 @@ def build(
                 common_evaluation=data.summary["common_evaluation"],
             )
             survivors.invite()
+            if config.cluster.return_s:
+                survivors.lookout = Lookout(transport.votes, cluster.client)
         if invitation is not None:
             standing = survivors.enter(rule, schedule)
-            (output / f"FAILED_client_{cluster.client:03d}").unlink(missing_ok=True)
+            for marker in (f"FAILED_client_{cluster.client:03d}", "STOPPED"):
+                (output / marker).unlink(missing_ok=True)
             state, done = standing.state, standing.done
+            rewind(output, cluster, done)  # where it was cut off, it may have gone on further than the others
+            metrics.reopen()
             torch.manual_seed(torch.initial_seed() + (done << 32))
         guard.let_others_go_on()
     return Trainer(

@@ -11,6 +11,7 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.cluster import Cluster
 from deca_ds.cluster.guard import JobGuard
+from deca_ds.cluster.lookout import Lookout
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore, host_again, join_again
 from deca_ds.config.schema import ClusterConfig
@@ -27,7 +28,8 @@ from deca_ds.training.metrics import Metrics
 @dataclass
 class Survivors:
     """Listens to the transport. config: when to stop. mixing: the matrices that the run was started with. invite: over
-    torch, brings what clients that come back are told up to date."""
+    torch, brings what clients that come back are told up to date. lookout: on leaders, with cluster.return_s. returns:
+    whether this client ends its training here to join the others."""
 
     config: ClusterConfig
     cluster: Cluster
@@ -39,11 +41,15 @@ class Survivors:
     guard: JobGuard
     stop: StopQuestion
     invite: Callable[[], None] | None = None
+    lookout: Lookout | None = None
+    returns: bool = field(default=False, init=False)
     _hosted: JobStore | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._before = self.cluster.members.clients
         self.transport.questions.append(Question(self.stop.answer, self.stop.heard))
+        if self.config.return_s:
+            self.transport.questions.append(Question(self._goes_first, self._heard_of_another))
         self.transport.news, self.transport.changed = self._news, self._changed
 
     def admit(self, standing: Standing) -> None:
@@ -71,6 +77,19 @@ class Survivors:
         if standing.stopping:
             self.stop.stop()
         return standing
+
+    def _goes_first(self) -> bool:
+        """Whether no other part of the network is known to which this one has to come."""
+        return self.lookout is None or not self.lookout.found
+
+    def _heard_of_another(self, all_say_no: bool) -> None:
+        if not all_say_no and not self.returns:
+            self.returns = True
+            self.stop.stop()
+            if self.cluster.is_main:
+                members = _clients(sorted(self.cluster.members.clients))
+                print(f"WARNING: {self.cluster.progress.place}: the larger part of the network is in reach again: "
+                      f"{members} will join it", file=sys.stderr, flush=True)  # fmt: skip
 
     def _hand_over(self, to: int, standing: Standing) -> None:
         if to in self.cluster.members.clients and self.cluster.client == self._giver(to):
@@ -111,6 +130,7 @@ class Survivors:
         verdict = f"{len(members)} of {members.total} go on, spectral gap {gap:.4g}"
         if len(members) < self.config.min_clients:
             self.stop.stop()
+            self.returns = self.config.return_s > 0
             verdict = f"{len(members)} of {members.total} are left, fewer than cluster.min_clients: stopping"
         elif len(parts) > 1:
             verdict = f"{' and '.join(map(str, parts))} do not reach each other any more: "

@@ -7,13 +7,18 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed import TCPStore
 
-from deca_ds.cluster import coordinator, votes
+from deca_ds.cluster import coordinator, lookout, visit, votes
 from deca_ds.cluster.coordinator import OPEN, YES, Coordinator
 from deca_ds.cluster.launch import ClientLayout, Launch
-from deca_ds.cluster.visit import ask_to_join, save_addresses
+from deca_ds.cluster.lookout import Lookout, clients_at, goes_first
+from deca_ds.cluster.visit import join_job, save_addresses
 from deca_ds.cluster.votes import Votes
 from deca_ds.errors import GossipError, LaunchError, RankLostError
 
@@ -152,13 +157,20 @@ def test_strangers_and_goodbyes_put_nobody_out():
     assert job.vote({0: 1})[0].clients == (0, 1)
 
 
+_stores: list[TCPStore] = []
+
+
+def store_address() -> tuple[str, int]:
+    _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    return "127.0.0.1", _stores[-1].port
+
+
 def come_back(job: Job, client: int, tmp_path) -> Votes:
     """A new process of a client that has gone."""
     save_addresses(tmp_path, job.votes[2].addresses)
     launch = Launch("deepspeed", client, 3, 0, 1, None)
-    visit = ask_to_join(launch, job.layout, tmp_path, 10.0)
-    assert visit.invitation["mark"] == "of the job"
-    return Votes(client, job.layout, visit.addresses, 20.0, visit.own, visit)
+    asked, _ = join_job(launch, job.layout, tmp_path, 10.0)
+    return Votes(client, job.layout, asked.addresses, 20.0, asked.own, asked)
 
 
 def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_path):
@@ -166,7 +178,7 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
     wait_until_connected(job)
     job.kill(0)
     assert {decision.clients for decision in job.vote({1: 1, 2: 1}).values()} == {(1, 2)}
-    job.coordinators[1].invitation = {"mark": "of the job"}
+    job.coordinators[1].invitation = {"store": store_address()}
     votes = come_back(job, 0, tmp_path)
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(votes.enter)
@@ -188,7 +200,7 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
 def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path):
     job = Job(3)
     wait_until_connected(job)
-    job.coordinators[0].invitation = {"mark": "of the job"}
+    job.coordinators[0].invitation = {"store": store_address()}
     with pytest.raises(LaunchError, match="client 1 is still in the job"):
         come_back(job, 1, tmp_path)
     job.kill(1)
@@ -202,9 +214,58 @@ def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path
 def test_nobody_to_join_is_said(tmp_path):
     launch = Launch("deepspeed", 1, 2, 0, 1, None)
     with pytest.raises(LaunchError, match="no addresses of a job to join"):
-        ask_to_join(launch, ClientLayout(2, 1), tmp_path, 5.0)
+        join_job(launch, ClientLayout(2, 1), tmp_path, 5.0)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = closed.getsockname()
     save_addresses(tmp_path, {0: address, 1: address})
     with pytest.raises(LaunchError, match="none of the other clients is there"):
-        ask_to_join(launch, ClientLayout(2, 1), tmp_path, 5.0)
+        join_job(launch, ClientLayout(2, 1), tmp_path, 5.0)
+
+
+def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(visit, "_PAUSE_S", 0.1)
+    job = Job(3)
+    wait_until_connected(job)
+    job.kill(2)
+    assert job.vote({0: 1, 1: 1})[0].clients == (0, 1)
+    launch = Launch("deepspeed", 2, 3, 0, 1, None)
+    addresses = job.votes[0].addresses
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()
+    save_addresses(tmp_path, {0: nobody, 2: addresses[2]})
+    started = time.time()
+    with pytest.raises(LaunchError, match="none of the other clients is there"):
+        join_job(launch, job.layout, tmp_path, 5.0, until=started + 0.5)
+    assert time.time() > started + 0.5
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, started + 30)
+        save_addresses(tmp_path, addresses)  # in reach, but nobody has an invitation yet
+        job.coordinators[0].invitation = {"store": store_address()}
+        found, _ = asking.result(timeout=20)
+    assert found.coordinator == 0 and found.invitation["clients"] == [0, 1]
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, unique=True), st.data())
+def test_of_two_parts_exactly_one_goes_first(clients, data):
+    cut = data.draw(st.integers(1, len(clients) - 1))
+    part, other = clients[:cut], clients[cut:]
+    assert goes_first(part, other) != goes_first(other, part)
+    if len(part) != len(other):
+        assert goes_first(part, other) == (len(part) > len(other))
+
+
+def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
+    monkeypatch.setattr(lookout, "_EVERY_S", 0.05)
+    job = Job(3)
+    wait_until_connected(job)
+    addresses = {client: each.address for client, each in enumerate(job.coordinators)}
+    assert clients_at(addresses[0]) == []  # it has nobody in training yet
+    job.coordinators[0].invitation = {}
+    assert clients_at(addresses[0]) == [0, 1, 2] and clients_at(addresses[1]) == []
+    for part, client, found in (((5,), 5, True), ((3, 4, 5), 3, True), ((3, 4, 5), 4, False), ((3, 4, 5, 6), 3, False)):
+        looking = Lookout(SimpleNamespace(clients=part, addresses=addresses), client)
+        deadline = time.monotonic() + (5 if found else 0.5)
+        while time.monotonic() < deadline and not looking.found:
+            time.sleep(0.02)
+        assert looking.found == found, part
+        looking.found = True  # ends its thread

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from histories import simulated
 from jobs import BIN, REPOSITORY, Finished, free_port, launch, run_command
 
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
-from deca_ds.config import load_config
 from deca_ds.errors import CheckpointError
-from deca_ds.gossip import survive
-from deca_ds.simulation.setup import build
 
 pytestmark = pytest.mark.multiprocess
 MPI = pytest.param("mpi", marks=pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun"))
@@ -45,26 +42,6 @@ def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins:
     return run_command(
         [*start, str(here / "dying_worker.py"), deaths, *keys], deadline_s=300, DECA_TEST_JOIN=str(joins)
     )
-
-
-def simulated(
-    keys: list[str], deaths: dict[int, int], returns: dict[int, tuple[int, int]], steps: int | None = None
-) -> dict[int, dict[str, torch.Tensor]]:
-    """Client -> parameters, where client c's death is noticed at inner step deaths[c], and it comes back with the state
-    of client g after inner step s, (s, g) = returns[c]."""
-    simulation = build(load_config(None, keys))
-    original, values = simulation.mixing, simulation.clients.values
-    run = simulation.run()
-    for number in range(1, (steps or len(simulation.schedule)) + 1):
-        gone = [c for c, step in deaths.items() if step <= number <= returns.get(c, (math.inf,))[0]]
-        simulation.mixing = survive.without(original, gone)
-        next(run)
-        for client, (step, giver) in returns.items():
-            if step == number:
-                values[client] = values[giver]
-                for tensor in run.gi_frame.f_locals["state"].values():
-                    tensor[client] = tensor[giver]
-    return {client: dict(simulation.clients.parameters(client)) for client in range(simulation.clients.clients)}
 
 
 def assert_numbers(

@@ -15,6 +15,7 @@ from torch.distributed import HashStore
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
 from deca_ds.cluster.heartbeat import Progress
+from deca_ds.cluster.members import Members
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.errors import CheckpointError
@@ -54,8 +55,8 @@ def job(tmp_path: Path):
     def make(world: int = 1, resumed: int | None = None, **config: int):
         store = HashStore()
         cluster = SimpleNamespace(
-            client=0, clients=1, shard=0, ranks=1, launch=SimpleNamespace(world_size=world), progress=Progress(),
-            store=JobStore(store, None, timedelta(seconds=5)),
+            client=0, clients=1, shard=0, ranks=1, members=Members(1), launch=SimpleNamespace(world_size=world),
+            progress=Progress(), store=JobStore(store, None, timedelta(seconds=5)),
         )  # fmt: skip
         client = OneRank()
         options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 5.0, "resumed": resumed}

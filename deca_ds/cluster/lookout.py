@@ -1,0 +1,53 @@
+"""When a network that fell into parts is whole again, the smaller part finds the larger one."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+from deca_ds.cluster.coordinator import Line
+from deca_ds.cluster.votes import Votes
+
+_EVERY_S = 3.0
+_CONNECT_S = 2.0
+
+
+def goes_first(part: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether the clients of `part` go on as they are and those of `other` come to them: the larger part does, of two
+    that are as large the one with the lowest client number. Both parts say the same."""
+    return (len(part), -min(part)) > (len(other), -min(other))
+
+
+class Lookout:
+    """A thread of a client's leader. While its client is the first of a part, it asks the coordinators of all clients
+    that the part has lost whether they are at work.
+
+    found: whether there is a part that goes first.
+    """
+
+    def __init__(self, votes: Votes, client: int):
+        self._votes, self._client = votes, client
+        self.found = False
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while not self.found:
+            time.sleep(_EVERY_S)
+            part = self._votes.clients
+            if part[0] == self._client:
+                lost = [client for client in self._votes.addresses if client not in part]
+                others = (clients_at(self._votes.addresses[client]) for client in lost)
+                self.found = any(other and goes_first(other, part) for other in others)
+
+
+def clients_at(address: tuple[str, int]) -> list[int]:
+    """The clients of the coordinator at `address`; none if it is not at work or out of reach."""
+    with contextlib.suppress(OSError, KeyError, TypeError), socket.create_connection(address, _CONNECT_S) as connection:
+        line = Line(connection)
+        line.send("who")
+        for message in line.receive() or []:
+            return [int(client) for client in message["clients"]]
+    return []
