@@ -31,7 +31,8 @@ class Hosts:
     """n network namespaces on one bridge, or some of them on another one, both in a namespace of their own; host i has
     the address 10.77.0.(i+1)."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, ranks: int = 1):
+        self.ranks = ranks  # of each host
         self.prefix = f"deca{os.getpid()}"
         self.names = [f"{self.prefix}h{i}" for i in range(n)]
         self.switch = f"{self.prefix}s"
@@ -63,11 +64,13 @@ class Hosts:
         """What runs `command` on host i."""
         return ["ip", "netns", "exec", self.names[i], *command]
 
-    def environment(self, i: int) -> dict[str, str]:
-        """Of rank i of as many as there are hosts, one a host."""
+    def environment(self, i: int, local_rank: int = 0) -> dict[str, str]:
+        """Of a rank of host i."""
+        rank, world_size = i * self.ranks + local_rank, len(self.names) * self.ranks
         return {
             **{key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PRTE_"))},
-            **{"RANK": str(i), "WORLD_SIZE": str(len(self.names)), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"},
+            **{"RANK": str(rank), "WORLD_SIZE": str(world_size)},
+            **{"LOCAL_RANK": str(local_rank), "LOCAL_SIZE": str(self.ranks)},
             **{"MASTER_ADDR": ADDRESS.format(1), "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": DEVICE},
             **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         }

@@ -3,9 +3,10 @@
     python benchmarks/survivors.py --faults 150
 
 Every run is a real job of 4 to 8 clients over torch, one rank each, on hosts of their own (network namespaces), with
-cluster.on_failure=continue. Faults strike while earlier ones are still being overcome. A client that is lost is started
-again with --join. In the end every client has to hold what the simulator has for the same history: who was out in which
-inner steps, and whose state who took over. Prints a table and writes benchmarks/results/survivors.json. Takes root.
+cluster.on_failure=continue. Faults strike while earlier ones are still being overcome. A client that is killed is
+started again with --join, one that is cut off has to come back by itself. In the end every client has to hold what the
+simulator has for the same history: who was out in which inner steps, and whose state who took over. Prints a table and
+writes benchmarks/results/survivors.json. Takes root.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from deca_ds.config import load_config
 from deca_ds.gossip import survive
 from deca_ds.simulation.setup import build
 
-DEADLINE_S = 180  # after a fault the others have to go on by then, and a client that is cut off has to end
+DEADLINE_S = 180  # after a fault the others have to go on by then
 TOLERANCE = 1e-5
 TRIES = 6  # of a client to come back: whom it has asked may die, too
 KINDS = ("kill", "cut", "blink", "freeze", "damage")
@@ -43,12 +44,13 @@ KINDS = ("kill", "cut", "blink", "freeze", "damage")
 
 @dataclass
 class Fault:
-    """One fault and what came of it. kill: SIGKILL. cut: the link of the client's host, until the client has ended.
-    blink: the same link, for a while. freeze: SIGSTOP for a while. damage: a bit of a message flips.
+    """One fault and what came of it. kill: SIGKILL. cut: the client's host reaches nobody until the others go on
+    without it. blink: its link is down for a while. freeze: SIGSTOP for a while. damage: a bit of a message flips.
 
-    seconds: how long a blink or freeze lasted. next_step_s: from the fault to the next inner step that another client
-    has logged. back_s: from the new start of the client to its own first step. out: inner steps that the others did
-    without it. tries: new starts that were lost with the client that they had asked."""
+    seconds: how long a cut, blink or freeze lasted. next_step_s: from the fault to the next inner step that another
+    client has logged. back_s: from the new start of the client, or from when it reached the others again, to its own
+    first step with them. out: inner steps that the others did without it. tries: new starts that were lost with the
+    client that they had asked."""
 
     kind: str
     clients: int
@@ -73,7 +75,8 @@ class Job:
         self.keys = [
             *("--config", "examples/demo/demo.yaml", "run.threads=1", f"run.seed={seed}", f"model.path={model}"),
             *("model.init=pretrained", f"cluster.clients={self.clients}", "cluster.timeout_s=120"),
-            *("cluster.on_failure=continue", f"cluster.min_clients={self.clients // 2 + 1}", "gossip.graph=complete"),
+            *("cluster.on_failure=continue", f"cluster.min_clients={self.clients // 2 + 1}", "cluster.return_s=40"),
+            "gossip.graph=complete",
             # weights that change when a client is lost, and a step in which rounding does not grow
             *("gossip.weights=lazy_metropolis", "algorithm.eps=0.01", f"algorithm.rounds={rounds}"),
             *("data.batch_size=4", "data.micro_batch_size=4", "evaluation.max_examples=16", "evaluation.every=0"),
@@ -150,7 +153,8 @@ class Campaign:
             if len(self.faults) < self.limit and time.monotonic() > pause and not job.done:
                 spare = len(whole) - (job.clients // 2 + 1)  # a majority has to stay
                 kinds = [kind for kind in self.kinds if spare > 0 or kind not in ("kill", "cut")]
-                self._strike(Fault(self.draw.choice(kinds), job.clients, self.draw.choice(whole)), whole)
+                if kinds:
+                    self._strike(Fault(self.draw.choice(kinds), job.clients, self.draw.choice(whole)), whole)
                 pause = time.monotonic() + self.draw.uniform(0.2, 3)
             time.sleep(0.05)
         if not job.done:
@@ -171,19 +175,21 @@ class Campaign:
             job.processes[client].send_signal(signal.SIGSTOP)
             time.sleep(fault.seconds)
             job.processes[client].send_signal(signal.SIGCONT)
+        elif fault.kind == "cut":
+            job.hosts.set_apart(client, True)
         else:
             job.hosts.link(client, "down")
-            if fault.kind == "blink":
-                fault.seconds = self.draw.uniform(0.5, 4)  # the system calls a host lost that is silent for 11 s
-                time.sleep(fault.seconds)
-                job.hosts.link(client, "up")
+            fault.seconds = self.draw.uniform(0.5, 4)  # the system calls a host lost that is silent for 11 s
+            time.sleep(fault.seconds)
+            job.hosts.link(client, "up")
         at = {other: job.step(other) for other in others}
         job.wait(lambda: job.done or any(job.step(other) > at[other] for other in others), f"going on after {fault}")
         fault.next_step_s = time.monotonic() - struck
         if fault.kind == "cut":
-            job.wait(lambda: not job.runs(client), "ended on the host that is cut off")
-            job.hosts.link(client, "up")
-        if fault.loses:
+            job.hosts.set_apart(client, False)
+            fault.seconds = time.monotonic() - struck
+            self.starting[client] = fault, time.monotonic(), job.step(client)
+        if fault.kind == "kill":
             self.out[client] = fault, time.monotonic() + self.draw.uniform(0, 2)
         self.faults.append(fault)
 
