@@ -42,6 +42,16 @@ def test_launchers_that_end_all_ranks_are_refused_with_what_to_do(monkeypatch, l
     check_on_failure(made, launched(launcher), edges=True)
 
 
+def test_coming_back_by_itself_over_mpi_is_refused(monkeypatch):
+    monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", "true")
+    made = config(2)
+    made.cluster.transport = "mpi"
+    check_on_failure(made, launched("openmpi"), edges=True)
+    made.cluster.return_s = 60.0
+    with pytest.raises(LaunchError, match="cluster.return_s = 60, but over MPI no process can join"):
+        check_on_failure(made, launched("openmpi"), edges=True)
+
+
 @pytest.mark.parametrize(("clients", "edges"), [(1, False), (4, False)])
 def test_clients_that_do_not_average_are_refused(clients, edges):
     with pytest.raises(ConfigError, match="no clients that average with each other"):
