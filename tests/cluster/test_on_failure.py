@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deca_ds.cluster import world
 from deca_ds.cluster.launch import Launch
 from deca_ds.cluster.world import check_on_failure
 from deca_ds.config.schema import Config
@@ -44,11 +45,11 @@ def test_launchers_that_end_all_ranks_are_refused_with_what_to_do(monkeypatch, l
 
 def test_coming_back_by_itself_over_mpi_is_refused(monkeypatch):
     monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", "true")
+    monkeypatch.setattr(world, "choose_transport", lambda *_: "mpi")  # without starting MPI in this process
     made = config(2)
-    made.cluster.transport = "mpi"
     check_on_failure(made, launched("openmpi"), edges=True)
     made.cluster.return_s = 60.0
-    with pytest.raises(LaunchError, match="cluster.return_s = 60, but over MPI no process can join"):
+    with pytest.raises(LaunchError, match=r"cluster\.return_s = 60, but over MPI no process can join"):
         check_on_failure(made, launched("openmpi"), edges=True)
 
 
