@@ -71,6 +71,7 @@ def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
     """Arguments of a short job on a CPU in which every client has a file of words. keys: all else, and what differs."""
     every = {
         "run.device": "cpu",
+        "run.threads": 1,  # jobs run side by side: more threads than cores wait for each other at every operation
         "cluster.timeout_s": 60,
         "model.path": model,
         "optimizer.lr": 0.003,
