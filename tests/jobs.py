@@ -95,7 +95,11 @@ def free_port() -> int:
 
 
 def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "launchers/train.py", **options):
-    """Start a training job as a user would. launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, python."""
+    """Start a training job as a user would.
+
+    launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, python, or hand: each rank by itself, over torch as
+    with deepspeed, whose launcher costs as much as a rank.
+    """
     script = str(REPOSITORY / script)
     if launcher == "deepspeed":
         start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
@@ -106,6 +110,8 @@ def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "la
         start += ["--no_ssh_check", "--master_addr", "127.0.0.1", script]
     elif launcher == "mpirun":
         start = [str(BIN / "mpirun"), "-n", str(ranks), sys.executable, script]
+    elif launcher == "hand":
+        start = [sys.executable, str(REPOSITORY / "tests/by_hand.py"), str(ranks), str(free_port()), script]
     else:
         assert launcher == "python" and ranks == 1
         start = [sys.executable, script]
