@@ -20,7 +20,7 @@ from deca_ds.engine import internals
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
 
-SWITCHES = {2: 200}  # ranks -> block switches that memory is watched over; fewer elsewhere, to save time
+SWITCHES = {2: 100}  # ranks -> block switches that memory is watched over; fewer elsewhere, to save time
 
 
 def batch_of(rank: int, ranks: int) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from deca_ds.config import load_config
 from deca_ds.data import load_client_data, training_batches
 from deca_ds.simulation.setup import build as build_simulation
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]  # ten runs and their references in a test
 
 THIRD = 1 / 3
 STAR_OF_3 = np.array([[THIRD, THIRD, THIRD], [THIRD, 2 / 3, 0], [THIRD, 0, 2 / 3]])  # Metropolis-Hastings, centre 0
