@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections import deque
 
-import torch
+gc.disable()  # as launchers/train.py does
 
-from deca_ds.gossip.mpi import MpiTransport
-from deca_ds.gossip.voting import VotingTransport
-from deca_ds.training.main import main
+import torch  # noqa: E402
+
+from deca_ds.gossip.mpi import MpiTransport  # noqa: E402
+from deca_ds.gossip.voting import VotingTransport  # noqa: E402
+from deca_ds.training.main import main  # noqa: E402
 
 _KEPT = 100  # damaged messages whose memory the network may still read
 armed = False

@@ -1,8 +1,11 @@
 """Train with DECA. Started on every rank by `deepspeed`, mpirun or python; see README.md."""
 
+import gc
 import sys
 
-from deca_ds.training.main import main
+gc.disable()  # until all is imported: looking for garbage among what modules make takes a second of each rank
+
+from deca_ds.training.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

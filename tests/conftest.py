@@ -12,6 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start real jobs come first: with one file at a time for each worker, the last ones are short."""
+    real = {item.path for item in items if item.get_closest_marker("multiprocess")}
+    items.sort(key=lambda item: item.path not in real)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """A folder with real models and data sets, which the project does not ship."""

@@ -71,6 +71,7 @@ def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
     """Arguments of a short job on a CPU in which every client has a file of words. keys: all else, and what differs."""
     every = {
         "run.device": "cpu",
+        "run.threads": 1,  # jobs run side by side: more threads than cores wait for each other at every operation
         "cluster.timeout_s": 60,
         "model.path": model,
         "optimizer.lr": 0.003,
@@ -94,7 +95,11 @@ def free_port() -> int:
 
 
 def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "launchers/train.py", **options):
-    """Start a training job as a user would. launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, python."""
+    """Start a training job as a user would.
+
+    launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, python, or hand: each rank by itself, over torch as
+    with deepspeed, whose launcher costs as much as a rank.
+    """
     script = str(REPOSITORY / script)
     if launcher == "deepspeed":
         start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
@@ -105,6 +110,8 @@ def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "la
         start += ["--no_ssh_check", "--master_addr", "127.0.0.1", script]
     elif launcher == "mpirun":
         start = [str(BIN / "mpirun"), "-n", str(ranks), sys.executable, script]
+    elif launcher == "hand":
+        start = [sys.executable, str(REPOSITORY / "tests/by_hand.py"), str(ranks), str(free_port()), script]
     else:
         assert launcher == "python" and ranks == 1
         start = [sys.executable, script]

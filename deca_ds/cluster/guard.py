@@ -14,6 +14,7 @@ the survivors have put up another one.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -154,6 +155,7 @@ class JobGuard:
         self.heartbeats.beat(store, last=True)
         if self._abrupt:
             self._end(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
+        gc.freeze()  # or the interpreter would look for garbage in everything, several times: a second of each rank
 
     def _start_watching(self) -> None:
         watch = self._watch if self.launch.world_size > 1 else self._beat

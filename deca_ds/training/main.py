@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 import time
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from deca_ds.training.setup import start
 
+        gc.freeze()  # what has been imported stays; no collection needs to look at it again
+        gc.enable()  # launchers/train.py has disabled it
         trainer = start(config, launch, store, guard, visit)
         for number in STOP_SIGNALS:
             signal.signal(number, guard.stop.ask)

@@ -20,7 +20,7 @@ from deca_ds.engine import internals
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
 
-SWITCHES = {2: 200}  # ranks -> block switches that memory is watched over; fewer elsewhere, to save time
+SWITCHES = {2: 100}  # ranks -> block switches that memory is watched over; fewer elsewhere, to save time
 
 
 def batch_of(rank: int, ranks: int) -> dict[str, torch.Tensor]:
@@ -134,7 +134,7 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
 
 
 def main() -> None:
-    config = load_config(None, ["run.device=cpu", "blocks.layers_per_block=1",
+    config = load_config(None, ["run.device=cpu", "run.threads=1", "blocks.layers_per_block=1",
                                 *(a for a in sys.argv[1:] if not a.startswith("--"))])  # fmt: skip
     launch = read_launch()
     store = open_job_store(launch, 60)

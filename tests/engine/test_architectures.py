@@ -28,7 +28,7 @@ def test_two_ranks_equal_the_dense_model_block_by_block(tmp_path):
         models[name] = AutoModelForCausalLM.from_config(config)
         models[name].save_pretrained(tmp_path / name)
     folders = [str(tmp_path / name) for name in CONFIGS]
-    finished = launch("deepspeed", 2, folders, script="tests/engine/architecture_worker.py")
+    finished = launch("hand", 2, folders, script="tests/engine/architecture_worker.py")
     assert finished.code == 0, finished.output[-4000:]
     found = [json.loads(line[6:]) for line in finished.output.splitlines() if line.startswith("FOUND ")]
 

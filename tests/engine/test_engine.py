@@ -14,7 +14,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def measure(ranks: int, model: Path, *overrides: str) -> dict:
-    finished = launch("deepspeed" if ranks > 1 else "python", ranks, [f"model.path={model}", *overrides], script=WORKER)
+    finished = launch("hand" if ranks > 1 else "python", ranks, [f"model.path={model}", *overrides], script=WORKER)
     assert finished.code == 0, finished.output[-3000:]
     line = next(line for line in finished.output.splitlines() if line.startswith("FOUND "))
     return json.loads(line.removeprefix("FOUND "))

@@ -6,10 +6,13 @@ after STEP is averaged). All but error is SIGKILL. And damaged: a bit of its fir
 is started with --join does not die. While a client is missing, steps take a second.
 """
 
+import gc
 import os
 import signal
 import sys
 import time
+
+gc.disable()  # while importing, as launchers/train.py does
 
 import torch
 
@@ -30,6 +33,7 @@ steps, missing, damaged = 0, (), []
 def counting_gradient(self, *arguments):
     global steps
     steps += 1
+    assert gc.isenabled(), "garbage is not collected in training"
     time.sleep(1.0 if missing else 0)
     if steps == last and place == "before":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -4,10 +4,13 @@ Environment: LATE=RANK:STEP:UNTIL:FILE. RANK stops before its gradient of inner 
 when FILE, the metrics of another client, has the line of inner step UNTIL.
 """
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+
+gc.disable()  # while importing, as launchers/train.py does
 
 from deca_ds.cluster.launch import read_launch
 from deca_ds.engine.client import Client

@@ -4,9 +4,12 @@ Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_a
 ranks are the same in all of them. What a run that goes on holds is compared with its checkpoint before it trains.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
+
+gc.disable()  # while importing, as launchers/train.py does
 
 import torch
 
@@ -20,6 +23,9 @@ from deca_ds.training.checkpoints import buffer_name
 from deca_ds.training.connect import connect_transport
 from deca_ds.training.resume import choose
 from deca_ds.training.setup import build
+
+gc.freeze()
+gc.enable()
 
 
 class Left(Exception):

@@ -3,9 +3,12 @@
 Usage: runs_worker.py RUNS.json, a list of lists of key=value; clients and ranks are the same in all of them.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
+
+gc.disable()  # while importing, as launchers/train.py does
 
 from deca_ds.cluster import connect, read_launch
 from deca_ds.cluster.guard import guarded
@@ -14,6 +17,8 @@ from deca_ds.config import load_config
 from deca_ds.training.connect import connect_transport
 from deca_ds.training.setup import build
 
+gc.freeze()
+gc.enable()
 configs = [load_config(None, overrides) for overrides in json.loads(Path(sys.argv[-1]).read_text())]
 launch = read_launch()
 store = open_job_store(launch, 60)

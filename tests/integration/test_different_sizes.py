@@ -63,7 +63,7 @@ def folder(tmp_path_factory, tiny_model, word_files) -> Path:
     resumed = [
         (keys(f"cut/{sizes}", "torch", **saving, **{"run.resume": "require"}), None) for sizes in ("even", "mpi")
     ]
-    job("deepspeed", 4, [(keys("torch/deca", "torch", **CASES["deca"]), None), *resumed])
+    job("hand", 4, [(keys("torch/deca", "torch", **CASES["deca"]), None), *resumed])
     return folder
 
 

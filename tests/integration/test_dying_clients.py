@@ -35,12 +35,15 @@ def keys(tiny_model, word_files, tmp_path) -> list[str]:
 
 def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins: int = 0) -> Finished:
     """transport: mpi, by mpirun with ULFM; torch: every rank started by itself. joins: ranks that then come back."""
-    here = REPOSITORY / "tests/integration"
+    tests = REPOSITORY / "tests"
     start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable]
     if transport == "torch":
-        start = [sys.executable, str(here / "by_hand.py"), str(ranks), str(free_port())]
+        start = [sys.executable, str(tests / "by_hand.py"), str(ranks), str(free_port())]
     return run_command(
-        [*start, str(here / "dying_worker.py"), deaths, *keys], deadline_s=300, DECA_TEST_JOIN=str(joins)
+        [*start, str(tests / "integration/dying_worker.py"), deaths, *keys],
+        deadline_s=300,
+        DECA_TEST_JOIN=str(joins),
+        DECA_TEST_DEATHS="0" if joins else "1",
     )
 
 

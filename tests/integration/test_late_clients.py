@@ -77,7 +77,7 @@ def assert_left_out_and_back(output: str, skipped: list[list[list[int]]]) -> Non
     ("launcher", "changes", "method"),
     [
         ("mpirun", ["gossip.clip_radius=0.2"], "deca"),
-        ("deepspeed", ["algorithm.method=gt-adam", "run.seed=1"], "gt-adam"),
+        ("hand", ["algorithm.method=gt-adam", "run.seed=1"], "gt-adam"),
     ],
 )
 def test_a_stopped_client_is_left_out_and_the_numbers_are_those_of_the_matrices(

@@ -39,7 +39,7 @@ def config(tiny_model, rows, tmp_path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
         f"""
-run: {{output: {tmp_path / "run"}, device: cpu}}
+run: {{output: {tmp_path / "run"}, device: cpu, threads: 1}}
 cluster: {{clients: 2, timeout_s: 60}}
 model: {{path: {tiny_model}}}
 blocks: {{layers_per_block: 2}}
@@ -124,7 +124,7 @@ def test_the_whole_line_to_a_generation(config, tmp_path):
 
 def test_bfloat16_and_parameters_offloaded_to_the_cpu(config, tmp_path):
     overrides = ["model.dtype=bfloat16", "deepspeed=ds_configs/zero3_offload.json", "model.gradient_checkpointing=true"]
-    finished = launch("deepspeed", 2, ["--config", str(config), "cluster.clients=1", *overrides])
+    finished = launch("hand", 2, ["--config", str(config), "cluster.clients=1", *overrides])
     assert finished.code == 0, finished.output[-4000:]
     saved = ShardedModel(tmp_path / "run" / "model")
     assert {saved.dtype(name) for name in saved.names} == {torch.bfloat16}
@@ -156,7 +156,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "overrides", "message"),
     [
-        ("deepspeed", ["optimizer.lrr=1"], "did you mean optimizer.lr?"),
+        ("mpirun", ["optimizer.lrr=1"], "did you mean optimizer.lr?"),
         ("deepspeed", ["cluster.transport=mpi"], "--launcher openmpi"),
         ("mpirun", ["cluster.clients=3"], "2 ranks cannot be divided among 3 clients"),
         ("mpirun", ["model.path=/nowhere/model"], "cannot load '/nowhere/model'"),
@@ -192,14 +192,14 @@ def test_incomplete_weights_are_refused(config, tmp_path, tiny_model):
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    finished = launch("deepspeed", 2, ["--config", str(config), f"model.path={broken}"])
+    finished = launch("mpirun", 2, ["--config", str(config), f"model.path={broken}"])
     assert finished.code != 0
     assert finished.output.count("model.layers.1.mlp.up_proj.weight") == 1, finished.output[-3000:]
 
 
 def test_divergence_names_the_client_and_leaves_a_failed_marker(config, tmp_path):
     overrides = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "optimizer.clip_norm=0"]
-    finished = launch("deepspeed", 2, ["--config", str(config), *overrides])
+    finished = launch("hand", 2, ["--config", str(config), *overrides])
     assert finished.code != 0
     assert "not finite" in finished.output and "optimizer.lr" in finished.output
     marker = (tmp_path / "run" / "FAILED").read_text()

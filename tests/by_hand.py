@@ -1,6 +1,7 @@
 """Start ranks one by one, as by hand on their hosts: by_hand.py RANKS PORT COMMAND... Their exit codes are printed.
 
-With DECA_TEST_JOIN=N the ranks that are killed are started again with --join, up to N of them.
+Fails if a rank does. With DECA_TEST_JOIN=N the ranks that are killed are started again with --join, up to N of them.
+With DECA_TEST_DEATHS=1 ranks may end as they like.
 """
 
 import os
@@ -27,4 +28,4 @@ while any(process.poll() is None for process in started.values()):
     time.sleep(0.1)
 codes = [process.wait() for process in started.values()]
 print("exit codes:", codes)
-sys.exit(max(map(abs, codes)) if joins else 0)
+sys.exit(0 if os.environ.get("DECA_TEST_DEATHS") == "1" else max(map(abs, codes)))
