@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.set_defaults(command=run_export)
     plan = commands.add_parser("plan", help="check a configuration and show blocks, graph, data and steps")
     plan.add_argument("--config", type=Path, required=True, help="YAML file with the run's configuration")
+    plan.add_argument("--hostfile", type=Path, help="what deepspeed or mpirun will get: check that the clients fit it")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.set_defaults(command=_plan)
     simulate = commands.add_parser("simulate", help="train all clients of a configuration in this one process")
@@ -45,7 +46,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from deca_ds.config import load_config
     from deca_ds.training.plan import print_plan
 
-    print_plan(load_config(arguments.config, arguments.overrides))
+    print_plan(load_config(arguments.config, arguments.overrides), hostfile=arguments.hostfile)
     return 0
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from datasets import disable_progress_bars
 from rich.console import Console
 
+from deca_ds.cluster.hostfile import hosts_of_clients, read_hostfile
+from deca_ds.cluster.launch import ClientLayout
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import check_folder
@@ -21,14 +26,18 @@ from deca_ds.training.tables import block_table, data_table
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
 
-def print_plan(config: Config, world_size: int | None = None) -> None:
+def print_plan(config: Config, world_size: int | None = None, hostfile: Path | None = None) -> None:
     """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would.
 
-    world_size: ranks launched, or None where the plan is made by a process of its own. With data.per_client only the
-    configuration of the data is checked, because each client's files are for its own ranks to open.
+    world_size: ranks launched, or None where the plan is made by a process of its own. hostfile: what the launcher will
+    get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is checked,
+    because each client's files are for its own ranks to open.
     """
     console = Console()
     disable_progress_bars()
+    slots = None if hostfile is None else read_hostfile(hostfile)
+    if slots is not None:
+        world_size = sum(slots.values())
     if world_size is None and config.cluster.ranks is not None:
         world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
@@ -78,6 +87,23 @@ def print_plan(config: Config, world_size: int | None = None) -> None:
             f"launch: {world_size} ranks of clients of different sizes ({named}); state per rank above is that of "
             f"{min(ranks)} rank{'s' if min(ranks) > 1 else ''} a client"
         )
+    if slots is not None and ranks is not None:
+        _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+
+
+def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
+    """Which client runs where, and a warning where a host is shared by clients that need others as well."""
+    for client, names in enumerate(hosts):
+        console.print(f"  client {client}: {', '.join(names)}", highlight=False)
+    for client, names in enumerate(hosts):
+        shared = sorted({name for name in names if len(names) > 1 and sum(name in other for other in hosts) > 1})
+        if shared:
+            console.print(
+                f"[bold]WARNING[/bold]: client {client} is spread over {', '.join(names)}, and others use "
+                f"{', '.join(shared)}, too: ZeRO-3 sends far more inside a client than gossip sends between clients. "
+                "Order the hosts, or choose their slots, so that clients begin and end with hosts",
+                highlight=False,
+            )
 
 
 def _agreement(mixing: MixingSchedule) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from deca_ds.cli import main
 from deca_ds.config import load_config
 from deca_ds.errors import ConfigError
 from deca_ds.training.plan import print_plan
@@ -17,3 +18,26 @@ def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
     directed.write_text("1/2 1/2 0\n0 1/2 1/2\n1/2 0 1/2\n")
     with pytest.raises(ConfigError, match=rf"the mixing matrix is not symmetric .matrix {directed}"):
         print_plan(load_config(None, [*keys, f"gossip.matrix={directed}"]))
+
+
+def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {tiny_model}}}\ndata: {{train: [{word_files[0]}]}}\n")
+    keys = [f"run.output={tmp_path / 'run'}", "cluster.clients=2", "data.batch_size=4", "data.micro_batch_size=1"]
+    keys += ["data.max_length=16"]
+
+    def plan(hosts: str) -> tuple[int, str]:
+        (tmp_path / "hosts").write_text(hosts)
+        command = ["plan", "--config", str(tmp_path / "run.yaml"), "--hostfile", str(tmp_path / "hosts"), *keys]
+        code = main(command)
+        told = capsys.readouterr()
+        return code, " ".join((told.out + told.err).split())
+
+    code, told = plan("a slots=2\nb slots=2\n")
+    assert code == 0 and "client 0: a client 1: b" in told and "spread over" not in told
+    code, told = plan("a slots=3\nb slots=1\n")
+    assert code == 0 and "client 0: a client 1: a, b" in told
+    assert "client 1 is spread over a, b, and others use a, too" in told
+    code, told = plan("a slots=3\n")
+    assert code == 2 and "3 ranks cannot be divided among 2 clients" in told
+    code, told = plan("a: 3\n")
+    assert code == 2 and "'a: 3' is no host" in told and f"{tmp_path / 'hosts'}:1" in told
