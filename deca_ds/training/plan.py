@@ -30,8 +30,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would.
 
     world_size: ranks launched, or None where the plan is made by a process of its own. hostfile: what the launcher will
-    get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is checked,
-    because each client's files are for its own ranks to open.
+    get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is
+    checked, because each client's files are for its own ranks to open.
     """
     console = Console()
     disable_progress_bars()
