@@ -106,7 +106,7 @@ class JobGuard:
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
         self._leaving.acquire()
-        if self.return_s and self._is_cut_off(error):
+        if self.return_s and (self._outlived or self._visits) and self._is_cut_off(error):
             self.come_back(f"was cut off: {error}")
         if self._outlived:
             self._die(_whole_message(error) + self._last_seen(error))
