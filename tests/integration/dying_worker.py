@@ -27,14 +27,14 @@ last, place = deaths.get(read_launch().rank, (0, "never"))
 if "--join" in sys.argv:
     last = 0
 gradient = Client.gradient
-steps, missing, damaged = 0, (), []
+steps, members, damaged = 0, None, []
 
 
 def counting_gradient(self, *arguments):
     global steps
     steps += 1
     assert gc.isenabled(), "garbage is not collected in training"
-    time.sleep(1.0 if missing else 0)
+    time.sleep(1.0 if members is not None and members.missing else 0)
     if steps == last and place == "before":
         os.kill(os.getpid(), signal.SIGKILL)
     if steps == last and place == "error":
@@ -44,8 +44,8 @@ def counting_gradient(self, *arguments):
 
 def dying(exchange):
     def dying_exchange(self, send, destinations, receives, tag):
-        global missing
-        missing = self.members.missing
+        global members
+        members = self.members  # kept up to date, also where nobody is left to exchange with
         if steps == last and place == "damaged" and self.progress.phase == "gossip" and destinations and not damaged:
             damaged.append(send.clone())  # MPI reads it later
             send = damaged[0]
