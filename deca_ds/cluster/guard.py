@@ -125,7 +125,8 @@ class JobGuard:
     def come_back(self, why: str) -> NoReturn:
         """Become a new process that tries to join the others again."""
         client = self.heartbeats.own().client
-        print(f"\nWARNING: client {client} {why}; it tries to come back for {self.return_s:g} s", file=sys.stderr)
+        who = "this client" if client is None else f"client {client}"
+        print(f"\nWARNING: {who} {why}; it tries to come back for {self.return_s:.0f} s", file=sys.stderr)
         for farewell in self.farewells:
             farewell()
         come_back(self.return_s)

@@ -12,6 +12,7 @@ from deca_ds.cluster.coordinator import Line
 from deca_ds.cluster.votes import Votes
 
 _EVERY_S = 3.0
+_TIMES = 3  # in a row that it has to be seen
 _CONNECT_S = 2.0
 
 
@@ -25,22 +26,33 @@ class Lookout:
     """A thread of a client's leader. While its client is the first of a part, it asks the coordinators of all clients
     that the part has lost whether they are at work.
 
+    A coordinator that has only just been cut off, and does not know yet, counts clients that it has lost: of this part,
+    too, or so that without them `min_clients` would not be reached. So what it says has to fit, and to be said again.
     found: whether there is a part that goes first.
     """
 
-    def __init__(self, votes: Votes, client: int):
-        self._votes, self._client = votes, client
+    def __init__(self, votes: Votes, client: int, min_clients: int):
+        self._votes, self._client, self._min_clients = votes, client, min_clients
         self.found = False
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
+        times = 0
         while not self.found:
             time.sleep(_EVERY_S)
-            part = self._votes.clients
-            if part[0] == self._client:
-                lost = [client for client in self._votes.addresses if client not in part]
-                others = (clients_at(self._votes.addresses[client]) for client in lost)
-                self.found = any(other and goes_first(other, part) for other in others)
+            times = times + 1 if self._sees_one_that_goes_first() else 0
+            self.found = times == _TIMES
+
+    def _sees_one_that_goes_first(self) -> bool:
+        part = self._votes.clients
+        if part[0] != self._client:
+            return False
+        lost = [client for client in self._votes.addresses if client not in part]
+        others = (clients_at(self._votes.addresses[client]) for client in lost)
+        return any(
+            len(other) >= self._min_clients and not set(other) & set(part) and goes_first(other, part)
+            for other in others
+        )
 
 
 def clients_at(address: tuple[str, int]) -> list[int]:

@@ -191,7 +191,7 @@ def build(
             )
             survivors.invite()
             if config.cluster.return_s:
-                survivors.lookout = Lookout(transport.votes, cluster.client)
+                survivors.lookout = Lookout(transport.votes, cluster.client, config.cluster.min_clients)
         if invitation is not None:
             standing = survivors.enter(rule, schedule)
             for marker in (f"FAILED_client_{cluster.client:03d}", "STOPPED"):
