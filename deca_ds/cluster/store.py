@@ -18,6 +18,8 @@ from torch.distributed import HashStore, Store, TCPStore
 from deca_ds.cluster.launch import Launch
 from deca_ds.errors import LaunchError
 
+_ANSWER = timedelta(seconds=30)
+
 
 @dataclass(frozen=True)
 class JobStore:
@@ -32,7 +34,7 @@ class JobStore:
         """A connection of its own, for a thread: a connection that waits for a key blocks all who share it."""
         if self.address is None:
             return self.store
-        return TCPStore(*self.address, is_master=False, timeout=self.timeout, wait_for_workers=False)
+        return _join(self.address, self.timeout)
 
     def gather(self, launch: Launch, key: str, value: Any) -> list[Any]:
         """Every rank's JSON-able value, a few hundred bytes, on every rank, ascending; all ranks use the same keys.
@@ -172,12 +174,19 @@ def join_job_store(address: tuple[str, int], timeout_s: float) -> JobStore:
     host, port = address
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        store = _join((host, port), timeout)
     except RuntimeError as error:
         raise LaunchError(
             f"the job's store is out of reach: {error}", where=f"{host} {port}", fix="look at the network"
         ) from error
     return JobStore(store, (host, port), timeout)
+
+
+def _join(address: tuple[str, int], timeout: timedelta) -> TCPStore:
+    """A connection to a store that is there already: one that does not answer soon has gone, or is out of reach."""
+    store = TCPStore(*address, is_master=False, timeout=min(timeout, _ANSWER), wait_for_workers=False)
+    store.set_timeout(timeout)
+    return store
 
 
 def own_address(peer: tuple[str, int]) -> str:

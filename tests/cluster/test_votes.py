@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
-from deca_ds.cluster import coordinator, lookout, visit, votes
+from deca_ds.cluster import coordinator, lookout, store, visit, votes
 from deca_ds.cluster.coordinator import OPEN, YES, Coordinator
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.lookout import Lookout, clients_at, goes_first
@@ -272,3 +273,11 @@ def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
             time.sleep(0.02)
         assert looking.found == found, part
         looking.found = True  # ends its thread
+
+
+def test_an_invitation_to_a_store_that_has_gone_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(store, "_ANSWER", timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    with pytest.raises(LaunchError, match="the job's store is out of reach"):
+        store.join_job_store(address, 600.0)
