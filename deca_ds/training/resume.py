@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.checkpoint.slices import rank_folder
 from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
 from deca_ds.cluster import Cluster, Launch
 from deca_ds.cluster.launch import ClientLayout
@@ -65,6 +66,7 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     seen = store.gather(launch, "resume/seen", steps_in(folder))
     refused: list[str] = []
     earlier: set[int | None] = set()  # the newest that was complete when these were written
+    written = False  # whether any rank has a part of them, whole or not
     for step in sorted({step for steps in seen for step in steps}, reverse=True):
         saved, answer = _try(folder, step, own)
         answers = store.gather(launch, f"resume/{step}", answer)
@@ -79,10 +81,11 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
             _leave_behind(Path(config.run.output), step, own, launch, refused, verdict)
             return Resumption(step, saved, state, same)
         earlier |= {answer["earlier"] for answer in answers if "earlier" in answer}
+        written |= any(answer.get("written", True) for answer in answers)
         failing = next((r for r, answer in enumerate(answers) if "reason" in answer), None)
         reason = "ranks hold it from different attempts" if failing is None else answers[failing]["reason"]
         refused.append(f"step {step}: {'' if failing is None else f'rank {failing}: '}{reason}")
-    if (refused and earlier != {None}) or config.run.resume == "require":
+    if (written and earlier != {None}) or config.run.resume == "require":
         raise CheckpointError(
             "there is no checkpoint that all ranks can use" + "".join(f"\n  {line}" for line in refused),
             where=str(folder),
@@ -98,7 +101,8 @@ def _try(folder: Path, step: int, own: dict[str, int]) -> tuple[ShardedModel | N
     try:
         saved = open_checkpoint(folder, step, **own)
     except CheckpointError as error:
-        return None, {"reason": f"{error.what} ({error.where})"}
+        written = rank_folder(step_folder(folder, step), own["client"], own["rank"]).exists()
+        return None, {"reason": f"{error.what} ({error.where})", "written": written}
     except (OSError, SafetensorError) as error:
         return None, {"reason": f"{error} ({step_folder(folder, step)})"}
     state = next(iter(saved.states.values()))

@@ -90,6 +90,14 @@ def test_killed_amid_its_first_checkpoint_a_run_begins_anew(tmp_path: Path, caps
         )
 
 
+def test_where_no_rank_could_write_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) -> None:
+    """The disk was full: there is the folder of the step, and nobody's part."""
+    step_folder(tmp_path / "checkpoints", 2).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no checkpoint that all ranks can use"):
+        chosen(tmp_path, "require", ranks=2)
+    assert chosen(tmp_path, "auto", ranks=2).step == 0
+
+
 def test_a_run_that_got_further_is_not_begun_again_unasked(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 4, earlier=2, rank=0, ranks=2)
     with pytest.raises(CheckpointError, match=r"no checkpoint that all ranks can use\n  step 4: rank 1"):
