@@ -213,6 +213,8 @@ def survive(output: Path, clients: int, kinds: list[str], draw: random.Random, l
         job = Job(output, clients)
         try:
             job.wait(lambda job=job: job.ended() or job.trains(), "at its first step")
+            if not job.trains() and not (output / "DONE").exists():
+                raise Failure(f"the new start ended by itself with {job.process.returncode}")
             while True:
                 if fault is not None:
                     fault.first_step_s = time.monotonic() - struck
