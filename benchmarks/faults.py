@@ -59,6 +59,15 @@ class Failure(Exception):
     """The job did what it must not do."""
 
 
+def wait(until: Callable[[], bool], what: str, deadline_s: float) -> None:
+    """Until it is so; Failure at the deadline."""
+    deadline = time.monotonic() + deadline_s
+    while not until():
+        if time.monotonic() > deadline:
+            raise Failure(f"hang: not {what} after {deadline_s} s")
+        time.sleep(0.05)
+
+
 class Job:
     """One launch of a run."""
 
@@ -116,12 +125,7 @@ class Job:
         raise Failure(f"no process of rank {number}")
 
     def wait(self, until: Callable[[], bool], what: str) -> None:
-        """Until it is so; Failure at the deadline."""
-        deadline = time.monotonic() + DEADLINE_S
-        while not until():
-            if time.monotonic() > deadline:
-                raise Failure(f"hang: not {what} after {DEADLINE_S} s")
-            time.sleep(0.05)
+        wait(until, what, DEADLINE_S)
 
     def ended(self) -> bool:
         return self.process.poll() is not None

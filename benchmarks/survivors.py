@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from faults import REPOSITORY, Failure
+from faults import REPOSITORY, Failure, wait
 from hosts import Hosts, may_make_hosts
 from rich.console import Console
 from rich.table import Table
@@ -106,11 +106,7 @@ class Job:
         return max(self.step(client) for client in range(self.clients))
 
     def wait(self, until: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not until():
-            if time.monotonic() > deadline:
-                raise Failure(f"hang: not {what} after {DEADLINE_S} s")
-            time.sleep(0.05)
+        wait(until, what, DEADLINE_S)
 
     def runs(self, client: int) -> bool:
         return self.processes[client].poll() is None
@@ -124,7 +120,8 @@ class Job:
         """Of job.jsonl of all hosts, in the order of time, without those of clients that were cut off."""
         paths = self.place.glob("run*/metrics/job.jsonl")
         lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-        chosen = [line for line in lines if line["kind"] == kind and len(line.get("clients", range(99))) > 1]
+        most = self.clients // 2  # of a part that does not go on
+        chosen = [line for line in lines if line["kind"] == kind and len(line.get("clients", range(99))) > most]
         return sorted(chosen, key=lambda line: line["time"])
 
     def clean_up(self) -> None:

@@ -115,8 +115,7 @@ def _leave_behind(
     output: Path, step: int, own: dict[str, int], launch: Launch, refused: list[str], verdict: str
 ) -> None:
     """Remove this rank's parts of checkpoints after `step` and how the last attempt ended; say so."""
-    for newer in (found for found in steps_in(output / FOLDER) if found > step):
-        remove_part(output / FOLDER, newer, **own)
+    _remove_newer(output, step, **own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)
     if launch.rank == 0:
@@ -124,6 +123,11 @@ def _leave_behind(
             print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
         if verdict:
             print(verdict, file=sys.stderr, flush=True)
+
+
+def _remove_newer(output: Path, step: int, **own: int) -> None:
+    for newer in (found for found in steps_in(output / FOLDER) if found > step):
+        remove_part(output / FOLDER, newer, **own)
 
 
 def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
@@ -141,8 +145,7 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
     An evaluation comes after the checkpoint of its step, so that it is repeated. A client that dies does so after the
     newest checkpoint that has its part. Its parts of newer ones are removed.
     """
-    for newer in (step for step in steps_in(output / FOLDER) if step > done):
-        remove_part(output / FOLDER, newer, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
+    _remove_newer(output, done, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
     if cluster.is_leader:
         _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
         shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)
