@@ -192,10 +192,9 @@ def damage(job: Job, fault: Fault, draw: random.Random) -> None:
 def disk(job: Job, fault: Fault, draw: random.Random) -> None:
     """The disk is full when the next checkpoint is written."""
     ballast = job.output.parent / "ballast"
-    with open(ballast, "wb") as file, contextlib.suppress(OSError):
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(2**16))
-            file.flush()
     job.wait(job.ended, "ended")
     ballast.unlink()
 
@@ -315,7 +314,8 @@ def main() -> None:
                         raise Failure("the run ended with other parameters than without faults")
                 except Failure as failure:
                     wrong.append({"clients": clients, "failure": str(failure), "faults": [asdict(f) for f in in_run]})
-                    console.print(f"[bold]WRONG[/bold]: {failure}\n{(place / 'run.log').read_text()[-2000:]}")
+                    log = (place / "run.log").read_text()[-9000:]
+                    console.print(f"WRONG: {failure}\n{log}", highlight=False, markup=False)
                 done += in_run
             target.write_text(json.dumps({"faults": [asdict(f) for f in done], "wrong": wrong}, indent=1) + "\n")
     report(done, wrong, console)

@@ -39,6 +39,21 @@ with guarded(launch, open_job_store(launch, 60)) as guard:
         import os
         time.sleep(5)  # until the others are connected
         os._exit(7)
+    elif what == "stopped":
+        import os, signal, subprocess
+        while len(list(output.glob("ready*"))) < 2:
+            time.sleep(0.1)
+        subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"])
+        (output / "stops").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(7)
+    elif what == "idle":
+        (output / f"ready{rank}").touch()
+        while not (output / "stops").exists():
+            time.sleep(0.05)
+        guard.progress.tick()
+        guard.progress.timeout_s = 4.0
+        time.sleep(60)
 """
 
 
@@ -98,6 +113,16 @@ def test_a_rank_0_that_vanishes_ends_the_others(tmp_path):
     codes, outputs = run(tmp_path, "vanish", "wait", "wait")
     assert codes == [7, 1, 1]
     assert "rank 0 is gone" in outputs[1] + outputs[2]
+
+
+@pytest.mark.multiprocess
+def test_a_rank_0_that_is_stopped_as_a_process_ends_the_others(tmp_path):
+    """It takes the store along, which answers nothing, and takes every connection."""
+    codes, outputs = run(tmp_path, "stopped", "idle", "idle")
+    assert codes == [7, 2, 2]
+    for output in outputs[1:]:
+        assert "no answer for" in output and "look at rank 0: it is stopped as a process" in output
+    assert "from the job's store, which rank 0 hosts" in (tmp_path / "FAILED").read_text()
 
 
 @pytest.mark.multiprocess
