@@ -198,7 +198,7 @@ def test_a_rank_that_does_not_answer_is_named_with_its_client():
     with pytest.raises(MessageError, match=r"no message from rank 2 \(client 1\)") as caught:
         transport.exchange(torch.zeros(1), [], {1: torch.empty(1)}, 7).wait()
     assert caught.value.where == "rank 1 (client 0)" and "rank 2 (client 1)" in caught.value.fix
-    transport._ranks.progress.wait_for(2)
+    transport.ranks.progress.wait_for(2)
     assert progress.awaits == 1, "heartbeats name clients"
 
 
