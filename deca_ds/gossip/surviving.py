@@ -29,8 +29,8 @@ class Surviving(PointToPoint):
     questions: asked with every agreement. news: what the first survivor's leader wants all ranks to know after a death,
     a short text. changed: called with that text when clients have died and `members` is new; on all survivors alike.
     store: where the survivors meet anew, if they need a place for it; `changed` may have to put up another one.
-    peers_of: whom a connection joins for a client, by the numbers that `exchange` takes: the client itself, or all of its
-    ranks, as UnevenTransport needs it.
+    peers_of: whom a connection joins for a client, by the numbers that `exchange` takes: the client itself, or all of
+    its ranks, as UnevenTransport needs it.
     """
 
     may_lose_clients = True
