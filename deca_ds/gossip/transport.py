@@ -135,7 +135,7 @@ class PointToPoint(ABC):
         return [(j, slice(None))]
 
     def _place(self, peer: int) -> int:
-        """Where whom `exchange` calls `peer` stands in the connection."""
+        """Where a peer, by the number that `exchange` takes, stands in the connections."""
         return self.members.place(peer)
 
     def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:

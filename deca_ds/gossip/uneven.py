@@ -51,8 +51,8 @@ def all_ranks_join(launch: Launch, timeout_s: float) -> Iterator[None]:
 class UnevenTransport(PointToPoint):
     """See Transport; and `cut`.
 
-    ranks: a transport whose "clients" are all ranks of the job. In its collectives all ranks of a client give the same.
-    If it outlives dead clients, its `members` are clients all the same, and so does this one.
+    ranks: a transport whose "clients" are all ranks of the job. In the collectives all ranks of a client give the same.
+    If `ranks` outlives dead clients (surviving.py), this one does too; `members` of both are the clients then.
     """
 
     def __init__(self, ranks: PointToPoint, layout: ClientLayout):

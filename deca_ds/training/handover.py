@@ -112,7 +112,7 @@ class _Way:
             digest.update(memoryview(on_host.view(torch.uint8).numpy()))
 
     def end(self) -> None:
-        """Compare what was sent with what arrived; the receiver raises GossipError if they differ."""
+        """Compare digests of what was sent and what arrived; the receiver raises GossipError if they differ."""
         digests = [(self._transport.between_ranks, rank, digest) for rank, digest in sorted(self._slices.items())]
         for exchange, partner, digest in [*digests, (self._transport.exchange, self._other, self._alike)]:
             told = _bytes(digest.digest())

@@ -3,8 +3,8 @@
 Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
 step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
 after STEP is averaged), returned (before the local step, STEP steps after a client has come back). All but error is
-SIGKILL. And damaged: a bit of its first chunk flips on the way. A rank that is started with --join does not die. While a
-client is missing, steps take a second.
+SIGKILL. And damaged: a bit of its first chunk flips on the way. A rank that is started with --join does not die. While
+a client is missing, steps take a second.
 """
 
 import gc
