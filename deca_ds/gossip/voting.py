@@ -51,7 +51,7 @@ class VotingTransport(TorchTransport, Surviving):
         self.votes, self.store, self._shard = votes, store, shard
         self.members, self.peers_of = members, peers_of or self.peers_of
         self.joining: tuple[int, ...] = ()
-        if connected:
+        if connected and len(members) > 1:
             prefixed = PrefixStore(f"gossip/{shard}", store)
             self._connect(prefixed, self._place(client), len(self._peers), timedelta(seconds=timeout_s))
 
