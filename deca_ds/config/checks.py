@@ -212,12 +212,6 @@ def _check_ranks(config: Config) -> None:
             where="gossip.wait_s",
             fix="give all clients as many ranks, or set gossip.wait_s=null",
         )
-    if cluster.on_failure == "continue" and len(set(ranks)) > 1:
-        raise ConfigError(
-            f"cluster.on_failure=continue, but clients of different sizes (cluster.ranks = {ranks}) stop together",
-            where="cluster.ranks",
-            fix="give all clients as many ranks, or set cluster.on_failure=stop",
-        )
 
 
 def check_output(config: Config) -> Path:

@@ -1,4 +1,4 @@
-"""Receive buffers that are used again."""
+"""Buffers that are used again: of what is received, and of its means."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ class BufferPool:
         """Make a taken buffer free again."""
         self._free.append(buffer)
         self._free.sort(key=Tensor.numel)
+
+
+class Outputs:
+    """Flat float32 buffers on `device`, one for each place, used again."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._buffers: list[Tensor] = []
+
+    def at(self, place: int, numel: int) -> Tensor:
+        """The buffer of `place`, (numel,); what it held may be lost."""
+        while len(self._buffers) <= place:
+            self._buffers.append(torch.empty(0, dtype=torch.float32, device=self._device))
+        if self._buffers[place].numel() < numel:
+            self._buffers[place] = torch.empty(numel, dtype=torch.float32, device=self._device)
+        return self._buffers[place][:numel]

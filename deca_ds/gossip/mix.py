@@ -20,14 +20,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip.attendance import Attendance
-from deca_ds.gossip.buffers import BufferPool
+from deca_ds.gossip.buffers import BufferPool, Outputs
 from deca_ds.gossip.clip import clipped_weights, squared_distance
 from deca_ds.gossip.late import without
 from deca_ds.gossip.schedule import MixingSchedule
@@ -78,7 +78,7 @@ class Gossip:
         self._client_sum = client_sum
         self._unsettled: list[PendingMix] = []  # of the averaging under way, all chunks so far
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
-        self._outputs: list[Tensor] = []
+        self.outputs = Outputs(self.device)
 
     def has_neighbours(self, t: int) -> bool:
         """Whether averaging t joins this client with any other."""
@@ -110,6 +110,12 @@ class Gossip:
         if self._settles:
             self._unsettled.append(pending)
         return pending
+
+    def exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int, chunk: int
+    ) -> Exchange:
+        """Transport.exchange of chunk number `chunk`."""
+        return self.transport.exchange(send, destinations, receives, tag)
 
     def settle(self, t: int) -> bool:
         """What comes between the last `start` and the first `wait` of averaging t; whether this client has neighbours.
@@ -174,14 +180,6 @@ class Gossip:
         for pending in chunks:
             pending.weights = clipped_weights(pending.weights, client, {j: distances[j] for j in pending.terms}, radius)
 
-    def output(self, numel: int, place: int = 0) -> Tensor:
-        """A buffer of mixed values, (numel,), on `device`; there is one for each `place`."""
-        while len(self._outputs) <= place:
-            self._outputs.append(torch.empty(0, dtype=torch.float32, device=self.device))
-        if self._outputs[place].numel() < numel:
-            self._outputs[place] = torch.empty(numel, dtype=torch.float32, device=self.device)
-        return self._outputs[place][:numel]
-
 
 class PendingMix:
     """One chunk under way. Made by Gossip.start.
@@ -226,7 +224,7 @@ class PendingMix:
                 self._exchange = stragglers.exchange(gossip.pool, staged, x.numel(), self._buffers, tag)
             else:
                 self._staged = staged if x.device.type == "cuda" else None
-                self._exchange = transport.exchange(send, destinations, self.terms, tag)
+                self._exchange = gossip.exchange(send, destinations, self.terms, tag, self._chunk)
         self._connections = transport.rebuilt
 
     def leave_out(self, skipped: Collection[int]) -> None:
@@ -257,7 +255,7 @@ class PendingMix:
             return self._mixed
         gossip, client = self._gossip, self._gossip.transport.client
         self.receive()
-        mixed = gossip.output(self.x.numel(), place)
+        mixed = gossip.outputs.at(place, self.x.numel())
         terms = self.terms | {client: self.x.detach()}
         for number, j in enumerate(sorted(j for j in terms if self.weights[j] > 0)):
             term = terms[j].to(mixed.device, non_blocking=True)

@@ -86,7 +86,7 @@ class MpiTransport(PointToPoint):
         for direction, neighbour, part in messages:
             start = self._comm.Irecv if direction == "from" else self._comm.Isend
             try:
-                requests.append((direction, neighbour, start(part, self.members.place(neighbour), tag), part))
+                requests.append((direction, neighbour, start(part, self._place(neighbour), tag), part))
             except self._mpi.Exception as error:
                 self._abandoned.extend(requests)
                 raise lost(self.client, neighbour, direction, tag, str(error)) from None

@@ -29,6 +29,8 @@ class Surviving(PointToPoint):
     questions: asked with every agreement. news: what the first survivor's leader wants all ranks to know after a death,
     a short text. changed: called with that text when clients have died and `members` is new; on all survivors alike.
     store: where the survivors meet anew, if they need a place for it; `changed` may have to put up another one.
+    peers_of: whom a connection joins for a client, by the numbers that `exchange` takes: the client itself, or all of
+    its ranks, as UnevenTransport needs it.
     """
 
     may_lose_clients = True
@@ -39,6 +41,16 @@ class Surviving(PointToPoint):
         self.news: Callable[[], str] = str
         self.changed: Callable[[str], None] = lambda news: None
         self.store: Store | None = None
+        self.peers_of: Callable[[int], Sequence[int]] = lambda client: (client,)
+
+    @property
+    def _peers(self) -> list[int]:
+        """Whom the connections join, in their order there."""
+        return [peer for client in self.members.clients for peer in self.peers_of(client)]
+
+    def _place(self, peer: int) -> int:
+        """See PointToPoint."""
+        return self._peers.index(peer)
 
     def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
@@ -61,7 +73,7 @@ class Surviving(PointToPoint):
                 print(f"WARNING: {self.progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
         raise GossipError(
             f"messages fail again and again, though all clients are there: {last_error or 'another rank says so'}",
-            where=f"client {self.client}",
+            where=self.progress.place,
             fix="look at the output of the other ranks; all of them must run the same configuration",
         )
 

@@ -62,7 +62,7 @@ class TorchTransport(PointToPoint):
             assert self._group is not None, "the transport is closed or has one client only"
             start = self._group.recv if direction == "from" else self._group.send
             try:
-                works.append((direction, neighbour, start([tensor], self.members.place(neighbour), tag)))
+                works.append((direction, neighbour, start([tensor], self._place(neighbour), tag)))
             except RuntimeError as error:
                 raise lost(self.client, neighbour, direction, tag, str(error)) from None
         self.bytes_sent += send.nbytes * len(destinations)

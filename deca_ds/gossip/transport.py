@@ -55,6 +55,17 @@ class Transport(Protocol):
         """
         ...
 
+    def between_ranks(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> Exchange:
+        """`exchange` with ranks, by the numbers that `partners` names."""
+        ...
+
+    def partners(self, numel: int, j: int) -> Sequence[tuple[int, slice]]:
+        """Client j's ranks that hold any of this rank's slice of a parameter of `numel` elements: by their numbers for
+        `between_ranks`, each with the place in the slice of what both hold. Ranks meet pairwise in one order."""
+        ...
+
     def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """Run `work`, exchanges that every rank of every client runs at this place, until it counts for all of them.
 
@@ -91,12 +102,12 @@ class PointToPoint(ABC):
     """The collectives of a transport, and checksums, from its `_exchange`."""
 
     may_lose_clients = False
+    rebuilt = 0
 
     def __init__(self, client: int, clients: int):
         self.client = client
         self.clients = clients
         self.members = Members(clients)
-        self.rebuilt = 0
         self.bytes_sent = 0
         self.progress = Progress()
         self.checksums = False
@@ -112,6 +123,20 @@ class PointToPoint(ABC):
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> Exchange:
         """Transport.exchange, without checksums."""
+
+    def between_ranks(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> Exchange:
+        """See Transport. A client's number stands for its rank of this one's index."""
+        return self.exchange(send, destinations, receives, tag)
+
+    def partners(self, numel: int, j: int) -> Sequence[tuple[int, slice]]:
+        """See Transport. Ranks of one index hold the same elements."""
+        return [(j, slice(None))]
+
+    def _place(self, peer: int) -> int:
+        """Where a peer, by the number that `exchange` takes, stands in the connections."""
+        return self.members.place(peer)
 
     def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Transport. Here a client that dies ends the job."""

@@ -36,17 +36,20 @@ _NEWS_BYTES = 256
 class UlfmTransport(MpiTransport, Surviving):
     """See MpiTransport; `together` outlives dead clients.
 
-    world: a communicator of all ranks of the job in rank order. members: what is kept up to date.
+    world: a communicator of all ranks of the job in rank order. members: what is kept up to date. Where clients differ
+    in size it joins all ranks, for UnevenTransport, else those of one shard index.
     """
 
     def __init__(self, world: MPI.Intracomm, layout: ClientLayout, members: Members, timeout_s: float):
         self._everybody = self.duplicate(world, timeout_s)
         self._ranks = self._everybody.Get_group()  # of the start: what ranks are numbered by
-        rank = self._everybody.Get_rank()
-        client, self._shard = layout.client_of(rank), layout.shard_of(rank)
-        super().__init__(self._everybody.Split(color=self._shard, key=client), timeout_s)
+        self._rank = self._everybody.Get_rank()
+        self._color = layout.shard_of(self._rank) if layout.even else 0
+        super().__init__(self._everybody.Split(color=self._color, key=self._rank), timeout_s)
         self.members = members
-        self._layout = layout
+        if not layout.even:
+            self.peers_of = layout.ranks_of
+        self._layout, self._own = layout, layout.client_of(self._rank)
         self._exchanges: list[MpiExchange] = []
 
     def _exchange(
@@ -64,7 +67,7 @@ class UlfmTransport(MpiTransport, Surviving):
         try:
             request = self._everybody.Iagree(number)
             if not poll(request.Test, time.monotonic() + self.timeout_s):
-                raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self.client}")
+                raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self._own}")
         except self._mpi.Exception:
             return []
         finally:
@@ -80,14 +83,14 @@ class UlfmTransport(MpiTransport, Surviving):
             self._everybody.Set_errhandler(self._mpi.ERRORS_RETURN)
             living = self._living()
             whole = [c for c in before if all(rank in living for rank in self._layout.ranks_of(c))]
-            if self.client not in whole:
-                lost = sorted(set(self._layout.ranks_of(self.client)) - living)
-                raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
+            if self._own not in whole:
+                lost = sorted(set(self._layout.ranks_of(self._own)) - living)
+                raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self._own} is gone")
             self.members.clients = tuple(whole)
-            if len(living) > len(whole) * self._layout.ranks_per_client:
+            if len(living) > sum(len(self._layout.ranks_of(c)) for c in whole):
                 continue  # the next shrink waits until these have left
             try:
-                comm = self._everybody.Split(color=self._shard, key=self.client)
+                comm = self._everybody.Split(color=self._color, key=self._rank)
                 news = self._tell()
                 through = True
             except self._mpi.Exception:  # one more

@@ -24,15 +24,22 @@ from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import transport as shared
 from deca_ds.gossip.intersections import Cut, Range, cuts
-from deca_ds.gossip.mix import Gossip, PendingMix
+from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.torch_p2p import TorchTransport
-from deca_ds.gossip.transport import Exchange, PointToPoint, Transport
+from deca_ds.gossip.transport import Exchange, PointToPoint, Result, Transport
 
 
 def torch_between_ranks(store: dist.Store, launch: Launch, timeout_s: float) -> TorchTransport:
     """TorchTransport of all ranks, for UnevenTransport. Raises GossipError if one does not come."""
-    try:
+    with all_ranks_join(launch, timeout_s):
         return TorchTransport(store, 0, launch.rank, launch.world_size, timeout_s)
+
+
+@contextmanager
+def all_ranks_join(launch: Launch, timeout_s: float) -> Iterator[None]:
+    """The body connects all ranks; its GossipErrors then say so."""
+    try:
+        yield
     except GossipError:
         raise GossipError(
             f"not all {launch.world_size} ranks joined gossip within {timeout_s:g} s",
@@ -44,15 +51,27 @@ def torch_between_ranks(store: dist.Store, launch: Launch, timeout_s: float) -> 
 class UnevenTransport(PointToPoint):
     """See Transport; and `cut`.
 
-    ranks: a transport whose "clients" are all ranks of the job. In its collectives all ranks of a client give the same.
+    ranks: a transport whose "clients" are all ranks of the job. In the collectives all ranks of a client give the same.
+    If `ranks` outlives dead clients (surviving.py), this one does too; `members` of both are the clients then.
     """
 
     def __init__(self, ranks: PointToPoint, layout: ClientLayout):
-        self.rank, self.layout = ranks.client, layout
-        self._ranks = ranks
+        self.rank, self.layout, self.ranks = ranks.client, layout, ranks
         super().__init__(layout.client_of(self.rank), layout.clients)
+        self.may_lose_clients = ranks.may_lose_clients
+        if self.may_lose_clients:
+            self.members = ranks.members
         self.shard = layout.shard_of(self.rank)
         self._cut: Cut | None = None
+
+    def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
+        """See Transport."""
+        return self.ranks.together(work, last=last)
+
+    @property
+    def rebuilt(self) -> int:
+        """See Transport."""
+        return self.ranks.rebuilt
 
     @property
     def progress(self) -> Progress:
@@ -62,7 +81,7 @@ class UnevenTransport(PointToPoint):
     @progress.setter
     def progress(self, progress: Progress) -> None:
         self._progress = progress
-        self._ranks.progress = _ByClient(progress, self.layout)
+        self.ranks.progress = _ByClient(progress, self.layout)
 
     @contextmanager
     def cut(self, cut: Cut) -> Iterator[None]:
@@ -90,9 +109,9 @@ class UnevenTransport(PointToPoint):
     def between_ranks(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> UnevenExchange:
-        """The same, by the numbers of ranks."""
+        """See Transport."""
         exchange = UnevenExchange(self.layout)
-        exchange.start(self._ranks, send, destinations, receives, tag)
+        exchange.start(self.ranks, send, destinations, receives, tag)
         self.bytes_sent += send.nbytes * len(destinations)
         return exchange
 
@@ -108,7 +127,7 @@ class UnevenTransport(PointToPoint):
                 else:
                     packed = torch.empty(sum(b - a for a, b in ranges), dtype=buffer.dtype)
                     exchange.packed.append((packed, buffer, ranges))
-                exchange.start(self._ranks, packed, [], {rank: packed}, tag)
+                exchange.start(self.ranks, packed, [], {rank: packed}, tag)
         pieces: dict[tuple[int, int], Tensor] = {}  # clients of one size meet alike: packed once
         for j in destinations:
             for place, (rank, ranges) in enumerate(self._meets(cut, j)):
@@ -116,7 +135,7 @@ class UnevenTransport(PointToPoint):
                 if key not in pieces:
                     parts = [send[a:b] for a, b in ranges]
                     pieces[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
-                exchange.start(self._ranks, pieces[key], [rank], {}, tag)
+                exchange.start(self.ranks, pieces[key], [rank], {}, tag)
                 self.bytes_sent += pieces[key].nbytes
         return exchange
 
@@ -128,6 +147,11 @@ class UnevenTransport(PointToPoint):
         """A block of parameters of `numels` elements in intervals of `step`, as this rank and the others hold it."""
         sizes = {len(self.layout.ranks_of(j)) for j in range(self.clients)}
         return cuts(numels, len(self.layout.ranks_of(self.client)), self.shard, sorted(sizes), step)
+
+    def partners(self, numel: int, j: int) -> list[tuple[int, slice]]:
+        """See Transport."""
+        whole = self.cuts([numel], max(1, numel))
+        return [(rank, slice(*part)) for cut in whole for rank, ranges in self._meets(cut, j) for part in ranges]
 
     def sum_slices(self, values: Tensor, numel: int) -> None:
         """See Transport. Everybody gets everything: n-1 times its slice is what a rank sends, n/2 times what it sends
@@ -144,7 +168,7 @@ class UnevenTransport(PointToPoint):
 
     def close(self) -> None:
         """See Transport."""
-        self._ranks.close()
+        self.ranks.close()
 
 
 class UnevenExchange:
@@ -204,6 +228,9 @@ class _ByClient(Progress):
     def tick(self) -> None:
         self._progress.tick()
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._progress, name)
+
 
 class UnevenGossip(Gossip):
     """Gossip whose chunks are intervals of the block, the same for all clients; parts of this rank's may be empty.
@@ -234,7 +261,9 @@ class UnevenGossip(Gossip):
         assert self._active[-1].part.stop == numel, "the shard is not what ZeRO-3 makes of this block"
         return [cut.part for cut in self._active]
 
-    def start(self, t: int, x: Tensor, chunk: int = 0) -> PendingMix:
-        """See Gossip.start. chunk: number of the message, `messages` of them for each of `chunks`."""
+    def exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int, chunk: int
+    ) -> Exchange:
+        """See Gossip. chunk: number of the message, `messages` of them for each of `chunks`."""
         with self._network.cut(self._active[chunk // self._messages]):
-            return super().start(t, x, chunk)
+            return super().exchange(send, destinations, receives, tag, chunk)

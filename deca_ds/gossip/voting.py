@@ -7,7 +7,7 @@ is left to its threads: gloo may write into its buffers as long as the connectio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from torch import Tensor
@@ -29,8 +29,10 @@ _LOOK_S = 0.02  # between two looks at whether a client has gone
 class VotingTransport(TorchTransport, Surviving):
     """See TorchTransport; `together` outlives dead clients, and those that come back can be let in.
 
-    members: what is kept up to date. connected: False for a client that comes back, until it is let in. joining:
-    clients that the last agreement has let in, for `admit`.
+    shard, client: what makes this rank's connections, and its number there; 0 and the rank's own number, with
+    layout.ranks_of as peers_of, where they join all ranks (uneven.py). members: what is kept up to date. connected:
+    False for a client that comes back, until it is let in. joining: clients that the last agreement has let in, for
+    `admit`.
     """
 
     def __init__(
@@ -43,11 +45,15 @@ class VotingTransport(TorchTransport, Surviving):
         timeout_s: float,
         *,
         connected: bool = True,
+        peers_of: Callable[[int], Sequence[int]] | None = None,
     ):
-        super().__init__(store, shard, client, members.total, timeout_s, connected=connected)
+        super().__init__(store, shard, client, members.total, timeout_s, connected=False)
         self.votes, self.store, self._shard = votes, store, shard
-        self.members = members
+        self.members, self.peers_of = members, peers_of or self.peers_of
         self.joining: tuple[int, ...] = ()
+        if connected and len(members) > 1:
+            prefixed = PrefixStore(f"gossip/{shard}", store)
+            self._connect(prefixed, self._place(client), len(self._peers), timedelta(seconds=timeout_s))
 
     def enter(self) -> None:
         """For a client that comes back: wait until the others let it in."""
@@ -96,7 +102,8 @@ class VotingTransport(TorchTransport, Surviving):
             self._group = None
             decided = self.votes.clients
             told, self.members.clients = told and decided == self.members.clients, decided
-            decision = self.votes.vote(YES, self.news() if self.client == decided[0] and self._shard == 0 else "")
+            speaks = self.client == self._peers[0] and self._shard == 0
+            decision = self.votes.vote(YES, self.news() if speaks else "")
             if decision.clients != decided:  # one more: perhaps the one that had something to tell
                 continue
             if not told:
@@ -116,7 +123,7 @@ class VotingTransport(TorchTransport, Surviving):
         assert self.store is not None
         store = PrefixStore(f"gossip/{self._shard}/{number}", self.store)
         try:
-            self._connect(store, self.members.place(self.client), len(self.members), timedelta(seconds=_CONNECT_S))
+            self._connect(store, self._place(self.client), len(self._peers), timedelta(seconds=_CONNECT_S))
         except GossipError:  # one more is gone, or the store
             return False
         return True
@@ -130,7 +137,7 @@ class VotingExchange(TorchExchange):
     def wait(self) -> None:
         """See Exchange."""
         waiter = self._in_thread(self._transport.progress)
-        while waiter.is_alive():
+        while self._works and waiter.is_alive():
             if self._transport.votes.interrupted.is_set():
                 direction, neighbour, _ = self._works[0]
                 raise lost(self._transport.client, neighbour, direction, self._tag, "a client has gone")

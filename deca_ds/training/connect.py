@@ -14,7 +14,7 @@ from deca_ds.gossip.mpi import MpiTransport
 from deca_ds.gossip.torch_p2p import TorchTransport
 from deca_ds.gossip.transport import Transport
 from deca_ds.gossip.ulfm import UlfmTransport
-from deca_ds.gossip.uneven import UnevenTransport, torch_between_ranks
+from deca_ds.gossip.uneven import UnevenTransport, all_ranks_join, torch_between_ranks
 from deca_ds.gossip.voting import VotingTransport
 
 
@@ -59,7 +59,13 @@ def _voting(
         votes = Votes(cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, visit.own, visit)
     guard.farewells.append(votes.close)
     guard.cut_off, guard.return_s = votes.cut_off, max(guard.return_s, config.cluster.return_s)
-    store = guard.store.store
-    return VotingTransport(
-        votes, store, cluster.shard, cluster.client, cluster.members, timeout_s, connected=visit is None
-    )
+    store, connected = guard.store.store, visit is None
+    if cluster.layout.even:
+        return VotingTransport(
+            votes, store, cluster.shard, cluster.client, cluster.members, timeout_s, connected=connected
+        )
+    rank, ranks_of = cluster.launch.rank, cluster.layout.ranks_of
+    with all_ranks_join(cluster.launch, timeout_s):
+        return VotingTransport(
+            votes, store, 0, rank, cluster.members, timeout_s, connected=connected, peers_of=ranks_of
+        )

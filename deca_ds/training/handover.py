@@ -1,15 +1,22 @@
-"""The state of training, from one client to one that comes back, rank by rank, between two inner steps.
+"""The state of training, from one client to one that comes back, between two inner steps.
 
 It takes over everything that its own past does not determine: the model's shards, the active block's masters and the
 rule's buffers, and where the schedule stands. Its data, its order and its place in them follow from its own files and
-from that. A digest of all that was sent comes last.
+from that.
+
+Of each slice a rank receives what it holds, from those ranks of the giver that hold it too: from the one of its index,
+or, where the two clients differ in size, from those whose slices intersect its own. What is the same on all ranks of a
+client comes from one of them. Pairs of ranks meet in the order of the elements that they share, which is one order for
+all, so that none waits in a circle. A digest of all that went from one rank to another comes last.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +25,7 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.engine.client import BlockState, Client
 from deca_ds.errors import GossipError
-from deca_ds.gossip.transport import HANDOVER_TAG, Transport
+from deca_ds.gossip.transport import HANDOVER_TAG, Exchange, Transport
 from deca_ds.training.checkpoints import GRADIENT
 
 _PIECE = 2**22  # elements of a message; bounds the receiver's buffer
@@ -34,65 +41,88 @@ class Standing:
 
 
 def send(transport: Transport, to: int, client: Client, standing: Standing) -> None:
-    """Give this rank's part to the rank of the same shard index of client `to`."""
-    transport.exchange(torch.tensor([standing.done, int(standing.stopping)]), [to], {}, HANDOVER_TAG).wait()
-    digest = hashlib.blake2b()
-    for values in [*_model(client), *_block(standing.state)]:
-        for piece in _pieces(values):
-            on_host = piece.to("cpu", copy=True).contiguous()
-            digest.update(memoryview(on_host.view(torch.uint8).numpy()))
-            transport.exchange(on_host, [to], {}, HANDOVER_TAG).wait()
-    transport.exchange(_bytes(digest.digest()), [to], {}, HANDOVER_TAG).wait()
+    """Give this rank's part to the ranks of client `to`."""
+    way = _Way(transport, to, sends=True)
+    way.alike(torch.tensor([standing.done, int(standing.stopping)]))
+    way.model(client)
+    way.block(client)
+    way.end()
 
 
 def receive(transport: Transport, sender: int, client: Client, rule: Rule, schedule: Schedule) -> Standing:
-    """Take over what the rank of the same shard index of client `sender` gives.
+    """Take over this rank's part of what the ranks of client `sender` give.
 
     Raises GossipError if what came is not what was sent.
     """
+    way = _Way(transport, sender, sends=False)
     head = torch.empty(2, dtype=torch.int64)
-    transport.exchange(head[:0], [], {sender: head}, HANDOVER_TAG).wait()
+    way.alike(head)
     done, stopping = int(head[0]), bool(head[1])
-    digest = hashlib.blake2b()
-
-    def take(values: Tensor) -> None:
-        for piece in _pieces(values):
-            came = torch.empty(piece.shape, dtype=piece.dtype)
-            transport.exchange(came[:0], [], {sender: came}, HANDOVER_TAG).wait()
-            digest.update(memoryview(came.view(torch.uint8).numpy()))
-            piece.copy_(came)
-
-    for values in _model(client):
-        take(values)
+    way.model(client)
     state = None
     if done < len(schedule) and schedule.step(done).inner:
         # it may be open: when the giver is lost another one begins anew
         state = client.active or client.open_block(schedule.step(done).block, rule.buffers)
-        for values in _block(state):
-            take(values)
-    told = torch.empty(digest.digest_size, dtype=torch.uint8)
-    transport.exchange(told[:0], [], {sender: told}, HANDOVER_TAG).wait()
-    if bytes(told.numpy()) != digest.digest():
-        raise GossipError(
-            f"what client {sender} handed over is not what arrived: the digests differ",
-            where=f"client {transport.client}",
-            fix="join again; if it happens twice, look at the network",
-        )
+        way.block(client)
+    way.end()
     return Standing(done, stopping, state)
 
 
-def _model(client: Client) -> Iterator[Tensor]:
-    names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
-    for *_, values in client.shards(names):
-        yield values
-    for _, buffer in client.buffers():
-        yield buffer
+class _Way:
+    """This rank's end of a handover. other: the other client. sends: whether it goes there, or comes from there."""
 
+    def __init__(self, transport: Transport, other: int, sends: bool):
+        self._transport, self._other, self._sends = transport, other, sends
+        # of all so far, by rank; beside these, of what is alike, by the client
+        self._slices: dict[int, hashlib.blake2b] = defaultdict(hashlib.blake2b)
+        self._alike = hashlib.blake2b()
 
-def _block(state: BlockState | None) -> Iterator[Tensor]:
-    if state is not None:
-        for name in sorted(state.tensors.keys() - {GRADIENT}):
-            yield state.tensors[name]
+    def model(self, client: Client) -> None:
+        """All parameters and buffers."""
+        names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
+        for name, _, _, values in client.shards(names):
+            self._slice(values, prod(client.shapes[name]))
+        for _, buffer in client.buffers():
+            self.alike(buffer)
+
+    def block(self, client: Client) -> None:
+        """The active block's masters and the rule's buffers, if there is one."""
+        for name, _, _, tensors in client.block_shards():
+            for key in sorted(tensors.keys() - {GRADIENT}):
+                self._slice(tensors[key], prod(client.shapes[name]))
+
+    def _slice(self, values: Tensor, numel: int) -> None:
+        """This rank's slice of a parameter of `numel` elements."""
+        for rank, both_hold in self._transport.partners(numel, self._other):
+            self._move(self._transport.between_ranks, rank, values[both_hold], self._slices[rank])
+
+    def alike(self, values: Tensor) -> None:
+        """What all ranks of the giver have whole."""
+        self._move(self._transport.exchange, self._other, values, self._alike)
+
+    def _move(self, exchange: Callable[..., Exchange], partner: int, values: Tensor, digest: hashlib.blake2b) -> None:
+        for piece in _pieces(values):
+            if self._sends:
+                on_host = piece.to("cpu", copy=True).contiguous()
+                exchange(on_host, [partner], {}, HANDOVER_TAG).wait()
+            else:
+                on_host = torch.empty(piece.shape, dtype=piece.dtype)
+                exchange(on_host[:0], [], {partner: on_host}, HANDOVER_TAG).wait()
+                piece.copy_(on_host)
+            digest.update(memoryview(on_host.view(torch.uint8).numpy()))
+
+    def end(self) -> None:
+        """Compare digests of what was sent and what arrived; the receiver raises GossipError if they differ."""
+        digests = [(self._transport.between_ranks, rank, digest) for rank, digest in sorted(self._slices.items())]
+        for exchange, partner, digest in [*digests, (self._transport.exchange, self._other, self._alike)]:
+            told = _bytes(digest.digest())
+            self._move(exchange, partner, told, hashlib.blake2b())
+            if bytes(told.numpy()) != digest.digest():
+                raise GossipError(
+                    f"what client {self._other} handed over is not what arrived: the digests differ",
+                    where=f"client {self._transport.client}",
+                    fix="join again; if it happens twice, look at the network",
+                )
 
 
 def _pieces(values: Tensor) -> Iterator[Tensor]:

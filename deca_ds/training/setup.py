@@ -171,16 +171,17 @@ def build(
     metrics = Metrics(config.logging, cluster, output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
     survivors = None
-    if isinstance(transport, Surviving):
-        written = Agreed(transport, resumed)
+    way = transport.ranks if isinstance(transport, UnevenTransport) else transport
+    if isinstance(way, Surviving):
+        written = Agreed(way, resumed)
         guard.stop = StopQuestion()
-        survivors = Survivors(config.cluster, cluster, client, transport, gossip, mixing, metrics, guard, guard.stop)
+        survivors = Survivors(config.cluster, cluster, client, way, gossip, mixing, metrics, guard, guard.stop)
         lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
         guard.farewells.append(lifeline.close)
-        if isinstance(transport, VotingTransport) and cluster.is_leader:
+        if isinstance(way, VotingTransport) and cluster.is_leader:
             survivors.invite = partial(
                 invite,
-                transport.votes,
+                way.votes,
                 output,
                 guard,
                 attempt=attempt,
@@ -191,7 +192,7 @@ def build(
             )
             survivors.invite()
             if config.cluster.return_s:
-                survivors.lookout = Lookout(transport.votes, cluster.client, config.cluster.min_clients)
+                survivors.lookout = Lookout(way.votes, cluster.client, config.cluster.min_clients)
         if invitation is not None:
             standing = survivors.enter(rule, schedule)
             for marker in (f"FAILED_client_{cluster.client:03d}", "STOPPED"):

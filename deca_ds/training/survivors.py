@@ -27,9 +27,10 @@ from deca_ds.training.metrics import Metrics
 
 @dataclass
 class Survivors:
-    """Listens to the transport. config: when to stop. mixing: the matrices that the run was started with. invite: over
-    torch, brings what clients that come back are told up to date. lookout: on leaders, with cluster.return_s. returns:
-    whether this client ends its training here to join the others."""
+    """Listens to the transport, which where clients differ in size is the one under gossip's. config: when to stop.
+    mixing: the matrices that the run was started with. invite: over torch, brings what clients that come back are told
+    up to date. lookout: on leaders, with cluster.return_s. returns: whether this client ends its training here to join
+    the others."""
 
     config: ClusterConfig
     cluster: Cluster
@@ -72,7 +73,7 @@ class Survivors:
         self.cluster.progress.enter("taking over")
         self.transport.admit()
         standing = self.transport.together(
-            lambda: receive(self.transport, self._giver(self.cluster.client), self.client, rule, schedule)
+            lambda: receive(self.gossip.transport, self._giver(self.cluster.client), self.client, rule, schedule)
         )
         if standing.stopping:
             self.stop.stop()
@@ -93,7 +94,7 @@ class Survivors:
 
     def _hand_over(self, to: int, standing: Standing) -> None:
         if to in self.cluster.members.clients and self.cluster.client == self._giver(to):
-            send(self.transport, to, self.client, standing)
+            send(self.gossip.transport, to, self.client, standing)
 
     def _giver(self, to: int) -> int:
         """Who gives client `to` its state: the first neighbour that averages with it, else the first member."""

@@ -104,7 +104,7 @@ def test_a_poisoned_message_is_refused_by_name_before_anything_is_averaged(radiu
     own = torch.arange(50.0)
     there.start(3, poison)
     pending = here.start(3, own)
-    mixed = here.output(50).fill_(-1)
+    mixed = here.outputs.at(0, 50).fill_(-1)
     with pytest.raises(GossipError) as caught:
         here.settle(3)
         pending.wait()

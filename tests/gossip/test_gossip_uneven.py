@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any
@@ -16,13 +17,15 @@ from torch.distributed import HashStore
 
 from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.members import Members
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError, MessageError
+from deca_ds.gossip import survive
 from deca_ds.gossip import transport as shared
 from deca_ds.gossip.edges import probe_edges, save_edges
 from deca_ds.gossip.intersections import held
-from deca_ds.gossip.local import LocalNetwork
+from deca_ds.gossip.local import LocalNetwork, LocalTransport
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.uneven import UnevenGossip, UnevenTransport, torch_between_ranks
@@ -129,6 +132,66 @@ def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, rad
         assert sum(got[rank][1] for rank in ranks.layout.ranks_of(client)) == sent
 
 
+class Surviving(LocalTransport):
+    """Agreement number `at` finds client `dead` gone: `changed`, and all messages are sent again in a new network."""
+
+    may_lose_clients = True
+
+    def __init__(self, networks: list[LocalNetwork], rank: int, clients: int, dead: int, at: int):
+        super().__init__(networks[0], rank)
+        self.members, self._next, self._dead, self._agreements = Members(clients), networks[1], dead, at
+
+    def together(self, work: Callable[[], Any], *, last: bool = False) -> Any:
+        self._agreements -= 1
+        if self._agreements == 0:
+            self._network, self.rebuilt = self._next, self.rebuilt + 1
+            self.members.clients = tuple(j for j in self.members.clients if j != self._dead)
+            self.changed()
+        return work()
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+@pytest.mark.parametrize("travelling", [1, 2])
+def test_an_averaging_is_done_again_without_a_client_that_dies_amid_it(sizes, travelling):
+    """What has been sent of the second averaging is lost; then the scores of the mean model are without it, too."""
+    ranks, dead, numel = Ranks(sizes), 1, sum(NUMELS)
+    networks = [ranks.network, LocalNetwork(ranks.total, 20.0)]
+    schedule = build_mixing(GossipConfig(graph="complete"), len(sizes), seed=4)
+    whole = torch.randn(len(sizes), travelling, numel, generator=torch.Generator().manual_seed(0))
+
+    def body(rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        inner = Surviving(networks, rank, len(sizes), dead, at=2)
+        transport = UnevenTransport(inner, ranks.layout)
+        numels = {"numels": lambda: NUMELS, "messages": travelling}
+        gossip = UnevenGossip(transport, schedule, 16 * 4 / 2**20, client_sum=ranks.client_sum(rank), **numels)
+
+        def changed() -> None:
+            if transport.client == dead:
+                raise MessageError("dead")
+            gossip.schedule = survive.without(schedule, [dead])
+
+        inner.changed = changed
+        own = [ranks.shard(rank, x) for x in whole[transport.client]]
+        with suppress(MessageError):
+            own = averaged(gossip, own)
+        summed = ranks.shard(rank, whole[transport.client, 0], [numel])
+        if transport.client != dead:
+            assert transport.rebuilt == 1
+            transport.sum_slices(summed, numel)
+        return own, summed
+
+    results = ranks.run(body)
+    expected = whole
+    for matrix in [schedule.matrices[0], *[survive.without(schedule, [dead]).matrices[0]] * (STEPS - 1)]:
+        expected = torch.einsum("ij,jkn->ikn", torch.tensor(matrix, dtype=torch.float32), expected)
+    for client in (0, 2):
+        for place in range(travelling):
+            mixed = ranks.together(client, [shards[place] for shards, _ in results])
+            torch.testing.assert_close(mixed, expected[client, place], rtol=0, atol=1e-6)
+        summed = ranks.together(client, [summed for _, summed in results], [numel])
+        torch.testing.assert_close(summed, whole[0, 0] + whole[2, 0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", LAYOUTS)
 def test_collectives(sizes, monkeypatch):
     monkeypatch.setattr(shared, "REDUCE_PIECE", 20)
@@ -198,7 +261,7 @@ def test_a_rank_that_does_not_answer_is_named_with_its_client():
     with pytest.raises(MessageError, match=r"no message from rank 2 \(client 1\)") as caught:
         transport.exchange(torch.zeros(1), [], {1: torch.empty(1)}, 7).wait()
     assert caught.value.where == "rank 1 (client 0)" and "rank 2 (client 1)" in caught.value.fix
-    transport._ranks.progress.wait_for(2)
+    transport.ranks.progress.wait_for(2)
     assert progress.awaits == 1, "heartbeats name clients"
 
 

@@ -2,8 +2,9 @@
 
 Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
 step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
-after STEP is averaged). All but error is SIGKILL. And damaged: a bit of its first chunk flips on the way. A rank that
-is started with --join does not die. While a client is missing, steps take a second.
+after STEP is averaged), returned (before the local step, STEP steps after a client has come back). All but error is
+SIGKILL. And damaged: a bit of its first chunk flips on the way. A rank that is started with --join does not die. While
+a client is missing, steps take a second.
 """
 
 import gc
@@ -27,15 +28,19 @@ last, place = deaths.get(read_launch().rank, (0, "never"))
 if "--join" in sys.argv:
     last = 0
 gradient = Client.gradient
-steps, members, damaged = 0, None, []
+steps, since_return, members, damaged = 0, -1, None, []
 
 
 def counting_gradient(self, *arguments):
-    global steps
+    global steps, since_return
     steps += 1
     assert gc.isenabled(), "garbage is not collected in training"
-    time.sleep(1.0 if members is not None and members.missing else 0)
-    if steps == last and place == "before":
+    if members is not None and members.missing:
+        since_return = 0
+        time.sleep(1.0)
+    elif since_return >= 0:
+        since_return += 1
+    if (steps == last and place == "before") or (since_return == last and place == "returned"):
         os.kill(os.getpid(), signal.SIGKILL)
     if steps == last and place == "error":
         raise RuntimeError("a defect")

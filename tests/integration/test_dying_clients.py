@@ -138,6 +138,44 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     ShardedModel(step_folder(output / "checkpoints", 64)).verify()
 
 
+@pytest.mark.timeout(620)
+def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
+    """Client 0, one rank, dies amid an averaging and takes the state of client 1, two ranks; then client 1, by one of
+    its ranks, dies and takes that of client 2, one rank. Before that a message is damaged."""
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=16", "evaluation.every=64"]
+    keys += ["gossip.weights=lazy_metropolis", "checkpoint.every=32", "algorithm.eps=1e-2"]
+    finished = run(4, "0:4:sent,2:3:returned,3:2:damaged", keys, "torch", joins=3)
+    assert finished.code == 0, finished.output[-6000:]
+    assert "a message from rank 3 (client 2) was damaged on its way: its checksum differs" in finished.output
+    job = output / "metrics" / "job.jsonl"
+    first, back, second, again = records(job, "membership")
+    assert [line["missing"] for line in (first, back, second, again)] == [[0], [], [1], []]
+    assert [(line["to"], line["by"]) for line in records(job, "handover")] == [(0, 1), (1, 2)]
+    assert (first["from_step"], second["from_step"]) == (4, back["from_step"] + 2)
+    returns = {0: (back["from_step"] - 1, 1), 1: (again["from_step"] - 1, 2)}
+    assert_numbers(output, keys, {0: 4, 1: second["from_step"]}, returns)
+    own = records(output / "metrics" / "client_001.jsonl", "step")
+    assert [line["step"] for line in own] == [*range(1, second["from_step"]), *range(again["from_step"], 129)]
+    assert (output / "DONE").read_text() == "128 of 128 inner steps\n" and not list(output.glob("FAILED*"))
+    assert [record["step"] for record in records(job, "evaluation")] == [0, 64, 128]
+    saved = ShardedModel(step_folder(output / "checkpoints", 128))
+    saved.verify()
+    assert saved.ranks == {0: 1, 1: 2, 2: 1}
+
+
+@pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun")
+def test_clients_of_different_sizes_die_over_mpi(keys, tmp_path):
+    """The one that speaks for the job, by its second rank, amid an averaging; then one in an evaluation."""
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=4", "cluster.ranks=[2,1,2,1]", "evaluation.every=4"]
+    finished = run(6, "1:3:sent,5:4:evaluation,2:2:damaged", keys)
+    assert finished.code == 0, finished.output[-4000:]
+    assert "a message from rank 2 (client 1) was damaged on its way" in finished.output
+    assert_numbers(output, keys, {0: 3, 3: 5})
+    assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0, 3\n"
+
+
 @pytest.mark.timeout(620)  # two launches
 def test_each_part_of_a_graph_goes_on_by_itself(keys, tmp_path):
     """A path of four loses its second client; then one of the others, and that is one too many."""
