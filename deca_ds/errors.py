@@ -6,6 +6,8 @@ that message alone; any other exception is a defect of ours and keeps its traceb
 
 from __future__ import annotations
 
+import traceback
+
 
 class UserError(ValueError):
     """Something the user can fix.
@@ -66,3 +68,18 @@ class RankLostError(UserError):
 
 class CutOffError(RankLostError):
     """The other clients go on without this one, or are out of its reach."""
+
+
+def public_message(error: BaseException) -> str:
+    """What other clients may read of `error`: nothing that could quote data."""
+    kind = type(error).__name__
+    if isinstance(error, UserError):
+        return f"{kind}; its message stays with that rank, see its own output" if error.private else str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return f"{kind}{place}; its message and traceback stay with that rank, see its own output"
+
+
+def whole_message(error: BaseException) -> str:
+    """What the own output says of `error`: everything."""
+    return str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))

@@ -4,8 +4,8 @@ The first rank that fails writes its message to the job's store. A thread in eve
 process, whatever the process waits for (a collective, a message, a slow disk). The job leaves a FAILED marker with the
 message of that first rank, or a DONE marker. What may quote a client's data is told on that client's own output and in
 its own FAILED file; the others learn which rank it was and what kind of failure. The same thread sends this rank's
-heartbeats and ends waits that last too long (heartbeat.py). A store whose host is stopped as a process takes questions
-and answers none, and the asking thread waits for ever; so a second thread looks whether the first one gets answers.
+heartbeats and ends waits that last too long (heartbeat.py). It ends this process as well when the store no longer
+answers (silence.py).
 
 With cluster.on_failure=continue, from the first step on: a rank that fails tells it on its own output and in
 FAILED_client_NNN and kills itself, as the MPI library expects of the dead; and the store may go with its host, until
@@ -22,7 +22,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -33,14 +32,23 @@ from deca_ds.cluster.comeback import come_back
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
 from deca_ds.cluster.heartbeat import Heartbeats, Progress
 from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.silence import Silence
 from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.cluster.store import JobStore
-from deca_ds.errors import CutOffError, MessageError, RankLostError, StallError, UserError
+from deca_ds.errors import (
+    CutOffError,
+    MessageError,
+    RankLostError,
+    StallError,
+    UserError,
+    public_message,
+    whole_message,
+)
 
 _FAILED_KEY, _DONE_KEY = "job/failed", "job/done"
 _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
 _CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice that the client is cut off
-_COUNT_S = 1.0  # between two looks at whether the store has answered
+_NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does not answer
 _LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
@@ -68,7 +76,6 @@ class JobGuard:
         self._abrupt = False  # whether somebody has died
         self._parent = os.getppid()
         self._finished = threading.Event()
-        self._answers = 0  # of the store, to the watcher
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
         # reported, and must not end the process before the message is told.
         self._leaving = threading.Lock()
@@ -112,17 +119,17 @@ class JobGuard:
         if self.return_s and (self._outlived or self._visits) and self._is_cut_off(error):
             self.come_back(f"was cut off: {error}")
         if self._outlived:
-            self._die(_whole_message(error) + self._last_seen(error))
+            self._die(whole_message(error) + self._last_seen(error))
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
         if self._visits:
-            self._leave(self._report(_whole_message(error), code), announce=True)
+            self._leave(self._report(whole_message(error), code), announce=True)
         seen = self._last_seen(error)
         report = json.dumps(self._report(public_message(error) + seen, code))
         first = report
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
             first = self._store.store.compare_set(_FAILED_KEY, "", report).decode() or report
         if first == report:
-            self._leave(self._report(_whole_message(error) + seen, code), announce=True)
+            self._leave(self._report(whole_message(error) + seen, code), announce=True)
         self._leave(json.loads(first))
 
     def come_back(self, why: str) -> NoReturn:
@@ -165,8 +172,6 @@ class JobGuard:
         watch = self._watch if self.launch.world_size > 1 else self._beat
         self._thread = threading.Thread(target=watch, args=(self._store, self._store.reconnect()), daemon=True)
         self._thread.start()
-        if self.launch.world_size > 1:
-            threading.Thread(target=self._count_answers, args=(self._store,), daemon=True).start()
 
     def _beat(self, job: JobStore, store: Store) -> None:
         """All that there is to do for a single rank."""
@@ -174,11 +179,16 @@ class JobGuard:
             self.heartbeats.beat(store)
 
     def _watch(self, job: JobStore, store: Store) -> None:
+        silence = Silence(self.progress, job.timeout.total_seconds(), self._no_answer)
+        with contextlib.closing(silence):
+            self._ask(job, store, silence)
+
+    def _ask(self, job: JobStore, store: Store, silence: Silence) -> None:
         while self._store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
             try:
                 self.stop.look(store)
                 report, announce = self._look(store)
-                self._answers += 1
+                silence.answered()
             except RuntimeError:
                 if self._finished.is_set():
                     return
@@ -196,23 +206,16 @@ class JobGuard:
                 self._leaving.acquire()
                 self._leave(report, announce)
 
-    def _count_answers(self, job: JobStore) -> None:
-        """End this process if neither the store has answered nor this rank moved on for cluster.timeout_s."""
-        timeout_s = job.timeout.total_seconds()  # until the configuration has told its own
-        seen, silent_s = -1, 0.0  # counted, not measured: this process may be stopped for a while itself
-        while self._store is job and not self._finished.wait(_COUNT_S):
-            silent_s = silent_s + _COUNT_S if self._answers == seen else 0.0
-            seen, idle_s = self._answers, time.monotonic() - self.progress.moved
-            if min(silent_s, idle_s) > (self.progress.timeout_s or timeout_s):
-                silence = StallError(
-                    f"no progress for {idle_s:.0f} s, and no answer for {silent_s:.0f} s from the job's store, which "
-                    f"rank {self.host} hosts",
-                    where=self.progress.place,
-                    fix=f"look at rank {self.host}: it is stopped as a process, or its host is out of reach",
-                )
-                # the main thread may have taken it, to tell the store what it will never hear
-                self._leaving.acquire(timeout=_COUNT_S)
-                self._leave(self._report(str(silence), USER_ERROR_CODE), announce=True)
+    def _no_answer(self, idle_s: float, silent_s: float) -> None:
+        silence = StallError(
+            f"no progress for {idle_s:.0f} s, and no answer for {silent_s:.0f} s from the job's store, which rank "
+            f"{self.host} hosts",
+            where=self.progress.place,
+            fix=f"look at rank {self.host}: it is stopped as a process, or its host is out of reach",
+        )
+        # the main thread may have taken it, to tell the store what that will never hear
+        self._leaving.acquire(timeout=_NO_ANSWER_S)
+        self._leave(self._report(str(silence), USER_ERROR_CODE), announce=True)
 
     def _look(self, store: Store) -> tuple[dict | None, bool]:
         """A reason to end this process, if there is one, and whether it has yet to be told."""
@@ -284,20 +287,6 @@ class JobGuard:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def public_message(error: BaseException) -> str:
-    """What other clients may read of `error`: nothing that could quote data."""
-    kind = type(error).__name__
-    if isinstance(error, UserError):
-        return f"{kind}; its message stays with that rank, see its own output" if error.private else str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    return f"{kind}{place}; its message and traceback stay with that rank, see its own output"
-
-
-def _whole_message(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ import sys
 import pytest
 from jobs import free_port
 
-from deca_ds.cluster.guard import public_message
-from deca_ds.errors import DataError
+from deca_ds.errors import DataError, public_message
 
 WORKER = """
 import sys, time
@@ -28,7 +27,7 @@ with guarded(launch, open_job_store(launch, 60)) as guard:
     elif what == "slow":  # long after the report is in the store, the message is still being put together
         from deca_ds.cluster import guard as module
 
-        module._whole_message = lambda error: time.sleep(3) or "told in full"
+        module.whole_message = lambda error: time.sleep(3) or "told in full"
         raise RuntimeError("a defect")
     elif what == "data":
         raise DataError("row 3 says 'secret'")
