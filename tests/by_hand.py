@@ -1,7 +1,8 @@
 """Start ranks one by one, as by hand on their hosts: by_hand.py RANKS PORT COMMAND... Their exit codes are printed.
 
 Fails if a rank does. With DECA_TEST_JOIN=N the ranks that are killed are started again with --join, up to N of them.
-With DECA_TEST_DEATHS=1 ranks may end as they like.
+With DECA_TEST_DEATHS=1 ranks may end as they like. With DECA_TEST_LATE=2,3:PATH these ranks are started with --join, as
+soon as there is a PATH.
 """
 
 import os
@@ -19,8 +20,13 @@ def start(rank: int, *more: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *command, *more], env=os.environ | environment)
 
 
-started = {rank: start(rank) for rank in range(int(ranks))}
+late, _, sign = os.environ.get("DECA_TEST_LATE", "").partition(":")
+absent = [int(rank) for rank in late.split(",") if rank]
+started = {rank: start(rank) for rank in range(int(ranks)) if rank not in absent}
 while any(process.poll() is None for process in started.values()):
+    if absent and os.path.exists(sign):
+        started |= {rank: start(rank, "--join") for rank in absent}
+        absent = []
     for rank, process in started.items():
         if joins and (process.poll() or 0) < 0:
             joins -= 1

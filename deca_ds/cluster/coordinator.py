@@ -99,17 +99,18 @@ class Line:
 
 
 class Coordinator:
-    """Of client `client`. host: address to listen at. timeout_s: for all ranks to come at the start of the job.
+    """Of client `client`. host: address to listen at. timeout_s: for all ranks to come at the start of the job, which
+    is that of `clients`.
 
     address: where ranks reach it. invitation: what a returning client has to know; set by the leader.
     """
 
-    def __init__(self, layout: ClientLayout, client: int, host: str, timeout_s: float):
+    def __init__(self, layout: ClientLayout, client: int, host: str, timeout_s: float, clients: Sequence[int]):
         self._layout, self._leader, self._timeout_s = layout, layout.leader_of(client), timeout_s
         self._server = socket.create_server((host, 0), backlog=1024)
         self.address: tuple[str, int] = self._server.getsockname()[:2]
         self._lines: dict[int, Line] = {}  # by rank
-        self._last = Decision(0, 0, "", tuple(range(layout.clients)))
+        self._last = Decision(0, 0, "", tuple(clients))
         self.invitation: dict[str, Any] | None = None
         self._visits = 0
         self._visitors: dict[int, Line] = {}  # ranks of clients that want to come back

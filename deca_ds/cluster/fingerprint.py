@@ -60,19 +60,19 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 def compare_software(config: Config, launch: Launch, store: JobStore, matrices: Sequence[bytes]) -> None:
     """Raise LaunchError unless all ranks run the same code, libraries and configuration. All ranks call this.
 
-    matrices: the mixing matrices. With cluster.allow_mixed_versions other libraries are a warning on rank 0.
+    matrices: the mixing matrices. With cluster.allow_mixed_versions other libraries are a warning on the first rank.
     """
     every = store.gather(launch, "fingerprint", {"host": launch.host, **software(config, matrices)})
-    hosts = [of["host"] for of in every]
-    _refuse("deca_ds source files", [of["code"] for of in every], hosts, "install the same deca_ds everywhere")
-    if len({of["keys"] for of in every}) > 1:
+    hosts = _each(every, "host")
+    _refuse("deca_ds source files", _each(every, "code"), hosts, "install the same deca_ds everywhere")
+    if len(set(_each(every, "keys").values())) > 1:
         _refuse_keys(store.gather(launch, "fingerprint/keys", _keys(config, matrices)), hosts)
     for name in LIBRARIES:
-        odd = odd_ones([of[name] for of in every], hosts)
+        odd = odd_ones(_each(every, name), hosts)
         if odd and not config.cluster.allow_mixed_versions:
             fix = "install the same everywhere, or set cluster.allow_mixed_versions=true if you know them to fit"
             raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=fix)
-        if odd and launch.rank == 0:
+        if odd and launch.rank == launch.first:
             print("WARNING: " + "; ".join(odd).replace("{}", name), file=sys.stderr, flush=True)
 
 
@@ -91,26 +91,26 @@ def compare_start(launch: Launch, store: JobStore, parts: Mapping[str, str], ran
     every = store.gather(launch, "fingerprint/start", {"host": launch.host, **parts})
     for name in parts:
         for shard in range(ranks_per_client):
-            ranks = range(shard, launch.world_size, ranks_per_client)
-            values, hosts = [every[rank][name] for rank in ranks], [every[rank]["host"] for rank in ranks]
-            _refuse(name, values, hosts, "give all clients the same files in model.path and model.tokenizer", ranks)
+            alike = {rank: of for rank, of in every.items() if rank % ranks_per_client == shard}
+            fix = "give all clients the same files in model.path and model.tokenizer"
+            _refuse(name, _each(alike, name), _each(alike, "host"), fix)
 
 
-def odd_ones(values: Sequence[str], hosts: Sequence[str], ranks: Sequence[int] | None = None) -> list[str]:
+def odd_ones(values: Mapping[int, str], hosts: Mapping[int, str]) -> list[str]:
     """A sentence for each value that the majority does not have, with {} for the name; none if all are equal.
 
-    ranks: whose values these are; None: 0, 1, ... Of values that equally many have, the lowest rank's counts as theirs.
+    values, hosts: by rank. Of values that equally many have, the lowest rank's counts as theirs.
     """
     holders: dict[str, list[int]] = defaultdict(list)
-    for place, value in enumerate(values):
-        holders[value].append(place)
+    for rank, value in values.items():
+        holders[value].append(rank)
     majority = max(holders, key=lambda value: len(holders[value]))
     others = len(holders[majority])
     named = []
-    for value, places in holders.items():
+    for value, ranks in holders.items():
         if value != majority:
-            whose = ", ".join(f"{ranks[place] if ranks else place} on {hosts[place]}" for place in places)
-            who = f"rank {whose} has" if len(places) == 1 else f"ranks {whose} have"
+            whose = ", ".join(f"{rank} on {hosts[rank]}" for rank in ranks)
+            who = f"rank {whose} has" if len(ranks) == 1 else f"ranks {whose} have"
             named.append(f"{who} {{}} {value}, {others} other{'s' if others > 1 else ''} {majority}")
     return named
 
@@ -130,18 +130,20 @@ def _keys(config: Config, matrices: Sequence[bytes]) -> dict[str, Any]:
     return json.loads(json.dumps(keys, sort_keys=True))
 
 
-def _refuse_keys(every: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> None:
-    for key in sorted({key for keys in every for key in keys}):
-        values = [json.dumps(keys.get(key)) for keys in every]
+def _refuse_keys(every: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> None:
+    for key in sorted({key for keys in every.values() for key in keys}):
+        values = {rank: json.dumps(keys.get(key)) for rank, keys in every.items()}
         _refuse(f"{key} =", values, hosts, "start all ranks with the same configuration")
 
 
-def _refuse(
-    name: str, values: Sequence[str], hosts: Sequence[str], fix: str, ranks: Sequence[int] | None = None
-) -> None:
-    odd = odd_ones(values, hosts, ranks)
+def _refuse(name: str, values: Mapping[int, str], hosts: Mapping[int, str], fix: str) -> None:
+    odd = odd_ones(values, hosts)
     if odd:
         raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=fix)
+
+
+def _each(every: Mapping[int, Mapping[str, str]], name: str) -> dict[int, str]:
+    return {rank: of[name] for rank, of in every.items()}
 
 
 def _version(package: str) -> str:

@@ -63,14 +63,14 @@ class JobGuard:
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
         self.output: Path | None = None
-        self.heartbeats = Heartbeats(launch)
+        self.heartbeats = Heartbeats(launch, gone=launch.absent)
         self.stop: StopAgreement | StopQuestion = StopAgreement(
             launch.rank, launch.world_size, store.timeout.total_seconds()
         )
         self._store = store
         self.farewells: list[Callable[[], None]] = []
         self.return_s, self.cut_off = 0.0, threading.Event()
-        self.host, self._ranks = 0, launch.world_size  # ranks that use the store
+        self.host, self._ranks = launch.first, len(launch.ranks)  # ranks that use the store
         self._outlived = False  # whether the others go on when this rank fails
         self._visits = False
         self._abrupt = False  # whether somebody has died

@@ -136,7 +136,7 @@ class _Observed:
 class Heartbeats:
     """This rank's heartbeat, and what it sees of the others'. `beat` and `stalled` belong to the watcher thread.
 
-    folder: run.output/heartbeats, once it may be written to. gone: ranks that have died while the others go on.
+    folder: run.output/heartbeats, once it may be written to. gone: ranks that are not there, while the others go on.
     """
 
     launch: Launch

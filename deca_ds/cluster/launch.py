@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deca_ds.errors import LaunchError
 
@@ -29,7 +29,8 @@ class Launch:
     """This process among all processes of the job.
 
     rank, world_size: over all clients. local_rank: on this host. local_size: processes on this host, where known, else
-    world_size. master: host and port that the launcher reserved for the job's store, or None under MPI.
+    world_size. master: host and port that the launcher reserved for the job's store, or None under MPI. absent: ranks
+    of the world that are not started with the others.
     """
 
     launcher: str
@@ -38,6 +39,28 @@ class Launch:
     local_rank: int
     local_size: int
     master: tuple[str, int] | None
+    absent: frozenset[int] = frozenset()
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those that are started together, ascending."""
+        return [rank for rank in range(self.world_size) if rank not in self.absent]
+
+    @property
+    def first(self) -> int:
+        """The rank that hosts the job's store at the start."""
+        return self.ranks[0]
+
+    def without(self, clients: Sequence[int], layout: ClientLayout) -> Launch:
+        """The same without these clients. Raises LaunchError if this rank is of one of them."""
+        client = layout.client_of(self.rank)
+        if client in clients:
+            raise LaunchError(
+                f"rank {self.rank} is of client {client}, which cluster.absent names",
+                where="cluster.absent",
+                fix="start it with --join, when the others are in training",
+            )
+        return replace(self, absent=frozenset(rank for absent in clients for rank in layout.ranks_of(absent)))
 
     @property
     def host(self) -> str:

@@ -36,28 +36,29 @@ class JobStore:
             return self.store
         return _join(self.address, self.timeout)
 
-    def gather(self, launch: Launch, key: str, value: Any) -> list[Any]:
-        """Every rank's JSON-able value, a few hundred bytes, on every rank, ascending; all ranks use the same keys.
+    def gather(self, launch: Launch, key: str, value: Any) -> dict[int, Any]:
+        """rank -> JSON-able value, a few hundred bytes, of all that are started together, ascending, on each of them;
+        all use the same keys.
 
         Raises LaunchError that names the ranks that do not come within the store's time limit.
         """
         self._gathered[key] += 1
         key = f"{key}/{self._gathered[key]}"
-        own = [f"{key}/{rank}" for rank in range(launch.world_size)]
+        own = {rank: f"{key}/{rank}" for rank in launch.ranks}
         self.store.set(own[launch.rank], json.dumps(value))
-        if launch.rank == 0:
-            every = [json.loads(self._get(part, launch, own)) for part in own]
+        if launch.rank == launch.first:
+            every = [(rank, json.loads(self._get(part, launch, own))) for rank, part in own.items()]
             self.store.set(key, json.dumps(every))
-        return json.loads(self._get(key, launch, own))
+        return dict(json.loads(self._get(key, launch, own)))
 
-    def _get(self, key: str, launch: Launch, parts: list[str]) -> bytes:
+    def _get(self, key: str, launch: Launch, parts: dict[int, str]) -> bytes:
         try:
             return self.store.get(key)
         except RuntimeError as error:
-            missing = [rank for rank, part in enumerate(parts) if not self.store.check([part])]
+            missing = [rank for rank, part in parts.items() if not self.store.check([part])]
             raise LaunchError(
                 f"rank {launch.rank} on {launch.host} waited {self.timeout.total_seconds():g} s for "
-                + (f"rank {', '.join(map(str, missing))}" if missing else "rank 0, which all others have told"),
+                + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {launch.first}, which knows of all"),
                 where=key.rsplit("/", 1)[0],
                 fix="look at the output of these ranks",
             ) from error
@@ -85,14 +86,14 @@ class JobStore:
 
 
 def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
-    """Host (rank 0) or join the job's store; under MPI rank 0 picks a free port and broadcasts it.
+    """Host (the first rank) or join the job's store; under MPI rank 0 picks a free port and broadcasts it.
 
-    Raises LaunchError if rank 0 cannot be reached within `timeout_s` seconds.
+    Raises LaunchError if that rank cannot be reached within `timeout_s` seconds.
     """
     timeout = timedelta(seconds=timeout_s)
     if launch.world_size == 1:
         return JobStore(HashStore(), None, timeout)
-    is_host = launch.rank == 0
+    is_host = launch.rank == launch.first
     try:
         if launch.master is not None:
             address = launch.master
@@ -103,7 +104,7 @@ def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
         raise LaunchError(
             f"rank {launch.rank} on {launch.host} cannot {'host' if is_host else 'reach'} the job's store: {error}",
             where=f"{launch.master or 'MPI'}",
-            fix="check that rank 0 runs, that its port is free and that the hosts reach each other; "
+            fix=f"check that rank {launch.first} runs, that its port is free and that the hosts reach each other; "
             "deepspeed --master_port chooses another port",
         ) from error
     return JobStore(store, address, timeout)

@@ -51,7 +51,7 @@ def join_job(
         try:
             addresses = _read(folder / FILE)
             if launch.rank == layout.leader_of(client):
-                own = own or Coordinator(layout, client, _address_towards(addresses), timeout_s)
+                own = own or Coordinator(layout, client, _address_towards(addresses), timeout_s, range(layout.clients))
                 addresses[client] = own.address
             visit = _ask_to_join(launch.rank, client, addresses, own, timeout_s)
             return visit, join_job_store(visit.invitation["store"], timeout_s)

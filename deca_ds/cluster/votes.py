@@ -22,9 +22,9 @@ _CONNECT_S = 5.0
 class Votes:
     """A thread keeps the connection to whoever is the coordinator, also while this rank is busy with something else.
 
-    addresses: of every client's coordinator, as it is now. timeout_s: for all ranks to come to an agreement. own:
-    this client's coordinator, on its leader. visit: of a client that comes back; it does not vote before `enter`.
-    cut_off: set when this client is out, or out of the others' reach.
+    addresses: of every client's coordinator, as it is now; at the start, of those that are there. timeout_s: for all
+    ranks to come to an agreement. own: this client's coordinator, on its leader. visit: of a client that comes back; it
+    does not vote before `enter`. cut_off: set when this client is out, or out of the others' reach.
     interrupted: set as soon as a client has gone or a rank has voted no, until the next decision.
     """
 
@@ -40,7 +40,7 @@ class Votes:
         self.own = own
         self.interrupted, self.cut_off = threading.Event(), threading.Event()
         self._rank, self.addresses, self._timeout_s = rank, dict(addresses), timeout_s
-        self._last = Decision(0, 0, "", tuple(range(layout.clients)))
+        self._last = Decision(0, 0, "", tuple(addresses))
         self._visit = visit
         self._lost: list[int] = []  # clients whose coordinators are out of reach
         self._line: Line | None = None
@@ -166,9 +166,10 @@ class Votes:
 def open_votes(launch: Launch, layout: ClientLayout, store: JobStore, timeout_s: float) -> Votes:
     """Start this client's coordinator, if this rank is its leader, and join the one at work. All ranks call this."""
     client, coordinator = layout.client_of(launch.rank), None
+    clients = [client for client in range(layout.clients) if layout.leader_of(client) not in launch.absent]
     if launch.rank == layout.leader_of(client):
         assert store.address is not None, "a single process has nobody to vote with"
-        coordinator = Coordinator(layout, client, own_address(store.address), timeout_s)
+        coordinator = Coordinator(layout, client, own_address(store.address), timeout_s, clients)
     told = store.gather(launch, "coordinators", coordinator and coordinator.address)
-    addresses: Addresses = {c: tuple(told[layout.leader_of(c)]) for c in range(layout.clients)}
+    addresses: Addresses = {c: tuple(told[layout.leader_of(c)]) for c in clients}
     return Votes(launch.rank, layout, addresses, timeout_s, coordinator)

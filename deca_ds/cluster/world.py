@@ -33,7 +33,7 @@ class Cluster:
 
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
     communicator of all ranks with this shard index, in client order; of all ranks where clients differ in size; None
-    where gossip goes over torch. progress: what this rank is doing. members: the clients that have not died.
+    where gossip goes over torch. progress: what this rank is doing. members: the clients that are there.
     client_store: this client's own, None where its leader does not host one.
     """
 
@@ -47,7 +47,9 @@ class Cluster:
     members: Members = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "members", Members(self.layout.clients))
+        layout, absent = self.layout, self.launch.absent
+        absent_clients = [client for client in range(layout.clients) if layout.leader_of(client) in absent]
+        object.__setattr__(self, "members", Members(layout.clients, absent_clients))
 
     @property
     def client(self) -> int:
@@ -168,6 +170,12 @@ def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
         raise LaunchError(
             f"cluster.return_s = {config.cluster.return_s:g}, but over MPI no process can join a job that runs",
             where="cluster.return_s",
+            fix="leave it out, or start every client by itself, over torch",
+        )
+    if config.cluster.absent and choose_transport(config.cluster.transport, launch) == "mpi":
+        raise LaunchError(
+            f"cluster.absent = {list(config.cluster.absent)}, but over MPI no process can join a job that runs",
+            where="cluster.absent",
             fix="leave it out, or start every client by itself, over torch",
         )
     if (why := _ends_together(config, launch)) is not None:

@@ -91,6 +91,8 @@ def check(config: Config) -> None:
         )
     if config.cluster.ranks is not None:
         _check_ranks(config)
+    if config.cluster.absent:
+        _check_absent(config)
     if config.cluster.on_failure == "continue" and config.cluster.min_clients > config.cluster.clients > 1:
         raise ConfigError(
             f"cluster.min_clients = {config.cluster.min_clients}, but there are {config.cluster.clients} clients",
@@ -211,6 +213,29 @@ def _check_ranks(config: Config) -> None:
             f"gossip.wait_s = {config.gossip.wait_s:g} is for clients of one size, and cluster.ranks = {ranks}",
             where="gossip.wait_s",
             fix="give all clients as many ranks, or set gossip.wait_s=null",
+        )
+
+
+def _check_absent(config: Config) -> None:
+    cluster, absent = config.cluster, list(config.cluster.absent)
+    if len(set(absent)) < len(absent) or not all(0 <= client < cluster.clients for client in absent):
+        raise ConfigError(
+            f"cluster.absent = {absent} does not name clients of 0 to {cluster.clients - 1}, each once",
+            where="cluster.absent",
+            fix="list the numbers of clients that are not started with the others",
+        )
+    if cluster.on_failure == "stop":
+        raise ConfigError(
+            f"cluster.absent = {absent}, but with cluster.on_failure=stop the job takes all clients",
+            where="cluster.absent",
+            fix="set cluster.on_failure=continue, or leave cluster.absent out",
+        )
+    if cluster.clients - len(absent) < max(1, cluster.min_clients):
+        raise ConfigError(
+            f"without those of cluster.absent = {absent} there are {cluster.clients - len(absent)} clients, fewer than "
+            f"cluster.min_clients = {cluster.min_clients}",
+            where="cluster.absent",
+            fix="start with more clients, or lower cluster.min_clients",
         )
 
 

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "cluster.timeout_s",
     "cluster.allow_mixed_versions",
     "cluster.on_failure",
+    "cluster.absent",
     "cluster.min_clients",
     "cluster.on_partition",
     "cluster.return_s",

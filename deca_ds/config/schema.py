@@ -35,6 +35,8 @@ class ClusterConfig:
     timeout_s: float = 600.0  # seconds that a rank may wait while none of those that it waits for moves on
     # when a client dies: stop the job; continue: the others go on without it (where the launcher lets them)
     on_failure: Literal["stop", "continue"] = "stop"
+    # for continue over torch: clients that are not started with the others; each may come later, with --join
+    absent: list[int] = field(default_factory=list)
     min_clients: int = 2  # for continue: with fewer clients left the job saves a checkpoint and stops
     # for continue, where those who are left are not joined by the graph: stop in the same way; continue: part by part
     on_partition: Literal["stop", "continue"] = "stop"

@@ -58,7 +58,7 @@ def probe_edges(
             measured.append((j, partner, figures))
     every = store.gather(launch, "edges/measured", measured)
     edges: dict[tuple[int, int], dict[str, Any]] = {}
-    for rank, rows in enumerate(every):
+    for rank, rows in every.items():
         i = layout.client_of(rank)
         for j, partner, (round_trip_ms, mb_per_s) in rows:
             edge = edges.setdefault((i, j), {"clients": [i, j], "hosts": [hosts[rank], hosts[partner]], "shards": []})

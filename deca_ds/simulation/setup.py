@@ -33,6 +33,12 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
             where="model.dtype",
             fix="leave model.dtype out",
         )
+    if config.cluster.absent:
+        raise ConfigError(
+            f"a simulation has all clients from the start, but cluster.absent = {list(config.cluster.absent)}",
+            where="cluster.absent",
+            fix="leave cluster.absent out",
+        )
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     tokenizer = load_tokenizer(config.model)
     if data is None:

@@ -44,12 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         launch = read_launch()
-        config, visit = None, None
+        try:
+            config, mistake = load_config(arguments.config, arguments.overrides), None
+        except UserError as error:
+            config, mistake = None, error  # for the guard to tell the other ranks, too
+        visit = None
         if arguments.join:
-            config = load_config(arguments.config, arguments.overrides)
+            if config is None:
+                raise mistake
             layout = ClientLayout.of(check_world(config, launch.world_size))
             visit, store = join_job(launch, layout, Path(config.run.output), _START_TIMEOUT_S, tries_until())
         else:
+            if config is not None and config.cluster.absent:
+                layout = ClientLayout.of(check_world(config, launch.world_size))
+                launch = launch.without(config.cluster.absent, layout)
             store = open_job_store(launch, _START_TIMEOUT_S)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
@@ -58,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if visit is not None:
             guard.visit(visit.invitation["host"])
             guard.return_s = max(0.0, tries_until() - time.time())
-        config = config or load_config(arguments.config, arguments.overrides)
+        if config is None:
+            raise mistake
         if arguments.dry_run:
-            if launch.rank == 0:
+            if launch.rank == launch.first:
                 from deca_ds.training.plan import print_plan
 
                 print_plan(config, launch.world_size if launch.launcher != "python" else None)
@@ -85,8 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"done{without}: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
             else:
                 (trainer.output / "STOPPED").write_text(f"{steps}{without}\n")
-                whence = ", from the newest checkpoint that all clients wrote" if members.missing else ""
-                how = f"the same command with run.resume=require{whence}"
+                how = "the same command with run.resume=require"
+                if set(members.missing) - set(config.cluster.absent):
+                    how += ", from the newest checkpoint that all clients wrote"
+                    if trainer.cluster.transport == "torch":
+                        how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
         if trainer.survivors is not None and trainer.survivors.returns:
             guard.come_back("is in the smaller part of the network, or alone")

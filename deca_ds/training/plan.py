@@ -16,6 +16,7 @@ from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
+from deca_ds.gossip import survive
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
@@ -47,12 +48,18 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
     check_wait(config.gossip.wait_s, mixing)
+    survive.check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     model = meta_model(config.model, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
     console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
+    if config.cluster.absent:
+        without = survive.without(mixing, config.cluster.absent)
+        gap = survive.spectral_gap(without, [c for c in range(clients) if c not in config.cluster.absent])
+        absent = ", ".join(map(str, sorted(config.cluster.absent)))
+        console.print(f"at the start: client {absent} absent, spectral gap {gap:.4g}", highlight=False)
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
     for warning in slow_mixing(
         mixing,

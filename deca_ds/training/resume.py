@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deca_ds.cluster.store import JobStore
 from deca_ds.config import Config
 from deca_ds.engine.client import BlockState, Client
 from deca_ds.errors import CheckpointError
+from deca_ds.gossip import survive
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.training.checkpoints import (
@@ -54,7 +56,8 @@ class Resumption:
 
 
 def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout, mixing: MixingSchedule) -> Resumption:
-    """The newest checkpoint that every rank of every client finds whole; all ranks call this, before anything else.
+    """The newest checkpoint that every rank that is started finds whole, and that was saved with all clients but those
+    of cluster.absent; all ranks call this, before anything else.
 
     Newer ones are named on stderr, with the reason, and removed: the run comes to their steps again. If none can be
     used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is none that all
@@ -67,10 +70,10 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     refused: list[str] = []
     earlier: set[int | None] = set()  # the newest that was complete when these were written
     written = False  # whether any rank has a part of them, whole or not
-    for step in sorted({step for steps in seen for step in steps}, reverse=True):
-        saved, answer = _try(folder, step, own)
+    for step in sorted({step for steps in seen.values() for step in steps}, reverse=True):
+        saved, answer = _try(folder, step, own, config.cluster.absent)
         answers = store.gather(launch, f"resume/{step}", answer)
-        attempts = {answer.get("attempt") for answer in answers}
+        attempts = {answer.get("attempt") for answer in answers.values()}
         if len(attempts) == 1 and None not in attempts:
             assert saved is not None
             same = saved.ranks[client] == own["ranks"]
@@ -80,9 +83,9 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
             verdict = f"going on after inner step {at['done']} of {at['of']}: {saved.folder}"
             _leave_behind(Path(config.run.output), step, own, launch, refused, verdict)
             return Resumption(step, saved, state, same)
-        earlier |= {answer["earlier"] for answer in answers if "earlier" in answer}
-        written |= any(answer.get("written", True) for answer in answers)
-        failing = next((r for r, answer in enumerate(answers) if "reason" in answer), None)
+        earlier |= {answer["earlier"] for answer in answers.values() if "earlier" in answer}
+        written |= any(answer.get("written", True) for answer in answers.values())
+        failing = next((rank for rank, answer in answers.items() if "reason" in answer), None)
         reason = "ranks hold it from different attempts" if failing is None else answers[failing]["reason"]
         refused.append(f"step {step}: {'' if failing is None else f'rank {failing}: '}{reason}")
     if (written and earlier != {None}) or config.run.resume == "require":
@@ -96,7 +99,9 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     return Resumption()
 
 
-def _try(folder: Path, step: int, own: dict[str, int]) -> tuple[ShardedModel | None, dict[str, Any]]:
+def _try(
+    folder: Path, step: int, own: dict[str, int], absent: Collection[int]
+) -> tuple[ShardedModel | None, dict[str, Any]]:
     """The checkpoint and its attempt, or None and why this rank cannot use it."""
     try:
         saved = open_checkpoint(folder, step, **own)
@@ -106,8 +111,8 @@ def _try(folder: Path, step: int, own: dict[str, int]) -> tuple[ShardedModel | N
     except (OSError, SafetensorError) as error:
         return None, {"reason": f"{error} ({step_folder(folder, step)})"}
     state = next(iter(saved.states.values()))
-    if state.get("missing"):
-        return None, {"reason": f"it was saved without client {', '.join(map(str, state['missing']))}"}
+    if missing := [client for client in state.get("missing", ()) if client not in absent]:
+        return None, {"reason": f"it was saved without client {', '.join(map(str, missing))}"}
     return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 
@@ -118,7 +123,7 @@ def _leave_behind(
     _remove_newer(output, step, **own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)
-    if launch.rank == 0:
+    if launch.rank == launch.first:
         for line in refused:
             print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
         if verdict:
@@ -131,7 +136,7 @@ def _remove_newer(output: Path, step: int, **own: int) -> None:
 
 
 def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
-    if state["mixing"] != mixing_digest(mixing):
+    if state["mixing"] != mixing_digest(survive.without(mixing, state.get("missing", ()))):
         raise CheckpointError(
             "the mixing matrices are not those that the run was started with",
             where="gossip.matrix, gossip.edges",
@@ -171,16 +176,26 @@ def _rewind_lines(path: Path, done: int) -> None:
 
 
 def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> None:
-    """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell."""
-    before = json.loads((output / "data.json").read_text())
-    for client, (old, new) in enumerate(zip(before, summaries, strict=True)):
+    """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell; note those
+    of clients that were not there before."""
+    path = output / "data.json"
+    before = {summary["client"]: summary for summary in json.loads(path.read_text())}
+    for new in summaries:
+        client = new["client"]
+        old = before.setdefault(client, new)
         for key in new.keys() - {"own_evaluation", "common_evaluation"}:
             if old.get(key) != new[key]:
                 raise CheckpointError(
                     f"client {client} has other data than before: {key} was {old.get(key)}, is {new[key]}",
-                    where=str(output / "data.json"),
+                    where=str(path),
                     fix="give the run the data that it was started with",
                 )
+    save_summaries(output, [before[client] for client in sorted(before)])
+
+
+def save_summaries(output: Path, summaries: Sequence[dict[str, Any]]) -> None:
+    """Write data.json: of every client that was there, ClientData.summary."""
+    (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
 
 
 def restore(

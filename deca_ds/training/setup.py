@@ -36,6 +36,7 @@ from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
+from deca_ds.gossip import survive
 from deca_ds.gossip.edges import probe_edges, save_edges
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.mix import Gossip
@@ -53,7 +54,7 @@ from deca_ds.training.invite import Invitation
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
-from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind
+from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.survivors import Survivors
 from deca_ds.training.tables import data_table
 from deca_ds.training.whole_digest import whole_digest
@@ -76,9 +77,10 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     layout = ClientLayout.of(check_world(config, launch.world_size))
     check_method(config)
     check_wait(config.gossip.wait_s, mixing)
+    survive.check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     # other hosts have not got the run's configuration
-    if visit is None and (config.run.resume == "never" or launch.rank == 0):
+    if visit is None and (config.run.resume == "never" or launch.rank == launch.first):
         check_folder(config)
     validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
@@ -114,7 +116,8 @@ def build(
     if invitation is None:
         summaries = transport.gather_json(data.summary)
         compare_data(summaries, transport.gather_json(data.label_names))
-        edges = probe_edges(transport, mixing, launch, cluster.layout, cluster.store)
+        there = survive.without(mixing, cluster.members.missing)
+        edges = probe_edges(transport, there, launch, cluster.layout, cluster.store)
     else:
         invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
     output.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ def build(
         compare_with_saved(output, summaries)
     elif cluster.is_main:
         save_config(config, output / "config.yaml")
-        (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
+        save_summaries(output, summaries)
         Console(stderr=True).print(data_table(summaries), mixing.summary())
     if cluster.is_main and edges:
         print(save_edges(edges, output), file=sys.stderr, flush=True)
@@ -145,7 +148,7 @@ def build(
         even = cluster.layout.even  # else digests are of whole clients, and all ranks have the same
         starts_from = {"initial parameters": _initial(client) if even else whole_digest(client)}
         compare_start(launch, cluster.store, starts_from | {"tokenizer": vocabulary}, cluster.ranks if even else 1)
-    if invitation is None:  # every attempt at the run has a number, which client 0's leader draws for all
+    if invitation is None:  # every attempt at the run has a number, which the first client's leader draws for all
         attempt = transport.gather_json(secrets.randbits(48))[0]
         attempt = int(client.client_sum(attempt if cluster.is_leader else 0))
     else:
@@ -173,7 +176,7 @@ def build(
     survivors = None
     way = transport.ranks if isinstance(transport, UnevenTransport) else transport
     if isinstance(way, Surviving):
-        written = Agreed(way, resumed)
+        written = Agreed(way, resumed, config.cluster.absent)
         guard.stop = StopQuestion()
         survivors = Survivors(config.cluster, cluster, client, way, gossip, mixing, metrics, guard, guard.stop)
         lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
@@ -193,7 +196,9 @@ def build(
             survivors.invite()
             if config.cluster.return_s:
                 survivors.lookout = Lookout(way.votes, cluster.client, config.cluster.min_clients)
-        if invitation is not None:
+        if invitation is None:
+            survivors.begin(done)
+        else:
             standing = survivors.enter(rule, schedule)
             for marker in (f"FAILED_client_{cluster.client:03d}", "STOPPED"):
                 (output / marker).unlink(missing_ok=True)
@@ -274,16 +279,18 @@ def _memory(values: torch.Tensor) -> memoryview:
 
 def compare_data(summaries: Sequence[dict[str, Any]], label_names: Sequence[list[str]]) -> None:
     """Raise DataError unless all clients number the same labels alike and hold equally large common evaluation sets."""
-    for client, (summary, names) in enumerate(zip(summaries, label_names, strict=True)):
+    first = summaries[0]["client"]
+    for summary, names in zip(summaries, label_names, strict=True):
+        client = summary["client"]
         if names != label_names[0]:
             raise DataError(
-                f"client 0 has the labels {label_names[0]}, client {client} has {names}",
+                f"client {first} has the labels {label_names[0]}, client {client} has {names}",
                 where="data.label_names",
                 fix="name all labels in data.label_names, so that every client knows the same ones",
             )
         if summary["common_evaluation"] != summaries[0]["common_evaluation"]:
             raise DataError(
-                f"the common evaluation set has {summaries[0]['common_evaluation']} examples at client 0 and "
+                f"the common evaluation set has {summaries[0]['common_evaluation']} examples at client {first} and "
                 f"{summary['common_evaluation']} at client {client}",
                 where="data.evaluation",
                 fix="give every client the same files",

@@ -53,6 +53,12 @@ class Survivors:
             self.transport.questions.append(Question(self._goes_first, self._heard_of_another))
         self.transport.news, self.transport.changed = self._news, self._changed
 
+    def begin(self, done: int) -> None:
+        """After `done` inner steps, at the start of this attempt at the run: with those that are there."""
+        if self.cluster.members.missing:
+            self.cluster.progress.enter("starting", step=done)
+            self._regroup(f"{_clients(self.cluster.members.missing)} absent", done + 1)
+
     def admit(self, standing: Standing) -> None:
         """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
         if isinstance(self.transport, VotingTransport) and self.transport.joining:
@@ -122,6 +128,14 @@ class Survivors:
             self.transport.store = store.store
         ranks = [rank for client in members.clients for rank in cluster.layout.ranks_of(client)]
         self.guard.survive(ranks, store)
+        back = [client for client in members.clients if client not in before]
+        # the inner step under way is averaged again, or for the first time
+        from_step = cluster.progress.step + (cluster.progress.phase not in ("gradient", "gossip"))
+        self._regroup(f"{_clients(back)} back" if back else f"{_clients(members.missing)} gone", from_step)
+
+    def _regroup(self, who: str, from_step: int) -> None:
+        """Average among `members`, without the missing ones."""
+        members, cluster = self.cluster.members, self.cluster
         mixing = survive.without(self.mixing, members.missing)
         parts = survive.parts(mixing, members.clients)
         gap = survive.spectral_gap(mixing, members.clients)
@@ -139,15 +153,11 @@ class Survivors:
             if self.config.on_partition == "stop":
                 self.stop.stop()
         if cluster.is_main:
-            back = [client for client in members.clients if client not in before]
-            who = f"{_clients(back)} back" if back else f"{_clients(members.missing)} gone"
             print(f"WARNING: {cluster.progress.place}: {who}; {verdict}", file=sys.stderr, flush=True)
-        progress = cluster.progress
         self.metrics.membership(
-            progress.step,
+            cluster.progress.step,
             {
-                # the inner step under way is averaged again, or for the first time
-                "from_step": progress.step + (progress.phase not in ("gradient", "gossip")),
+                "from_step": from_step,
                 "clients": sorted(members.clients),
                 "missing": list(members.missing),
                 "spectral_gap": gap,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Protocol
 
 from deca_ds.cluster import Cluster
@@ -76,13 +77,13 @@ class Agreed:
     """A question of every agreement (gossip/surviving.py): all ranks are at the same inner step there, so that the same
     checkpoint is each one's last. Complete means that all survivors have written it.
 
-    A run is resumed with all its clients, so the newest checkpoint from before the first death has to stay, and newer
-    ones that the dead may have written.
+    A run is resumed with all its clients but those of cluster.absent, so the newest checkpoint from before the first
+    death has to stay, and newer ones that the dead may have written.
     """
 
-    def __init__(self, transport: Surviving, resumed: int | None):
-        self._transport = transport
-        self._whole = resumed  # the newest that all clients of the start are known to have written
+    def __init__(self, transport: Surviving, resumed: int | None, absent: Collection[int] = ()):
+        self._transport, self._absent = transport, frozenset(absent)
+        self._whole = resumed  # the newest that all clients but the absent are known to have written
         self._begun_by_all: set[int] = set()  # newer ones that they may have written
         self._begun = self._written = self._complete = -1
         transport.questions.append(Question(lambda: self._written == self._begun, self._heard))
@@ -90,8 +91,12 @@ class Agreed:
     def begin(self, step: int) -> None:
         """See Written."""
         self._begun = step
-        if not self._transport.members.missing:
+        if not self._one_is_missing:
             self._begun_by_all.add(step)
+
+    @property
+    def _one_is_missing(self) -> bool:
+        return not self._absent.issuperset(self._transport.members.missing)
 
     def add(self, step: int) -> None:
         """See Written."""
@@ -113,5 +118,5 @@ class Agreed:
     def _heard(self, all_have: bool) -> None:
         if all_have and self._begun >= 0:
             self._complete = self._begun
-            if not self._transport.members.missing:
+            if not self._one_is_missing:
                 self._whole, self._begun_by_all = self._begun, set()

@@ -69,7 +69,7 @@ def test_a_client_alone_is_adamw(decay):
     torch.testing.assert_close(theta, parameter.detach(), rtol=0, atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(signal=st.sampled_from(SIGNALS), cut=st.integers(1, 39), inner=st.integers(0, 100))
 def test_the_step_is_elementwise(signal, cut, inner):
     """Working through a shard in chunks, or over more ranks, changes nothing."""

@@ -49,7 +49,7 @@ def test_mean_adds_in_float32_in_ascending_order(tmp_path: Path) -> None:
     assert torch.equal(ShardedModel(tmp_path).mean("w"), torch.full((5,), 86.0, dtype=torch.bfloat16))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4),
     ranks=st.integers(1, 6),

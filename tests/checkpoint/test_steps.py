@@ -46,7 +46,7 @@ def test_a_rank_of_the_same_layout_needs_its_own_part_only(tmp_path: Path) -> No
         open_checkpoint(tmp_path, 5, client=0, rank=0, ranks=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(numel=st.integers(0, 40), before=st.integers(1, 6), now=st.integers(1, 6), data=st.data())
 def test_any_ranks_read_what_any_others_wrote(
     tmp_path_factory: pytest.TempPathFactory, numel: int, before: int, now: int, data: st.DataObject

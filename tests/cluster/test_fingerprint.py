@@ -95,9 +95,11 @@ def test_digests_of_whole_clients_are_compared_among_all_ranks():
 
 
 def test_odd_ones():
-    assert odd_ones(["a", "a"], ["h", "h"]) == []
-    assert odd_ones(["b", "a", "a"], ["n0", "n1", "n2"]) == ["rank 0 on n0 has {} b, 2 others a"]
-    assert odd_ones(["b", "a"], ["n0", "n1"]) == ["rank 1 on n1 has {} a, 1 other b"]
+    assert odd_ones(dict(enumerate(["a", "a"])), dict(enumerate(["h", "h"]))) == []
+    assert odd_ones(dict(enumerate(["b", "a", "a"])), dict(enumerate(["n0", "n1", "n2"]))) == [
+        "rank 0 on n0 has {} b, 2 others a"
+    ]
+    assert odd_ones(dict(enumerate(["b", "a"])), dict(enumerate(["n0", "n1"]))) == ["rank 1 on n1 has {} a, 1 other b"]
 
 
 def test_a_rank_that_does_not_come_is_named():

@@ -19,7 +19,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=40) | LINES.map(lambda lines: "\n".join(lines).encode()))
 @example(content=b"a slots=4x\n")
 @example(content=b"a slots=2\na slots=2\n")

@@ -30,6 +30,15 @@ def test_contradictory_variables_are_refused(broken):
         read_launch(broken)
 
 
+def test_absent_clients_are_left_out_of_the_launch():
+    layout, launch = ClientLayout.of([2, 1, 2]), Launch("deepspeed", 3, 5, 0, 1, ("127.0.0.1", 1))
+    assert (launch.ranks, launch.first) == ([0, 1, 2, 3, 4], 0)
+    without = launch.without([0], layout)
+    assert (without.ranks, without.first) == ([2, 3, 4], 2)
+    with pytest.raises(LaunchError, match=r"(?s)rank 3 is of client 2, which cluster.absent names.*--join"):
+        launch.without([2], layout)
+
+
 @given(clients=st.integers(1, 20), ranks=st.integers(1, 20))
 def test_every_rank_has_one_place(clients, ranks):
     layout = ClientLayout(clients, ranks)

@@ -53,6 +53,15 @@ def test_coming_back_by_itself_over_mpi_is_refused(monkeypatch):
         check_on_failure(made, launched("openmpi"), edges=True)
 
 
+def test_absent_clients_over_mpi_are_refused(monkeypatch):
+    monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", "true")
+    monkeypatch.setattr(world, "choose_transport", lambda *_: "mpi")
+    made = config(3)
+    made.cluster.absent = [2]
+    with pytest.raises(LaunchError, match=r"cluster\.absent = \[2\], but over MPI no process can join"):
+        check_on_failure(made, launched("openmpi"), edges=True)
+
+
 @pytest.mark.parametrize(("clients", "edges"), [(1, False), (4, False)])
 def test_clients_that_do_not_average_are_refused(clients, edges):
     with pytest.raises(ConfigError, match="no clients that average with each other"):

@@ -49,7 +49,7 @@ class Job:
         return self.ends
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     clients=st.integers(1, 3),
     ranks=st.integers(1, 3),

@@ -31,7 +31,9 @@ class Job:
 
     def __init__(self, clients: int, ranks: int = 1, timeout_s: float = 20.0):
         self.layout = ClientLayout(clients, ranks)
-        self.coordinators = [Coordinator(self.layout, client, "127.0.0.1", timeout_s) for client in range(clients)]
+        self.coordinators = [
+            Coordinator(self.layout, client, "127.0.0.1", timeout_s, range(clients)) for client in range(clients)
+        ]
         addresses = {client: each.address for client, each in enumerate(self.coordinators)}
         self.votes = [Votes(rank, self.layout, addresses, timeout_s) for rank in range(clients * ranks)]
 

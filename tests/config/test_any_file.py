@@ -13,7 +13,7 @@ from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.load import save_config
 from deca_ds.errors import ConfigError
 
-LIGHT = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIGHT = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 BASE = {"model": {"path": "model"}, "data": {"train": ["rows.jsonl"]}}
 VALUES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.lists(st.integers(), max_size=2)

@@ -94,7 +94,7 @@ def test_missing_value_and_unreadable_files(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=40))
 def test_no_argument_makes_a_traceback(text):
     try:
@@ -129,6 +129,23 @@ def test_ranks_of_each_client():
     with pytest.raises(ConfigError, match=r"cluster\.return_s = 60, but with cluster\.on_failure=stop nobody goes on"):
         load_config(None, [*keys, "cluster.return_s=60"])
     load_config(None, [*keys, "cluster.return_s=60", "cluster.on_failure=continue"])
+    load_config(None, [*keys, "cluster.absent=[2]", "cluster.on_failure=continue"])
+
+
+@pytest.mark.parametrize(
+    ("absent", "more", "message"),
+    [
+        ("[3]", [], "does not name clients of 0 to 2, each once"),
+        ("[1,1]", [], "does not name clients of 0 to 2, each once"),
+        ("[1]", ["cluster.on_failure=stop"], "with cluster.on_failure=stop the job takes all clients"),
+        ("[0,1]", [], "there are 1 clients, fewer than cluster.min_clients = 2"),
+        ("[0,1,2]", ["cluster.min_clients=1"], "there are 0 clients, fewer than"),
+    ],
+)
+def test_clients_that_cannot_be_absent_are_refused(absent, more, message):
+    keys = [*BASE, "cluster.clients=3", "cluster.on_failure=continue", f"cluster.absent={absent}", *more]
+    with pytest.raises(ConfigError, match=rf"cluster\.absent = .*{message}"):
+        load_config(None, keys)
 
 
 @pytest.mark.parametrize("ranks", ["[2,1]", "[2,1,1,1]", "[]", "[2,0,1]", "[2,1,-1]", "[2,1,null]", "[2,1,x]", "4"])

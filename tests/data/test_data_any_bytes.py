@@ -14,7 +14,7 @@ from deca_ds.data.examples import ExampleRules, generate_examples
 from deca_ds.data.sources import SUFFIXES, read_rows
 from deca_ds.errors import DataError
 
-LIGHT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIGHT = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),

@@ -32,7 +32,7 @@ def steps(train, number, *, ranks=1, micro=1, batch=4, **options):
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     count=st.integers(1, 23), ranks=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2]), start=st.integers(0, 9)
 )
@@ -91,7 +91,7 @@ def test_a_batch_that_cannot_be_split():
         steps(make_sequences(5), 1, batch=6, ranks=2, micro=2)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(1, 30), batch=st.integers(1, 5), ranks=st.integers(1, 4))
 def test_evaluation_covers_every_row_once(count, batch, ranks):
     dataset = make_sequences(count)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deca_ds.data.partition import by_key, choose, dirichlet, hold_out, iid
@@ -28,7 +28,6 @@ def test_iid(clients, extra, seed):
     assert all(np.array_equal(a, b) for a, b in zip(shares, again, strict=True))
 
 
-@settings(deadline=None)
 @given(labels_of, st.integers(1, 6), st.floats(0.05, 100), st.integers(0, 99), st.integers(0, 3))
 def test_dirichlet(labels, clients, alpha, seed, minimum):
     try:

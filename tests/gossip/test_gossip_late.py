@@ -194,7 +194,7 @@ def test_a_client_that_stops_for_a_while_is_left_out_and_comes_back(radius: floa
         assert not any(gossip.stragglers._stray.values()) and not any(gossip.stragglers._leaving.values())
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(0, 2**30), st.sampled_from(["ring", "complete", "star"]))
 def test_clients_of_any_pace_agree_on_every_matrix(seed: int, kind: str):
     """Waits so short that chance decides, in all orders of events."""

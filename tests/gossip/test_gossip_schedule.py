@@ -21,7 +21,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
     n=st.sampled_from([1, 2, 4, 8, 16]),
     t=st.integers(0, 40),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_neighbours_agree_on_who_sends_and_the_mean_is_kept(kind: str, rule: str, n: int, t: int):
     schedule = build_mixing(GossipConfig(graph=kind, weights=rule), n, seed=1)
     matrix = schedule.matrix(t)

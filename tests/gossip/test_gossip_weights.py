@@ -33,7 +33,7 @@ def connected_graphs(draw) -> nx.DiGraph:
 
 
 @given(graph=connected_graphs(), rule=st.sampled_from(RULES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_rule_is_symmetric_doubly_stochastic_and_averages(graph: nx.DiGraph, rule: str):
     n = len(graph)
     matrix = weights.weigh(graph, rule)
@@ -46,7 +46,7 @@ def test_every_rule_is_symmetric_doubly_stochastic_and_averages(graph: nx.DiGrap
 
 
 @given(graph=connected_graphs(), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_broken_row_is_named_with_its_sum(graph: nx.DiGraph, data: st.DataObject):
     n = len(graph)
     row = data.draw(st.integers(0, n - 1))

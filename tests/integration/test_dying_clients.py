@@ -33,8 +33,9 @@ def keys(tiny_model, word_files, tmp_path) -> list[str]:
     ]
 
 
-def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins: int = 0) -> Finished:
-    """transport: mpi, by mpirun with ULFM; torch: every rank started by itself. joins: ranks that then come back."""
+def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins: int = 0, late: str = "") -> Finished:
+    """transport: mpi, by mpirun with ULFM; torch: every rank started by itself. joins: ranks that then come back. late:
+    see by_hand.py."""
     tests = REPOSITORY / "tests"
     start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable]
     if transport == "torch":
@@ -43,7 +44,8 @@ def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins:
         [*start, str(tests / "integration/dying_worker.py"), deaths, *keys],
         deadline_s=300,
         DECA_TEST_JOIN=str(joins),
-        DECA_TEST_DEATHS="0" if joins else "1",
+        DECA_TEST_DEATHS="0" if joins or late else "1",
+        DECA_TEST_LATE=late,
     )
 
 
@@ -176,7 +178,28 @@ def test_clients_of_different_sizes_die_over_mpi(keys, tmp_path):
     assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0, 3\n"
 
 
-@pytest.mark.timeout(620)  # two launches
+@pytest.mark.timeout(620)
+def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
+    """Client 0 of three, whose first rank would host the store. It has no folder but the addresses."""
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=3", "algorithm.rounds=8", "evaluation.every=32", "checkpoint.every=8"]
+    keys += ["gossip.weights=lazy_metropolis", "algorithm.eps=1e-3"]  # see above
+    finished = run(3, "0:0:never", [*keys, "cluster.absent=[0]"], "torch", late=f"0:{output}/metrics/client_001.jsonl")
+    assert finished.code == 0, finished.output[-6000:]
+    absent, back = records(output / "metrics" / "job.jsonl", "membership")
+    assert (absent["from_step"], absent["missing"], absent["clients"]) == (1, [0], [1, 2])
+    assert (back["clients"], back["missing"]) == ([0, 1, 2], [])
+    assert finished.output.count("client 0 absent; 2 of 3 go on, spectral gap") == 1
+    assert finished.output.count("client 0 back; 3 of 3 go on") == 1
+    assert_numbers(output, keys, {0: 1}, {0: (back["from_step"] - 1, 1)})
+    own = records(output / "metrics" / "client_000.jsonl", "step")
+    assert [line["step"] for line in own] == list(range(back["from_step"], 65))
+    assert [summary["client"] for summary in json.loads((output / "data.json").read_text())] == [1, 2]
+    assert (output / "DONE").read_text() == "64 of 64 inner steps\n" and not list(output.glob("FAILED*"))
+    assert export_model(output, tmp_path / "mean").source == "mean of 3 clients"
+
+
+@pytest.mark.timeout(920)  # three launches
 def test_each_part_of_a_graph_goes_on_by_itself(keys, tmp_path):
     """A path of four loses its second client; then one of the others, and that is one too many."""
     output = tmp_path / "run"
@@ -194,6 +217,14 @@ def test_each_part_of_a_graph_goes_on_by_itself(keys, tmp_path):
         for name in saved.names:
             if name in expected[client]:  # beside these, the buffers of the active block
                 torch.testing.assert_close(saved.read(name, client), expected[client][name], rtol=0, atol=1e-5)
+
+    assert "from here, without them: cluster.absent=[1,3]" in finished.output
+    without = [*keys, "run.resume=require", "cluster.absent=[1,3]", "cluster.min_clients=2"]
+    resumed = run(4, "0:0:never", without, "torch", late=f"1,3:{tmp_path}/never")
+    assert resumed.code == 0, resumed.output[-4000:]
+    assert "going on after inner step 7 of 12" in resumed.output
+    assert (output / "DONE").read_text() == "12 of 12 inner steps\nmissing clients: 1, 3\n"
+    assert_numbers(output, keys, {1: 3, 3: 7})
 
 
 def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp_path):

@@ -108,6 +108,11 @@ def test_adapters_move_and_the_model_under_them_stays(keys):
     assert simulation.evaluations[-1]["mean"]["loss"] < simulation.evaluations[0]["mean"]["loss"]
 
 
+def test_clients_that_are_absent_are_refused(keys):
+    with pytest.raises(ConfigError, match="a simulation has all clients from the start"):
+        build(load_config(None, [*keys, "cluster.clients=3", "cluster.absent=[1]", "cluster.on_failure=continue"]))
+
+
 def test_bfloat16_is_refused(keys):
     with pytest.raises(ConfigError, match="bfloat16"):
         build(load_config(None, [*keys, "model.dtype=bfloat16"]))

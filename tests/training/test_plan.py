@@ -37,6 +37,9 @@ def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_p
     code, told = plan("a slots=3\nb slots=1\n")
     assert code == 0 and "client 0: a client 1: a, b" in told
     assert "client 1 is spread over a, b, and others use a, too" in told
+    keys += ["cluster.on_failure=continue", "cluster.absent=[1]", "cluster.min_clients=1"]
+    code, told = plan("a slots=2\n")
+    assert code == 0 and "at the start: client 1 absent, spectral gap 1" in told
     code, told = plan("a slots=3\n")
     assert code == 2 and "3 ranks cannot be divided among 2 clients" in told
     code, told = plan("a: 3\n")

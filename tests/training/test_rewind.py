@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -27,16 +28,25 @@ from deca_ds.training.setup import start
 ALONE = build_mixing(GossipConfig(graph="isolated"), 1, 0)
 
 
-def make_checkpoint(run: Path, step: int, earlier: int | None = 0, rank: int = 0, ranks: int = 1) -> Path:
-    state = {"attempt": 1, "mixing": mixing_digest(ALONE), "schedule": {"done": step, "of": 9}, "earlier": earlier}
+def make_checkpoint(
+    run: Path, step: int, earlier: int | None = 0, rank: int = 0, ranks: int = 1, missing: Sequence[int] = ()
+) -> Path:
+    state = {
+        "attempt": 1,
+        "missing": list(missing),
+        "mixing": mixing_digest(ALONE),
+        "schedule": {"done": step, "of": 9},
+        "earlier": earlier,
+    }
     groups = [("all", [Slice("w", (3,), 0, 3, torch.ones(3))])]
     folder = step_folder(run / "checkpoints", step)
     return save_shards(folder, groups, client=0, clients=1, rank=rank, ranks=ranks, step=step, state=state)
 
 
-def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1):
+def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1, absent: Sequence[int] = ()):
     """What rank 0 chooses."""
     config = Config()
+    config.cluster.absent = list(absent)
     config.run.output, config.run.resume = str(run), resume
     shared = HashStore()
 
@@ -105,6 +115,14 @@ def test_a_run_that_got_further_is_not_begun_again_unasked(tmp_path: Path) -> No
     assert steps_in(tmp_path / "checkpoints") == [4]
 
 
+def test_what_was_saved_without_a_client_is_for_those_who_name_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 2)
+    make_checkpoint(tmp_path, 4, missing=[7])
+    assert chosen(tmp_path, absent=[6, 7]).step == 4
+    assert chosen(tmp_path).step == 2
+    assert steps_in(tmp_path / "checkpoints") == [2]
+
+
 def test_another_mixing_matrix_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 2)
     with pytest.raises(CheckpointError, match="mixing matrices are not those"):
@@ -132,6 +150,15 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     compare_with_saved(tmp_path, [before[0], {**before[1], "own_evaluation": 1}])
     with pytest.raises(CheckpointError, match="client 1 has other data than before: train was 6, is 7"):
         compare_with_saved(tmp_path, [before[0], {**before[1], "train": 7}])
+
+
+def test_data_of_a_client_that_was_not_there_before_are_noted(tmp_path: Path) -> None:
+    summaries = [{"client": client, "train": 5 + client} for client in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps([summaries[0], summaries[2]]))
+    compare_with_saved(tmp_path, summaries[:2])
+    assert json.loads((tmp_path / "data.json").read_text()) == summaries
+    with pytest.raises(CheckpointError, match="client 1 has other data than before"):
+        compare_with_saved(tmp_path, [{"client": 1, "train": 7}])
 
 
 def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
