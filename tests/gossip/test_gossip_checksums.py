@@ -34,7 +34,7 @@ def test_any_damage_of_up_to_three_bits_is_found_and_its_sender_named(numel, dty
     network, sender, receiver = pair()
     sent, buffer = torch.arange(numel).to(dtype), torch.empty(numel, dtype=dtype)
     sender.exchange(sent, [1], {}, TAG).wait()
-    values = network.mailboxes[0, 1, TAG][0].view(torch.uint8)
+    values = network.mailboxes[0, 1, TAG].messages[0].view(torch.uint8)
     flipped = {bit % (8 * values.numel()) for bit in bits}
     for bit in flipped:
         values[bit // 8] ^= 1 << bit % 8
@@ -53,7 +53,7 @@ def test_any_damage_of_up_to_three_bits_is_found_and_its_sender_named(numel, dty
 def test_a_damaged_checksum_is_a_damaged_message():
     network, sender, receiver = pair()
     sender.exchange(torch.zeros(3), [1], {}, TAG)
-    network.mailboxes[0, 1, TAG][1] += 1
+    network.mailboxes[0, 1, TAG].messages[1] += 1
     with pytest.raises(MessageError, match="client 0"):
         receiver.exchange(torch.empty(0), [], {0: torch.empty(3)}, TAG).wait()
 
@@ -63,7 +63,7 @@ def test_an_averaging_refuses_a_damaged_chunk_that_would_pass_for_a_finite_one()
         network, sender, receiver = pair(checksums)
         mixing = build_mixing(GossipConfig(), 2, seed=0)
         Gossip(sender, mixing).start(0, torch.ones(4))
-        (message,) = (box[0] for box in network.mailboxes.values())
+        (message,) = (box.messages[0] for (source, *_), box in network.mailboxes.items() if source == 0)
         message[0] += 1
         pending = Gossip(receiver, mixing).start(0, torch.ones(4))
         if checksums:

@@ -178,6 +178,16 @@ def test_a_message_of_another_size_is_refused():
         network.transport(1).exchange(torch.zeros(4), [], {0: torch.empty(3)}, 9).wait()
 
 
+def test_messages_of_one_tag_go_to_receives_in_their_order_whoever_looks_first():
+    network = LocalNetwork(2)
+    first, second = torch.empty(2), torch.empty(3)
+    started = [network.transport(1).exchange(torch.empty(0), [], {0: buffer}, 9) for buffer in (first, second)]
+    network.transport(0).exchange(torch.zeros(2), [1], {}, 9)
+    assert not started[1].test() and started[0].test()
+    network.transport(0).exchange(torch.ones(3), [1], {}, 9)
+    assert started[1].test() and (first.tolist(), second.tolist()) == ([0, 0], [1, 1, 1])
+
+
 def test_misuse_is_refused():
     schedule = build_mixing(GossipConfig(), 2, seed=0)
     with pytest.raises(GossipError, match="for 2 clients, but 3 are connected"):
