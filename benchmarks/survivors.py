@@ -138,7 +138,8 @@ class Campaign:
         self.job, self.draw, self.limit, self.kinds = job, draw, limit, kinds
         self.faults: list[Fault] = []
         self.out: dict[int, tuple[Fault, float]] = {}  # client -> its fault, when it is started again
-        self.starting: dict[int, tuple[Fault, float, int]] = {}  # client -> fault, when it was started, its last step
+        # client -> fault, when it was started, its own last step, and that of all: alone it may do one more
+        self.starting: dict[int, tuple[Fault, float, int, int]] = {}
 
     def run(self) -> None:
         """To the end of the job. Raises Failure if it hangs, or ends in another way than it must."""
@@ -179,22 +180,22 @@ class Campaign:
             time.sleep(self.draw.uniform(0.5, 4))  # the system calls a host lost that is silent for 11 s
             job.hosts.link(client, "up")
             fault.seconds = time.monotonic() - struck
-            self.starting[client] = fault, time.monotonic(), job.step(client)
+            self.starting[client] = fault, time.monotonic(), job.step(client), job.steps()
         at = {other: job.step(other) for other in others}
         job.wait(lambda: job.done or any(job.step(other) > at[other] for other in others), f"going on after {fault}")
         fault.next_step_s = time.monotonic() - struck
         if fault.kind == "cut":
             job.hosts.set_apart(client, False)
             fault.seconds = time.monotonic() - struck
-            self.starting[client] = fault, time.monotonic(), job.step(client)
+            self.starting[client] = fault, time.monotonic(), job.step(client), job.steps()
         if fault.kind == "kill":
             self.out[client] = fault, time.monotonic() + self.draw.uniform(0, 2)
         self.faults.append(fault)
 
     def _bring_back(self) -> None:
         job, now = self.job, time.monotonic()
-        for client, (fault, since, last) in list(self.starting.items()):
-            if job.step(client) > last:
+        for client, (fault, since, last, last_of_all) in list(self.starting.items()):
+            if job.step(client) > last_of_all:
                 fault.back_s, fault.out = now - since, job.step(client) - last
                 del self.starting[client]
             elif not job.runs(client) and not job.done:
@@ -204,7 +205,7 @@ class Campaign:
                 job.processes[client] = job.start(client, "--join")
         for client, (fault, when) in list(self.out.items()):
             if now > when and not job.done:
-                self.starting[client] = fault, now, job.step(client)
+                self.starting[client] = fault, now, job.step(client), job.steps()
                 job.processes[client] = job.start(client, "--join")
                 del self.out[client]
 
