@@ -270,8 +270,8 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=150)
     parser.add_argument("--clients", type=int, nargs="*", default=[4, 5, 6, 7, 8], help="numbers to draw from")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--faults-per-run", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=8, help="of a run, 60 inner steps each")
+    parser.add_argument("--faults-per-run", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=12, help="of a run, 60 inner steps each")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not may_make_hosts():
