@@ -51,6 +51,10 @@ class Launch:
         """The rank that hosts the job's store at the start."""
         return self.ranks[0]
 
+    def clients(self, layout: ClientLayout) -> tuple[int, ...]:
+        """Those that are started together, ascending."""
+        return tuple(client for client in range(layout.clients) if layout.leader_of(client) not in self.absent)
+
     def without(self, clients: Sequence[int], layout: ClientLayout) -> Launch:
         """The same without these clients. Raises LaunchError if this rank is of one of them."""
         client = layout.client_of(self.rank)
@@ -58,7 +62,7 @@ class Launch:
             raise LaunchError(
                 f"rank {self.rank} is of client {client}, which cluster.absent names",
                 where="cluster.absent",
-                fix="start it with --join, when the others are in training",
+                fix="start it with --join, when the others are in training; WORLD_SIZE counts absent clients, too",
             )
         return replace(self, absent=frozenset(rank for absent in clients for rank in layout.ranks_of(absent)))
 

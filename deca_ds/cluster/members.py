@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 
@@ -10,16 +9,16 @@ from dataclasses import dataclass, field
 class Members:
     """The clients that train, by their numbers. One object for everybody in a rank who asks.
 
-    total: clients of the run. absent: those that are not there at the start. clients: ascending, but that those who
-    have come later are the last. They change only where all survivors agree on it, so that all ranks see the same.
+    total: clients of the run. clients: those that are there, at the start by default all of them; ascending, but that
+    those who have come later are the last. They change only where all survivors agree on it, so that all ranks always
+    see the same.
     """
 
     total: int
-    absent: Collection[int] = ()
     clients: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.clients = tuple(client for client in range(self.total) if client not in self.absent)
+        self.clients = tuple(range(self.total))
 
     def __len__(self) -> int:
         return len(self.clients)

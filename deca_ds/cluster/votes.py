@@ -166,7 +166,7 @@ class Votes:
 def open_votes(launch: Launch, layout: ClientLayout, store: JobStore, timeout_s: float) -> Votes:
     """Start this client's coordinator, if this rank is its leader, and join the one at work. All ranks call this."""
     client, coordinator = layout.client_of(launch.rank), None
-    clients = [client for client in range(layout.clients) if layout.leader_of(client) not in launch.absent]
+    clients = launch.clients(layout)
     if launch.rank == layout.leader_of(client):
         assert store.address is not None, "a single process has nobody to vote with"
         coordinator = Coordinator(layout, client, own_address(store.address), timeout_s, clients)

@@ -47,9 +47,8 @@ class Cluster:
     members: Members = field(init=False)
 
     def __post_init__(self) -> None:
-        layout, absent = self.layout, self.launch.absent
-        absent_clients = [client for client in range(layout.clients) if layout.leader_of(client) in absent]
-        object.__setattr__(self, "members", Members(layout.clients, absent_clients))
+        object.__setattr__(self, "members", Members(self.layout.clients))
+        self.members.clients = self.launch.clients(self.layout)
 
     @property
     def client(self) -> int:
