@@ -18,8 +18,10 @@ from deca_ds.training.main import parser
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted({*(REPOSITORY / "examples").glob("*.yaml"), *(REPOSITORY / "examples/demo").glob("*.yaml")})
-DOCUMENTS = [REPOSITORY / file for file in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
-FOLDERS = "benchmarks|deca_ds|ds_configs|examples|launchers|tests"
+README = REPOSITORY / "README.md"
+PAGES = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/README.md")
+DOCUMENTS = [path for pages in PAGES for path in sorted(REPOSITORY.glob(pages))]
+FOLDERS = "benchmarks|deca_ds|docs|ds_configs|examples|launchers|tests"
 SCRIPT = "launchers/train.py"
 
 
@@ -36,11 +38,17 @@ def config_keys() -> set[str]:
 
 
 def reference() -> dict[str, str]:
-    """Key -> default, from the tables of README's configuration reference."""
-    _, _, text = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Configuration reference")
+    """Key -> default, from the tables of the configuration reference."""
+    text = (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| \S.* \|$", text, flags=re.MULTILINE)
     assert len(rows) == len(dict(rows)), "a key stands twice"
     return dict(rows)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that the headings of a document get where it is shown."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def commands(text: str) -> list[str]:
@@ -95,19 +103,20 @@ def test_what_a_document_names_exists(path: Path) -> None:
     missing += [target for target in targets if not (path.parent / target).exists()]
     assert not missing
     sections = {section.name for section in fields(Config) if is_dataclass(getattr(Config(), section.name))}
-    shown = {"data.json", "run.yaml", "optimizer.lrr"}  # two files, and a mistake that README shows the answer to
+    shown = {"data.json", "run.yaml", "algorithm.md", "optimizer.lrr"}  # files, and a mistake that README shows
     keys = set(re.findall(rf"(?<![\w./])(?:{'|'.join(sections)})\.[a-z]\w*", text)) - shown
     assert keys <= config_keys()
 
 
-def test_anchors_of_readme_lead_to_headings() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_a_document_says_something_and_its_anchors_lead_to_headings(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ") and len(text) > 500
+    for target, anchor in re.findall(r"\]\(([^):#\s]*)#([\w-]+)\)", text):
+        assert anchor in anchors(path.parent / target if target else path), f"{target}#{anchor}"
 
 
-@pytest.mark.parametrize("path", [DOCUMENTS[0], DOCUMENTS[-1], *EXAMPLES], ids=name)
+@pytest.mark.parametrize("path", [*DOCUMENTS, *EXAMPLES], ids=name)
 def test_commands_are_understood(path: Path) -> None:
     for command in commands(path.read_text(encoding="utf-8")):
         words = shlex.split(command.partition(" # ")[0])
@@ -117,7 +126,7 @@ def test_commands_are_understood(path: Path) -> None:
 
 
 def test_readme_first_run_is_a_configuration(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     path = tmp_path / "my_run.yaml"
     path.write_text(block)
     config = load_config(path, ["optimizer.lr=2e-5", "gossip.graph=exponential"])
