@@ -55,7 +55,13 @@ class CheckpointError(UserError):
 
 
 class StallError(UserError):
-    """A rank waited longer than cluster.timeout_s for ranks that do not move on."""
+    """A rank waited longer than cluster.timeout_s for ranks that do not move on.
+
+    clients: whose ranks these are. idle_s: seconds since any of them, or the rank itself, moved on.
+    """
+
+    clients: frozenset[int | None] = frozenset()
+    idle_s = 0.0
 
 
 class MessageError(GossipError):

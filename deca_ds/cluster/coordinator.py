@@ -3,8 +3,9 @@
 Each client's leader runs a `Coordinator`, a thread. One of them at a time is at work, at the start that of client 0.
 Every rank keeps a connection to it (votes.py). Messages are lines of JSON of a few hundred bytes:
 
-    rank to coordinator    hello (rank, the last decision that it knows, coordinators that it has lost), vote, goodbye
-    coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (you are)
+    rank to coordinator    hello (rank, the last decision that it knows, coordinators that it has lost), vote, goodbye,
+                           stalled (it has voted, and for cluster.timeout_s nobody in the job has moved on)
+    coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (you are), alive
     of a returning client  join, ready; to it: invitation, asleep (another one is the coordinator)
     of another part        who; to it: part (the clients that are in, none if this coordinator is not at work)
 
@@ -18,95 +19,49 @@ Every rank keeps a connection to it (votes.py). Messages are lines of JSON of a 
 4. A client that has gone may come back, as new processes. When all its ranks are ready, the next decision to which all
    have voted yes and OPEN announces it. From the agreement after that one on it votes like the others. It stands at the
    end of the line of those who become coordinator, so that it takes nobody's place.
+5. A client that hangs is put out like one that has gone: when somebody is stalled all others are interrupted, and whose
+   votes are still missing then is out. A coordinator that gives no sign of life for cluster.timeout_s is lost. One that
+   finds its own client hanging, or that was stopped itself for so long, closes all connections: then it is lost, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from deca_ds.cluster.agreement import OPEN, YES, Decision, Line
 from deca_ds.cluster.launch import ClientLayout
-from deca_ds.cluster.lifeline import keep_alive
 
 GRACE_S = 20.0  # for the others to notice that the old coordinator is lost; a silent host takes them about 11 s
-_MOST_BYTES = 2**20  # of a message
-YES, OPEN = 1, 2  # bits of a vote: that this counts; that a returning client may come in after it
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Of agreement `number`. yes: bit by bit, whether all have said so. news: what the first client's leader had to
-    tell. clients: who is in, the coordinator's first. joining: who comes in now, with its coordinator's address."""
-
-    number: int
-    yes: int
-    news: str
-    clients: tuple[int, ...]
-    joining: tuple[tuple[int, str, int], ...] = ()
-
-    @property
-    def everybody(self) -> tuple[int, ...]:
-        """Who is in from now on, in the order in which they become coordinator."""
-        return (*self.clients, *(client for client, _, _ in self.joining))
-
-    @staticmethod
-    def read(message: dict[str, Any]) -> Decision:
-        joining = tuple((client, host, port) for client, host, port in message["joining"])
-        return Decision(message["number"], message["yes"], message["news"], tuple(message["clients"]), joining)
-
-
-class Line:
-    """A connection that carries lines of JSON. rank: whose it is. known: number of the last decision sent to it.
-    ready: of a returning client, whether it only waits to come in; address: of its coordinator, from its leader."""
-
-    def __init__(self, connection: socket.socket):
-        keep_alive(connection)
-        self.connection = connection
-        self.rank: int | None = None
-        self.known = -1
-        self.ready = False
-        self.address: tuple[str, int] | None = None
-        self._text = bytearray()
-
-    def send(self, kind: str, **message: Any) -> bool:
-        """Whether the system took it."""
-        try:
-            self.connection.sendall(json.dumps({"kind": kind, **message}).encode() + b"\n")
-        except OSError:
-            return False
-        return True
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """Messages, after waiting for some bytes; None at the end of the connection, or if they make no sense."""
-        try:
-            more = self.connection.recv(_MOST_BYTES)
-            self._text += more
-            *lines, rest = self._text.split(b"\n")
-            if not more or len(rest) > _MOST_BYTES:
-                return None
-            self._text = rest
-            messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
-            return None
-        return messages if all(isinstance(message, dict) for message in messages) else None
+_ALIVE_S = 5.0  # at most, between two signs of life of a coordinator that is at work
+_PATIENCE_S = 5.0  # for those who do not hang to hear that somebody does, and to vote
+_HANGING_S = 3.0  # a rank that hears of no progress says so every second
 
 
 class Coordinator:
     """Of client `client`. host: address to listen at. timeout_s: for all ranks to come at the start of the job, which
-    is that of `clients`.
+    is that of `clients`. silence_s: after so long without a sign of life a coordinator is lost.
 
     address: where ranks reach it. invitation: what a returning client has to know; set by the leader.
     """
 
-    def __init__(self, layout: ClientLayout, client: int, host: str, timeout_s: float, clients: Sequence[int]):
-        self._layout, self._leader, self._timeout_s = layout, layout.leader_of(client), timeout_s
+    def __init__(
+        self,
+        layout: ClientLayout,
+        client: int,
+        host: str,
+        timeout_s: float,
+        clients: Sequence[int],
+        silence_s: float,
+    ):
+        self._layout, self._leader = layout, layout.leader_of(client)
+        self._timeout_s, self._silence_s = timeout_s, silence_s
         self._server = socket.create_server((host, 0), backlog=1024)
         self.address: tuple[str, int] = self._server.getsockname()[:2]
         self._lines: dict[int, Line] = {}  # by rank
@@ -117,14 +72,22 @@ class Coordinator:
         self._clients: list[int] = []  # who is in, once at work; itself first
         self._done: set[int] = set()  # ranks that have said goodbye
         self._votes: dict[int, tuple[int, str]] = {}
-        self._gathered: float | None = None  # monotonic time after which nobody is waited for who has never come
+        # monotonic times:
+        self._gathered: float | None = None  # after which nobody is waited for who has never come
+        self._stalled: tuple[float, float] | None = None  # when somebody was so first, of late, and last
+        self._signed = time.monotonic()  # of the last sign of life
+        self._retired = False
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as ready:
             ready.register(self._server, selectors.EVENT_READ, None)
-            while True:
-                for key, _ in ready.select(timeout=0.5):
+            while not self._retired:
+                heard = ready.select(timeout=min(0.5, self._silence_s / 20))
+                self._sign()
+                for key, _ in heard:
+                    if self._retired:
+                        break
                     if key.data is None:
                         line = Line(self._server.accept()[0])
                         ready.register(line.connection, selectors.EVENT_READ, line)
@@ -134,6 +97,7 @@ class Coordinator:
                     else:
                         self._hear(key.data, messages)
                 self._give_up_waiting()
+                self._put_out_who_hangs()
 
     def _hear(self, line: Line, messages: list[dict[str, Any]]) -> None:
         try:
@@ -161,6 +125,8 @@ class Coordinator:
                     self._interrupt()
         elif message["kind"] == "goodbye":
             self._done.add(line.rank)
+        elif message["kind"] == "stalled" and message["number"] == self._last.number + 1:
+            self._hear_of_a_stall()
         self._decide()
 
     def _hello(self, line: Line, message: dict[str, Any]) -> None:
@@ -176,6 +142,7 @@ class Coordinator:
             for client in message["lost"]:
                 self._put_out(client, "it was lost with the coordinator before")
         if not self._clients:
+            line.send("alive")  # once: its leader has not lost the coordinator before
             return
         for rank, other in self._lines.items():
             if self._layout.client_of(rank) not in self._clients:
@@ -253,10 +220,49 @@ class Coordinator:
             if rank not in self._lines and rank not in self._done:
                 self._put_out(self._layout.client_of(rank), f"its rank {rank} has not come")
 
+    def _sign(self) -> None:
+        now = time.monotonic()
+        if now - self._signed > self._silence_s:
+            self._retire()  # this process was stopped, and the others have lost it
+        elif now - self._signed >= min(_ALIVE_S, self._silence_s / 20):
+            self._signed = now
+            for line in self._lines.values() if self._clients else ():
+                line.send("alive")
+
+    def _hear_of_a_stall(self) -> None:
+        now = time.monotonic()
+        if self._stalled is None or now - self._stalled[1] > _HANGING_S:
+            self._stalled = now, now
+            self._interrupt()
+        self._stalled = self._stalled[0], now
+
+    def _put_out_who_hangs(self) -> None:
+        if self._stalled is None or self._stalled[1] - self._stalled[0] < _PATIENCE_S:
+            return
+        self._stalled = None
+        missing = [rank for rank in self._voters() if rank not in self._votes]
+        if any(self._is_own(rank) for rank in missing):
+            self._retire()
+            return
+        for rank in missing:
+            self._put_out(self._layout.client_of(rank), f"its rank {rank} has not moved on for cluster.timeout_s")
+
+    def _retire(self) -> None:
+        """The others go on with the next client's coordinator."""
+        self._retired, self.invitation = True, None
+        self._server.close()
+        for line in [*self._lines.values(), *self._visitors.values()]:
+            with contextlib.suppress(OSError):
+                line.connection.shutdown(socket.SHUT_RDWR)
+
+    def _voters(self) -> list[int]:
+        return [rank for rank in self._ranks_of(self._clients) if rank not in self._done]
+
     def _decide(self) -> None:
-        ranks = [rank for rank in self._ranks_of(self._clients) if rank not in self._done]
+        ranks = self._voters()
         if not ranks or any(rank not in self._votes for rank in ranks):
             return
+        self._stalled = None
         yes = -1
         for rank in ranks:
             yes &= self._votes[rank][0]

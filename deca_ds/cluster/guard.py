@@ -8,15 +8,15 @@ heartbeats and ends waits that last too long (heartbeat.py). It ends this proces
 answers (silence.py).
 
 With cluster.on_failure=continue, from the first step on: a rank that fails tells it on its own output and in
-FAILED_client_NNN and kills itself, as the MPI library expects of the dead; and the store may go with its host, until
-the survivors have put up another one.
+FAILED_client_NNN and kills itself, as the MPI library expects of the dead. The store may go with its host, until the
+survivors have put up another one. A rank that hangs, or waits too long for others of its client, ends that client; over
+torch the others put it out, too, if its process does not run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import signal
 import sys
@@ -29,6 +29,7 @@ from typing import NoReturn
 from torch.distributed import Store
 
 from deca_ds.cluster.comeback import come_back
+from deca_ds.cluster.failure import FAILURE_CODE, USER_ERROR_CODE, Failure
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
 from deca_ds.cluster.heartbeat import Heartbeats, Progress
 from deca_ds.cluster.launch import Launch
@@ -45,20 +46,20 @@ from deca_ds.errors import (
     whole_message,
 )
 
-_FAILED_KEY, _DONE_KEY = "job/failed", "job/done"
+_DONE_KEY = "job/done"
 _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
 _CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice that the client is cut off
 _NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does not answer
+_OTHERS_S = 60.0  # for the survivors to put out who hangs and to put up another store, until all ends
 _LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
-
-USER_ERROR_CODE, FAILURE_CODE = 2, 1
 
 
 class JobGuard:
     """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to; `stop` is
     how the job is told to stop, and where. host: the rank that hosts the job's store. farewells: what this rank does
     when it is through, so that nobody takes its end for a death. return_s: cluster.return_s, where it holds. cut_off:
-    set when the others are out of reach."""
+    set when the others are out of reach. put_out_who_hangs: called every second while nobody in the job moves on, where
+    the others can do that."""
 
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
@@ -70,6 +71,7 @@ class JobGuard:
         self._store = store
         self.farewells: list[Callable[[], None]] = []
         self.return_s, self.cut_off = 0.0, threading.Event()
+        self.put_out_who_hangs: Callable[[], None] | None = None
         self.host, self._ranks = launch.first, len(launch.ranks)  # ranks that use the store
         self._outlived = False  # whether the others go on when this rank fails
         self._visits = False
@@ -94,6 +96,7 @@ class JobGuard:
     def let_others_go_on(self) -> None:
         """From now on a failure of this rank ends its own client alone."""
         self._outlived, self._visits = True, False
+        self._silence.more_s = _OTHERS_S
 
     def visit(self, host: int) -> None:
         """This rank is not of the job yet: until `let_others_go_on` its failure is its own. host: see JobGuard."""
@@ -106,7 +109,8 @@ class JobGuard:
         self._ranks, self._abrupt = len(ranks), True
         if store is not None:
             self.host, self._store = ranks[0], store
-            self._start_watching()
+            self._silence.close()
+            self._start_watching(_OTHERS_S)
 
     @property
     def store(self) -> JobStore:
@@ -118,26 +122,25 @@ class JobGuard:
         self._leaving.acquire()
         if self.return_s and (self._outlived or self._visits) and self._is_cut_off(error):
             self.come_back(f"was cut off: {error}")
+        if self.return_s and self._outlived and isinstance(error, StallError):
+            self.come_back(f"hangs: {error}", through=False)
         if self._outlived:
             self._die(whole_message(error) + self._last_seen(error))
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
         if self._visits:
-            self._leave(self._report(whole_message(error), code), announce=True)
+            self._leave(self._report(whole_message(error), code))
         seen = self._last_seen(error)
-        report = json.dumps(self._report(public_message(error) + seen, code))
-        first = report
+        report = first = self._report(public_message(error) + seen, code)
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
-            first = self._store.store.compare_set(_FAILED_KEY, "", report).decode() or report
-        if first == report:
-            self._leave(self._report(whole_message(error) + seen, code), announce=True)
-        self._leave(json.loads(first))
+            first = report.report(self._store.store)
+        self._leave(self._report(whole_message(error) + seen, code) if first == report else first)
 
-    def come_back(self, why: str) -> NoReturn:
-        """Become a new process that tries to join the others again."""
+    def come_back(self, why: str, *, through: bool = True) -> NoReturn:
+        """Become a new process that tries to join the others again. through: see `farewells`."""
         client = self.heartbeats.own().client
         who = "this client" if client is None else f"client {client}"
         print(f"\nWARNING: {who} {why}; it tries to come back for {self.return_s:.0f} s", file=sys.stderr)
-        for farewell in self.farewells:
+        for farewell in self.farewells if through else ():
             farewell()
         come_back(self.return_s)
 
@@ -168,30 +171,29 @@ class JobGuard:
             self._end(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
         gc.freeze()  # or the interpreter would look for garbage in everything, several times: a second of each rank
 
-    def _start_watching(self) -> None:
+    def _start_watching(self, more_s: float = 0.0) -> None:
+        self._silence = Silence(self.progress, self._store.timeout.total_seconds(), self._no_answer, more_s)
         watch = self._watch if self.launch.world_size > 1 else self._beat
-        self._thread = threading.Thread(target=watch, args=(self._store, self._store.reconnect()), daemon=True)
+        arguments = self._store, self._store.reconnect(), self._silence
+        self._thread = threading.Thread(target=watch, args=arguments, daemon=True)
         self._thread.start()
 
-    def _beat(self, job: JobStore, store: Store) -> None:
+    def _beat(self, job: JobStore, store: Store, silence: Silence) -> None:
         """All that there is to do for a single rank."""
+        silence.close()
         while not self._finished.wait(_POLL_S):
             self.heartbeats.beat(store)
 
-    def _watch(self, job: JobStore, store: Store) -> None:
-        silence = Silence(self.progress, job.timeout.total_seconds(), self._no_answer)
-        with contextlib.closing(silence):
-            self._ask(job, store, silence)
-
-    def _ask(self, job: JobStore, store: Store, silence: Silence) -> None:
+    def _watch(self, job: JobStore, store: Store, silence: Silence) -> None:
         while self._store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
+            self._leave_if_out()
             try:
                 self.stop.look(store)
-                report, announce = self._look(store)
+                report = self._look(store)
                 silence.answered()
             except RuntimeError:
                 if self._finished.is_set():
-                    return
+                    break
                 if self._outlived:
                     continue  # the survivors will put up another one
                 if self.return_s:
@@ -199,12 +201,20 @@ class JobGuard:
                     self.come_back("has lost the job before it was let in")
                 gone = f"rank {self.host} is gone: it ended without a report"
                 gone += ", before this client was let in: join again" if self._visits else ""
-                report, announce = self._report(gone, FAILURE_CODE), True
+                report = self._report(gone, FAILURE_CODE)
             except Exception as error:  # without its watcher a rank could wait for ever
-                report, announce = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE), True
+                report = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE)
             if report is not None:
                 self._leaving.acquire()
-                self._leave(report, announce)
+                self._leave(report)
+        silence.close()
+
+    def _leave_if_out(self) -> None:
+        """The others have put this client out, and the main thread, which may hang, does not come to learn of it."""
+        if self._outlived and self.cut_off.is_set() and self.progress.phase != "done":
+            time.sleep(_CUT_OFF_S)
+            if not self._finished.is_set():
+                self.fail(CutOffError("this client is out of the job, and its main thread hangs"))
 
     def _no_answer(self, idle_s: float, silent_s: float) -> None:
         silence = StallError(
@@ -215,71 +225,61 @@ class JobGuard:
         )
         # the main thread may have taken it, to tell the store what that will never hear
         self._leaving.acquire(timeout=_NO_ANSWER_S)
-        self._leave(self._report(str(silence), USER_ERROR_CODE), announce=True)
+        self._leave(self._report(str(silence), USER_ERROR_CODE))
 
-    def _look(self, store: Store) -> tuple[dict | None, bool]:
-        """A reason to end this process, if there is one, and whether it has yet to be told."""
+    def _look(self, store: Store) -> Failure | None:
+        """A reason to end this process, if there is one."""
         # The launcher was killed: nobody would ever collect this process. One that was told to stop, as we were, may go
         # before we are through.
         if os.getppid() != self._parent and not self.stop.pending:
-            return self._report("the launcher is gone, so this rank stops", FAILURE_CODE), True
-        if store.check([_FAILED_KEY]):
-            return json.loads(store.get(_FAILED_KEY).decode()), False
-        stall = self.heartbeats.stalled(store) if self.heartbeats.beat(store) else None
-        if stall is not None:
-            report = self._report(str(stall), USER_ERROR_CODE)
-            first = json.loads(store.compare_set(_FAILED_KEY, "", json.dumps(report)).decode())
-            return first, first == report
-        return None, False
+            return self._report("the launcher is gone, so this rank stops", FAILURE_CODE)
+        if (reported := Failure.reported(store)) is not None:
+            return reported
+        stall = self.heartbeats.stalled(store, own=self._outlived) if self.heartbeats.beat(store) else None
+        if stall is None or self._others_see_to(stall):
+            return None
+        return self._report(str(stall), USER_ERROR_CODE).report(store)
+
+    def _others_see_to(self, stall: StallError) -> bool:
+        """Whether the job can go on without whoever hangs. Does not return if that is of this rank's client."""
+        if not self._outlived or stall.idle_s > (self.progress.timeout_s or 0.0) + _OTHERS_S:
+            return False
+        if stall.clients == {self.heartbeats.own().client}:
+            self.fail(stall)
+        if self.progress.awaits is not None and self.put_out_who_hangs is not None:
+            self.put_out_who_hangs()
+        return True
 
     def _last_seen(self, error: BaseException) -> str:
         """Where the awaited ranks are, if `error` is of a connection or a library's wait."""
-        if not isinstance(error, (MessageError, RuntimeError)) or self.launch.world_size == 1:
-            return ""
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            return self.heartbeats.last_seen(self._store.store)
+        if isinstance(error, (MessageError, RuntimeError)) and self.launch.world_size > 1:
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                return self.heartbeats.last_seen(self._store.store)
         return ""
 
-    def _report(self, message: str, code: int) -> dict:
-        where = self.progress.place
-        return {
-            "rank": self.launch.rank,
-            "host": self.launch.host,
-            "place": "" if where == "starting" else f", {where}",
-            "message": message,
-            "code": code,
-        }
+    def _report(self, message: str, code: int) -> Failure:
+        place = self.progress.place
+        return Failure(self.launch.rank, self.launch.host, "" if place == "starting" else place, message, code)
 
-    def _leave(self, report: dict, announce: bool = False) -> None:
-        if announce:
-            of = f"rank {report['rank']} on {report['host']}{report['place']}: " if self.launch.world_size > 1 else ""
-            print(f"\nERROR: {of}{report['message']}", file=sys.stderr, flush=True)
+    def _leave(self, report: Failure) -> None:
+        if report.rank == self.launch.rank:
+            report.tell(alone=self.launch.world_size == 1)
         if not self._visits:
-            self._mark_failed(report)
+            report.mark(self.output, "FAILED")
         if self.launch.rank == self.host and self.launch.world_size > 1:
             time.sleep(_LINGER_S)
-        self._end(report["code"])
+        self._end(report.code)
 
     def _die(self, message: str) -> None:
         """End this rank, and with it its client, while the others go on. Does not return."""
         client = self.heartbeats.own().client
         report = self._report(message, FAILURE_CODE)
-        print(
-            f"\nERROR: client {client} ends, rank {report['rank']} on {report['host']}{report['place']}: {message}",
-            file=sys.stderr,
-            flush=True,
-        )
-        self._mark_failed(report, f"FAILED_client_{client:03d}")
+        report.tell(of_client=client)
+        report.mark(self.output, f"FAILED_client_{client:03d}")
         sys.stdout.flush()
         # not an exit: mpirun lets the others go on after a process that died, and ends them after one that failed
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(_LINGER_S)
-
-    def _mark_failed(self, report: dict, name: str = "FAILED") -> None:
-        if self.output is None or not self.output.is_dir():
-            return
-        with contextlib.suppress(OSError), open(self.output / name, "x") as marker:
-            marker.write(f"rank {report['rank']} on {report['host']}{report['place']}\n{report['message']}\n")
 
     @staticmethod
     def _end(code: int) -> None:

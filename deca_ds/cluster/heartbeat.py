@@ -29,6 +29,7 @@ SILENCE_S = 10.0  # a rank whose heartbeats stop for so long is gone, stopped or
 # start of a wait, however much the awaited rank is doing meanwhile.
 _BACKSTOP_S = 30 * 24 * 3600.0
 _LOOK_AFTER_S = 5.0  # a rank that has not moved on for so long watches those that it waits for
+_LOOKS = 3  # at this rank's own standstill: a process that was stopped, and goes on, does not hang
 _SHOWN = 8  # ranks in a message
 
 EVERYBODY = "all"
@@ -145,6 +146,7 @@ class Heartbeats:
     gone: frozenset[int] = frozenset()
     _due: float = 0.0
     _observed: dict[int, _Observed] = field(default_factory=dict)
+    _looks: int = 0
 
     def own(self) -> Heartbeat:
         """This rank's heartbeat now."""
@@ -170,26 +172,52 @@ class Heartbeats:
                 os.replace(partial, self.folder / f"rank_{self.launch.rank:04d}.json")
         return True
 
-    def stalled(self, store: Store) -> StallError | None:
-        """Why the job has to end, if this rank has waited too long. See the module's text."""
+    def stalled(self, store: Store, *, own: bool = False) -> StallError | None:
+        """Why the job has to end, if this rank has waited too long. See the module's text. own: also if others have
+        waited too long for this rank, which itself waits for nobody."""
         progress, now = self.progress, time.monotonic()
         timeout_s, moved = progress.timeout_s, progress.moved
         if timeout_s is None or now - moved < min(_LOOK_AFTER_S, timeout_s / 4):
             self._observed.clear()  # what has been seen is of another wait
+            self._looks = 0
             return None
         awaited = self._awaited(store, now)
-        if not awaited:
-            return None  # at work of its own
+        if not awaited:  # at work of its own
+            return self._hanging(store, now) if own and now - moved >= timeout_s else None
         seen = [self._observed[rank].moved for rank in awaited if rank in self._observed]
-        if now - max([*seen, moved]) < timeout_s:
+        idle_s = now - max([*seen, moved])
+        if idle_s < timeout_s:
             return None
         direct = self._culprits(awaited)
-        return StallError(
+        stall = StallError(
             f"no progress for {now - moved:.0f} s; this rank waits for {direct}. Last seen:\n"
             + "\n".join(f"    {line}" for line in self._lines(awaited)),
             where=progress.place,
             fix=f"look at the output of {direct}; if they are only slow, raise cluster.timeout_s",
         )
+        layout = progress.layout
+        stall.clients = frozenset(None if layout is None else layout.client_of(rank) for rank in awaited)
+        stall.idle_s = idle_s
+        return stall
+
+    def _hanging(self, store: Store, now: float) -> StallError | None:
+        progress, own = self.progress, self.launch.rank
+        for rank in set(range(self.launch.world_size)) - self.gone - {own}:
+            other = self._observe(rank, store, now)
+            if other is None or now - other.moved < (progress.timeout_s or 0.0) or other.heartbeat.awaits is None:
+                continue
+            if own in self._named(rank, other.heartbeat.awaits):
+                self._looks += 1
+                if self._looks < _LOOKS:
+                    return None
+                stall = StallError(
+                    f"no progress for {now - progress.moved:.0f} s; {other.heartbeat} waits for it",
+                    where=progress.place,
+                    fix="look at what this rank's main thread does; if it is only slow, raise cluster.timeout_s",
+                )
+                stall.clients, stall.idle_s = frozenset({self.own().client}), now - progress.moved
+                return stall
+        return None
 
     def last_seen(self, store: Store) -> str:
         """For a message: where the ranks are that this rank has to do with, a line each; empty if it is alone."""

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from deca_ds.cluster.coordinator import Line
+from deca_ds.cluster.agreement import Line
 from deca_ds.cluster.votes import Votes
 
 _EVERY_S = 3.0

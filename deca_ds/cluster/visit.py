@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deca_ds.cluster.agreement import Line
 from deca_ds.cluster.comeback import JOIN
-from deca_ds.cluster.coordinator import Coordinator, Line
+from deca_ds.cluster.coordinator import Coordinator
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.store import JobStore, join_job_store, own_address
 from deca_ds.errors import LaunchError
@@ -38,9 +39,10 @@ class Visit:
 
 
 def join_job(
-    launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float, until: float = 0.0
+    launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float, silence_s: float, until: float = 0.0
 ) -> tuple[Visit, JobStore]:
     """Ask those whose addresses lie in `folder`, the run's, to let this rank's client come back; the job's store, too.
+    silence_s: see Coordinator.
 
     Raises LaunchError if nobody is there who could, or the client is still in, or its ranks do not come within
     `timeout_s` seconds; before the time `until`, by time.time(), it asks again instead.
@@ -51,7 +53,8 @@ def join_job(
         try:
             addresses = _read(folder / FILE)
             if launch.rank == layout.leader_of(client):
-                own = own or Coordinator(layout, client, _address_towards(addresses), timeout_s, range(layout.clients))
+                host, everybody = _address_towards(addresses), range(layout.clients)
+                own = own or Coordinator(layout, client, host, timeout_s, everybody, silence_s)
                 addresses[client] = own.address
             visit = _ask_to_join(launch.rank, client, addresses, own, timeout_s)
             return visit, join_job_store(visit.invitation["store"], timeout_s)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from deca_ds.cluster.coordinator import GRACE_S, Coordinator, Decision, Line
+from deca_ds.cluster.agreement import Decision, Line
+from deca_ds.cluster.coordinator import GRACE_S, Coordinator
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.store import JobStore, own_address
 from deca_ds.cluster.visit import Addresses, Visit
@@ -23,8 +24,9 @@ class Votes:
     """A thread keeps the connection to whoever is the coordinator, also while this rank is busy with something else.
 
     addresses: of every client's coordinator, as it is now; at the start, of those that are there. timeout_s: for all
-    ranks to come to an agreement. own: this client's coordinator, on its leader. visit: of a client that comes back; it
-    does not vote before `enter`. cut_off: set when this client is out, or out of the others' reach.
+    ranks to come to an agreement. silence_s: see Coordinator. own: this client's coordinator, on its leader. visit: of
+    a client that comes back; it does not vote before `enter`. cut_off: set when this client is out, or out of the
+    others' reach.
     interrupted: set as soon as a client has gone or a rank has voted no, until the next decision.
     """
 
@@ -34,12 +36,13 @@ class Votes:
         layout: ClientLayout,
         addresses: Mapping[int, tuple[str, int]],
         timeout_s: float,
+        silence_s: float,
         own: Coordinator | None = None,
         visit: Visit | None = None,
     ):
         self.own = own
         self.interrupted, self.cut_off = threading.Event(), threading.Event()
-        self._rank, self.addresses, self._timeout_s = rank, dict(addresses), timeout_s
+        self._rank, self.addresses, self._timeout_s, self._silence_s = rank, dict(addresses), timeout_s, silence_s
         self._last = Decision(0, 0, "", tuple(addresses))
         self._visit = visit
         self._lost: list[int] = []  # clients whose coordinators are out of reach
@@ -74,6 +77,15 @@ class Votes:
                 self._line.send("vote", **self._ballot)  # if it does not arrive the connection ends
         return self._wait(self._timeout_s)
 
+    def stalled(self) -> None:
+        """From another thread, again and again while nobody in the job moves on: who hangs has to go. First those who
+        wait for messages stop that, and vote."""
+        with self._sending:
+            if self._ballot is None:
+                self.interrupted.set()
+            elif self._line is not None:
+                self._line.send("stalled", number=self._ballot["number"])
+
     def _wait(self, timeout_s: float) -> Decision:
         try:
             decided = self._inbox.get(timeout=timeout_s)
@@ -107,7 +119,11 @@ class Votes:
                 self._listen(left[0])
                 self.interrupted.set()
                 self._lost.append(left[0])
-            raise CutOffError("no other client is in reach", where=f"rank {self._rank}", fix="look at the network")
+            raise CutOffError(
+                "no other client is in reach",
+                where=f"rank {self._rank}",
+                fix="look at the network, and at whether this process was stopped for long",
+            )
         except UserError as error:
             self.cut_off.set()
             self.interrupted.set()
@@ -119,24 +135,28 @@ class Votes:
             connection = socket.create_connection(self.addresses[client], _CONNECT_S)
         except OSError:
             return
-        late_s = self._timeout_s if self._last.number == 0 else 2 * GRACE_S
+        late_s = 2 * GRACE_S if self._last.number or self._lost else self._timeout_s
         connection.settimeout(late_s)
         line = Line(connection)
         line.send("hello", rank=self._rank, last=asdict(self._last), lost=self._lost)
         since = time.monotonic()
-        self._read(line)
-        if line is not self._line and time.monotonic() - since >= late_s:
+        signs = self._read(line)
+        if line is not self._line and signs and time.monotonic() - since >= late_s:
             raise CutOffError(
                 f"client {client} has not lost the coordinator that this rank has lost: it is cut off",
                 where=f"rank {self._rank}",
                 fix="look at the network",
             )
 
-    def _read(self, line: Line) -> None:
+    def _read(self, line: Line) -> int:
+        """Until the connection ends, or nothing comes any more; how many messages there have been."""
+        signs = 0
         while (messages := line.receive()) is not None:
+            signs += len(messages)
             for message in messages:
+                if message["kind"] in ("welcome", "decision"):  # the coordinator is at work, and gives signs of life
+                    line.connection.settimeout(self._silence_s)
                 if message["kind"] == "welcome":
-                    line.connection.settimeout(None)
                     self._vote_again(line)
                 elif message["kind"] == "interrupt":
                     self.interrupted.set()
@@ -144,6 +164,7 @@ class Votes:
                     raise CutOffError(f"this client is out of the job: {message['why']}", where=f"rank {self._rank}")
                 elif message["kind"] == "decision":
                     self._decided(Decision.read(message))
+        return signs
 
     def _vote_again(self, line: Line) -> None:
         with self._sending:
@@ -163,13 +184,13 @@ class Votes:
         self._inbox.put(decision)
 
 
-def open_votes(launch: Launch, layout: ClientLayout, store: JobStore, timeout_s: float) -> Votes:
+def open_votes(launch: Launch, layout: ClientLayout, store: JobStore, timeout_s: float, silence_s: float) -> Votes:
     """Start this client's coordinator, if this rank is its leader, and join the one at work. All ranks call this."""
     client, coordinator = layout.client_of(launch.rank), None
     clients = launch.clients(layout)
     if launch.rank == layout.leader_of(client):
         assert store.address is not None, "a single process has nobody to vote with"
-        coordinator = Coordinator(layout, client, own_address(store.address), timeout_s, clients)
+        coordinator = Coordinator(layout, client, own_address(store.address), timeout_s, clients, silence_s)
     told = store.gather(launch, "coordinators", coordinator and coordinator.address)
     addresses: Addresses = {c: tuple(told[layout.leader_of(c)]) for c in clients}
-    return Votes(launch.rank, layout, addresses, timeout_s, coordinator)
+    return Votes(launch.rank, layout, addresses, timeout_s, silence_s, coordinator)

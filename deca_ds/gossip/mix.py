@@ -10,14 +10,12 @@ Chunks travel while later ones are computed. At most `window` of them are under 
 window * degree * chunk_mib, and they are used again. With clipping (clip.py) there is no window: the mean of any chunk
 takes the distance over all of them. Nor is there one where late neighbours are left out (stragglers.py), or where
 clients may die (surviving.py): an averaging then counts as a whole or is done again without them, so the means of all
-chunks are kept. In all three cases `settle` comes before the first `wait`.
-
-Nothing is averaged before it is checked: that it is of this averaging, and that all its values are finite.
+chunks are kept. In all three cases `settle` comes before the first `wait`. Nothing is averaged before it is checked:
+that it is of this averaging, and that all its values are finite.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -66,8 +64,7 @@ class Gossip:
             )
         self.transport = transport
         self.schedule = schedule
-        self.wait_seconds = 0.0
-        self.bytes_sent = 0
+        self.wait_seconds, self.bytes_sent = 0.0, 0
         self.device = torch.device(device)
         self.pool = BufferPool(pinned=self.device.type == "cuda")
         self.clip_radius = clip_radius
@@ -77,7 +74,8 @@ class Gossip:
         self.window = math.inf if self._settles else _WINDOW
         self._client_sum = client_sum
         self._unsettled: list[PendingMix] = []  # of the averaging under way, all chunks so far
-        self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
+        self._broken: MessageError | None = None  # where clients may die: what stops it, for `settle`
+        self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)  # elements of a chunk
         self.outputs = Outputs(self.device)
 
     def has_neighbours(self, t: int) -> bool:
@@ -87,8 +85,7 @@ class Gossip:
 
     def chunks(self, numel: int) -> list[slice]:
         """A shard of `numel` elements as consecutive slices of at most chunk_mib each."""
-        step = self._chunk_elements
-        return [slice(a, min(a + step, numel)) for a in range(0, numel, step)]
+        return [slice(a, min(a + self._chunk_elements, numel)) for a in range(0, numel, self._chunk_elements)]
 
     def start(self, t: int, x: Tensor, chunk: int = 0) -> PendingMix:
         """Start averaging t for `x`, flat float32 on `device`: chunk number `chunk` of the shard.
@@ -101,12 +98,14 @@ class Gossip:
                 f"expected a flat float32 tensor on {self.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
         pending = PendingMix(self, t, x, chunk)
-        if self.transport.may_lose_clients:
-            with contextlib.suppress(MessageError):  # `settle` finds out who is gone
+        if not self.transport.may_lose_clients:
+            pending.start()
+        elif self._broken is None:
+            try:
                 pending.start()
                 self._mix_older()
-        else:
-            pending.start()
+            except MessageError as error:
+                self._broken = error
         if self._settles:
             self._unsettled.append(pending)
         return pending
@@ -157,6 +156,9 @@ class Gossip:
 
     def _receive(self, chunks: Sequence[PendingMix]) -> None:
         """All of an averaging, from the start if the connections are new. May be repeated."""
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            raise broken
         for pending in chunks:
             pending.start()
         for place, pending in enumerate(chunks):

@@ -91,7 +91,7 @@ class Surviving(PointToPoint):
 
 
 def bits(answers: Sequence[bool]) -> int:
-    """Answers as the bits of a number, the first one the lowest; the first two are coordinator.YES and OPEN."""
+    """Answers as the bits of a number, the first one the lowest; the first two are agreement.YES and OPEN."""
     return sum(1 << place for place, yes in enumerate(answers) if yes)
 
 

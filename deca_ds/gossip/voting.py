@@ -13,8 +13,8 @@ from datetime import timedelta
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from deca_ds.cluster.coordinator import YES
-from deca_ds.cluster.heartbeat import EVERYBODY
+from deca_ds.cluster.agreement import YES
+from deca_ds.cluster.heartbeat import EVERYBODY, Progress
 from deca_ds.cluster.members import Members
 from deca_ds.cluster.votes import Votes
 from deca_ds.errors import GossipError
@@ -136,10 +136,14 @@ class VotingExchange(TorchExchange):
 
     def wait(self) -> None:
         """See Exchange."""
-        waiter = self._in_thread(self._transport.progress)
+        progress, seen = self._transport.progress, Progress()  # the thread may outlive this wait
+        moved, waiter = seen.moved, self._in_thread(seen)
         while self._works and waiter.is_alive():
             if self._transport.votes.interrupted.is_set():
                 direction, neighbour, _ = self._works[0]
                 raise lost(self._transport.client, neighbour, direction, self._tag, "a client has gone")
             waiter.join(_LOOK_S)
+            progress.wait_for(seen.awaits)
+            if seen.moved > moved:
+                moved = progress.moved = seen.moved
         super().wait()

@@ -53,11 +53,13 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
 def _voting(
     config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float
 ) -> VotingTransport:
+    silence_s = config.cluster.timeout_s
     if visit is None:
-        votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s)
+        votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s, silence_s)
     else:
-        votes = Votes(cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, visit.own, visit)
+        votes = Votes(cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, silence_s, visit.own, visit)
     guard.farewells.append(votes.close)
+    guard.put_out_who_hangs = votes.stalled
     guard.cut_off, guard.return_s = votes.cut_off, max(guard.return_s, config.cluster.return_s)
     store, connected = guard.store.store, visit is None
     if cluster.layout.even:

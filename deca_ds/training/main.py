@@ -14,7 +14,8 @@ from pathlib import Path
 from deca_ds.checkpoint.done import mark_done
 from deca_ds.cluster import ClientLayout, read_launch
 from deca_ds.cluster.comeback import JOIN, tries_until
-from deca_ds.cluster.guard import USER_ERROR_CODE, guarded
+from deca_ds.cluster.failure import USER_ERROR_CODE
+from deca_ds.cluster.guard import guarded
 from deca_ds.cluster.store import open_job_store
 from deca_ds.cluster.visit import join_job
 from deca_ds.config import load_config
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config is None:
                 raise mistake
             layout = ClientLayout.of(check_world(config, launch.world_size))
-            visit, store = join_job(launch, layout, Path(config.run.output), _START_TIMEOUT_S, tries_until())
+            visit, store = join_job(
+                launch, layout, Path(config.run.output), _START_TIMEOUT_S, config.cluster.timeout_s, tries_until()
+            )
         else:
             if config is not None and config.cluster.absent:
                 layout = ClientLayout.of(check_world(config, launch.world_size))

@@ -9,7 +9,7 @@ from jobs import free_port
 from deca_ds.errors import DataError, public_message
 
 WORKER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from deca_ds.cluster.guard import guarded
 from deca_ds.cluster.launch import Launch
@@ -46,6 +46,16 @@ with guarded(launch, open_job_store(launch, 60)) as guard:
         (output / "stops").touch()
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(7)
+    elif what == "out":  # put out by the others, which the main thread does not come to learn of
+        from deca_ds.cluster.launch import ClientLayout
+
+        guard.progress.watch(ClientLayout(3, 1), 60.0)
+        guard.let_others_go_on()
+        guard.cut_off.set()
+        time.sleep(60)
+    elif what == "through":
+        time.sleep(15)
+        os._exit(0)
     elif what == "idle":
         (output / f"ready{rank}").touch()
         while not (output / "stops").exists():
@@ -112,6 +122,13 @@ def test_a_rank_0_that_vanishes_ends_the_others(tmp_path):
     codes, outputs = run(tmp_path, "vanish", "wait", "wait")
     assert codes == [7, 1, 1]
     assert "rank 0 is gone" in outputs[1] + outputs[2]
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_is_out_of_the_job_ends_though_it_hangs(tmp_path):
+    codes, outputs = run(tmp_path, "through", "out", "through")
+    assert codes[1] == -9 and "client 1 ends" in outputs[1] and "its main thread hangs" in outputs[1]
+    assert "its main thread hangs" in (tmp_path / "FAILED_client_001").read_text()
 
 
 @pytest.mark.multiprocess

@@ -104,6 +104,38 @@ def test_a_wait_for_everybody_and_a_rank_never_seen(job):
         job.later(2 * int(TIMEOUT_S))
 
 
+def test_a_rank_finds_itself_hanging_when_others_wait_for_it_and_is_sure_of_it(monkeypatch):
+    job = Job(monkeypatch, sizes=(1, 1, 1, 1, 1, 1))
+    own = lambda: job.ranks[2].stalled(job.store, own=True)  # noqa: E731
+    for rank in job.ranks:
+        rank.progress.timeout_s = None  # others say nothing
+    job.ranks[2].progress.timeout_s = TIMEOUT_S
+    job.later(2 * int(TIMEOUT_S))
+    assert [own() for _ in range(9)] == [None] * 9, "nobody waits for it"
+    job.ranks[4].progress.wait_for(2)
+    job.later(1)
+    assert own() is None and own() is None
+    job.ranks[2].progress.tick()  # it was only stopped
+    assert own() is None
+    job.later(int(TIMEOUT_S))
+    assert [own(), own()] == [None, None]
+    stall = own()
+    assert stall is not None and stall.clients == {2} and stall.idle_s >= TIMEOUT_S
+    assert "rank 4 on" in str(stall) and "waits for it" in str(stall) and job.ranks[2].stalled(job.store) is None
+
+
+def test_a_stall_names_whose_ranks_are_waited_for(job):
+    for rank in job.ranks:
+        rank.progress.timeout_s = None
+    job.ranks[2].progress.timeout_s = TIMEOUT_S
+    for awaited, clients in ((0, {0, 1}), (EVERYBODY, {0, 1, 2}), (None, {1})):  # of its own client there is rank 3
+        job.ranks[2].progress.enter("gossip")
+        job.ranks[2].progress.wait_for(awaited)
+        with pytest.raises(StallError) as caught:
+            job.later(2 * int(TIMEOUT_S))
+        assert caught.value.clients == clients and caught.value.idle_s >= TIMEOUT_S
+
+
 def test_the_deadline_is_not_used_before_the_ranks_are_known():
     progress = Progress()
     assert progress.deadline_s(7.0) == 7.0

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from deca_ds.cluster import coordinator, lookout, store, visit, votes
-from deca_ds.cluster.coordinator import OPEN, YES, Coordinator
+from deca_ds.cluster.agreement import OPEN, YES, Decision
+from deca_ds.cluster.coordinator import Coordinator
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.lookout import Lookout, clients_at, goes_first
 from deca_ds.cluster.visit import join_job, save_addresses
 from deca_ds.cluster.votes import Votes
-from deca_ds.errors import GossipError, LaunchError, RankLostError
+from deca_ds.errors import CutOffError, GossipError, LaunchError, RankLostError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -29,15 +30,16 @@ pytestmark = pytest.mark.timeout(60)
 class Job:
     """n clients of k ranks in threads; `kill` breaks a client's connections, like the end of its processes."""
 
-    def __init__(self, clients: int, ranks: int = 1, timeout_s: float = 20.0):
+    def __init__(self, clients: int, ranks: int = 1, timeout_s: float = 20.0, silence_s: float = 60.0):
         self.layout = ClientLayout(clients, ranks)
         self.coordinators = [
-            Coordinator(self.layout, client, "127.0.0.1", timeout_s, range(clients)) for client in range(clients)
+            Coordinator(self.layout, client, "127.0.0.1", timeout_s, range(clients), silence_s)
+            for client in range(clients)
         ]
         addresses = {client: each.address for client, each in enumerate(self.coordinators)}
-        self.votes = [Votes(rank, self.layout, addresses, timeout_s) for rank in range(clients * ranks)]
+        self.votes = [Votes(rank, self.layout, addresses, timeout_s, silence_s) for rank in range(clients * ranks)]
 
-    def vote(self, bits: dict[int, int], news: str = "") -> dict[int, coordinator.Decision | Exception]:
+    def vote(self, bits: dict[int, int], news: str = "") -> dict[int, Decision | Exception]:
         def one(rank: int):
             try:
                 return self.votes[rank].vote(bits[rank], f"{news}{rank}")
@@ -143,6 +145,87 @@ def test_a_rank_that_does_not_vote_is_an_error_with_a_time_limit():
     assert isinstance(error, GossipError) and "no agreement within 1 s" in str(error)
 
 
+def stall(job: Job, ranks: tuple[int, ...], seconds: float, *voting: Future) -> None:
+    """What the guards of these ranks do while nobody moves on."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not any(each.done() for each in voting):
+        for rank in ranks:
+            job.votes[rank].stalled()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("hanging", [1, 0], ids=["another client", "the coordinator's own client"])
+def test_who_hangs_is_put_out(monkeypatch, hanging):
+    monkeypatch.setattr(coordinator, "_PATIENCE_S", 0.5)
+    job = Job(3, ranks=2)
+    wait_until_connected(job)
+    hangs, *others = [2 * hanging + 1, *(rank for rank in range(6) if rank != 2 * hanging + 1)]
+    with ThreadPoolExecutor(6) as pool:
+        voting = {rank: pool.submit(job.votes[rank].vote, 1) for rank in others if rank != 5}
+        job.votes[5].stalled()  # waits for a message that will not come
+        assert job.votes[5].interrupted.wait(5)
+        voting[5] = pool.submit(job.votes[5].vote, 0)
+        stall(job, tuple(others), 20.0, *voting.values())
+        decided = {voting[rank].result(20) for rank in others if rank // 2 != hanging}
+        assert {each.clients for each in decided} == {tuple(c for c in range(3) if c != hanging)}
+        with pytest.raises(CutOffError):
+            voting[2 * hanging].result(20)
+    assert job.votes[hangs].cut_off.wait(5)
+    assert isinstance(job.vote({hangs: 1})[hangs], CutOffError)
+    left = [rank for rank in others if rank // 2 != hanging]
+    assert not any(job.votes[rank].interrupted.is_set() for rank in left)
+    assert {each.yes for each in job.vote(dict.fromkeys(left, 1)).values()} == {1}
+
+
+def test_nobody_is_put_out_who_comes_on_after_all(monkeypatch):
+    monkeypatch.setattr(coordinator, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(coordinator, "_HANGING_S", 0.3)
+    job = Job(3)
+    wait_until_connected(job)
+    with ThreadPoolExecutor(3) as pool:
+        voting = [pool.submit(job.votes[rank].vote, 1) for rank in (0, 1)]
+        time.sleep(0.2)
+        stall(job, (0, 1), 0.3)  # then rank 2 is seen to move on
+        time.sleep(0.5)
+        stall(job, (0, 1), 0.2)
+        voting.append(pool.submit(job.votes[2].vote, 1))
+        assert {each.result(20).clients for each in voting} == {(0, 1, 2)}
+
+
+def freeze(job: Job, client: int, monkeypatch) -> threading.Event:
+    """Client's coordinator does nothing any more, like that of a process that is stopped, until the event is set."""
+    goes_on, select = threading.Event(), coordinator.Coordinator._sign
+
+    def waits(self):
+        if self is job.coordinators[client]:
+            goes_on.wait()
+        select(self)
+
+    monkeypatch.setattr(coordinator.Coordinator, "_sign", waits)
+    time.sleep(0.6)
+    return goes_on
+
+
+def test_a_coordinator_that_keeps_silent_is_lost_and_knows_it_later(monkeypatch):
+    monkeypatch.setattr(votes, "GRACE_S", 0.5)  # the next one is silent, too, and is given twice as long
+    job = Job(4, silence_s=2.0)
+    wait_until_connected(job)
+    stopped = [freeze(job, client, monkeypatch) for client in (0, 1)]
+    for client in (0, 1):
+        monkeypatch.setattr(job.votes[client], "_listen", lambda _, client=client: stopped[client].wait())
+    decided = job.vote({2: 1, 3: 1}, news="by ")
+    assert {(each.clients, each.news) for each in decided.values()} == {((2, 3), "by 2")}
+    monkeypatch.undo()
+    for each in stopped:
+        each.set()
+    deadline = time.monotonic() + 10
+    while not all(job.coordinators[client]._retired for client in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert job.vote({2: 1, 3: 1})[2].clients == (2, 3)
+    error = job.vote({0: 1})[0]
+    assert isinstance(error, CutOffError), "its own coordinator does not take it for the last one that is left"
+
+
 def test_strangers_and_goodbyes_put_nobody_out():
     job = Job(2)
     wait_until_connected(job)
@@ -172,8 +255,8 @@ def come_back(job: Job, client: int, tmp_path) -> Votes:
     """A new process of a client that has gone."""
     save_addresses(tmp_path, job.votes[2].addresses)
     launch = Launch("deepspeed", client, 3, 0, 1, None)
-    asked, _ = join_job(launch, job.layout, tmp_path, 10.0)
-    return Votes(client, job.layout, asked.addresses, 20.0, asked.own, asked)
+    asked, _ = join_job(launch, job.layout, tmp_path, 10.0, 60.0)
+    return Votes(client, job.layout, asked.addresses, 20.0, 60.0, asked.own, asked)
 
 
 def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_path):
@@ -217,12 +300,12 @@ def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path
 def test_nobody_to_join_is_said(tmp_path):
     launch = Launch("deepspeed", 1, 2, 0, 1, None)
     with pytest.raises(LaunchError, match="no addresses of a job to join"):
-        join_job(launch, ClientLayout(2, 1), tmp_path, 5.0)
+        join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = closed.getsockname()
     save_addresses(tmp_path, {0: address, 1: address})
     with pytest.raises(LaunchError, match="none of the other clients is there"):
-        join_job(launch, ClientLayout(2, 1), tmp_path, 5.0)
+        join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
 
 
 def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
@@ -238,10 +321,10 @@ def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
     save_addresses(tmp_path, {0: nobody, 2: addresses[2]})
     started = time.time()
     with pytest.raises(LaunchError, match="none of the other clients is there"):
-        join_job(launch, job.layout, tmp_path, 5.0, until=started + 0.5)
+        join_job(launch, job.layout, tmp_path, 5.0, 60.0, until=started + 0.5)
     assert time.time() > started + 0.5
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, started + 30)
+        asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, 60.0, started + 30)
         save_addresses(tmp_path, addresses)  # in reach, but nobody has an invitation yet
         job.coordinators[0].invitation = {"store": store_address()}
         found, _ = asking.result(timeout=20)

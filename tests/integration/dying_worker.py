@@ -3,13 +3,15 @@
 Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
 step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
 after STEP is averaged), returned (before the local step, STEP steps after a client has come back). All but error is
-SIGKILL. And damaged: a bit of its first chunk flips on the way. A rank that is started with --join does not die. While
-a client is missing, steps take a second.
+SIGKILL. And damaged: a bit of its first chunk flips on the way; hangs: its main thread does, before the local step;
+stopped: its process is, there, for 30 s. A rank that is started with --join does none of that. While a client is
+missing, steps take a second.
 """
 
 import gc
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -42,6 +44,11 @@ def counting_gradient(self, *arguments):
         since_return += 1
     if (steps == last and place == "before") or (since_return == last and place == "returned"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if steps == last and place == "stopped":
+        subprocess.Popen(["sh", "-c", f"sleep 30; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if steps == last and place == "hangs":
+        time.sleep(600.0)
     if steps == last and place == "error":
         raise RuntimeError("a defect")
     return gradient(self, *arguments)

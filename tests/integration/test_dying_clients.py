@@ -117,6 +117,30 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     ShardedModel(step_folder(output / "checkpoints", whole[0])).verify()
 
 
+@pytest.mark.parametrize(
+    ("transport", "ranks", "hangs", "deaths", "told"),
+    [
+        ("torch", [1, 1, 1, 1], "1:3:stopped,0:5:stopped", {1: 3, 0: 5}, "its rank 1 has not moved on"),
+        ("torch", [1, 2, 1], "2:3:stopped", {1: 3}, "this rank waits for rank 2"),
+        pytest.param("mpi", [1, 1, 1], "1:3:hangs", {1: 3}, "waits for it", marks=MPI.marks),
+    ],
+    ids=["a client, and the one with coordinator and store", "one rank of a client", "over MPI"],
+)
+def test_a_client_that_hangs_is_put_out(keys, tmp_path, transport, ranks, hangs, deaths, told):
+    """A main thread that hangs while the process is alive, and processes that are stopped and go on much later."""
+    output, clients = tmp_path / "run", len(ranks)
+    keys = [key for key in keys if "timeout_s" not in key] + ["cluster.timeout_s=12", f"cluster.clients={clients}"]
+    finished = run(sum(ranks), hangs, [*keys, f"cluster.ranks={ranks}"], transport)
+    assert finished.code == 0, finished.output[-6000:]
+    assert_numbers(output, keys, deaths)
+    lost = records(output / "metrics" / "job.jsonl", "membership")
+    assert [(record["from_step"], record["missing"]) for record in lost] == [(3, [1]), (5, [0, 1])][: len(deaths)]
+    assert (output / "DONE").read_text().endswith(f"missing clients: {', '.join(map(str, sorted(deaths)))}\n")
+    assert told in (output / "FAILED_client_001").read_text()
+    assert (output / "FAILED_client_000").exists() == (0 in deaths) and not (output / "STOPPED").exists()
+    assert not (output / "FAILED").exists()
+
+
 @pytest.mark.timeout(620)
 def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     """Client 0 of three, two ranks each, which is the coordinator, hosts the store and speaks for the job."""
