@@ -1,12 +1,12 @@
-"""A fault campaign on jobs that go on: clients are killed, frozen, cut off and sent damaged messages, and come back.
+"""A fault campaign on jobs that go on: clients are killed, stopped, cut off and sent damaged messages, and come back.
 
     python benchmarks/survivors.py --faults 150
 
 Every run is a real job of 4 to 8 clients over torch, one rank each, on hosts of their own (network namespaces), with
 cluster.on_failure=continue. Faults strike while earlier ones are still being overcome. A client that is killed is
-started again with --join, one that is cut off has to come back by itself. In the end every client has to hold what the
-simulator has for the same history: who was out in which inner steps, and whose state who took over. Prints a table and
-writes benchmarks/results/survivors.json. Takes root.
+started again with --join, one that is cut off or hangs has to come back by itself. In the end every client has to hold
+what the simulator has for the same history: who was out in which inner steps, and whose state who took over. Prints a
+table and writes benchmarks/results/survivors.json. Takes root.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ from deca_ds.simulation.setup import build
 DEADLINE_S = 180  # after a fault the others have to go on by then
 TOLERANCE = 1e-5
 TRIES = 6  # of a client to come back: whom it has asked may die, too
-KINDS = ("kill", "cut", "blink", "freeze", "damage")
-MAY_LOSE = ("kill", "cut", "blink")  # on a crowded machine a blink may last until the client is lost
+KINDS = ("kill", "hang", "cut", "blink", "freeze", "damage")
+MAY_LOSE = ("kill", "hang", "cut", "blink")  # on a crowded machine a blink may last until the client is lost
 
 
 @dataclass
 class Fault:
-    """One fault and what came of it. kill: SIGKILL. cut: the client's host reaches nobody until the others go on
-    without it. blink: its link is down for a while. freeze: SIGSTOP for a while. damage: a bit of a message flips.
+    """One fault and what came of it. kill: SIGKILL. hang: SIGSTOP until the others go on without it, cluster.timeout_s
+    later. cut: the client's host reaches nobody until then. blink: its link is down for a while. freeze: SIGSTOP for a
+    while. damage: a bit of a message flips.
 
-    seconds: how long a cut, blink or freeze lasted. next_step_s: from the fault to the next inner step that another
-    client has logged. back_s: from the new start of the client, or from when it reached the others again, to its own
-    first step with them. out: inner steps that the others did without it. tries: new starts that were lost with the
-    client that they had asked."""
+    seconds: how long a hang, cut, blink or freeze lasted. next_step_s: from the fault to the next inner step that
+    another client has logged. back_s: from the new start of the client, or from when it runs or reaches the others
+    again, to its own first step with them. out: inner steps that the others did without it. tries: new starts that were
+    lost with the client that they had asked."""
 
     kind: str
     clients: int
@@ -64,7 +65,7 @@ class Fault:
 
     @property
     def loses(self) -> bool:
-        return self.kind in ("kill", "cut")
+        return self.kind in ("kill", "hang", "cut")
 
 
 class Job:
@@ -75,7 +76,7 @@ class Job:
         self.log = place / "log"
         self.keys = [
             *("--config", "examples/demo/demo.yaml", "run.threads=1", f"run.seed={seed}", f"model.path={model}"),
-            *("model.init=pretrained", f"cluster.clients={self.clients}", "cluster.timeout_s=120"),
+            *("model.init=pretrained", f"cluster.clients={self.clients}", "cluster.timeout_s=30"),
             *("cluster.on_failure=continue", f"cluster.min_clients={self.clients // 2 + 1}", "cluster.return_s=40"),
             "gossip.graph=complete",
             # weights that change when a client is lost, and a step in which rounding does not grow
@@ -173,6 +174,8 @@ class Campaign:
             job.processes[client].send_signal(signal.SIGSTOP)
             time.sleep(fault.seconds)
             job.processes[client].send_signal(signal.SIGCONT)
+        elif fault.kind == "hang":
+            job.processes[client].send_signal(signal.SIGSTOP)
         elif fault.kind == "cut":
             job.hosts.set_apart(client, True)
         else:
@@ -184,8 +187,11 @@ class Campaign:
         at = {other: job.step(other) for other in others}
         job.wait(lambda: job.done or any(job.step(other) > at[other] for other in others), f"going on after {fault}")
         fault.next_step_s = time.monotonic() - struck
-        if fault.kind == "cut":
-            job.hosts.set_apart(client, False)
+        if fault.kind in ("cut", "hang"):
+            if fault.kind == "cut":
+                job.hosts.set_apart(client, False)
+            else:
+                job.processes[client].send_signal(signal.SIGCONT)
             fault.seconds = time.monotonic() - struck
             self.starting[client] = fault, time.monotonic(), job.step(client), job.steps()
         if fault.kind == "kill":
@@ -273,13 +279,14 @@ def main() -> None:
     parser.add_argument("--faults-per-run", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=12, help="of a run, 60 inner steps each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", default="survivors.json", help="name of the file in benchmarks/results")
     arguments = parser.parse_args()
     if not may_make_hosts():
         sys.exit("the hosts are network namespaces: start it as root on Linux")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what cleans up
     draw, console, done = random.Random(arguments.seed), Console(), []
     summary: dict = {"wrong": [], "runs": 0, "largest difference": 0.0, "smallest difference without its faults": None}
-    target = REPOSITORY / "benchmarks" / "results" / "survivors.json"
+    target = REPOSITORY / "benchmarks" / "results" / arguments.results
     while len(done) < arguments.faults and len(summary["wrong"]) < 10:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)

@@ -211,10 +211,9 @@ class JobGuard:
 
     def _leave_if_out(self) -> None:
         """The others have put this client out, and the main thread, which may hang, does not come to learn of it."""
-        if self._outlived and self.cut_off.is_set() and self.progress.phase != "done":
-            time.sleep(_CUT_OFF_S)
-            if not self._finished.is_set():
-                self.fail(CutOffError("this client is out of the job, and its main thread hangs"))
+        hangs = time.monotonic() - self.progress.moved > (self.progress.timeout_s or 0.0)
+        if hangs and self._outlived and self.cut_off.is_set() and not self._finished.wait(_CUT_OFF_S):
+            self.fail(CutOffError("this client is out of the job, and its main thread hangs"))
 
     def _no_answer(self, idle_s: float, silent_s: float) -> None:
         silence = StallError(
@@ -238,7 +237,8 @@ class JobGuard:
         stall = self.heartbeats.stalled(store, own=self._outlived) if self.heartbeats.beat(store) else None
         if stall is None or self._others_see_to(stall):
             return None
-        return self._report(str(stall), USER_ERROR_CODE).report(store)
+        report = self._report(str(stall), USER_ERROR_CODE)
+        return report if self._visits else report.report(store)
 
     def _others_see_to(self, stall: StallError) -> bool:
         """Whether the job can go on without whoever hangs. Does not return if that is of this rank's client."""

@@ -49,9 +49,16 @@ with guarded(launch, open_job_store(launch, 60)) as guard:
     elif what == "out":  # put out by the others, which the main thread does not come to learn of
         from deca_ds.cluster.launch import ClientLayout
 
-        guard.progress.watch(ClientLayout(3, 1), 60.0)
+        guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.let_others_go_on()
         guard.cut_off.set()
+        time.sleep(60)
+    elif what == "visits":  # and nobody moves on
+        from deca_ds.cluster.launch import ClientLayout
+
+        guard.visit(0)
+        guard.progress.watch(ClientLayout(3, 1), 3.0)
+        guard.progress.wait_for("all")
         time.sleep(60)
     elif what == "through":
         time.sleep(15)
@@ -129,6 +136,13 @@ def test_a_rank_that_is_out_of_the_job_ends_though_it_hangs(tmp_path):
     codes, outputs = run(tmp_path, "through", "out", "through")
     assert codes[1] == -9 and "client 1 ends" in outputs[1] and "its main thread hangs" in outputs[1]
     assert "its main thread hangs" in (tmp_path / "FAILED_client_001").read_text()
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_waits_to_be_let_in_gives_up_alone(tmp_path):
+    codes, outputs = run(tmp_path, "through", "visits", "through")
+    assert (codes[0], codes[1]) == (0, 2) and "no progress for" in outputs[1]
+    assert "no progress" not in outputs[0] + outputs[2] and "rank 1" not in outputs[0] + outputs[2]
 
 
 @pytest.mark.multiprocess
