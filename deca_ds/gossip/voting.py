@@ -13,7 +13,7 @@ from datetime import timedelta
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from deca_ds.cluster.agreement import YES
+from deca_ds.cluster.agreement import YES, Decision
 from deca_ds.cluster.heartbeat import EVERYBODY, Progress
 from deca_ds.cluster.members import Members
 from deca_ds.cluster.votes import Votes
@@ -70,7 +70,7 @@ class VotingTransport(TorchTransport, Surviving):
         self.members.clients = clients
         self.changed("")
         through = self._connect_again(self._announced)
-        decision = self.votes.vote(YES if through else 0)
+        decision = self._vote(YES if through else 0)
         if decision.clients != clients or not decision.yes:
             self._rebuild()
         self.rebuilt += 1
@@ -87,14 +87,18 @@ class VotingTransport(TorchTransport, Surviving):
         self._group = None
 
     def _agree(self, answers: Sequence[bool]) -> list[bool]:
-        self.progress.wait_for(EVERYBODY)
-        decision = self.votes.vote(bits(answers))
-        self.progress.wait_for(None)
-        self.progress.tick()
+        decision = self._vote(bits(answers))
         if decision.clients != self.members.clients:
             return []
         self.joining, self._announced = decision.everybody[len(decision.clients) :], decision.number
         return answers_in(decision.yes, len(answers))
+
+    def _vote(self, yes: int, news: str = "") -> Decision:
+        self.progress.wait_for(EVERYBODY)
+        decision = self.votes.vote(yes, news)
+        self.progress.wait_for(None)
+        self.progress.tick()
+        return decision
 
     def _rebuild(self) -> bool:
         before, told = self.members.clients, True
@@ -103,14 +107,14 @@ class VotingTransport(TorchTransport, Surviving):
             decided = self.votes.clients
             told, self.members.clients = told and decided == self.members.clients, decided
             speaks = self.client == self._peers[0] and self._shard == 0
-            decision = self.votes.vote(YES, self.news() if speaks else "")
+            decision = self._vote(YES, self.news() if speaks else "")
             if decision.clients != decided:  # one more: perhaps the one that had something to tell
                 continue
             if not told:
                 self.changed(decision.news)
                 told = True
             through = self._connect_again(decision.number)
-            decision = self.votes.vote(YES if through else 0)
+            decision = self._vote(YES if through else 0)
             if decision.clients == decided and decision.yes:
                 break
         self.rebuilt += 1
@@ -122,6 +126,7 @@ class VotingTransport(TorchTransport, Surviving):
             return True
         assert self.store is not None
         store = PrefixStore(f"gossip/{self._shard}/{number}", self.store)
+        self.progress.wait_for(EVERYBODY)
         try:
             self._connect(store, self._place(self.client), len(self._peers), timedelta(seconds=_CONNECT_S))
         except GossipError:  # one more is gone, or the store
