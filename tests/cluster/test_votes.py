@@ -173,8 +173,8 @@ def test_who_hangs_is_put_out(monkeypatch, hanging):
     assert job.votes[hangs].cut_off.wait(5)
     assert isinstance(job.vote({hangs: 1})[hangs], CutOffError)
     left = [rank for rank in others if rank // 2 != hanging]
-    assert not any(job.votes[rank].interrupted.is_set() for rank in left)
     assert {each.yes for each in job.vote(dict.fromkeys(left, 1)).values()} == {1}
+    assert not any(job.votes[rank].interrupted.is_set() for rank in left)
 
 
 def test_nobody_is_put_out_who_comes_on_after_all(monkeypatch):
