@@ -1,7 +1,9 @@
-"""launchers/train.py, of which SIGUSR2 damages the next message: one of its bits flips on the way."""
+"""launchers/train.py, of which SIGUSR2 damages the next message: one of its bits flips on the way. SIGQUIT shows where
+its threads are."""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import signal
 import sys
@@ -41,6 +43,7 @@ def damaging(exchange):
 
 
 signal.signal(signal.SIGUSR2, arm)
+faulthandler.register(signal.SIGQUIT)
 for transport in (MpiTransport, VotingTransport):
     transport._exchange = damaging(transport._exchange)  # type: ignore[method-assign]
 sys.exit(main())

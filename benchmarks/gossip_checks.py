@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deca_ds.algorithm.deca import DecaRule
-from deca_ds.cluster.heartbeat import Progress
+from deca_ds.cluster.progress import Progress
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.checksums import checksum
 from deca_ds.gossip.mix import Gossip, PendingMix

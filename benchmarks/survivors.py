@@ -32,6 +32,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.cluster.heartbeat import read_heartbeats
 from deca_ds.config import load_config
 from deca_ds.gossip import survive
 from deca_ds.simulation.setup import build
@@ -125,6 +126,18 @@ class Job:
         most = self.clients // 2  # of a part that does not go on
         chosen = [line for line in lines if line["kind"] == kind and len(line.get("clients", range(99))) > most]
         return sorted(chosen, key=lambda line: line["time"])
+
+    def where(self) -> str:
+        """What the processes do: their last heartbeats, and the stacks of those that run."""
+        begin = self.log.stat().st_size
+        for process in self.processes.values():
+            process.send_signal(signal.SIGQUIT)
+        time.sleep(2.0)
+        with open(self.log, errors="replace") as log:
+            log.seek(begin)
+            stacks = log.read()
+        beats = [str(beat) for client in range(self.clients) for beat in read_heartbeats(self.folder(client))]
+        return "\n".join([*beats, stacks])
 
     def clean_up(self) -> None:
         for process in self.processes.values():
@@ -314,7 +327,8 @@ def main() -> None:
             except Failure as failure:
                 wrong = {"clients": len(hosts.names), "failure": str(failure), "faults": [asdict(f) for f in faults]}
                 summary["wrong"].append(wrong)
-                console.print(f"WRONG: {failure}", faults, errors(job) if job else "", highlight=False, markup=False)
+                shown = [errors(job), job.where()] if job else []
+                console.print(f"WRONG: {failure}", faults, *shown, highlight=False, markup=False)
             finally:
                 if job is not None:
                     job.clean_up()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 from deca_ds.cluster.lifeline import keep_alive
 
 _MOST_BYTES = 2**20  # of a message
+_CONNECT_S = 5.0
 YES, OPEN = 1, 2  # bits of a vote: that this counts; that a returning client may come in after it
 
 
@@ -35,9 +37,17 @@ class Decision:
         return Decision(message["number"], message["yes"], message["news"], tuple(message["clients"]), joining)
 
 
+def is_in_reach(address: tuple[str, int]) -> bool:
+    """Whether somebody can be connected to at `address`."""
+    with contextlib.suppress(OSError), socket.create_connection(address, _CONNECT_S):
+        return True
+    return False
+
+
 class Line:
     """A connection that carries lines of JSON. rank: whose it is. known: number of the last decision sent to it.
-    ready: of a returning client, whether it only waits to come in; address: of its coordinator, from its leader."""
+    Of a returning client, ready: whether it only waits to come in; address: of its coordinator, from its leader; store:
+    address of the job's when it was invited."""
 
     def __init__(self, connection: socket.socket):
         keep_alive(connection)
@@ -46,6 +56,7 @@ class Line:
         self.known = -1
         self.ready = False
         self.address: tuple[str, int] | None = None
+        self.store: tuple[str, int] | None = None
         self._text = bytearray()
 
     def send(self, kind: str, **message: Any) -> bool:

@@ -4,9 +4,10 @@ Each client's leader runs a `Coordinator`, a thread. One of them at a time is at
 Every rank keeps a connection to it (votes.py). Messages are lines of JSON of a few hundred bytes:
 
     rank to coordinator    hello (rank, the last decision that it knows, coordinators that it has lost), vote, goodbye,
-                           stalled (it has voted, and for cluster.timeout_s nobody in the job has moved on)
+                           leave (its client does), stalled (it has voted, and for cluster.timeout_s nobody in the job
+                           has moved on)
     coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (you are), alive
-    of a returning client  join, ready; to it: invitation, asleep (another one is the coordinator)
+    of a returning client  join, ready; to it: invitation, asleep (another one is the coordinator), addresses (of all)
     of another part        who; to it: part (the clients that are in, none if this coordinator is not at work)
 
 1. All ranks of all clients that are in vote under one number. The decision is the AND of their answers, bit by bit.
@@ -52,13 +53,7 @@ class Coordinator:
     """
 
     def __init__(
-        self,
-        layout: ClientLayout,
-        client: int,
-        host: str,
-        timeout_s: float,
-        clients: Sequence[int],
-        silence_s: float,
+        self, layout: ClientLayout, client: int, host: str, timeout_s: float, clients: Sequence[int], silence_s: float
     ):
         self._layout, self._leader = layout, layout.leader_of(client)
         self._timeout_s, self._silence_s = timeout_s, silence_s
@@ -116,7 +111,7 @@ class Coordinator:
             line.ready = True
         elif message["kind"] == "who":
             line.send("part", clients=self._clients if self.invitation is not None else [])
-        elif line.rank is None:
+        elif line.rank is None or self._lines.get(line.rank) is not line:  # a stranger's, or of one that is out
             return
         elif message["kind"] == "vote":
             if message["number"] == self._last.number + 1:  # an older one has been decided by those who knew all votes
@@ -125,6 +120,8 @@ class Coordinator:
                     self._interrupt()
         elif message["kind"] == "goodbye":
             self._done.add(line.rank)
+        elif message["kind"] == "leave":
+            self._lose([line.rank], message["why"])
         elif message["kind"] == "stalled" and message["number"] == self._last.number + 1:
             self._hear_of_a_stall()
         self._decide()
@@ -162,7 +159,7 @@ class Coordinator:
         if client in self._clients:
             line.send("out", why=f"client {client} is still in the job")
             return
-        line.rank, line.address = rank, address
+        line.rank, line.address, line.store = rank, address, self.invitation["store"]
         self._visitors[rank] = line
         ranks = self._ranks_of([client])
         if all(each in self._visitors for each in ranks):
@@ -178,9 +175,20 @@ class Coordinator:
             ranks = self._ranks_of([client])
             address = self._visitors[ranks[0]].address if ranks[0] in self._visitors else None
             if address and all(each in self._visitors and self._visitors[each].ready for each in ranks):
+                assert self.invitation is not None, "its own leader has given it one before being open to anybody"
+                if self._visitors[rank].store != self.invitation["store"]:
+                    self._dismiss(client, "the job has moved to another store while it waited: join again")
+                    return ()
                 self._lines |= {each: self._visitors.pop(each) for each in ranks}
+                for each in ranks:  # others may have come in while it waited
+                    self._lines[each].send("addresses", addresses=self.invitation["addresses"])
                 return ((client, *address),)
         return ()
+
+    def _dismiss(self, client: int, why: str) -> None:
+        for rank in self._ranks_of([client]):
+            if visitor := self._visitors.pop(rank, None):
+                visitor.send("out", why=why)
 
     def _check(self, rank: int) -> None:
         if rank not in range(self._layout.leader_of(self._layout.clients)):
@@ -189,9 +197,7 @@ class Coordinator:
     def _ended(self, line: Line) -> None:
         line.connection.close()
         if line.rank is not None and self._visitors.get(line.rank) is line:
-            for rank in self._ranks_of([self._layout.client_of(line.rank)]):
-                if visitor := self._visitors.pop(rank, None):
-                    visitor.send("out", why=f"its rank {line.rank} is gone")
+            self._dismiss(self._layout.client_of(line.rank), f"its rank {line.rank} is gone")
         if line.rank is not None and self._lines.get(line.rank) is line:
             del self._lines[line.rank]
             if line.rank not in self._done and self._clients:
@@ -241,11 +247,14 @@ class Coordinator:
             return
         self._stalled = None
         missing = [rank for rank in self._voters() if rank not in self._votes]
-        if any(self._is_own(rank) for rank in missing):
+        self._lose(missing, "its rank {} has not moved on for cluster.timeout_s")
+
+    def _lose(self, ranks: Sequence[int], why: str) -> None:
+        if any(self._is_own(rank) for rank in ranks):
             self._retire()
             return
-        for rank in missing:
-            self._put_out(self._layout.client_of(rank), f"its rank {rank} has not moved on for cluster.timeout_s")
+        for rank in ranks:
+            self._put_out(self._layout.client_of(rank), why.format(rank))
 
     def _retire(self) -> None:
         """The others go on with the next client's coordinator."""

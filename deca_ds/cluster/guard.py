@@ -31,8 +31,9 @@ from torch.distributed import Store
 from deca_ds.cluster.comeback import come_back
 from deca_ds.cluster.failure import FAILURE_CODE, USER_ERROR_CODE, Failure
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
-from deca_ds.cluster.heartbeat import Heartbeats, Progress
+from deca_ds.cluster.heartbeat import Heartbeats
 from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.progress import Progress
 from deca_ds.cluster.silence import Silence
 from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.cluster.store import JobStore
@@ -55,11 +56,11 @@ _LINGER_S = 2.0  # the store's host stays until the others have read why the job
 
 
 class JobGuard:
-    """Watches the job for this rank. `output` is the run's folder, once it is known to be ours to write to; `stop` is
-    how the job is told to stop, and where. host: the rank that hosts the job's store. farewells: what this rank does
-    when it is through, so that nobody takes its end for a death. return_s: cluster.return_s, where it holds. cut_off:
-    set when the others are out of reach. put_out_who_hangs: called every second while nobody in the job moves on, where
-    the others can do that."""
+    """Watches the job for this rank. `store` is the job's, wherever it is now, and `host` the rank that hosts it;
+    `output` is the run's folder, once it is known to be ours to write to; `stop` is how the job is told to stop, and
+    where. farewells: what this rank does when it is through, so that nobody takes its end for a death. return_s:
+    cluster.return_s, where it holds. cut_off: set when the others are out of reach. put_out_who_hangs: called every
+    second while nobody in the job moves on, where the others can do that."""
 
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
@@ -68,7 +69,7 @@ class JobGuard:
         self.stop: StopAgreement | StopQuestion = StopAgreement(
             launch.rank, launch.world_size, store.timeout.total_seconds()
         )
-        self._store = store
+        self.store = store
         self.farewells: list[Callable[[], None]] = []
         self.return_s, self.cut_off = 0.0, threading.Event()
         self.put_out_who_hangs: Callable[[], None] | None = None
@@ -95,12 +96,11 @@ class JobGuard:
 
     def let_others_go_on(self) -> None:
         """From now on a failure of this rank ends its own client alone."""
-        self._outlived, self._visits = True, False
-        self._silence.more_s = _OTHERS_S
+        self._outlived, self._visits, self._silence.more_s = True, False, _OTHERS_S
 
     def visit(self, host: int) -> None:
         """This rank is not of the job yet: until `let_others_go_on` its failure is its own. host: see JobGuard."""
-        self.host, self._visits = host, True
+        self.host, self._visits, self._silence.more_s = host, True, _OTHERS_S
 
     def survive(self, ranks: Sequence[int], store: JobStore | None) -> None:
         """Others have died and these are in now. store: another one, which the first of `ranks` hosts, if the host of
@@ -108,14 +108,9 @@ class JobGuard:
         self.heartbeats.gone = frozenset(range(self.launch.world_size)) - frozenset(ranks)
         self._ranks, self._abrupt = len(ranks), True
         if store is not None:
-            self.host, self._store = ranks[0], store
+            self.host, self.store = ranks[0], store
             self._silence.close()
             self._start_watching(_OTHERS_S)
-
-    @property
-    def store(self) -> JobStore:
-        """The job's store, wherever it is now."""
-        return self._store
 
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
@@ -132,7 +127,7 @@ class JobGuard:
         seen = self._last_seen(error)
         report = first = self._report(public_message(error) + seen, code)
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
-            first = report.report(self._store.store)
+            first = report.report(self.store.store)
         self._leave(self._report(whole_message(error) + seen, code) if first == report else first)
 
     def come_back(self, why: str, *, through: bool = True) -> NoReturn:
@@ -156,12 +151,12 @@ class JobGuard:
         self.progress.enter("done")
         for farewell in self.farewells:
             farewell()
-        store = self._store.store
+        store = self.store.store
         # one that dies now, all being through, is nobody's concern
         with contextlib.suppress(RuntimeError) if self._outlived else contextlib.nullcontext():
             store.add(_DONE_KEY, 1)
             if self.launch.rank == self.host:
-                deadline = time.monotonic() + self._store.timeout.total_seconds()
+                deadline = time.monotonic() + self.store.timeout.total_seconds()
                 while store.add(_DONE_KEY, 0) < self._ranks and time.monotonic() < deadline:
                     time.sleep(0.05)
         self._finished.set()
@@ -172,9 +167,9 @@ class JobGuard:
         gc.freeze()  # or the interpreter would look for garbage in everything, several times: a second of each rank
 
     def _start_watching(self, more_s: float = 0.0) -> None:
-        self._silence = Silence(self.progress, self._store.timeout.total_seconds(), self._no_answer, more_s)
+        self._silence = Silence(self.progress, self.store.timeout.total_seconds(), self._no_answer, more_s)
         watch = self._watch if self.launch.world_size > 1 else self._beat
-        arguments = self._store, self._store.reconnect(), self._silence
+        arguments = self.store, self.store.reconnect(), self._silence
         self._thread = threading.Thread(target=watch, args=arguments, daemon=True)
         self._thread.start()
 
@@ -185,7 +180,7 @@ class JobGuard:
             self.heartbeats.beat(store)
 
     def _watch(self, job: JobStore, store: Store, silence: Silence) -> None:
-        while self._store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
+        while self.store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
             self._leave_if_out()
             try:
                 self.stop.look(store)
@@ -196,9 +191,7 @@ class JobGuard:
                     break
                 if self._outlived:
                     continue  # the survivors will put up another one
-                if self.return_s:
-                    self._leaving.acquire()
-                    self.come_back("has lost the job before it was let in")
+                self._visit_again()
                 gone = f"rank {self.host} is gone: it ended without a report"
                 gone += ", before this client was let in: join again" if self._visits else ""
                 report = self._report(gone, FAILURE_CODE)
@@ -222,9 +215,15 @@ class JobGuard:
             where=self.progress.place,
             fix=f"look at rank {self.host}: it is stopped as a process, or its host is out of reach",
         )
+        self._visit_again()
         # the main thread may have taken it, to tell the store what that will never hear
         self._leaving.acquire(timeout=_NO_ANSWER_S)
         self._leave(self._report(str(silence), USER_ERROR_CODE))
+
+    def _visit_again(self) -> None:
+        if self._visits and self.return_s:
+            self._leaving.acquire()
+            self.come_back("has lost the job before it was let in")
 
     def _look(self, store: Store) -> Failure | None:
         """A reason to end this process, if there is one."""
@@ -242,9 +241,9 @@ class JobGuard:
 
     def _others_see_to(self, stall: StallError) -> bool:
         """Whether the job can go on without whoever hangs. Does not return if that is of this rank's client."""
-        if not self._outlived or stall.idle_s > (self.progress.timeout_s or 0.0) + _OTHERS_S:
+        if not (self._outlived or self._visits) or stall.idle_s > (self.progress.timeout_s or 0.0) + _OTHERS_S:
             return False
-        if stall.clients == {self.heartbeats.own().client}:
+        if self._outlived and stall.clients == {self.heartbeats.own().client}:
             self.fail(stall)
         if self.progress.awaits is not None and self.put_out_who_hangs is not None:
             self.put_out_who_hangs()
@@ -254,7 +253,7 @@ class JobGuard:
         """Where the awaited ranks are, if `error` is of a connection or a library's wait."""
         if isinstance(error, (MessageError, RuntimeError)) and self.launch.world_size > 1:
             with contextlib.suppress(RuntimeError):  # the store is gone
-                return self.heartbeats.last_seen(self._store.store)
+                return self.heartbeats.last_seen(self.store.store)
         return ""
 
     def _report(self, message: str, code: int) -> Failure:

@@ -1,6 +1,6 @@
 """What every rank is doing, told to all others, and from it the deadline of every wait.
 
-A rank's main thread notes its phase (`Progress`, plain assignments). The guard's watcher thread puts the note into the
+A rank's main thread notes its phase (progress.py). The guard's watcher thread puts the note into the
 job's store and into run.output/heartbeats every second. A rank that has not moved on for cluster.timeout_s ends the
 job, unless a rank that it waits for has moved on since, or one that this one waits for, and so on. So nobody waits for
 ever, and nobody gives up on a slow rank that is at work. Time is measured by each rank's own clock; only the ages that
@@ -19,72 +19,16 @@ from pathlib import Path
 
 from torch.distributed import Store
 
-from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.progress import EVERYBODY, Progress, place
 from deca_ds.errors import StallError
 
 FOLDER = "heartbeats"
 PERIOD_S = 1.0  # between two heartbeats of a rank
 SILENCE_S = 10.0  # a rank whose heartbeats stop for so long is gone, stopped or cut off
-# Raw deadline of the libraries' waits while the watcher measures progress: longer than any run. Theirs count from the
-# start of a wait, however much the awaited rank is doing meanwhile.
-_BACKSTOP_S = 30 * 24 * 3600.0
 _LOOK_AFTER_S = 5.0  # a rank that has not moved on for so long watches those that it waits for
 _LOOKS = 3  # at this rank's own standstill: a process that was stopped, and goes on, does not hang
 _SHOWN = 8  # ranks in a message
-
-EVERYBODY = "all"
-
-
-class Progress:
-    """What this rank's main thread does. Written by that thread, read by the watcher.
-
-    awaits: what a wait is for: a client's number (those of its ranks that this one exchanges with), EVERYBODY, or None:
-    this client's other ranks, as far as it waits for anybody.
-    """
-
-    def __init__(self) -> None:
-        self.phase, self.step, self.block = "starting", 0, ""
-        self.awaits: int | str | None = None
-        self.moved = time.monotonic()
-        self.layout: ClientLayout | None = None
-        self.timeout_s: float | None = None  # None: nobody watches this rank
-
-    def enter(self, phase: str, *, step: int | None = None, block: str | None = None) -> None:
-        """Note that `phase` begins. step: inner step, counted from 1. block: the active one; both stay if left out."""
-        self.phase = phase
-        if step is not None:
-            self.step = step
-        if block is not None:
-            self.block = block
-        self.awaits = None
-        self.moved = time.monotonic()
-
-    def tick(self) -> None:
-        """Note that the phase goes on."""
-        self.moved = time.monotonic()
-
-    def wait_for(self, awaits: int | str | None) -> None:
-        """Note whom this rank waits for from now on; None: for nobody but its own client's ranks."""
-        self.awaits = awaits
-
-    def watch(self, layout: ClientLayout, timeout_s: float) -> None:
-        """From now on the watcher ends the job if neither this rank nor one that it waits for moves on."""
-        self.layout, self.timeout_s = layout, timeout_s
-        self.tick()
-
-    def deadline_s(self, timeout_s: float) -> float:
-        """What to give a library as the longest wait: `timeout_s`, or far more where the watcher knows better."""
-        return timeout_s if self.timeout_s is None else _BACKSTOP_S
-
-    @property
-    def place(self) -> str:
-        """For messages: phase, step and block."""
-        return place(self.phase, self.step, self.block)
-
-
-def place(phase: str, step: int, block: str) -> str:
-    """For messages: phase, step and block, as far as there are any."""
-    return phase + (f", step {step}" if step else "") + (f", block {block}" if step and block else "")
 
 
 @dataclass(frozen=True)

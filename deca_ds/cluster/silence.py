@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from deca_ds.cluster.heartbeat import Progress
+from deca_ds.cluster.progress import Progress
 
 _LOOK_S = 1.0
 

@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
-from deca_ds.cluster.agreement import Decision, Line
+from deca_ds.cluster.agreement import Decision, Line, is_in_reach
 from deca_ds.cluster.coordinator import GRACE_S, Coordinator
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.store import JobStore, own_address
@@ -43,6 +44,7 @@ class Votes:
         self.own = own
         self.interrupted, self.cut_off = threading.Event(), threading.Event()
         self._rank, self.addresses, self._timeout_s, self._silence_s = rank, dict(addresses), timeout_s, silence_s
+        self.client = layout.client_of(rank)
         self._last = Decision(0, 0, "", tuple(addresses))
         self._visit = visit
         self._lost: list[int] = []  # clients whose coordinators are out of reach
@@ -76,6 +78,20 @@ class Votes:
             if self._line is not None:
                 self._line.send("vote", **self._ballot)  # if it does not arrive the connection ends
         return self._wait(self._timeout_s)
+
+    def leave(self, why: str) -> NoReturn:
+        """Put this client out, so that the others go on. Raises CutOffError."""
+        with self._sending:
+            if self._line is not None:
+                self._line.send("leave", why=why)
+        raise CutOffError(f"this client leaves the job: {why}", where=f"rank {self._rank}", fix="look at the network")
+
+    def out_of_reach(self) -> list[int]:
+        """Other clients that are in, to whose coordinators there is no connection from here."""
+        others = [client for client in self.clients if client != self.client]
+        with ThreadPoolExecutor(len(others)) as pool:
+            reached = list(pool.map(is_in_reach, (self.addresses[client] for client in others)))
+        return [client for client, reaches in zip(others, reached, strict=True) if not reaches]
 
     def stalled(self) -> None:
         """From another thread, again and again while nobody in the job moves on: who hangs has to go. First those who
@@ -125,6 +141,8 @@ class Votes:
                 fix="look at the network, and at whether this process was stopped for long",
             )
         except UserError as error:
+            with self._sending:
+                self._line = None  # a goodbye would say that it is through
             self.cut_off.set()
             self.interrupted.set()
             self._inbox.put(error)
@@ -162,6 +180,8 @@ class Votes:
                     self.interrupted.set()
                 elif message["kind"] == "out":
                     raise CutOffError(f"this client is out of the job: {message['why']}", where=f"rank {self._rank}")
+                elif message["kind"] == "addresses":
+                    self.addresses |= {client: (host, port) for client, host, port in message["addresses"]}
                 elif message["kind"] == "decision":
                     self._decided(Decision.read(message))
         return signs

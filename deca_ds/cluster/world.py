@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from deca_ds.cluster.heartbeat import EVERYBODY, Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.members import Members
+from deca_ds.cluster.progress import EVERYBODY, Progress
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.checks import check_world
 from deca_ds.config.schema import Config

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch.distributed import Store
 
+from deca_ds.cluster.progress import EVERYBODY
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip.transport import PointToPoint, Result
 
@@ -63,12 +64,15 @@ class Surviving(PointToPoint):
             except MessageError as failed:
                 through, error, last_error = False, failed, failed
                 self._give_up()
-            answers = self._agree([through, last, *(question.answer() for question in self.questions)])
+            own = [through, last, *(question.answer() for question in self.questions)]
+            with self.progress.waiting(EVERYBODY):
+                answers = self._agree(own)
             if answers and answers[0]:
                 for question, all_said_yes in zip(self.questions, answers[2:], strict=True):
                     question.heard(all_said_yes)
                 return result  # type: ignore[return-value]
-            spurious = 0 if self._rebuild() else spurious + 1
+            with self.progress.waiting(EVERYBODY):
+                spurious = 0 if self._rebuild() else spurious + 1
             if spurious and error is not None:
                 print(f"WARNING: {self.progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
         raise GossipError(

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
-from deca_ds.cluster.heartbeat import Progress
+from deca_ds.cluster.progress import Progress
 from deca_ds.errors import GossipError
 from deca_ds.gossip.transport import PointToPoint, lost, no_answer
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.members import Members
+from deca_ds.cluster.progress import Progress
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip.checksums import CheckedExchange, Exchange
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from deca_ds.cluster.heartbeat import EVERYBODY
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.members import Members
 from deca_ds.errors import GossipError, RankLostError
@@ -63,7 +62,6 @@ class UlfmTransport(MpiTransport, Surviving):
 
     def _agree(self, answers: Sequence[bool]) -> list[bool]:
         number = np.array([bits(answers)], dtype=np.int32)
-        self.progress.wait_for(EVERYBODY)
         try:
             request = self._everybody.Iagree(number)
             if not poll(request.Test, time.monotonic() + self.timeout_s):
@@ -71,7 +69,6 @@ class UlfmTransport(MpiTransport, Surviving):
         except self._mpi.Exception:
             return []
         finally:
-            self.progress.wait_for(None)
             self.progress.tick()
         return answers_in(int(number[0]), len(answers))
 

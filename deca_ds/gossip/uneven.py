@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.progress import Progress
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import transport as shared
 from deca_ds.gossip.intersections import Cut, Range, cuts

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from deca_ds.cluster.agreement import YES, Decision
-from deca_ds.cluster.heartbeat import EVERYBODY, Progress
 from deca_ds.cluster.members import Members
+from deca_ds.cluster.progress import EVERYBODY, Progress
 from deca_ds.cluster.votes import Votes
 from deca_ds.errors import GossipError
+from deca_ds.gossip.reach import Attempts, pairs_apart, vote
 from deca_ds.gossip.surviving import Surviving, answers_in, bits
 from deca_ds.gossip.torch_p2p import TorchExchange, TorchTransport
 from deca_ds.gossip.transport import lost
@@ -57,22 +58,19 @@ class VotingTransport(TorchTransport, Surviving):
 
     def enter(self) -> None:
         """For a client that comes back: wait until the others let it in."""
-        self.progress.wait_for(EVERYBODY)
-        decision = self.votes.enter()
-        self.progress.wait_for(None)
+        with self.progress.waiting(EVERYBODY):
+            decision = self.votes.enter()
         self.members.clients, self.joining = decision.clients, decision.everybody[len(decision.clients) :]
         self._announced = decision.number
 
     def admit(self) -> None:
         """Connect those that are `joining` with the others; all of them call this. `members` says who has come in."""
-        clients, self.joining = (*self.members.clients, *self.joining), ()
+        self.members.clients, self.joining = (*self.members.clients, *self.joining), ()
         self._group = None
-        self.members.clients = clients
-        self.changed("")
-        through = self._connect_again(self._announced)
-        decision = self._vote(YES if through else 0)
-        if decision.clients != clients or not decision.yes:
-            self._rebuild()
+        with self.progress.waiting(EVERYBODY):
+            self.changed("")
+            if not self._meet(self._announced, Attempts()):
+                self._rebuild()
         self.rebuilt += 1
 
     def _exchange(
@@ -94,14 +92,12 @@ class VotingTransport(TorchTransport, Surviving):
         return answers_in(decision.yes, len(answers))
 
     def _vote(self, yes: int, news: str = "") -> Decision:
-        self.progress.wait_for(EVERYBODY)
         decision = self.votes.vote(yes, news)
-        self.progress.wait_for(None)
         self.progress.tick()
         return decision
 
     def _rebuild(self) -> bool:
-        before, told = self.members.clients, True
+        before, told, attempts = self.members.clients, True, Attempts()
         while True:
             self._group = None
             decided = self.votes.clients
@@ -113,24 +109,43 @@ class VotingTransport(TorchTransport, Surviving):
             if not told:
                 self.changed(decision.news)
                 told = True
-            through = self._connect_again(decision.number)
-            decision = self._vote(YES if through else 0)
-            if decision.clients == decided and decision.yes:
+            if self._meet(decision.number, attempts):
                 break
         self.rebuilt += 1
         return self.members.clients != before
 
+    def _meet(self, number: int, attempts: Attempts) -> bool:
+        """Whether the members, all of them, have met in a new group. number: of the agreement that it follows.
+
+        Raises CutOffError if this client leaves, because some cannot reach it.
+        """
+        clients, total, own = self.members.clients, self.members.total, self.votes.client
+        through = self._connect_again(number)
+        decision = self._vote(vote(through, own, () if through else self.votes.out_of_reach(), total))
+        if decision.clients != clients:
+            return False
+        if not decision.yes & YES:
+            apart = pairs_apart(decision.yes, clients, total)
+            if own in attempts.failed(clients, apart):
+                others = sorted(sum(pair) - own for pair in apart if own in pair)
+                self.votes.leave(f"client {own} and client {', '.join(map(str, others))} cannot reach each other")
+            return False
+        return True
+
     def _connect_again(self, number: int) -> bool:
-        """Whether the members have met in a new group. number: of the agreement that it follows."""
+        """See `_meet`, for this rank."""
         if len(self.members) == 1:
             return True
         assert self.store is not None
         store = PrefixStore(f"gossip/{self._shard}/{number}", self.store)
-        self.progress.wait_for(EVERYBODY)
+        # less than the time after which somebody who waits may be taken for one that hangs
+        seconds = min(_CONNECT_S, (self.progress.timeout_s or 2 * _CONNECT_S) / 2)
         try:
-            self._connect(store, self._place(self.client), len(self._peers), timedelta(seconds=_CONNECT_S))
+            self._connect(store, self._place(self.client), len(self._peers), timedelta(seconds=seconds))
         except GossipError:  # one more is gone, or the store
             return False
+        finally:
+            self.progress.tick()
         return True
 
 

@@ -6,7 +6,7 @@ from torch.distributed import PrefixStore
 
 from deca_ds.cluster import Cluster
 from deca_ds.cluster.guard import JobGuard
-from deca_ds.cluster.heartbeat import EVERYBODY
+from deca_ds.cluster.progress import EVERYBODY
 from deca_ds.cluster.visit import Visit
 from deca_ds.cluster.votes import Votes, open_votes
 from deca_ds.config import Config

@@ -14,12 +14,14 @@ from deca_ds.errors import DataError, LaunchError
 
 @dataclass(frozen=True)
 class Invitation:
-    """store: address of the job's store; host: the rank that hosts it. attempt: number of this attempt at the run.
+    """store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host
+    and port. attempt: number of this attempt at the run.
     software: see fingerprint.software. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
     data, equal for all clients. clients: who is in. visit: tells this visit from all others."""
 
     store: tuple[str, int]
     host: int
+    addresses: Sequence[tuple[int, str, int]]
     attempt: int
     software: Mapping[str, str]
     tokenizer: str

@@ -253,7 +253,8 @@ def invite(votes: Votes, output: Path, guard: JobGuard, **told: Any) -> None:
     """Bring up to date what a client that comes back finds in `output`, and is told by this rank's coordinator."""
     save_addresses(output, votes.addresses)
     if votes.own is not None and guard.store.address is not None:
-        votes.own.invitation = Invitation(store=guard.store.address, host=guard.host, **told).text()
+        addresses = [(client, *address) for client, address in votes.addresses.items()]
+        votes.own.invitation = Invitation(guard.store.address, guard.host, addresses, **told).text()
 
 
 def _stragglers(config: Config, cluster: Cluster, transport: Transport, attempt: int) -> Stragglers | None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from deca_ds.cluster import Cluster
-from deca_ds.cluster.heartbeat import EVERYBODY
+from deca_ds.cluster.progress import EVERYBODY
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip.surviving import Question, Surviving
 

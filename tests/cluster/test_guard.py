@@ -53,9 +53,11 @@ with guarded(launch, open_job_store(launch, 60)) as guard:
         guard.let_others_go_on()
         guard.cut_off.set()
         time.sleep(60)
-    elif what == "visits":  # and nobody moves on
+    elif what == "visits":  # and nobody moves on, nor is anybody put out
+        import deca_ds.cluster.guard as module
         from deca_ds.cluster.launch import ClientLayout
 
+        module._OTHERS_S = 3.0
         guard.visit(0)
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.progress.wait_for("all")

@@ -9,8 +9,9 @@ import pytest
 from torch.distributed import HashStore
 
 from deca_ds.cluster import heartbeat
-from deca_ds.cluster.heartbeat import EVERYBODY, Heartbeats, Progress, read_heartbeats
+from deca_ds.cluster.heartbeat import Heartbeats, read_heartbeats
 from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.progress import EVERYBODY, Progress
 from deca_ds.errors import StallError
 
 TIMEOUT_S = 100.0

@@ -246,15 +246,17 @@ def test_strangers_and_goodbyes_put_nobody_out():
 _stores: list[TCPStore] = []
 
 
-def store_address() -> tuple[str, int]:
+def invitation(job: Job) -> dict:
+    """To a store of its own."""
     _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-    return "127.0.0.1", _stores[-1].port
+    addresses = [(client, *each.address) for client, each in enumerate(job.coordinators)]
+    return {"store": ("127.0.0.1", _stores[-1].port), "addresses": addresses}
 
 
 def come_back(job: Job, client: int, tmp_path) -> Votes:
     """A new process of a client that has gone."""
     save_addresses(tmp_path, job.votes[2].addresses)
-    launch = Launch("deepspeed", client, 3, 0, 1, None)
+    launch = Launch("deepspeed", client, len(job.votes), 0, 1, None)
     asked, _ = join_job(launch, job.layout, tmp_path, 10.0, 60.0)
     return Votes(client, job.layout, asked.addresses, 20.0, 60.0, asked.own, asked)
 
@@ -264,7 +266,7 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
     wait_until_connected(job)
     job.kill(0)
     assert {decision.clients for decision in job.vote({1: 1, 2: 1}).values()} == {(1, 2)}
-    job.coordinators[1].invitation = {"store": store_address()}
+    job.coordinators[1].invitation = invitation(job)
     votes = come_back(job, 0, tmp_path)
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(votes.enter)
@@ -283,10 +285,66 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
     assert job.vote({0: 1})[0].clients == (0,), "its own coordinator, which is a new one, has taken over"
 
 
+def test_the_goodbye_of_who_was_put_out_before_does_not_count(monkeypatch, tmp_path):
+    """A process that was stopped, and put out, says goodbye when it runs again: its client comes back all the same."""
+    monkeypatch.setattr(coordinator, "_PATIENCE_S", 0.2)
+    job = Job(3)
+    wait_until_connected(job)
+    old = job.votes[1]._line
+    with ThreadPoolExecutor(2) as pool:
+        voting = [pool.submit(job.votes[rank].vote, 1) for rank in (0, 2)]
+        stall(job, (0, 2), 20.0, *voting)
+        assert {each.result(10).clients for each in voting} == {(0, 2)}
+    job.votes[1].cut_off.wait(5)
+    job.votes[1].close()
+    old.send("goodbye")
+    job.coordinators[0].invitation = invitation(job)
+    votes = come_back(job, 1, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        entering = pool.submit(votes.enter)
+        time.sleep(0.3)
+        job.vote({0: YES | OPEN, 2: YES | OPEN})
+        assert entering.result(10).everybody == (0, 2, 1)
+    job.votes[1] = votes
+    assert {each.yes for each in job.vote({0: 1, 1: 0, 2: 1}).values()} == {0}, "its vote is waited for"
+
+
+def test_who_waits_to_come_in_learns_of_those_who_came_before_and_of_a_store_that_moved(tmp_path):
+    job = Job(4)
+    wait_until_connected(job)
+    for client in (1, 3):
+        job.kill(client)
+    assert job.vote({0: 1, 2: 1})[0].clients == (0, 2)
+    job.coordinators[0].invitation = invitation(job)
+    first, second = (come_back(job, client, tmp_path) for client in (1, 3))
+    with ThreadPoolExecutor(2) as pool:
+        entering = pool.submit(first.enter)
+        time.sleep(0.3)
+        job.vote({0: YES | OPEN, 2: YES | OPEN})
+        assert entering.result(10).everybody == (0, 2, 1)
+        job.votes[1] = first
+        moved = [(client, *address) for client, address in job.votes[0].addresses.items()]
+        job.coordinators[0].invitation = job.coordinators[0].invitation | {"addresses": moved}
+        entering = pool.submit(second.enter)
+        time.sleep(0.3)
+        job.vote(dict.fromkeys((0, 1, 2), YES | OPEN))
+        assert entering.result(10).everybody == (0, 2, 1, 3)
+        assert second.addresses == job.votes[0].addresses == first.addresses
+        job.votes[3] = second
+        job.kill(2)
+        assert job.vote(dict.fromkeys((0, 1, 3), 1))[0].clients == (0, 1, 3)
+        entering = pool.submit(come_back(job, 2, tmp_path).enter)
+        time.sleep(0.3)
+        job.coordinators[0].invitation = invitation(job)
+        assert job.vote(dict.fromkeys((0, 1, 3), YES | OPEN))[0].joining == ()
+        with pytest.raises(CutOffError, match="moved to another store"):
+            entering.result(10)
+
+
 def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path):
     job = Job(3)
     wait_until_connected(job)
-    job.coordinators[0].invitation = {"store": store_address()}
+    job.coordinators[0].invitation = invitation(job)
     with pytest.raises(LaunchError, match="client 1 is still in the job"):
         come_back(job, 1, tmp_path)
     job.kill(1)
@@ -326,7 +384,7 @@ def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, 60.0, started + 30)
         save_addresses(tmp_path, addresses)  # in reach, but nobody has an invitation yet
-        job.coordinators[0].invitation = {"store": store_address()}
+        job.coordinators[0].invitation = invitation(job)
         found, _ = asking.result(timeout=20)
     assert found.coordinator == 0 and found.invitation["clients"] == [0, 1]
 

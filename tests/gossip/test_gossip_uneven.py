@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
 from deca_ds.cluster.members import Members
+from deca_ds.cluster.progress import Progress
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError, MessageError

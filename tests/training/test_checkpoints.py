@@ -14,8 +14,8 @@ from torch.distributed import HashStore
 
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
-from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.members import Members
+from deca_ds.cluster.progress import Progress
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.errors import CheckpointError

@@ -15,8 +15,8 @@ from torch.distributed import HashStore
 
 from deca_ds.checkpoint.slices import Slice, rank_folder, save_shards
 from deca_ds.checkpoint.steps import step_folder, steps_in
-from deca_ds.cluster.heartbeat import Progress
 from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.progress import Progress
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.errors import CheckpointError
