@@ -1,10 +1,10 @@
 """What every rank is doing, told to all others, and from it the deadline of every wait.
 
-A rank's main thread notes its phase (progress.py). The guard's watcher thread puts the note into the
-job's store and into run.output/heartbeats every second. A rank that has not moved on for cluster.timeout_s ends the
-job, unless a rank that it waits for has moved on since, or one that this one waits for, and so on. So nobody waits for
-ever, and nobody gives up on a slow rank that is at work. Time is measured by each rank's own clock; only the ages that
-are shown compare the clocks of hosts.
+A rank's main thread notes its phase (progress.py). The guard's watcher thread puts the note into the job's store and
+into run.output/heartbeats every second. A rank that has not moved on for cluster.timeout_s ends the job, unless a rank
+that it waits for has moved on since, or one that this one waits for, and so on. So nobody waits for ever, and nobody
+gives up on a slow rank that is at work. Time is measured by each rank's own clock; only the ages that are shown compare
+the clocks of hosts.
 """
 
 from __future__ import annotations
