@@ -56,6 +56,13 @@ class Hosts:
         """Whether host i reaches only those that are set apart, too, or only those that are not."""
         ip("-n", self.switch, "link", "set", f"port{i}", "master", "apart" if apart else "bridge")
 
+    def part(self, i: int, j: int, parted: bool) -> None:
+        """Whether what hosts i and j send each other is lost, though both reach the others."""
+        for here, there in ((i, j), (j, i)):
+            neighbour = ADDRESS.format(there + 1), "dev", DEVICE
+            nowhere = ("lladdr", "02:00:00:00:00:01", "nud", "permanent") if parted else ()
+            ip("-n", self.names[here], "neigh", "replace" if parted else "del", *neighbour, *nowhere)
+
     def link(self, i: int, state: str) -> None:
         """state: up or down."""
         ip("-n", self.switch, "link", "set", f"port{i}", state)

@@ -169,8 +169,10 @@ class Coordinator:
                 self._visitors[each].send("invitation", visit=visit, clients=self._clients, **self.invitation)
 
     def _announced(self, yes: int) -> tuple[tuple[int, str, int], ...]:
-        """Clients that come in with a decision, at most one: all its ranks are ready, and all others let it in."""
-        for rank in self._visitors if yes & YES and yes & OPEN else ():
+        """Clients that come in with a decision, at most one: all its ranks are ready, and all others let it in, none of
+        whom has been lost meanwhile: else they make up for that first."""
+        nobody_lost = self._clients == list(self._last.everybody)
+        for rank in self._visitors if yes & YES and yes & OPEN and nobody_lost else ():
             client = self._layout.client_of(rank)
             ranks = self._ranks_of([client])
             address = self._visitors[ranks[0]].address if ranks[0] in self._visitors else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deca_ds.cluster.agreement import Line
+from deca_ds.cluster.agreement import Line, is_in_reach
 from deca_ds.cluster.comeback import JOIN
 from deca_ds.cluster.coordinator import Coordinator
 from deca_ds.cluster.launch import ClientLayout, Launch
@@ -44,8 +44,9 @@ def join_job(
     """Ask those whose addresses lie in `folder`, the run's, to let this rank's client come back; the job's store, too.
     silence_s: see Coordinator.
 
-    Raises LaunchError if nobody is there who could, or the client is still in, or its ranks do not come within
-    `timeout_s` seconds; before the time `until`, by time.time(), it asks again instead.
+    Raises LaunchError if nobody is there who could, or some of those who are in are out of reach, or the client is
+    still in, or its ranks do not come within `timeout_s` seconds; before the time `until`, by time.time(), it asks
+    again instead.
     """
     client = layout.client_of(launch.rank)
     own: Coordinator | None = None
@@ -57,6 +58,7 @@ def join_job(
                 own = own or Coordinator(layout, client, host, timeout_s, everybody, silence_s)
                 addresses[client] = own.address
             visit = _ask_to_join(launch.rank, client, addresses, own, timeout_s)
+            _check_reach(visit)
             return visit, join_job_store(visit.invitation["store"], timeout_s)
         except LaunchError:
             if time.time() > until:
@@ -89,6 +91,16 @@ def _ask_to_join(rank: int, client: int, addresses: Addresses, own: Coordinator 
         where=", ".join(f"{host} {port}" for host, port in addresses.values()),
         fix="join a job that goes on with cluster.on_failure=continue over torch; if it has ended, resume it",
     )
+
+
+def _check_reach(visit: Visit) -> None:
+    """One that some cannot reach would hold them all up, and have to leave again."""
+    everybody = {client: (host, port) for client, host, port in visit.invitation["addresses"]}
+    apart = [client for client in visit.invitation["clients"] if not is_in_reach(everybody[client])]
+    if apart:
+        visit.line.connection.close()
+        raise LaunchError(f"client {', '.join(map(str, apart))} is out of reach from here", where=JOIN,
+                          fix="look at the network")  # fmt: skip
 
 
 def _address_towards(addresses: Addresses) -> str:

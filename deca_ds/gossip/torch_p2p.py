@@ -32,12 +32,12 @@ class TorchTransport(PointToPoint):
         self._group: dist.ProcessGroupGloo | None = None
         if clients > 1 and connected:
             prefixed = dist.PrefixStore(f"gossip/{shard}", store)
-            self._connect(prefixed, client, clients, timedelta(seconds=timeout_s))
+            self._group = self._connect(prefixed, client, clients, timedelta(seconds=timeout_s))
 
-    def _connect(self, store: dist.Store, place: int, size: int, timeout: timedelta) -> None:
-        """Join a group of `size` clients, in which this one is number `place`."""
+    def _connect(self, store: dist.Store, place: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+        """A group of `size` clients, in which this one is number `place`."""
         try:
-            self._group = dist.ProcessGroupGloo(store, place, size, timeout)
+            return dist.ProcessGroupGloo(store, place, size, timeout)
         except RuntimeError as error:
             raise GossipError(
                 f"not all {size} clients joined the gossip group within {timeout.total_seconds():g} s: {error}",

@@ -7,11 +7,14 @@ is left to its threads: gloo may write into its buffers as long as the connectio
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from torch import Tensor
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from deca_ds.cluster.agreement import YES, Decision
 from deca_ds.cluster.members import Members
@@ -54,7 +57,7 @@ class VotingTransport(TorchTransport, Surviving):
         self.joining: tuple[int, ...] = ()
         if connected and len(members) > 1:
             prefixed = PrefixStore(f"gossip/{shard}", store)
-            self._connect(prefixed, self._place(client), len(self._peers), timedelta(seconds=timeout_s))
+            self._group = self._connect(prefixed, self._place(client), len(self._peers), timedelta(seconds=timeout_s))
 
     def enter(self) -> None:
         """For a client that comes back: wait until the others let it in."""
@@ -140,13 +143,20 @@ class VotingTransport(TorchTransport, Surviving):
         store = PrefixStore(f"gossip/{self._shard}/{number}", self.store)
         # less than the time after which somebody who waits may be taken for one that hangs
         seconds = min(_CONNECT_S, (self.progress.timeout_s or 2 * _CONNECT_S) / 2)
-        try:
-            self._connect(store, self._place(self.client), len(self._peers), timedelta(seconds=seconds))
-        except GossipError:  # one more is gone, or the store
-            return False
-        finally:
-            self.progress.tick()
-        return True
+        place, size, met = self._place(self.client), len(self._peers), list[ProcessGroupGloo]()
+
+        def connect() -> None:
+            with contextlib.suppress(GossipError):  # one more is gone, or the store
+                met.append(self._connect(store, place, size, timedelta(seconds=seconds)))
+
+        # gloo may take far longer where packets are lost without a word
+        thread, deadline = threading.Thread(target=connect, daemon=True), time.monotonic() + seconds
+        thread.start()
+        while thread.is_alive() and time.monotonic() < deadline and not self.votes.interrupted.is_set():
+            thread.join(_LOOK_S)
+        self.progress.tick()
+        self._group = met[0] if met else None
+        return bool(met)
 
 
 class VotingExchange(TorchExchange):

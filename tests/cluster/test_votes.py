@@ -333,12 +333,33 @@ def test_who_waits_to_come_in_learns_of_those_who_came_before_and_of_a_store_tha
         job.votes[3] = second
         job.kill(2)
         assert job.vote(dict.fromkeys((0, 1, 3), 1))[0].clients == (0, 1, 3)
+        current = [(client, *address) for client, address in job.votes[0].addresses.items()]
+        job.coordinators[0].invitation = job.coordinators[0].invitation | {"addresses": current}
         entering = pool.submit(come_back(job, 2, tmp_path).enter)
         time.sleep(0.3)
         job.coordinators[0].invitation = invitation(job)
         assert job.vote(dict.fromkeys((0, 1, 3), YES | OPEN))[0].joining == ()
         with pytest.raises(CutOffError, match="moved to another store"):
             entering.result(10)
+
+
+def test_nobody_comes_in_with_a_decision_that_another_one_is_lost_by(tmp_path):
+    """The others have to meet anew first: whom they have lost is all that such a decision tells them."""
+    job = Job(4)
+    wait_until_connected(job)
+    job.kill(3)
+    job.vote(dict.fromkeys(range(3), 1))
+    job.coordinators[0].invitation = invitation(job)
+    votes = come_back(job, 3, tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        entering = pool.submit(votes.enter)
+        time.sleep(0.3)
+        voting = [pool.submit(job.votes[rank].vote, YES | OPEN) for rank in (0, 1)]
+        time.sleep(0.3)
+        job.kill(2)
+        decided = {each.result(10) for each in voting}
+        assert {(each.clients, each.yes, each.joining) for each in decided} == {((0, 1), YES | OPEN, ())}
+        assert job.vote({0: YES | OPEN, 1: YES | OPEN})[0].joining == entering.result(10).joining != ()
 
 
 def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path):

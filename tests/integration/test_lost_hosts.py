@@ -80,20 +80,8 @@ def test_a_network_falls_apart_and_its_smaller_part_comes_back(tiny_model, word_
     """Host 0 has the coordinator and the job's store. Every host has a disk of its own, as far as the run knows."""
     apart = 0
     log = tmp_path / "log"
-    keys = [
-        *(
-            "run.device=cpu",
-            "run.threads=1",
-            "cluster.clients=3",
-            "cluster.timeout_s=120",
-            "cluster.on_failure=continue",
-        ),
-        *("cluster.min_clients=1", "cluster.return_s=300", f"model.path={tiny_model}", "algorithm.rounds=16"),
-        *("algorithm.inner_steps=2", "algorithm.eps=1e-2", "optimizer.lr=0.003", "gossip.weights=lazy_metropolis"),
-        *(f"data.train=[{','.join(map(str, word_files))}]", "data.max_length=16", "data.batch_size=4"),
-        *("data.micro_batch_size=4", "logging.progress=false", "evaluation.max_examples=4", "evaluation.every=0"),
-        "checkpoint.every=8",
-    ]
+    shared = common_keys(tiny_model, word_files)
+    keys = [*shared, "cluster.timeout_s=120", "cluster.min_clients=1", "checkpoint.every=8"]
     processes = [hosts.start(i, tmp_path, *keys) for i in range(3)]
     wait(lambda: step(tmp_path, 1) >= 10, "in training", log)
     hosts.set_apart(apart, True)
@@ -122,6 +110,43 @@ def test_a_network_falls_apart_and_its_smaller_part_comes_back(tiny_model, word_
     own = [line["step"] for line in lines(jobs[apart].with_name("client_000.jsonl")) if line["kind"] == "step"]
     alone = own.index(back["from_step"])
     assert own == sorted(own) and own[alone:] == list(range(back["from_step"], STEPS + 1))
+
+
+@pytest.mark.timeout(700)
+def test_of_two_clients_that_do_not_reach_each_other_one_leaves_and_comes_back(tiny_model, word_files, tmp_path, hosts):
+    """Both reach host 0, which has the coordinator: nobody is lost, but they can average no more."""
+    log = tmp_path / "log"
+    keys = [*common_keys(tiny_model, word_files), "cluster.timeout_s=20", "cluster.min_clients=2"]
+    processes = [hosts.start(i, tmp_path, *keys) for i in range(3)]
+    wait(lambda: step(tmp_path, 1) >= 10, "in training", log)
+    hosts.part(1, 2, True)
+    split_at = step(tmp_path, 0)
+    wait(lambda: step(tmp_path, 0) > split_at + 3, "going on", log)
+    assert "client 1 is out of reach" not in log.read_text(), "it is still trying"
+    hosts.part(1, 2, False)
+    wait(lambda: all(process.poll() is not None for process in processes), "done", log, 400)
+    said = log.read_text()
+    assert [process.returncode for process in processes] == [0, 0, 0], said[-5000:]
+    assert "client 2 and client 1 cannot reach each other" in said and "client 2 gone; 2 of 3 go on" in said
+    records = lines(tmp_path / "run0" / "metrics" / "job.jsonl")
+    lost, back = (line for line in records if line["kind"] == "membership")
+    assert (lost["missing"], back["missing"]) == ([2], [])
+    by = next(line["by"] for line in records if line["kind"] == "handover")
+    expected = simulated(keys, {2: lost["from_step"]}, {2: (back["from_step"] - 1, by)})
+    for client in range(3):
+        saved = ShardedModel(tmp_path / f"run{client}" / "model", [client])
+        for name in saved.names:
+            torch.testing.assert_close(saved.read(name, client), expected[client][name], rtol=0, atol=1e-5)
+
+
+def common_keys(model: Path, files: list[Path]) -> list[str]:
+    return [
+        *("run.device=cpu", "run.threads=1", "cluster.clients=3", "cluster.on_failure=continue"),
+        *("cluster.return_s=300", f"model.path={model}", "algorithm.rounds=16"),
+        *("algorithm.inner_steps=2", "algorithm.eps=1e-2", "optimizer.lr=0.003", "gossip.weights=lazy_metropolis"),
+        *(f"data.train=[{','.join(map(str, files))}]", "data.max_length=16", "data.batch_size=4"),
+        *("data.micro_batch_size=4", "logging.progress=false", "evaluation.max_examples=4", "evaluation.every=0"),
+    ]
 
 
 def lines(path: Path) -> list[dict]:
