@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from deca_ds.cluster.agreement import OPEN, YES
 from deca_ds.errors import GossipError
 
 _ATTEMPTS = 4  # in a row to meet, by the same clients
-_FIRST = 1  # bit: the lowest is agreement.YES
+_FIRST = 2  # bit: those below are agreement.YES and OPEN
 
 Pair = tuple[int, int]  # clients, the smaller number first
 
 
 def vote(through: bool, client: int, out_of_reach: Collection[int], total: int) -> int:
-    """What a rank of `client`, of `total` clients, says after an attempt to meet: a number to be joined by AND."""
+    """What a rank of `client`, of `total` clients, says after an attempt to meet: a number to be joined by AND.
+
+    It lets nobody in: those who meet are not where a client that comes back could take over.
+    """
     apart = sum(1 << _FIRST + client * total + other for other in out_of_reach)
-    return ~apart & (-1 if through else ~1)
+    return ~apart & ~OPEN & (-1 if through else ~YES)
 
 
 def pairs_apart(yes: int, clients: Sequence[int], total: int) -> set[Pair]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deca_ds.cluster.agreement import YES
+from deca_ds.cluster.agreement import OPEN, YES
 from deca_ds.errors import GossipError
 from deca_ds.gossip.reach import Attempts, pairs_apart, vote, who_leaves
 
@@ -24,6 +24,7 @@ def test_one_agreement_tells_all_who_cannot_reach_whom(clients, seen):
     among = {(min(e), max(e)) for e in seen if e[0] in clients and e[1] in clients}
     assert pairs_apart(yes, clients, TOTAL) == among
     assert bool(yes & YES) == (not any(one in clients for one, _ in seen))
+    assert not yes & OPEN, "nobody is let in amid a regrouping"
 
 
 @given(clients, edges)
