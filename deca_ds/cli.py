@@ -12,10 +12,10 @@ from deca_ds.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`deca export`, `deca plan`, `deca simulate` and `deca status`; returns the exit code."""
+    """`deca export`, `deca plan`, `deca simulate`, `deca status` and `deca supervise`; returns the exit code."""
     from deca_ds.checkpoint.commands import add_export_arguments, run_export
     from deca_ds.simulation import command as simulation
-    from deca_ds.training import status
+    from deca_ds.training import status, supervise
 
     parser = argparse.ArgumentParser(prog="deca", description="Tools for DECA runs. Train with launchers/train.py.")
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     show = commands.add_parser("status", help="where every rank of a run is")
     status.add_arguments(show)
     show.set_defaults(command=status.run)
+    keep = commands.add_parser("supervise", help="start a job again when it ends before its run does")
+    supervise.add_arguments(keep)
+    keep.set_defaults(command=supervise.run)
     arguments = parser.parse_args(argv)
     try:
         return arguments.command(arguments)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from deca_ds.checkpoint.done import mark_done
+from deca_ds.checkpoint.done import mark_done, mark_stopped
 from deca_ds.cluster import ClientLayout, read_launch
 from deca_ds.cluster.comeback import JOIN, tries_until
 from deca_ds.cluster.failure import USER_ERROR_CODE
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 mark_done(trainer.output, steps, members.missing)
                 print(f"done{without}: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
             else:
-                (trainer.output / "STOPPED").write_text(f"{steps}{without}\n")
+                mark_stopped(trainer.output, steps, members.missing)
                 how = "the same command with run.resume=require"
                 if set(members.missing) - set(config.cluster.absent):
                     how += ", from the newest checkpoint that all clients wrote"

@@ -234,7 +234,7 @@ def test_each_part_of_a_graph_goes_on_by_itself(keys, tmp_path):
     assert finished.code == 0, finished.output[-4000:]
     assert "[0] and [2, 3] do not reach each other any more: each part goes on by itself" in finished.output
     assert "2 of 4 are left, fewer than cluster.min_clients: stopping" in finished.output
-    assert (output / "STOPPED").read_text() == "7 of 12 inner steps without client 1, 3\n"
+    assert (output / "STOPPED").read_text() == "7 of 12 inner steps\nmissing clients: 1, 3\n"
     expected = simulated(keys, {1: 3, 3: 7}, {}, steps=7)
     saved = ShardedModel(output / "checkpoints" / "step_00000007", [0, 2])
     for client in (0, 2):
@@ -261,7 +261,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_all_clients_resume(keys, tmp
     assert "[1] and [2] do not reach each other any more: stopping" in finished.output
     assert "client 0 ends" in finished.output and "RuntimeError: a defect" in finished.output
     assert "a defect" in (output / "FAILED_client_000").read_text() and not (output / "FAILED").exists()
-    assert (output / "STOPPED").read_text() == "5 of 8 inner steps without client 0\n"
+    assert (output / "STOPPED").read_text() == "5 of 8 inner steps\nmissing clients: 0\n"
     saved = ShardedModel(output / "checkpoints" / "step_00000005", [1, 2])
     assert saved.step == 5
 
