@@ -97,8 +97,8 @@ def free_port() -> int:
 def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "launchers/train.py", **options):
     """Start a training job as a user would.
 
-    launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, python, or hand: each rank by itself, over torch as
-    with deepspeed, whose launcher costs as much as a rank.
+    launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, supervised (mpirun, by deca supervise), python, or
+    hand: each rank by itself, over torch as with deepspeed, whose launcher costs as much as a rank.
     """
     script = str(REPOSITORY / script)
     if launcher == "deepspeed":
@@ -108,8 +108,9 @@ def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "la
         hostfile.write_text(f"localhost slots={ranks}\n")
         start = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--launcher", "openmpi", "--force_multi"]
         start += ["--no_ssh_check", "--master_addr", "127.0.0.1", script]
-    elif launcher == "mpirun":
-        start = [str(BIN / "mpirun"), "-n", str(ranks), sys.executable, script]
+    elif launcher in ("mpirun", "supervised"):
+        start = [str(BIN / "deca"), "supervise", "--pause", "0.1"] if launcher == "supervised" else []
+        start += [str(BIN / "mpirun"), "-n", str(ranks), sys.executable, script]
     elif launcher == "hand":
         start = [sys.executable, str(REPOSITORY / "tests/by_hand.py"), str(ranks), str(free_port()), script]
     else:

@@ -63,7 +63,9 @@ def _configuration(command: Sequence[str]) -> Config:
             where="deca supervise",
             fix="give it the whole command: deca supervise mpirun -n 8 python launchers/train.py --config ...",
         )
-    arguments = train_parser().parse_intermixed_args(command[script + 1 :])
+    parser = train_parser()
+    parser.prog = command[script]
+    arguments = parser.parse_intermixed_args(command[script + 1 :])
     config = load_config(arguments.config, arguments.overrides)
     if config.run.resume == "never":
         raise ConfigError(

@@ -146,8 +146,8 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
 
     victim = next(step_folder(checkpoints, newest).rglob("000_*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
-    during = at_step(run, newest + 5, lambda mpirun: mpirun.send_signal(signal.SIGUSR1))
-    stopped = launch("mpirun", 2, arguments, during=during)
+    during = at_step(run, newest + 5, lambda supervisor: supervisor.send_signal(signal.SIGTERM))
+    stopped = launch("supervised", 2, arguments, during=during)  # which tells mpirun by SIGUSR1
     assert stopped.code == 0, stopped.output[-4000:]
     assert stopped.output.count(f"removed, step {newest}: rank") == 1
     assert f"going on after inner step {newest - 7} of 80" in stopped.output
@@ -159,7 +159,9 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
     assert "ERROR" not in stopped.output and not (run / "FAILED").exists()
     assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of 80 inner steps\n"
 
-    done = launch("mpirun", 2, arguments)
+    last = steps_in(checkpoints)[-1]
+    done = launch("supervised", 2, arguments, during=at_step(run, last + 9, kill_rank_1))
     assert done.code == 0, done.output[-4000:]
+    assert done.output.count("Starting it again") == 1 and done.output.count("going on after inner step") == 2
     assert (run / "DONE").exists() and not (run / "STOPPED").exists()
     assert_equal(run, crashed_and_moved / "uninterrupted")
