@@ -32,7 +32,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -121,7 +121,7 @@ class Coordinator:
         elif message["kind"] == "goodbye":
             self._done.add(line.rank)
         elif message["kind"] == "leave":
-            self._lose([line.rank], message["why"])
+            self._lose({line.rank: str(message["why"])})
         elif message["kind"] == "stalled" and message["number"] == self._last.number + 1:
             self._hear_of_a_stall()
         self._decide()
@@ -249,14 +249,15 @@ class Coordinator:
             return
         self._stalled = None
         missing = [rank for rank in self._voters() if rank not in self._votes]
-        self._lose(missing, "its rank {} has not moved on for cluster.timeout_s")
+        self._lose({rank: f"its rank {rank} has not moved on for cluster.timeout_s" for rank in missing})
 
-    def _lose(self, ranks: Sequence[int], why: str) -> None:
-        if any(self._is_own(rank) for rank in ranks):
+    def _lose(self, reasons: Mapping[int, str]) -> None:
+        """Put the clients of these ranks out, each for its reason."""
+        if any(self._is_own(rank) for rank in reasons):
             self._retire()
             return
-        for rank in ranks:
-            self._put_out(self._layout.client_of(rank), why.format(rank))
+        for rank, why in reasons.items():
+            self._put_out(self._layout.client_of(rank), why)
 
     def _retire(self) -> None:
         """The others go on with the next client's coordinator."""

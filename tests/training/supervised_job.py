@@ -1,8 +1,8 @@
 """Stands for a job that `deca supervise` starts: each start does what the next word of the file PLAN says.
 
-    run.output=OUTPUT ...; OUTPUT.plan has the words:  saved:CODE (a checkpoint, then the end)  CODE (the end)
-    trained:CODE (a heartbeat of step 3, then the end)  done:0  stopped:0 (by itself)  lost:0 (because client 1 is gone)
-    waits:CODE (until SIGUSR1)
+run.output=OUTPUT ...; OUTPUT.plan has the words:  saved:CODE (a checkpoint, then the end)  CODE (the end)
+trained:CODE (a heartbeat of step 3, then the end)  done:0  stopped:0 (by itself)  lost:0 (because client 1 is gone)
+waits:CODE (until SIGUSR1)
 """
 
 import json
