@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.checkpoint.slices import MANIFEST
 from deca_ds.checkpoint.steps import step_folder, steps_in
 
 REPOSITORY = Path(__file__).parents[1]
@@ -170,16 +171,16 @@ def preempt(job: Job, fault: Fault, draw: random.Random) -> None:
 
 
 def damage(job: Job, fault: Fault, draw: random.Random) -> None:
-    """SIGKILL, then one file of the newest checkpoint is cut, changed or lost."""
+    """SIGKILL, then one file of the newest checkpoint is cut, changed or lost; a SIGKILL alone where it is the last one
+    that all ranks have, for there is nothing to go back to."""
     kill(job, fault, draw)
     job.wait(job.ended, "ended")
-    steps = steps_in(job.output / "checkpoints")
-    files = (
-        [path for path in step_folder(job.output / "checkpoints", steps[-1]).rglob("*") if path.is_file()]
-        if steps
-        else []
-    )
-    if files:
+    folders = [step_folder(job.output / "checkpoints", step) for step in steps_in(job.output / "checkpoints")]
+    whole = [folder for folder in folders if len(list(folder.rglob(MANIFEST))) == job.clients]
+    files = [path for path in folders[-1].rglob("*") if path.is_file()] if folders else []
+    if not files or whole == folders[-1:]:
+        fault.kind = "kill"
+    else:
         path = draw.choice(sorted(files))
         content, how = bytearray(path.read_bytes()), draw.choice(["cut", "changed", "lost"])
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)

@@ -1,6 +1,7 @@
 """Start ranks one by one, as by hand on their hosts: by_hand.py RANKS PORT COMMAND... Their exit codes are printed.
 
-Fails if a rank does. With DECA_TEST_JOIN=N the ranks that are killed are started again with --join, up to N of them.
+Fails if a rank does. With DECA_TEST_JOIN=N the ranks that are killed are started again with --join, up to N of them;
+with DECA_TEST_SUPERVISED=1 `deca supervise` does that.
 With DECA_TEST_DEATHS=1 ranks may end as they like. With DECA_TEST_LATE=2,3:PATH these ranks are started with --join, as
 soon as there is a PATH.
 """
@@ -12,12 +13,13 @@ import time
 
 ranks, port, *command = sys.argv[1:]
 joins = int(os.environ.get("DECA_TEST_JOIN", 0))
+supervised = ["deca", "supervise", "--pause=0.2"] if os.environ.get("DECA_TEST_SUPERVISED") == "1" else []
 
 
 def start(rank: int, *more: str) -> subprocess.Popen:
     environment = {"RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_RANK": str(rank), "LOCAL_SIZE": ranks}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen([sys.executable, *command, *more], env=os.environ | environment)
+    return subprocess.Popen([*supervised, sys.executable, *command, *more], env=os.environ | environment)
 
 
 late, _, sign = os.environ.get("DECA_TEST_LATE", "").partition(":")

@@ -1,11 +1,11 @@
 """The trainer, in which ranks die. Started like launchers/train.py.
 
-Usage: dying_worker.py RANK:STEP:PLACE[,...] key=value ...; STEP: inner step, counted from 1. PLACE: before (its local
-step), error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model
-after STEP is averaged), returned (before the local step, STEP steps after a client has come back). All but error is
-SIGKILL. And damaged: a bit of its first chunk flips on the way; hangs: its main thread does, before the local step;
-stopped: its process is, there, for 30 s. A rank that is started with --join does none of that. While a client is
-missing, steps take a second.
+DECA_TEST_DYING=RANK:STEP:PLACE[,...] says which. STEP: inner step, counted from 1. PLACE: before (its local step),
+error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model after STEP
+is averaged), returned (before the local step, STEP steps after a client has come back). All but error is SIGKILL. And
+damaged: a bit of its first chunk flips on the way; hangs: its main thread does, before the local step; stopped: its
+process is, there, for 30 s. A rank that is started with --join does none of that. While a client is missing, steps take
+a second.
 """
 
 import gc
@@ -25,7 +25,8 @@ from deca_ds.gossip.ulfm import UlfmTransport
 from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.main import main
 
-deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":") for death in sys.argv[1].split(","))}
+dying = os.environ["DECA_TEST_DYING"]
+deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":") for death in dying.split(","))}
 last, place = deaths.get(read_launch().rank, (0, "never"))
 if "--join" in sys.argv:
     last = 0
@@ -74,4 +75,4 @@ def dying(exchange):
 Client.gradient = counting_gradient
 for transport in (UlfmTransport, VotingTransport):
     transport._exchange = dying(transport._exchange)  # type: ignore[method-assign]
-sys.exit(main(sys.argv[2:]))
+sys.exit(main())

@@ -33,18 +33,28 @@ def keys(tiny_model, word_files, tmp_path) -> list[str]:
     ]
 
 
-def run(ranks: int, deaths: str, keys: list[str], transport: str = "mpi", joins: int = 0, late: str = "") -> Finished:
-    """transport: mpi, by mpirun with ULFM; torch: every rank started by itself. joins: ranks that then come back. late:
-    see by_hand.py."""
+def run(
+    ranks: int,
+    deaths: str,
+    keys: list[str],
+    transport: str = "mpi",
+    joins: int = 0,
+    late: str = "",
+    supervised: int = 0,
+) -> Finished:
+    """transport: mpi, by mpirun with ULFM; torch: every rank started by itself. joins: ranks that then come back. late,
+    supervised: see by_hand.py."""
     tests = REPOSITORY / "tests"
     start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable]
     if transport == "torch":
         start = [sys.executable, str(tests / "by_hand.py"), str(ranks), str(free_port())]
     return run_command(
-        [*start, str(tests / "integration/dying_worker.py"), deaths, *keys],
+        [*start, str(tests / "integration/dying_worker.py"), *keys],
         deadline_s=300,
+        DECA_TEST_DYING=deaths,
         DECA_TEST_JOIN=str(joins),
-        DECA_TEST_DEATHS="0" if joins or late else "1",
+        DECA_TEST_SUPERVISED=str(supervised),
+        DECA_TEST_DEATHS="0" if joins or late or supervised else "1",
         DECA_TEST_LATE=late,
     )
 
@@ -167,11 +177,11 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
 @pytest.mark.timeout(620)
 def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     """Client 0, one rank, dies amid an averaging and takes the state of client 1, two ranks; then client 1, by one of
-    its ranks, dies and takes that of client 2, one rank. Before that a message is damaged."""
+    its ranks, dies and takes that of client 2, one rank. Before that a message is damaged. All are supervised."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=16", "evaluation.every=64"]
     keys += ["gossip.weights=lazy_metropolis", "checkpoint.every=32", "algorithm.eps=1e-2"]
-    finished = run(4, "0:4:sent,2:3:returned,3:2:damaged", keys, "torch", joins=3)
+    finished = run(4, "0:4:sent,2:3:returned,3:2:damaged", keys, "torch", supervised=1)
     assert finished.code == 0, finished.output[-6000:]
     assert "a message from rank 3 (client 2) was damaged on its way: its checksum differs" in finished.output
     job = output / "metrics" / "job.jsonl"

@@ -1,8 +1,13 @@
-"""Stands for a job that `deca supervise` starts: each start does what the next word of the file PLAN says.
+"""Stands for a job that `deca supervise` starts: each start does what the next word in run.output.plan says.
 
-run.output=OUTPUT ...; OUTPUT.plan has the words:  saved:CODE (a checkpoint, then the end)  CODE (the end)
-trained:CODE (a heartbeat of step 3, then the end)  done:0  stopped:0 (by itself)  lost:0 (because client 1 is gone)
-waits:CODE (until SIGUSR1)
+CODE            ends with it
+saved:CODE      the same after a new checkpoint
+trained:CODE    the same after an inner step
+done:CODE       the same with a DONE marker
+stopped:CODE    the same with a STOPPED marker
+lost:CODE       the same, because client 1 is gone
+waits:CODE      the same with a STOPPED marker, after SIGUSR1
+join:...        any of these, with --join on the command line
 """
 
 import json
@@ -16,17 +21,20 @@ from deca_ds.checkpoint.done import mark_done, mark_stopped  # no torch: it is s
 
 output = Path(next(word for word in sys.argv if word.startswith("run.output=")).partition("=")[2])
 plan = output.with_suffix(".plan")
-what, _, code = (words := plan.read_text().split()).pop(0).rpartition(":")
+word, *words = plan.read_text().split()
 plan.write_text(" ".join(words))
+assert word.startswith("join:") == ("--join" in sys.argv), word
+what, _, code = word.removeprefix("join:").rpartition(":")
 output.mkdir(exist_ok=True)
 if what == "saved":
     checkpoints = output / "checkpoints"
     (checkpoints / f"step_{10 * len(list(checkpoints.glob('step_*'))) + 10:08d}").mkdir(parents=True)
 elif what == "trained":
-    from deca_ds.cluster.heartbeat import FOLDER, Heartbeat
+    from deca_ds.cluster.heartbeat import FOLDER, Heartbeat, read_heartbeats
 
     (output / FOLDER).mkdir(exist_ok=True)
-    beat = Heartbeat(0, "n0", 0, "gossip", 3, "layers 0-1", None, 0.0, time.time())
+    beats = read_heartbeats(output)
+    beat = Heartbeat(0, "n0", 0, "gossip", beats[0].step + 1 if beats else 3, "layers 0-1", None, 0.0, time.time())
     (output / FOLDER / "rank_0000.json").write_text(json.dumps(asdict(beat)))
 elif what == "done":
     mark_done(output, "8 of 8 inner steps")

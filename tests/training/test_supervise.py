@@ -17,11 +17,11 @@ SCRIPT = str(REPOSITORY / "tests/training/supervised_job.py")
 KEYS = ("model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=10")
 
 
-def supervise(folder: Path, plan: str, *options: str) -> tuple[int, int]:
+def supervise(folder: Path, plan: str, *keys: str) -> tuple[int, int]:
     """The exit code, and how many of the planned starts there were."""
     (folder / "run.plan").write_text(plan)
-    job = [sys.executable, SCRIPT, f"run.output={folder / 'run'}", *KEYS]
-    code = main(["supervise", "--pause", "0.01", *options, *job])
+    job = [sys.executable, SCRIPT, f"run.output={folder / 'run'}", *KEYS, *keys]
+    code = main(["supervise", "--pause", "0.01", "--restarts", "2", *job])
     return code, len(plan.split()) - len((folder / "run.plan").read_text().split())
 
 
@@ -29,21 +29,35 @@ def supervise(folder: Path, plan: str, *options: str) -> tuple[int, int]:
     ("plan", "code", "starts", "told"),
     [
         ("done:0 1", 0, 1, ""),
-        ("saved:137 saved:1 done:0 1", 0, 3, "newest checkpoint: step 20"),
-        ("1 done:0 1", 0, 2, "there is no checkpoint yet. Starting it again"),
+        ("saved:137 saved:1 done:0 1", 0, 3, "newest checkpoint: inner step 20. Starting"),
+        ("1 done:0 1", 0, 2, "newest checkpoint: inner step 0. Starting it again in 0.01 s (1 of 2 that bring"),
         ("2 done:0", 2, 1, ""),  # a mistake
-        ("trained:2 done:0 1", 0, 2, "there is no checkpoint yet. Starting it again"),  # a rank that hung
-        ("saved:1 2 done:0 1", 0, 3, "1 of 2 without a newer one"),  # a host that is not back yet
+        ("trained:2 done:0 1", 0, 2, "Starting it again"),  # a rank that hung
+        ("saved:1 2 done:0 1", 0, 3, "(1 of 2 that bring nothing new)"),  # a host that is not back yet
         ("stopped:0 1", 0, 1, ""),  # told by somebody else
         ("lost:0 done:0 1", 0, 2, "the job ended with 0"),
-        ("saved:1 1 1 137 done:0", 137, 4, "Giving up: 3 starts in a row have brought none that is newer"),
-        ("saved:1 1 1 saved:1 1 done:0 1", 0, 6, "newest checkpoint: step 20"),
+        ("saved:1 1 1 137 done:0", 137, 4, "Giving up: 3 starts in a row have brought nothing new"),
+        ("saved:1 1 1 saved:1 1 done:0 1", 0, 6, "newest checkpoint: inner step 20"),
     ],
 )
 def test_when_it_starts_the_job_again(tmp_path, capfd, plan, code, starts, told):
-    assert supervise(tmp_path, plan, "--restarts", "2") == (code, starts)
+    assert supervise(tmp_path, plan) == (code, starts)
     said = capfd.readouterr().err
     assert told in said and said.count("Starting it again") == starts - 1, said
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "starts"),
+    [
+        ("trained:137 join:trained:137 join:stopped:0 1", 0, 3),
+        ("trained:137 join:2 join:2 join:2 join:2", 2, 4),  # nobody to join any more
+        ("1 done:0", 1, 1),  # the job did not begin
+    ],
+)
+def test_a_rank_by_itself_joins_the_others_again(tmp_path, capfd, monkeypatch, plan, code, starts):
+    monkeypatch.setenv("RANK", "1")
+    assert supervise(tmp_path, plan, "cluster.on_failure=continue", "run.resume=never") == (code, starts)
+    assert capfd.readouterr().err.count("Starting it again") == starts - 1
 
 
 def test_a_signal_is_handed_on_and_the_job_is_not_started_again(tmp_path):
