@@ -35,8 +35,8 @@ class Started(Hosts):
         output = f"run.output={folder / f'run{i}'}"
         with open(folder / "log", "a") as sink:
             process = subprocess.Popen(
-                self.command(i, sys.executable, WORKER, "0:0:never", output, *arguments),
-                cwd=REPOSITORY, env=self.environment(i), stdout=sink, stderr=subprocess.STDOUT,
+                self.command(i, sys.executable, WORKER, output, *arguments), cwd=REPOSITORY,
+                env=self.environment(i) | {"DECA_TEST_DYING": "0:0:never"}, stdout=sink, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.started.append(process)
         return process
