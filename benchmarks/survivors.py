@@ -41,6 +41,7 @@ DEADLINE_S = 180  # after a fault the others have to go on by then
 TOLERANCE = 1e-5
 TRIES = 6  # of a client to come back: whom it has asked may die, too
 KINDS = ("kill", "hang", "cut", "blink", "freeze", "damage")
+WAITS = "waits of all others for a client that comes back, s"
 MAY_LOSE = ("kill", "hang", "cut", "blink")  # on a crowded machine a blink may last until the client is lost
 
 
@@ -253,6 +254,15 @@ def differences(job: Job, faults: bool = True) -> list[float]:
     return found
 
 
+def pauses(job: Job) -> list[float]:
+    """How long, in s, the others waited between two inner steps for each client that came back."""
+    members = job.records("membership")
+    return [
+        line["time"] - max(m["time"] for m in members if m["time"] <= line["time"] and line["to"] in m["clients"])
+        for line in job.records("handover")
+    ]
+
+
 def make_model(folder: Path, seed: int) -> None:
     """The demo's model with weights: random ones are not the same values in the simulator."""
     source = REPOSITORY / "examples" / "demo" / "model"
@@ -281,7 +291,9 @@ def report(done: list[Fault], summary: dict, console: Console) -> None:
                 *((str(len(back)), f"{statistics.median(back):.1f}", f"{max(back):.1f}") if back else ("-", "-", "-")),
             )  # fmt: skip
     console.print(table)
-    console.print({key: value for key, value in summary.items() if key not in ("faults", "wrong")})
+    console.print({key: value for key, value in summary.items() if key not in ("faults", "wrong", WAITS)})
+    if summary[WAITS]:
+        console.print(f"{WAITS}: median {statistics.median(summary[WAITS]):.2f}, worst {max(summary[WAITS]):.2f}")
 
 
 def main() -> None:
@@ -299,6 +311,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what cleans up
     draw, console, done = random.Random(arguments.seed), Console(), []
     summary: dict = {"wrong": [], "runs": 0, "largest difference": 0.0, "smallest difference without its faults": None}
+    summary[WAITS] = waits = list[float]()
     target = REPOSITORY / "benchmarks" / "results" / arguments.results
     while len(done) < arguments.faults and len(summary["wrong"]) < 10:
         with tempfile.TemporaryDirectory() as folder:
@@ -322,6 +335,7 @@ def main() -> None:
                     key = "smallest difference without its faults"
                     summary[key] = control if smallest is None else min(control, smallest)
                 summary["largest difference"] = max(summary["largest difference"], off)
+                waits += [round(seconds, 3) for seconds in pauses(job)]
                 summary["runs"] += 1
                 done += faults
             except Failure as failure:
