@@ -69,7 +69,7 @@ def test_a_list_within_the_layers_does_not_win():
 
     model = nn.Module()
     model.layers = nn.ModuleList(Layer() for _ in range(2))
-    assert find_layers(model, {n: tuple(p.shape) for n, p in model.named_parameters()}) == "layers"
+    assert find_layers(model, {n: tuple(p.shape) for n, p in model.named_parameters()}) == {"layers": 0}
 
 
 def test_a_model_without_layers_is_refused():
