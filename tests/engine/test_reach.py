@@ -1,4 +1,4 @@
-"""Parameters that a gradient does not reach, always or sometimes, on some ranks or on all: torch.optim.AdamW decides."""
+"""Parameters that a gradient does not reach, always or sometimes, on some ranks or on all, against torch's AdamW."""
 
 import pytest
 import torch
