@@ -84,8 +84,10 @@ def find_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
                 held[prefix] += prod(shape)
     stacks: dict[tuple[str, int], list[str]] = {}
     for name, length in lists.items():
+        parent = name.rpartition(".")[0]
         if held[name]:
-            stacks.setdefault((name.rpartition(".")[0], length), []).append(name)
+            in_list = isinstance(model.get_submodule(parent), nn.ModuleList)
+            stacks.setdefault((name if in_list else parent, length), []).append(name)
     sizes = {stack: sum(held[name] for name in names) for stack, names in stacks.items()}
     if not sizes:
         raise ValueError(f"{type(model).__name__} has no list of layers, so it cannot be split into blocks")
