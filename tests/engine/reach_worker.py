@@ -45,9 +45,9 @@ class Layer(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.unused = nn.Linear(WIDTH, WIDTH, bias=False)
         self.before = nn.Linear(WIDTH, WIDTH)
         self.moe = Experts()
-        self.unused = nn.Linear(WIDTH, WIDTH)
         self.after = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, hidden, ids):
@@ -118,7 +118,7 @@ def main() -> None:
         cluster = connect(config, launch, store)
         internals.start()
         torch.manual_seed(0)
-        engine._BUCKET_NUMEL = 200  # several buckets in a block
+        engine._BUCKET_NUMEL = 10  # a bucket for each parameter
         with deepspeed.zero.Init(config_dict_or_path=zero3_config(config)):
             model = Model()
         deepspeed.utils.set_z3_leaf_modules(model, [Experts])
