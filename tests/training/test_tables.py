@@ -1,7 +1,7 @@
 from rich.console import Console
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
-from deca_ds.training.tables import block_table, data_table
+from deca_ds.training.tables import block_table, data_table, untrained, warn_of_blocks
 
 
 def shown(table) -> str:
@@ -21,3 +21,23 @@ def test_block_table_gives_the_state_of_a_rank():
     plan = BlockPlan((Block("layers 0-1", ("x",), 2**20), Block("head", ("y",), 3 * 2**20)), ("z",))
     text = shown(block_table(plan, ranks=2, bytes_per_parameter=16))
     assert "8.0 MiB" in text and "24.0 MiB" in text and "25.0%" in text and "frozen: 1" in text
+
+
+def test_what_is_frozen_and_what_is_much_larger_is_said():
+    plan = BlockPlan(
+        (Block("embeddings", ("x",), 90), Block("layers 0-1", ("y",), 10)), ("z", "t.a", "t.b"), ("t.a", "t.b")
+    )
+    rows = " ".join(shown(block_table(plan, ranks=1, bytes_per_parameter=16)).split())
+    assert "frozen: 1 parameters" in rows and "frozen: 2 parameters for other input than text" in rows
+    console = Console(width=300)
+    with console.capture() as capture:
+        warn_of_blocks(console, plan)
+    said = capture.get()
+    assert (
+        "WARNING: block 'embeddings' holds 90%" in said and "2 parameters for other input than text (t.a, t.b)" in said
+    )
+
+
+def test_parameters_that_no_gradient_has_reached_are_named():
+    said = untrained("layers 0-1", ("a", "b", "c", "d", "e"))
+    assert "no gradient reached 5 parameters of block 'layers 0-1'" in said and "(a, b, c and 2 more)" in said
