@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 Parameters = dict[str, np.ndarray]
-Gradient = Callable[[int, np.ndarray], np.ndarray]  # client, its block (numel,) -> gradient of the same shape
+# client, its block (numel,) -> gradient of the same shape, NaN for parameters that got none
+Gradient = Callable[[int, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,21 @@ def activation(
     zero = lambda: np.zeros(numel)  # noqa: E731
     clients = [SimpleNamespace(x=theta[i].copy(), m=zero(), v=zero(), s=zero(), g=zero(), b=zero()) for i in range(n)]
     for client in clients:
-        client.anchor = client.x.copy()
+        client.anchor, client.made = client.x.copy(), zero()
     for r in range(steps):
         for i, k in enumerate(clients):
             g = gradient(i, k.x)
+            there = ~np.isnan(g)
+            k.made += there
+            g = np.where(there, g, 0.0)
             if c.method == "gt-adam":
                 k.s, k.g = k.s + g - k.g, g
                 g = k.s
-            k.m_half, k.v_half = c.a1 * k.m + (1 - c.a1) * g, c.a2 * k.v + (1 - c.a2) * g**2
-            m_hat, v_hat = k.m_half / (1 - c.a1 ** (r + 1)), k.v_half / (1 - c.a2 ** (r + 1))
-            k.half = k.x - lr * (m_hat / (np.sqrt(v_hat) + c.eps) + decay * k.x)
+            k.m_half = np.where(there, c.a1 * k.m + (1 - c.a1) * g, k.m)
+            k.v_half = np.where(there, c.a2 * k.v + (1 - c.a2) * g**2, k.v)
+            made = np.maximum(k.made, 1)
+            m_hat, v_hat = k.m_half / (1 - c.a1**made), k.v_half / (1 - c.a2**made)
+            k.half = np.where(there, k.x - lr * (m_hat / (np.sqrt(v_hat) + c.eps) + decay * k.x), k.x)
         gossips = (r + 1) % every == 0 or r == steps - 1
         w = next(matrices) if gossips else np.eye(n)
         mixed = average(w, np.stack([k.half for k in clients]), c.clip_radius)

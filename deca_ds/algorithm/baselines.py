@@ -81,6 +81,13 @@ class GtAdam(Rule):
         super().local_step(state, inner=inner, lr=lr, decay=decay)
 
     @torch.no_grad()
+    def skip_step(self, state: State) -> None:
+        """See Rule; the tracker goes on with a gradient of zero, so that its mean stays that of the gradients."""
+        state["tracker"].sub_(state["previous"])
+        state["previous"].zero_()
+        super().skip_step(state)
+
+    @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
         """theta or the tracker becomes its average."""
         state["theta" if name == "grad" else name].copy_(mixed)

@@ -8,6 +8,9 @@ from math import prod
 
 from torch import nn
 
+_SMALLEST_STACK = 0.05  # of what the largest stack holds: smaller ones are parts of what lies outside the layers
+_MUCH_LARGER = 5  # times the mean block
+
 
 @dataclass(frozen=True)
 class Block:
@@ -23,10 +26,41 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The blocks of a model and the parameters that none of them trains."""
+    """The blocks of a model and the parameters that none of them trains.
+
+    beside: those of `frozen` that serve images, audio or other input than text, so that text cannot train them.
+    """
 
     blocks: tuple[Block, ...]
     frozen: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+
+    @property
+    def imbalance(self) -> tuple[str, ...]:
+        """For people, of each block that is much larger than the others: how large it is and what to do about it.
+
+        Much larger: more than half of all that is trained and 1.5 times the mean block, or more than five times that.
+        """
+        total = sum(block.numel for block in self.blocks)
+        said = []
+        for block in self.blocks if len(self.blocks) > 1 else ():
+            share, times = block.numel / total, block.numel * len(self.blocks) / total
+            if times > (1.5 if share > 0.5 else _MUCH_LARGER):
+                said.append(
+                    f"block {block.label!r} holds {share:.0%} of the parameters that are trained, {times:.1f} times "
+                    "the mean block: it decides the memory, and every block gets as many inner steps; " + _remedy(block)
+                )
+        return tuple(said)
+
+
+def _remedy(block: Block) -> str:
+    if "layer" not in block.label:
+        return "blocks.outside=frozen leaves it as it is, a larger blocks.layers_per_block makes the others larger"
+    if " + " in block.label and not block.label.endswith(" + norm"):
+        return "blocks.outside=own trains what lies outside the layers apart"
+    if block.label.startswith("layers"):
+        return "a smaller blocks.layers_per_block divides it"
+    return "a larger blocks.layers_per_block makes the others larger"
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -34,21 +68,35 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
-def find_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Name of the model's list of layers: the `ModuleList` of same-class modules that holds the most elements.
+def find_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Where the model's layers are: the name of every list of layers, and the number of its first layer.
 
-    Of two lists that hold the same the outer one wins. Raises ValueError where the model has no such list.
+    A list is an outermost `ModuleList`, whatever the classes of its modules, of the text model. Lists of one length in
+    one module are one stack of layers, of which each has a part in every list. The stacks that hold the parameters
+    count, in the model's order: the largest, and those that hold at least a twentieth of it.
+    Raises ValueError where the model has no such list.
     """
-    best, best_numel = None, 0
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
-            continue
-        numel = sum(prod(shape) for parameter, shape in shapes.items() if parameter.startswith(name + "."))
-        if numel > best_numel:  # strictly: named_modules lists a parent before its children
-            best, best_numel = name, numel
-    if best is None:
-        raise ValueError(f"{type(model).__name__} has no list of same-class layers, so it cannot be split into blocks")
-    return best
+    lists = _outermost_lists(model)
+    held = dict.fromkeys(lists, 0)
+    for name, shape in shapes.items():
+        for prefix in _ancestors(name):
+            if prefix in held:
+                held[prefix] += prod(shape)
+    stacks: dict[tuple[str, int], list[str]] = {}
+    for name, length in lists.items():
+        parent = name.rpartition(".")[0]
+        if held[name]:
+            in_list = isinstance(model.get_submodule(parent), nn.ModuleList)
+            stacks.setdefault((name if in_list else parent, length), []).append(name)
+    sizes = {stack: sum(held[name] for name in names) for stack, names in stacks.items()}
+    if not sizes:
+        raise ValueError(f"{type(model).__name__} has no list of layers, so it cannot be split into blocks")
+    found, first = {}, 0
+    for stack, names in stacks.items():
+        if sizes[stack] >= _SMALLEST_STACK * max(sizes.values()):
+            found |= dict.fromkeys(names, first)
+            first += stack[1]
+    return found
 
 
 def split_into_blocks(model: nn.Module, *, layers_per_block: int | None, outside: str) -> BlockPlan:
@@ -56,25 +104,31 @@ def split_into_blocks(model: nn.Module, *, layers_per_block: int | None, outside
 
     layers_per_block: layers in a block; the last block takes what is left over. None: all layers make one block, and
     what lies outside is part of it or frozen.
-    outside: what becomes of the embeddings before and the norm and head after the layers: "own" makes them the first
-    and the last block, "joined" adds them to the first and the last block, "frozen" never trains them. A trailing norm
-    with no head of its own (tied embeddings) never makes a block: it joins the last one, so that no inner steps are
-    spent on a few thousand numbers.
-    A tied parameter is listed once, under its first name. Blocks come in the model's order.
+    outside: what becomes of the embeddings, with all else before the layers, and of the norm and head after them: "own"
+    makes them the first and the last block, "joined" adds them to the first and the last block, "frozen" never trains
+    them. A trailing norm with no head of its own (tied embeddings) never makes a block: it joins the last one, so that
+    no inner steps are spent on a few thousand numbers.
+    A parameter that several modules share is listed once, under its first name. What serves other input than text is
+    frozen. Blocks come in the model's order.
     Raises ValueError for a model without layers and for layers_per_block < 1.
     """
     if layers_per_block is not None and layers_per_block < 1:
         raise ValueError(f"layers_per_block must be at least 1, not {layers_per_block}")
     shapes = parameter_shapes(model)
-    prefix = find_layers(model, shapes) + "."
+    lists = find_layers(model, shapes)
+    beside = _beside_text(model, shapes, next(iter(lists)))
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     layers: dict[int, list[str]] = {}
     before: list[str] = []
     after: list[str] = []
     for name in shapes:
-        if name.startswith(prefix):
-            layers.setdefault(int(name[len(prefix) :].split(".", 1)[0]), []).append(name)
+        if name in beside:
+            continue
+        prefix = next((prefix for prefix in _ancestors(name) if prefix in lists), None)
+        if prefix is not None:
+            layers.setdefault(lists[prefix] + int(name[len(prefix) + 1 :].split(".", 1)[0]), []).append(name)
         else:
-            (after if layers else before).append(name)
+            (after if layers and name not in embeddings else before).append(name)
 
     indices = sorted(layers)
     if layers_per_block is None:
@@ -97,8 +151,53 @@ def split_into_blocks(model: nn.Module, *, layers_per_block: int | None, outside
     else:
         raise ValueError(f"outside must be own, joined or frozen, not {outside!r}")
     blocks = tuple(Block(label, tuple(names), sum(prod(shapes[name]) for name in names)) for label, names in named)
-    return BlockPlan(blocks, tuple(frozen))
+    return BlockPlan(blocks, (*frozen, *beside), beside)
 
 
 def _layer_label(group: list[int]) -> str:
     return f"layer {group[0]}" if len(group) == 1 else f"layers {group[0]}-{group[-1]}"
+
+
+def _ancestors(name: str) -> list[str]:
+    """The names of the modules around `name`, outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, int]:
+    """name -> length of the lists of modules that lie in no other list and in no tower for other input than text."""
+    found: dict[str, int] = {}
+    closed: list[str] = []  # prefixes that nothing is looked for in
+    for name, module in model.named_modules():
+        if name.startswith(tuple(closed)):
+            continue
+        if _reads(module) and "text" not in _reads(module):
+            closed.append(name + ".")
+        elif isinstance(module, nn.ModuleList) and not all(isinstance(child, nn.ModuleList) for child in module):
+            found[name] = len(module)
+            closed.append(name + ".")
+    return found
+
+
+def _beside_text(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], layers: str) -> tuple[str, ...]:
+    """Parameters that serve other input than text, where the modules say what they read, as transformers' models do.
+
+    These are towers that do not read text and, in a model that reads more, what lies outside the text model and is not
+    the head. layers: name of a list of the text model's layers.
+    """
+    towers = tuple(f"{name}." for name, m in model.named_modules() if name and _reads(m) and "text" not in _reads(m))
+    text = [name for name in _ancestors(layers) if _reads(model.get_submodule(name)) == {"text"}]
+    inside = f"{text[-1]}." if text and _reads(model) > {"text"} else ""
+    head = model.get_output_embeddings() if inside else None
+    kept = set() if head is None else {id(p) for p in head.parameters()}
+    return tuple(
+        name
+        for name in shapes
+        if name.startswith(towers) or not (name.startswith(inside) or id(model.get_parameter(name)) in kept)
+    )
+
+
+def _reads(module: nn.Module) -> set[str]:
+    """The kinds of input that a module says it reads; empty if it does not say."""
+    modalities = getattr(module, "input_modalities", ())
+    return {modalities} if isinstance(modalities, str) else set(modalities)

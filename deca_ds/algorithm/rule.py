@@ -3,7 +3,8 @@
     rule.open(state)                                    the block becomes active
     for every inner step:
         state["grad"] <- gradient at theta
-        rule.local_step(state, ...)                     leaves theta_half in state["grad"]
+        rule.local_step(state, ...)                     leaves theta_half in state["grad"], or
+        rule.skip_step(state)                           for parameters that got no gradient
         for name in rule.travels:                       where the client has a neighbour at this step
             rule.accept(state, name, sum_j w_ij state_j[name])
         rule.stay(state)                                where it has none
@@ -17,7 +18,7 @@ blocks of n clients. A rule itself holds nothing but coefficients: who keeps the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,12 +62,19 @@ class Rule(ABC):
         """AdamW (Loshchilov and Hutter, arXiv 1711.05101) without touching theta, which later parts need.
 
         m = a1 m + (1 - a1) g;  v = a2 v + (1 - a2) g*g;  theta_half as in `adam_candidate`, left in state["grad"].
-        inner: r, 0 .. R-1. decay: weight decay coefficient for all of theta.
+        inner: r, the Adam steps that these parameters have made since the block became active: 0 .. R-1. decay: weight
+        decay coefficient for all of theta.
         """
         m, v, grad = state["m"], state["v"], state["grad"]
         m.lerp_(grad, 1 - self.a1)
         v.mul_(self.a2).addcmul_(grad, grad, value=1 - self.a2)
         self.adam_candidate(state["theta"], m, v, grad, inner=inner, lr=lr, decay=decay)
+
+    @torch.no_grad()
+    def skip_step(self, state: State) -> None:
+        """Instead of `local_step`, for parameters that no gradient reached at this step: they stay where they are,
+        without weight decay, and so do their moments (torch.optim.AdamW with grad None). state["grad"] is zero here."""
+        state["grad"].copy_(state["theta"])
 
     def adam_candidate(
         self, theta: Tensor, m: Tensor, v: Tensor, out: Tensor, *, inner: int, lr: float, decay: float
@@ -92,15 +100,3 @@ class Rule(ABC):
         norm: if `needs_norm`, the 2-norm over the whole block of what these left in state["grad"]. One number, or a
         column of one per client for stacked states.
         """
-
-
-def split_by_decay(chunk: slice, decayed: int, weight_decay: float) -> Iterator[tuple[slice, float]]:
-    """The parts of a chunk of a block that weight decay applies to and does not, each with its coefficient.
-
-    decayed: how many leading elements of the block it applies to.
-    """
-    border = min(max(chunk.start, decayed), chunk.stop) if weight_decay else chunk.start
-    if chunk.start < border:
-        yield slice(chunk.start, border), weight_decay
-    if border < chunk.stop:
-        yield slice(border, chunk.stop), 0.0

@@ -146,10 +146,10 @@ def _target_names(model: nn.Module, wanted: Sequence[str]) -> list[str]:
 
 def _inside_layers(model: nn.Module, linear: Sequence[str]) -> list[str]:
     try:
-        prefix = find_layers(model, parameter_shapes(model)) + "."
+        lists = tuple(f"{name}." for name in find_layers(model, parameter_shapes(model)))
     except ValueError as error:
         raise ModelError(str(error), where="model.path", fix="name layers in lora.target_modules") from error
-    inside = [name for name in linear if name.startswith(prefix)]
+    inside = [name for name in linear if name.startswith(lists)]
     if not inside:
         raise ModelError(
             f"the layers of {type(model).__name__} hold no linear layer that could have an adapter",

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes
+from deca_ds.algorithm.local import LocalSteps
 from deca_ds.config.schema import Config
 from deca_ds.engine import internals
 from deca_ds.engine.gradients import GradientReducer
@@ -26,19 +27,27 @@ class BlockState:
     """This rank's float32 shard of the active block: flat tensors of one layout.
 
     tensors: by name, "theta" (master parameters), "grad" (the gradient, and after the local step what the method's rule
-    leaves there) and the rule's buffers. decayed: how many leading elements belong to parameters of two and more
-    dimensions, which weight decay applies to. Parameters follow each other without padding; same-index ranks of clients
-    with as many ranks have the same layout.
+    leaves there) and the rule's buffers. names: its parameters, which follow each other without padding; same-index
+    ranks of clients with as many ranks have the same layout. local_steps: how many of them each parameter has made;
+    weight decay applies to those of two and more dimensions. reached: whether a gradient has reached each at this inner
+    step, on any of the client's ranks.
     """
 
     block: Block
     tensors: dict[str, Tensor]
-    decayed: int
+    names: tuple[str, ...]
+    local_steps: LocalSteps
+    reached: list[bool]
 
     @property
     def theta(self) -> Tensor:
         """Master parameters."""
         return self.tensors["theta"]
+
+    @property
+    def never_reached(self) -> list[str]:
+        """Parameters that no gradient has reached since the block became active."""
+        return [name for name, made in zip(self.names, self.local_steps.made, strict=True) if not made]
 
     @property
     def grad(self) -> Tensor:
@@ -93,14 +102,15 @@ class Client:
         sizes = [shard.numel() for shard in shards]
         theta = torch.cat([shard.to(self.device, torch.float32) for shard in shards])
         tensors = {"theta": theta} | {name: torch.zeros_like(theta) for name in ("grad", *buffers)}
-        decayed = sum(size for name, size in zip(names, sizes, strict=True) if len(self.shapes[name]) >= 2)
         parameters = [self._parameters[name] for name in names]
         for parameter in parameters:
             parameter.requires_grad_(True)
         internals.forget_trace(self._zero)
-        self._reducer = GradientReducer(parameters, tensors["grad"].split(sizes), _BUCKET_NUMEL)
+        varies = [internals.varies(parameter) for parameter in parameters]
+        self._reducer = GradientReducer(parameters, tensors["grad"].split(sizes), varies, _BUCKET_NUMEL)
         self._layout = list(zip(names, sizes, strict=True))
-        self._state = BlockState(block, tensors, decayed)
+        local_steps = LocalSteps(sizes, [len(self.shapes[name]) >= 2 for name in names])
+        self._state = BlockState(block, tensors, tuple(names), local_steps, [False] * len(names))
         return self._state
 
     def close_block(self) -> None:
@@ -116,7 +126,7 @@ class Client:
         """Fill the active block's `grad` with the gradient of the mean loss over all of the client's target tokens.
 
         micro_batches: this rank's part of the client's batch. clip_norm: the gradient's 2-norm over the block is scaled
-        down to it; 0: not at all. Leaves the model partitioned.
+        down to it; 0: not at all. Notes which parameters a gradient has reached. Leaves the model partitioned.
         """
         assert self._state is not None and self._reducer is not None
         grad = self._state.grad.zero_()
@@ -126,21 +136,26 @@ class Client:
             counts[1] += batch["attention_mask"].sum()
         dist.all_reduce(counts)
         targets = max(1, int(counts[0]))
+        self._reducer.forget()
         self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             losses, _ = token_losses(self.model, batch, self.device)
             loss = losses.sum() / targets
-            loss.backward()
+            if loss.requires_grad:  # else no parameter of the block takes part in it
+                loss.backward()
             total += loss.detach()
             self._reducer.finish()
             internals.partition_all(self._zero)
-        summed = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1)])
+        reached = torch.tensor(self._reducer.reached, dtype=torch.float64, device=self.device)
+        summed = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1), reached])
         dist.all_reduce(summed)
-        norm = float(summed[1].sqrt())
+        loss, square, *ranks_reached = summed.tolist()
+        self._state.reached = [ranks > 0 for ranks in ranks_reached]
+        norm = square**0.5
         if 0 < clip_norm < norm:
             grad.mul_(clip_norm / norm)
-        return GradientStats(float(summed[0]), targets, int(counts[1]), norm)
+        return GradientStats(loss, targets, int(counts[1]), norm)
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -72,6 +72,14 @@ def shard_range(parameter: nn.Parameter) -> tuple[int, int]:
     return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
 
 
+def varies(parameter: nn.Parameter) -> bool:
+    """Whether the parameter belongs to a module that ZeRO-3 gathers as a whole, a leaf, because what runs in it may
+    differ from rank to rank."""
+    from deepspeed.utils import z3_leaf_parameter
+
+    return z3_leaf_parameter(parameter)
+
+
 def start() -> None:
     """Let DeepSpeed take over the torch world that exists; to be called before a model is built under zero.Init.
 

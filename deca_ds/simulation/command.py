@@ -16,6 +16,7 @@ from rich.table import Table
 
 from deca_ds.config import Config, load_config, save_config
 from deca_ds.config.checks import check_output
+from deca_ds.training.tables import untrained
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
@@ -68,6 +69,8 @@ def report(simulation: Simulation, seconds: float) -> None:
     console = Console()
     console.print(table)
     console.print(_contraction(simulation))
+    for label, names in simulation.untrained.items():
+        console.print(untrained(label, names), highlight=False)
     sent = simulation.steps[-1]["bytes_sent"]
     console.print(
         f"{len(simulation.steps)} inner steps of {len(sent)} clients in {seconds:.1f} s; "

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from deca_ds.algorithm.rule import Rule, State, split_by_decay
+from deca_ds.algorithm.local import LocalSteps, local_step
+from deca_ds.algorithm.rule import Rule, State
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
@@ -28,6 +29,7 @@ class Simulation:
     """n clients, their data and how they train; made by `deca_ds.simulation.setup.build`.
 
     steps: a record per inner step, see `_record`. evaluations: a record per evaluation, see `_evaluate`.
+    untrained: block -> those of its parameters that no client's gradient has reached in its last activation.
     """
 
     config: Config
@@ -39,6 +41,7 @@ class Simulation:
     pad_id: int
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    untrained: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self, *, evaluate_first: bool = True) -> Iterator[dict[str, Any]]:
         """Train to the end, step by step; yields every step's record.
@@ -48,34 +51,44 @@ class Simulation:
         batches = [self._batches(client) for client in range(self.clients.clients)]
         self.sent = [0] * self.clients.clients  # parameters, by each client so far
         state: dict[str, Tensor] = {}
-        decayed = 0
+        local_steps: list[LocalSteps] = []
         if evaluate_first:
             self._evaluate(0)
         for step in self.schedule:
             if step.opens:
-                theta, decayed = self.clients.block(step.block)
+                theta, local_steps = self.clients.block(step.block)
                 state = {"theta": theta} | {name: torch.zeros_like(theta) for name in ("grad", *self.rule.buffers)}
                 self.rule.open(state)
             lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
-            losses = [
-                self.clients.gradient(
-                    step.block, client, next(batches[client]), state["grad"][client], self.config.optimizer.clip_norm
-                )
-                for client in range(self.clients.clients)
-            ]
+            losses, optimizer = [], self.config.optimizer
             every_column = slice(0, state["theta"].shape[1])
-            for columns, decay in split_by_decay(every_column, decayed, self.config.optimizer.weight_decay):
-                part = {name: tensor[:, columns] for name, tensor in state.items()}
-                self.rule.local_step(part, inner=step.inner, lr=lr, decay=decay)
+            for client in range(self.clients.clients):
+                own = {name: tensor[client] for name, tensor in state.items()}
+                loss, reached = self.clients.gradient(
+                    step.block, client, next(batches[client]), own["grad"], optimizer.clip_norm
+                )
+                losses.append(loss)
+                runs = local_steps[client].next(reached)
+                local_step(self.rule, own, runs, every_column, lr=lr, weight_decay=optimizer.weight_decay)
             before = spread(state["grad"])
             for rows, mixed in self._by_neighbours(step):
                 self._exchange(state, rows, mixed, step, lr)
             record = self._record(step, lr, losses, before, spread(state["theta"]))
             self.steps.append(record)
+            if step.closes:
+                self._note_untrained(step, local_steps)
             yield record
             done, every = step.index + 1, self.config.evaluation.every
             if done == len(self.schedule) or (every > 0 and done % every == 0):
                 self._evaluate(done)
+
+    def _note_untrained(self, step: Step, local_steps: Sequence[LocalSteps]) -> None:
+        """Of a block that ends its turn, what no client's gradient has reached."""
+        names = self.clients.block_names(step.block)
+        made = zip(*(own.made for own in local_steps), strict=True)
+        never = [name for name, counts in zip(names, made, strict=True) if not any(counts)]
+        if never:
+            self.untrained[self.clients.plan.blocks[step.block].label] = never
 
     def _exchange(self, state: State, rows: Tensor | None, mixed: bool, step: Step, lr: float) -> None:
         """Average for the clients `rows`, or let them be; None: for all of them, in place."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.algorithm.local import LocalSteps
 from deca_ds.engine.losses import count_targets, token_losses
 
 Batch = Mapping[str, Tensor]
@@ -43,12 +44,17 @@ class StackedClients:
     def _ordered(self, names: Sequence[str]) -> list[str]:
         return sorted(names, key=lambda name: self._parameters[name].dim() < 2)  # stable
 
-    def block(self, index: int) -> tuple[Tensor, int]:
-        """The block's parameters, a view [n, numel], and how many leading columns weight decay applies to."""
-        names = self._ordered(self.plan.blocks[index].names)
+    def block_names(self, index: int) -> list[str]:
+        """The block's parameters in the order of its columns."""
+        return self._ordered(self.plan.blocks[index].names)
+
+    def block(self, index: int) -> tuple[Tensor, list[LocalSteps]]:
+        """The block's parameters, a view [n, numel], and each client's local steps, none of them made."""
+        names = self.block_names(index)
         start, stop = self._columns[names[0]].start, self._columns[names[-1]].stop
-        decayed = sum(prod(self._shapes[name]) for name in names if len(self._shapes[name]) >= 2)
-        return self.values[:, start:stop], decayed
+        sizes = [prod(self._shapes[name]) for name in names]
+        decays = [len(self._shapes[name]) >= 2 for name in names]
+        return self.values[:, start:stop], [LocalSteps(sizes, decays) for _ in range(self.clients)]
 
     def parameters(self, client: int) -> Iterator[tuple[str, Tensor]]:
         """(name, values) of one client's model, views."""
@@ -62,32 +68,43 @@ class StackedClients:
         micro_batches: Sequence[Batch],
         out: Tensor,
         clip_norm: float = 0.0,
-    ) -> float:
-        """Fill `out`, [numel] of block `index`, with the gradient of the mean loss over the targets; returns the loss.
+    ) -> tuple[float, list[bool]]:
+        """Fill `out`, [numel] of block `index`, with the gradient of the mean loss over the targets.
 
-        clip_norm: 2-norm that the gradient is scaled down to; 0: not at all.
+        clip_norm: 2-norm that the gradient is scaled down to; 0: not at all. Returns the loss, and for each of the
+        block's parameters whether a gradient has reached it.
         """
         self._become(self.values[client])
         out.zero_()
-        names = self._ordered(self.plan.blocks[index].names)
+        names = self.block_names(index)
         sizes = [self._parameters[name].numel() for name in names]
-        for name, part in zip(names, out.split(sizes), strict=True):
-            self._parameters[name].requires_grad_(True)
-            self._parameters[name].grad = part.view(self._shapes[name])
+        reached = [False] * len(names)
+
+        def note(place: int) -> None:
+            reached[place] = True
+
+        hooks = []
+        for place, (name, part) in enumerate(zip(names, out.split(sizes), strict=True)):
+            parameter = self._parameters[name].requires_grad_(True)
+            parameter.grad = part.view(self._shapes[name])
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, place=place: note(place)))
         targets = max(1, sum(count_targets(batch) for batch in micro_batches))
         total = 0.0
         self._model.train()
         for batch in micro_batches:
             loss = token_losses(self._model, batch, _CPU)[0].sum() / targets
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
             total += float(loss.detach())
+        for hook in hooks:
+            hook.remove()
         for name in names:
             self._parameters[name].requires_grad_(False)
             self._parameters[name].grad = None
         norm = float(torch.linalg.vector_norm(out))
         if 0 < clip_norm < norm:
             out.mul_(clip_norm / norm)
-        return total
+        return total, reached
 
     @torch.no_grad()
     def score(self, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -122,10 +122,12 @@ class Checkpoints:
         return groups
 
     def _state(self, done: int) -> dict[str, Any]:
+        active = self._client.active
         return {
             "attempt": self._attempt,
             "missing": list(self._cluster.members.missing),
             "schedule": position(self._schedule, done),
+            "local_steps": None if active is None else list(active.local_steps.made),
             "mixing": mixing_digest(self._gossip.schedule),
             "random": _random_state(self._client.device),
             "gossip": {"bytes_sent": self._gossip.bytes_sent, "wait_seconds": self._gossip.wait_seconds},

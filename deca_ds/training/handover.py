@@ -86,10 +86,14 @@ class _Way:
             self.alike(buffer)
 
     def block(self, client: Client) -> None:
-        """The active block's masters and the rule's buffers, if there is one."""
+        """The active block's masters, the rule's buffers and the counts of local steps, if there is one."""
         for name, _, _, tensors in client.block_shards():
             for key in sorted(tensors.keys() - {GRADIENT}):
                 self._slice(tensors[key], prod(client.shapes[name]))
+        if client.active is not None:
+            made = torch.tensor(client.active.local_steps.made)
+            self.alike(made)
+            client.active.local_steps.made = made.tolist()
 
     def _slice(self, values: Tensor, numel: int) -> None:
         """This rank's slice of a parameter of `numel` elements."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.step import inner_step
 from deca_ds.training.survivors import Survivors
+from deca_ds.training.tables import untrained
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Trainer:
     output: Path
     done: int = 0  # inner steps
     survivors: Survivors | None = None  # where clients may die
+    told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
     state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it
 
     def train(self) -> bool:
@@ -90,9 +93,19 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
         if step.closes:
+            self._tell_untrained(step)
             self.client.close_block()
             self.state = None
         self.done = step.index + 1
+
+    def _tell_untrained(self, step: Step) -> None:
+        """Say once for every block what no gradient has reached in its activation: its inner steps are wasted on it."""
+        assert self.state is not None
+        names = self.state.never_reached
+        if names and self.cluster.is_leader and step.block not in self.told:
+            self.told.add(step.block)
+            what = untrained(self.state.block.label, names)
+            print(f"client {self.cluster.client}, inner step {step.index + 1}: {what}", file=sys.stderr, flush=True)
 
     def _evaluates(self) -> bool:
         every = self.config.evaluation.every

@@ -22,7 +22,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
-from deca_ds.training.tables import block_table, data_table
+from deca_ds.training.tables import block_table, data_table, warn_of_blocks
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
@@ -54,6 +54,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     add_adapters(config, model)
     plan = find_blocks(config, model)
     console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
+    warn_of_blocks(console, plan)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
     if config.cluster.absent:
         without = survive.without(mixing, config.cluster.absent)

@@ -232,6 +232,7 @@ def restore(
             for key in tensors.keys() - {GRADIENT}:
                 stored = name if key == MASTERS else buffer_name(key, name)
                 tensors[key].copy_(read(stored, client.shapes[name], start, stop))
+        block.local_steps.made = list(state["local_steps"])
     if resumption.same_layout:
         set_random_state(state["random"], cluster.device)
         gossip.bytes_sent, gossip.wait_seconds = state["gossip"]["bytes_sent"], state["gossip"]["wait_seconds"]

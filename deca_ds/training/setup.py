@@ -56,7 +56,7 @@ from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.survivors import Survivors
-from deca_ds.training.tables import data_table
+from deca_ds.training.tables import data_table, warn_of_blocks
 from deca_ds.training.whole_digest import whole_digest
 from deca_ds.training.written import Agreed, StoreCount, Written
 
@@ -142,6 +142,8 @@ def build(
             model.generation_config.save_pretrained(output / "hf")
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
+    if cluster.is_main:
+        warn_of_blocks(Console(stderr=True), client.plan)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if resumption.saved is None and invitation is None:

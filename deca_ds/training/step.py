@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from deca_ds.algorithm.rule import Rule, split_by_decay
+from deca_ds.algorithm.local import local_step
+from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
@@ -37,10 +38,10 @@ def inner_step(
         chunk, name, pending = under_way.popleft()
         rule.accept(state.part(chunk), name, pending.wait())
 
+    runs = state.local_steps.next(state.reached)
     message = 0
     for chunk in gossip.chunks(state.theta.numel()):
-        for part, decay in split_by_decay(chunk, state.decayed, optimizer.weight_decay):
-            rule.local_step(state.part(part), inner=step.inner, lr=lr, decay=decay)
+        local_step(rule, state.tensors, runs, chunk, lr=lr, weight_decay=optimizer.weight_decay)
         for name in rule.travels if mixes else ():
             if len(under_way) == gossip.window:
                 accept_oldest()

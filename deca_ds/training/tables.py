@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from deca_ds.algorithm.blocks import BlockPlan
@@ -34,6 +35,30 @@ def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
     for index, block in enumerate(plan.blocks):
         mib = bytes_per_parameter * block.numel / ranks / 2**20
         table.add_row(str(index), block.label, f"{block.numel:,}", f"{block.numel / total:.1%}", f"{mib:,.1f} MiB")
-    if plan.frozen:
-        table.add_row("-", f"frozen: {len(plan.frozen)} parameters", "", "", "")
+    if len(plan.frozen) > len(plan.beside):
+        table.add_row("-", f"frozen: {len(plan.frozen) - len(plan.beside)} parameters", "", "", "")
+    if plan.beside:
+        table.add_row("-", f"frozen: {len(plan.beside)} parameters for other input than text", "", "", "")
     return table
+
+
+def warn_of_blocks(console: Console, plan: BlockPlan) -> None:
+    """Say which blocks are much larger than the others, and that parameters for other input than text stay frozen."""
+    for warning in plan.imbalance:
+        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    if plan.beside:
+        console.print(
+            f"frozen: {len(plan.beside)} parameters for other input than text ({_some(plan.beside)})", highlight=False
+        )
+
+
+def untrained(label: str, names: Sequence[str]) -> str:
+    """What to say of the parameters of a block that no gradient has reached in a whole activation."""
+    return (
+        f"no gradient reached {len(names)} parameter{'s' if len(names) > 1 else ''} of block {label!r} while it was "
+        f"active ({_some(names)}): this data does not use them, and they stay as they are"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

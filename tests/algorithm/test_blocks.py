@@ -1,11 +1,19 @@
-"""Blocks of real architectures, built without memory from tiny configurations."""
+"""Blocks of real architectures, built without memory from tiny configurations or the default ones."""
 
 import pytest
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
-from deca_ds.algorithm.blocks import find_layers, split_into_blocks
+from deca_ds.algorithm.blocks import Block, BlockPlan, find_layers, parameter_shapes, split_into_blocks
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=5)
 ARCHITECTURES = {
@@ -61,15 +69,101 @@ def test_structure(architecture):
     assert len(joined.blocks) == 3 and not joined.frozen
 
 
-def test_a_list_within_the_layers_does_not_win():
+TEXT, NESTED = ("model.layers",), ("model.language_model.layers",)
+# model type -> its lists of layers, and whether some of its parameters serve other input than text
+OTHERS = {
+    **dict.fromkeys(
+        [
+        "afmoe", "bamba", "bitnet", "cohere2", "deepseek_v2", "ernie4_5_moe", "falcon_h1", "gemma2",
+        "gemma3_text", "glm4_moe", "gpt_oss", "granitemoehybrid", "jamba", "jetmoe", "kimi_linear", "lfm2",
+        "minimax", "mllama", "modernbert-decoder", "nemotron_h", "olmo_hybrid", "olmoe", "phi3", "phimoe",
+        "qwen3_5_text", "qwen3_next", "recurrent_gemma", "smollm3", "stablelm", "starcoder2", "zamba", "zamba2",
+        ],
+        (TEXT, False),
+    ),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), (("backbone.layers",), False)),
+    **dict.fromkeys(("gpt_neo", "gpt_bigcode", "falcon", "ctrl"), (("transformer.h",), False)),
+    "rwkv": (("rwkv.blocks",), False),
+    "mpt": (("transformer.blocks",), False),
+    "opt": (("model.decoder.layers",), False),
+    "bert": (("bert.encoder.layer",), False),
+    "xlnet": (("transformer.layer",), False),
+    # towers for images or sound beside or within the text model
+    "gemma3": (NESTED, True),
+    "got_ocr2": (NESTED, True),
+    "moss_transcribe_diarize": (NESTED, True),
+    "phi4_multimodal": (TEXT, True),
+    "git": (("git.encoder.layer",), True),
+    # a layer in several lists, and two stacks
+    "xlm": (tuple(f"transformer.{part}" for part in ("attentions", "layer_norm1", "ffns", "layer_norm2")), False),
+    "hrm_text": (("model.L_module.layers", "model.H_module.layers"), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_the_layers_are_where_the_parameters_are(model_type):
+    lists, has_towers = OTHERS[model_type]
+    model = build(AutoConfig.for_model(model_type))
+    assert set(find_layers(model, parameter_shapes(model))) == set(lists)
+    plan = split_into_blocks(model, layers_per_block=1, outside="own")
+    listed = [name for block in plan.blocks for name in block.names] + list(plan.frozen)
+    assert len(listed) == len(set(listed)) and set(listed) == names(model)
+    assert plan.frozen == plan.beside and bool(plan.beside) == has_towers
+    trained = [name for block in plan.blocks for name in block.names]
+    towers = ("vision_tower.", "audio_tower.", "image_encoder.", "img_processor.", "audio_embed.encoder.")
+    assert not any(tower in name for name in trained for tower in towers)
+    assert len({block.label for block in plan.blocks}) == len(plan.blocks)
+    layers = [block.numel for block in plan.blocks if block.label.startswith("layer")]
+    assert len(layers) >= 4 and max(layers) <= 0.3 * sum(block.numel for block in plan.blocks)
+
+
+def test_a_shared_module_belongs_to_the_first_layer_that_has_it():
+    model = build(AutoConfig.for_model("zamba2"))
+    plan = split_into_blocks(model, layers_per_block=1, outside="own")
+    shared = {name.split(".")[2] for name in names(model) if ".shared_transformer." in name}
+    hybrid = [i for i, kind in enumerate(model.config.layers_block_type) if kind == "hybrid"]
+    assert shared == set(map(str, hybrid[: model.config.num_mem_blocks]))
+    for name in names(model):
+        if ".shared_transformer." in name:
+            (block,) = [block for block in plan.blocks if name in block.names]
+            assert block.label == f"layer {name.split('.')[2]}"
+
+
+def test_lists_within_layers_and_small_ones_are_no_stacks():
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
             self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
 
     model = nn.Module()
+    model.adapters = nn.ModuleList(nn.Linear(2, 1) for _ in range(3))
     model.layers = nn.ModuleList(Layer() for _ in range(2))
-    assert find_layers(model, {n: tuple(p.shape) for n, p in model.named_parameters()}) == "layers"
+    assert find_layers(model, parameter_shapes(model)) == {"layers": 0}
+    model.stages = nn.ModuleList(nn.ModuleList(Layer() for _ in range(2)) for _ in range(2))
+    assert find_layers(model, parameter_shapes(model)) == {"layers": 0, "stages.0": 2, "stages.1": 4}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [
+        ({"embeddings": 60, "layers 0-1": 20, "layers 2-3": 20}, "blocks.outside=frozen"),
+        ({"embeddings + layers 0-1": 80, "layers 2-3": 20}, "blocks.outside=own"),
+        ({"embeddings": 10, "layers 0-7": 70, "layers 8-9 + norm": 10}, "a smaller blocks.layers_per_block"),
+        (
+            {"embeddings": 10, "layer 0": 100} | {f"layer {i}": 10 for i in range(1, 9)},
+            "a larger blocks.layers_per_block",
+        ),
+    ],
+)
+def test_a_block_that_is_much_larger_than_the_others_is_named(sizes, remedy):
+    (said,) = BlockPlan(tuple(Block(label, (label,), numel) for label, numel in sizes.items()), ()).imbalance
+    largest = max(sizes, key=sizes.get)
+    assert repr(largest) in said and f"{sizes[largest] / sum(sizes.values()):.0%}" in said and remedy in said
+
+
+@pytest.mark.parametrize("sizes", [[100], [60, 40], [20, 10, 10, 10], [30, 10, 10, 10, 10]])
+def test_blocks_that_are_about_as_large_are_no_reason_to_warn(sizes):
+    assert not BlockPlan(tuple(Block(f"layer {i}", ("x",), n) for i, n in enumerate(sizes)), ()).imbalance
 
 
 def test_a_model_without_layers_is_refused():

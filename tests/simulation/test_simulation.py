@@ -116,3 +116,16 @@ def test_clients_that_are_absent_are_refused(keys):
 def test_bfloat16_is_refused(keys):
     with pytest.raises(ConfigError, match="bfloat16"):
         build(load_config(None, [*keys, "model.dtype=bfloat16"]))
+
+
+def test_a_parameter_without_a_gradient_stays_and_is_named(keys):
+    simulation = build(load_config(None, [*keys, "optimizer.weight_decay=0.1", "gossip.graph=isolated"]))
+    clients = simulation.clients
+    name = next(name for name in clients.block_names(1) if name.endswith("o_proj.weight"))
+    module = clients._model.get_submodule(name.removesuffix(".weight"))
+    module.forward = lambda hidden: hidden  # the module does not run
+    before = dict(clients.parameters(2))[name].clone()
+    for _ in simulation.run():
+        pass
+    assert torch.equal(dict(clients.parameters(2))[name], before)
+    assert simulation.untrained == {clients.plan.blocks[1].label: [name]}

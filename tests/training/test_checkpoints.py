@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
 from deca_ds.cluster.members import Members
@@ -33,6 +34,8 @@ class OneRank:
         self.device, self.shapes, self.value = torch.device("cpu"), SHAPES, 0.0
         block = SimpleNamespace(label="block", names=("a",))
         self.plan = SimpleNamespace(blocks=[block], frozen=("b",))
+        self.active = SimpleNamespace(local_steps=LocalSteps([6], [True]))
+        self.active.local_steps.next([True])
 
     def shards(self, names):
         for name in names:
@@ -77,6 +80,7 @@ def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_pa
     assert steps_in(tmp_path / "checkpoints") == [3]
     saved = open_checkpoint(tmp_path / "checkpoints", 3, client=0, rank=0, ranks=1)
     assert set(saved.names) == {"a", "b", "c", "m/a", "v/a"}
+    assert saved.states[0, 0]["local_steps"] == [1]
     assert saved.dtype("a") == torch.float32 and saved.dtype("b") == torch.bfloat16
     assert torch.equal(saved.read("v/a", 0), torch.full((3, 2), 1 / 3))
     assert torch.equal(saved.read("c", 0), torch.arange(5))

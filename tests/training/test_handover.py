@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.errors import GossipError, MessageError
@@ -22,6 +23,12 @@ from deca_ds.training.handover import Standing, receive, send
 SHAPES = {"a": (7, 3), "b": (2,), "c": (1,), "frozen": (13,)}
 BLOCK, SCHEDULE = ("a", "c"), Schedule(rounds=2, blocks=2, inner_steps=5)
 RULE = SimpleNamespace(buffers=("m",))
+
+
+class Active(dict):
+    """The tensors of the open block, by key and name, and the steps that its parameters have made."""
+
+    local_steps: LocalSteps
 
 
 class Rank:
@@ -44,6 +51,7 @@ class Rank:
             for place, key in enumerate(self.active):
                 for name in BLOCK:
                     self.active[key][name] = self._slice(name, 10000 * (1 + place))
+            self.active.local_steps.made = [3, self._of]
 
     def _slice(self, name: str, offset: int) -> torch.Tensor:
         numel = prod(SHAPES[name])
@@ -52,7 +60,8 @@ class Rank:
 
     def open_block(self, index: int, buffers: tuple[str, ...]) -> dict:
         empty = {name: torch.zeros_like(self._model[name]) for name in BLOCK}
-        self.active = {key: {n: v.clone() for n, v in empty.items()} for key in ("theta", "grad", *buffers)}
+        self.active = Active({key: {n: v.clone() for n, v in empty.items()} for key in ("theta", "grad", *buffers)})
+        self.active.local_steps = LocalSteps([v.numel() for v in empty.values()], [True, False])
         return self.active
 
     def shards(self, names):
@@ -67,6 +76,7 @@ class Rank:
 
     def state(self) -> list[torch.Tensor]:
         block = [tensors[key] for _, _, _, tensors in self.block_shards() for key in ("theta", "m")]
+        block += [torch.tensor(self.active.local_steps.made)] if self.active is not None else []
         return [*self._model.values(), *block, *self._buffers.values()]
 
     def assert_has_the_state_of(self, giver: int) -> None:

@@ -1,8 +1,7 @@
 from rich.console import Console
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
-from deca_ds.algorithm.rule import split_by_decay
-from deca_ds.training.tables import block_table, data_table
+from deca_ds.training.tables import block_table, data_table, untrained, warn_of_blocks
 
 
 def shown(table) -> str:
@@ -24,8 +23,21 @@ def test_block_table_gives_the_state_of_a_rank():
     assert "8.0 MiB" in text and "24.0 MiB" in text and "25.0%" in text and "frozen: 1" in text
 
 
-def test_a_chunk_is_split_where_weight_decay_ends():
-    assert list(split_by_decay(slice(0, 10), 4, 0.1)) == [(slice(0, 4), 0.1), (slice(4, 10), 0.0)]
-    assert list(split_by_decay(slice(4, 8), 4, 0.1)) == [(slice(4, 8), 0.0)]
-    assert list(split_by_decay(slice(0, 4), 9, 0.1)) == [(slice(0, 4), 0.1)]
-    assert list(split_by_decay(slice(0, 10), 4, 0.0)) == [(slice(0, 10), 0.0)]
+def test_what_is_frozen_and_what_is_much_larger_is_said():
+    plan = BlockPlan(
+        (Block("embeddings", ("x",), 90), Block("layers 0-1", ("y",), 10)), ("z", "t.a", "t.b"), ("t.a", "t.b")
+    )
+    rows = " ".join(shown(block_table(plan, ranks=1, bytes_per_parameter=16)).split())
+    assert "frozen: 1 parameters" in rows and "frozen: 2 parameters for other input than text" in rows
+    console = Console(width=300)
+    with console.capture() as capture:
+        warn_of_blocks(console, plan)
+    said = capture.get()
+    assert (
+        "WARNING: block 'embeddings' holds 90%" in said and "2 parameters for other input than text (t.a, t.b)" in said
+    )
+
+
+def test_parameters_that_no_gradient_has_reached_are_named():
+    said = untrained("layers 0-1", ("a", "b", "c", "d", "e"))
+    assert "no gradient reached 5 parameters of block 'layers 0-1'" in said and "(a, b, c and 2 more)" in said
