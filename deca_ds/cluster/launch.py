@@ -9,35 +9,43 @@ from dataclasses import dataclass, replace
 
 from deca_ds.errors import LaunchError
 
-# Launcher -> variables for (rank, world size, rank on this host, ranks on this host). The first whose rank variable is
-# set wins: `deepspeed` and torchrun set RANK themselves, also inside an MPI or Slurm allocation.
-_VARIABLES: dict[str, tuple[str, str, str, str]] = {
-    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
-    "openmpi": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+# Launcher -> variables for rank and world size. The first launcher that has set both wins: `deepspeed` and torchrun set
+# RANK themselves, also inside an MPI or Slurm allocation.
+_VARIABLES: dict[str, tuple[str, str]] = {
+    "deepspeed": ("RANK", "WORLD_SIZE"),
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "mpich": ("PMI_RANK", "PMI_SIZE"),
+    "flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
+# (rank on the host, rank): what is said of the host counts where the rank is this one's. PMI says nothing of the host,
+# but the program that set it does; and the variables of a batch script's shell are those of all that it starts.
+_ON_HOST = (
+    ("LOCAL_RANK", "RANK"),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK"),
+    ("MPI_LOCALRANKID", "PMI_RANK"),
+    ("PMI_LOCAL_RANK", "PMI_RANK"),
+    ("PALS_LOCAL_RANKID", "PALS_RANKID"),
+    ("FLUX_TASK_LOCAL_ID", "FLUX_TASK_RANK"),
+    ("SLURM_LOCALID", "SLURM_PROCID"),
+)
+# Launchers whose ranks may make up one MPI world.
+MPI_LAUNCHERS = ("openmpi", "mpich", "flux", "slurm")
 
 
 @dataclass(frozen=True)
 class Launch:
     """This process among all processes of the job.
 
-    rank, world_size: over all clients. local_rank: on this host. local_size: processes on this host, where known, else
-    world_size. master: host and port that the launcher reserved for the job's store, or None under MPI. absent: ranks
-    of the world that are not started with the others.
+    rank, world_size: over all clients. local_rank: on this host; None where the launcher does not say. master: host and
+    port that the launcher reserved for the job's store, or None under MPI. absent: ranks of the world that are not
+    started with the others.
     """
 
     launcher: str
     rank: int
     world_size: int
-    local_rank: int
-    local_size: int
+    local_rank: int | None
     master: tuple[str, int] | None
     absent: frozenset[int] = frozenset()
 
@@ -76,13 +84,13 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
     Raises LaunchError where they contradict each other or are no numbers.
     """
-    for launcher, (rank_key, size_key, local_key, local_size_key) in _VARIABLES.items():
+    for launcher, (rank_key, size_key) in _VARIABLES.items():
         if rank_key not in environ or size_key not in environ:
             continue  # the shell of a Slurm batch script has SLURM_PROCID, but no step
         try:
             rank, size = int(environ[rank_key]), int(environ[size_key])
-            local_rank = int(environ.get(local_key, 0))
-            local_size = int(environ.get(local_size_key, size))
+            said = ((environ[key], environ.get(of)) for key, of in _ON_HOST if key in environ)
+            local_rank = next((int(local) for local, of in said if of == environ[rank_key]), None)
         except ValueError as error:
             raise LaunchError(f"not a number: {error}", where=f"{rank_key}, {size_key} from the launcher") from error
         if not 0 <= rank < size:
@@ -90,8 +98,8 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         master = None
         if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
             master = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        return Launch(launcher, rank, size, local_rank, local_size, master)
-    return Launch("python", 0, 1, 0, 1, None)
+        return Launch(launcher, rank, size, local_rank, master)
+    return Launch("python", 0, 1, 0, None)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import json
 import socket
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -36,17 +37,17 @@ class JobStore:
             return self.store
         return _join(self.address, self.timeout)
 
-    def gather(self, launch: Launch, key: str, value: Any) -> dict[int, Any]:
-        """rank -> JSON-able value, a few hundred bytes, of all that are started together, ascending, on each of them;
-        all use the same keys.
+    def gather(self, launch: Launch, key: str, value: Any, together: Sequence[int] | None = None) -> dict[int, Any]:
+        """rank -> JSON-able value, a few hundred bytes, of the ranks `together`, ascending, on each of them; all use
+        the same keys. None: of all that are started together.
 
         Raises LaunchError that names the ranks that do not come within the store's time limit.
         """
         self._gathered[key] += 1
         key = f"{key}/{self._gathered[key]}"
-        own = {rank: f"{key}/{rank}" for rank in launch.ranks}
+        own = {rank: f"{key}/{rank}" for rank in together or launch.ranks}
         self.store.set(own[launch.rank], json.dumps(value))
-        if launch.rank == launch.first:
+        if launch.rank == min(own):
             every = [(rank, json.loads(self._get(part, launch, own))) for rank, part in own.items()]
             self.store.set(key, json.dumps(every))
         return dict(json.loads(self._get(key, launch, own)))
@@ -58,7 +59,7 @@ class JobStore:
             missing = [rank for rank, part in parts.items() if not self.store.check([part])]
             raise LaunchError(
                 f"rank {launch.rank} on {launch.host} waited {self.timeout.total_seconds():g} s for "
-                + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {launch.first}, which knows of all"),
+                + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {min(parts)}, which knows of all"),
                 where=key.rsplit("/", 1)[0],
                 fix="look at the output of these ranks",
             ) from error

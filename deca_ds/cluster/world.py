@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from deca_ds.cluster.launch import ClientLayout, Launch
+from deca_ds.cluster.devices import take_device
+from deca_ds.cluster.launch import MPI_LAUNCHERS, ClientLayout, Launch
 from deca_ds.cluster.members import Members
 from deca_ds.cluster.progress import EVERYBODY, Progress
 from deca_ds.cluster.store import JobStore
@@ -24,6 +26,7 @@ from deca_ds.errors import ConfigError, LaunchError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 _ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
 
 
@@ -91,9 +94,12 @@ class Cluster:
             dist.barrier()
 
 
-def connect(config: Config, launch: Launch, store: JobStore, progress: Progress | None = None) -> Cluster:
+def connect(
+    config: Config, launch: Launch, store: JobStore, progress: Progress | None = None, *, joins: bool = False
+) -> Cluster:
     """Choose the device, build this client's world and the gossip communicator.
 
+    joins: whether this client comes to others that run already, so that its ranks alone are started together.
     progress: the guard's; from here on its watcher ends waits in which nobody moves on for cluster.timeout_s. Without
     it every wait has that deadline of its own.
     Raises ConfigError where the ranks do not fit the clients, LaunchError where the device or transport that is
@@ -101,9 +107,6 @@ def connect(config: Config, launch: Launch, store: JobStore, progress: Progress 
     """
     layout = ClientLayout.of(check_world(config, launch.world_size))
     transport = choose_transport(config.cluster.transport, launch)
-    device = choose_device(config.run.device, launch)
-    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // launch.local_size))
-
     if progress is None:
         progress = Progress()
     else:
@@ -111,18 +114,27 @@ def connect(config: Config, launch: Launch, store: JobStore, progress: Progress 
     progress.enter("connecting")
     client, shard = layout.client_of(launch.rank), layout.shard_of(launch.rank)
     ranks = len(layout.ranks_of(client))
+    together = layout.ranks_of(client) if joins else launch.ranks
+    placement, shared = take_device(config.run.device, launch, layout, store, together)
+    if shared is not None and launch.rank == together[0]:
+        print(f"WARNING: {shared}", file=sys.stderr, flush=True)
+    device = placement.device
+    torch.set_num_threads(config.run.threads or placement.threads)
     key = f"client/{client}/store"
     # hosted by the client itself: what happens to other clients does not concern its collectives
     client_store = store.publish_server(key) if shard == 0 else store.join_server(key)
-    # DeepSpeed and its helpers look at these; they mean the client's world from here on
-    os.environ.update(RANK=str(shard), WORLD_SIZE=str(ranks), LOCAL_RANK=str(launch.local_rank))
+    # DeepSpeed and its helpers look at these; they mean the client's world from here on, and LOCAL_RANK the device
+    local = str(placement.local_rank if device.index is None else device.index)
+    os.environ.update(RANK=str(shard), WORLD_SIZE=str(ranks), LOCAL_RANK=local)
+    if _OPEN_MPI_LOCAL_RANK in os.environ:
+        os.environ[_OPEN_MPI_LOCAL_RANK] = local  # DeepSpeed insists that both are the same
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("world", client_store),
         rank=shard,
         world_size=ranks,
         timeout=timedelta(seconds=progress.deadline_s(config.cluster.timeout_s)),
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if device.type == "cuda" and ranks > 1 else None,  # one rank has no communicator to bind
     )
     comm = None
     if transport == "mpi":
@@ -140,7 +152,7 @@ def choose_transport(wanted: str, launch: Launch) -> str:
     """
     if wanted == "torch":
         return "torch"
-    if launch.launcher in ("openmpi", "mpich", "slurm") and launch.world_size > 1:
+    if launch.launcher in MPI_LAUNCHERS and launch.world_size > 1:
         from mpi4py import MPI
 
         if launch.world_size == MPI.COMM_WORLD.size:
@@ -197,22 +209,3 @@ def _ends_together(config: Config, launch: Launch) -> str | None:
     if os.environ.get("CROSS_SIZE") == "1":
         return "deepspeed ends all ranks of a host when one fails, and here all ranks are on one host"
     return None
-
-
-def choose_device(wanted: str, launch: Launch) -> torch.device:
-    """This rank's device; ranks on one host take its GPUs in turn.
-
-    DeepSpeed chooses its accelerator from DS_ACCELERATOR when it is first imported, so this must come before.
-    """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cuda" and not available:
-        raise LaunchError(
-            f"run.device=cuda, but torch sees no GPU on {launch.host}", where="run.device", fix="set run.device=cpu"
-        )
-    if wanted == "cpu" or not available:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        return torch.device("cpu")
-    os.environ["DS_ACCELERATOR"] = "cuda"
-    device = torch.device("cuda", launch.local_rank % available)
-    torch.cuda.set_device(device)
-    return device

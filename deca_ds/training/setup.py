@@ -86,7 +86,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     resumption = None
     if visit is None and config.run.resume != "never":
         resumption = choose(config, launch, store, layout, mixing)
-    cluster = connect(config, launch, store, guard.progress)
+    cluster = connect(config, launch, store, guard.progress, joins=visit is not None)
     if invitation is not None:
         cluster.members.clients = tuple(invitation.clients)
     return build(config, cluster, connect_transport(config, cluster, guard, visit), guard, resumption, invitation)

@@ -26,7 +26,7 @@ def on_all_ranks(body) -> list[str]:
     def rank(number: int) -> str:
         here.rank = number
         try:
-            body(Launch("python", number, RANKS, 0, 1, None), JobStore(shared, None, timedelta(seconds=20)))
+            body(Launch("python", number, RANKS, 0, None), JobStore(shared, None, timedelta(seconds=20)))
         except LaunchError as error:
             return str(error)
         return ""
@@ -108,4 +108,4 @@ def test_a_rank_that_does_not_come_is_named():
     job = JobStore(store, None, timedelta(seconds=0.3))
     store.set("key/1/2", "1")
     with pytest.raises(LaunchError, match=r"rank 0 on .* waited 0\.3 s for rank 1, 3"):
-        job.gather(Launch("python", 0, 4, 0, 1, None), "key", 1)
+        job.gather(Launch("python", 0, 4, 0, None), "key", 1)

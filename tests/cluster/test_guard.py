@@ -17,7 +17,7 @@ from deca_ds.cluster.store import open_job_store
 from deca_ds.errors import ConfigError, DataError
 
 rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-launch = Launch("deepspeed", rank, 3, rank, 3, ("127.0.0.1", port))
+launch = Launch("deepspeed", rank, 3, rank, ("127.0.0.1", port))
 with guarded(launch, open_job_store(launch, 60)) as guard:
     guard.output = output
     if what == "wait":

@@ -26,7 +26,7 @@ class Job:
         monkeypatch.setattr(time, "time", lambda: self.now)
         self.store = HashStore()
         layout = ClientLayout.of(sizes)
-        self.ranks = [Heartbeats(Launch("deepspeed", rank, 6, rank, 6, None)) for rank in range(6)]
+        self.ranks = [Heartbeats(Launch("deepspeed", rank, 6, rank, None)) for rank in range(6)]
         for rank in self.ranks:
             rank.progress.watch(layout, TIMEOUT_S)
             rank.progress.enter("gradient", step=412)

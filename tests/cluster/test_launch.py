@@ -3,21 +3,59 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deca_ds.cluster.launch import ClientLayout, Launch, read_launch
-from deca_ds.cluster.world import choose_device, choose_transport
+from deca_ds.cluster.world import choose_transport
 from deca_ds.errors import LaunchError
 
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+# the shell that an sbatch script runs in: every process that another launcher starts from it inherits these
+BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+LAUNCHERS = {
+    "python": ({}, Launch("python", 0, 1, 0, None)),
+    "deepspeed": (
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MASTER},
+        Launch("deepspeed", 3, 4, 1, ("10.0.0.1", 29500)),
+    ),
+    "torchrun": (
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MASTER},
+        Launch("deepspeed", 1, 2, 1, ("10.0.0.1", 29500)),
+    ),
+    "by hand": ({"RANK": "1", "WORLD_SIZE": "2", **MASTER}, Launch("deepspeed", 1, 2, None, ("10.0.0.1", 29500))),
+    "deepspeed in an MPI job": (
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **OPEN_MPI},
+        Launch("deepspeed", 3, 4, 1, None),
+    ),
+    "Open MPI": (OPEN_MPI, Launch("openmpi", 2, 4, 0, None)),
+    "Open MPI from a batch script": (BATCH | OPEN_MPI, Launch("openmpi", 2, 4, 0, None)),
+    "MPICH": ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, Launch("mpich", 2, 4, 1, None)),
+    "MPICH from a batch script": (BATCH | {"PMI_RANK": "2", "PMI_SIZE": "4"}, Launch("mpich", 2, 4, None, None)),
+    "Cray PALS": (
+        {"PMI_RANK": "5", "PMI_SIZE": "8", "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1"},
+        Launch("mpich", 5, 8, 1, None),
+    ),
+    "srun --mpi=pmi2": (
+        {"PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+        Launch("mpich", 3, 4, 1, None),
+    ),
+    "srun": (
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
+        Launch("slurm", 1, 4, 1, None),
+    ),
+    "Flux": (
+        {"FLUX_TASK_RANK": "6", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "2"},
+        Launch("flux", 6, 8, 2, None),
+    ),
+    "Flux with PMI": (
+        {"FLUX_TASK_RANK": "6", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "2", "PMI_RANK": "6", "PMI_SIZE": "8"},
+        Launch("mpich", 6, 8, 2, None),
+    ),
+}
 
-def test_launchers():
-    assert read_launch({}) == Launch("python", 0, 1, 0, 1, None)
-    deepspeed = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
-    deepspeed |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert read_launch(deepspeed) == Launch("deepspeed", 3, 4, 1, 2, ("10.0.0.1", 29500))
-    openmpi = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-    openmpi |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-    assert read_launch(openmpi) == Launch("openmpi", 2, 4, 0, 2, None)
-    assert read_launch(deepspeed | openmpi).launcher == "deepspeed"
-    srun = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
-    assert read_launch(srun) == Launch("slurm", 1, 4, 1, 4, None)
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers(name):
+    environ, launch = LAUNCHERS[name]
+    assert read_launch(environ) == launch
 
 
 def test_the_shell_of_a_slurm_batch_script_is_one_rank():
@@ -31,7 +69,7 @@ def test_contradictory_variables_are_refused(broken):
 
 
 def test_absent_clients_are_left_out_of_the_launch():
-    layout, launch = ClientLayout.of([2, 1, 2]), Launch("deepspeed", 3, 5, 0, 1, ("127.0.0.1", 1))
+    layout, launch = ClientLayout.of([2, 1, 2]), Launch("deepspeed", 3, 5, 0, ("127.0.0.1", 1))
     assert (launch.ranks, launch.first) == ([0, 1, 2, 3, 4], 0)
     without = launch.without([0], layout)
     assert (without.ranks, without.first) == ([2, 3, 4], 2)
@@ -48,19 +86,10 @@ def test_every_rank_has_one_place(clients, ranks):
 
 
 def test_mpi_without_an_mpi_world_fails_at_once_and_names_the_flags():
-    launch = Launch("deepspeed", 0, 4, 0, 4, ("127.0.0.1", 29500))
+    launch = Launch("deepspeed", 0, 4, 0, ("127.0.0.1", 29500))
     assert choose_transport("auto", launch) == "torch"
     with pytest.raises(LaunchError, match=r"--launcher openmpi --force_multi(.|\n)*transport=torch"):
         choose_transport("mpi", launch)
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    launch = Launch("python", 0, 1, 0, 1, None)
-    with pytest.raises(LaunchError, match="torch sees no GPU"):
-        choose_device("cuda", launch)
-    assert choose_device("auto", launch).type == "cpu"
 
 
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6))

@@ -256,7 +256,7 @@ def invitation(job: Job) -> dict:
 def come_back(job: Job, client: int, tmp_path) -> Votes:
     """A new process of a client that has gone."""
     save_addresses(tmp_path, job.votes[2].addresses)
-    launch = Launch("deepspeed", client, len(job.votes), 0, 1, None)
+    launch = Launch("deepspeed", client, len(job.votes), 0, None)
     asked, _ = join_job(launch, job.layout, tmp_path, 10.0, 60.0)
     return Votes(client, job.layout, asked.addresses, 20.0, 60.0, asked.own, asked)
 
@@ -377,7 +377,7 @@ def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path
 
 
 def test_nobody_to_join_is_said(tmp_path):
-    launch = Launch("deepspeed", 1, 2, 0, 1, None)
+    launch = Launch("deepspeed", 1, 2, 0, None)
     with pytest.raises(LaunchError, match="no addresses of a job to join"):
         join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -393,7 +393,7 @@ def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
     wait_until_connected(job)
     job.kill(2)
     assert job.vote({0: 1, 1: 1})[0].clients == (0, 1)
-    launch = Launch("deepspeed", 2, 3, 0, 1, None)
+    launch = Launch("deepspeed", 2, 3, 0, None)
     addresses = job.votes[0].addresses
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nobody = closed.getsockname()

@@ -32,7 +32,7 @@ def probe(graph: str, clients: int, ranks: int) -> list[list[dict]]:
     def body(rank: int) -> list[dict]:
         transport = shards[layout.shard_of(rank)].transport(layout.client_of(rank))
         job = JobStore(store, None, timedelta(seconds=20))
-        return probe_edges(transport, mixing, Launch("python", rank, clients * ranks, 0, 1, None), layout, job)
+        return probe_edges(transport, mixing, Launch("python", rank, clients * ranks, 0, None), layout, job)
 
     with ThreadPoolExecutor(clients * ranks) as pool:
         return list(pool.map(body, range(clients * ranks)))
@@ -67,7 +67,7 @@ def test_an_edge_that_does_not_carry_messages_is_named_with_both_ends(what):
         for _ in range(2):
             network.transport(1).exchange(torch.zeros(8, dtype=torch.uint8), [0], {}, PROBE_TAG)
     mixing = build_mixing(GossipConfig(), 2, seed=0)
-    launch, job = Launch("python", 0, 2, 0, 1, None), JobStore(store, None, timedelta(seconds=5))
+    launch, job = Launch("python", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=5))
     with pytest.raises(GossipError) as caught:
         probe_edges(network.transport(0), mixing, launch, ClientLayout(2, 1), job)
     assert "edge between client 0 (rank 0 on" in str(caught.value) and "client 1 (rank 1 on far)" in str(caught.value)

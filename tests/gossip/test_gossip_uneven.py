@@ -233,7 +233,7 @@ def test_every_pair_of_ranks_of_an_edge_is_timed(sizes, tmp_path):
     mixing = build_mixing(GossipConfig(graph="complete"), len(sizes), seed=0)
 
     def body(rank: int):
-        job, launch = JobStore(store, None, timedelta(seconds=20)), Launch("python", rank, ranks.total, 0, 1, None)
+        job, launch = JobStore(store, None, timedelta(seconds=20)), Launch("python", rank, ranks.total, 0, None)
         return probe_edges(ranks.transport(rank), mixing, launch, ranks.layout, job)
 
     every = ranks.run(body)
@@ -268,4 +268,4 @@ def test_a_rank_that_does_not_answer_is_named_with_its_client():
 def test_a_rank_that_does_not_join_ends_the_wait():
     store = HashStore()
     with pytest.raises(GossipError, match=r"not all 3 ranks joined gossip within 0\.3 s"):
-        torch_between_ranks(store, Launch("python", 0, 3, 0, 1, None), 0.3)
+        torch_between_ranks(store, Launch("python", 0, 3, 0, None), 0.3)
