@@ -8,8 +8,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from deca_ds.config.schema import Config
-from deca_ds.errors import ConfigError
+from deca_ds.config.schema import Config, ModelConfig
+from deca_ds.errors import ConfigError, ModelError
 
 KEYS = (
     "run.output",
@@ -23,6 +23,7 @@ KEYS = (
     "data.per_client_evaluation",
     "deepspeed",
 )
+# of the Hugging Face hub: `model` or `owner/model`
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
@@ -59,9 +60,15 @@ def look_for(path: str) -> str:
     return _meaningless(path) or f"check the path, from {Path.cwd()}"
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether the Hugging Face hub could have `name`: `model` or `owner/model`."""
-    return _HUB_NAME.fullmatch(name) is not None and ".." not in name
+def check_model(model: ModelConfig) -> None:
+    """Raise ModelError for a model or tokenizer that is neither a folder here nor a name that the hub could have."""
+    for key, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+        if path is None or Path(path).is_dir():
+            continue
+        if Path(path).is_file():
+            raise ModelError(f"{path!r} is a file", where=key, fix="name the folder that holds config.json")
+        if Path(path).is_symlink() or not _HUB_NAME.fullmatch(path):
+            raise ModelError(f"there is no folder {path!r}", where=key, fix=look_for(path))
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -30,7 +30,7 @@ from deca_ds.cluster.votes import Votes
 from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
-from deca_ds.config.paths import check_writable
+from deca_ds.config.paths import check_model, check_writable
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, training_batches, validate_data_config
 from deca_ds.data.checks import tell_files
@@ -86,6 +86,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
         check_folder(config)
     else:
         check_writable(Path(config.run.output), "run.output")
+    check_model(config.model)
     validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if visit is None and config.run.resume != "never":
