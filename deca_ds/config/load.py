@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -57,7 +58,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"no configuration file {str(path)!r}", where="--config", fix=look_for(str(path)))
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -54,20 +54,20 @@ def expand_all(config: Config) -> None:
 
 def look_for(path: str) -> str:
     """Advice about `path`, which is not there."""
-    link = next((each for each in (Path(path), *Path(path).parents) if each.is_symlink() and not each.exists()), None)
-    if link is not None:
-        return f"{str(link)!r} is a link to {os.readlink(link)!r}, which is not there"
+    for link in (path, *map(str, Path(path).parents)):
+        if os.path.islink(link) and not os.path.exists(link):
+            return f"{link!r} is a link to {os.readlink(link)!r}, which is not there"
     return _meaningless(path) or f"check the path, from {Path.cwd()}"
 
 
 def check_model(model: ModelConfig) -> None:
     """Raise ModelError for a model or tokenizer that is neither a folder here nor a name that the hub could have."""
     for key, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
-        if path is None or Path(path).is_dir():
+        if path is None or (path and os.path.isdir(path)):
             continue
-        if Path(path).is_file():
+        if os.path.isfile(path):
             raise ModelError(f"{path!r} is a file", where=key, fix="name the folder that holds config.json")
-        if Path(path).is_symlink() or not _HUB_NAME.fullmatch(path):
+        if os.path.islink(path) or not _HUB_NAME.fullmatch(path):
             raise ModelError(f"there is no folder {path!r}", where=key, fix=look_for(path))
 
 

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -59,16 +60,16 @@ def look_through(entries: Iterable[str], key: str, *, hub: bool = True) -> tuple
         path = Path(entry)
         if not entry.strip():
             raise DataError("an empty path", where=key, fix="name a file, a folder, a glob or a hub data set")
-        if path.is_dir():
+        if os.path.isdir(entry):  # these, not Path's, take names that are too long
             add_matches(found, [path], entry, key)
-        elif path.exists():
+        elif os.path.exists(entry):
             add_file(found, path, key)
         elif glob.has_magic(entry):
             matches = sorted(glob.glob(entry, recursive=True))
             if not matches:
                 raise DataError(f"no file matches {entry!r}", where=key, fix=look_for(entry))
             add_matches(found, map(Path, matches), entry, key)
-        elif hub and not path.is_symlink() and not _LOOKS_LIKE_A_PATH.search(entry):
+        elif hub and not os.path.islink(entry) and not _LOOKS_LIKE_A_PATH.search(entry):
             name, _, split = entry.partition(":")
             sources[HubName(name, split or None)] = None
         else:

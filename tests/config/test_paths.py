@@ -69,7 +69,9 @@ def test_a_run_is_continued_under_either_name_of_its_folder(home):
     check_folder(load_config(None, [f"model.path={home}/m", f"run.output={home}/run", "run.resume=require"]))
 
 
-@pytest.mark.parametrize("path", ["./m", "../m", "/no/m", "a/b/c", "m/", "dangling", "$NOWHERE/m", "~nobody-here/m"])
+@pytest.mark.parametrize(
+    "path", ["", "n" * 300 + "/m/m", "./m", "../m", "/no/m", "a/b/c", "m/", "dangling", "$NOWHERE/m", "~nobody-here/m"]
+)
 def test_a_missing_model_folder_is_told_as_one(home, monkeypatch, path):
     monkeypatch.chdir(home)
     os.symlink("away", "dangling")
