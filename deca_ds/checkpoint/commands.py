@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import ConfigError
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run_export` reads."""
-    parser.add_argument("run", type=Path, help="output folder of a run (run.output)")
-    parser.add_argument("output", type=Path, help="new folder for the Hugging Face model")
+    parser.add_argument("run", type=path_argument, help="output folder of a run (run.output)")
+    parser.add_argument("output", type=path_argument, help="new folder for the Hugging Face model")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--client", type=int, metavar="N", help="export client N's model (clients count from 0)")
     which.add_argument("--mean", action="store_true", help="export the mean of all clients' models (the default)")

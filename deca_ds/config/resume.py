@@ -8,6 +8,7 @@ from typing import Any
 
 from deca_ds.config.checks import check_output
 from deca_ds.config.load import load_config
+from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
 
@@ -50,8 +51,9 @@ def check_folder(config: Config) -> None:
     if config.run.resume == "never":
         check_output(config)
         return
+    check_writable(output, "run.output")
     there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if config.run.resume == "auto" and not output.is_file() and there <= BEFORE_CONFIG:
+    if config.run.resume == "auto" and there <= BEFORE_CONFIG:
         return
     if not saved.is_file():
         raise CheckpointError(

@@ -7,7 +7,7 @@ unknown keys and wrong types.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 # OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: UP045
@@ -165,7 +165,7 @@ class DataConfig:
     text_columns: list[str] = field(default_factory=lambda: ["text"])  # for text and classification; joined by a blank
     label_column: str = "label"  # for classification
     # for classification: label value -> the word the model learns to answer; empty: the values themselves
-    label_names: dict[Any, str] = field(default_factory=dict)
+    label_names: dict[str, str] = field(default_factory=dict)
     prompt: str = "{text}\nLabel:"  # for classification; {text} is replaced, the answer follows after a blank
     partition: Literal["iid", "dirichlet", "key"] = "iid"  # how `train` is shared out
     alpha: float = 0.25  # for dirichlet: concentration; smaller is more skewed

@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
+from deca_ds.data.files import DOCUMENT, kind_of
 from deca_ds.data.sources import HubName, Source, load_hub, read_rows
 from deca_ds.errors import DataError
 
@@ -95,7 +96,7 @@ def generate_examples(
             rows = ((f"{source.name} on the hub, row {number}", row) for number, row in enumerate(loaded, 1))
         else:
             rows = read_rows(Path(source), rules.column_names)
-        document = not isinstance(source, HubName) and Path(source).suffix.lower() == ".txt"
+        document = not isinstance(source, HubName) and kind_of(Path(source)) == DOCUMENT
         for place, row in rows:
             example = _example(row, rules, place, document)
             group = _scalar(row, rules.group_column, place) if rules.group_column else ""
@@ -110,7 +111,7 @@ def _identity(source: Source, rules: ExampleRules) -> tuple[Any, str]:
     if isinstance(source, HubName):
         return source, str(load_hub(source, rules.subset, rules.split)._fingerprint)
     state = source.stat()
-    return str(source.resolve()), f"{state.st_size} bytes, {state.st_mtime_ns}"
+    return str(source.absolute()), f"{state.st_size} bytes, {state.st_mtime_ns}"
 
 
 def _example(row: Mapping[str, Any], rules: ExampleRules, place: str, document: bool) -> dict[str, Any]:

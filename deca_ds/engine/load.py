@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from deca_ds.algorithm.blocks import BlockPlan, split_into_blocks
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.paths import check_model
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
@@ -41,6 +42,7 @@ def zero3_config(config: Config) -> dict[str, Any]:
 
 def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
+    check_model(model)
     with _explained(model.path, "model.path"):
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -50,6 +52,7 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
     path = model.tokenizer or model.path
+    check_model(model)
     with _explained(path, "model.tokenizer" if model.tokenizer else "model.path"):
         return AutoTokenizer.from_pretrained(
             path,
@@ -144,8 +147,9 @@ def _explained(path: str, key: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
+        here = "" if Path(path).is_dir() else f", which is no folder in {Path.cwd()} and so a name of the hub"
         raise ModelError(
-            f"cannot load {path!r}: {error}",
+            f"cannot load {path!r}{here}: {error}",
             where=key,
             fix="give a folder with config.json, weights and tokenizer, or a hub name that this host can reach",
         ) from error

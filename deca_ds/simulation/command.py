@@ -16,6 +16,7 @@ from rich.table import Table
 
 from deca_ds.config import Config, load_config, save_config
 from deca_ds.config.checks import check_output
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.tables import untrained
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `deca simulate`."""
-    parser.add_argument("--config", type=Path, required=True, help="YAML file with the run's configuration")
+    parser.add_argument("--config", type=path_argument, required=True, help="YAML file with the run's configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 

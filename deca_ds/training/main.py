@@ -20,6 +20,7 @@ from deca_ds.cluster.store import open_job_store
 from deca_ds.cluster.visit import join_job
 from deca_ds.config import load_config
 from deca_ds.config.checks import check_world
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import UserError
 
 # Slurm and mpirun stop a job with SIGTERM; mpirun hands SIGUSR1 on to the ranks without ending them.
@@ -29,7 +30,7 @@ _START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configurati
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
-    parser.add_argument("--config", type=Path, help="YAML file with the run's configuration")
+    parser.add_argument("--config", type=path_argument, help="YAML file with the run's configuration")
     parser.add_argument(JOIN, action="store_true", help="come back, as a client that the others go on without")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # what the deepspeed launcher adds; the rank is read from the environment

@@ -14,6 +14,7 @@ from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, validate_data_config
+from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.gossip import survive
@@ -74,6 +75,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         console.print("data: one path per client; each client's ranks open their own only")
     else:
         data = [load_client_data(config, tokenizer, client) for client in range(clients)]
+        for line in tell_files(config.data):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         summaries = [part.summary for part in data]
         compare_data(summaries, [part.label_names for part in data])
         console.print(data_table(summaries))

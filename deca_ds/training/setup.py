@@ -30,8 +30,10 @@ from deca_ds.cluster.votes import Votes
 from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
+from deca_ds.config.paths import check_model, check_writable
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, training_batches, validate_data_config
+from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
@@ -82,6 +84,9 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     # other hosts have not got the run's configuration
     if visit is None and (config.run.resume == "never" or launch.rank == launch.first):
         check_folder(config)
+    else:
+        check_writable(Path(config.run.output), "run.output")
+    check_model(config.model)
     validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if visit is None and config.run.resume != "never":
@@ -111,6 +116,11 @@ def build(
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     disable_progress_bars()
     progress.enter("reading the data")
+    for line in [
+        *(tell_files(config.data) if cluster.is_main else ()),
+        *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
+    ]:
+        print(line, file=sys.stderr, flush=True)
     data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
     if invitation is None:

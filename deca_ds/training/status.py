@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deca_ds.cluster.heartbeat import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.resume import SAVED_CONFIG
 from deca_ds.errors import CheckpointError
 
@@ -16,7 +17,7 @@ ENDINGS = ("DONE", "STOPPED", "FAILED")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="the run's output folder")
+    parser.add_argument("run", type=path_argument, help="the run's output folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
