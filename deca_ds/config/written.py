@@ -6,6 +6,7 @@ would be another one than the user has written, so it is refused, and so is a nu
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import types
@@ -22,6 +23,7 @@ _TAG = "tag:yaml.org,2002:"
 _READ_AS_SOMETHING_ELSE = {_TAG + kind for kind in ("bool", "int", "float", "null")}
 _REFERENCE = re.compile(r"\$\{[^{}]*\}")  # to another key
 
+_kinds = functools.cache(get_type_hints)  # of a section's keys
 _Changed = Iterator[tuple[yaml.Node, str, str]]  # where, what, fix
 
 
@@ -55,7 +57,7 @@ def in_type(tree: Any, kind: Any = Config) -> Any:
     """`tree`, the plain values of a configuration, with a list of one for a single text where the schema has a list of
     texts, and with texts as the names in a mapping."""
     if is_dataclass(kind) and isinstance(tree, dict):
-        kinds = get_type_hints(kind)
+        kinds = _kinds(kind)
         return {key: in_type(value, kinds.get(key)) for key, value in tree.items()}
     if get_origin(kind) is dict and isinstance(tree, dict):
         return {str(key): value for key, value in tree.items()}
@@ -66,7 +68,7 @@ def in_type(tree: Any, kind: Any = Config) -> Any:
 def keys_of(wanted: Any, section: Any = Config, prefix: str = "") -> list[str]:
     """The keys of the schema whose type is made by `wanted`, such as dict, in its order."""
     found = []
-    for name, kind in get_type_hints(section).items():
+    for name, kind in _kinds(section).items():
         if is_dataclass(kind):
             found += keys_of(wanted, kind, f"{prefix}{name}.")
         elif get_origin(kind) is wanted:
@@ -95,7 +97,7 @@ def _kind_of(key: str) -> Any:
     kind: Any = Config
     for part in filter(None, re.split(r"[.\[\]]+", key)):
         if is_dataclass(kind):
-            kind = get_type_hints(kind).get(part)
+            kind = _kinds(kind).get(part)
         else:
             kind = get_args(kind)[-1] if get_origin(kind) in (list, dict) else None
     return kind
@@ -128,7 +130,7 @@ def _changed(loader: _Loader, node: yaml.Node, kind: Any, key: str) -> _Changed:
 
 
 def _changed_in_mapping(loader: _Loader, node: yaml.MappingNode, kind: Any, key: str) -> _Changed:
-    kinds = get_type_hints(kind) if is_dataclass(kind) else {}
+    kinds = _kinds(kind) if is_dataclass(kind) else {}
     names: set[str] = set()
     for name, child in node.value:
         if name.tag == _TAG + "merge":
