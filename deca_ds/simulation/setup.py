@@ -13,6 +13,7 @@ from deca_ds.config import Config
 from deca_ds.data import ClientData, load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer
+from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
@@ -74,7 +75,10 @@ def _load_model(config: Config) -> torch.nn.Module:
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
     if config.model.init == "random":
-        return AutoModelForCausalLM.from_config(architecture, **options)
+        with nothing_drawn():
+            model = AutoModelForCausalLM.from_config(architecture, **options)
+        draw_weights(model, config.run.seed)
+        return model
     return AutoModelForCausalLM.from_pretrained(
         config.model.path, config=architecture, revision=config.model.revision, **options
     )
