@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.engine.losses import count_targets, token_losses
+from deca_ds.engine.masters import rounded
 
 Batch = Mapping[str, Tensor]
 
@@ -17,7 +18,8 @@ _CPU = torch.device("cpu")
 
 
 class StackedClients:
-    """The clients' parameters, float32 [n, numel], and one module that takes the place of each client in turn.
+    """The clients' masters, float32 [n, numel], and one module that takes the place of each client in turn: with these
+    as its parameters, rounded to its own data type.
 
     A block's columns lie together, matrices before vectors, so that the active block of all clients is a view. The
     clients start from the same weights. Gradients are computed one client at a time: with models of a size that is
@@ -71,9 +73,9 @@ class StackedClients:
         out.zero_()
         names = self._ordered(self.plan.blocks[index].names)
         sizes = [self._parameters[name].numel() for name in names]
-        for name, part in zip(names, out.split(sizes), strict=True):
+        parts = dict(zip(names, out.split(sizes), strict=True))
+        for name in names:
             self._parameters[name].requires_grad_(True)
-            self._parameters[name].grad = part.view(self._shapes[name])
         targets = max(1, sum(count_targets(batch) for batch in micro_batches))
         total = 0.0
         self._model.train()
@@ -81,9 +83,13 @@ class StackedClients:
             loss = token_losses(self._model, batch, _CPU)[0].sum() / targets
             loss.backward()
             total += float(loss.detach())
+            for name, part in parts.items():
+                parameter = self._parameters[name]
+                if parameter.grad is not None:
+                    part.add_(parameter.grad.flatten())
+                parameter.grad = None
         for name in names:
             self._parameters[name].requires_grad_(False)
-            self._parameters[name].grad = None
         norm = float(torch.linalg.vector_norm(out))
         if 0 < clip_norm < norm:
             out.mul_(clip_norm / norm)
@@ -100,4 +106,5 @@ class StackedClients:
 
     def _become(self, row: Tensor) -> None:
         for name, parameter in self._parameters.items():
-            parameter.data = row[self._columns[name]].view(self._shapes[name])
+            values = row[self._columns[name]].view(self._shapes[name])
+            parameter.data = rounded(values) if parameter.dtype == torch.bfloat16 else values

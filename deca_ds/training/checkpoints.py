@@ -1,9 +1,9 @@
 """What a run needs to go on exactly where it was, and how it gets to the disk while training goes on.
 
-A rank's checkpoint holds the model's slices, float32 masters in place of the active block's parameters (which are the
-masters, rounded), the rule's buffers of that block, and in the manifest its random state and its place in the
-schedule, in the data and in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one
-copy at a time, and written by a thread.
+A rank's checkpoint holds the model's slices, float32 masters in place of parameters that are masters, rounded, the
+rule's buffers of the active block, and in the manifest its random state and its place in the schedule, in the data and
+in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one copy at a time, and
+written by a thread.
 """
 
 from __future__ import annotations
