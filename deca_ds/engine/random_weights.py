@@ -1,8 +1,8 @@
-"""Random weights by the model's own rules, the same values on every device, for any number of ranks and in a simulation.
+"""Random weights by the model's own rules: the same values on every device, for any number of ranks and simulated.
 
-transformers draws them where the parameters are, one after the other, so that they hang on the device, on the data type
-and on what was drawn before. Here each module's rule runs on float32 tensors on the CPU, with a random state of its own
-that follows from the seed and the module's name, and the parameters take the values over, rounded to their data type.
+transformers draws them where the parameters are, one after the other, so that they depend on the device, on the data
+type and on what was drawn before. Here each module's rule runs on float32 tensors on the CPU, with a random state of
+its own that follows from the seed and the module's name, and its parameters take the values over, in their data type.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _finish(drawn: _Drawn) -> None:
         missing = int(values.isnan().sum())
         if missing and (missing < values.numel() or values.dim() > 1):
             raise ModelError(
-                f"the model's rules for random weights leave {key} of {type(module).__name__} {tuple(values.shape)} out",
+                f"the model's rules for random weights leave out {key} {tuple(values.shape)} of {type(module).__name__}",
                 where="model.init",
                 fix="make the model with random weights by its own code, save it, and set model.init=pretrained",
             )

@@ -22,7 +22,8 @@ _GOLDEN, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476
 
 
 def whole_digest(client: Client) -> str:
-    """Of all parameters, with what rounding took from them, and buffers of the client, the same for any number of ranks; all of its ranks call this."""
+    """Of all parameters, with what rounding took from their masters, and buffers of the client: the same for any number
+    of ranks; all of its ranks call this."""
     names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
     total = 0
     described = []

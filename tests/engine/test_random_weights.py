@@ -97,5 +97,5 @@ def test_a_tied_head_is_the_embeddings():
 
 
 def test_a_matrix_that_no_rule_draws_is_named():
-    with pytest.raises(ModelError, match=r"leave weight of Conv1D \(32, 96\) out[\s\S]*model.init=pretrained"):
+    with pytest.raises(ModelError, match=r"leave out weight \(32, 96\) of Conv1D[\s\S]*model.init=pretrained"):
         drawn(OpenAIGPTConfig(**GPT2), 0)

@@ -177,6 +177,7 @@ SIMULATED = [
     ({"algorithm.method": "gt-adam"}, "one_peer_exponential", 1),
     ({"algorithm.method": "diloco", **WHOLE}, "complete", 3),
     ({"gossip.clip_radius": 0.03, "model.init": "random"}, "star", 1),
+    ({"model.dtype": "bfloat16"}, "isolated", 1),
 ]
 
 

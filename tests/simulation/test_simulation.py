@@ -118,11 +118,9 @@ def test_clients_that_are_absent_are_refused(keys):
 
 @pytest.mark.parametrize("masters", ["exact", "rounded"])
 def test_bfloat16_equals_adam_on_masters_that_live_on_or_are_rounded(keys, masters):
-    config = load_config(
-        None,
-        [*keys, "cluster.clients=1", "algorithm.rounds=2", "optimizer.clip_norm=0", "model.dtype=bfloat16"]
-        + [f"model.masters={masters}", "data.micro_batch_size=2"],
-    )
+    half = ["model.dtype=bfloat16", f"model.masters={masters}"]
+    alone = ["cluster.clients=1", "algorithm.rounds=2", "optimizer.clip_norm=0", "data.micro_batch_size=2"]
+    config = load_config(None, [*keys, *alone, *half])
     simulation = build(config)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.bfloat16)
     batches = simulation._batches(0)
