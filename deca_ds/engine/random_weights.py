@@ -90,7 +90,7 @@ def _finish(drawn: _Drawn) -> None:
         missing = int(values.isnan().sum())
         if missing and (missing < values.numel() or values.dim() > 1):
             raise ModelError(
-                f"the model's rules for random weights leave out {key} {tuple(values.shape)} of {type(module).__name__}",
+                f"the rules for random weights leave out {key} {tuple(values.shape)} of {type(module).__name__}",
                 where="model.init",
                 fix="make the model with random weights by its own code, save it, and set model.init=pretrained",
             )
