@@ -50,7 +50,10 @@ def _draw(module: nn.Module, name: str, rule: _Rule, seed: int, done: set[nn.Par
     for key, child in module.named_children():
         inner = child._init_weights if isinstance(child, PreTrainedModel) else rule
         children += _draw(child, f"{name}.{key}", inner, seed, done)
-    own = [(module, key, p, torch.full(_shape(p), torch.nan)) for key, p in _floating(module)]
+    own = [
+        (module, key, p, torch.full(_shape(p), torch.nan, dtype=torch.float32, device="cpu"))
+        for key, p in _floating(module)
+    ]
     with _in_place(children + own):
         _seed(seed, name)
         rule(module)
