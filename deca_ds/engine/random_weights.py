@@ -57,7 +57,7 @@ def _draw(module: nn.Module, name: str, rule: _Rule, seed: int, done: set[nn.Par
     with _in_place(children + own):
         _seed(seed, name)
         rule(module)
-    if any(values.isnan().all() for *_, values in own if values.numel()) and hasattr(module, "reset_parameters"):
+    if any(_undrawn(values) for *_, values in own) and hasattr(module, "reset_parameters"):
         _draw_as_constructed(module, own, lambda: _seed(seed, name))
     _finish(children)
     first = [entry for entry in own if entry[2] not in done]  # a tied parameter is that of the module that has it first
@@ -90,7 +90,7 @@ def _in_place(drawn: _Drawn) -> Iterator[None]:
 
 def _finish(drawn: _Drawn) -> None:
     for module, key, parameter, values in drawn:
-        missing = int(values.isnan().sum())
+        missing = _undrawn(values)
         if missing and (missing < values.numel() or values.dim() > 1):
             raise ModelError(
                 f"the rules for random weights leave out {key} {tuple(values.shape)} of {type(module).__name__}",
@@ -99,6 +99,11 @@ def _finish(drawn: _Drawn) -> None:
             )
         if not missing:
             internals.overwrite(parameter, values)
+
+
+def _undrawn(values: Tensor) -> int:
+    """How many elements no rule has drawn."""
+    return int(values.isnan().sum()) if values.sum().isnan() else 0
 
 
 def _seed(seed: int, name: str) -> None:
