@@ -19,7 +19,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--client", type=int, metavar="N", help="export client N's model (clients count from 0)")
     which.add_argument("--mean", action="store_true", help="export the mean of all clients' models (the default)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the stored one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the model")
     parser.add_argument(
         "--max-shard-size", default="500MB", metavar="SIZE", help="largest weight file, and so the memory it takes"
     )

@@ -27,6 +27,7 @@ from deca_ds.checkpoint.files import sync
 from deca_ds.checkpoint.layout import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
+from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.partial")
@@ -65,7 +66,8 @@ def export_model(
     """Write the model of one client, or the mean of all clients, as a directory that `from_pretrained` loads.
 
     run: a run's output folder with hf/ (configuration, tokenizer) and model/ (sharded state); adapters that it trained
-    are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: the stored one.
+    are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: that of the model
+    which was trained. Where it was bfloat16 with exact masters, float32 writes these.
     max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
     done, bytes in all) after each tensor.
     The mean leaves out the clients that DONE names as missing. A run that is not marked DONE is exported if its sharded
@@ -123,7 +125,7 @@ class _Stream:
         # sizes are known before anything is read: the conversion runs once on tensors without storage
         self.planned: dict[str, Tensor] = {}
         for group in self.groups:
-            empty = {n: torch.empty(saved.shape(n), dtype=self._out(saved.dtype(n)), device="meta") for n in group}
+            empty = {n: torch.empty(saved.shape(n), dtype=self._out(n), device="meta") for n in group}
             for name, tensor in to_file_format(model, empty).items():
                 self.planned[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         self.total_bytes = sum(tensor.nbytes for tensor in self.planned.values())
@@ -143,7 +145,9 @@ class _Stream:
     def _read(self, name: str) -> Tensor:
         tensor = self.saved.mean(name) if self.client is None else self.saved.read(name, self.client)
         self._refuse_not_finite(name, tensor)
-        cast = tensor.to(self._out(self.saved.dtype(name)))
+        out = self._out(name)
+        as_trained = out == self.saved.model_dtype(name) != self.saved.dtype(name)
+        cast = rounded(tensor) if as_trained else tensor.to(out)
         if cast.dtype != tensor.dtype and (count := _not_finite(cast)):
             raise CheckpointError(
                 f"{count} of {cast.numel()} elements of {name} are too large for {_label(cast.dtype)}",
@@ -152,8 +156,9 @@ class _Stream:
             )
         return cast
 
-    def _out(self, stored: torch.dtype) -> torch.dtype:
-        return self.cast if self.cast and stored.is_floating_point else stored
+    def _out(self, name: str) -> torch.dtype:
+        trained = self.saved.model_dtype(name)
+        return self.cast if self.cast and trained.is_floating_point else trained
 
     def _refuse_not_finite(self, name: str, tensor: Tensor) -> None:
         if not (count := _not_finite(tensor)):

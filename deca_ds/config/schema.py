@@ -55,6 +55,8 @@ class ModelConfig:
     tokenizer: Optional[str] = None  # tokenizer directory or hub name; null: the model's
     init: Literal["pretrained", "random"] = "pretrained"  # random: only the architecture is read from `path`
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; masters and moments are always float32
+    # for bfloat16, what becomes of masters between a block's turns: kept, on the host; rounded to the model's values
+    masters: Literal["exact", "rounded"] = "exact"
     attention: Optional[str] = None  # eager, sdpa, flash_attention_2, ...; null: what transformers chooses
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     trust_remote_code: bool = False  # run modelling code that comes with the model; only for authors you trust

@@ -20,6 +20,7 @@ from deca_ds.config.paths import check_model
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
+from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,8 +75,7 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
 def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
     """The model, partitioned over this client's ranks while it is built. All of the client's ranks must call this.
 
-    If the method trains adapters, they are on it. model.init=random draws the weights from run.seed: the same for every
-    client, whatever its number of ranks.
+    If the method trains adapters, they are on it. model.init=random draws the weights from run.seed.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -88,7 +88,9 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
     torch.manual_seed(config.run.seed)
     with _explained(config.model.path, "model.path"):
         if config.model.init == "random":
-            model = AutoModelForCausalLM.from_config(architecture, **options)
+            with nothing_drawn():
+                model = AutoModelForCausalLM.from_config(architecture, **options)
+            draw_weights(model, config.run.seed)
         else:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 config.model.path,

@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 from deca_ds.config import Config
 from deca_ds.data import ClientData, load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
-from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer
+from deca_ds.engine.load import DTYPES, find_blocks, load_architecture, load_tokenizer
+from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
@@ -27,12 +28,6 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     data: what `load_data` gave for the same data section, model and seed, where it is used again. Raises UserErrors.
     """
     check_method(config)
-    if config.model.dtype != "float32":
-        raise ConfigError(
-            f"a simulation computes in float32, but model.dtype = {config.model.dtype!r}",
-            where="model.dtype",
-            fix="leave model.dtype out",
-        )
     if config.cluster.absent:
         raise ConfigError(
             f"a simulation has all clients from the start, but cluster.absent = {list(config.cluster.absent)}",
@@ -68,13 +63,16 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Client
 
 def _load_model(config: Config) -> torch.nn.Module:
     architecture = load_architecture(config.model)
-    options = {"trust_remote_code": config.model.trust_remote_code, "dtype": torch.float32}
+    options = {"trust_remote_code": config.model.trust_remote_code, "dtype": DTYPES[config.model.dtype]}
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
     if config.model.init == "random":
-        return AutoModelForCausalLM.from_config(architecture, **options)
+        with nothing_drawn():
+            model = AutoModelForCausalLM.from_config(architecture, **options)
+        draw_weights(model, config.run.seed)
+        return model
     return AutoModelForCausalLM.from_pretrained(
         config.model.path, config=architecture, revision=config.model.revision, **options
     )

@@ -15,6 +15,7 @@ from deca_ds.algorithm.rule import Rule, State
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
+from deca_ds.engine.masters import rounded
 from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.simulation.stacked import StackedClients
@@ -73,6 +74,9 @@ class Simulation:
             before = spread(state["grad"])
             for rows, mixed in self._by_neighbours(step):
                 self._exchange(state, rows, mixed, step, lr)
+            model = self.config.model
+            if step.closes and model.dtype == "bfloat16" and model.masters == "rounded":
+                state["theta"].copy_(rounded(state["theta"]))
             record = self._record(step, lr, losses, before, spread(state["theta"]))
             self.steps.append(record)
             if step.closes:

@@ -1,9 +1,9 @@
 """What a run needs to go on exactly where it was, and how it gets to the disk while training goes on.
 
-A rank's checkpoint holds the model's slices, float32 masters in place of the active block's parameters (which are the
-masters, rounded), the rule's buffers of that block, and in the manifest its random state and its place in the
-schedule, in the data and in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one
-copy at a time, and written by a thread.
+A rank's checkpoint holds the model's slices, float32 masters in place of parameters that are masters, rounded, the
+rule's buffers of the active block, and in the manifest its random state and its place in the schedule, in the data and
+in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one copy at a time, and
+written by a thread.
 """
 
 from __future__ import annotations
@@ -107,18 +107,14 @@ class Checkpoints:
         """Copies of all slices, on the host."""
         client, cluster = self._client, self._cluster
         active = {name: (start, stop, tensors) for name, start, stop, tensors in client.block_shards()}
-        masters = {name: tensors[MASTERS] for name, (_, _, tensors) in active.items()}
-        groups = [
-            (label, [_copy(piece, masters.get(piece.name, piece.values)) for piece in slices])
-            for label, slices in model_slices(client, cluster)
-        ]
+        groups = [(label, [piece.copy() for piece in slices]) for label, slices in model_slices(client, cluster)]
         buffers = {key for _, _, tensors in active.values() for key in tensors} - {MASTERS, GRADIENT}
         for key in sorted(buffers):
             pieces = (
                 Slice(buffer_name(key, name), client.shapes[name], start, stop, tensors[key])
                 for name, (start, stop, tensors) in active.items()
             )
-            groups.append((key, [_copy(piece, piece.values) for piece in pieces]))
+            groups.append((key, [piece.copy() for piece in pieces]))
         return groups
 
     def _state(self, done: int) -> dict[str, Any]:
@@ -137,7 +133,7 @@ class Checkpoints:
         cluster = self._cluster
         self._remove_old()  # by now all ranks have written what this one wrote before
         state["earlier"] = max((step for step in self._saved if step != done and self._complete(step)), default=None)
-        need = sum(piece.values.nbytes for _, slices in groups for piece in slices)
+        need = sum(piece.nbytes for _, slices in groups for piece in slices)
         try:
             save_shards(
                 step_folder(self._folder, done),
@@ -178,15 +174,15 @@ class Checkpoints:
 
 
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of the model, a group a block; they write through to the model."""
+    """This rank's slices of the model, a group a block: masters where there are any, else what the model holds."""
     for block in client.plan.blocks:
         yield block.label, _slices(client, block.names)
     yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))
 
 
 def _slices(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
-    for name, start, stop, values in client.shards(names):
-        yield Slice(name, client.shapes[name], start, stop, values)
+    for name, start, stop, values, low in client.masters(names):
+        yield Slice(name, client.shapes[name], start, stop, values, low)
 
 
 def _buffer_slices(client: Client, cluster: Cluster) -> Iterator[Slice]:
@@ -217,10 +213,6 @@ def position(schedule: Schedule, done: int) -> dict[str, int]:
 def mixing_digest(mixing: MixingSchedule) -> str:
     """Tells one sequence of mixing matrices from another."""
     return hashlib.blake2b(b"".join(matrix.tobytes() for matrix in mixing.matrices), digest_size=16).hexdigest()
-
-
-def _copy(piece: Slice, values: torch.Tensor) -> Slice:
-    return Slice(piece.name, piece.shape, piece.start, piece.stop, values.detach().to("cpu", copy=True))
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from deca_ds.cluster import Cluster
 from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
+from deca_ds.engine.masters import round_into
 from deca_ds.gossip.transport import Transport
 
 
@@ -77,18 +78,19 @@ class Evaluator:
         distance = (float(total) / len(self.cluster.members)) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
 
-    def _average(self, shards: Sequence[tuple[Tensor, Tensor]], numels: Sequence[int]) -> float:
-        """Overwrite the shards, given with their own values, with the mean; returns |x_i - mean|^2 over them.
+    def _average(self, shards: Sequence[tuple[Tensor, Callable[[], Tensor]]], numels: Sequence[int]) -> float:
+        """Overwrite the shards, given with what makes their masters, with the mean of these; returns |x_i - mean|^2.
 
         numels: of the whole parameters.
         """
         squared = torch.zeros(1, dtype=torch.float64)
-        for (shard, own), numel in zip(shards, numels, strict=True):
-            mean = own.to(torch.float32, copy=True)
+        for (shard, masters), numel in zip(shards, numels, strict=True):
+            own = masters()
+            mean = own.clone()
             self.transport.sum_slices(mean, numel)
             mean /= len(self.cluster.members)
-            squared += (own.float() - mean).double().square().sum()
-            shard.copy_(mean)
+            squared += (own - mean).double().square().sum()
+            round_into(shard, mean)
         return float(squared)
 
     def _score(self, dataset: Dataset, *, shared: bool = False) -> dict[str, Any]:

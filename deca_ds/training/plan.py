@@ -8,6 +8,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from rich.console import Console
 
+from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.cluster.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.config import Config
@@ -56,6 +57,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     plan = find_blocks(config, model)
     console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
     warn_of_blocks(console, plan)
+    if config.model.dtype == "bfloat16":
+        console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
     if config.cluster.absent:
         without = survive.without(mixing, config.cluster.absent)
@@ -115,6 +118,15 @@ def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
                 "Order the hosts, or choose their slots, so that clients begin and end with hosts",
                 highlight=False,
             )
+
+
+def _masters(masters: str, plan: BlockPlan, ranks: int) -> str:
+    """What the float32 masters of a bfloat16 model cost, or what it costs not to have them."""
+    mib = 2 * sum(block.numel for block in plan.blocks) / ranks / 2**20
+    if masters == "exact":
+        return f"masters: exact, {mib:,.1f} MiB of host memory per rank"
+    lost = "what a block's turn changes by less than half a bfloat16's last place is lost when it ends"
+    return f"masters: rounded, {lost}; model.masters=exact takes {mib:,.1f} MiB of host memory per rank"
 
 
 def _agreement(mixing: MixingSchedule) -> str:

@@ -280,7 +280,7 @@ def _stragglers(config: Config, cluster: Cluster, transport: Transport, attempt:
 def _initial(client: Client) -> str:
     """Digest of the initial parameters and buffers that this rank holds."""
     names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
-    held = [values for *_, values in client.shards(names)] + [buffer for _, buffer in client.buffers()]
+    held = [values for *_, values in (*client.shards(names), *client.low_bits(names), *client.buffers())]
     return digest(_memory(values) for values in held)
 
 

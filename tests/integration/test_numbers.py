@@ -149,7 +149,8 @@ SIMULATED = [
     ({"algorithm.signal": "quasi_global_norm", **SMOOTH}, "star", 2),
     ({"algorithm.method": "gt-adam"}, "one_peer_exponential", 1),
     ({"algorithm.method": "diloco", **WHOLE}, "complete", 3),
-    ({"gossip.clip_radius": 0.03}, "star", 1),
+    ({"gossip.clip_radius": 0.03, "model.init": "random"}, "star", 1),
+    ({"model.dtype": "bfloat16"}, "isolated", 1),
 ]
 
 
