@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,10 @@ class StackedClients:
         micro_batches: Sequence[Batch],
         out: Tensor,
         clip_norm: float = 0.0,
-    ) -> float:
-        """Fill `out`, [numel] of block `index`, with the gradient of the mean loss over the targets; returns the loss.
+    ) -> tuple[float, float]:
+        """Fill `out`, [numel] of block `index`, with the gradient of the mean loss over the targets.
+
+        Returns the loss, and the gradient's 2-norm before clipping.
 
         clip_norm: 2-norm that the gradient is scaled down to; 0: not at all.
         """
@@ -85,9 +87,9 @@ class StackedClients:
             self._parameters[name].requires_grad_(False)
             self._parameters[name].grad = None
         norm = float(torch.linalg.vector_norm(out))
-        if 0 < clip_norm < norm:
+        if 0 < clip_norm < norm < inf:
             out.mul_(clip_norm / norm)
-        return total
+        return total, norm
 
     @torch.no_grad()
     def score(self, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
