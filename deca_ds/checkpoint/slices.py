@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum, sync
-from deca_ds.errors import CheckpointError, DivergedError
+from deca_ds.errors import CheckpointError
 
 VERSION = 1
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.blake2b"
@@ -65,8 +65,7 @@ def save_shards(
     groups: (label, slices) pairs, consumed lazily. Every rank passes the same names, empty slices included.
     clients, ranks: the run's number of clients and this client's number of ranks. step: inner steps done. state: what
     else this rank wants to find again, JSON-able; it goes into the manifest.
-    Raises CheckpointError if the folder exists or cannot be written, DivergedError for values that are not finite; what
-    was written of it is taken away again then.
+    Raises CheckpointError if the folder exists or cannot be written; what was written of it is taken away again then.
     """
     target = rank_folder(folder, client, rank)
     if target.exists():
@@ -87,9 +86,6 @@ def save_shards(
         partial.rename(target)
         for changed in (target.parent, folder, folder.parent):
             sync(changed)
-    except DivergedError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -112,18 +108,7 @@ def _write_group(path: Path, slices: Iterable[Slice], manifest: dict[str, Any]) 
             "stop": piece.stop,
             "file": path.name,
         }
-        tensors[piece.name] = values = piece.values.detach().to("cpu").contiguous()
-        _refuse_not_finite(piece.name, values, path.parent)
+        tensors[piece.name] = piece.values.detach().to("cpu").contiguous()
     save_file(tensors, path)
     sync(path)
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "blake2b": checksum(path)}
-
-
-def _refuse_not_finite(name: str, values: Tensor, folder: Path) -> None:
-    # the sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
-    if values.is_floating_point() and not values.sum().isfinite() and not (finite := values.isfinite()).all():
-        raise DivergedError(
-            f"{values.numel() - int(finite.sum())} of {values.numel()} values of {name} are not finite",
-            where=str(folder),
-            fix="the training has diverged: lower optimizer.lr, or look at the model's weights and at the data",
-        )

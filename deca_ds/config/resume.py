@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deca_ds.config.checks import check_output
+from deca_ds.config.checks import LOCK, check_output
 from deca_ds.config.load import load_config, save_config
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
@@ -39,7 +39,11 @@ MAY_CHANGE = (
     "deepspeed",
 )
 AFTER_DIVERGENCE = ("optimizer.",)  # what may change, too, where the run has ended because it had diverged
-BEFORE_CONFIG = {"heartbeats", "FAILED"}  # what may be there of a run that ended before it had saved its configuration
+BEFORE_CONFIG = {
+    LOCK,
+    "heartbeats",
+    "FAILED",
+}  # what may be there of a run that ended before it had saved its configuration
 
 
 def check_folder(config: Config) -> None:
@@ -73,6 +77,17 @@ def check_folder(config: Config) -> None:
             where=f"run.resume={config.run.resume}, {saved}",
             fix="resume with the run's own configuration; only these and the number of ranks may change: "
             + ", ".join(name.rstrip(".") for name in allowed),
+        )
+
+
+def check_new(config: Config) -> None:
+    """The same for a run that begins anew, because there was none to be continued when it looked first."""
+    check_folder(config)
+    if (Path(config.run.output) / SAVED_CONFIG).exists():
+        raise ConfigError(
+            f"another job has begun a run in {config.run.output!r} meanwhile",
+            where="run.output",
+            fix="start this one again, to continue that run, or name another folder",
         )
 
 

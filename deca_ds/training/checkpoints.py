@@ -28,9 +28,10 @@ from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.cluster import Cluster
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.client import Client
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, DivergedError
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.training.divergence import FIX
 from deca_ds.training.written import Written
 
 FOLDER = "checkpoints"
@@ -195,7 +196,8 @@ class Checkpoints:
 
 
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of the model, a group a block; they write through to the model."""
+    """This rank's slices of the model, a group a block; they write through to the model. Raises DivergedError for values
+    that are not finite: the last look at what is to be saved."""
     for block in client.plan.blocks:
         yield block.label, _slices(client, block.names)
     yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))
@@ -203,6 +205,9 @@ def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterat
 
 def _slices(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
     for name, start, stop, values in client.shards(names):
+        # the sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
+        if not values.sum().isfinite() and not values.isfinite().all():
+            raise DivergedError(f"the model has diverged: {name} is not finite", where="saving", fix=FIX)
         yield Slice(name, client.shapes[name], start, stop, values)
 
 
