@@ -196,8 +196,10 @@ class Checkpoints:
 
 
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of the model, a group a block; they write through to the model. Raises DivergedError for values
-    that are not finite: the last look at what is to be saved."""
+    """This rank's slices of the model, a group a block; they write through to the model.
+
+    Raises DivergedError for values that are not finite: the last look at what is to be saved.
+    """
     for block in client.plan.blocks:
         yield block.label, _slices(client, block.names)
     yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))

@@ -116,3 +116,12 @@ def test_clients_that_are_absent_are_refused(keys):
 def test_bfloat16_is_refused(keys):
     with pytest.raises(ConfigError, match="bfloat16"):
         build(load_config(None, [*keys, "model.dtype=bfloat16"]))
+
+
+def test_a_simulation_that_diverges_ends_with_the_real_run_s_message_and_leaves_nothing(keys, tmp_path, capsys):
+    (tmp_path / "run.yaml").touch()
+    config = ["simulate", "--config", str(tmp_path / "run.yaml"), *keys, "optimizer.clip_norm=0"]
+    assert main([*config, "optimizer.lr=1e20"]) == 2
+    told = capsys.readouterr().err
+    assert "client 0 has diverged: the norm of the block's parameters is not finite" in told
+    assert "inner step 1, block embeddings" in told and not (tmp_path / "run").exists()
