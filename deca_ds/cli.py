@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from deca_ds.checkpoint.commands import add_export_arguments, run_export
     from deca_ds.simulation import command as simulation
     from deca_ds.training import status, supervise
+    from deca_ds.training.terminal import own_streams
 
+    own_streams()
     parser = argparse.ArgumentParser(prog="deca", description="Tools for DECA runs. Train with launchers/train.py.")
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
     commands = parser.add_subparsers(required=True)

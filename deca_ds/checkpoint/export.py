@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def export_model(
     compare_shapes(saved, stored_shapes(model))
     stream = _Stream(saved, model, client, getattr(torch, dtype) if dtype else None)
 
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")  # no other export's, on any host
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(output.parent, stream.total_bytes)
@@ -100,6 +101,8 @@ def export_model(
         written = sum((partial / name).stat().st_size for name in files)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
+        if os.path.lexists(output):
+            raise CheckpointError("the output has come to exist meanwhile", where=str(output), fix="give a new folder")
         partial.rename(output)
         sync(output.parent)
     except (OSError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,12 +65,15 @@ class BlockState:
 @dataclass(frozen=True)
 class GradientStats:
     """Of one inner step, over all ranks of the client. loss: mean over `targets` predicted tokens, in nats. tokens: all
-    tokens seen, padding left out. norm: 2-norm of the block's gradient before clipping."""
+    tokens seen, padding left out. norm: 2-norm of the block's gradient before clipping. kept: see `Client.kept`, of the
+    step before. by_rank: what the reduction of [loss, norm^2, *kept] was made of, on this rank."""
 
     loss: float
     targets: int
     tokens: int
     norm: float
+    kept: list[float]
+    by_rank: Tensor
 
 
 class Client:
@@ -93,6 +97,7 @@ class Client:
         self._low = LowBits(halves, pinned=device.type == "cuda")
         self._state: BlockState | None = None
         self._reducer: GradientReducer | None = None
+        self._kept = torch.zeros(0, dtype=torch.float64, device=device)  # this rank's part of `kept`
 
     @property
     def active(self) -> BlockState | None:
@@ -138,7 +143,8 @@ class Client:
         """Fill the active block's `grad` with the gradient of the mean loss over all of the client's target tokens.
 
         micro_batches: this rank's part of the client's batch. clip_norm: the gradient's 2-norm over the block is scaled
-        down to it; 0: not at all. Notes which parameters a gradient has reached. Leaves the model partitioned.
+        down to it; 0: not at all. A gradient that is not finite stays as it is. Notes which parameters a gradient has
+        reached. Leaves the model partitioned.
         """
         assert self._state is not None and self._reducer is not None
         grad = self._state.grad.zero_()
@@ -161,21 +167,33 @@ class Client:
             self._reducer.finish()
             internals.partition_all(self._zero)
         reached = torch.tensor(self._reducer.reached, dtype=torch.float64, device=self.device)
-        summed = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1), reached])
+        own = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1), self._kept])
+        summed = torch.cat([own, reached])
         dist.all_reduce(summed)
-        loss, square, *ranks_reached = summed.tolist()
+        sums = summed.tolist()
+        (total_loss, squared, *kept), ranks_reached = sums[: len(own)], sums[len(own) :]
         self._state.reached = [ranks > 0 for ranks in ranks_reached]
-        norm = square**0.5
-        if 0 < clip_norm < norm:
+        norm = math.sqrt(squared)
+        if 0 < clip_norm < norm < math.inf:
             grad.mul_(clip_norm / norm)
-        return GradientStats(loss, targets, int(counts[1]), norm)
+        return GradientStats(total_loss, targets, int(counts[1]), norm, kept, own)
+
+    def kept(self) -> tuple[list[float], Tensor]:
+        """Tells whether the last `write_back` found the block's state finite: the squared 2-norm of theta and the sum
+        of each buffer, over all ranks and on this one. The next `gradient` brings the same at no cost."""
+        summed = self._kept.clone()
+        dist.all_reduce(summed)
+        return summed.tolist(), self._kept
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the active block's masters into the model's shards; the next gather sees them."""
         assert self._state is not None
-        for name, theta in self._masters().items():
-            round_into(internals.shard(self._parameters[name]), theta)
+        theta, *buffers = (tensor for name, tensor in self._state.tensors.items() if name != "grad")
+        sums = [torch.linalg.vector_norm(theta).double().square(), *(buffer.sum().double() for buffer in buffers)]
+        self._kept = torch.stack(sums)
+        for name, part in self._masters().items():
+            round_into(internals.shard(self._parameters[name]), part)
 
     @torch.no_grad()
     def score(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deca_ds.errors import GossipError, MessageError
+from deca_ds.errors import DivergedMessageError, GossipError, MessageError
 from deca_ds.gossip.attendance import Attendance
 from deca_ds.gossip.buffers import BufferPool, Outputs
 from deca_ds.gossip.clip import clipped_weights, squared_distance
@@ -291,9 +291,9 @@ class PendingMix:
             raise refusal(self._gossip, self._t, f"{bad} of {term.numel()} values of client {j} are not finite", j)
 
 
-def refusal(gossip: Gossip, t: int, what: str, j: int) -> GossipError:
+def refusal(gossip: Gossip, t: int, what: str, j: int) -> DivergedMessageError:
     """The error of a message of client j that must not be averaged."""
-    return GossipError(
+    return DivergedMessageError(
         f"{what} (averaging {t})",
         where=f"client {gossip.transport.client}, {gossip.transport.progress.place}",
         fix=f"the training of client {j} has diverged: lower optimizer.lr or look at its data",

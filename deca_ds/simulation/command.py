@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from rich.table import Table
 from deca_ds.config import Config, load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
+from deca_ds.training.claim import release, take
 from deca_ds.training.tables import untrained
 
 if TYPE_CHECKING:
@@ -34,13 +36,17 @@ def run(arguments: argparse.Namespace) -> int:
     from deca_ds.simulation.setup import build
 
     config = load_config(arguments.config, arguments.overrides)
-    output = check_output(config)
-    simulation = build(config)
-    started = time.perf_counter()
-    for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
-        pass
-    seconds = time.perf_counter() - started
-    write(simulation, config, output)
+    output = Path(config.run.output)
+    take(output, partial(check_output, config))
+    try:
+        simulation = build(config)
+        started = time.perf_counter()
+        for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
+            pass
+        seconds = time.perf_counter() - started
+        write(simulation, config, output)
+    finally:
+        release(output)
     report(simulation, seconds)
     return 0
 

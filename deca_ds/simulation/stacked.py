@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,11 @@ class StackedClients:
         micro_batches: Sequence[Batch],
         out: Tensor,
         clip_norm: float = 0.0,
-    ) -> tuple[float, list[bool]]:
+    ) -> tuple[float, float, list[bool]]:
         """Fill `out`, [numel] of block `index`, with the gradient of the mean loss over the targets.
 
-        clip_norm: 2-norm that the gradient is scaled down to; 0: not at all. Returns the loss, and for each of the
-        block's parameters whether a gradient has reached it.
+        clip_norm: 2-norm that the gradient is scaled down to; 0: not at all. Returns the loss, the gradient's 2-norm
+        before clipping, and for each of the block's parameters whether a gradient has reached it.
         """
         self._become(self.values[client])
         out.zero_()
@@ -108,9 +108,9 @@ class StackedClients:
         for name in names:
             self._parameters[name].requires_grad_(False)
         norm = float(torch.linalg.vector_norm(out))
-        if 0 < clip_norm < norm:
+        if 0 < clip_norm < norm < inf:
             out.mul_(clip_norm / norm)
-        return total, reached
+        return total, norm, reached
 
     @torch.no_grad()
     def score(self, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,12 @@ written by a thread.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
@@ -26,13 +28,15 @@ from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.cluster import Cluster
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.client import Client
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, DivergedError
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.training.divergence import FIX
 from deca_ds.training.written import Written
 
 FOLDER = "checkpoints"
 MASTERS, GRADIENT = "theta", "grad"
+_LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
 Groups = list[tuple[str, list[Slice]]]
 
@@ -41,8 +45,11 @@ class Checkpoints:
     """Saves this rank's part of a run's checkpoints and keeps the newest complete ones.
 
     written: who has written what. attempt: number of this attempt at the run, the same on all ranks. timeout_s:
-    cluster.timeout_s. resumed: the step that it continued from.
+    cluster.timeout_s. resumed: the step that it continued from. check: called before anything is saved; raises an error
+    for a state that must not be.
     """
+
+    check: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class Checkpoints:
     ):
         self._config, self._cluster, self._client = config, cluster, client
         self._schedule, self._gossip, self._written = schedule, gossip, written
-        self._folder, self._attempt = folder, attempt
+        self.folder, self._attempt = folder, attempt
         self._resumed, self._timeout_s = resumed, timeout_s
         self._saved: list[int] = [] if resumed is None else [resumed]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -77,6 +84,7 @@ class Checkpoints:
         """Copy the state after `done` inner steps and have it written; waits for the write before it, if need be."""
         if done in self._saved:
             return
+        self.check()
         self._cluster.progress.enter("saving a checkpoint")
         self.wait()
         groups, state = self._groups(), self._state(done)
@@ -91,10 +99,22 @@ class Checkpoints:
             if pending not in wait([pending], self._timeout_s).done:
                 raise CheckpointError(
                     f"a checkpoint is still being written after {self._timeout_s:g} s",
-                    where=str(self._folder),
+                    where=str(self.folder),
                     fix="look at the disk; if it is only slow, raise cluster.timeout_s",
                 )
             pending.result()
+
+    def newest(self) -> int | None:
+        """The newest one that all ranks have, as far as this one can learn it within a few seconds."""
+        with contextlib.suppress(CheckpointError, RuntimeError):  # the disk, or the job's store, is gone
+            self.wait()
+            for again in range(_LOOKS):
+                if again and self._saved:
+                    time.sleep(_LOOK_S)
+                if self._saved and self._complete(self._saved[-1]):
+                    return self._saved[-1]
+            return next((step for step in reversed(self._saved) if self._complete(step)), None)
+        return None
 
     def wait_for_all(self, done: int) -> None:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
@@ -136,7 +156,7 @@ class Checkpoints:
         need = sum(piece.nbytes for _, slices in groups for piece in slices)
         try:
             save_shards(
-                step_folder(self._folder, done),
+                step_folder(self.folder, done),
                 groups,
                 client=cluster.client,
                 clients=cluster.clients,
@@ -146,7 +166,7 @@ class Checkpoints:
                 state=state,
             )
         except CheckpointError as error:
-            free = shutil.disk_usage(self._folder.parent).free
+            free = shutil.disk_usage(self.folder.parent).free
             raise CheckpointError(
                 f"{error.what}; this rank's checkpoint takes {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
                 where=error.where,
@@ -159,10 +179,10 @@ class Checkpoints:
     def _remove_old(self) -> None:
         kept = [step for step in self._saved if self._complete(step)][-self._config.keep :]
         if len(kept) == self._config.keep:
-            for step in steps_in(self._folder):
+            for step in steps_in(self.folder):
                 if step < kept[0] and not self._written.keeps(step):
                     remove_part(
-                        self._folder,
+                        self.folder,
                         step,
                         client=self._cluster.client,
                         rank=self._cluster.shard,
@@ -174,7 +194,10 @@ class Checkpoints:
 
 
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of the model, a group a block: masters where there are any, else what the model holds."""
+    """This rank's slices of the model, a group a block: masters where there are any, else what the model holds.
+
+    Raises DivergedError for values that are not finite: the last look at what is to be saved.
+    """
     for block in client.plan.blocks:
         yield block.label, _slices(client, block.names)
     yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))
@@ -182,6 +205,9 @@ def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterat
 
 def _slices(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
     for name, start, stop, values, low in client.masters(names):
+        # the sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
+        if not values.sum().isfinite() and not values.isfinite().all():
+            raise DivergedError(f"the model has diverged: {name} is not finite", where="saving", fix=FIX)
         yield Slice(name, client.shapes[name], start, stop, values, low)
 
 

@@ -17,7 +17,11 @@ from deca_ds.cluster import Cluster
 from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
 from deca_ds.engine.masters import round_into
+from deca_ds.errors import DivergedError
 from deca_ds.gossip.transport import Transport
+from deca_ds.training.divergence import FIX
+
+MEAN = "the mean of the clients' models"
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ class Evaluator:
             squared = self.client.client_sum(self.transport.together(lambda: self._average(shards, numels)))
             total = self.transport.together(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
             if self.data.common_evaluation is not None:
-                scores = self._score(self.data.common_evaluation, shared=True)
+                scores = self._score(self.data.common_evaluation, MEAN, shared=True)
             else:  # private sets, of which a client may have none
-                own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation)
+                own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation, MEAN)
                 scores = average(self.transport.together(lambda: self.transport.gather_json(own)))
             self.client.end_scoring()
         distance = (float(total) / len(self.cluster.members)) ** 0.5
@@ -93,8 +97,9 @@ class Evaluator:
             round_into(shard, mean)
         return float(squared)
 
-    def _score(self, dataset: Dataset, *, shared: bool = False) -> dict[str, Any]:
-        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it."""
+    def _score(self, dataset: Dataset, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
+        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it. whose: the
+        model's, for an error's message; this client's if it is left out."""
         rank, ranks = self.cluster.shard, self.cluster.ranks
         if shared:
             members, layout = self.cluster.members, self.cluster.layout
@@ -112,7 +117,7 @@ class Evaluator:
         totals = on_device.cpu().contiguous()
         if shared:
             totals = self.transport.together(lambda: self._sum(totals))
-        return summarize(totals, dataset, self.data.label_names)
+        return summarize(totals, dataset, self.data.label_names, whose or f"client {self.cluster.client}")
 
     def _sum(self, totals: Tensor) -> Tensor:
         """Over all clients."""
@@ -121,13 +126,21 @@ class Evaluator:
         return totals
 
 
-def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> dict[str, Any]:
-    """Scores from per-row sums. totals: [rows, 2], summed loss in nats and number of target tokens.
+def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str], whose: str = "the model") -> dict[str, Any]:
+    """Scores from per-row sums. totals: [rows, 2], summed loss in nats and number of target tokens. whose: they are.
 
     Returns loss (nats per target token), perplexity, examples; for classification, where a row is an example with one
     of the labels as its answer and the likeliest answer counts, also accuracy, macro_f1 and recall by label.
+    Raises DivergedError if any row's loss is not finite: of such losses none is the smallest.
     """
     losses, counts = totals.numpy().T
+    bad = len(losses) - int(np.isfinite(losses).sum())
+    if bad:
+        raise DivergedError(
+            f"{whose} has diverged: the loss of {bad} of {len(losses)} rows of an evaluation set is not finite",
+            where="evaluation",
+            fix=FIX,
+        )
     if "candidate" not in dataset.column_names:
         return _language_scores(losses, counts)
     columns = dataset.with_format("numpy")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import signal
 import sys
 import time
 import warnings
@@ -22,9 +21,8 @@ from deca_ds.config import load_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import UserError
+from deca_ds.training.terminal import on_stop, own_streams
 
-# Slurm and mpirun stop a job with SIGTERM; mpirun hands SIGUSR1 on to the ranks without ending them.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configuration has told its own
 
 
@@ -41,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank of the job; returns the exit code. Failures end the process inside (see cluster/guard.py)."""
+    own_streams()
     arguments = parser().parse_intermixed_args(argv)
     # DeepSpeed still calls collectives by names that newer versions of torch have renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -83,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.freeze()  # what has been imported stays; no collection needs to look at it again
         gc.enable()  # launchers/train.py has disabled it
         trainer = start(config, launch, store, guard, visit)
-        for number in STOP_SIGNALS:
-            signal.signal(number, guard.stop.ask)
+        on_stop(guard.stop.ask)
         finished = trainer.train()
         guard.progress.enter("the end")
         transport, members = trainer.gossip.transport, trainer.cluster.members

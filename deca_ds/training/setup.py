@@ -31,7 +31,7 @@ from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model, check_writable
-from deca_ds.config.resume import check_folder
+from deca_ds.config.resume import SAVED_CONFIG, check_folder, check_new, save_optimizer
 from deca_ds.data import load_client_data, training_batches, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import find_adapters
@@ -50,6 +50,7 @@ from deca_ds.gossip.uneven import UnevenGossip, UnevenTransport
 from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import connect_transport
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.invite import Invitation
@@ -90,7 +91,15 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if visit is None and config.run.resume != "never":
+        output = Path(config.run.output)
+        begun = store.gather(launch, "output/begun", (output / SAVED_CONFIG).is_file())[launch.first]
+        if begun:
+            take_for_job(output, launch, store, partial(check_folder, config))
+            if launch.rank == launch.first and (changed := save_optimizer(config)):
+                print(f"going on with {changed}", file=sys.stderr, flush=True)
         resumption = choose(config, launch, store, layout, mixing)
+        if begun:  # how the run had ended before is no longer told there
+            guard.write_to(output)
     cluster = connect(config, launch, store, guard.progress, joins=visit is not None)
     if invitation is not None:
         cluster.members.clients = tuple(invitation.clients)
@@ -130,6 +139,8 @@ def build(
         edges = probe_edges(transport, there, launch, cluster.layout, cluster.store)
     else:
         invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
+    if invitation is None and resumption.saved is None:
+        take_for_job(output, launch, cluster.store, partial(check_new, config))
     output.mkdir(parents=True, exist_ok=True)
     guard.write_to(output)
     if cluster.is_main and resumption.saved is not None:

@@ -124,6 +124,20 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     ShardedModel(step_folder(output / "checkpoints", whole[0])).verify()
 
 
+def test_a_client_that_diverges_ends_and_its_values_reach_nobody(keys, tmp_path):
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=3", "checkpoint.every=2", "evaluation.every=4"]
+    finished = run(3, "1:6:nan", keys, "torch")
+    assert finished.code == 0, finished.output[-4000:]
+    assert_numbers(output, keys, {1: 6})
+    told = (output / "FAILED_client_001").read_text()
+    assert "client 1 has diverged: the loss is not finite (nan)" in told and "inner step 6, block " in told
+    assert "rank 1\n" in told and "run.resume=require goes on after inner step" in told
+    assert finished.output.count("client 1 has diverged") == 1, finished.output[-4000:]
+    assert clients_in(output, 4) == [0, 1, 2] and clients_in(output, 6) == [0, 2]
+    assert (output / "DONE").read_text().endswith("missing clients: 1\n") and not (output / "FAILED").exists()
+
+
 @pytest.mark.parametrize(
     ("transport", "ranks", "hangs", "deaths", "told"),
     [

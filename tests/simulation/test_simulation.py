@@ -160,3 +160,12 @@ def test_bfloat16_equals_adam_on_masters_that_live_on_or_are_rounded(keys, maste
     for name, values in simulation.clients.parameters(0):
         torch.testing.assert_close(values, trained[name], rtol=0, atol=2e-5)
         assert torch.equal(values, values.bfloat16().float()) == (masters == "rounded")
+
+
+def test_a_simulation_that_diverges_ends_with_the_real_run_s_message_and_leaves_nothing(keys, tmp_path, capsys):
+    (tmp_path / "run.yaml").touch()
+    config = ["simulate", "--config", str(tmp_path / "run.yaml"), *keys, "optimizer.clip_norm=0"]
+    assert main([*config, "optimizer.lr=1e20"]) == 2
+    told = capsys.readouterr().err
+    assert "client 0 has diverged: the norm of the block's parameters is not finite" in told
+    assert "inner step 1, block embeddings" in told and not (tmp_path / "run").exists()
