@@ -16,6 +16,7 @@ from rich.table import Table
 
 from deca_ds.config import Config, load_config, save_config
 from deca_ds.config.checks import check_output
+from deca_ds.training.tables import print_notes
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     output = check_output(config)
     simulation = build(config)
+    print_notes(list(dict.fromkeys(note for data in simulation.data for note in data.notes)))
     started = time.perf_counter()
     for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
         pass
