@@ -26,6 +26,7 @@ from deca_ds.data.words import (
     OTHER,
     TRAINED,
     WORD,
+    WRITTEN_PART,
     Form,
     Messages,
     Pieces,
@@ -148,6 +149,8 @@ class _Finder:
                 text = self.template.render(form(self.messages), self.tools, marked=True)
             except ERRORS as error:
                 refused = refused or _refusal(self.conversation, error, self.where)
+                continue
+            if WRITTEN_PART.search(text):
                 continue
             literals, numbers = split(text)
             left = next((n for n, slot in enumerate(self.slots) if not slot.optional and n not in numbers), None)

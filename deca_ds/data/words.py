@@ -11,6 +11,7 @@ from typing import Any
 
 OTHER, TRAINED, LEFT_OUT = range(3)  # what a character is: no answer's, a trained one's, or one's that is not to be
 WORD = "Zq99999qZ"  # one that stands for no text
+WRITTEN_PART = re.compile(r"""["']type["']: ["']text["']""")  # in a text, a list of parts instead of their texts
 Pieces = Sequence[tuple["str | int", int]]  # literal text and the numbers of texts, each OTHER, TRAINED or LEFT_OUT
 Messages = list[dict[str, Any]]
 Form = Callable[[Messages], Messages]
@@ -123,7 +124,7 @@ def _as_is(messages: Messages) -> Messages:
 
 
 def _content_as_parts(messages: Messages) -> Messages:
-    """For templates that know contents as lists of parts alone."""
+    """For templates that know contents as lists of parts alone. Others may write the list itself: WRITTEN_PART."""
     return [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]} if turn.get("content") else turn
         for turn in messages

@@ -61,7 +61,7 @@ TURN_REFUSED = (
     ),
     Field((*MEDIA, "input_audio"), Use.REFUSED, "the model is trained on text alone"),
     Field(("function_call",), Use.REFUSED, "write it as tool_calls"),
-    Field(("refusal", "prefix"), Use.REFUSED, "write what is to be trained into the content"),
+    Field(("refusal", "prefix"), Use.REFUSED, "write what is to be trained into the content", harmless=(False,)),
 )
 
 
