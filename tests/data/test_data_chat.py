@@ -108,6 +108,8 @@ def test_any_conversation(template, tokenizer, turns):
     assert visible("".join(learned)) == visible("".join(alone))
     if tokenizer is TOKENIZERS["bytes"]:
         assert "".join(learned) == "".join(wanted)
+        if batch["input_ids"]:
+            assert tokenizer.decode(batch["input_ids"][0]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def visible(text):
