@@ -234,7 +234,10 @@ class _Finder:
             kinds[first].append((self._begin(turn, literals[first], numbers[first], form), kind))
             for place in range(first + 1, last + 1):
                 kinds[place] = [(0, kind)]
-            kinds[last + 1] = [(0, kind), (self._end(turn, literals[last + 1], numbers[last], form), OTHER)]
+            kinds[last + 1] = [
+                (0, kind),
+                (self._end(turn, literals[first], literals[last + 1], numbers[last], form), OTHER),
+            ]
             of_words[first : last + 1] = [kind] * (last + 1 - first)
         for place, literal in enumerate(literals):
             starts = [start for start, _ in kinds[place][1:]] + [len(literal)]
@@ -265,7 +268,7 @@ class _Finder:
                 return prompted[len(without) :]
         return ""
 
-    def _end(self, turn: int, after: str, number: int, form: Form) -> int:
+    def _end(self, turn: int, before: str, after: str, number: int, form: Form) -> int:
         """Where the turn has ended in `after`, what the template writes between its last text and the next."""
         last = turn == len(self.messages) - 1
         alone = after if last else self._after(number, self.messages[: turn + 1], form)
@@ -275,12 +278,22 @@ class _Finder:
             return special.end() if special else 0
         if following is None or following.startswith(alone):
             return len(alone)
-        shared = _common(alone, following)
-        if self.ending.sub("", alone):
-            raise self._unclear(f"writes {alone!r} after an answer at the end, but {following[:40]!r} between turns")
-        if last:
-            return len(alone)
-        return max([end.end() for end in self.ending.finditer(alone) if end.end() <= shared], default=0)
+        # It writes a turn's end differently at the end of a conversation.
+        middle = self._before_next(turn, following, form)
+        rest = alone.removeprefix(middle)
+        if not self.ending.sub("", rest):  # nothing but special tokens, there
+            return len(alone) if last else len(middle)
+        if rest != alone and before.rstrip().endswith(rest.rstrip()):  # the prompt of a next answer, asked for or not
+            return len(middle)
+        raise self._unclear(f"writes {alone!r} after an answer at the end, but {following[:40]!r} between turns")
+
+    def _before_next(self, turn: int, following: str, form: Form) -> str:
+        """What of the text between a turn and the next is not what the template writes before such a turn."""
+        role = "user" if turn == len(self.messages) - 1 else self.messages[turn + 1]["role"]
+        text = self._try(form, [{"role": role, "content": WORD}], None)
+        header = "" if text is None else split(text)[0][0]
+        shared = _common(header[::-1], following[::-1])
+        return following[: len(following) - shared] if shared else ""
 
     def _after(self, number: int, messages: Messages, form: Form) -> str | None:
         """What the template writes after the last time that it writes this word, up to the next."""

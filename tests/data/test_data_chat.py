@@ -203,7 +203,7 @@ def test_answers_of_tools_are_told_by_their_order_or_their_ids():
         (CHATML.replace("m['content']", "m['content'][:3]"), PAIR, "does not write the content"),
         (CHATML.replace("m['content']", "m['content'][:99]"), [user("x" * 100), assistant("b")], "changes the texts"),
         (CHATML.replace("m['content']", "m['content'] | replace('a', 'y')"), PAIR, "changes the texts"),
-        (CHATML_WITHOUT_PROMPT + "<|im_start|>assistant\n", PAIR, "writes .* after an answer at the end"),
+        (CHATML.replace("<|im_end|>\n{% endfor", "{{ loop.revindex }}\n{% endfor"), PAIR, "after an answer at the end"),
         (MARKED.replace("== 'assistant'", "!= 'system'"), PAIR, "marks a turn of the user"),
         (MARKED.replace("== 'assistant'", "== 'x'"), PAIR, "leaves the content of an answer without"),
     ],
@@ -227,7 +227,16 @@ def test_an_end_of_the_whole_conversation():
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
-    assert targets(source, turns, TOKENIZERS["bpe"]) == ["b<|im_end|>", "d<|im_end|></s>"]
+    for tokenizer in ("bpe", "bytes"):
+        assert targets(source, turns, TOKENIZERS[tokenizer]) == ["b<|im_end|>", "d<|im_end|></s>"]
+    source = source.replace("<|im_end|>", "{{ '' if loop.last else '<|im_end|>' }}")
+    assert targets(source, turns, TOKENIZERS["bpe"]) == ["b<|im_end|>", "d</s>"]
+
+
+def test_a_prompt_that_is_always_written_is_no_answer():
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    source = CHATML_WITHOUT_PROMPT.split("{% endif %}", 1)[1] + "<|im_start|>assistant\n"
+    assert targets(source, turns) == ["b<|im_end|>\n", "d<|im_end|>\n"]
 
 
 def test_marks_without_the_end_are_told():
