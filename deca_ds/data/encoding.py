@@ -86,7 +86,8 @@ class Encoder:
         if backend is not None:
             # truncation and padding change with every call that uses them, and are not used here
             state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-        template = None if self.template is None else self.template.sources
+        # a template writes special tokens by their names
+        template = None if self.template is None else (self.template.sources, str(self.tokenizer.special_tokens_map))
         settings = (self.max_length, self.answers_only, self.words, self.bos, self.eos, template)
         return Hasher.hash((_ENCODING_VERSION, type(tokenizer).__name__, json.dumps(state), settings))
 

@@ -32,7 +32,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date):
         self.tokenizer, self.date = tokenizer, date
-        given = tokenizer.chat_template
+        given = getattr(tokenizer, "chat_template", None)
         self.sources = {tools: self._source(tools) for tools in (False, True)} if given else {}
         if not given:
             raise DataError(
