@@ -2,7 +2,7 @@ from rich.console import Console
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
 from deca_ds.algorithm.rule import split_by_decay
-from deca_ds.training.tables import block_table, data_table
+from deca_ds.training.tables import block_table, data_table, print_notes
 
 
 def shown(table) -> str:
@@ -29,3 +29,10 @@ def test_a_chunk_is_split_where_weight_decay_ends():
     assert list(split_by_decay(slice(4, 8), 4, 0.1)) == [(slice(4, 8), 0.0)]
     assert list(split_by_decay(slice(0, 4), 9, 0.1)) == [(slice(0, 4), 0.1)]
     assert list(split_by_decay(slice(0, 10), 4, 0.0)) == [(slice(0, 10), 0.0)]
+
+
+def test_notes_name_whose_files_they_are_about(capsys):
+    print_notes(["not used: id"])
+    print_notes(["not used: id", "more"], client=3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["data: not used: id", "data of client 3: not used: id", "data of client 3: more"]
