@@ -116,6 +116,7 @@ def changes(before: Config, now: Config, allowed: Sequence[str] = MAY_CHANGE) ->
         key: (old[key], value)
         for key, value in new.items()
         if old[key] != value
+        and (key, value) != ("data.date", None)  # then the day of the first start counts
         and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in allowed)
     }
 

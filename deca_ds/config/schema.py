@@ -173,6 +173,8 @@ class DataConfig:
     alpha: float = 0.25  # for dirichlet: concentration; smaller is more skewed
     partition_column: Optional[str] = None  # for dirichlet and key: column that skews; null: the label column
     max_examples: Optional[int] = None  # use at most this many of `train` (seeded choice)
+    # for chat templates that write the day, YYYY-MM-DD; null: the day of the run's first start, the same for all ranks
+    date: Optional[str] = None
     max_length: int = 512  # tokens of a sequence; longer ones are cut
     packing: bool = False  # fill sequences of max_length with several examples
     answers_only: bool = True  # loss on answers only, not on prompts (text has no prompts)

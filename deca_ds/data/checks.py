@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,20 @@ from deca_ds.data.files import DOCUMENT, TABLES, kind_of
 from deca_ds.data.sources import HubName, Source, find_sources, look_through
 from deca_ds.errors import ConfigError
 
+
+def _is_day(text: str | None) -> bool:
+    try:
+        return text is None or datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *(entry for entry in CONFIG_RANGES if entry[0].startswith(("data.", "evaluation."))),
     ("data.alpha", lambda x: x > 0, "more than 0"),
     ("data.common_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
     ("data.client_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("data.date", _is_day, "a day, YYYY-MM-DD"),
     ("data.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
 )
 COLUMNS = {"alpaca": ["instruction", "output"], "messages": ["messages"], "sharegpt": ["conversations"]}

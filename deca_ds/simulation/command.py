@@ -19,7 +19,7 @@ from deca_ds.config import Config, load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
-from deca_ds.training.tables import untrained
+from deca_ds.training.tables import print_notes, untrained
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     take(output, partial(check_output, config))
     try:
         simulation = build(config)
+        print_notes(list(dict.fromkeys(note for data in simulation.data for note in data.notes)))
         started = time.perf_counter()
         for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
             pass

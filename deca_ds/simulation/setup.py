@@ -18,6 +18,7 @@ from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
+from deca_ds.training.day import today
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
 
@@ -55,6 +56,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
     """Every client's data. In a simulation one process reads all of it, private files too."""
     disable_progress_bars()
+    config.data.date = config.data.date or today()
     validate_data_config(config, client=None)
     data = [load_client_data(config, tokenizer, client) for client in range(config.cluster.clients)]
     compare_data([part.summary for part in data], [part.label_names for part in data])

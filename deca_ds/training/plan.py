@@ -24,7 +24,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
-from deca_ds.training.tables import block_table, data_table, warn_of_blocks
+from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
@@ -83,6 +83,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         summaries = [part.summary for part in data]
         compare_data(summaries, [part.label_names for part in data])
         console.print(data_table(summaries))
+        print_notes(data[0].notes)
     schedule = build_schedule(config, len(plan.blocks))
     console.print(
         f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "

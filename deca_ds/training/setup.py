@@ -52,6 +52,7 @@ from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import connect_transport
+from deca_ds.training.day import agree_on_day
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.invite import Invitation
 from deca_ds.training.loop import Trainer
@@ -59,7 +60,7 @@ from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.survivors import Survivors
-from deca_ds.training.tables import data_table, warn_of_blocks
+from deca_ds.training.tables import data_table, print_notes, warn_of_blocks
 from deca_ds.training.whole_digest import whole_digest
 from deca_ds.training.written import Agreed, StoreCount, Written
 
@@ -73,7 +74,9 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     guard.progress.enter("comparing the ranks")
     if invitation is None:
         compare_software(config, launch, store, matrices)
+        agree_on_day(config, launch, store)
     else:
+        config.data.date = config.data.date or invitation.date
         invitation.compare_software(config, launch, software(config, matrices))
         store = JobStore(PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout)
     guard.progress.enter("checking the configuration")
@@ -149,6 +152,8 @@ def build(
         save_config(config, output / "config.yaml")
         save_summaries(output, summaries)
         Console(stderr=True).print(data_table(summaries), mixing.summary())
+    if cluster.is_leader and (cluster.is_main or config.data.per_client):
+        print_notes(data.notes, cluster.client if config.data.per_client else None)
     if cluster.is_main and edges:
         print(save_edges(edges, output), file=sys.stderr, flush=True)
 
@@ -215,6 +220,7 @@ def build(
                 tokenizer=vocabulary,
                 label_names=data.label_names,
                 common_evaluation=data.summary["common_evaluation"],
+                date=config.data.date,
             )
             survivors.invite()
             if config.cluster.return_s:
