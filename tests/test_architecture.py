@@ -50,7 +50,7 @@ def test_module(path):
         assert not others & {"transformers", "deepspeed", "datasets", "mpi4py", "omegaconf"}
     if part != "engine":
         assert not any(name.split(".")[0] == "deepspeed" for name in imports(path))
-    assert len(path.read_text().splitlines()) <= 300, "split it: one idea per module"
+    assert len(path.read_text().splitlines()) <= 400, "split it: one idea per module"
     assert path.stem not in ("utils", "helpers", "misc", "common")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import BlockPlan
-from deca_ds.engine.losses import count_targets, token_losses
+from deca_ds.engine.losses import count_targets, token_losses, training_loss
 
 Batch = Mapping[str, Tensor]
 
@@ -78,7 +78,7 @@ class StackedClients:
         total = 0.0
         self._model.train()
         for batch in micro_batches:
-            loss = token_losses(self._model, batch, _CPU)[0].sum() / targets
+            loss = training_loss(self._model, batch, _CPU, targets)
             loss.backward()
             total += float(loss.detach())
         for name in names:
