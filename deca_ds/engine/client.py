@@ -159,7 +159,6 @@ class Client:
         losses, mask = token_losses(self.model, batch, self.device)
         return losses.sum(dim=1).cpu(), mask.sum(dim=1).cpu()
 
-    @torch.no_grad()
     def check_loss(self, batch: Mapping[str, Tensor]) -> None:
         """Raise ModelError unless the model's class computes the loss that is trained here; on a batch with targets."""
         self.model.eval()

@@ -37,6 +37,7 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.d
     return loss if auxiliary is None else loss + auxiliary.to(loss.device) * (mask.sum() / targets)
 
 
+@torch.no_grad()
 def check_own_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> None:
     """Raise ModelError unless the loss that the model's class computes is the one that is trained here.
 
