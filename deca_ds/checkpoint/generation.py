@@ -39,6 +39,7 @@ def adapt(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> str |
     own = [own] if isinstance(own, int) else list(own or [])
     trained = [tokenizer.eos_token_id, turn_end(tokenizer)]
     stops = list(dict.fromkeys([*own, *(token for token in trained if token is not None)]))
+    config._from_model_config = False  # or generation would take config.json's tokens
     if stops:
         config.eos_token_id = stops if len(stops) > 1 else stops[0]
     for name in ("bos_token_id", "pad_token_id"):

@@ -245,7 +245,7 @@ class GivenWeights:
             )
 
     def _error(self, what: str, fix: str) -> ModelError:
-        return ModelError(f"the weights of {self._path!r} do not fit: {what}", where="model.path", fix=fix)
+        return ModelError(f"the weights of {self._path!r}: {what}", where="model.path", fix=fix)
 
 
 def _some(names: Iterable[str], between: str = ", ") -> str:

@@ -1,4 +1,4 @@
-"""Loads models, scores and trains each at a learning rate of 0, and saves its shards; prints what it found as JSON.
+"""Loads models, scores each, descends in every block, and saves its shards as they came; prints what it found as JSON.
 
 Usage: loading_worker.py JSON, a list of {"folder": a Hugging Face model, "options": [key=value, ...]}; the shards go to
 FOLDER/run-RANKS/model.
@@ -33,12 +33,18 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
         "score": client.client_sum(float(losses.sum())) / client.client_sum(float(counts.sum())),
         "blocks": [],
     }
-    for index, block in enumerate(client.plan.blocks):
+    with client.borrowed_shards(list(client.shapes)):  # which are as before afterwards
+        for index, block in enumerate(client.plan.blocks):
+            state = client.open_block(index, ())
+            stats = client.gradient([batch])
+            state.theta.sub_(state.grad, alpha=0.01)
+            client.write_back()
+            client.close_block()
+            found["blocks"].append({"names": block.names, "loss": stats.loss, "norm": stats.norm})
+    for index in range(len(client.plan.blocks)):  # a learning rate of 0
         client.open_block(index, ())
-        stats = client.gradient([batch])
         client.write_back()
         client.close_block()
-        found["blocks"].append({"names": block.names, "loss": stats.loss, "norm": stats.norm})
     run = folder / f"run-{cluster.ranks}"
     save_shards(
         run / "model",

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from deca_ds.checkpoint.export import export_model
 
 # DECA_TEST_ARCHITECTURES=all tries all of tiny_models.py, for a new version of transformers or DeepSpeed
 EVERYWHERE = (
-    "llama, tied, biased", "qwen3", "gemma2", "gemma3", "gemma4_text", "phi3", "gpt2", "gptj", "gpt_neox", "opt",
-    "bloom", "olmo2", "cohere", "granite", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "longcat_flash",
-    "zamba2", "falcon_h1", "lfm2_moe", "qwen3_next",
+    "llama, tied, biased", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gptj", "gpt_neox", "opt", "bloom", "cohere",
+    "granite", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "zamba2", "falcon_h1", "lfm2_moe", "qwen3_next",
 )  # fmt: skip
 NAMES = tuple(CONFIGS) if os.environ.get("DECA_TEST_ARCHITECTURES") == "all" else EVERYWHERE
 REFUSED = {"rwkv": "cannot be built on ZeRO-3 shards"}
+REFUSED |= dict.fromkeys(("jamba", "olmo_hybrid"), "cannot be split into blocks")
 ROUTERS = ("mixtral", "gpt_oss", "qwen2_moe")  # once more, with the routers' auxiliary loss
 HALF = ("llama, tied, biased", "deepseek_v3", "lfm2_moe")  # once more, in bfloat16
 REMOTE = ["model.trust_remote_code=true"]
@@ -66,17 +67,16 @@ def plain(folders):
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_loss_gradients_and_export_are_those_of_plain_transformers(tmp_path, folders, plain, ranks):
+def test_losses_gradients_and_export_are_those_of_plain_transformers(tmp_path, folders, plain, ranks):
     wanted = json.dumps([{"folder": str(folder), "options": options} for folder, options in folders.values()])
     launcher = "hand" if ranks > 1 else "python"
     finished = launch(launcher, ranks, [wanted], script="tests/engine/loading_worker.py")
     assert finished.code == 0, finished.output[-4000:]
     found = [json.loads(line[6:]) for line in finished.output.splitlines() if line.startswith("FOUND ")]
     for (name, (folder, options)), got in zip(folders.items(), found, strict=True):
-        if name in REFUSED:
-            assert REFUSED[name] in got["refused"]
+        if "refused" in got:
+            assert name in REFUSED and REFUSED[name] in got["refused"], (name, got["refused"])
             continue
-        assert "refused" not in got, (name, got["refused"])
         model, half = plain[name], "bfloat16" in name
         tolerance = 2e-3 if half else 1e-5  # ZeRO-3's linear layers round before they add a bias
         with torch.no_grad():
@@ -84,14 +84,13 @@ def test_loss_gradients_and_export_are_those_of_plain_transformers(tmp_path, fol
         assert got["score"] == pytest.approx(_cross_entropy(logits, rows()["labels"]), rel=tolerance), name
         parameters = dict(model.named_parameters())
         assert sorted(n for block in got["blocks"] for n in block["names"]) == sorted(parameters), name
-        loss = _own_loss(model.train(), ranks)
-        loss.backward()
-        for block in got["blocks"]:
-            assert block["loss"] == pytest.approx(loss.item(), rel=tolerance), name
-            gradients = [parameters[n].grad for n in block["names"] if parameters[n].grad is not None]
-            norm = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
-            assert block["norm"] == pytest.approx(norm, rel=0.1 if half else 1e-3, abs=1e-6), (name, block["names"][0])
-        model.zero_grad()
+        trained = deepcopy(model).train()
+        for place, block in enumerate(got["blocks"]):
+            if half and place:  # bfloat16 rounds most of a step away, and differently
+                break
+            loss, norm = _descend(trained, block["names"], ranks)
+            assert block["loss"] == pytest.approx(loss, rel=tolerance), (name, block["names"][0])
+            assert block["norm"] == pytest.approx(norm, rel=0.1 if half else 1e-3, abs=1e-6), (name, place)
 
         exported = tmp_path / folder.name
         if options == REMOTE:
@@ -121,10 +120,7 @@ def test_the_ranks_of_the_experts_in_a_list_run_others(plain):
 
 def _plain(folder: Path, options: list[str]):
     dtype = torch.bfloat16 if "model.dtype=bfloat16" in options else torch.float32
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=options == REMOTE).eval()
-    except IndexError:  # RWKV, of which nothing is asked
-        return None
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=options == REMOTE).eval()
 
 
 def _inputs(batch: dict) -> dict:
@@ -139,12 +135,21 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     )
 
 
-def _own_loss(model, ranks: int) -> torch.Tensor:
-    """transformers' loss of each rank's micro-batch, weighted by its targets."""
+def _descend(model, names: list[str], ranks: int) -> tuple[float, float]:
+    """A step down the gradient for some parameters. Returns the loss, which is transformers' own of each rank's
+    micro-batch, weighted by its targets, and the gradient's norm."""
+    model.zero_grad()
     parts = [rows(rank, ranks) for rank in range(ranks)]
     targets = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
     losses = [model(**part, use_cache=False).loss for part in parts]
-    return sum(loss * count / sum(targets) for loss, count in zip(losses, targets, strict=True))
+    loss = sum(loss * count / sum(targets) for loss, count in zip(losses, targets, strict=True))
+    loss.backward()
+    chosen = [parameter for name, parameter in model.named_parameters() if name in names]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen]
+    with torch.no_grad():
+        for parameter, gradient in zip(chosen, gradients, strict=True):
+            parameter.sub_(gradient, alpha=0.01)
+    return float(loss.detach()), sum(float(g.double().square().sum()) for g in gradients) ** 0.5
 
 
 def _copy(folder: Path, ending: str) -> Path:
