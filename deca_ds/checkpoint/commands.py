@@ -49,6 +49,8 @@ def run_export(args: argparse.Namespace) -> int:
     size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {files}"
     console.print(f"exported {report.source}: {size}")
     console.print(f"verified and written to {report.output} in {report.seconds:.1f} s")
+    if report.stops:
+        console.print(f"note: {report.stops}")
     if report.note:
         console.print(f"note: {report.note}; its saved model is complete")
     return 0

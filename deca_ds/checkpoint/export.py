@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from deca_ds.checkpoint.adapters import MergedModel, read_adapters
 from deca_ds.checkpoint.done import DONE, missing_clients
 from deca_ds.checkpoint.files import sync
+from deca_ds.checkpoint.generation import adapt_saved
 from deca_ds.checkpoint.layout import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
@@ -42,7 +43,7 @@ class ExportReport:
 
     parameters: number of elements, shared ones counted once. bytes: size of the weight files. files: their number.
     source: "client 2" or "mean of 3 clients", and whether adapters were merged. note: what a user should know about the
-    run, or None.
+    run, or None. stops: which tokens end a generated text where there are several, or None.
     """
 
     output: Path
@@ -52,6 +53,7 @@ class ExportReport:
     source: str
     seconds: float
     note: str | None = None
+    stops: str | None = None
 
 
 def export_model(
@@ -97,7 +99,8 @@ def export_model(
         files = _write_weights(partial, stream, max_shard_bytes, progress)
         _set_dtype(partial / "config.json", stream.dtype)
         reload_model(partial, trust_remote_code=trust_remote_code)
-        reload_tokenizer(partial, trust_remote_code=trust_remote_code)
+        tokenizer = reload_tokenizer(partial, trust_remote_code=trust_remote_code)
+        stops = adapt_saved(partial, tokenizer) if tokenizer is not None else None
         written = sum((partial / name).stat().st_size for name in files)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
@@ -114,7 +117,9 @@ def export_model(
     parameters = sum(t.numel() for t in model.parameters())
     seconds = time.monotonic() - started
     names = f" (without {', '.join(map(str, missing))}, gone before the end)" if missing and client is None else ""
-    return ExportReport(output, parameters, written, len(files), stream.source + names, seconds, _unfinished(run))
+    return ExportReport(
+        output, parameters, written, len(files), stream.source + names, seconds, _unfinished(run), stops
+    )
 
 
 class _Stream:

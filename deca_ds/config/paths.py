@@ -60,7 +60,7 @@ def look_for(path: str) -> str:
     return _meaningless(path) or f"check the path, from {Path.cwd()}"
 
 
-def check_model(model: ModelConfig) -> None:
+def check_model_folder(model: ModelConfig) -> None:
     """Raise ModelError for a model or tokenizer that is neither a folder here nor a name that the hub could have."""
     for key, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if path is None or (path and os.path.isdir(path)):

@@ -19,7 +19,7 @@ from deca_ds.config.schema import Config
 from deca_ds.engine import internals
 from deca_ds.engine.gradients import GradientReducer
 from deca_ds.engine.load import find_blocks, zero3_config
-from deca_ds.engine.losses import count_targets, token_losses
+from deca_ds.engine.losses import check_own_loss, count_targets, token_losses, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
 
 _BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
@@ -64,9 +64,12 @@ class BlockState:
 
 @dataclass(frozen=True)
 class GradientStats:
-    """Of one inner step, over all ranks of the client. loss: mean over `targets` predicted tokens, in nats. tokens: all
+    """Of one inner step, over all ranks of the client.
+
+    loss: mean over `targets` predicted tokens, in nats, with the model's auxiliary loss if it has one. tokens: all
     tokens seen, padding left out. norm: 2-norm of the block's gradient before clipping. kept: see `Client.kept`, of the
-    step before. by_rank: what the reduction of [loss, norm^2, *kept] was made of, on this rank."""
+    step before. by_rank: what the reduction of [loss, norm^2, *kept] was made of, on this rank.
+    """
 
     loss: float
     targets: int
@@ -159,8 +162,7 @@ class Client:
         self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
-            losses, _ = token_losses(self.model, batch, self.device)
-            loss = losses.sum() / targets
+            loss = training_loss(self.model, batch, self.device, targets)
             if loss.requires_grad:  # else no parameter of the block takes part in it
                 loss.backward()
             total += loss.detach()
@@ -202,6 +204,12 @@ class Client:
         self.model.eval()
         losses, mask = token_losses(self.model, batch, self.device)
         return losses.sum(dim=1).cpu(), mask.sum(dim=1).cpu()
+
+    def check_loss(self, batch: Mapping[str, Tensor]) -> None:
+        """Raise ModelError unless the model's class computes the loss that is trained here; on a batch with targets."""
+        self.model.eval()
+        check_own_loss(self.model, batch, self.device)
+        self.end_scoring()
 
     def end_scoring(self) -> None:
         """Release what evaluation left gathered; call once after a series of `score`."""

@@ -6,7 +6,7 @@ tests/engine/test_canaries.py holds one test for each, so that an upgrade of Dee
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ def gathered(model: nn.Module) -> Iterator[str]:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     return (name for name, p in model.named_parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+
+
+def keep_whole(modules: Sequence[nn.Module]) -> None:
+    """Let ZeRO-3 gather each of `modules` with all that is inside it, whenever it runs.
+
+    For modules that use others of their children for other data: ranks with different data would gather different
+    parameters, and wait for each other or mix them up. To be called before deepspeed.initialize.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
 
 
 def shard(parameter: nn.Parameter) -> Tensor:

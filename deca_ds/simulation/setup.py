@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
 from deca_ds.data import ClientData, load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
-from deca_ds.engine.load import DTYPES, find_blocks, load_architecture, load_tokenizer
+from deca_ds.engine.check_model import check_model, check_token_ids
+from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_architecture, load_tokenizer
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
@@ -36,10 +38,14 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
             fix="leave cluster.absent out",
         )
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    tokenizer = load_tokenizer(config.model)
+    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    for warning in check_model(config, architecture, tokenizer):
+        print(f"WARNING: {warning}", file=sys.stderr)
     if data is None:
         data = load_data(config, tokenizer)
-    model = _load_model(config)
+    for part in data:
+        check_token_ids(architecture, part.train, part.own_evaluation, part.common_evaluation)
+    model = _load_model(config, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
     return Simulation(
@@ -63,18 +69,20 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Client
     return data
 
 
-def _load_model(config: Config) -> torch.nn.Module:
-    architecture = load_architecture(config.model)
+def _load_model(config: Config, architecture: PretrainedConfig) -> torch.nn.Module:
+    given = given_weights(config.model, architecture) if config.model.init == "pretrained" else None
     options = {"trust_remote_code": config.model.trust_remote_code, "dtype": DTYPES[config.model.dtype]}
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
-    if config.model.init == "random":
+    if given is None:
         with nothing_drawn():
             model = AutoModelForCausalLM.from_config(architecture, **options)
         draw_weights(model, config.run.seed)
         return model
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         config.model.path, config=architecture, revision=config.model.revision, **options
     )
+    given.compare(model, lambda parameter: (0, parameter.numel(), parameter.data.view(-1)))
+    return model

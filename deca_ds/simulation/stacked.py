@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.algorithm.local import LocalSteps
-from deca_ds.engine.losses import count_targets, token_losses
+from deca_ds.engine.losses import count_targets, token_losses, training_loss
 from deca_ds.engine.masters import rounded
 
 Batch = Mapping[str, Tensor]
@@ -94,7 +94,7 @@ class StackedClients:
         total = 0.0
         self._model.train()
         for batch in micro_batches:
-            loss = token_losses(self._model, batch, _CPU)[0].sum() / targets
+            loss = training_loss(self._model, batch, _CPU, targets)
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())

@@ -17,6 +17,7 @@ from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.gossip import survive
 from deca_ds.gossip.late import check_wait
@@ -52,6 +53,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     check_wait(config.gossip.wait_s, mixing)
     survive.check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    for warning in check_model(config, architecture, tokenizer, weights=False):
+        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     model = meta_model(config.model, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)

@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore
 
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
+from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.cluster import Cluster, Launch, connect
 from deca_ds.cluster.fingerprint import compare_software, compare_start, digest, software
 from deca_ds.cluster.guard import JobGuard
@@ -30,11 +31,12 @@ from deca_ds.cluster.votes import Votes
 from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
-from deca_ds.config.paths import check_model, check_writable
+from deca_ds.config.paths import check_model_folder, check_writable
 from deca_ds.config.resume import SAVED_CONFIG, check_folder, check_new, save_optimizer
-from deca_ds.data import load_client_data, training_batches, validate_data_config
+from deca_ds.data import evaluation_batches, load_client_data, training_batches, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import find_adapters
+from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
@@ -90,7 +92,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
         check_folder(config)
     else:
         check_writable(Path(config.run.output), "run.output")
-    check_model(config.model)
+    check_model_folder(config.model)
     validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if visit is None and config.run.resume != "never":
@@ -126,6 +128,10 @@ def build(
     progress, launch, output = cluster.progress, cluster.launch, Path(config.run.output)
     mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    progress.enter("checking the model")
+    for warning in check_model(config, architecture, tokenizer):
+        if cluster.is_main:
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     disable_progress_bars()
     progress.enter("reading the data")
     for line in [
@@ -134,6 +140,7 @@ def build(
     ]:
         print(line, file=sys.stderr, flush=True)
     data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
+    check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
     if invitation is None:
         summaries = transport.gather_json(data.summary)
@@ -164,14 +171,16 @@ def build(
             save_adapters(output, find_adapters(model))
         model.config.save_pretrained(output / "hf")
         tokenizer.save_pretrained(output / "hf")
-        if model.can_generate():
-            model.generation_config.save_pretrained(output / "hf")
+        if model.can_generate() and (note := save_generation_config(model, tokenizer, output / "hf")):
+            print(f"NOTE: {note}", file=sys.stderr, flush=True)
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
     if cluster.is_main:
         warn_of_blocks(Console(stderr=True), client.plan)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
+    client.check_loss(next(one_row))
     if resumption.saved is None and invitation is None:
         even = cluster.layout.even  # else digests are of whole clients, and all ranks have the same
         starts_from = {"initial parameters": _initial(client) if even else whole_digest(client)}

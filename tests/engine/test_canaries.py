@@ -61,3 +61,13 @@ def test_the_shared_memory_extension_can_be_switched_off():
     import deepspeed
 
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+
+
+def test_a_module_can_be_gathered_whole():
+    from deepspeed.utils import z3_leaf_module
+    from torch import nn
+
+    outer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    internals.keep_whole([outer])
+    assert z3_leaf_module(outer)
+    assert not z3_leaf_module(outer[0])
