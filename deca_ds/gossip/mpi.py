@@ -91,7 +91,9 @@ class MpiTransport(PointToPoint):
                 self._abandoned.extend(requests)
                 raise lost(self.client, neighbour, direction, tag, str(error)) from None
         self.bytes_sent += send.nbytes * len(destinations)
-        return MpiExchange(self, requests, tag)
+        exchange = MpiExchange(self, requests, tag)
+        exchange.test()  # MPI moves all that is under way, but only while it is called
+        return exchange
 
     def completed(self, request: _Request, tag: int) -> bool:
         """Whether a request is through. Raises GossipError if it failed or if its message is too short."""
