@@ -144,7 +144,7 @@ class GossipConfig:
     # seconds that a client waits for a neighbour that is late, before both average without each other; null: for ever
     wait_s: Optional[float] = None
     checksums: bool = True  # every message carries one; a damaged one is not averaged
-    chunk_mib: float = 16.0  # size of a message; a chunk travels while the next one is computed
+    chunk_mib: float = 4.0  # size of a message; a chunk travels while the next one is computed
 
 
 @dataclass
