@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deca_ds.engine.chunked_loss import chunked_loss, chunked_losses, positions_at_a_time
+from deca_ds.engine.output_head import OutputHead, find_head
 from deca_ds.errors import ModelError
 
 _ROUNDING = 1e-3  # relative; what another order of summing may make in float32
@@ -18,49 +20,68 @@ _ROUNDING = 1e-3  # relative; what another order of summing may make in float32
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every next token in nats, zero where labels are -100, and the others' mask: [batch, length-1].
 
-    batch: input_ids, attention_mask and labels, int64 [batch, length].
+    batch: input_ids, attention_mask and labels, int64 [batch, length]. Without gradients, the logits that are held at a
+    time are bounded, as in training.
     """
-    labels = batch["labels"].to(device)
-    return _losses(_forward(model, batch, device).logits, labels)
+    head = None if torch.is_grad_enabled() else _chunking(model, batch)
+    if head is None:
+        return _losses(model(**_inputs(batch, device)).logits, batch["labels"].to(device))
+    return _chunked_losses(model, head, batch, device)
 
 
 def training_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device, targets: int) -> Tensor:
     """A micro-batch's part of the mean loss over `targets` tokens: the parts of all micro-batches add up to it.
 
     With output_router_logits in the model's configuration, the router's auxiliary loss is part of it, as transformers
-    computes it for this micro-batch, weighted by the micro-batch's share of the targets.
+    computes it for this micro-batch, weighted by the micro-batch's share of the targets. Large logits are computed for
+    some positions at a time.
     """
-    outputs = _forward(model, batch, device)
-    losses, mask = _losses(outputs.logits, batch["labels"].to(device))
-    loss = losses.sum() / targets
+    head = _chunking(model, batch)
+    if head is None:
+        outputs = model(**_inputs(batch, device))
+        loss = _losses(outputs.logits, batch["labels"].to(device))[0].sum() / targets
+    else:
+        loss, outputs = head.run(
+            model, lambda hidden: chunked_loss(model, head, hidden, _predicted(batch), targets), _inputs(batch, device)
+        )
+        loss = loss.sum()
     auxiliary = _auxiliary(model, outputs)
-    return loss if auxiliary is None else loss + auxiliary.to(loss.device) * (mask.sum() / targets)
+    return loss if auxiliary is None else loss + auxiliary.to(loss.device) * (count_targets(batch) / targets)
 
 
 @torch.no_grad()
 def check_own_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> None:
     """Raise ModelError unless the loss that the model's class computes is the one that is trained here.
 
-    It is another where a class predicts something else than the next token, or adds terms of its own. batch: with
+    It is another where a class predicts something else than the next token, or adds terms of its own. So may be the
+    loss by chunks, if what a class makes of its head's output depends on more than its forward shows. batch: with
     targets. A model whose forward takes no labels has no loss of its own.
     """
-    if "labels" not in inspect.signature(model.forward).parameters:
-        return
     labels = batch["labels"].to(device)
-    outputs = _forward(model, batch, device, labels=labels)
-    own = getattr(outputs, "loss", None)
-    if own is None:
-        return
+    own_labels = {"labels": labels} if "labels" in inspect.signature(model.forward).parameters else {}
+    outputs = model(**_inputs(batch, device), **own_labels)
     losses, mask = _losses(outputs.logits, labels)
+    mean = float(losses.sum() / mask.sum())
     auxiliary = _auxiliary(model, outputs)
-    ours = float(losses.sum() / mask.sum()) + (0.0 if auxiliary is None else float(auxiliary))
-    if not abs(float(own) - ours) <= _ROUNDING * max(1.0, abs(ours)):
+    ours = mean + (0.0 if auxiliary is None else float(auxiliary))
+    own = getattr(outputs, "loss", None)
+    name = type(model).__name__
+    if own is not None and _differ(float(own), ours):
         raise ModelError(
-            f"{type(model).__name__} computes the loss {float(own):.6g} where the mean over next tokens is {ours:.6g}",
+            f"{name} computes the loss {float(own):.6g} where the mean over next tokens is {ours:.6g}",
             where="model.path",
             fix="use a model that is trained by the cross-entropy of next tokens, and switch off other terms of its "
             "loss in its config.json",
         )
+    if (head := find_head(model)) is not None:
+        by_chunks = float(_chunked_losses(model, head, batch, device)[0].sum() / mask.sum())
+        if _differ(by_chunks, mean):
+            raise ModelError(
+                f"{name} has the loss {by_chunks:.6g} with the logits of each position by itself, and {mean:.6g} with "
+                "those of the whole sequence",
+                where="model.path",
+                fix="use a model whose logits depend on nothing but the hidden state at their position",
+            )
 
 
 def count_targets(batch: Mapping[str, Tensor]) -> int:
@@ -68,9 +89,32 @@ def count_targets(batch: Mapping[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def _forward(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device, **more: Tensor) -> Any:
+def _differ(one: float, other: float) -> bool:
+    return not abs(one - other) <= _ROUNDING * max(1.0, abs(other))
+
+
+def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+def _chunking(model: nn.Module, batch: Mapping[str, Tensor]) -> OutputHead | None:
+    """The model's head where its logits for the batch are too many to be held together."""
+    head = find_head(model)
+    return None if head is None or batch["labels"].numel() <= positions_at_a_time(head) else head
+
+
+def _predicted(batch: Mapping[str, Tensor]) -> Tensor:
+    """What each position predicts, [batch, length]."""
+    return F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+
+
+def _chunked_losses(
+    model: nn.Module, head: OutputHead, batch: Mapping[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    labels = _predicted(batch)
+    losses, _ = head.run(model, lambda hidden: chunked_losses(model, head, hidden, labels), _inputs(batch, device))
+    return losses[:, :-1, 0], (labels[:, :-1] != -100).to(device)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets import disable_progress_bars
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.cluster.hostfile import hosts_of_clients, read_hostfile
@@ -19,6 +20,7 @@ from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
+from deca_ds.engine.output_head import find_head
 from deca_ds.gossip import survive
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
@@ -62,6 +64,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     warn_of_blocks(console, plan)
     if config.model.dtype == "bfloat16":
         console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
+    if find_head(model) is None:
+        console.print(_all_logits(config, model), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
     if config.cluster.absent:
         without = survive.without(mixing, config.cluster.absent)
@@ -131,6 +135,15 @@ def _masters(masters: str, plan: BlockPlan, ranks: int) -> str:
         return f"masters: exact, {mib:,.1f} MiB of host memory per rank"
     lost = "what a block's turn changes by less than half a bfloat16's last place is lost when it ends"
     return f"masters: rounded, {lost}; model.masters=exact takes {mib:,.1f} MiB of host memory per rank"
+
+
+def _all_logits(config: Config, model: PreTrainedModel) -> str:
+    """What the loss of a model takes that is not a body and a head."""
+    mib = 4 * model.config.get_text_config().vocab_size * config.data.micro_batch_size * config.data.max_length / 2**20
+    return (
+        f"logits: the forward of {type(model).__name__} is not a body and one linear head, so that the loss holds all "
+        f"logits of a micro-batch: {mib:,.1f} MiB in float32, and as much for their gradient"
+    )
 
 
 def _agreement(mixing: MixingSchedule) -> str:

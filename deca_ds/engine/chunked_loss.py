@@ -1,0 +1,107 @@
+"""The loss through a model's output head with the logits of some positions at a time, so that they never fill memory.
+
+Positions without a target have no logits at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from deca_ds.engine.output_head import OutputHead
+
+LOGITS_BYTES = 128 * 2**20  # of float32 logits at a time; with their gradient they take about four times as much
+
+
+def positions_at_a_time(head: OutputHead) -> int:
+    """How many positions have logits together."""
+    return max(1, LOGITS_BYTES // (4 * head.linear.out_features))
+
+
+def chunked_losses(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every target, float32 [batch, length, 1], zero where labels are -100; no gradients.
+
+    hidden: [batch, length, hidden]. labels: [batch, length], on the CPU, those that each position predicts.
+    """
+    losses = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
+    rows = hidden.flatten(0, 1)
+    with torch.no_grad():
+        for at, targets in _chunks(labels, head, hidden.device):
+            logits = head.logits(model, F.linear(rows[at], head.linear.weight, head.linear.bias))
+            losses[at] = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses.view(*labels.shape, 1)
+
+
+def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
+    """The sum of the same over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
+    return _SummedLoss.apply(hidden, head.linear.weight, head.linear.bias, model, head, labels, divisor)
+
+
+def _chunks(labels: Tensor, head: OutputHead, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions that have a target, of batch and length flattened, and the targets; some at a time."""
+    labels = labels.flatten()
+    for at in (labels != -100).nonzero().flatten().split(positions_at_a_time(head)):
+        yield at.to(device), labels[at].to(device)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Takes the gradients chunk by chunk while it computes the loss, and scales them in the backward pass.
+
+    So each chunk's logits are computed once. The head's gradient is summed in float32, whatever its parameters are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        model: nn.Module,
+        head: OutputHead,
+        labels: Tensor,
+        divisor: int,
+    ) -> Tensor:
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        rows = hidden.flatten(0, 1)
+        rows_grad = torch.zeros_like(rows) if for_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
+        total = torch.zeros(1, 1, 1, dtype=torch.float32, device=hidden.device)
+        for at, targets in _chunks(labels, head, hidden.device):
+            row = rows[at]
+            output = F.linear(row, weight, bias).requires_grad_()
+            with torch.enable_grad():
+                logits = head.logits(model, output).float()
+                loss = F.cross_entropy(logits, targets, reduction="sum") / divisor
+            total += loss.detach()
+            if not any(ctx.needs_input_grad):
+                continue
+            (grad,) = torch.autograd.grad(loss, output)
+            del logits, loss, output
+            if rows_grad is not None:
+                rows_grad[at] = grad @ weight
+            if weight_grad is not None:
+                if weight.dtype == torch.float32:
+                    weight_grad.addmm_(grad.t(), row)
+                else:
+                    weight_grad += grad.t() @ row
+            if bias_grad is not None:
+                bias_grad += grad.sum(dim=0, dtype=torch.float32)
+        ctx.grads = (
+            None if rows_grad is None else rows_grad.view_as(hidden),
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        scale = upstream.reshape(())
+        return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None, None, None

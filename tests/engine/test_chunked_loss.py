@@ -1,0 +1,260 @@
+"""The loss by chunks of positions equals the loss of all logits, which are never there together."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import CONFIGS, DENSE, WIDE, rows
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from deca_ds.engine import chunked_loss
+from deca_ds.engine.losses import check_own_loss, token_losses, training_loss
+from deca_ds.engine.output_head import find_head
+from deca_ds.errors import ModelError
+
+CPU = torch.device("cpu")
+POSITIONS, TARGETS = 7, 40  # at a time; of all micro-batches
+ROWS = rows()
+HEADS = {
+    "untied": CONFIGS["llama"],
+    "tied": CONFIGS["qwen2"],
+    "biased": CONFIGS["phi"],
+    "softcapped, tied": lambda: hf.Gemma2Config(**WIDE, query_pre_attn_scalar=8, final_logit_softcapping=0.5),
+    "divided": CONFIGS["granite"],
+    "scaled": lambda: hf.CohereConfig(**DENSE, logit_scale=0.3),
+    "a factor of the body's": lambda: hf.FalconH1Config(
+        **WIDE, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=8, mamba_d_ssm=32,
+        lm_head_multiplier=0.3,
+    ),
+    "a body inside the body": CONFIGS["opt"],
+    "a body with more outputs": lambda: hf.MixtralConfig(
+        **DENSE, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5
+    ),
+    "a layer before the head": lambda: hf.ElectraConfig(
+        **DENSE, embedding_size=8, is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ),
+}  # fmt: skip
+
+
+def build(make, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make(), dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms are no constants
+    return model
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """chunked(model): from here on, its logits are there for POSITIONS positions at a time."""
+
+    def switch(model):
+        monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", 4 * POSITIONS * find_head(model).linear.out_features)
+
+    return switch
+
+
+def compute(model, batch=ROWS):
+    """Loss, gradients and how often each came, losses of tokens, mask."""
+    model.zero_grad()
+    came: dict[str, int] = {}
+
+    def note(name):
+        return lambda _: came.update({name: came.get(name, 0) + 1})
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(note(name)) for name, p in model.named_parameters() if p.requires_grad
+    ]
+    loss = training_loss(model, batch, CPU, TARGETS)
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        losses, mask = token_losses(model, batch, CPU)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, came, losses, mask
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of a tensor with a column for each token that any operation makes, the head's weight left out."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.size, self.hidden, self.rows = head.out_features, head.in_features, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.shape[-1:] == (self.size,)
+                and tensor.shape != (self.hidden, self.size)
+            ):
+                self.rows = max(self.rows, tensor.numel() // self.size)
+        return result
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_equals_the_loss_of_all_logits_in_training_and_evaluation(name, chunked):
+    model = build(HEADS[name])
+    loss, gradients, came, losses, mask = compute(model)
+    chunked(model)
+    by_chunks, same_gradients, came_by_chunks, same_losses, same_mask = compute(model)
+    assert came_by_chunks == came and set(came.values()) == {1}
+    torch.testing.assert_close(by_chunks, loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(same_losses, losses, rtol=0, atol=2e-6)
+    assert torch.equal(same_mask, mask)
+    check_own_loss(model.eval(), ROWS, CPU)
+
+
+def test_no_operation_makes_logits_of_more_positions_than_wanted(chunked):
+    model = build(lambda: hf.Gemma2Config(**WIDE, query_pre_attn_scalar=8, tie_word_embeddings=False))
+    head = model.get_output_embeddings()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    with Largest(head) as whole:
+        compute(model)
+    chunked(model)
+    with Largest(head) as parts:
+        compute(model)
+    assert whole.rows >= ROWS["labels"].numel() - len(ROWS["labels"])
+    assert parts.rows == POSITIONS
+
+
+@pytest.mark.parametrize("trained", ["lm_head", "model.layers.1", "model.embed_tokens"])
+@pytest.mark.parametrize("make", [CONFIGS["llama"], CONFIGS["qwen2"]], ids=["untied", "tied"])
+def test_gradients_of_one_block(make, trained, chunked):
+    model = build(make)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+    if not any(p.requires_grad for p in model.parameters()):
+        pytest.skip("a tied head has its name from the embedding")
+    _, gradients, came, *_ = compute(model)
+    chunked(model)
+    _, same_gradients, came_by_chunks, *_ = compute(model)
+    assert came_by_chunks == came
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_to_train_and_no_targets(chunked):
+    model = build(CONFIGS["llama"])
+    chunked(model)
+    nothing = ROWS | {"labels": torch.full_like(ROWS["labels"], -100)}
+    loss, gradients, _, losses, mask = compute(model, nothing)
+    assert float(loss) == 0 and not losses.any() and not mask.any()
+    assert all(not gradient.any() for gradient in gradients.values())
+    assert len(gradients) == len(list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert not training_loss(model, ROWS, CPU, TARGETS).requires_grad
+
+
+def test_gradients_in_bfloat16_are_as_exact_as_those_of_all_logits(chunked):
+    exact = compute(build(CONFIGS["llama"], torch.bfloat16).float())[1]
+    model = build(CONFIGS["llama"], torch.bfloat16)
+    whole = compute(model)[1]
+    chunked(model)
+    parts = compute(model)[1]
+
+    def off(gradients, name):
+        return float((gradients[name].float() - exact[name]).norm() / exact[name].norm())
+
+    for name in exact:
+        assert parts[name].dtype == torch.bfloat16
+        assert off(parts, name) <= 1.2 * off(whole, name) + 2**-9, name
+
+
+class Shifted(hf.LlamaForCausalLM):
+    """The logits of a position depend on those of others."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        return dataclasses.replace(outputs, logits=outputs.logits - outputs.logits.mean(dim=1, keepdim=True))
+
+
+class Copying(hf.LlamaForCausalLM):
+    """Logits depend on the tokens."""
+
+    def forward(self, input_ids, **inputs):
+        outputs = super().forward(input_ids=input_ids, **inputs)
+        bonus = nn.functional.one_hot(input_ids, self.config.vocab_size)
+        return dataclasses.replace(outputs, logits=outputs.logits + bonus)
+
+
+class InPlace(hf.LlamaForCausalLM):
+    """Logits are scaled where they are: their gradient could not be taken."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        outputs.logits.mul_(2)
+        return outputs
+
+
+class LayerBehind(hf.LlamaForCausalLM):
+    """The head is followed by another layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.last = nn.Linear(config.vocab_size, config.vocab_size)
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        return dataclasses.replace(outputs, logits=self.last(outputs.logits))
+
+
+class OwnScale(hf.LlamaForCausalLM):
+    """A parameter beside the head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class Unlike(hf.LlamaForCausalLM):
+    """Its logits depend on the padding, which a probe of the head does not have."""
+
+    def forward(self, attention_mask, **inputs):
+        outputs = super().forward(attention_mask=attention_mask, **inputs)
+        return outputs if attention_mask.all() else dataclasses.replace(outputs, logits=2 * outputs.logits)
+
+
+@pytest.mark.parametrize("kind", [Shifted, Copying, InPlace, LayerBehind, OwnScale, "bert"])
+def test_another_forward_keeps_all_logits(kind, monkeypatch):
+    torch.manual_seed(0)
+    if kind == "bert":  # layers between body and head are one module with it
+        config = hf.BertConfig(**DENSE, is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = kind(CONFIGS["llama"]())
+    assert find_head(model) is None
+    monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", 4)
+    loss, gradients, *_ = compute(model)
+    with torch.no_grad():
+        logits = model(input_ids=ROWS["input_ids"], attention_mask=ROWS["attention_mask"]).logits[:, :-1]
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), ROWS["labels"][:, 1:].flatten(), reduction="sum")
+    assert float(loss) == pytest.approx(float(expected) / TARGETS, rel=1e-6)
+    used = {name for name, parameter in model.named_parameters() if name not in ("scale",)}
+    assert used <= gradients.keys()
+
+
+def test_logits_that_turn_out_to_depend_on_more_are_refused():
+    torch.manual_seed(0)
+    model = Unlike(CONFIGS["llama"]()).eval()
+    assert find_head(model) is not None
+    with pytest.raises(ModelError, match=r"Unlike has the loss .* with the logits of each position by itself"):
+        check_own_loss(model, ROWS, CPU)
+
+
+def test_the_head_is_found_without_weights():
+    from accelerate import init_empty_weights
+
+    for name in ("llama", "gemma2", "cohere", "mixtral", "opt", "bloom", "mamba", "rwkv", "falcon_h1", "dbrx"):
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+        model.tie_weights()
+        assert find_head(model).linear is model.get_output_embeddings(), name
