@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from deca_ds.engine.output_head import OutputHead
 
-LOGITS_BYTES = 128 * 2**20  # of float32 logits at a time; with their gradient they take about four times as much
+LOGITS_BYTES = 128 * 2**20  # of float32 logits at a time; what is computed from them takes three times as much again
 
 
 def positions_at_a_time(head: OutputHead) -> int:
@@ -92,6 +92,7 @@ class _SummedLoss(torch.autograd.Function):
                     weight_grad += grad.t() @ row
             if bias_grad is not None:
                 bias_grad += grad.sum(dim=0, dtype=torch.float32)
+            del grad  # before the next chunk's
         ctx.grads = (
             None if rows_grad is None else rows_grad.view_as(hidden),
             None if weight_grad is None else weight_grad.to(weight.dtype),

@@ -1,7 +1,9 @@
 """What a dry run refuses before it loads anything."""
 
+import re
+
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
@@ -35,6 +37,24 @@ def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word
     assert f"masters: exact, {parameters / 2**20:,.1f} MiB" in plan(half, world_size=2)
     dropped = plan(half, "model.masters=rounded")
     assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
+
+
+def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"data.train=[{word_files[0]}]", f"model.tokenizer={tiny_model}"]
+    keys += ["data.micro_batch_size=2", "data.max_length=32"]
+
+    def plan(folder) -> str:
+        print_plan(load_config(None, [*keys, f"model.path={folder}"]))
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "logits:" not in plan(tiny_model)
+    vocabulary = AutoConfig.from_pretrained(tiny_model).vocab_size
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
+    BertConfig(**sizes, vocab_size=vocabulary, is_decoder=True).save_pretrained(tmp_path / "bert")
+    told = (
+        f"BertLMHeadModel is not a body and one linear head, .* {4 * 2 * 32 * vocabulary / 2**20:,.1f} MiB in float32"
+    )
+    assert re.search(told, plan(tmp_path / "bert"))
 
 
 def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_path, capsys):
