@@ -9,9 +9,11 @@ copy at a time, and written by a thread.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
@@ -33,6 +35,7 @@ from deca_ds.training.written import Written
 
 FOLDER = "checkpoints"
 MASTERS, GRADIENT = "theta", "grad"
+_LOOK_S = 1.0
 
 Groups = list[tuple[str, list[Slice]]]
 
@@ -77,7 +80,7 @@ class Checkpoints:
         """Copy the state after `done` inner steps and have it written; waits for the write before it, if need be."""
         if done in self._saved:
             return
-        self._cluster.progress.enter("saving a checkpoint")
+        self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         groups, state = self._groups(), self._state(done)
         self._saved.append(done)
@@ -85,23 +88,33 @@ class Checkpoints:
         self._write_under_way = self._thread.submit(self._write, done, groups, state)
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises CheckpointError if it could not be, or takes too long."""
+        """Return when nothing is being written. Raises CheckpointError if it could not be, or stands still."""
         if self._write_under_way is not None:
             pending, self._write_under_way = self._write_under_way, None
-            if pending not in wait([pending], self._timeout_s).done:
-                raise CheckpointError(
-                    f"a checkpoint is still being written after {self._timeout_s:g} s",
-                    where=str(self._folder),
-                    fix="look at the disk; if it is only slow, raise cluster.timeout_s",
-                )
+            progress = self._cluster.progress
+            progress.tick()
+            while pending not in wait([pending], _LOOK_S).done:
+                if time.monotonic() - progress.moved > self._timeout_s:  # bytes that are written count as moving on
+                    raise CheckpointError(
+                        f"a checkpoint is not written: nothing has moved for {self._timeout_s:g} s",
+                        where=str(self._folder),
+                        fix="look at the disk; if it is only slow, raise cluster.timeout_s",
+                    )
             pending.result()
 
     def wait_for_all(self, done: int) -> None:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
+        self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         self._cluster.progress.enter("saving: waiting for all ranks")
         if done != self._resumed:
             self._written.wait(done)
+
+    def forget(self, done: int) -> None:
+        """Remove this rank's part of the checkpoint after `done` inner steps, which nothing goes on from any more."""
+        self._remove(done)
+        with contextlib.suppress(OSError):  # there are others
+            self._folder.rmdir()
 
     def _groups(self) -> Groups:
         """Copies of all slices, on the host."""
@@ -165,13 +178,11 @@ class Checkpoints:
         if len(kept) == self._config.keep:
             for step in steps_in(self._folder):
                 if step < kept[0] and not self._written.keeps(step):
-                    remove_part(
-                        self._folder,
-                        step,
-                        client=self._cluster.client,
-                        rank=self._cluster.shard,
-                        ranks=self._cluster.ranks,
-                    )
+                    self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        cluster = self._cluster
+        remove_part(self._folder, step, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
 
     def _complete(self, step: int) -> bool:
         return step == self._resumed or self._written.complete(step)
@@ -180,6 +191,7 @@ class Checkpoints:
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
     """This rank's slices of the model, a group a block; they write through to the model."""
     for block in client.plan.blocks:
+        cluster.progress.tick()
         yield block.label, _slices(client, block.names)
     yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))
 

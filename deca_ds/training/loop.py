@@ -56,12 +56,15 @@ class Trainer:
         Returns False if the job was told to stop before: then the checkpoints of all ranks are on the disk.
         """
         while self._goes_on():
+            is_through = self.done == len(self.schedule)
+            if is_through:  # should the evaluation or the saving fail, the next start goes on from here
+                self.checkpoints.save(self.done)
+                self.checkpoints.wait_for_all(self.done)
             if self._evaluates():
-                self.cluster.progress.enter("evaluation")
+                self.cluster.progress.enter("evaluation", works=True)
                 self._evaluate()
-            if self.done == len(self.schedule):
-                self.cluster.progress.enter("saving")
-                self.checkpoints.wait()
+            if is_through:
+                self.cluster.progress.enter("saving", works=True)
                 self._save()
                 self.gossip.drain()
                 return True
@@ -80,7 +83,7 @@ class Trainer:
 
     def _inner_step(self, step: Step) -> None:
         block = self.client.plan.blocks[step.block].label
-        self.cluster.progress.enter("gradient", step=step.index + 1, block=block)
+        self.cluster.progress.enter("gradient", step=step.index + 1, block=block, works=True)
         if step.opens:
             self.state = self.client.open_block(step.block, self.rule.buffers)
             self.rule.open(self.state.tensors)

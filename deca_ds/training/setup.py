@@ -23,6 +23,7 @@ from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.lifeline import Lifeline
 from deca_ds.cluster.lookout import Lookout
+from deca_ds.cluster.progress import SHARED
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore
 from deca_ds.cluster.visit import Visit, save_addresses
@@ -72,9 +73,12 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
         compare_software(config, launch, store, matrices)
     else:
         invitation.compare_software(config, launch, software(config, matrices))
-        store = JobStore(PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout)
+        store = JobStore(
+            PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout, guard.progress
+        )
     guard.progress.enter("checking the configuration")
     layout = ClientLayout.of(check_world(config, launch.world_size))
+    guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
     check_wait(config.gossip.wait_s, mixing)
     survive.check_absent(config.cluster, mixing)
@@ -85,6 +89,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if visit is None and config.run.resume != "never":
+        guard.progress.enter("verifying the checkpoints", works=True)
         resumption = choose(config, launch, store, layout, mixing)
     cluster = connect(config, launch, store, guard.progress, joins=visit is not None)
     if invitation is not None:
@@ -108,11 +113,13 @@ def build(
     resumption = resumption or Resumption()
     progress, launch, output = cluster.progress, cluster.launch, Path(config.run.output)
     mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
+    progress.enter("loading the tokenizer", works=True, awaits=SHARED)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     disable_progress_bars()
-    progress.enter("reading the data")
-    data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
+    progress.enter("reading the data", works=True, awaits=SHARED)
+    data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first, tick=progress.tick)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
+    progress.enter("comparing the data")
     if invitation is None:
         summaries = transport.gather_json(data.summary)
         compare_data(summaries, transport.gather_json(data.label_names))
@@ -131,7 +138,7 @@ def build(
     if cluster.is_main and edges:
         print(save_edges(edges, output), file=sys.stderr, flush=True)
 
-    progress.enter("loading the model")
+    progress.enter("loading the model", works=True, awaits=SHARED)
     model = load_model(config, architecture)
     if cluster.is_main:
         if METHODS[config.algorithm.method].adapters:
@@ -147,6 +154,7 @@ def build(
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if resumption.saved is None and invitation is None:
+        progress.enter("comparing the models", works=True)
         even = cluster.layout.even  # else digests are of whole clients, and all ranks have the same
         starts_from = {"initial parameters": _initial(client) if even else whole_digest(client)}
         compare_start(launch, cluster.store, starts_from | {"tokenizer": vocabulary}, cluster.ranks if even else 1)
@@ -171,6 +179,7 @@ def build(
     gossip.attendance.speaks = cluster.is_leader
     rule = build_rule(config)
     rewind(output, cluster, resumption.step if invitation is None else len(schedule))
+    progress.enter("reading the checkpoint" if resumption.saved else "starting", works=True)
     state, done = restore(resumption, cluster, client, rule, schedule, gossip), resumption.step
     resumed = resumption.step if resumption.saved is not None else None
     metrics = Metrics(config.logging, cluster, output, len(schedule))

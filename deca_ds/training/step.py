@@ -30,7 +30,7 @@ def inner_step(
     micro_batches: this rank's share of the client's batch. The block's shard is worked through in chunks: while one
     travels, the next one is computed. At the end theta holds the mixed masters, and the model's shards these, rounded.
     """
-    stats = client.gradient(micro_batches, optimizer.clip_norm)
+    stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     mixes = step.gossip is not None and gossip.has_neighbours(step.gossip)
     under_way: deque[tuple[slice, str, PendingMix]] = deque()
 
