@@ -132,7 +132,7 @@ def test_one_rank_takes_its_client_along_and_evaluations_are_redone(keys, tmp_pa
     [
         ("torch", [1, 1, 1, 1], "1:3:stopped,0:5:stopped", {1: 3, 0: 5}, "its rank 1 has not moved on"),
         ("torch", [1, 2, 1], "2:3:hangs", {1: 3}, "no progress for"),
-        pytest.param("mpi", [1, 1, 1], "1:3:hangs", {1: 3}, "waits for it", marks=MPI.marks),
+        pytest.param("mpi", [1, 1, 1], "1:3:hangs", {1: 3}, "no sign of work", marks=MPI.marks),
     ],
     ids=["a client, and the one with coordinator and store", "one rank of a client", "over MPI"],
 )
