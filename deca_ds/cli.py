@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from deca_ds import __version__
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import UserError
 
 
@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from deca_ds.checkpoint.commands import add_export_arguments, run_export
     from deca_ds.simulation import command as simulation
     from deca_ds.training import status, supervise
+    from deca_ds.training.terminal import own_streams
 
+    own_streams()
     parser = argparse.ArgumentParser(prog="deca", description="Tools for DECA runs. Train with launchers/train.py.")
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
     commands = parser.add_subparsers(required=True)
@@ -24,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_export_arguments(export)
     export.set_defaults(command=run_export)
     plan = commands.add_parser("plan", help="check a configuration and show blocks, graph, data and steps")
-    plan.add_argument("--config", type=Path, required=True, help="YAML file with the run's configuration")
-    plan.add_argument("--hostfile", type=Path, help="what deepspeed or mpirun will get: check that the clients fit it")
+    plan.add_argument("--config", type=path_argument, required=True, help="YAML file with the run's configuration")
+    plan.add_argument(
+        "--hostfile", type=path_argument, help="what deepspeed or mpirun will get: check that the clients fit it"
+    )
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.set_defaults(command=_plan)
     simulate = commands.add_parser("simulate", help="train all clients of a configuration in this one process")

@@ -64,6 +64,14 @@ class StallError(UserError):
     idle_s = 0.0
 
 
+class DivergedError(UserError):
+    """A loss, a gradient, a parameter, a moment or a score is not finite."""
+
+
+class DivergedMessageError(DivergedError, GossipError):
+    """Values that are not finite, or too far away to be averaged, on their way between clients."""
+
+
 class MessageError(GossipError):
     """A neighbour's message did not come, or came broken."""
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from deca_ds.checkpoint.commands import add_export_arguments, run_export
 from deca_ds.errors import UserError
+from deca_ds.training.terminal import own_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 for a mistake the user can fix, which is then on stderr."""
+    own_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_export_arguments(parser)
     try:

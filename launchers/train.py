@@ -5,6 +5,10 @@ import sys
 
 gc.disable()  # until all is imported: looking for garbage among what modules make takes a second of each rank
 
+from deca_ds.training.terminal import own_streams  # noqa: E402
+
+own_streams()  # before any library takes hold of them
+
 from deca_ds.training.main import main  # noqa: E402
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from jobs import REPOSITORY
+from words import make_tokenizer
 
 hypothesis.settings.register_profile("deca_ds", deadline=None)  # no test's outcome depends on how busy the machine is
 hypothesis.settings.load_profile("deca_ds")
@@ -28,19 +29,6 @@ def real_data() -> Path:
     if not (folder / "stories260k").is_dir():
         pytest.skip(f"no real data at {folder}; set DECA_TEST_DATA")
     return folder
-
-
-def make_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer of the words below, as a Hugging Face folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "Label", ":", "red", "green", "blue"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Every method written a second time: dense, in one process, in NumPy float64, straight from the equations.
 
-Nothing of deca_ds.algorithm, gossip or engine is used. torch serves for one thing only, the gradient of a whole model.
+Nothing of deca_ds.algorithm, gossip or engine is used. torch serves for one thing only, the gradient of a whole model,
+in float64 too (but for the norms of transformers, which compute in float32 whatever they are given).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rounding import Noise
 
 Parameters = dict[str, np.ndarray]
 # client, its block (numel,) -> gradient of the same shape, NaN for parameters that got none
@@ -70,8 +72,10 @@ def activation(
     every: int,
     lr: float,
     decay: np.ndarray | float = 0.0,
+    noise: Noise | None = None,
 ) -> list[SimpleNamespace]:
     """One block from its opening to its closing. theta: [n, numel]. matrices: the next averaging's W, again and again.
+    noise: on what local steps leave.
 
     Returns the clients' states; x is what they hold in the end.
     """
@@ -94,6 +98,8 @@ def activation(
             made = np.maximum(k.made, 1)
             m_hat, v_hat = k.m_half / (1 - c.a1**made), k.v_half / (1 - c.a2**made)
             k.half = np.where(there, k.x - lr * (m_hat / (np.sqrt(v_hat) + c.eps) + decay * k.x), k.x)
+            if noise is not None:
+                k.half = np.where(there, noise.parameters(k.half), k.half)
         gossips = (r + 1) % every == 0 or r == steps - 1
         w = next(matrices) if gossips else np.eye(n)
         mixed = average(w, np.stack([k.half for k in clients]), c.clip_radius)
@@ -120,16 +126,20 @@ def activation(
     return clients
 
 
+@torch.no_grad()
+def load(model: torch.nn.Module, parameters: Parameters) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.from_numpy(parameters[name]))
+
+
 def model_gradient(model: torch.nn.Module, parameters: Parameters, batch: dict) -> tuple[Parameters, float]:
-    """Gradient of the mean loss over the batch's target tokens, float64 copies, and the loss."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(parameters[name]))
+    """Gradient of the mean loss over the batch's target tokens, and the loss."""
+    load(model, parameters)
     model.zero_grad()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     loss.backward()
-    return {name: p.grad.double().numpy() for name, p in model.named_parameters()}, float(loss.detach())
+    return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}, float(loss.detach())
 
 
 def train(
@@ -145,9 +155,13 @@ def train(
     lr: float,
     decay: float,
     clip: float,
+    noise: Noise | None = None,
 ) -> list[Parameters]:
-    """Final parameters of every client. blocks: names, in the order in which they train; a single one stays active."""
-    start = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
+    """Final parameters of every client. blocks: names, in the order in which they train; a single one stays active.
+
+    model: float64; it is left as it comes. noise: see rounding.py.
+    """
+    start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     models = [{name: values.copy() for name, values in start.items()} for _ in batches]
     endless = cycle(matrices)
     if len(blocks) == 1:
@@ -165,13 +179,18 @@ def train(
 
             def gradient(i: int, x: np.ndarray, place=place, flat=flat) -> np.ndarray:
                 place(i, x)
-                whole = {name: values.astype(np.float32) for name, values in models[i].items()}
-                g = flat(model_gradient(model, whole, next(batches[i]))[0])
+                weights = models[i]
+                if noise is not None:
+                    weights = {name: noise.weights(values) for name, values in weights.items()}
+                g = flat(model_gradient(model, weights, next(batches[i]))[0])
                 norm = np.linalg.norm(g)
                 return g * (clip / norm) if 0 < clip < norm else g
 
             theta = np.stack([flat(parameters) for parameters in models])
-            ended = activation(c, theta, gradient, endless, steps=inner_steps, every=every, lr=lr, decay=shrink)
+            ended = activation(
+                c, theta, gradient, endless, steps=inner_steps, every=every, lr=lr, decay=shrink, noise=noise
+            )
             for i, client in enumerate(ended):
                 place(i, client.x)
+    load(model, start)
     return models

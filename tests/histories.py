@@ -1,22 +1,71 @@
-"""What the simulator has for a history of deaths and returns."""
+"""What the simulator has for a run with a history of deaths and returns, or without one; and with rounding errors."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from rounding import LOSS, MARGIN, PARAMETER, Noise, assert_close
+from torch import Tensor
 
+from deca_ds.algorithm.rule import Rule, State
 from deca_ds.config import load_config
 from deca_ds.gossip import survive
 from deca_ds.simulation.setup import build
+from deca_ds.simulation.simulate import Simulation
 
 
-def simulated(
-    keys: list[str], deaths: dict[int, int], returns: dict[int, tuple[int, int]], steps: int | None = None
-) -> dict[int, dict[str, torch.Tensor]]:
-    """Client -> parameters, where client c's death is noticed at inner step deaths[c], and it comes back with the state
-    of client g after inner step s, (s, g) = returns[c]."""
+class NoisyRule:
+    """A rule with noise on what its local step leaves."""
+
+    def __init__(self, rule: Rule, noise: Noise):
+        self._rule, self._noise = rule, noise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
+
+    def local_step(self, state: State, **options: Any) -> None:
+        self._rule.local_step(state, **options)
+        state["grad"].copy_(torch.from_numpy(self._noise.parameters(state["grad"].double().numpy())))
+
+
+def add_noise(simulation: Simulation, noise: Noise) -> None:
+    """Let it compute with rounding errors, see rounding.py."""
+    clients, simulation.rule = simulation.clients, NoisyRule(simulation.rule, noise)  # type: ignore[assignment]
+    gradient = clients.gradient
+
+    def noisy_gradient(index: int, client: int, *arguments: Any) -> float:
+        exact = clients.values[client].clone()
+        clients.values[client] = torch.from_numpy(noise.weights(exact.double().numpy()))
+        loss = gradient(index, client, *arguments)
+        clients.values[client] = exact
+        return loss
+
+    clients.gradient = noisy_gradient  # type: ignore[method-assign]
+
+
+def simulate(
+    keys: list[str],
+    deaths: Mapping[int, int] | None = None,
+    returns: Mapping[int, tuple[int, int]] | None = None,
+    *,
+    steps: int | None = None,
+    noise: Noise | None = None,
+) -> Simulation:
+    """The simulation after `steps` inner steps (None: all).
+
+    Client c's death is noticed at inner step deaths[c], and it comes back with the state of client g after inner step
+    s, (s, g) = returns[c].
+    """
+    deaths, returns = deaths or {}, returns or {}
     simulation = build(load_config(None, keys))
+    if noise is not None:
+        add_noise(simulation, noise)
     original, values = simulation.mixing, simulation.clients.values
     run = simulation.run()
     for number in range(1, (steps or len(simulation.schedule)) + 1):
@@ -28,4 +77,60 @@ def simulated(
                 values[client] = values[giver]
                 for tensor in run.gi_frame.f_locals["state"].values():
                     tensor[client] = tensor[giver]
-    return {client: dict(simulation.clients.parameters(client)) for client in range(simulation.clients.clients)}
+    if steps is None:
+        assert next(run, None) is None  # it ends with an evaluation
+    return simulation
+
+
+def assert_simulated(
+    read: Callable[[str, int], Tensor],
+    keys: list[str],
+    deaths: Mapping[int, int] | None = None,
+    returns: Mapping[int, tuple[int, int]] | None = None,
+    *,
+    steps: int | None = None,
+    where: str = "",
+) -> tuple[Simulation, Simulation]:
+    """What the clients that live in the end hold, read(name, client), is the simulator's to rounding.
+
+    Returns the simulation, and the one with noise.
+    """
+    start = dict(build(load_config(None, keys)).clients.parameters(0))
+    exact, noisy = (simulate(keys, deaths, returns, steps=steps, noise=noise) for noise in (None, Noise()))
+    living = [c for c in range(exact.clients.clients) if c not in (deaths or {}) or c in (returns or {})]
+    held = [[dict(simulation.clients.parameters(client)) for client in living] for simulation in (exact, noisy)]
+    assert_close([{name: read(name, client) for name in start} for client in living], *held, start, where)
+    return exact, noisy
+
+
+def assert_metrics(run: Path, exact: Simulation, noisy: Simulation) -> None:
+    """The metrics of a real run are the simulation's: losses and distances to rounding, all else to the letter."""
+    clients = range(exact.clients.clients)
+    job, *own = (
+        [json.loads(line) for line in (run / "metrics" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("job", *(f"client_{client:03d}" for client in clients))
+    )
+    scored = [[record for record in records if record["kind"] == "evaluation"] for records in own]
+    assert [record["step"] for record in job] == [record["step"] for record in exact.evaluations]
+    assert [records[-1]["gossip_bytes_sent"] for records in scored] == exact.steps[-1]["bytes_sent"]
+    found = {
+        "loss": [[record["loss"] for record in records if record["kind"] == "step"] for records in own],
+        "mean loss": [record["mean"]["loss"] for record in job],
+        "own loss": [[record["own"]["loss"] for record in records] for records in scored],
+        "consensus distance": [record["consensus_distance"] for record in job],
+    }
+    expected, with_noise = (
+        {
+            "loss": [[record["loss"][client] for record in simulation.steps] for client in clients],
+            "mean loss": [record["mean"]["loss"] for record in simulation.evaluations],
+            "own loss": [[r["clients"][client]["own"]["loss"] for r in simulation.evaluations] for client in clients],
+            "consensus distance": [record["consensus_distance"] for record in simulation.evaluations],
+        }
+        for simulation in (exact, noisy)
+    )
+    size = float(exact.clients.values.norm(dim=1).max())  # the distance is off by the rounding of what it is between
+    for name, values in expected.items():
+        values = np.array(values)
+        rounding = PARAMETER * size if name == "consensus distance" else LOSS * values.max()
+        tolerance = rounding + MARGIN * np.abs(values - with_noise[name]).max()
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=tolerance, err_msg=f"{run.name}: {name}")

@@ -85,6 +85,21 @@ def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
     return [f"{key}={value}" for key, value in every.items()]
 
 
+# What makes libraries compute as they do on other processors: ATen's own kernels, oneDNN's and MKL's.
+PROCESSORS = {
+    "oldest": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
+
+
+def as_on(processor: str | None) -> dict[str, str]:
+    """The environment of a job that computes as on that processor. None, or one that this one cannot be: as it is."""
+    import torch
+
+    able = processor == "oldest" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return PROCESSORS[processor] if processor and able else {}
+
+
 def free_port() -> int:
     """A port that nobody listens at; below those that the system gives to connections, which could take it next."""
     while True:

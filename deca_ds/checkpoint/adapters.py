@@ -63,6 +63,10 @@ class MergedModel:
         """Data type that the weight is stored in; a merged one is read as float32 all the same."""
         return self._saved.dtype(self._stored.get(name, name))
 
+    def model_dtype(self, name: str) -> torch.dtype:
+        """Of the weight in the model that was trained."""
+        return self._saved.model_dtype(self._stored.get(name, name))
+
     def read(self, name: str, client: int) -> Tensor:
         """One client's weight: W + scale B A."""
         return self._merge(name, lambda held: self._saved.read(held, client))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import ConfigError
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run_export` reads."""
-    parser.add_argument("run", type=Path, help="output folder of a run (run.output)")
-    parser.add_argument("output", type=Path, help="new folder for the Hugging Face model")
+    parser.add_argument("run", type=path_argument, help="output folder of a run (run.output)")
+    parser.add_argument("output", type=path_argument, help="new folder for the Hugging Face model")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--client", type=int, metavar="N", help="export client N's model (clients count from 0)")
     which.add_argument("--mean", action="store_true", help="export the mean of all clients' models (the default)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the stored one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the model")
     parser.add_argument(
         "--max-shard-size", default="500MB", metavar="SIZE", help="largest weight file, and so the memory it takes"
     )
@@ -49,6 +49,8 @@ def run_export(args: argparse.Namespace) -> int:
     size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {files}"
     console.print(f"exported {report.source}: {size}")
     console.print(f"verified and written to {report.output} in {report.seconds:.1f} s")
+    if report.stops:
+        console.print(f"note: {report.stops}")
     if report.note:
         console.print(f"note: {report.note}; its saved model is complete")
     return 0

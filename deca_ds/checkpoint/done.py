@@ -1,23 +1,33 @@
-"""The markers of a run that has finished, or has stopped, and which clients were gone by then."""
+"""The marker of how a run has ended, DONE, STOPPED or FAILED, and which clients were gone by then."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-DONE, STOPPED = "DONE", "STOPPED"
+from deca_ds.checkpoint.files import sync
+from deca_ds.errors import CheckpointError
+
+DONE, STOPPED, FAILED = "DONE", "STOPPED", "FAILED"
 _MISSING = "missing clients:"
 
 
 def mark_done(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
-    """Write the marker. steps: how many the run had, for people. missing: clients that died before the end."""
+    """Write the marker, once all that belongs to the run is on the disk. steps: how many the run had, for people.
+    missing: clients that died before the end. Raises CheckpointError if that cannot be."""
     _mark(run / DONE, steps, missing)
 
 
 def mark_stopped(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
     """The same for a run that can go on. steps: done so far."""
     _mark(run / STOPPED, steps, missing)
+
+
+def ended(run: Path) -> list[str]:
+    """The markers that are there."""
+    return [name for name in (DONE, STOPPED, FAILED) if (run / name).is_file()]
 
 
 def is_done(run: Path) -> bool:
@@ -36,8 +46,25 @@ def stopped_without(run: Path) -> list[int]:
 
 
 def _mark(marker: Path, steps: str, missing: Sequence[int]) -> None:
+    run, partial = marker.parent, marker.with_name(f".{marker.name}.partial")
     lines = [steps] + ([f"{_MISSING} {', '.join(map(str, missing))}"] if missing else [])
-    marker.write_text("\n".join(lines) + "\n")
+    try:
+        # slices are synchronised when they are written
+        for path in (*run.glob("*.*"), *run.glob("hf/**/*"), *run.glob("metrics/*"), run / "hf", run / "metrics"):
+            if path.exists():
+                sync(path)
+        partial.write_text("\n".join(lines) + "\n")
+        sync(partial)
+        for name in (STOPPED, FAILED):
+            (run / name).unlink(missing_ok=True)
+        os.replace(partial, marker)
+        sync(run)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot mark the run {marker.name}: {error.strerror or error}",
+            where=str(marker),
+            fix="make room; all that the run has saved is there",
+        ) from error
 
 
 def _missing(marker: Path) -> list[int]:

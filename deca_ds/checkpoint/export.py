@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,11 @@ from transformers import PreTrainedModel
 from deca_ds.checkpoint.adapters import MergedModel, read_adapters
 from deca_ds.checkpoint.done import DONE, missing_clients
 from deca_ds.checkpoint.files import sync
+from deca_ds.checkpoint.generation import adapt_saved
 from deca_ds.checkpoint.layout import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
+from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.partial")
@@ -40,7 +43,7 @@ class ExportReport:
 
     parameters: number of elements, shared ones counted once. bytes: size of the weight files. files: their number.
     source: "client 2" or "mean of 3 clients", and whether adapters were merged. note: what a user should know about the
-    run, or None.
+    run, or None. stops: which tokens end a generated text where there are several, or None.
     """
 
     output: Path
@@ -50,6 +53,7 @@ class ExportReport:
     source: str
     seconds: float
     note: str | None = None
+    stops: str | None = None
 
 
 def export_model(
@@ -65,7 +69,8 @@ def export_model(
     """Write the model of one client, or the mean of all clients, as a directory that `from_pretrained` loads.
 
     run: a run's output folder with hf/ (configuration, tokenizer) and model/ (sharded state); adapters that it trained
-    are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: the stored one.
+    are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: that of the model
+    which was trained. Where it was bfloat16 with exact masters, float32 writes these.
     max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
     done, bytes in all) after each tensor.
     The mean leaves out the clients that DONE names as missing. A run that is not marked DONE is exported if its sharded
@@ -86,7 +91,7 @@ def export_model(
     compare_shapes(saved, stored_shapes(model))
     stream = _Stream(saved, model, client, getattr(torch, dtype) if dtype else None)
 
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")  # no other export's, on any host
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(output.parent, stream.total_bytes)
@@ -94,10 +99,13 @@ def export_model(
         files = _write_weights(partial, stream, max_shard_bytes, progress)
         _set_dtype(partial / "config.json", stream.dtype)
         reload_model(partial, trust_remote_code=trust_remote_code)
-        reload_tokenizer(partial, trust_remote_code=trust_remote_code)
+        tokenizer = reload_tokenizer(partial, trust_remote_code=trust_remote_code)
+        stops = adapt_saved(partial, tokenizer) if tokenizer is not None else None
         written = sum((partial / name).stat().st_size for name in files)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
+        if os.path.lexists(output):
+            raise CheckpointError("the output has come to exist meanwhile", where=str(output), fix="give a new folder")
         partial.rename(output)
         sync(output.parent)
     except (OSError, SafetensorError) as error:
@@ -109,7 +117,9 @@ def export_model(
     parameters = sum(t.numel() for t in model.parameters())
     seconds = time.monotonic() - started
     names = f" (without {', '.join(map(str, missing))}, gone before the end)" if missing and client is None else ""
-    return ExportReport(output, parameters, written, len(files), stream.source + names, seconds, _unfinished(run))
+    return ExportReport(
+        output, parameters, written, len(files), stream.source + names, seconds, _unfinished(run), stops
+    )
 
 
 class _Stream:
@@ -123,7 +133,7 @@ class _Stream:
         # sizes are known before anything is read: the conversion runs once on tensors without storage
         self.planned: dict[str, Tensor] = {}
         for group in self.groups:
-            empty = {n: torch.empty(saved.shape(n), dtype=self._out(saved.dtype(n)), device="meta") for n in group}
+            empty = {n: torch.empty(saved.shape(n), dtype=self._out(n), device="meta") for n in group}
             for name, tensor in to_file_format(model, empty).items():
                 self.planned[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         self.total_bytes = sum(tensor.nbytes for tensor in self.planned.values())
@@ -143,7 +153,9 @@ class _Stream:
     def _read(self, name: str) -> Tensor:
         tensor = self.saved.mean(name) if self.client is None else self.saved.read(name, self.client)
         self._refuse_not_finite(name, tensor)
-        cast = tensor.to(self._out(self.saved.dtype(name)))
+        out = self._out(name)
+        as_trained = out == self.saved.model_dtype(name) != self.saved.dtype(name)
+        cast = rounded(tensor) if as_trained else tensor.to(out)
         if cast.dtype != tensor.dtype and (count := _not_finite(cast)):
             raise CheckpointError(
                 f"{count} of {cast.numel()} elements of {name} are too large for {_label(cast.dtype)}",
@@ -152,8 +164,9 @@ class _Stream:
             )
         return cast
 
-    def _out(self, stored: torch.dtype) -> torch.dtype:
-        return self.cast if self.cast and stored.is_floating_point else stored
+    def _out(self, name: str) -> torch.dtype:
+        trained = self.saved.model_dtype(name)
+        return self.cast if self.cast and trained.is_floating_point else trained
 
     def _refuse_not_finite(self, name: str, tensor: Tensor) -> None:
         if not (count := _not_finite(tensor)):

@@ -85,7 +85,12 @@ class ShardedModel:
         return self._meta[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of what is stored: float32 for masters."""
         return self._meta[name][1]
+
+    def model_dtype(self, name: str) -> torch.dtype:
+        """Of the parameter in the model that was trained."""
+        return self._meta[name][2]
 
     def read(self, name: str, client: int) -> Tensor:
         """The full parameter of one client, on the CPU, in the stored data type."""
@@ -206,12 +211,13 @@ class ShardedModel:
 
     def _index(self, manifests: dict[tuple[int, int], dict[str, Any]]) -> tuple[dict, dict]:
         """(name -> shape and data type, (name, client) -> slices in ascending order) after all consistency checks."""
-        meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        meta: dict[str, tuple[tuple[int, ...], torch.dtype, torch.dtype]] = {}
         slices: dict[tuple[str, int], list[tuple[int, int, Path]]] = {}
         for (client, rank), manifest in sorted(manifests.items()):
             where = rank_folder(self.folder, client, rank)
             for name, entry in manifest["tensors"].items():
-                described = (tuple(entry["shape"]), getattr(torch, entry["dtype"]))
+                dtypes = (getattr(torch, entry.get(key, entry["dtype"])) for key in ("dtype", "model_dtype"))
+                described = (tuple(entry["shape"]), *dtypes)
                 if meta.setdefault(name, described) != described:
                     raise CheckpointError(
                         f"{name} is {_describe(described)} in client {client} rank {rank}, "
@@ -243,5 +249,7 @@ class ShardedModel:
             covered = last
 
 
-def _describe(described: tuple[tuple[int, ...], torch.dtype]) -> str:
-    return f"{tuple(described[0])} {str(described[1]).removeprefix('torch.')}"
+def _describe(described: tuple[tuple[int, ...], torch.dtype, torch.dtype]) -> str:
+    shape, stored, trained = described
+    masters = f" of {trained}" if trained != stored else ""
+    return f"{shape} {stored}{masters}".replace("torch.", "")

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum, sync
+from deca_ds.engine.masters import join
 from deca_ds.errors import CheckpointError
 
 VERSION = 1
@@ -34,7 +35,8 @@ PARTIAL = ".partial"
 class Slice:
     """Elements [start, stop) of the flat parameter (or persistent buffer) `name`, whose full shape is `shape`.
 
-    values: 1-D, stop - start elements, on any device, of the data type to be stored.
+    values: 1-D, stop - start elements, on any device, of the data type to be stored. low: on the host, what makes
+    float32 masters of bfloat16 values; these are stored then.
     """
 
     name: str
@@ -42,6 +44,22 @@ class Slice:
     start: int
     stop: int
     values: Tensor
+    low: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is stored."""
+        return self.values.nbytes + (0 if self.low is None else self.low.nbytes)
+
+    def copy(self) -> Slice:
+        """One of its own, on the host."""
+        held = (None if held is None else held.detach().to("cpu", copy=True) for held in (self.values, self.low))
+        return Slice(self.name, self.shape, self.start, self.stop, *held)
+
+    def stored(self) -> Tensor:
+        """On the host, in the data type to be stored."""
+        values = self.values.detach().to("cpu")
+        return values if self.low is None else join(values, self.low)
 
 
 def rank_folder(folder: Path, client: int, rank: int) -> Path:
@@ -101,14 +119,16 @@ def _write_group(path: Path, slices: Iterable[Slice], manifest: dict[str, Any]) 
             raise ValueError(f"{piece.name}: [{piece.start}, {piece.stop}) does not fit {tuple(piece.values.shape)}")
         if piece.name in manifest["tensors"]:
             raise ValueError(f"{piece.name} is given twice")
+        stored = piece.stored()
         manifest["tensors"][piece.name] = {
             "shape": list(piece.shape),
-            "dtype": str(piece.values.dtype).removeprefix("torch."),
+            "dtype": str(stored.dtype).removeprefix("torch."),
+            "model_dtype": str(piece.values.dtype).removeprefix("torch."),
             "start": piece.start,
             "stop": piece.stop,
             "file": path.name,
         }
-        tensors[piece.name] = piece.values.detach().to("cpu").contiguous()
+        tensors[piece.name] = stored.contiguous()
     save_file(tensors, path)
     sync(path)
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "blake2b": checksum(path)}

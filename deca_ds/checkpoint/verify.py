@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from deca_ds.checkpoint.adapters import MergedModel
@@ -81,12 +81,12 @@ def reload_model(folder: Path, *, trust_remote_code: bool = False) -> None:
         raise CheckpointError(f"the export loads with {'; '.join(problems)}", fix=_LOAD_FIX)
 
 
-def reload_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Load the tokenizer in `folder`, if there is one. Raises CheckpointError if it does not load."""
+def reload_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`, None if there is none. Raises CheckpointError if it does not load."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return
+        return None
     try:
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise CheckpointError(
             f"the tokenizer does not load: {error}", fix="check the tokenizer's files in the run's hf/ folder"

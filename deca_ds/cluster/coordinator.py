@@ -57,7 +57,8 @@ class Coordinator:
     ):
         self._layout, self._leader = layout, layout.leader_of(client)
         self._timeout_s, self._silence_s = timeout_s, silence_s
-        self._server = socket.create_server((host, 0), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._server = socket.create_server((host, 0), family=family, backlog=1024)
         self.address: tuple[str, int] = self._server.getsockname()[:2]
         self._lines: dict[int, Line] = {}  # by rank
         self._last = Decision(0, 0, "", tuple(clients))

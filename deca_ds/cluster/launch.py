@@ -31,6 +31,7 @@ _ON_HOST = (
 )
 # Launchers whose ranks may make up one MPI world.
 MPI_LAUNCHERS = ("openmpi", "mpich", "flux", "slurm")
+_WHERE = "environment of this process, from its launcher"
 
 
 @dataclass(frozen=True)
@@ -82,24 +83,44 @@ class Launch:
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Read the launcher's variables; a plain `python` start is one rank of one.
 
-    Raises LaunchError where they contradict each other or are no numbers.
+    Raises LaunchError that names them where they contradict each other, are incomplete or are no numbers.
     """
     for launcher, (rank_key, size_key) in _VARIABLES.items():
         if rank_key not in environ or size_key not in environ:
             continue  # the shell of a Slurm batch script has SLURM_PROCID, but no step
-        try:
-            rank, size = int(environ[rank_key]), int(environ[size_key])
-            said = ((environ[key], environ.get(of)) for key, of in _ON_HOST if key in environ)
-            local_rank = next((int(local) for local, of in said if of == environ[rank_key]), None)
-        except ValueError as error:
-            raise LaunchError(f"not a number: {error}", where=f"{rank_key}, {size_key} from the launcher") from error
-        if not 0 <= rank < size:
-            raise LaunchError(f"{rank_key}={rank} is not below {size_key}={size}", where="launcher environment")
+        rank, size = _number(environ, rank_key), _number(environ, size_key, least=1)
+        if rank >= size:
+            raise LaunchError(f"{rank_key}={rank} is not below {size_key}={size}", where=_WHERE)
+        said = (key for key, of in _ON_HOST if key in environ and environ.get(of) == environ[rank_key])
+        local_rank = next((_number(environ, key) for key in said), None)
         master = None
         if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-            master = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+            port = _number(environ, "MASTER_PORT", least=1, most=65535)
+            master = environ["MASTER_ADDR"].strip().strip("[]"), port
+        elif launcher == "deepspeed" and size > 1:
+            raise LaunchError(
+                f"{rank_key} and {size_key} are set, but not both MASTER_ADDR and MASTER_PORT",
+                where=_WHERE,
+                fix=f"set them to the address of rank 0's host and a free port there; for one process unset {rank_key}",
+            )
         return Launch(launcher, rank, size, local_rank, master)
+    if "RANK" in environ or environ.get("WORLD_SIZE", "1") != "1":
+        raise LaunchError(
+            "of RANK and WORLD_SIZE only one is set", where=_WHERE, fix="set both; for one process unset both"
+        )
     return Launch("python", 0, 1, 0, None)
+
+
+def _number(environ: Mapping[str, str], key: str, *, least: int = 0, most: int | None = None) -> int:
+    text = environ[key]
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        expected = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise LaunchError(f"{key}={text} is no number {expected}", where=_WHERE)
+    return number
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class Lifeline:
 
     @staticmethod
     def _accept(store: TCPStore, ranks: int, timeout_s: float) -> dict[socket.socket, int]:
-        with socket.create_server(("", 0)) as server:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server:
             server.settimeout(timeout_s)
             store.set(_KEY, str(server.getsockname()[1]))
             peers: dict[socket.socket, int] = {}

@@ -5,13 +5,17 @@ It carries addresses and messages of a few hundred bytes, never parameters and n
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 from torch.distributed import HashStore, Store, TCPStore
@@ -21,6 +25,7 @@ from deca_ds.cluster.progress import EVERYBODY, Progress
 from deca_ds.errors import LaunchError
 
 _ANSWER = timedelta(seconds=30)
+_RESOLVES_S = 10.0  # for the name of the first rank's host to become known
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class JobStore:
 def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
     """Host (the first rank) or join the job's store; under MPI rank 0 picks a free port and broadcasts it.
 
-    Raises LaunchError if that rank cannot be reached within `timeout_s` seconds.
+    Raises LaunchError if that rank cannot be reached within `timeout_s` seconds; soon, if its address or port is none.
     """
     timeout = timedelta(seconds=timeout_s)
     if launch.world_size == 1:
@@ -113,17 +118,53 @@ def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
     try:
         if launch.master is not None:
             address = launch.master
-            store = TCPStore(*address, is_master=is_host, timeout=timeout, wait_for_workers=False)
+            _resolve(address, "MASTER_ADDR", _RESOLVES_S)
+            store = _meet(address, is_host, timeout)
         else:
             address, store = _open_over_mpi(launch, is_host, timeout)
     except RuntimeError as error:
+        host, port = launch.master or ("a free port", 0)
+        why, fix = (
+            str(error).splitlines()[0],
+            f"check that rank {launch.first} runs and that the hosts reach each other",
+        )
+        if is_host and "EADDRINUSE" in str(error):
+            why, fix = f"port {port} is in use on this host", "choose another MASTER_PORT (deepspeed --master_port)"
+        elif is_host and "EACCES" in str(error):
+            why, fix = f"port {port} needs privileges", "choose a MASTER_PORT of 1024 or more (deepspeed --master_port)"
         raise LaunchError(
-            f"rank {launch.rank} on {launch.host} cannot {'host' if is_host else 'reach'} the job's store: {error}",
-            where=f"{launch.master or 'MPI'}",
-            fix=f"check that rank {launch.first} runs, that its port is free and that the hosts reach each other; "
-            "deepspeed --master_port chooses another port",
+            f"rank {launch.rank} on {launch.host} cannot {'host' if is_host else 'reach'} the job's store: {why}",
+            where=f"MASTER_ADDR={host} MASTER_PORT={port}" if launch.master else "MPI",
+            fix=fix,
         ) from error
     return JobStore(store, address, timeout)
+
+
+def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPStore:
+    """The store at `address`. A thread makes it: TCPStore waits for ever for the first answer of who is there, be it
+    another program that never gives one."""
+    made: queue.Queue[TCPStore | RuntimeError] = queue.Queue()
+
+    def make() -> None:
+        try:
+            made.put(TCPStore(*address, is_master=is_host, timeout=timeout, wait_for_workers=False))
+        except RuntimeError as error:
+            made.put(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    answered = False  # whether somebody was there, an answer's time ago
+    while True:
+        try:
+            store = made.get(timeout=_ANSWER.total_seconds())
+        except queue.Empty:
+            if answered:
+                raise RuntimeError("a program listens there that is not the job's store") from None
+            with contextlib.suppress(OSError), socket.create_connection(address, _ANSWER.total_seconds()):
+                answered = True
+            continue
+        if isinstance(store, RuntimeError):
+            raise store
+        return store
 
 
 def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[tuple[str, int], Store]:
@@ -163,8 +204,8 @@ def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[t
 
 
 def _reachable_address(launch: Launch) -> str:
-    address = socket.gethostbyname(launch.host)
-    if address.startswith("127."):
+    address = _resolve((launch.host, 0), f"the name of rank {launch.rank}'s host")[1][0]
+    if ip_address(address).is_loopback:
         raise LaunchError(
             f"the name of host {launch.host} stands for {address}, which other hosts cannot reach",
             where="job store under MPI",
@@ -208,6 +249,28 @@ def _join(address: tuple[str, int], timeout: timedelta) -> TCPStore:
 
 def own_address(peer: tuple[str, int]) -> str:
     """Address of this host's interface towards `peer`: the one that the others can reach as well."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
-        probe.connect((socket.gethostbyname(peer[0]), peer[1]))
+    family, address = _resolve(peer, "the job's store")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
+        probe.connect(address)
         return probe.getsockname()[0]
+
+
+def _resolve(address: tuple[str, int], whose: str, within_s: float = 0.0) -> tuple[socket.AddressFamily, Any]:
+    """Family and socket address of a host and port, IPv4 where a name has both. Raises LaunchError if the name stands
+    for nothing; within `within_s` seconds it is looked up again, because that of a host that starts may come late."""
+    host, port = address
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            break
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{host!r} stands for no address: {error}",
+                    where=whose,
+                    fix="look for a typing error, or give the number of the address",
+                ) from None
+        time.sleep(0.5)
+    family, *_, best = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return family, best

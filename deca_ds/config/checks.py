@@ -9,8 +9,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
+
+LOCK = "LOCK"  # in the output folder: which job has it
 
 # (key, predicate, what the value must be)
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -240,9 +243,11 @@ def _check_absent(config: Config) -> None:
 
 
 def check_output(config: Config) -> Path:
-    """The run's output folder, which must not hold anything yet. Raises ConfigError if it does."""
+    """The run's output folder, which must not hold anything yet but what a job that has just come to it, or that was
+    killed there, has put in. Raises ConfigError if it does, or cannot be made."""
     output = Path(config.run.output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    check_writable(output, "run.output")
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
         raise ConfigError(
             f"the output folder {str(output)!r} is already used",
             where="run.output",

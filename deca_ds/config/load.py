@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -12,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from deca_ds.config.checks import check
+from deca_ds.config.paths import expand_all, look_for
 from deca_ds.config.schema import Config
+from deca_ds.config.written import check_argument, check_file, in_type, keys_of
 from deca_ds.errors import ConfigError
 
 
@@ -26,17 +29,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if path is not None:
         config = _merge(config, _read_yaml(path), source=str(path))
     for argument in overrides:
-        if "=" not in argument or argument.startswith("-"):
-            raise ConfigError(
-                f"cannot read the argument {argument!r}",
-                where="command line",
-                fix="write overrides as key=value, for example optimizer.lr=1e-4",
-            )
-        try:
-            override = OmegaConf.from_dotlist([argument])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the argument {argument!r}: {error}", where="command line") from error
-        config = _merge(config, override, source=f"command line, {argument!r}")
+        override, source = _read_argument(argument), f"command line, {argument!r}"
+        key = argument.partition("=")[0]
+        for mapping in keys_of(dict):  # a mapping replaces the file's, as lists do; data.label_names.x=y adds to it
+            if (key == mapping or mapping.startswith(f"{key}.")) and OmegaConf.select(override, mapping) is not None:
+                OmegaConf.update(config, mapping, {}, merge=False)
+        config = _merge(config, override, source)
     try:
         OmegaConf.resolve(config)
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
@@ -49,8 +47,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         typed = cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere or to the wrong type
         raise _explain(error, str(path) if path else "command line", config) from error
-    # YAML reads the label values of classification as numbers where they look like numbers
-    typed.data.label_names = {str(value): word for value, word in typed.data.label_names.items()}
+    expand_all(typed)
     check(typed)
     return typed
 
@@ -61,19 +58,47 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise ConfigError(f"no configuration file {str(path)!r}", where="--config", fix="check the path and the folder")
+    if not os.path.isfile(path):
+        raise ConfigError(f"no configuration file {str(path)!r}", where="--config", fix=look_for(str(path)))
     try:
-        read = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8-sig")
+        check_file(text, str(path))
+        read = OmegaConf.create(text)
+        if not isinstance(read, DictConfig):
+            raise ConfigError("the file must hold keys and values, like 'model: {path: ...}'", where=str(path))
+        return OmegaConf.create(in_type(OmegaConf.to_container(read)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
-    except (OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, AssertionError, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"cannot read the configuration: {error}", where=str(path)) from error
-    if not isinstance(read, DictConfig):
-        raise ConfigError("the file must hold keys and values, like 'model: {path: ...}'", where=str(path))
-    return read
+
+
+def _read_argument(argument: str) -> DictConfig:
+    key, assigned, value = argument.partition("=")
+    if not assigned or argument.startswith("-"):
+        raise ConfigError(
+            f"cannot read the argument {argument!r}",
+            where="command line",
+            fix="write overrides as key=value, for example optimizer.lr=1e-4",
+        )
+    try:
+        check_argument(key, value)
+        read = OmegaConf.from_dotlist([argument])
+        return OmegaConf.create(in_type(OmegaConf.to_container(read)))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"cannot read the argument {argument!r}: {error}",
+            where="command line",
+            fix=f"what YAML reads otherwise stands in quotes that the shell leaves alone: '{key}=\"...\"'",
+        ) from error
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read the argument {argument!r}: {error}", where="command line") from error
 
 
 def _merge(config: DictConfig, addition: DictConfig, source: str) -> DictConfig:

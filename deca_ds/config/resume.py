@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deca_ds.config.checks import check_output
-from deca_ds.config.load import load_config
+from deca_ds.config.checks import LOCK, check_output
+from deca_ds.config.load import load_config, save_config
+from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
 
@@ -37,7 +39,12 @@ MAY_CHANGE = (
     "logging.",
     "deepspeed",
 )
-BEFORE_CONFIG = {"heartbeats", "FAILED"}  # what may be there of a run that ended before it had saved its configuration
+AFTER_DIVERGENCE = ("optimizer.",)  # what may change, too, where the run has ended because it had diverged
+BEFORE_CONFIG = {
+    LOCK,
+    "heartbeats",
+    "FAILED",
+}  # what may be there of a run that ended before it had saved its configuration
 
 
 def check_folder(config: Config) -> None:
@@ -50,8 +57,9 @@ def check_folder(config: Config) -> None:
     if config.run.resume == "never":
         check_output(config)
         return
+    check_writable(output, "run.output")
     there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if config.run.resume == "auto" and not output.is_file() and there <= BEFORE_CONFIG:
+    if config.run.resume == "auto" and there <= BEFORE_CONFIG:
         return
     if not saved.is_file():
         raise CheckpointError(
@@ -61,7 +69,8 @@ def check_folder(config: Config) -> None:
         )
     if (output / "DONE").exists():
         raise CheckpointError("the run has finished", where=str(output), fix="name a new folder in run.output")
-    changed = changes(load_config(saved), config)
+    allowed = MAY_CHANGE + (AFTER_DIVERGENCE if has_diverged(output) else ())
+    changed = changes(load_config(saved), config, allowed)
     if changed:
         key, (before, now) = next(iter(changed.items()))
         others = f" (and {', '.join(list(changed)[1:])})" if len(changed) > 1 else ""
@@ -69,18 +78,46 @@ def check_folder(config: Config) -> None:
             f"{key} = {now!r}{others}, but the run was started with {before!r}",
             where=f"run.resume={config.run.resume}, {saved}",
             fix="resume with the run's own configuration; only these and the number of ranks may change: "
-            + ", ".join(name.rstrip(".") for name in MAY_CHANGE),
+            + ", ".join(name.rstrip(".") for name in allowed),
         )
 
 
-def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Key -> both values, of the keys that differ and must not."""
+def check_new(config: Config) -> None:
+    """The same for a run that begins anew, because there was none to be continued when it looked first."""
+    check_folder(config)
+    if (Path(config.run.output) / SAVED_CONFIG).exists():
+        raise ConfigError(
+            f"another job has begun a run in {config.run.output!r} meanwhile",
+            where="run.output",
+            fix="start this one again, to continue that run, or name another folder",
+        )
+
+
+def has_diverged(output: Path) -> bool:
+    """Whether the run in `output` has ended at values that were not finite."""
+    return any("has diverged" in marker.read_text(errors="replace") for marker in output.glob("FAILED*"))
+
+
+def save_optimizer(config: Config) -> str:
+    """Note in the run's folder that it goes on with another section optimizer; returns what is new, for people."""
+    saved = Path(config.run.output) / SAVED_CONFIG
+    before = load_config(saved)
+    if before.optimizer == config.optimizer:
+        return ""
+    save_config(replace(before, optimizer=config.optimizer), saved)
+    changed = changes(before, config).items()
+    return ", ".join(f"{key} = {new!r} instead of {old!r}" for key, (old, new) in changed)
+
+
+def changes(before: Config, now: Config, allowed: Sequence[str] = MAY_CHANGE) -> dict[str, tuple[Any, Any]]:
+    """Key -> both values, of the keys that differ and must not. allowed: names of keys, and of sections with a dot."""
     old, new = flat(before), flat(now)
     return {
         key: (old[key], value)
         for key, value in new.items()
         if old[key] != value
-        and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_CHANGE)
+        and (key, value) != ("data.date", None)  # then the day of the first start counts
+        and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in allowed)
     }
 
 

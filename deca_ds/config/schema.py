@@ -7,7 +7,7 @@ unknown keys and wrong types.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 # OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: UP045
@@ -55,6 +55,8 @@ class ModelConfig:
     tokenizer: Optional[str] = None  # tokenizer directory or hub name; null: the model's
     init: Literal["pretrained", "random"] = "pretrained"  # random: only the architecture is read from `path`
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; masters and moments are always float32
+    # for bfloat16, what becomes of masters between a block's turns: kept, on the host; rounded to the model's values
+    masters: Literal["exact", "rounded"] = "exact"
     attention: Optional[str] = None  # eager, sdpa, flash_attention_2, ...; null: what transformers chooses
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     trust_remote_code: bool = False  # run modelling code that comes with the model; only for authors you trust
@@ -142,7 +144,7 @@ class GossipConfig:
     # seconds that a client waits for a neighbour that is late, before both average without each other; null: for ever
     wait_s: Optional[float] = None
     checksums: bool = True  # every message carries one; a damaged one is not averaged
-    chunk_mib: float = 16.0  # size of a message; a chunk travels while the next one is computed
+    chunk_mib: float = 4.0  # size of a message; a chunk travels while the next one is computed
 
 
 @dataclass
@@ -165,12 +167,14 @@ class DataConfig:
     text_columns: list[str] = field(default_factory=lambda: ["text"])  # for text and classification; joined by a blank
     label_column: str = "label"  # for classification
     # for classification: label value -> the word the model learns to answer; empty: the values themselves
-    label_names: dict[Any, str] = field(default_factory=dict)
+    label_names: dict[str, str] = field(default_factory=dict)
     prompt: str = "{text}\nLabel:"  # for classification; {text} is replaced, the answer follows after a blank
     partition: Literal["iid", "dirichlet", "key"] = "iid"  # how `train` is shared out
     alpha: float = 0.25  # for dirichlet: concentration; smaller is more skewed
     partition_column: Optional[str] = None  # for dirichlet and key: column that skews; null: the label column
     max_examples: Optional[int] = None  # use at most this many of `train` (seeded choice)
+    # for chat templates that write the day, YYYY-MM-DD; null: the day of the run's first start, the same for all ranks
+    date: Optional[str] = None
     max_length: int = 512  # tokens of a sequence; longer ones are cut
     packing: bool = False  # fill sequences of max_length with several examples
     answers_only: bool = True  # loss on answers only, not on prompts (text has no prompts)

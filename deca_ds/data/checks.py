@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from deca_ds.config.checks import RANGES as CONFIG_RANGES
+from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config, DataConfig
-from deca_ds.data.sources import TABLES, Source, find_sources
+from deca_ds.data.files import DOCUMENT, TABLES, kind_of
+from deca_ds.data.sources import HubName, Source, find_sources, look_through
 from deca_ds.errors import ConfigError
+
+
+def _is_day(text: str | None) -> bool:
+    try:
+        return text is None or datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *(entry for entry in CONFIG_RANGES if entry[0].startswith(("data.", "evaluation."))),
     ("data.alpha", lambda x: x > 0, "more than 0"),
     ("data.common_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
     ("data.client_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("data.date", _is_day, "a day, YYYY-MM-DD"),
     ("data.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
 )
 COLUMNS = {"alpaca": ["instruction", "output"], "messages": ["messages"], "sharegpt": ["conversations"]}
@@ -28,6 +42,9 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
     Raises ConfigError naming the key, DataError naming the path.
     """
     data = config.data
+    check_writable(
+        Path(datasets.config.HF_DATASETS_CACHE), "the cache of the datasets library; HF_DATASETS_CACHE or HF_HOME"
+    )
     for key, allowed, expected in RANGES:
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
@@ -41,6 +58,23 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
         for key in ("per_client", "per_client_evaluation"):
             sources += own_sources(data, key, client)
     _check_columns(data, sources)
+
+
+def tell_files(data: DataConfig, client: int | None = None) -> list[str]:
+    """Which files are read and which are left out, a line a key: of the common data, or of `client`'s own."""
+    lists = {"train": data.train, "evaluation": data.evaluation}
+    if client is not None:
+        private = {"per_client": data.per_client, "per_client_evaluation": data.per_client_evaluation}
+        lists = {f"{key}[{client}]": [entries[client]] for key, entries in private.items() if entries}
+    told = []
+    for key, entries in lists.items():
+        sources, found = look_through(entries, f"data.{key}", hub=client is None)
+        names = [f"{source.name} of the hub" for source in sources if isinstance(source, HubName)]
+        if found.files or found.left_out:
+            names.append(str(found))
+        if names:
+            told.append(f"data.{key}: {', '.join(names)}")
+    return told
 
 
 def own_sources(data: DataConfig, key: str, client: int) -> list[Source]:
@@ -130,14 +164,14 @@ def _check_format(data: DataConfig) -> None:
 
 
 def _check_columns(data: DataConfig, sources: Sequence[Source]) -> None:
-    suffixes = {source.suffix.lower() for source in sources if isinstance(source, Path)}
-    if ".txt" in suffixes and data.format != "text":
+    kinds = {kind_of(source) for source in sources if isinstance(source, Path)}
+    if DOCUMENT in kinds and data.format != "text":
         raise ConfigError(
             f"a .txt file has no columns for data.format = {data.format!r}",
             where="data.format",
             fix="set data.format=text, or give JSON, CSV, TSV or Parquet files",
         )
-    if suffixes.intersection(TABLES) and data.format in ("messages", "sharegpt"):
+    if kinds.intersection(TABLES) and data.format in ("messages", "sharegpt"):
         raise ConfigError(
             f"a table has no lists of messages for data.format = {data.format!r}",
             where="data.format",
@@ -149,7 +183,7 @@ def _check_columns(data: DataConfig, sources: Sequence[Source]) -> None:
         raise ConfigError("a name stands twice", where="data.column_names", fix="give every column its own name")
     wanted = required_columns(data) + ([data.partition_column] if data.partition_column else [])
     missing = [name for name in wanted if name not in data.column_names]
-    if missing and suffixes and suffixes <= set(TABLES):
+    if missing and kinds and kinds <= set(TABLES):
         raise ConfigError(
             f"data.column_names = {list(data.column_names)} lacks {', '.join(missing)}",
             where="data.column_names",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from typing import Any
@@ -20,10 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from deca_ds.config.schema import Config
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.encoding import CANDIDATES, PIECES, SEQUENCES, Batch, Encoder, pack
-from deca_ds.data.examples import ExampleRules, read_examples
+from deca_ds.data.examples import read_examples
+from deca_ds.data.formats import FORMATS, ExampleRules
+from deca_ds.data.formats.fields import normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
 from deca_ds.data.sources import Source, find_sources
-from deca_ds.errors import DataError
+from deca_ds.errors import ConfigError, DataError
 
 
 class _Draw(IntEnum):
@@ -39,6 +43,7 @@ class ClientData:
     train: input_ids and labels (-100 where there is no loss), a sequence a row. own_evaluation, common_evaluation: the
     same columns, for classification a row for each example and answer word with the columns example, candidate and
     label. label_names: classification's answer words in the order of label and candidate. summary: counts, for JSON.
+    notes: what the user should know of the files; they may name what only this client may see.
     """
 
     train: Dataset
@@ -46,6 +51,7 @@ class ClientData:
     common_evaluation: Dataset | None
     label_names: list[str]
     summary: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 def load_client_data(
@@ -73,7 +79,16 @@ class _Loader:
         validate_data_config(config, client)
         self.config, self.data, self.tokenizer, self.client = config, config.data, tokenizer, client
         self.tick = tick
-        self.words = {str(value): str(word) for value, word in self.data.label_names.items()}
+        self.words: dict[str, str] = {}
+        for value, word in self.data.label_names.items():
+            label = normal_label(value)
+            if self.words.setdefault(label, str(word)) != str(word):
+                raise ConfigError(
+                    f"the label {label!r} has two words: {self.words[label]!r} and {str(word)!r}",
+                    where="data.label_names",
+                    fix="1, 1.0 and '1 ' are one label: name it once",
+                )
+        self.unused: set[str] = set()
 
     def load(self) -> ClientData:
         data = self.data
@@ -93,7 +108,8 @@ class _Loader:
             max_length=data.max_length,
             answers_only=data.answers_only,
             words=self.words if data.format == "classification" else None,
-            conversations=data.format in ("messages", "sharegpt"),
+            conversations="conversation" in FORMATS[data.format].features,
+            date=datetime.date.fromisoformat(data.date) if data.date else None,
         )
         if data.packing and not self.encoder.eos:
             raise DataError(
@@ -129,7 +145,10 @@ class _Loader:
             subset=data.subset,
             split=data.split,
         )
-        return read_examples(list(sources), rules)
+        examples = read_examples(list(sources), rules)
+        for names in filter(None, examples.unique("unused")):
+            self.unused.update(json.loads(names))
+        return examples
 
     def _read_evaluation(self, sources: Sequence[Source]) -> Dataset | None:
         return self._cut_documents(self._read(sources, training=False)) if sources else None
@@ -185,7 +204,12 @@ class _Loader:
             "labels": dict(labels),
         }
         train = train.select_columns(["input_ids", "labels"])
-        return ClientData(train, own_rows, common_rows, self.encoder.label_names, summary)
+        return ClientData(train, own_rows, common_rows, self.encoder.label_names, summary, self._notes())
+
+    def _notes(self) -> list[str]:
+        names = sorted(self.unused - {self.data.partition_column})
+        notes = [f"not used: {', '.join(names)}"] if names else []
+        return notes + self.encoder.notes
 
     def _encode_evaluation(self, examples: Dataset, *, own_set: bool) -> tuple[Dataset | None, int]:
         limit = self.config.evaluation.max_examples

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Features, List, Value
 from datasets.fingerprint import Hasher
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from deca_ds.data.layout import Conversations
+from deca_ds.data.template import ChatTemplate
+from deca_ds.data.tokens import Spanning
 from deca_ds.errors import DataError
 
 IGNORED = -100  # the label of a token that carries no loss
-_ENCODING_VERSION = 1  # raise it when the same example gives other tokens: encoded examples are cached
-_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ENCODING_VERSION = 2  # raise it when the same example gives other tokens: encoded examples are cached
 
 _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "targets": Value("int32")}
 SEQUENCES = Features(_TOKENS | {"cut": Value("bool")})
@@ -40,7 +41,8 @@ class Encoder:
     """Turns batches of examples into sequences of at most `max_length` tokens.
 
     words: for classification, label value -> answer word. A BOS is put in front if the tokenizer puts one by default,
-    an EOS behind if the tokenizer has one. Conversations get exactly what the chat template writes.
+    an EOS behind if the tokenizer has one. Conversations get exactly what the chat template writes, on the day `date`.
+    What carries the loss is decoded and compared with the text for every example (deca_ds/data/tokens.py).
     Raises DataError for a missing chat template, and if `max_length` cannot hold an answer word.
     """
 
@@ -52,6 +54,7 @@ class Encoder:
         answers_only: bool = True,
         words: Mapping[str, str] | None = None,
         conversations: bool = False,
+        date: datetime.date | None = None,
     ):
         self.tokenizer, self.max_length, self.answers_only = tokenizer, max_length, answers_only
         self.words = dict(words or {})
@@ -60,7 +63,11 @@ class Encoder:
         plain = tokenizer("a", add_special_tokens=False).input_ids
         self.bos = default[:1] if default[:1] == [tokenizer.bos_token_id] and plain[:1] != default[:1] else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.template = _chat_template(tokenizer) if conversations else ""
+        self.spanning = Spanning(tokenizer)
+        self.template = ChatTemplate(tokenizer, date or datetime.date.today()) if conversations else None
+        if self.template is not None:
+            self.chats = Conversations(self.template, tokenizer.all_special_tokens, answers_only=answers_only)
+        self.notes = [] if self.template is None else self.chats.notes()
         for word in self.label_names:
             length = len(self._tokens([" " + word])[0]) + len(self.eos)
             if length > max_length - max_length // 2:
@@ -79,7 +86,9 @@ class Encoder:
         if backend is not None:
             # truncation and padding change with every call that uses them, and are not used here
             state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-        settings = (self.max_length, self.answers_only, self.words, self.bos, self.eos, self.template)
+        # a template writes special tokens by their names
+        template = None if self.template is None else (self.template.sources, str(self.tokenizer.special_tokens_map))
+        settings = (self.max_length, self.answers_only, self.words, self.bos, self.eos, template)
         return Hasher.hash((_ENCODING_VERSION, type(tokenizer).__name__, json.dumps(state), settings))
 
     def sequences(self, batch: Batch) -> Batch:
@@ -87,14 +96,14 @@ class Encoder:
 
         targets: number of tokens with a loss; the first token of a sequence is never predicted. cut: tokens were lost.
         """
-        if "messages" in batch:
-            encoded = [self._conversation(messages) for messages in batch["messages"]]
+        if "conversation" in batch:
+            encoded = self._conversations(batch["conversation"], batch["place"])
         elif "prompt" in batch:
             answers = [" " + self.words[label] for label in batch["answer"]] if self.words else batch["answer"]
-            encoded = self._pairs(batch["prompt"], answers)
+            encoded = self._pairs(batch["prompt"], answers, batch["place"], answers_only=self.answers_only)
         else:
             encoded = self._texts(batch["text"], batch.get("ids"))
-        rows = [self._row(one, answers_only=self.answers_only) for one in encoded]
+        rows = [self._row(one) for one in encoded]
         return _columns([row for row in rows if row["targets"]], SEQUENCES)
 
     def candidates(self, batch: Batch, indices: list[int]) -> Batch:
@@ -107,13 +116,15 @@ class Encoder:
         encoded = self._pairs(
             [prompt for prompt in batch["prompt"] for _ in names],
             [" " + name for _ in batch["prompt"] for name in names],
+            [place for place in batch["place"] for _ in names],
+            answers_only=True,
         )
         for place, (example, value) in enumerate(zip(indices, batch["answer"], strict=True)):
             of_example = encoded[place * len(names) : (place + 1) * len(names)]
             longest = max(len(one.ids) - one.prompt for one in of_example)
             for candidate, one in enumerate(of_example):
                 ids = {"example": example, "candidate": candidate, "label": names.index(self.words[value])}
-                rows.append(self._row(one, answers_only=True, reserve=longest) | ids)
+                rows.append(self._row(one, reserve=longest) | ids)
         return _columns(rows, CANDIDATES)
 
     def pieces(self, batch: Batch) -> Batch:
@@ -134,64 +145,36 @@ class Encoder:
             whole = [piece or tokens for piece, tokens in zip(ids, whole, strict=True)]
         return [_Encoded(tokens, [True] * len(tokens), 0) for tokens in whole]
 
-    def _pairs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[_Encoded]:
+    def _pairs(
+        self, prompts: Sequence[str], answers: Sequence[str], places: Sequence[str], *, answers_only: bool
+    ) -> list[_Encoded]:
         # Tokenised as one text, because many tokenizers put a blank before whatever they are given on its own.
-        alone = self._tokens(prompts)
-        together = self._tokens([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+        both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        spans = [[(len(prompt), len(text))] for prompt, text in zip(prompts, both, strict=True)]
         encoded = []
-        for prompt, both in zip(alone, together, strict=True):
-            start = len(self.bos) + _common_prefix(prompt, both)
-            ids = self.bos + both + self.eos
-            encoded.append(_Encoded(ids, [place >= start for place in range(len(ids))], start))
+        for tokens, ((start, _),) in self.spanning.encode(both, spans, places):
+            ids, start = self.bos + tokens + self.eos, len(self.bos) + start
+            encoded.append(_Encoded(ids, [not answers_only or place >= start for place in range(len(ids))], start))
         return encoded
 
-    def _conversation(self, messages: list[dict[str, str]]) -> _Encoded:
-        if not self.answers_only:
-            ids = self._tokens([self._apply_template(messages, messages, tokenize=False)])[0]
-            return _Encoded(ids, [True] * len(ids), 0)
-        if _MARKS_ANSWERS.search(self.template):
-            options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-            marked = self._apply_template(messages, messages, **options)
-            ids, answer = list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
-        else:
-            ids, answer = self._answers_by_prefix(messages)
-        return _Encoded(ids, answer, answer.index(True) if True in answer else 0)
-
-    def _answers_by_prefix(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        texts = [self._apply_template(messages, messages, tokenize=False)]
-        for place in turns:
-            before = {"tokenize": False, "add_generation_prompt": True}
-            texts.append(self._apply_template(messages[:place], messages, **before) if place else "")
-            texts.append(self._apply_template(messages[: place + 1], messages, tokenize=False))
-        if not all(texts[0].startswith(text) for text in texts):
-            raise DataError(
-                "the chat template writes earlier messages differently once later ones follow, so the answers in "
-                f"{_shown(messages)} cannot be told from the prompts",
-                where="the tokenizer's chat_template",
-                fix="use a template that marks answers with {% generation %}, or set data.answers_only=false",
-            )
-        ids, *prefixes = self._tokens(texts)
-        ends = [_common_prefix(prefix, ids) for prefix in prefixes]
-        answer = [False] * len(ids)
-        for start, end in zip(ends[::2], ends[1::2], strict=True):
-            answer[start:end] = [True] * (end - start)
-        return ids, answer
-
-    def _apply_template(self, messages: list[dict[str, str]], whole: list[dict[str, str]], **options: bool) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, **options)
-        except TemplateError as error:
-            raise DataError(
-                f"the chat template refuses {_shown(whole)}: {error}",
-                where="data.train, data.per_client or an evaluation set",
-                fix="bring the messages into the order that the template asks for",
-            ) from error
+    def _conversations(self, conversations: Sequence[str], places: Sequence[str]) -> list[_Encoded]:
+        texts, spans = [], []
+        for conversation, place in zip(conversations, places, strict=True):
+            text, trained, left_out = self.chats.render(json.loads(conversation), place)
+            texts.append(text)
+            spans.append(trained if self.answers_only else left_out)
+        encoded = []
+        for ids, found in self.spanning.encode(texts, spans, places):
+            answer = [not self.answers_only] * len(ids)
+            for first, end in found:
+                answer[first:end] = [self.answers_only] * (end - first)
+            encoded.append(_Encoded(ids, answer, answer.index(True) if True in answer else 0))
+        return encoded
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return self.spanning.tokens(texts)
 
-    def _row(self, one: _Encoded, *, answers_only: bool, reserve: int | None = None) -> dict[str, Any]:
+    def _row(self, one: _Encoded, *, reserve: int | None = None) -> dict[str, Any]:
         """One sequence. Of a prompt and an answer that are too long together the prompt loses its left part, down to
         half of max_length, then the answer its right part; a BOS stays. reserve: room to leave for the answer."""
         answer_length = len(one.ids) - one.prompt if reserve is None else reserve
@@ -199,7 +182,7 @@ class Encoder:
         first = min(len(self.bos), prompt) if one.ids[:1] == self.bos else 0
         kept = [*range(first), *range(one.prompt - prompt + first, len(one.ids))][: self.max_length]
         ids = [one.ids[place] for place in kept]
-        labels = [one.ids[place] if one.answer[place] or not answers_only else IGNORED for place in kept]
+        labels = [one.ids[place] if one.answer[place] else IGNORED for place in kept]
         targets = sum(label != IGNORED for label in labels[1:])
         return {"input_ids": ids, "labels": labels, "targets": targets, "cut": len(kept) < len(one.ids)}
 
@@ -224,23 +207,3 @@ def pack(batch: Batch, max_length: int) -> Batch:
 
 def _columns(rows: Sequence[Mapping[str, Any]], features: Features) -> Batch:
     return {name: [row[name] for row in rows] for name in features}
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(
-            "the tokenizer has no chat template, which data.format messages and sharegpt need",
-            where="model.tokenizer, or model.path",
-            fix="name an instruction-tuned model's tokenizer, or put a chat_template.jinja into the folder",
-        ) from error
-
-
-def _shown(messages: list[dict[str, str]]) -> str:
-    return "the conversation " + repr(" / ".join(f"{turn['role']}: {turn['content']}" for turn in messages)[:120])

@@ -5,25 +5,32 @@ A row that cannot be read is an error that names the file and the line. Nothing 
 
 from __future__ import annotations
 
+import bz2
 import csv
 import glob
+import gzip
+import io
 import json
+import lzma
+import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
+from deca_ds.config.paths import look_for
+from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind_of
 from deca_ds.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
-TABLES = (".csv", ".tsv")  # the kinds that data.column_names applies to
-_LOOKS_LIKE_A_PATH = re.compile(r"^[./~]|[*?\[\\]|/.*/|\.[A-Za-z]\w*$")
+_LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
+_DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 
 
 @dataclass(frozen=True)
@@ -40,34 +47,35 @@ Source = Path | HubName
 def find_sources(entries: Iterable[str], key: str, *, hub: bool = True) -> list[Source]:
     """The files and hub names that `entries` of the configuration key `key` stand for, in a fixed order, each once.
 
-    An entry is a file, a folder (all data files below it), a glob, or, if `hub`, the name of a hub data set.
-    Raises DataError for an entry without files or a file of an unknown kind.
+    An entry is a file, a folder (all data files below it), a glob, or, if `hub`, the name of a hub data set. What is
+    there as a file or folder is no hub name. Raises DataError for an entry without files or a file of an unknown kind.
     """
-    sources: dict[Source, None] = {}
+    return look_through(entries, key, hub=hub)[0]
+
+
+def look_through(entries: Iterable[str], key: str, *, hub: bool = True) -> tuple[list[Source], Found]:
+    """The same, and the files by themselves with those that were left out."""
+    found, sources = Found(), dict[Source, None]()
     for entry in entries:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            found = _data_files_below(path)
-            if not found:
-                raise DataError(f"no data files in the folder {entry!r}", where=key, fix=_known_kinds())
-        elif path.exists():
-            found = [path]
+        path = Path(entry)
+        if not entry.strip():
+            raise DataError("an empty path", where=key, fix="name a file, a folder, a glob or a hub data set")
+        if os.path.isdir(entry):  # these, not Path's, take names that are too long
+            add_matches(found, [path], entry, key)
+        elif os.path.exists(entry):
+            add_file(found, path, key)
         elif glob.has_magic(entry):
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            found = [file for match in matches for file in (_data_files_below(match) if match.is_dir() else [match])]
-            if not found:
-                raise DataError(f"no file matches {entry!r}", where=key, fix=f"check the pattern, from {Path.cwd()}")
-        elif hub and entry and not _LOOKS_LIKE_A_PATH.search(entry):
+            matches = sorted(glob.glob(entry, recursive=True))
+            if not matches:
+                raise DataError(f"no file matches {entry!r}", where=key, fix=look_for(entry))
+            add_matches(found, map(Path, matches), entry, key)
+        elif hub and not os.path.islink(entry) and not _LOOKS_LIKE_A_PATH.search(entry):
             name, _, split = entry.partition(":")
             sources[HubName(name, split or None)] = None
-            continue
         else:
-            raise DataError(f"no such file or folder: {entry!r}", where=key, fix=f"check the path, from {Path.cwd()}")
-        for file in found:
-            if file.suffix.lower() not in SUFFIXES:
-                raise DataError(f"unknown kind of data file {str(file)!r}", where=key, fix=_known_kinds())
-            sources[file] = None
-    return list(sources)
+            raise DataError(f"no such file or folder: {entry!r}", where=key, fix=look_for(entry))
+        sources |= dict.fromkeys(found.files)
+    return list(sources), found
 
 
 def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,20 +84,22 @@ def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[st
     column_names: names for the columns of a CSV or TSV file without a header. Strings in a JSON list are rows with the
     one column `text`; so is a whole .txt file. Raises DataError with file and line for anything malformed.
     """
-    suffix = path.suffix.lower()
+    kind = kind_of(path)
     try:
-        if suffix == ".parquet":
-            yield from _read_parquet(path)
-        elif suffix in TABLES:
+        if kind in (".parquet", ".arrow"):
+            yield from _read_batches(path)
+        elif kind in TABLES:
             yield from _read_table(path, list(column_names))
-        elif suffix == ".txt":
-            yield str(path), {"text": path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")}
-        elif suffix == ".jsonl":
+        elif kind == ".txt":
+            yield str(path), {"text": _content(path).decode("utf-8-sig").replace("\r\n", "\n")}
+        elif kind in LINES:
             yield from _read_json_lines(path)
         else:
             yield from _read_json(path)
     except UnicodeDecodeError as error:
         raise DataError("not UTF-8 text", where=_undecodable_line(path), fix="save the file as UTF-8") from error
+    except _DAMAGED as error:
+        raise DataError(f"a damaged compressed file: {error}", where=str(path), fix="copy or make it again") from error
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
 
@@ -108,8 +118,22 @@ def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
         ) from error
 
 
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a file, decompressed as they are read."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
+    return cast(BinaryIO, opened(path, "rb"))
+
+
+def _content(path: Path) -> bytes:
+    with _open(path) as file:
+        return file.read()
+
+
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = path.read_bytes()
+    content = _content(path)
     if not content.strip():
         return
     try:
@@ -130,7 +154,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
             if not line.strip():
@@ -162,8 +186,8 @@ def _json_row(row: Any, place: str) -> tuple[str, dict[str, Any]]:
 def _read_table(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
     # text/tab-separated-values knows no quotes, and texts in it often hold single ones
-    tabs = path.suffix.lower() == ".tsv"
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    tabs = kind_of(path) == ".tsv"
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(
             file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
         )
@@ -197,36 +221,39 @@ def _read_table(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, A
             yield place, dict(zip(names, values, strict=True))
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_batches(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
+        for batch in _batches(path):
+            batch.validate(full=True)  # Arrow trusts the offsets in a file of its own
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
     except pa.ArrowException as error:
-        raise DataError(f"not a readable Parquet file: {error}", where=str(path)) from error
+        kind = kind_of(path)[1:].capitalize()
+        raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from error
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    if kind_of(path) == ".parquet":
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=1000)
+        return
+    with pa.memory_map(str(path)) as mapped:
+        if mapped.read(6) == b"ARROW1":  # a file; the datasets library writes streams
+            with pa.ipc.open_file(mapped) as reader:
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            mapped.seek(0)
+            with pa.ipc.open_stream(mapped) as reader:
+                yield from reader
 
 
 def _undecodable_line(path: Path) -> str:
-    try:
-        path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        return f"{path}, line {line}"
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return f"{path}, line {number}"
     return str(path)
-
-
-def _data_files_below(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("*"))
-    hidden = [any(part.startswith(".") for part in file.relative_to(folder).parts) for file in files]
-    return [
-        file
-        for file, skip in zip(files, hidden, strict=True)
-        if not skip and file.is_file() and file.suffix.lower() in SUFFIXES
-    ]
-
-
-def _known_kinds() -> str:
-    return f"data files end in {', '.join(SUFFIXES)}"

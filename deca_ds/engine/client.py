@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -17,7 +19,8 @@ from deca_ds.config.schema import Config
 from deca_ds.engine import internals
 from deca_ds.engine.gradients import GradientReducer
 from deca_ds.engine.load import find_blocks, zero3_config
-from deca_ds.engine.losses import count_targets, token_losses
+from deca_ds.engine.losses import check_own_loss, count_targets, token_losses, training_loss
+from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
 
 _BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
 
@@ -61,13 +64,19 @@ class BlockState:
 
 @dataclass(frozen=True)
 class GradientStats:
-    """Of one inner step, over all ranks of the client. loss: mean over `targets` predicted tokens, in nats. tokens: all
-    tokens seen, padding left out. norm: 2-norm of the block's gradient before clipping."""
+    """Of one inner step, over all ranks of the client.
+
+    loss: mean over `targets` predicted tokens, in nats, with the model's auxiliary loss if it has one. tokens: all
+    tokens seen, padding left out. norm: 2-norm of the block's gradient before clipping. kept: see `Client.kept`, of the
+    step before. by_rank: what the reduction of [loss, norm^2, *kept] was made of, on this rank.
+    """
 
     loss: float
     targets: int
     tokens: int
     norm: float
+    kept: list[float]
+    by_rank: Tensor
 
 
 class Client:
@@ -85,8 +94,13 @@ class Client:
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
         self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(self.model)
+        shards = {n: internals.shard(self._parameters[n]) for block in self.plan.blocks for n in block.names}
+        exact = config.model.masters == "exact"
+        halves = {name: s.numel() for name, s in shards.items() if exact and s.dtype == torch.bfloat16}
+        self._low = LowBits(halves, pinned=device.type == "cuda")
         self._state: BlockState | None = None
         self._reducer: GradientReducer | None = None
+        self._kept = torch.zeros(0, dtype=torch.float64, device=device)  # this rank's part of `kept`
 
     @property
     def active(self) -> BlockState | None:
@@ -94,13 +108,16 @@ class Client:
         return self._state
 
     def open_block(self, index: int, buffers: Sequence[str]) -> BlockState:
-        """Make a block the active one: float32 masters from the shards, `buffers` zero, gradients for it alone."""
+        """Make a block the active one: its float32 masters, `buffers` zero, gradients for it alone."""
         assert self._state is None, "close the active block first"
         block = self.plan.blocks[index]
         names = sorted(block.names, key=lambda name: len(self.shapes[name]) < 2)  # stable: matrices first
         shards = [internals.shard(self._parameters[name]) for name in names]
         sizes = [shard.numel() for shard in shards]
-        theta = torch.cat([shard.to(self.device, torch.float32) for shard in shards])
+        theta = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
+        for name, shard, part in zip(names, shards, theta.split(sizes), strict=True):
+            low = self._low[name].to(self.device, non_blocking=True) if name in self._low else None
+            join_into(part, shard.to(self.device), low)
         tensors = {"theta": theta} | {name: torch.zeros_like(theta) for name in ("grad", *buffers)}
         parameters = [self._parameters[name] for name in names]
         for parameter in parameters:
@@ -114,11 +131,14 @@ class Client:
         return self._state
 
     def close_block(self) -> None:
-        """End the active block's turn; its optimizer state is freed. The shards hold its last `write_back`."""
+        """End the active block's turn; its optimizer state is freed. Its masters are those of its last `write_back`:
+        what the shards do not hold of them goes to the host."""
         assert self._state is not None and self._reducer is not None
         self._reducer.close()
-        for name, _ in self._layout:
+        for name, theta in self._masters().items():
             self._parameters[name].requires_grad_(False)
+            if name in self._low:
+                self._low[name].copy_(low_bits(theta))
         internals.forget_trace(self._zero)
         self._state = self._reducer = None
 
@@ -131,8 +151,8 @@ class Client:
         """Fill the active block's `grad` with the gradient of the mean loss over all of the client's target tokens.
 
         micro_batches: this rank's part of the client's batch. clip_norm: the gradient's 2-norm over the block is scaled
-        down to it; 0: not at all. tick: called before every micro-batch. Notes which parameters a gradient has reached.
-        Leaves the model partitioned.
+        down to it; 0: not at all. A gradient that is not finite stays as it is. tick: called before every micro-batch.
+        Notes which parameters a gradient has reached. Leaves the model partitioned.
         """
         assert self._state is not None and self._reducer is not None
         grad = self._state.grad.zero_()
@@ -143,41 +163,59 @@ class Client:
         dist.all_reduce(counts)
         targets = max(1, int(counts[0]))
         self._reducer.forget()
+        internals.follow_writes(self._zero)
         self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             tick()
-            losses, _ = token_losses(self.model, batch, self.device)
-            loss = losses.sum() / targets
+            loss = training_loss(self.model, batch, self.device, targets)
             if loss.requires_grad:  # else no parameter of the block takes part in it
                 loss.backward()
             total += loss.detach()
             self._reducer.finish()
             internals.partition_all(self._zero)
         reached = torch.tensor(self._reducer.reached, dtype=torch.float64, device=self.device)
-        summed = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1), reached])
+        own = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1), self._kept])
+        summed = torch.cat([own, reached])
         dist.all_reduce(summed)
-        loss, square, *ranks_reached = summed.tolist()
+        sums = summed.tolist()
+        (total_loss, squared, *kept), ranks_reached = sums[: len(own)], sums[len(own) :]
         self._state.reached = [ranks > 0 for ranks in ranks_reached]
-        norm = square**0.5
-        if 0 < clip_norm < norm:
+        norm = math.sqrt(squared)
+        if 0 < clip_norm < norm < math.inf:
             grad.mul_(clip_norm / norm)
-        return GradientStats(loss, targets, int(counts[1]), norm)
+        return GradientStats(total_loss, targets, int(counts[1]), norm, kept, own)
+
+    def kept(self) -> tuple[list[float], Tensor]:
+        """Tells whether the last `write_back` found the block's state finite: the squared 2-norm of theta and the sum
+        of each buffer, over all ranks and on this one. The next `gradient` brings the same at no cost."""
+        summed = self._kept.clone()
+        dist.all_reduce(summed)
+        return summed.tolist(), self._kept
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the active block's masters into the model's shards; the next gather sees them."""
         assert self._state is not None
-        parts = self._state.theta.split([size for _, size in self._layout])
-        for (name, _), part in zip(self._layout, parts, strict=True):
-            internals.shard(self._parameters[name]).copy_(part)
+        theta, *buffers = (tensor for name, tensor in self._state.tensors.items() if name != "grad")
+        sums = [torch.linalg.vector_norm(theta).double().square(), *(buffer.sum().double() for buffer in buffers)]
+        self._kept = torch.stack(sums)
+        for name, part in self._masters().items():
+            round_into(internals.shard(self._parameters[name]), part)
 
     @torch.no_grad()
     def score(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Per row of the batch: summed loss of its target tokens in nats, and their number; both [batch], on CPU."""
+        internals.follow_writes(self._zero)
         self.model.eval()
         losses, mask = token_losses(self.model, batch, self.device)
         return losses.sum(dim=1).cpu(), mask.sum(dim=1).cpu()
+
+    def check_loss(self, batch: Mapping[str, Tensor]) -> None:
+        """Raise ModelError unless the model's class computes the loss that is trained here; on a batch with targets."""
+        self.model.eval()
+        check_own_loss(self.model, batch, self.device)
+        self.end_scoring()
 
     def end_scoring(self) -> None:
         """Release what evaluation left gathered; call once after a series of `score`."""
@@ -188,6 +226,34 @@ class Client:
         for name in names:
             parameter = self._parameters[name]
             yield name, *internals.shard_range(parameter), internals.shard(parameter)
+
+    def low_bits(self, names: Sequence[str]) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, start, bits) of what rounding took from this rank's slices of those parameters that have masters
+        beside their shards: on the host, written through. Of the active block it is out of date."""
+        for name in (name for name in names if name in self._low):
+            yield name, internals.shard_range(self._parameters[name])[0], self._low[name]
+
+    def masters(self, names: Sequence[str]) -> Iterator[tuple[str, int, int, Tensor, Tensor | None]]:
+        """(name, start, stop, values, low bits) of this rank's slices, which `masters.join` makes masters of. Active
+        ones have none of the latter, as values are masters; nor have parameters of which the shards are all there is.
+        """
+        active = self._masters()
+        for name, start, stop, shard in self.shards(names):
+            held = (active[name], None) if name in active else (shard, self._low.get(name))
+            yield name, start, stop, *held
+
+    def set_master(self, name: str, values: Tensor) -> None:
+        """Overwrite this rank's slice of a parameter that is not active with float32 masters, or other values."""
+        round_into(internals.shard(self._parameters[name]), values)
+        if name in self._low:
+            self._low[name].copy_(low_bits(values.float()))
+
+    def _masters(self) -> dict[str, Tensor]:
+        """The active block's, by parameter, if there is one."""
+        if self._state is None:
+            return {}
+        parts = self._state.theta.split([size for _, size in self._layout])
+        return {name: part for (name, _), part in zip(self._layout, parts, strict=True)}
 
     def block_shards(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
         """(name, start, stop, state) of this rank's slices of the active block, if there is one; state: views of all of
@@ -210,14 +276,20 @@ class Client:
         return ((name, buffer) for name, buffer in self.model.named_buffers() if name in saved)
 
     @contextmanager
-    def borrowed_shards(self, names: Sequence[str]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The values of `shards`, for overwriting them, each with a copy on the host; it comes back at the end."""
-        borrowed = [(shard, shard.to("cpu", copy=True)) for _, _, _, shard in self.shards(names)]
+    def borrowed_shards(self, names: Sequence[str]) -> Iterator[list[tuple[Tensor, Callable[[], Tensor]]]]:
+        """The values of `shards`, for overwriting them, each with what makes a copy of its float32 masters, on the
+        host; the values come back at the end."""
+        active = self._masters()
+        own = {name: (shard, shard.to("cpu", copy=True)) for name, _, _, shard in self.shards(names)}
+
+        def masters(name: str) -> Tensor:
+            return active[name].to("cpu", copy=True) if name in active else join(own[name][1], self._low.get(name))
+
         try:
-            yield borrowed
+            yield [(shard, partial(masters, name)) for name, (shard, _) in own.items()]
         finally:
-            for shard, own in borrowed:
-                shard.copy_(own)
+            for shard, values in own.values():
+                shard.copy_(values)
 
     def client_sum(self, value: float) -> float:
         """The sum of `value` over this client's ranks."""

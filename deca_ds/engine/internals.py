@@ -6,7 +6,7 @@ tests/engine/test_canaries.py holds one test for each, so that an upgrade of Dee
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,26 @@ def partition_all(zero: Any) -> None:
     """Release every gathered parameter. `zero` is the engine's DeepSpeedZeRoOffload.
 
     Needed after every backward pass: hooks of modules below the active block never fire, and what they gathered would
-    stay, and go stale once the shards are written.
+    stay, and go stale once the shards are written. What writes to shards after this call follows the gathers before it.
     """
     zero.release_backward_leftovers()
     zero.partition_all_parameters()
+    if (gathering := _gathering_stream(zero)) is not None:
+        torch.cuda.current_stream().wait_stream(gathering)
+
+
+def follow_writes(zero: Any) -> None:
+    """Have gathers that start after this call see what was written to shards before it.
+
+    DeepSpeed gathers on a stream of its own, which waits for nobody.
+    """
+    if (gathering := _gathering_stream(zero)) is not None:
+        gathering.wait_stream(torch.cuda.current_stream())
+
+
+def _gathering_stream(zero: Any) -> Any:
+    """None on a CPU, where nothing is asynchronous."""
+    return zero._DeepSpeedZeRoOffload__allgather_stream
 
 
 def forget_trace(zero: Any) -> None:
@@ -55,6 +71,18 @@ def gathered(model: nn.Module) -> Iterator[str]:
     return (name for name, p in model.named_parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
 
 
+def keep_whole(modules: Sequence[nn.Module]) -> None:
+    """Let ZeRO-3 gather each of `modules` with all that is inside it, whenever it runs.
+
+    For modules that use others of their children for other data: ranks with different data would gather different
+    parameters, and wait for each other or mix them up. To be called before deepspeed.initialize.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
+
+
 def shard(parameter: nn.Parameter) -> Tensor:
     """This rank's slice of `parameter` without its padding: 1-D, a view that writes through.
 
@@ -78,6 +106,15 @@ def varies(parameter: nn.Parameter) -> bool:
     from deepspeed.utils import z3_leaf_parameter
 
     return z3_leaf_parameter(parameter)
+
+
+def overwrite(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter, ordinary or partitioned, new values of its full shape; no communication."""
+    if hasattr(parameter, "ds_tensor"):
+        start, stop = shard_range(parameter)
+        shard(parameter).copy_(values.view(-1)[start:stop])
+    else:
+        parameter.data.copy_(values)
 
 
 def start() -> None:

@@ -1,4 +1,7 @@
-"""Build a Hugging Face causal LM straight into ZeRO-3 shards: no rank ever holds the whole model."""
+"""Build a Hugging Face causal LM straight into ZeRO-3 shards: no rank ever holds the whole model.
+
+What is loaded is compared with the weight files, see compare_weights.py.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.algorithm.blocks import BlockPlan, split_into_blocks
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.paths import check_model_folder
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
+from deca_ds.engine.compare_weights import GivenWeights, Slice
+from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +56,7 @@ def zero3_config(config: Config) -> dict[str, Any]:
 
 def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
+    check_model_folder(model)
     with _explained(model.path, "model.path"):
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -50,6 +66,7 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
     path = model.tokenizer or model.path
+    check_model_folder(model)
     with _explained(path, "model.tokenizer" if model.tokenizer else "model.path"):
         return AutoTokenizer.from_pretrained(
             path,
@@ -58,24 +75,71 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
 
 
-def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> nn.Module:
+def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrainedModel:
     """The model's modules on the meta device: shapes without memory."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(), _explained(model.path, "model.path"):
-        built = AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
+        built = AutoModelForCausalLM.from_config(
+            architecture, dtype=DTYPES[model.dtype], trust_remote_code=model.trust_remote_code
+        )
     built.tie_weights()
     return built
 
 
-def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
+def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWeights:
+    """The weights in the model's files, matched with the architecture by name and shape; no values are kept.
+
+    Where the architecture ties parameters that have different values in the files, it is changed: they are not tied.
+    Raises ModelError for weights that do not fit, see GivenWeights.
+    """
+    built = meta_model(model, architecture)
+    with _explained(model.path, "model.path"):
+        if find_adapter_config_file(model.path, revision=model.revision) is not None:
+            raise ModelError(
+                f"{model.path!r} holds an adapter (adapter_config.json), not a whole model",
+                where="model.path",
+                fix="merge the adapter into its base model, save that, and give its folder",
+            )
+        files, _ = _get_resolved_checkpoint_files(
+            model.path,
+            variant=None,
+            gguf_file=None,
+            use_safetensors=None,
+            user_agent=None,
+            is_remote_code=built.is_remote_code(),
+            transformers_explicit_filename=getattr(architecture, "transformers_weights", None),
+            download_kwargs={"revision": model.revision},
+        )
+    given = GivenWeights(built, files, model.path)
+    if not given.untied:
+        return given
+    pairs = ", ".join(f"{first} and {second}" for first, second in given.untied)
+    for part in (architecture, architecture.get_text_config()):
+        part.tie_word_embeddings = False
+    given = GivenWeights(meta_model(model, architecture), files, model.path)
+    if given.untied:
+        raise ModelError(
+            f"config.json ties {pairs}, and the files hold different values for them",
+            where="model.path",
+            fix="give the config.json that belongs to these weights",
+        )
+    given.notes.append(
+        f"config.json ties {pairs}, but the files hold different values for them: they are trained, and exported, as "
+        "two parameters (tie_word_embeddings: false)"
+    )
+    return given
+
+
+def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedModel:
     """The model, partitioned over this client's ranks while it is built. All of the client's ranks must call this.
 
-    If the method trains adapters, they are on it. model.init=random draws the weights from run.seed: the same for every
-    client, whatever its number of ranks.
+    If the method trains adapters, they are on it. model.init=random draws the weights from run.seed.
+    Raises ModelError for weights that do not fit the architecture, are not finite, or do not arrive on the shards.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
+    given = given_weights(config.model, architecture) if config.model.init == "pretrained" else None
     internals.start()
     # transformers builds and loads under zero.Init while this object lives
     zero_init = HfDeepSpeedConfig(zero3_config(config))
@@ -83,19 +147,19 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     torch.manual_seed(config.run.seed)
-    with _explained(config.model.path, "model.path"):
-        if config.model.init == "random":
-            model = AutoModelForCausalLM.from_config(architecture, **options)
+    with _explained(config.model.path, "model.path"), _partitionable(architecture):
+        if given is None:
+            with nothing_drawn():
+                model = AutoModelForCausalLM.from_config(architecture, **options)
+            draw_weights(model, config.run.seed)
         else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                config.model.path,
-                config=architecture,
-                revision=config.model.revision,
-                output_loading_info=True,
-                **options,
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model.path, config=architecture, revision=config.model.revision, **options
             )
-            _refuse_incomplete(config.model.path, loading)
     del zero_init
+    if given is not None:
+        given.compare(model, _own_slice)
+    internals.keep_whole(expert_lists(model))
     add_adapters(config, model)
     _return_freed_memory()
     if config.model.gradient_checkpointing:
@@ -106,17 +170,20 @@ def load_model(config: Config, architecture: PretrainedConfig) -> nn.Module:
     return model
 
 
-def _refuse_incomplete(path: str, loading: dict[str, Any]) -> None:
-    """Raise ModelError for parameters that the weight files lack or hold in another shape: they would be random."""
-    for kind in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(key) for key in loading.get(kind) or ())
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ModelError(
-                f"the weights of {path!r} do not fit its config.json; {kind.replace('_', ' ')}: {shown}",
-                where="model.path",
-                fix="give a complete model folder, or model.init=random to train from random weights",
-            )
+def expert_lists(model: nn.Module) -> list[nn.Module]:
+    """Modules inside the model's layers that hold a list of modules, of which they may use others for other data.
+
+    That is what experts in a list are; a list that is always used whole costs memory here and nothing else.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    inner = [name for name in lists if any(name.startswith(f"{other}.") for other in lists)]
+    owners = [name.rpartition(".")[0] for name in inner]
+    # a list in a list, as layers of layers are, is no single module's choice
+    return [model.get_submodule(name) for name in dict.fromkeys(owners) if name not in lists]
+
+
+def _own_slice(parameter: nn.Parameter) -> Slice:
+    return *internals.shard_range(parameter), internals.shard(parameter)
 
 
 def _return_freed_memory() -> None:
@@ -136,6 +203,19 @@ def find_blocks(config: Config, model: nn.Module) -> BlockPlan:
 
 
 @contextmanager
+def _partitionable(architecture: PretrainedConfig) -> Iterator[None]:
+    """Explain what modelling code raises that looks at the shape of a parameter while ZeRO-3 has it partitioned."""
+    try:
+        yield
+    except IndexError as error:
+        raise ModelError(
+            f"a model of type {architecture.model_type} cannot be built on ZeRO-3 shards: {error}",
+            where="model.path",
+            fix="use another architecture",
+        ) from error
+
+
+@contextmanager
 def _explained(path: str, key: str) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -144,8 +224,9 @@ def _explained(path: str, key: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
+        here = "" if Path(path).is_dir() else f", which is no folder in {Path.cwd()} and so a name of the hub"
         raise ModelError(
-            f"cannot load {path!r}: {error}",
+            f"cannot load {path!r}{here}: {error}",
             where=key,
             fix="give a folder with config.json, weights and tokenizer, or a hub name that this host can reach",
         ) from error

@@ -110,7 +110,7 @@ def edge_list(path: str | None, n: int) -> Graphs:
             "the graph edge_list needs a file of edges", where=EDGES_KEY, fix="set gossip.edges to its path"
         )
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise GossipError(
             f"cannot read the edge list: {error}", where=f"{EDGES_KEY}={path}", fix="check the path"

@@ -10,8 +10,8 @@ Chunks travel while later ones are computed. At most `window` of them are under 
 window * degree * chunk_mib, and they are used again. With clipping (clip.py) there is no window: the mean of any chunk
 takes the distance over all of them. Nor is there one where late neighbours are left out (stragglers.py), or where
 clients may die (surviving.py): an averaging then counts as a whole or is done again without them, so the means of all
-chunks are kept. In all three cases `settle` comes before the first `wait`. Nothing is averaged before it is checked:
-that it is of this averaging, and that all its values are finite.
+chunks are kept. In all three cases `settle` comes before the first `wait`. A damaged message is not averaged, and a
+mean is handed on only if all values that it is made of are finite.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deca_ds.errors import GossipError, MessageError
+from deca_ds.errors import DivergedMessageError, GossipError, MessageError
 from deca_ds.gossip.attendance import Attendance
 from deca_ds.gossip.buffers import BufferPool, Outputs
 from deca_ds.gossip.clip import clipped_weights, squared_distance
 from deca_ds.gossip.late import without
+from deca_ds.gossip.mean import not_finite, weighted_mean
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.stragglers import Stragglers
 from deca_ds.gossip.transport import Exchange, Transport, chunk_tag
@@ -49,7 +50,7 @@ class Gossip:
         self,
         transport: Transport,
         schedule: MixingSchedule,
-        chunk_mib: float = 16.0,
+        chunk_mib: float = 4.0,
         device: torch.device | str = "cpu",
         *,
         clip_radius: float | None = None,
@@ -173,7 +174,11 @@ class Gossip:
             pending.receive()
 
         def squared(j: int) -> float:
-            return sum(squared_distance(pending.terms[j], pending.x) for pending in chunks if j in pending.terms)
+            square = sum(squared_distance(pending.terms[j], pending.x) for pending in chunks if j in pending.terms)
+            if not math.isfinite(square):
+                for pending in chunks:
+                    pending.refuse_not_finite()
+            return square
 
         distances = {j: self._client_sum(squared(j)) ** 0.5 for j in self.schedule.sources(client, t)}
         for j, distance in distances.items():
@@ -214,7 +219,7 @@ class PendingMix:
         if sources or destinations:
             transport.progress.enter("gossip")
             if transport.may_lose_clients:  # before it is sent: a client that has diverged ends by itself
-                self._refuse_not_finite(client, x.detach())
+                self.refuse_not_finite()
             self._buffers = {j: gossip.pool.take(x.numel()) for j in sources}
             self.terms = {j: buffer[: x.numel()] for j, buffer in self._buffers.items()}
             tag, send = chunk_tag(t, self._chunk), x.detach()
@@ -241,8 +246,8 @@ class PendingMix:
 
         Terms are added in ascending client order, the own one in its place, so that the result does not depend on the
         transport. It is valid until the next `wait` of the same Gossip. With nobody to talk to it is x itself. Raises
-        GossipError if a neighbour does not answer or has sent a value that is not finite, naming it; then nothing has
-        been averaged.
+        GossipError if a neighbour does not answer or has sent a value that is not finite, naming it; then x is
+        what it was.
         """
         assert not self._waited, "a PendingMix is waited for once"
         assert self not in self._gossip._unsettled, "Gossip.settle comes before"
@@ -258,22 +263,16 @@ class PendingMix:
         gossip, client = self._gossip, self._gossip.transport.client
         self.receive()
         mixed = gossip.outputs.at(place, self.x.numel())
-        terms = self.terms | {client: self.x.detach()}
-        for number, j in enumerate(sorted(j for j in terms if self.weights[j] > 0)):
-            term = terms[j].to(mixed.device, non_blocking=True)
-            if number == 0:
-                torch.mul(term, self.weights[j], out=mixed)
-            else:
-                mixed.add_(term, alpha=self.weights[j])
-        if mixed.device.type == "cuda":
-            torch.cuda.current_stream(mixed.device).synchronize()  # the copies have left their buffers
+        terms = {j: term.to(mixed.device, non_blocking=True) for j, term in self.terms.items()}
+        if not weighted_mean(terms | {client: self.x.detach()}, self.weights, mixed):
+            self.refuse_not_finite()
         for buffer in (*self._buffers.values(), *([] if self._staged is None else [self._staged])):
             gossip.pool.give_back(buffer)
         self._mixed = mixed
         return mixed
 
     def receive(self) -> None:
-        """Wait for the messages and check them; does nothing the second time. Raises GossipError, see `wait`."""
+        """Wait for the messages; does nothing the second time. Raises GossipError if one is missing or damaged."""
         if self._received or self._exchange is None:
             return
         started = time.perf_counter()
@@ -281,19 +280,18 @@ class PendingMix:
         self._received = True
         self._gossip.wait_seconds += time.perf_counter() - started
         self._gossip.transport.progress.tick()
+
+    def refuse_not_finite(self) -> None:
+        """Raise GossipError, naming the client, if any of the received values or of the own ones is not finite."""
         for j, term in (*self.terms.items(), (self._gossip.transport.client, self.x.detach())):
-            self._refuse_not_finite(j, term)
-
-    def _refuse_not_finite(self, j: int, term: Tensor) -> None:
-        # a sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
-        bad = 0 if bool(term.sum().isfinite()) else int(term.numel() - term.isfinite().sum())
-        if bad:
-            raise refusal(self._gossip, self._t, f"{bad} of {term.numel()} values of client {j} are not finite", j)
+            bad = not_finite(term)
+            if bad:
+                raise refusal(self._gossip, self._t, f"{bad} of {term.numel()} values of client {j} are not finite", j)
 
 
-def refusal(gossip: Gossip, t: int, what: str, j: int) -> GossipError:
+def refusal(gossip: Gossip, t: int, what: str, j: int) -> DivergedMessageError:
     """The error of a message of client j that must not be averaged."""
-    return GossipError(
+    return DivergedMessageError(
         f"{what} (averaging {t})",
         where=f"client {gossip.transport.client}, {gossip.transport.progress.place}",
         fix=f"the training of client {j} has diverged: lower optimizer.lr or look at its data",

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 MESSAGE_BYTES = 2**30  # of one MPI message; counts of 2^31 and more break many MPI libraries, so longer ones are cut
-_SPINS = 200  # polls before the first sleep
-_LONGEST_SLEEP_S = 1e-3
+_SPIN_S = 2e-3  # before the first sleep; a sleep takes far longer than a chunk that is about to come
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 5e-5, 1e-3
 
 
 def poll(done: Callable[[], bool], deadline: float) -> bool:
     """Call `done` until it is true, spinning first, then with growing sleeps. False if the deadline passed."""
-    spins, sleep_s = 0, 1e-5
+    started, sleep_s = time.monotonic(), _SHORTEST_SLEEP_S
     while not done():
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             return False
-        spins += 1
-        if spins > _SPINS:
+        if now > started + _SPIN_S:
             time.sleep(sleep_s)
             sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
     return True
@@ -91,7 +91,9 @@ class MpiTransport(PointToPoint):
                 self._abandoned.extend(requests)
                 raise lost(self.client, neighbour, direction, tag, str(error)) from None
         self.bytes_sent += send.nbytes * len(destinations)
-        return MpiExchange(self, requests, tag)
+        exchange = MpiExchange(self, requests, tag)
+        exchange.test()  # MPI moves all that is under way, but only while it is called
+        return exchange
 
     def completed(self, request: _Request, tag: int) -> bool:
         """Whether a request is through. Raises GossipError if it failed or if its message is too short."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -41,11 +42,19 @@ class MixingSchedule:
 
     def sources(self, i: int, t: int) -> list[int]:
         """Clients that client i receives from at averaging t, ascending, without itself."""
-        return [int(j) for j in np.flatnonzero(self.matrix(t)[i]) if j != i]
+        return self._sources[t % self.period][i]
 
     def destinations(self, i: int, t: int) -> list[int]:
         """Clients that client i sends to at averaging t, ascending, without itself."""
-        return [int(j) for j in np.flatnonzero(self.matrix(t)[:, i]) if j != i]
+        return self._destinations[t % self.period][i]
+
+    @cached_property
+    def _sources(self) -> list[list[list[int]]]:
+        return [_others(matrix) for matrix in self.matrices]
+
+    @cached_property
+    def _destinations(self) -> list[list[list[int]]]:
+        return [_others(matrix.T) for matrix in self.matrices]
 
     def sends(self, t: int) -> bool:
         """Whether averaging t joins any two clients."""
@@ -77,6 +86,11 @@ class MixingSchedule:
             f"{self.messages:g} block{'s' if self.messages != 1 else ''} sent per averaging, "
             f"spectral gap {self.spectral_gap:.4g}"
         )
+
+
+def _others(matrix: np.ndarray) -> list[list[int]]:
+    """The places of each row's entries that are not zero, without the diagonal's."""
+    return [[int(j) for j in np.flatnonzero(row) if j != i] for i, row in enumerate(matrix)]
 
 
 def build_mixing(config: GossipConfig, clients: int, seed: int) -> MixingSchedule:

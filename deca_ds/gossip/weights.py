@@ -55,7 +55,7 @@ def load(path: str, n: int) -> np.ndarray:
     and line, or with the row or column.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise GossipError(
             f"cannot read the mixing matrix: {error}", where=f"{MATRIX_KEY}={path}", fix="check the path"

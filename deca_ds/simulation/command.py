@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from rich.table import Table
 
 from deca_ds.config import Config, load_config, save_config
 from deca_ds.config.checks import check_output
-from deca_ds.training.tables import untrained
+from deca_ds.config.paths import argument as path_argument
+from deca_ds.training.claim import release, take
+from deca_ds.training.tables import print_notes, untrained
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `deca simulate`."""
-    parser.add_argument("--config", type=Path, required=True, help="YAML file with the run's configuration")
+    parser.add_argument("--config", type=path_argument, required=True, help="YAML file with the run's configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
@@ -33,13 +36,18 @@ def run(arguments: argparse.Namespace) -> int:
     from deca_ds.simulation.setup import build
 
     config = load_config(arguments.config, arguments.overrides)
-    output = check_output(config)
-    simulation = build(config)
-    started = time.perf_counter()
-    for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
-        pass
-    seconds = time.perf_counter() - started
-    write(simulation, config, output)
+    output = Path(config.run.output)
+    take(output, partial(check_output, config))
+    try:
+        simulation = build(config)
+        print_notes(list(dict.fromkeys(note for data in simulation.data for note in data.notes)))
+        started = time.perf_counter()
+        for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
+            pass
+        seconds = time.perf_counter() - started
+        write(simulation, config, output)
+    finally:
+        release(output)
     report(simulation, seconds)
     return 0
 

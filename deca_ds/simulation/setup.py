@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
 from deca_ds.data import ClientData, load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
-from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer
+from deca_ds.engine.check_model import check_model, check_token_ids
+from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_architecture, load_tokenizer
+from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
+from deca_ds.training.day import today
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
 
@@ -27,12 +31,6 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     data: what `load_data` gave for the same data section, model and seed, where it is used again. Raises UserErrors.
     """
     check_method(config)
-    if config.model.dtype != "float32":
-        raise ConfigError(
-            f"a simulation computes in float32, but model.dtype = {config.model.dtype!r}",
-            where="model.dtype",
-            fix="leave model.dtype out",
-        )
     if config.cluster.absent:
         raise ConfigError(
             f"a simulation has all clients from the start, but cluster.absent = {list(config.cluster.absent)}",
@@ -40,10 +38,14 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
             fix="leave cluster.absent out",
         )
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    tokenizer = load_tokenizer(config.model)
+    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    for warning in check_model(config, architecture, tokenizer):
+        print(f"WARNING: {warning}", file=sys.stderr)
     if data is None:
         data = load_data(config, tokenizer)
-    model = _load_model(config)
+    for part in data:
+        check_token_ids(architecture, part.train, part.own_evaluation, part.common_evaluation)
+    model = _load_model(config, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
     return Simulation(
@@ -60,21 +62,27 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
     """Every client's data. In a simulation one process reads all of it, private files too."""
     disable_progress_bars()
+    config.data.date = config.data.date or today()
     validate_data_config(config, client=None)
     data = [load_client_data(config, tokenizer, client) for client in range(config.cluster.clients)]
     compare_data([part.summary for part in data], [part.label_names for part in data])
     return data
 
 
-def _load_model(config: Config) -> torch.nn.Module:
-    architecture = load_architecture(config.model)
-    options = {"trust_remote_code": config.model.trust_remote_code, "dtype": torch.float32}
+def _load_model(config: Config, architecture: PretrainedConfig) -> torch.nn.Module:
+    given = given_weights(config.model, architecture) if config.model.init == "pretrained" else None
+    options = {"trust_remote_code": config.model.trust_remote_code, "dtype": DTYPES[config.model.dtype]}
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
-    if config.model.init == "random":
-        return AutoModelForCausalLM.from_config(architecture, **options)
-    return AutoModelForCausalLM.from_pretrained(
+    if given is None:
+        with nothing_drawn():
+            model = AutoModelForCausalLM.from_config(architecture, **options)
+        draw_weights(model, config.run.seed)
+        return model
+    model = AutoModelForCausalLM.from_pretrained(
         config.model.path, config=architecture, revision=config.model.revision, **options
     )
+    given.compare(model, lambda parameter: (0, parameter.numel(), parameter.data.view(-1)))
+    return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,12 @@ from deca_ds.algorithm.rule import Rule, State
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
+from deca_ds.engine.masters import rounded
 from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.simulation.stacked import StackedClients
-from deca_ds.training.evaluation import average, summarize
+from deca_ds.training.divergence import diverged
+from deca_ds.training.evaluation import MEAN, average, summarize
 from deca_ds.training.method import step_learning_rate
 
 _BYTES = 4  # of a parameter on the wire
@@ -46,7 +49,8 @@ class Simulation:
     def run(self, *, evaluate_first: bool = True) -> Iterator[dict[str, Any]]:
         """Train to the end, step by step; yields every step's record.
 
-        evaluate_first: score the models before the first step too.
+        evaluate_first: score the models before the first step too. Raises DivergedError at the first loss, gradient,
+        parameter, moment or score that is not finite.
         """
         batches = [self._batches(client) for client in range(self.clients.clients)]
         self.sent = [0] * self.clients.clients  # parameters, by each client so far
@@ -64,15 +68,20 @@ class Simulation:
             every_column = slice(0, state["theta"].shape[1])
             for client in range(self.clients.clients):
                 own = {name: tensor[client] for name, tensor in state.items()}
-                loss, reached = self.clients.gradient(
+                loss, norm, reached = self.clients.gradient(
                     step.block, client, next(batches[client]), own["grad"], optimizer.clip_norm
                 )
                 losses.append(loss)
+                self._refuse(step, client, {"the loss is": loss, "the norm of the gradient is": norm})
                 runs = local_steps[client].next(reached)
                 local_step(self.rule, own, runs, every_column, lr=lr, weight_decay=optimizer.weight_decay)
             before = spread(state["grad"])
             for rows, mixed in self._by_neighbours(step):
                 self._exchange(state, rows, mixed, step, lr)
+            self._refuse_state(step, state)
+            model = self.config.model
+            if step.closes and model.dtype == "bfloat16" and model.masters == "rounded":
+                state["theta"].copy_(rounded(state["theta"]))
             record = self._record(step, lr, losses, before, spread(state["theta"]))
             self.steps.append(record)
             if step.closes:
@@ -89,6 +98,19 @@ class Simulation:
         never = [name for name, counts in zip(names, made, strict=True) if not any(counts)]
         if never:
             self.untrained[self.clients.plan.blocks[step.block].label] = never
+
+    def _refuse_state(self, step: Step, state: State) -> None:
+        norms = torch.linalg.vector_norm(state["theta"], dim=1).tolist()
+        sums = {f"the optimizer's state {name!r} is": state[name].sum(dim=1).tolist() for name in self.rule.buffers}
+        for client, norm in enumerate(norms):
+            own = {name: values[client] for name, values in sums.items()}
+            self._refuse(step, client, {"the norm of the block's parameters is": norm} | own)
+
+    def _refuse(self, step: Step, client: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                block = self.clients.plan.blocks[step.block].label
+                raise diverged(client, name, value, f"inner step {step.index + 1}, block {block}")
 
     def _exchange(self, state: State, rows: Tensor | None, mixed: bool, step: Step, lr: float) -> None:
         """Average for the clients `rows`, or let them be; None: for all of them, in place."""
@@ -162,19 +184,19 @@ class Simulation:
         for client, data in enumerate(self.data):
             row, scores = self.clients.values[client], {}
             if data.own_evaluation is not None:
-                scores["own"] = self._score(row, data.own_evaluation)
+                scores["own"] = self._score(row, data.own_evaluation, f"client {client}")
             if common is not None:
-                scores["common"] = self._score(row, common)
+                scores["common"] = self._score(row, common, f"client {client}")
             record["clients"].append(scores)
         if self.config.evaluation.mean_model and self.clients.clients > 1:
             if common is not None:
-                record["mean"] = self._score(mean, common)
+                record["mean"] = self._score(mean, common, MEAN)
             else:
                 own = [data.own_evaluation for data in self.data]
-                record["mean"] = average([None if held is None else self._score(mean, held) for held in own])
+                record["mean"] = average([None if held is None else self._score(mean, held, MEAN) for held in own])
         self.evaluations.append(record)
 
-    def _score(self, row: Tensor, dataset: Dataset) -> dict[str, Any]:
+    def _score(self, row: Tensor, dataset: Dataset, whose: str) -> dict[str, Any]:
         totals = torch.zeros(len(dataset), 2, dtype=torch.float64)
         batches = evaluation_batches(
             dataset, batch_size=self.config.evaluation.batch_size, rank=0, ranks=1, pad_id=self.pad_id
@@ -183,7 +205,7 @@ class Simulation:
             losses, counts = self.clients.score(row, batch)
             kept = batch["row"] >= 0
             totals[batch["row"][kept]] = torch.stack([losses[kept].double(), counts[kept].double()], dim=1)
-        return summarize(totals, dataset, self.data[0].label_names)
+        return summarize(totals, dataset, self.data[0].label_names, whose)
 
     def _batches(self, client: int) -> Iterator[list[dict[str, Tensor]]]:
         return training_batches(

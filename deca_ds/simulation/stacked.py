@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.algorithm.local import LocalSteps
-from deca_ds.engine.losses import count_targets, token_losses
+from deca_ds.engine.losses import count_targets, token_losses, training_loss
+from deca_ds.engine.masters import rounded
 
 Batch = Mapping[str, Tensor]
 
@@ -18,7 +19,8 @@ _CPU = torch.device("cpu")
 
 
 class StackedClients:
-    """The clients' parameters, float32 [n, numel], and one module that takes the place of each client in turn.
+    """The clients' masters, float32 [n, numel], and one module that takes the place of each client in turn: with these
+    as its parameters, rounded to its own data type.
 
     A block's columns lie together, matrices before vectors, so that the active block of all clients is a view. The
     clients start from the same weights. Gradients are computed one client at a time: with models of a size that is
@@ -68,43 +70,47 @@ class StackedClients:
         micro_batches: Sequence[Batch],
         out: Tensor,
         clip_norm: float = 0.0,
-    ) -> tuple[float, list[bool]]:
+    ) -> tuple[float, float, list[bool]]:
         """Fill `out`, [numel] of block `index`, with the gradient of the mean loss over the targets.
 
-        clip_norm: 2-norm that the gradient is scaled down to; 0: not at all. Returns the loss, and for each of the
-        block's parameters whether a gradient has reached it.
+        clip_norm: 2-norm that the gradient is scaled down to; 0: not at all. Returns the loss, the gradient's 2-norm
+        before clipping, and for each of the block's parameters whether a gradient has reached it.
         """
         self._become(self.values[client])
         out.zero_()
         names = self.block_names(index)
         sizes = [self._parameters[name].numel() for name in names]
+        parts = dict(zip(names, out.split(sizes), strict=True))
         reached = [False] * len(names)
 
         def note(place: int) -> None:
             reached[place] = True
 
         hooks = []
-        for place, (name, part) in enumerate(zip(names, out.split(sizes), strict=True)):
+        for place, name in enumerate(names):
             parameter = self._parameters[name].requires_grad_(True)
-            parameter.grad = part.view(self._shapes[name])
             hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, place=place: note(place)))
         targets = max(1, sum(count_targets(batch) for batch in micro_batches))
         total = 0.0
         self._model.train()
         for batch in micro_batches:
-            loss = token_losses(self._model, batch, _CPU)[0].sum() / targets
+            loss = training_loss(self._model, batch, _CPU, targets)
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
+            for name, part in parts.items():
+                parameter = self._parameters[name]
+                if parameter.grad is not None:
+                    part.add_(parameter.grad.flatten())
+                parameter.grad = None
         for hook in hooks:
             hook.remove()
         for name in names:
             self._parameters[name].requires_grad_(False)
-            self._parameters[name].grad = None
         norm = float(torch.linalg.vector_norm(out))
-        if 0 < clip_norm < norm:
+        if 0 < clip_norm < norm < inf:
             out.mul_(clip_norm / norm)
-        return total, reached
+        return total, norm, reached
 
     @torch.no_grad()
     def score(self, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -117,4 +123,5 @@ class StackedClients:
 
     def _become(self, row: Tensor) -> None:
         for name, parameter in self._parameters.items():
-            parameter.data = row[self._columns[name]].view(self._shapes[name])
+            values = row[self._columns[name]].view(self._shapes[name])
+            parameter.data = rounded(values) if parameter.dtype == torch.bfloat16 else values

@@ -1,9 +1,9 @@
 """What a run needs to go on exactly where it was, and how it gets to the disk while training goes on.
 
-A rank's checkpoint holds the model's slices, float32 masters in place of the active block's parameters (which are the
-masters, rounded), the rule's buffers of that block, and in the manifest its random state and its place in the
-schedule, in the data and in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one
-copy at a time, and written by a thread.
+A rank's checkpoint holds the model's slices, float32 masters in place of parameters that are masters, rounded, the
+rule's buffers of the active block, and in the manifest its random state and its place in the schedule, in the data and
+in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one copy at a time, and
+written by a thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
@@ -28,14 +28,15 @@ from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.cluster import Cluster
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.client import Client
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, DivergedError
 from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.training.divergence import FIX
 from deca_ds.training.written import Written
 
 FOLDER = "checkpoints"
 MASTERS, GRADIENT = "theta", "grad"
-_LOOK_S = 1.0
+_LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
 Groups = list[tuple[str, list[Slice]]]
 
@@ -44,8 +45,11 @@ class Checkpoints:
     """Saves this rank's part of a run's checkpoints and keeps the newest complete ones.
 
     written: who has written what. attempt: number of this attempt at the run, the same on all ranks. timeout_s:
-    cluster.timeout_s. resumed: the step that it continued from.
+    cluster.timeout_s. resumed: the step that it continued from. check: called before anything is saved; raises an error
+    for a state that must not be.
     """
+
+    check: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class Checkpoints:
     ):
         self._config, self._cluster, self._client = config, cluster, client
         self._schedule, self._gossip, self._written = schedule, gossip, written
-        self._folder, self._attempt = folder, attempt
+        self.folder, self._attempt = folder, attempt
         self._resumed, self._timeout_s = resumed, timeout_s
         self._saved: list[int] = [] if resumed is None else [resumed]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -80,6 +84,7 @@ class Checkpoints:
         """Copy the state after `done` inner steps and have it written; waits for the write before it, if need be."""
         if done in self._saved:
             return
+        self.check()
         self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         groups, state = self._groups(), self._state(done)
@@ -97,10 +102,22 @@ class Checkpoints:
                 if time.monotonic() - progress.moved > self._timeout_s:  # bytes that are written count as moving on
                     raise CheckpointError(
                         f"a checkpoint is not written: nothing has moved for {self._timeout_s:g} s",
-                        where=str(self._folder),
+                        where=str(self.folder),
                         fix="look at the disk; if it is only slow, raise cluster.timeout_s",
                     )
             pending.result()
+
+    def newest(self) -> int | None:
+        """The newest one that all ranks have, as far as this one can learn it within a few seconds."""
+        with contextlib.suppress(CheckpointError, RuntimeError):  # the disk, or the job's store, is gone
+            self.wait()
+            for again in range(_LOOKS):
+                if again and self._saved:
+                    time.sleep(_LOOK_S)
+                if self._saved and self._complete(self._saved[-1]):
+                    return self._saved[-1]
+            return next((step for step in reversed(self._saved) if self._complete(step)), None)
+        return None
 
     def wait_for_all(self, done: int) -> None:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
@@ -114,24 +131,20 @@ class Checkpoints:
         """Remove this rank's part of the checkpoint after `done` inner steps, which nothing goes on from any more."""
         self._remove(done)
         with contextlib.suppress(OSError):  # there are others
-            self._folder.rmdir()
+            self.folder.rmdir()
 
     def _groups(self) -> Groups:
         """Copies of all slices, on the host."""
         client, cluster = self._client, self._cluster
         active = {name: (start, stop, tensors) for name, start, stop, tensors in client.block_shards()}
-        masters = {name: tensors[MASTERS] for name, (_, _, tensors) in active.items()}
-        groups = [
-            (label, [_copy(piece, masters.get(piece.name, piece.values)) for piece in slices])
-            for label, slices in model_slices(client, cluster)
-        ]
+        groups = [(label, [piece.copy() for piece in slices]) for label, slices in model_slices(client, cluster)]
         buffers = {key for _, _, tensors in active.values() for key in tensors} - {MASTERS, GRADIENT}
         for key in sorted(buffers):
             pieces = (
                 Slice(buffer_name(key, name), client.shapes[name], start, stop, tensors[key])
                 for name, (start, stop, tensors) in active.items()
             )
-            groups.append((key, [_copy(piece, piece.values) for piece in pieces]))
+            groups.append((key, [piece.copy() for piece in pieces]))
         return groups
 
     def _state(self, done: int) -> dict[str, Any]:
@@ -150,10 +163,10 @@ class Checkpoints:
         cluster = self._cluster
         self._remove_old()  # by now all ranks have written what this one wrote before
         state["earlier"] = max((step for step in self._saved if step != done and self._complete(step)), default=None)
-        need = sum(piece.values.nbytes for _, slices in groups for piece in slices)
+        need = sum(piece.nbytes for _, slices in groups for piece in slices)
         try:
             save_shards(
-                step_folder(self._folder, done),
+                step_folder(self.folder, done),
                 groups,
                 client=cluster.client,
                 clients=cluster.clients,
@@ -163,7 +176,7 @@ class Checkpoints:
                 state=state,
             )
         except CheckpointError as error:
-            free = shutil.disk_usage(self._folder.parent).free
+            free = shutil.disk_usage(self.folder.parent).free
             raise CheckpointError(
                 f"{error.what}; this rank's checkpoint takes {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
                 where=error.where,
@@ -176,20 +189,23 @@ class Checkpoints:
     def _remove_old(self) -> None:
         kept = [step for step in self._saved if self._complete(step)][-self._config.keep :]
         if len(kept) == self._config.keep:
-            for step in steps_in(self._folder):
+            for step in steps_in(self.folder):
                 if step < kept[0] and not self._written.keeps(step):
                     self._remove(step)
 
     def _remove(self, step: int) -> None:
         cluster = self._cluster
-        remove_part(self._folder, step, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
+        remove_part(self.folder, step, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
 
     def _complete(self, step: int) -> bool:
         return step == self._resumed or self._written.complete(step)
 
 
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of the model, a group a block; they write through to the model."""
+    """This rank's slices of the model, a group a block: masters where there are any, else what the model holds.
+
+    Raises DivergedError for values that are not finite: the last look at what is to be saved.
+    """
     for block in client.plan.blocks:
         cluster.progress.tick()
         yield block.label, _slices(client, block.names)
@@ -197,8 +213,11 @@ def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterat
 
 
 def _slices(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
-    for name, start, stop, values in client.shards(names):
-        yield Slice(name, client.shapes[name], start, stop, values)
+    for name, start, stop, values, low in client.masters(names):
+        # the sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
+        if not values.sum().isfinite() and not values.isfinite().all():
+            raise DivergedError(f"the model has diverged: {name} is not finite", where="saving", fix=FIX)
+        yield Slice(name, client.shapes[name], start, stop, values, low)
 
 
 def _buffer_slices(client: Client, cluster: Cluster) -> Iterator[Slice]:
@@ -229,10 +248,6 @@ def position(schedule: Schedule, done: int) -> dict[str, int]:
 def mixing_digest(mixing: MixingSchedule) -> str:
     """Tells one sequence of mixing matrices from another."""
     return hashlib.blake2b(b"".join(matrix.tobytes() for matrix in mixing.matrices), digest_size=16).hexdigest()
-
-
-def _copy(piece: Slice, values: torch.Tensor) -> Slice:
-    return Slice(piece.name, piece.shape, piece.start, piece.stop, values.detach().to("cpu", copy=True))
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,7 +16,12 @@ from torch import Tensor
 from deca_ds.cluster import Cluster
 from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
+from deca_ds.engine.masters import round_into
+from deca_ds.errors import DivergedError
 from deca_ds.gossip.transport import Transport
+from deca_ds.training.divergence import FIX
+
+MEAN = "the mean of the clients' models"
 
 
 @dataclass(frozen=True)
@@ -69,30 +74,32 @@ class Evaluator:
             squared = self.client.client_sum(self.transport.together(lambda: self._average(shards, numels)))
             total = self.transport.together(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
             if self.data.common_evaluation is not None:
-                scores = self._score(self.data.common_evaluation, shared=True)
+                scores = self._score(self.data.common_evaluation, MEAN, shared=True)
             else:  # private sets, of which a client may have none
-                own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation)
+                own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation, MEAN)
                 scores = average(self.transport.together(lambda: self.transport.gather_json(own)))
             self.client.end_scoring()
         distance = (float(total) / len(self.cluster.members)) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
 
-    def _average(self, shards: Sequence[tuple[Tensor, Tensor]], numels: Sequence[int]) -> float:
-        """Overwrite the shards, given with their own values, with the mean; returns |x_i - mean|^2 over them.
+    def _average(self, shards: Sequence[tuple[Tensor, Callable[[], Tensor]]], numels: Sequence[int]) -> float:
+        """Overwrite the shards, given with what makes their masters, with the mean of these; returns |x_i - mean|^2.
 
         numels: of the whole parameters.
         """
         squared = torch.zeros(1, dtype=torch.float64)
-        for (shard, own), numel in zip(shards, numels, strict=True):
-            mean = own.to(torch.float32, copy=True)
+        for (shard, masters), numel in zip(shards, numels, strict=True):
+            own = masters()
+            mean = own.clone()
             self.transport.sum_slices(mean, numel)
             mean /= len(self.cluster.members)
-            squared += (own.float() - mean).double().square().sum()
-            shard.copy_(mean)
+            squared += (own - mean).double().square().sum()
+            round_into(shard, mean)
         return float(squared)
 
-    def _score(self, dataset: Dataset, *, shared: bool = False) -> dict[str, Any]:
-        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it."""
+    def _score(self, dataset: Dataset, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
+        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it. whose: the
+        model's, for an error's message; this client's if it is left out."""
         rank, ranks = self.cluster.shard, self.cluster.ranks
         if shared:
             members, layout = self.cluster.members, self.cluster.layout
@@ -110,7 +117,7 @@ class Evaluator:
         totals = on_device.cpu().contiguous()
         if shared:
             totals = self.transport.together(lambda: self._sum(totals))
-        return summarize(totals, dataset, self.data.label_names)
+        return summarize(totals, dataset, self.data.label_names, whose or f"client {self.cluster.client}")
 
     def _sum(self, totals: Tensor) -> Tensor:
         """Over all clients."""
@@ -119,13 +126,21 @@ class Evaluator:
         return totals
 
 
-def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str]) -> dict[str, Any]:
-    """Scores from per-row sums. totals: [rows, 2], summed loss in nats and number of target tokens.
+def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str], whose: str = "the model") -> dict[str, Any]:
+    """Scores from per-row sums. totals: [rows, 2], summed loss in nats and number of target tokens. whose: they are.
 
     Returns loss (nats per target token), perplexity, examples; for classification, where a row is an example with one
     of the labels as its answer and the likeliest answer counts, also accuracy, macro_f1 and recall by label.
+    Raises DivergedError if any row's loss is not finite: of such losses none is the smallest.
     """
     losses, counts = totals.numpy().T
+    bad = len(losses) - int(np.isfinite(losses).sum())
+    if bad:
+        raise DivergedError(
+            f"{whose} has diverged: the loss of {bad} of {len(losses)} rows of an evaluation set is not finite",
+            where="evaluation",
+            fix=FIX,
+        )
     if "candidate" not in dataset.column_names:
         return _language_scores(losses, counts)
     columns = dataset.with_format("numpy")

@@ -78,10 +78,12 @@ class _Way:
         self._alike = hashlib.blake2b()
 
     def model(self, client: Client) -> None:
-        """All parameters and buffers."""
+        """All parameters, what rounding took from them, and buffers."""
         names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
         for name, _, _, values in client.shards(names):
             self._slice(values, prod(client.shapes[name]))
+        for name, _, bits in client.low_bits(names):
+            self._slice(bits, prod(client.shapes[name]))
         for _, buffer in client.buffers():
             self.alike(buffer)
 

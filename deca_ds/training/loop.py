@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from deca_ds.cluster import Cluster
 from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.config.schema import Config
 from deca_ds.engine.client import BlockState, Client, GradientStats
+from deca_ds.errors import DivergedError
 from deca_ds.gossip.mix import Gossip
 from deca_ds.training.checkpoints import Checkpoints, model_slices
+from deca_ds.training.divergence import Watch, with_checkpoint
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.handover import Standing
 from deca_ds.training.method import step_learning_rate
@@ -50,11 +52,22 @@ class Trainer:
     told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
     state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it
 
+    def __post_init__(self) -> None:
+        self._watch = Watch(self.client, self.cluster, self.rule.buffers)
+        self.checkpoints.check = self._watch.state
+
     def train(self) -> bool:
         """Run the schedule from where it stands and save the trained shards. All ranks of all clients call this.
 
-        Returns False if the job was told to stop before: then the checkpoints of all ranks are on the disk.
+        Returns False if the job was told to stop before: then the checkpoints of all ranks are on the disk. Raises
+        DivergedError, which names the newest checkpoint, at the first value that is not finite.
         """
+        try:
+            return self._train()
+        except DivergedError as error:
+            raise with_checkpoint(error, self.checkpoints.folder, self.checkpoints.newest()) from None
+
+    def _train(self) -> bool:
         while self._goes_on():
             is_through = self.done == len(self.schedule)
             if is_through:  # should the evaluation or the saving fail, the next start goes on from here
@@ -66,6 +79,7 @@ class Trainer:
             if is_through:
                 self.cluster.progress.enter("saving", works=True)
                 self._save()
+                self.client.client_sum(0)  # all of its ranks have saved
                 self.gossip.drain()
                 return True
             self._inner_step(self.schedule.step(self.done))
@@ -91,8 +105,9 @@ class Trainer:
         started, waited = time.perf_counter(), self.gossip.wait_seconds
         lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
         stats = inner_step(
-            self.client, self.state, self.rule, self.gossip, step, next(self.batches), lr, self.config.optimizer
-        )
+            self.client, self.state, self.rule, self.gossip, step, next(self.batches), lr, self.config.optimizer,
+            self._watch.gradient,
+        )  # fmt: skip
         seconds = time.perf_counter() - started
         self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
         if step.closes:
@@ -125,11 +140,15 @@ class Trainer:
             "tokens_per_second": stats.tokens / seconds,
             "gossip_wait_seconds": waited,
             "gossip_bytes_sent_by_rank": self.gossip.bytes_sent,
-            **asdict(stats),
+            "loss": stats.loss,
+            "targets": stats.targets,
+            "tokens": stats.tokens,
+            "norm": stats.norm,
             **({"skipped": skipped} if skipped else {}),
         }
 
     def _evaluate(self) -> None:
+        self._watch.state()
         scores = self.evaluator.evaluate()
         job = {key: scores.pop(key) for key in ("mean", "consensus_distance") if key in scores}
         own = scores | {

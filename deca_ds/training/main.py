@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import signal
 import sys
 import time
 import warnings
@@ -20,16 +19,16 @@ from deca_ds.cluster.store import open_job_store
 from deca_ds.cluster.visit import join_job
 from deca_ds.config import load_config
 from deca_ds.config.checks import check_world
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import UserError
+from deca_ds.training.terminal import on_stop, own_streams
 
-# Slurm and mpirun stop a job with SIGTERM; mpirun hands SIGUSR1 on to the ranks without ending them.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configuration has told its own
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
-    parser.add_argument("--config", type=Path, help="YAML file with the run's configuration")
+    parser.add_argument("--config", type=path_argument, help="YAML file with the run's configuration")
     parser.add_argument(JOIN, action="store_true", help="come back, as a client that the others go on without")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # what the deepspeed launcher adds; the rank is read from the environment
@@ -40,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank of the job; returns the exit code. Failures end the process inside (see cluster/guard.py)."""
+    own_streams()
     arguments = parser().parse_intermixed_args(argv)
     # DeepSpeed still calls collectives by names that newer versions of torch have renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.freeze()  # what has been imported stays; no collection needs to look at it again
         gc.enable()  # launchers/train.py has disabled it
         trainer = start(config, launch, store, guard, visit)
-        for number in STOP_SIGNALS:
-            signal.signal(number, guard.stop.ask)
+        on_stop(guard.stop.ask)
         finished = trainer.train()
         guard.progress.enter("the end")
         transport, members = trainer.gossip.transport, trainer.cluster.members

@@ -8,13 +8,16 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from rich.console import Console
 
+from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.cluster.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_client_data, validate_data_config
+from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.gossip import survive
 from deca_ds.gossip.late import check_wait
@@ -22,7 +25,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
-from deca_ds.training.tables import block_table, data_table, warn_of_blocks
+from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
@@ -50,11 +53,15 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     check_wait(config.gossip.wait_s, mixing)
     survive.check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    for warning in check_model(config, architecture, tokenizer, weights=False):
+        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     model = meta_model(config.model, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
     console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
     warn_of_blocks(console, plan)
+    if config.model.dtype == "bfloat16":
+        console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
     if config.cluster.absent:
         without = survive.without(mixing, config.cluster.absent)
@@ -74,9 +81,12 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         console.print("data: one path per client; each client's ranks open their own only")
     else:
         data = [load_client_data(config, tokenizer, client) for client in range(clients)]
+        for line in tell_files(config.data):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         summaries = [part.summary for part in data]
         compare_data(summaries, [part.label_names for part in data])
         console.print(data_table(summaries))
+        print_notes(data[0].notes)
     schedule = build_schedule(config, len(plan.blocks))
     console.print(
         f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
@@ -112,6 +122,15 @@ def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
                 "Order the hosts, or choose their slots, so that clients begin and end with hosts",
                 highlight=False,
             )
+
+
+def _masters(masters: str, plan: BlockPlan, ranks: int) -> str:
+    """What the float32 masters of a bfloat16 model cost, or what it costs not to have them."""
+    mib = 2 * sum(block.numel for block in plan.blocks) / ranks / 2**20
+    if masters == "exact":
+        return f"masters: exact, {mib:,.1f} MiB of host memory per rank"
+    lost = "what a block's turn changes by less than half a bfloat16's last place is lost when it ends"
+    return f"masters: rounded, {lost}; model.masters=exact takes {mib:,.1f} MiB of host memory per rank"
 
 
 def _agreement(mixing: MixingSchedule) -> str:

@@ -217,8 +217,8 @@ def restore(
         )
     read = _Reader(saved, cluster.client)
     names = [name for block in client.plan.blocks for name in block.names] + list(client.plan.frozen)
-    for name, start, stop, shard in client.shards(tuple(names)):
-        shard.copy_(read(name, client.shapes[name], start, stop))
+    for name, start, stop, _ in client.shards(tuple(names)):
+        client.set_master(name, read(name, client.shapes[name], start, stop))
     for name, buffer in client.buffers():
         flat = torch.zeros_like(buffer).reshape(-1)
         start, stop = buffer_range(flat.numel(), cluster)

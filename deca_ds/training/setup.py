@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore
 
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
+from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.cluster import Cluster, Launch, connect
 from deca_ds.cluster.fingerprint import compare_software, compare_start, digest, software
 from deca_ds.cluster.guard import JobGuard
@@ -31,9 +32,12 @@ from deca_ds.cluster.votes import Votes
 from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
-from deca_ds.config.resume import check_folder
-from deca_ds.data import load_client_data, training_batches, validate_data_config
+from deca_ds.config.paths import check_model_folder, check_writable
+from deca_ds.config.resume import SAVED_CONFIG, check_folder, check_new, save_optimizer
+from deca_ds.data import evaluation_batches, load_client_data, training_batches, validate_data_config
+from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import find_adapters
+from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
@@ -49,7 +53,9 @@ from deca_ds.gossip.uneven import UnevenGossip, UnevenTransport
 from deca_ds.gossip.voting import VotingTransport
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import connect_transport
+from deca_ds.training.day import agree_on_day
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.invite import Invitation
 from deca_ds.training.loop import Trainer
@@ -57,7 +63,7 @@ from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.survivors import Survivors
-from deca_ds.training.tables import data_table, warn_of_blocks
+from deca_ds.training.tables import data_table, print_notes, warn_of_blocks
 from deca_ds.training.whole_digest import whole_digest
 from deca_ds.training.written import Agreed, StoreCount, Written
 
@@ -71,7 +77,9 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     guard.progress.enter("comparing the ranks")
     if invitation is None:
         compare_software(config, launch, store, matrices)
+        agree_on_day(config, launch, store)
     else:
+        config.data.date = config.data.date or invitation.date
         invitation.compare_software(config, launch, software(config, matrices))
         store = JobStore(
             PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout, guard.progress
@@ -86,11 +94,22 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     # other hosts have not got the run's configuration
     if visit is None and (config.run.resume == "never" or launch.rank == launch.first):
         check_folder(config)
+    else:
+        check_writable(Path(config.run.output), "run.output")
+    check_model_folder(config.model)
     validate_data_config(config, client=layout.client_of(launch.rank))
     resumption = None
     if visit is None and config.run.resume != "never":
+        output = Path(config.run.output)
+        begun = store.gather(launch, "output/begun", (output / SAVED_CONFIG).is_file())[launch.first]
+        if begun:
+            take_for_job(output, launch, store, partial(check_folder, config))
+            if launch.rank == launch.first and (changed := save_optimizer(config)):
+                print(f"going on with {changed}", file=sys.stderr, flush=True)
         guard.progress.enter("verifying the checkpoints", works=True)
         resumption = choose(config, launch, store, layout, mixing)
+        if begun:  # how the run had ended before is no longer told there
+            guard.write_to(output)
     cluster = connect(config, launch, store, guard.progress, joins=visit is not None)
     if invitation is not None:
         cluster.members.clients = tuple(invitation.clients)
@@ -115,9 +134,19 @@ def build(
     mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
     progress.enter("loading the tokenizer", works=True, awaits=SHARED)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    progress.enter("checking the model", works=True, awaits=SHARED)
+    for warning in check_model(config, architecture, tokenizer):
+        if cluster.is_main:
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     disable_progress_bars()
     progress.enter("reading the data", works=True, awaits=SHARED)
+    for line in [
+        *(tell_files(config.data) if cluster.is_main else ()),
+        *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
+    ]:
+        print(line, file=sys.stderr, flush=True)
     data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first, tick=progress.tick)
+    check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
     progress.enter("comparing the data")
     if invitation is None:
@@ -127,6 +156,8 @@ def build(
         edges = probe_edges(transport, there, launch, cluster.layout, cluster.store)
     else:
         invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
+    if invitation is None and resumption.saved is None:
+        take_for_job(output, launch, cluster.store, partial(check_new, config))
     output.mkdir(parents=True, exist_ok=True)
     guard.write_to(output)
     if cluster.is_main and resumption.saved is not None:
@@ -135,6 +166,8 @@ def build(
         save_config(config, output / "config.yaml")
         save_summaries(output, summaries)
         Console(stderr=True).print(data_table(summaries), mixing.summary())
+    if cluster.is_leader and (cluster.is_main or config.data.per_client):
+        print_notes(data.notes, cluster.client if config.data.per_client else None)
     if cluster.is_main and edges:
         print(save_edges(edges, output), file=sys.stderr, flush=True)
 
@@ -145,14 +178,16 @@ def build(
             save_adapters(output, find_adapters(model))
         model.config.save_pretrained(output / "hf")
         tokenizer.save_pretrained(output / "hf")
-        if model.can_generate():
-            model.generation_config.save_pretrained(output / "hf")
+        if model.can_generate() and (note := save_generation_config(model, tokenizer, output / "hf")):
+            print(f"NOTE: {note}", file=sys.stderr, flush=True)
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
     if cluster.is_main:
         warn_of_blocks(Console(stderr=True), client.plan)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
+    client.check_loss(next(one_row))
     if resumption.saved is None and invitation is None:
         progress.enter("comparing the models", works=True)
         even = cluster.layout.even  # else digests are of whole clients, and all ranks have the same
@@ -203,6 +238,7 @@ def build(
                 tokenizer=vocabulary,
                 label_names=data.label_names,
                 common_evaluation=data.summary["common_evaluation"],
+                date=config.data.date,
             )
             survivors.invite()
             if config.cluster.return_s:
@@ -279,7 +315,7 @@ def _stragglers(config: Config, cluster: Cluster, transport: Transport, attempt:
 def _initial(client: Client) -> str:
     """Digest of the initial parameters and buffers that this rank holds."""
     names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
-    held = [values for *_, values in client.shards(names)] + [buffer for _, buffer in client.buffers()]
+    held = [values for *_, values in (*client.shards(names), *client.low_bits(names), *client.buffers())]
     return digest(_memory(values) for values in held)
 
 

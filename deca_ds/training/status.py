@@ -8,24 +8,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from deca_ds.checkpoint.done import ended
 from deca_ds.cluster.heartbeat import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.resume import SAVED_CONFIG
 from deca_ds.errors import CheckpointError
 
-ENDINGS = ("DONE", "STOPPED", "FAILED")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="the run's output folder")
+    parser.add_argument("run", type=path_argument, help="the run's output folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table and how the run ended, if it has."""
     console = Console()
     console.print(status_table(arguments.run))
-    for name in ENDINGS:
-        if (arguments.run / name).is_file():
-            console.print(f"{name}: {(arguments.run / name).read_text().strip()}", markup=False)
+    for name in ended(arguments.run):
+        console.print(f"{name}: {(arguments.run / name).read_text(errors='replace').strip()}", markup=False)
     return 0
 
 
@@ -38,14 +37,14 @@ def status_table(folder: Path) -> Table:
             where=str(folder / FOLDER),
             fix="name the run.output of a run that has started; without a shared file system, ask on each host",
         )
-    ended = any((folder / name).is_file() for name in ENDINGS)
+    has_ended = bool(ended(folder))
     table = Table(title=str(folder))
     for column in ("rank", "host", "client", "phase", "step", "last progress", ""):
         table.add_column(column, justify="left" if column in ("host", "phase", "") else "right")
     for heartbeat in read_heartbeats(folder):
         client = "" if heartbeat.client is None else str(heartbeat.client)
         where = (heartbeat.doing, str(heartbeat.step or ""), f"{heartbeat.age_s():.0f} s ago")
-        table.add_row(str(heartbeat.rank), heartbeat.host, client, *where, "" if ended else _mark(heartbeat))
+        table.add_row(str(heartbeat.rank), heartbeat.host, client, *where, "" if has_ended else _mark(heartbeat))
     return table
 
 

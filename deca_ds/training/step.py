@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -24,13 +24,16 @@ def inner_step(
     micro_batches: Sequence[Mapping[str, Tensor]],
     lr: float,
     optimizer: OptimizerConfig,
+    check: Callable[[Step, GradientStats], None] = lambda step, stats: None,
 ) -> GradientStats:
     """Train the active block for one step and average it with the neighbours; equations in algorithm/.
 
     micro_batches: this rank's share of the client's batch. The block's shard is worked through in chunks: while one
     travels, the next one is computed. At the end theta holds the mixed masters, and the model's shards these, rounded.
+    check: raises an error for a gradient that must not be used.
     """
     stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
+    check(step, stats)
     mixes = step.gossip is not None and gossip.has_neighbours(step.gossip)
     under_way: deque[tuple[slice, str, PendingMix]] = deque()
 

@@ -35,6 +35,7 @@ from deca_ds.config import load_config
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.training.main import parser as train_parser
+from deca_ds.training.terminal import on_stop
 
 _HANDS_ON = ("mpirun", "mpiexec", "prterun", "srun")  # launchers that pass SIGUSR1 to all ranks
 _LONGEST_PAUSE_S = 120.0
@@ -56,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not joins:
         _check_resumes(config)
     supervisor = Supervisor(command, Path(config.run.output), joins, arguments.restarts, arguments.pause)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, supervisor.stop)
+    on_stop(supervisor.stop)
+    signal.signal(signal.SIGINT, supervisor.stop)
     return supervisor.run()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,12 @@ def data_table(summaries: Sequence[dict[str, Any]]) -> Table:
             ", ".join(f"{label} {count}" for label, count in labels),
         )
     return table
+
+
+def print_notes(notes: Sequence[str], client: int | None = None) -> None:
+    """`ClientData.notes` on stderr. client: whose files they are about, where it has files of its own."""
+    for note in notes:
+        print(f"data{'' if client is None else f' of client {client}'}: {note}", file=sys.stderr, flush=True)
 
 
 def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:

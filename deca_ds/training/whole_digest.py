@@ -22,13 +22,15 @@ _GOLDEN, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476
 
 
 def whole_digest(client: Client) -> str:
-    """Of all parameters and buffers of the client, the same for any number of ranks; all of its ranks call this."""
+    """Of all parameters, with what rounding took from their masters, and buffers of the client: the same for any number
+    of ranks; all of its ranks call this."""
     names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
     total = 0
     described = []
     for name, start, _, values in client.shards(names):
         described.append(f"{name} {client.shapes[name]} {values.dtype}")
         total += weighted_sum(name, start, values)
+    total += sum(weighted_sum(f"low bits of {name}", start, bits) for name, start, bits in client.low_bits(names))
     for name, buffer in client.buffers():  # whole on every rank
         described.append(f"{name} {weighted_sum(name, 0, buffer.reshape(-1))}")
     halves = [total % 2**32, total % 2**64 >> 32]

@@ -112,6 +112,7 @@ class Runner:
     def _simulate(self, keys: Keys) -> dict[str, Any]:
         from deca_ds.config import load_config
         from deca_ds.engine.load import load_tokenizer
+        from deca_ds.errors import DivergedError
         from deca_ds.simulation.setup import build, load_data
 
         def place(value: Any) -> Any:
@@ -133,12 +134,13 @@ class Runner:
         simulation = build(config, self._loaded[where])
         started = time.process_time()
         contractions = []
-        for step in simulation.run(evaluate_first=False):
-            if step["gossip"] and step["spread_before"] > 0:
-                contractions.append(step["spread_after"] / step["spread_before"])
-            if not all(map(math.isfinite, step["loss"])):
-                break
-        diverged = not simulation.evaluations
+        diverged = False
+        try:
+            for step in simulation.run(evaluate_first=False):
+                if step["gossip"] and step["spread_before"] > 0:
+                    contractions.append(step["spread_after"] / step["spread_before"])
+        except DivergedError:
+            diverged = True
         last = {} if diverged else simulation.evaluations[-1]
         clients = [scores["common"] for scores in last.get("clients", [])]
         record = {
@@ -150,8 +152,8 @@ class Runner:
             "consensus_distance": last.get("consensus_distance"),
             "contraction": sum(contractions) / len(contractions) if contractions else None,
             "spectral_gap": simulation.mixing.spectral_gap,
-            "bytes_sent_by_a_client": sum(step["bytes_sent"]) / len(step["bytes_sent"]),
-            "steps": step["step"],
+            "bytes_sent_by_a_client": 4 * sum(simulation.sent) / len(simulation.sent),
+            "steps": len(simulation.steps),
             "cpu_seconds": time.process_time() - started,
         }
         with open(self.path, "a") as file:

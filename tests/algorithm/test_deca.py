@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import UNIT
 
 from deca_ds.algorithm.deca import SIGNALS, DecaRule
 
@@ -57,22 +58,23 @@ def test_every_signal_follows_its_equation(signal):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_a_client_alone_is_adamw(decay):
     torch.manual_seed(0)
-    start, gradients = torch.randn(1000), torch.randn(30, 1000)
+    start, gradients = torch.randn(1000, dtype=torch.float64), torch.randn(30, 1000, dtype=torch.float64)
     parameter = torch.nn.Parameter(start.clone())
     adamw = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=decay)
     rule = DecaRule(signal="none")
-    theta, m, v = start.clone(), torch.zeros(1000), torch.zeros(1000)
+    theta, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for inner, gradient in enumerate(gradients):
         parameter.grad = gradient.clone()
         adamw.step()
         theta, m, v, _ = one_step(rule, theta, gradient, m, v, None, inner, 1e-2, decay)
-    torch.testing.assert_close(theta, parameter.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(theta, parameter.detach(), rtol=0, atol=1e-12)
 
 
 @settings(max_examples=30)
 @given(signal=st.sampled_from(SIGNALS), cut=st.integers(1, 39), inner=st.integers(0, 100))
 def test_the_step_is_elementwise(signal, cut, inner):
-    """Working through a shard in chunks, or over more ranks, changes nothing."""
+    """Working through a shard in chunks, or over more ranks, changes nothing but what a compiler may do at a chunk's
+    end, where vectors no longer fit: a product and a sum are rounded once or twice."""
     generator = torch.Generator().manual_seed(inner)
     theta, g, m = torch.randn(3, 40, generator=generator)
     v = torch.rand(40, generator=generator)
@@ -80,7 +82,8 @@ def test_the_step_is_elementwise(signal, cut, inner):
     whole = one_step(rule, theta, g, m, v, None, inner, 1e-3)
     parts = [one_step(rule, theta[s], g[s], m[s], v[s], None, inner, 1e-3) for s in (slice(0, cut), slice(cut, 40))]
     for index in range(4):
-        assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
+        together = torch.cat([part[index] for part in parts])
+        torch.testing.assert_close(whole[index], together, rtol=8 * UNIT, atol=8 * UNIT)
 
 
 def test_zero_learning_rate_has_a_finite_signal():

@@ -22,8 +22,8 @@ LAUNCHERS = {
     ),
     "by hand": ({"RANK": "1", "WORLD_SIZE": "2", **MASTER}, Launch("deepspeed", 1, 2, None, ("10.0.0.1", 29500))),
     "deepspeed in an MPI job": (
-        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **OPEN_MPI},
-        Launch("deepspeed", 3, 4, 1, None),
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MASTER, **OPEN_MPI},
+        Launch("deepspeed", 3, 4, 1, ("10.0.0.1", 29500)),
     ),
     "Open MPI": (OPEN_MPI, Launch("openmpi", 2, 4, 0, None)),
     "Open MPI from a batch script": (BATCH | OPEN_MPI, Launch("openmpi", 2, 4, 0, None)),
@@ -62,10 +62,38 @@ def test_the_shell_of_a_slurm_batch_script_is_one_rank():
     assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
 
 
-@pytest.mark.parametrize("broken", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
-def test_contradictory_variables_are_refused(broken):
-    with pytest.raises(LaunchError, match="RANK"):
-        read_launch(broken)
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ({"RANK": "x"}, "RANK=x "),
+        ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"RANK": "-1"}, "RANK=-1 "),
+        ({"RANK": ""}, "RANK= "),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two "),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 "),
+        ({"LOCAL_RANK": "1.0"}, "LOCAL_RANK=1.0 "),
+        *(({"MASTER_PORT": port}, f"MASTER_PORT={port} ") for port in ("abc", "", "0", "65536", "-1", "29500.0")),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(broken, named):
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    with pytest.raises(LaunchError, match=named):
+        read_launch(whole | broken)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_that_are_told_half_of_it_do_not_train_alone(missing):
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    with pytest.raises(LaunchError, match=missing):
+        read_launch({key: value for key, value in whole.items() if key != missing})
+    assert read_launch({"RANK": "0", "WORLD_SIZE": "1"}).world_size == 1
+    assert read_launch({"WORLD_SIZE": "1"}).launcher == "python"
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]", "fd00::7"])
+def test_an_address_of_ipv6_has_no_brackets(address):
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": "29500"}
+    assert read_launch(whole).master == (address.strip("[]"), 29500)
 
 
 def test_absent_clients_are_left_out_of_the_launch():

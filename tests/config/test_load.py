@@ -40,7 +40,7 @@ def test_unknown_keys_suggest_the_right_one():
 def test_wrong_types_and_choices_name_the_value():
     refused("optimizer.lr = 'fast'.*Float", "optimizer.lr=fast")
     refused("gossip.graph = 'rnig'.*ring", "gossip.graph=rnig")
-    refused("data.train = 'x'", "data.train=x")
+    refused("data.train", "data.train={a: x}")
     refused("optimizer.lr.*nan|nan.*optimizer.lr", "optimizer.lr=.nan")
     refused(r"optimizer.lr: Interpolation key 'x.y' not found", "optimizer.lr=${x.y}")
     refused("cannot read the argument", "optimizer.lr")

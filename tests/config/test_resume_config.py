@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deca_ds.config import load_config, save_config
-from deca_ds.config.resume import check_folder
+from deca_ds.config.resume import check_folder, check_new, save_optimizer
 from deca_ds.errors import CheckpointError, ConfigError
 
 BASE = ["model.path=x", "cluster.clients=3", "data.label_names={a: b}"]
@@ -82,3 +82,27 @@ def test_what_does_not_change_the_training_may_change(run: Path, change: str, mo
 def test_what_changes_the_training_is_refused_by_name(run: Path, changes: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_folder(configured(run, *changes))
+
+
+def test_after_divergence_the_optimizer_may_be_another_one(run: Path) -> None:
+    smaller = configured(run, "optimizer.lr=1e-6", "optimizer.clip_norm=0.5")
+    (run / "FAILED").write_text("rank 0 on n1\nout of memory\n")
+    with pytest.raises(ConfigError, match=r"optimizer.lr = 1e-06 \(and optimizer.clip_norm\)"):
+        check_folder(smaller)
+    (run / "FAILED").write_text("rank 0 on n1, gradient, step 5\nclient 0 has diverged: the loss is not finite (nan)\n")
+    check_folder(smaller)
+    with pytest.raises(ConfigError, match=r"run\.seed = 1"):
+        check_folder(configured(run, "run.seed=1"))
+    assert save_optimizer(smaller).startswith("optimizer.lr = 1e-06 instead of 5e-05")
+    (run / "FAILED").unlink()
+    check_folder(smaller)
+    assert save_optimizer(smaller) == ""
+
+
+def test_a_file_that_only_says_who_has_the_folder_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "LOCK").touch()
+    for resume in ("never", "auto"):
+        check_new(configured(tmp_path, resume=resume))
+    save_config(configured(tmp_path, resume="auto"), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="another job has begun a run"):
+        check_new(configured(tmp_path, resume="auto"))

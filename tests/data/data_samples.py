@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from deca_ds.config.schema import ClusterConfig, Config, DataConfig, EvaluationConfig, RunConfig
+from deca_ds.data.formats import FORMATS, ExampleRules
 
 PATHS = ("train", "per_client", "evaluation", "per_client_evaluation")
 CHAT_TEMPLATE = (
@@ -48,6 +49,23 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 def flat(lists: Iterable[list[Any]]) -> list[Any]:
     return list(chain.from_iterable(lists))
+
+
+def chats(*conversations: list[dict[str, Any]], **row: Any) -> dict[str, list[str]]:
+    """A batch for an Encoder, of rows of data.format=messages with the further fields `row`."""
+    rules, format = ExampleRules("messages"), FORMATS["messages"]
+    made = [format.example({"messages": turns, **row}, rules, "file, line 1", set()) for turns in conversations]
+    return {"conversation": [one["conversation"] for one in made], "place": ["file, line 1"] * len(made)}
+
+
+def targets_of(tokenizer: PreTrainedTokenizerFast, batch: dict[str, list[Any]]) -> list[list[str]]:
+    """For each sequence the texts that carry the loss, one for each run of tokens without a gap."""
+    runs = [groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != -100) for ids, labels in columns_of(batch)]
+    return [[tokenizer.decode([label for _, label in run]) for learned, run in of_row if learned] for of_row in runs]
+
+
+def columns_of(batch: dict[str, list[Any]]) -> list[tuple[list[int], list[int]]]:
+    return list(zip(batch["input_ids"], batch["labels"], strict=True))
 
 
 def answer_of(tokenizer: PreTrainedTokenizerFast, row: dict[str, list[int]]) -> str:

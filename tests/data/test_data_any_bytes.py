@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from deca_ds.data.examples import ExampleRules, generate_examples
-from deca_ds.data.sources import SUFFIXES, read_rows
+from deca_ds.data.files import COMPRESSIONS, SUFFIXES
+from deca_ds.data.sources import read_rows
 from deca_ds.errors import DataError
 
 LIGHT = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -34,7 +35,7 @@ def rows_of(path, content: bytes) -> list | None:
     return rows
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [*SUFFIXES, *(f".jsonl{end}" for end in COMPRESSIONS)])
 @LIGHT
 @given(content=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
 @example(content=b'{"a": ' + b"9" * 5000 + b"}")

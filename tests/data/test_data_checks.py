@@ -21,6 +21,7 @@ def file(tmp_path):
         ({"common_holdout": 1.0}, r"data\.common_holdout"),
         ({"client_holdout": -0.1}, r"data\.client_holdout"),
         ({"max_examples": 0}, r"data\.max_examples"),
+        ({"date": "3 March"}, r"data\.date"),
         ({"max_length": 1}, r"data\.max_length"),
         ({"batch_size": 0}, r"data\.batch_size"),
         ({"micro_batch_size": 0}, r"data\.micro_batch_size"),

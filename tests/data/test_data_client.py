@@ -215,8 +215,11 @@ def test_packing(tokenizer, tmp_path, format):
             "text": "t" * (i % 7 + 1),
             "label": i % 2,
             "instruction": "i",
-            "output": "o" * (i % 5),
-            "messages": [{"role": "user", "content": "u" * i}, {"role": "assistant", "content": "a" * (i % 4)}],
+            "output": "o" * (i % 5 + 1),
+            "messages": [
+                {"role": "user", "content": "u" * (i + 1)},
+                {"role": "assistant", "content": "a" * (i % 4 + 1)},
+            ],
         }
         for i in range(40)
     ]
@@ -273,14 +276,14 @@ def test_max_examples_limits_each_private_file(tokenizer, tmp_path):
 
 
 def test_a_client_without_anything_to_learn_is_named(tokenizer, tmp_path):
-    rows = [{"instruction": "x", "output": "", "owner": "a"}] * 3 + [{"instruction": "x", "output": "y", "owner": "b"}]
+    asked, answered = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    rows = [{"messages": [asked], "owner": "a"}] * 3 + [{"messages": [asked, answered], "owner": "b"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    options = {"train": [path], "format": "alpaca", "partition": "key", "partition_column": "owner"}
+    options = {"train": [path], "format": "messages", "partition": "key", "partition_column": "owner"}
     config = make_config(clients=2, client_holdout=0.0, **options)
-    without_end = make_byte_tokenizer()
     with pytest.raises(DataError, match=r"(?s)client 0 has nothing to train on: none of its 3 examples.*data\.train"):
-        load_client_data(config, without_end, 0)
-    assert load_client_data(config, without_end, 1).summary["train"] == 1
+        load_client_data(config, tokenizer, 0)
+    assert load_client_data(config, tokenizer, 1).summary["train"] == 1
 
 
 def test_an_empty_file_and_a_wrong_section(tokenizer, tmp_path):

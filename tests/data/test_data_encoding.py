@@ -1,7 +1,7 @@
 """Where the loss falls, what is cut, how sequences are packed."""
 
 import pytest
-from data_samples import CHAT_TEMPLATE, answer_of, flat, make_byte_tokenizer
+from data_samples import CHAT_TEMPLATE, answer_of, chats, flat, make_byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,8 @@ def rows(batch):
 
 
 def pairs(*examples):
-    return {"prompt": [prompt for prompt, _ in examples], "answer": [answer for _, answer in examples]}
+    prompts, answers = [prompt for prompt, _ in examples], [answer for _, answer in examples]
+    return {"prompt": prompts, "answer": answers, "place": ["file, line 1"] * len(examples)}
 
 
 def test_text_is_learned_whole(tokenizer):
@@ -86,22 +87,20 @@ def test_examples_without_a_target_are_left_out(tokenizer):
     assert rows(Encoder(make_byte_tokenizer(), max_length=8).sequences(pairs(("ask", "")))) == []
     batch = Encoder(tokenizer, max_length=30).sequences({"text": ["", "ab"]})
     assert batch["targets"] == [2]
-    assert rows(Encoder(tokenizer, max_length=99, conversations=True).sequences({"messages": [CHAT[:2]]})) == []
+    assert rows(Encoder(tokenizer, max_length=99, conversations=True).sequences(chats(CHAT[:2]))) == []
 
 
 def test_only_assistant_turns_are_learned(tokenizer):
-    (row,) = rows(Encoder(tokenizer, max_length=200, conversations=True).sequences({"messages": [CHAT]}))
+    (row,) = rows(Encoder(tokenizer, max_length=200, conversations=True).sequences(chats(CHAT)))
     assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert answer_of(tokenizer, row) == "yo</assistant>no</assistant>"
-    (row,) = rows(Encoder(tokenizer, max_length=200, conversations=True).sequences({"messages": [CHAT[2:]]}))
-    assert answer_of(tokenizer, row) == "<assistant>yo</assistant>no</assistant>", (
-        "nothing stands before the first turn"
-    )
+    (row,) = rows(Encoder(tokenizer, max_length=200, conversations=True).sequences(chats(CHAT[2:])))
+    assert answer_of(tokenizer, row) == "yo</assistant>no</assistant>", "the prompt of the first turn is no answer"
 
 
 def test_a_long_conversation_keeps_its_first_answer(tokenizer):
     chat = [{"role": "user", "content": "x" * 100}, *CHAT[2:]]
-    (row,) = rows(Encoder(tokenizer, max_length=30, conversations=True).sequences({"messages": [chat]}))
+    (row,) = rows(Encoder(tokenizer, max_length=30, conversations=True).sequences(chats(chat)))
     assert tokenizer.decode(row["input_ids"]) == "ser><assistant>yo</assistant><"
     assert answer_of(tokenizer, row) == "yo</assistant>" and row["cut"]
 
@@ -112,7 +111,7 @@ def test_a_template_that_marks_answers_is_believed(tokenizer):
         "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
         "{% if loop.last %}!{% endif %}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %};{% endfor %}"
     )
-    (row,) = rows(Encoder(tokenizer, max_length=200, conversations=True).sequences({"messages": [CHAT]}))
+    (row,) = rows(Encoder(tokenizer, max_length=200, conversations=True).sequences(chats(CHAT)))
     assert tokenizer.decode(row["input_ids"]) == "system:S;user:hi;assistant:yo;user:more;assistant:no!;"
     assert answer_of(tokenizer, row) == "yono!"
 
@@ -120,15 +119,15 @@ def test_a_template_that_marks_answers_is_believed(tokenizer):
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}{{ loop.revindex }}")
     with pytest.raises(DataError, match=r"(?s)user: hi.*generation"):
-        Encoder(tokenizer, max_length=99, conversations=True).sequences({"messages": [CHAT]})
-    whole = Encoder(tokenizer, max_length=200, conversations=True, answers_only=False).sequences({"messages": [CHAT]})
+        Encoder(tokenizer, max_length=99, conversations=True).sequences(chats(CHAT))
+    whole = Encoder(tokenizer, max_length=200, conversations=True, answers_only=False).sequences(chats(CHAT))
     assert whole["labels"] == whole["input_ids"]
 
 
 def test_what_a_template_refuses_is_shown(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"(?s)user: hi.*roles must alternate"):
-        Encoder(tokenizer, max_length=99, conversations=True).sequences({"messages": [CHAT]})
+        Encoder(tokenizer, max_length=99, conversations=True).sequences(chats(CHAT))
 
 
 def test_a_missing_template_is_explained():

@@ -101,7 +101,9 @@ def test_entries_become_files_in_order_each_once(tmp_path):
     assert find_sources([str(bracket)], "data.train") == [bracket]
 
 
-@pytest.mark.parametrize("entry", ["./nothing", "/no/where", "no.json", "no/such/thing", "~/nothing.csv"])
+@pytest.mark.parametrize(
+    "entry", ["/" + "n" * 300, "./nothing", "/no/where", "no.json", "no/such/thing", "~/nothing.csv"]
+)
 def test_a_missing_path_is_no_hub_name(entry):
     with pytest.raises(DataError, match=r"(?s)no such file.*data\.train"):
         find_sources([entry], "data.train")

@@ -1,8 +1,11 @@
 """One test for each DeepSpeed internal that engine/internals.py leans on, without a training run."""
 
 import functools
+import inspect
+from types import SimpleNamespace
 
 import pytest
+import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -36,7 +39,35 @@ def test_a_missing_cache_is_named():
         internals._release_cache(Changed)
 
 
+def test_gathers_follow_writes_and_writes_follow_gathers(monkeypatch):
+    """On a GPU: the stream that DeepSpeed gathers on, and the one on which shards are written."""
+    waits = []
+    stream = lambda name: SimpleNamespace(name=name, wait_stream=lambda other: waits.append((name, other.name)))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("current"))
+    none = SimpleNamespace(release_backward_leftovers=lambda: None, partition_all_parameters=lambda: None)
+    zero = SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=stream("gathers"), **vars(none))
+    internals.follow_writes(zero)
+    assert waits == [("gathers", "current")]
+    internals.partition_all(zero)
+    assert waits[1:] == [("current", "gathers")]
+    on_cpu = SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=None, **vars(none))
+    internals.follow_writes(on_cpu)
+    internals.partition_all(on_cpu)
+    assert len(waits) == 2
+    assert "self.__allgather_stream = " in inspect.getsource(DeepSpeedZeRoOffload.__init__)
+
+
 def test_the_shared_memory_extension_can_be_switched_off():
     import deepspeed
 
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+
+
+def test_a_module_can_be_gathered_whole():
+    from deepspeed.utils import z3_leaf_module
+    from torch import nn
+
+    outer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    internals.keep_whole([outer])
+    assert z3_leaf_module(outer)
+    assert not z3_leaf_module(outer[0])

@@ -95,7 +95,7 @@ def test_rows_of_clipped_weights_sum_to_one(raw, distances, radius):
 
 @pytest.mark.parametrize("radius", [None, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_poisoned_message_is_refused_by_name_before_anything_is_averaged(radius, value):
+def test_a_poisoned_message_is_refused_by_name_before_anything_of_it_is_used(radius, value):
     network, schedule = LocalNetwork(2, 5.0), build_mixing(GossipConfig(), 2, seed=0)
     here, there = (Gossip(network.transport(i), schedule, clip_radius=radius) for i in range(2))
     here.transport.progress.enter("gradient", step=412, block="layers 0-1")
@@ -104,13 +104,12 @@ def test_a_poisoned_message_is_refused_by_name_before_anything_is_averaged(radiu
     own = torch.arange(50.0)
     there.start(3, poison)
     pending = here.start(3, own)
-    mixed = here.outputs.at(0, 50).fill_(-1)
     with pytest.raises(GossipError) as caught:
         here.settle(3)
         pending.wait()
     assert "1 of 50 values of client 1 are not finite (averaging 3)" in caught.value.what
     assert caught.value.where == "client 0, gossip, step 412, block layers 0-1"
-    assert torch.equal(own, torch.arange(50.0)) and torch.equal(mixed, torch.full((50,), -1.0))
+    assert torch.equal(own, torch.arange(50.0))
 
 
 def test_only_methods_that_send_parameters_alone_can_clip():

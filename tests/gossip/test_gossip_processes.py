@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import gossip_worker
 import pytest
@@ -19,8 +20,9 @@ from torch.distributed import TCPStore
 
 from deca_ds.errors import GossipError
 from deca_ds.gossip.local import LocalNetwork
-from deca_ds.gossip.mpi import poll
+from deca_ds.gossip.mpi import MpiTransport, poll
 from deca_ds.gossip.torch_p2p import TorchTransport
+from deca_ds.gossip.transport import PointToPoint
 
 CLIENTS, DEADLINE_S = 3, 120
 WORKER = str(Path(gossip_worker.__file__))
@@ -139,3 +141,30 @@ def test_poll_gives_up_at_the_deadline():
     assert not poll(lambda: False, deadline=0.0)
     answers = iter([False] * 300 + [True])
     assert poll(lambda: next(answers), deadline=float("inf"))
+
+
+class Request:
+    """One of MPI's that is through the second time it is asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def Test(self, status):
+        self.asked += 1
+        return self.asked > 1
+
+
+def test_starting_a_message_moves_on_what_is_under_way():
+    """MPI does so only while it is called, and between two waits the trainer computes."""
+    request = Request()
+    transport = MpiTransport.__new__(MpiTransport)  # no MPI in this process
+    PointToPoint.__init__(transport, 0, 2)
+    transport.timeout_s, transport._abandoned = 5.0, []
+    transport._comm = SimpleNamespace(Irecv=lambda *message: request)
+    transport._mpi = SimpleNamespace(
+        Exception=RuntimeError, BYTE=None, Status=lambda: SimpleNamespace(Get_count=lambda kind: 12)
+    )
+    exchange = transport.exchange(torch.empty(0), [], {1: torch.empty(3)}, 7)
+    assert request.asked == 1
+    exchange.wait()
+    assert request.asked == 2

@@ -1,11 +1,11 @@
 """The trainer, in which ranks die. Started like launchers/train.py.
 
 DECA_TEST_DYING=RANK:STEP:PLACE[,...] says which. STEP: inner step, counted from 1. PLACE: before (its local step),
-error (the same, by an exception), sent (its first chunk of the averaging), evaluation (while the mean model after STEP
-is averaged), returned (before the local step, STEP steps after a client has come back). All but error is SIGKILL. And
-damaged: a bit of its first chunk flips on the way; hangs: its main thread does, before the local step; stopped: its
-process is, there, for 30 s. A rank that is started with --join does none of that. While a client is missing, steps take
-a second.
+error (the same, by an exception), nan (there, a parameter is), sent (its first chunk of the averaging), evaluation
+(while the mean model after STEP is averaged), returned (before the local step, STEP steps after a client has come
+back). All but error and nan is SIGKILL. And damaged: a bit of its first chunk flips on the way; hangs: its main thread
+does, before the local step; stopped: its process is, there, for 30 s. A rank that is started with --join does none of
+that. While a client is missing, steps take a second.
 """
 
 import gc
@@ -50,6 +50,8 @@ def counting_gradient(self, *arguments):
         os.kill(os.getpid(), signal.SIGSTOP)
     if steps == last and place == "hangs":
         time.sleep(600.0)
+    if steps == last and place == "nan":
+        next(self.shards(self.plan.blocks[0].names))[3].fill_(torch.nan)
     if steps == last and place == "error":
         raise RuntimeError("a defect")
     return gradient(self, *arguments)

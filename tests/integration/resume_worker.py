@@ -1,8 +1,9 @@
 """Several runs in one job, of which some are left in the middle, as by a crash, and some go on.
 
 Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_after": inner steps, "evaluation" (the
-last one fails), "saving" (the final one does) or null}; clients and ranks are the same in all of them. What a run that
-goes on amid a block holds is compared with its checkpoint before it trains.
+last one fails), "saving" (the final one does) or null, and optionally "keep_masters": whether the masters of all blocks
+stay alive, as float32}; clients and ranks are the same in all of them. What a run that goes on amid a block holds is
+compared with its checkpoint before it trains.
 """
 
 import gc
@@ -19,6 +20,7 @@ from deca_ds.cluster import connect, read_launch
 from deca_ds.cluster.guard import guarded
 from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
+from deca_ds.engine.masters import join, rounded
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.checkpoints import buffer_name
 from deca_ds.training.connect import connect_transport
@@ -64,8 +66,12 @@ def compare(trainer, resumption) -> None:
     active = {name for name, *_ in client.block_shards()}
     assert active, "the checkpoint is from between two blocks"
     for block in client.plan.blocks:
+        for name, start, stop, values, low in client.masters(block.names):
+            stored = saved.read(name, trainer.cluster.client).flatten()[start:stop]
+            assert stored.dtype == torch.float32 and torch.equal(join(values, low), stored)
         for name, start, stop, values in client.shards(block.names):
-            assert torch.equal(values, saved.read(name, trainer.cluster.client).flatten()[start:stop].to(values.dtype))
+            stored = saved.read(name, trainer.cluster.client).flatten()[start:stop]
+            assert torch.equal(values, rounded(stored) if values.dtype == torch.bfloat16 else stored)
     for name, start, stop, state in client.block_shards():
         assert set(state) == {"theta", "grad", *trainer.rule.buffers}
         for key in set(state) - {"grad"}:
@@ -74,13 +80,35 @@ def compare(trainer, resumption) -> None:
     assert all(tensor.any() for key, tensor in trainer.state.tensors.items() if key != "grad")
 
 
-runs = [(load_config(None, run["keys"]), run["leave_after"]) for run in json.loads(Path(sys.argv[-1]).read_text())]
+def keep_masters(client) -> dict[str, torch.Tensor]:
+    """Have a block go on from the float32 masters that it ended with, which are returned by parameter."""
+    kept: dict[str, torch.Tensor] = {}
+    open_block, close_block = client.open_block, client.close_block
+
+    def opened(index, buffers):
+        state = open_block(index, buffers)
+        for name, _, _, tensors in client.block_shards():
+            tensors["theta"].copy_(kept.get(name, tensors["theta"]))
+        return state
+
+    def closing():
+        kept.update({name: tensors["theta"].clone() for name, _, _, tensors in client.block_shards()})
+        close_block()
+
+    client.open_block, client.close_block = opened, closing
+    return kept
+
+
+runs = [
+    (load_config(None, run["keys"]), run["leave_after"], run.get("keep_masters"))
+    for run in json.loads(Path(sys.argv[-1]).read_text())
+]
 launch = read_launch()
 store = open_job_store(launch, 60)
 with guarded(launch, store) as guard:
     cluster = connect(runs[0][0], launch, store)
     transport = connect_transport(runs[0][0], cluster, guard)
-    for config, leave_after in runs:
+    for config, leave_after, keep in runs:
         resumption = None
         if config.run.resume != "never":
             mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
@@ -90,9 +118,12 @@ with guarded(launch, store) as guard:
             compare(trainer, resumption)
         if leave_after is not None:
             leave(trainer, leave_after)
+        kept = keep_masters(trainer.client) if keep else {}
         try:
             trainer.train()
         except Left:
             trainer.checkpoints.wait()
+        for name, _, _, values, low in trainer.client.masters(tuple(kept)):
+            assert torch.equal(join(values, low), kept[name]) and (values.numel() == 0 or low.any())
         trainer.metrics.close()
     transport.barrier()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 gc.disable()  # while importing, as launchers/train.py does
 
+import torch
+
 from deca_ds.cluster import connect, read_launch
 from deca_ds.cluster.guard import guarded
 from deca_ds.cluster.store import open_job_store
@@ -20,6 +22,7 @@ from deca_ds.training.setup import build
 gc.freeze()
 gc.enable()
 configs = [load_config(None, overrides) for overrides in json.loads(Path(sys.argv[-1]).read_text())]
+print("computes with", torch.backends.cpu.get_cpu_capability(), flush=True)
 launch = read_launch()
 store = open_job_store(launch, 60)
 with guarded(launch, store) as guard:

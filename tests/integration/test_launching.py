@@ -205,7 +205,7 @@ def test_divergence_names_the_client_and_leaves_a_failed_marker(config, tmp_path
     assert "not finite" in finished.output and "optimizer.lr" in finished.output
     marker = (tmp_path / "run" / "FAILED").read_text()
     assert "not finite" in marker and "rank" in marker
-    assert "gossip, step " in marker and ", block " in marker
+    assert "gossip, step " in marker and ", block " in marker and "no checkpoint had been saved" in marker
     assert not (tmp_path / "run" / "DONE").exists()
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from histories import simulated
+from histories import assert_simulated
 from hosts import Hosts, may_make_hosts
 from jobs import REPOSITORY
 
@@ -102,11 +101,9 @@ def test_a_network_falls_apart_and_its_smaller_part_comes_back(tiny_model, word_
     assert not list(tmp_path.glob("run*/STOPPED")) and not list(tmp_path.glob("run*/FAILED*"))
 
     # what client 0 trained by itself is gone, from its model, its metrics and its checkpoints
-    expected = simulated(keys, {apart: lost["from_step"]}, {apart: (back["from_step"] - 1, 1)})
-    for client in range(3):
-        saved = ShardedModel(tmp_path / f"run{client}" / "model", [client])
-        for name in saved.names:
-            torch.testing.assert_close(saved.read(name, client), expected[client][name], rtol=0, atol=1e-5)
+    saved = [ShardedModel(tmp_path / f"run{client}" / "model", [client]) for client in range(3)]
+    read = lambda name, client: saved[client].read(name, client)  # noqa: E731
+    assert_simulated(read, keys, {apart: lost["from_step"]}, {apart: (back["from_step"] - 1, 1)})
     own = [line["step"] for line in lines(jobs[apart].with_name("client_000.jsonl")) if line["kind"] == "step"]
     alone = own.index(back["from_step"])
     assert own == sorted(own) and own[alone:] == list(range(back["from_step"], STEPS + 1))
@@ -132,11 +129,9 @@ def test_of_two_clients_that_do_not_reach_each_other_one_leaves_and_comes_back(t
     lost, back = (line for line in records if line["kind"] == "membership")
     assert (lost["missing"], back["missing"]) == ([2], [])
     by = next(line["by"] for line in records if line["kind"] == "handover")
-    expected = simulated(keys, {2: lost["from_step"]}, {2: (back["from_step"] - 1, by)})
-    for client in range(3):
-        saved = ShardedModel(tmp_path / f"run{client}" / "model", [client])
-        for name in saved.names:
-            torch.testing.assert_close(saved.read(name, client), expected[client][name], rtol=0, atol=1e-5)
+    saved = [ShardedModel(tmp_path / f"run{client}" / "model", [client]) for client in range(3)]
+    read = lambda name, client: saved[client].read(name, client)  # noqa: E731
+    assert_simulated(read, keys, {2: lost["from_step"]}, {2: (back["from_step"] - 1, by)})
 
 
 def common_keys(model: Path, files: list[Path]) -> list[str]:

@@ -97,16 +97,17 @@ LONG = {"algorithm.inner_steps": 20, "evaluation.every": 30}
 def crashed_and_moved(keys, folder):
     """Runs that need no launcher of their own, in one job of two ranks a client and one of one rank a client."""
     # gt-adam has more buffers than moments; with bfloat16 the masters are not the model's values
-    tracking = {"algorithm.method": "gt-adam", "model.dtype": "bfloat16", "evaluation.every": 4}
+    half = {"model.dtype": "bfloat16"}
+    tracking = {"algorithm.method": "gt-adam", "algorithm.rounds": 2, "evaluation.every": 8, **half}
     runs = [
-        {"keys": keys("full", **tracking), "leave_after": None},
-        {"keys": keys("cut", **tracking, **{"checkpoint.every": 3}), "leave_after": 8},
+        {"keys": keys("full", **tracking), "leave_after": None, "keep_masters": True},
+        {"keys": keys("cut", **tracking, **{"checkpoint.every": 3}), "leave_after": 22},
         {"keys": keys("cut", **tracking, **{"run.resume": "require"}), "leave_after": None},
-        {"keys": keys("moved", **{"checkpoint.every": 3}), "leave_after": 7},
+        {"keys": keys("moved", **half, **{"checkpoint.every": 3}), "leave_after": 7},
     ]
     work(folder, 4, runs)
     runs = [
-        {"keys": keys("moved", **{"run.resume": "require"}), "leave_after": None},
+        {"keys": keys("moved", **half, **{"run.resume": "require"}), "leave_after": None},
         {"keys": keys("uninterrupted", **LONG), "leave_after": None},
         {"keys": keys("unevaluated"), "leave_after": "evaluation"},
         {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": "saving"},
@@ -125,6 +126,7 @@ def work(folder: Path, ranks: int, runs: list[dict]) -> None:
 
 
 def test_a_run_left_amid_a_block_equals_an_uninterrupted_one(crashed_and_moved):
+    """Which has kept its float32 masters from a block's turn to the next."""
     assert_equal(crashed_and_moved / "cut", crashed_and_moved / "full")
 
 

@@ -24,23 +24,28 @@ from deca_ds.training import checkpoints as module
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.written import StoreCount
 
-SHAPES = {"a": (3, 2), "b": (4,)}
+SHAPES = {"a": (3, 2), "b": (4,), "d": (3,)}
+LOW = {"d": torch.tensor([-1, 0, 3], dtype=torch.int16)}
 
 
 class OneRank:
-    """A client of one rank whose block `a` is active, with all of its state equal to `value`."""
+    """A client of one rank whose block `a` is active, with all of its state equal to `value`; of `d` it has masters."""
 
     def __init__(self) -> None:
         self.device, self.shapes, self.value = torch.device("cpu"), SHAPES, 0.0
         block = SimpleNamespace(label="block", names=("a",))
-        self.plan = SimpleNamespace(blocks=[block], frozen=("b",))
+        other = SimpleNamespace(label="other", names=("d",))
+        self.plan = SimpleNamespace(blocks=[block, other], frozen=("b",))
         self.active = SimpleNamespace(local_steps=LocalSteps([6], [True]))
         self.active.local_steps.next([True])
 
-    def shards(self, names):
+    def masters(self, names):
         for name in names:
             numel = int(np.prod(SHAPES[name]))
-            yield name, 0, numel, torch.full((numel,), self.value, dtype=torch.bfloat16)
+            if name == "a":
+                yield name, 0, numel, torch.full((numel,), self.value), None
+            else:
+                yield name, 0, numel, torch.ones(numel, dtype=torch.bfloat16), LOW.get(name)
 
     def block_shards(self):
         yield "a", 0, 6, {key: torch.full((6,), self.value) for key in ("theta", "grad", "m", "v")}
@@ -79,9 +84,11 @@ def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_pa
     saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [3]
     saved = open_checkpoint(tmp_path / "checkpoints", 3, client=0, rank=0, ranks=1)
-    assert set(saved.names) == {"a", "b", "c", "m/a", "v/a"}
+    assert set(saved.names) == {"a", "b", "c", "d", "m/a", "v/a"}
     assert saved.states[0, 0]["local_steps"] == [1]
-    assert saved.dtype("a") == torch.float32 and saved.dtype("b") == torch.bfloat16
+    assert saved.dtype("a") == saved.dtype("d") == torch.float32 and saved.dtype("b") == torch.bfloat16
+    assert saved.model_dtype("d") == torch.bfloat16
+    assert torch.equal(saved.read("d", 0), torch.tensor([1 - 2**-24, 1, 1 + 3 * 2**-23]))
     assert torch.equal(saved.read("v/a", 0), torch.full((3, 2), 1 / 3))
     assert torch.equal(saved.read("c", 0), torch.arange(5))
     state = saved.states[0, 0]

@@ -45,6 +45,7 @@ class Rank:
         self.plan = SimpleNamespace(blocks=[SimpleNamespace(names=("a", "b", "c"))], frozen=("frozen",))
         self._model = {name: self._slice(name, 100 * place) for place, name in enumerate(SHAPES)}
         self._model["frozen"] = self._model["frozen"].to(torch.bfloat16)
+        self._low = {name: self._slice(name, 7 + place).to(torch.int16) for place, name in enumerate("abc")}
         self._buffers = {"table": torch.arange(6.0).view(2, 3) + self._of, "count": torch.tensor(self._of)}
         if open_block:
             self.open_block(0, RULE.buffers)
@@ -67,6 +68,9 @@ class Rank:
     def shards(self, names):
         return ((name, None, None, self._model[name]) for name in names)
 
+    def low_bits(self, names):
+        return ((name, None, self._low[name]) for name in names if name in self._low)
+
     def block_shards(self):
         for name in BLOCK if self.active is not None else ():
             yield name, None, None, {key: values[name] for key, values in self.active.items()}
@@ -77,7 +81,7 @@ class Rank:
     def state(self) -> list[torch.Tensor]:
         block = [tensors[key] for _, _, _, tensors in self.block_shards() for key in ("theta", "m")]
         block += [torch.tensor(self.active.local_steps.made)] if self.active is not None else []
-        return [*self._model.values(), *block, *self._buffers.values()]
+        return [*self._model.values(), *self._low.values(), *block, *self._buffers.values()]
 
     def assert_has_the_state_of(self, giver: int) -> None:
         for values, expected in zip(self.state(), self._again(giver).state(), strict=True):

@@ -1,6 +1,7 @@
 """What a dry run refuses before it loads anything."""
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
@@ -18,6 +19,22 @@ def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
     directed.write_text("1/2 1/2 0\n0 1/2 1/2\n1/2 0 1/2\n")
     with pytest.raises(ConfigError, match=rf"the mixing matrix is not symmetric .matrix {directed}"):
         print_plan(load_config(None, [*keys, f"gossip.matrix={directed}"]))
+
+
+def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+
+    def plan(*changes: str, world_size: int | None = None) -> str:
+        print_plan(load_config(None, [*keys, *changes]), world_size)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "masters:" not in plan()
+    half = "model.dtype=bfloat16"
+    assert f"masters: exact, {2 * parameters / 2**20:,.1f} MiB of host memory per rank" in plan(half)
+    assert f"masters: exact, {parameters / 2**20:,.1f} MiB" in plan(half, world_size=2)
+    dropped = plan(half, "model.masters=rounded")
+    assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
 
 
 def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_path, capsys):

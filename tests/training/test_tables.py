@@ -1,7 +1,7 @@
 from rich.console import Console
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
-from deca_ds.training.tables import block_table, data_table, untrained, warn_of_blocks
+from deca_ds.training.tables import block_table, data_table, print_notes, untrained, warn_of_blocks
 
 
 def shown(table) -> str:
@@ -41,3 +41,10 @@ def test_what_is_frozen_and_what_is_much_larger_is_said():
 def test_parameters_that_no_gradient_has_reached_are_named():
     said = untrained("layers 0-1", ("a", "b", "c", "d", "e"))
     assert "no gradient reached 5 parameters of block 'layers 0-1'" in said and "(a, b, c and 2 more)" in said
+
+
+def test_notes_name_whose_files_they_are_about(capsys):
+    print_notes(["not used: id"])
+    print_notes(["not used: id", "more"], client=3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["data: not used: id", "data of client 3: not used: id", "data of client 3: more"]

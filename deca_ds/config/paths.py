@@ -1,0 +1,105 @@
+"""One rule for all paths: ~ and $NAME expand, and what is relative starts at the working directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from deca_ds.config.schema import Config, ModelConfig
+from deca_ds.errors import ConfigError, ModelError
+
+KEYS = (
+    "run.output",
+    "model.path",
+    "model.tokenizer",
+    "gossip.matrix",
+    "gossip.edges",
+    "data.train",
+    "data.per_client",
+    "data.evaluation",
+    "data.per_client_evaluation",
+    "deepspeed",
+)
+# of the Hugging Face hub: `model` or `owner/model`
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+
+
+def expand(path: str) -> str:
+    """`path` with ~, ~user and $NAME replaced; those that mean nothing on this host stay."""
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def argument(path: str) -> Path:
+    """A path from the command line; shells leave the ~ of --config=~/run.yaml alone."""
+    return Path(expand(path))
+
+
+def expand_all(config: Config) -> None:
+    """Expand every path of the configuration. Raises ConfigError where run.output, which is made, does not expand."""
+    for key in KEYS:
+        *sections, name = key.split(".")
+        section = getattr(config, sections[0]) if sections else config
+        value = getattr(section, name)
+        if isinstance(value, list):
+            setattr(section, name, [expand(path) for path in value])
+        elif value is not None:
+            setattr(section, name, expand(value))
+    if (why := _meaningless(config.run.output)) is not None:
+        raise ConfigError(f"run.output = {config.run.output!r}: {why}", where="run.output", fix="write the whole path")
+
+
+def look_for(path: str) -> str:
+    """Advice about `path`, which is not there."""
+    for link in (path, *map(str, Path(path).parents)):
+        if os.path.islink(link) and not os.path.exists(link):
+            return f"{link!r} is a link to {os.readlink(link)!r}, which is not there"
+    return _meaningless(path) or f"check the path, from {Path.cwd()}"
+
+
+def check_model_folder(model: ModelConfig) -> None:
+    """Raise ModelError for a model or tokenizer that is neither a folder here nor a name that the hub could have."""
+    for key, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+        if path is None or (path and os.path.isdir(path)):
+            continue
+        if os.path.isfile(path):
+            raise ModelError(f"{path!r} is a file", where=key, fix="name the folder that holds config.json")
+        if os.path.islink(path) or not _HUB_NAME.fullmatch(path):
+            raise ModelError(f"there is no folder {path!r}", where=key, fix=look_for(path))
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ConfigError unless this process could make `folder`, or write into it. Leaves nothing behind."""
+    there = folder
+    try:
+        try:
+            folder.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            while not os.path.lexists(there) and there != there.parent:
+                there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a character that no path can have
+        number = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or str(error)
+        at = "" if there == folder else f" at {str(there)!r}"
+        if number == errno.ENOTDIR:
+            reason = "it is a file" if there == folder else "there is a file"
+        elif number == errno.ENOENT and there.is_symlink():
+            reason = f"it is a link to {os.readlink(there)!r}, which is not there"
+        raise ConfigError(
+            f"cannot write to {str(folder)!r}:{at} {reason}",
+            where=key,
+            fix="name a folder that this process may write to",
+        ) from None
+
+
+def _meaningless(path: str) -> str | None:
+    if (variable := _VARIABLE.search(path)) is not None:
+        return f"the environment has no variable {variable.group()}"
+    if path.startswith("~"):
+        return f"{Path(path).parts[0]!r} is no home folder; a name that begins so is written ./{path}"
+    return None

@@ -1,0 +1,169 @@
+"""What YAML makes of unquoted values, held against what stands in the file or the argument.
+
+YAML 1.1 reads `no` as false, `010` as 8, `12:30` as 750 and `~` as nothing. A name, a path or a label that was read so
+would be another one than the user has written, so it is refused, and so is a number whose digits mean another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from deca_ds.config.schema import Config
+from deca_ds.errors import ConfigError
+
+_TAG = "tag:yaml.org,2002:"
+_READ_AS_SOMETHING_ELSE = {_TAG + kind for kind in ("bool", "int", "float", "null")}
+_REFERENCE = re.compile(r"\$\{[^{}]*\}")  # to another key
+
+_kinds = functools.cache(get_type_hints)  # of a section's keys
+_Changed = Iterator[tuple[yaml.Node, str, str]]  # where, what, fix
+
+
+class _Loader(yaml.SafeLoader):
+    """Resolves unquoted values as OmegaConf does, for whom 1e3 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    _TAG + "float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def check_file(text: str, path: str) -> None:
+    """Raise ConfigError for what YAML would change in `text`, a configuration that stands in the file `path`."""
+    for node, message, fix in _look_through(text, ""):
+        raise ConfigError(message, where=f"{path}, line {node.start_mark.line + 1}", fix=fix)
+
+
+def check_argument(key: str, text: str) -> None:
+    """The same for `text`, the value of `key` on the command line, which has no comments and no lines to be folded."""
+    for node, message, fix in _look_through(text, key):
+        quoted = node.value == text and "'" not in text
+        raise ConfigError(
+            message,
+            where=f"command line, {f'{key}={text}'!r}",
+            fix=f"put it in quotes that the shell leaves alone: '{key}=\"{text}\"'" if quoted else fix,
+        )
+
+
+def in_type(tree: Any, kind: Any = Config) -> Any:
+    """`tree`, the plain values of a configuration, with a list of one for a single text where the schema has a list of
+    texts, and with texts as the names in a mapping."""
+    if is_dataclass(kind) and isinstance(tree, dict):
+        kinds = _kinds(kind)
+        return {key: in_type(value, kinds.get(key)) for key, value in tree.items()}
+    if get_origin(kind) is dict and isinstance(tree, dict):
+        return {str(key): value for key, value in tree.items()}
+    single = isinstance(tree, str | int | float) and not _REFERENCE.fullmatch(str(tree))
+    return [tree] if single and kind == list[str] else tree
+
+
+def keys_of(wanted: Any, section: Any = Config, prefix: str = "") -> list[str]:
+    """The keys of the schema whose type is made by `wanted`, such as dict, in its order."""
+    found = []
+    for name, kind in _kinds(section).items():
+        if is_dataclass(kind):
+            found += keys_of(wanted, kind, f"{prefix}{name}.")
+        elif get_origin(kind) is wanted:
+            found.append(prefix + name)
+    return found
+
+
+def _look_through(text: str, key: str) -> _Changed:
+    loader = _Loader(text)
+    try:
+        node, kind = loader.get_single_node(), _kind_of(key)
+        if node is None:
+            return
+        yield from _changed(loader, node, kind, key)
+        if isinstance(node, yaml.ScalarNode) and node.style is None and key and _is_text(kind) and node.value != text:
+            yield node, f"{key}: YAML reads {text!r} as {node.value!r}", f"put it in quotes: '{key}=\"...\"'"
+    finally:
+        loader.dispose()
+
+
+def _is_text(kind: Any) -> bool:
+    return kind in (str, list[str]) or set(get_args(kind)) == {str, type(None)}
+
+
+def _kind_of(key: str) -> Any:
+    kind: Any = Config
+    for part in filter(None, re.split(r"[.\[\]]+", key)):
+        if is_dataclass(kind):
+            kind = _kinds(kind).get(part)
+        else:
+            kind = get_args(kind)[-1] if get_origin(kind) in (list, dict) else None
+    return kind
+
+
+def _changed(loader: _Loader, node: yaml.Node, kind: Any, key: str) -> _Changed:
+    optional = type(None) in get_args(kind) and get_origin(kind) in (Union, types.UnionType)
+    if optional:
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    if kind is None:  # no key of the schema: that is told elsewhere
+        return
+    made_by = get_origin(kind)
+    if isinstance(node, yaml.MappingNode):
+        yield from _changed_in_mapping(loader, node, kind, key)
+    elif isinstance(node, yaml.SequenceNode):
+        for place, child in enumerate(node.value):
+            yield from _changed(loader, child, get_args(kind)[0] if made_by is list else None, f"{key}[{place}]")
+    elif node.style is None and node.tag in _READ_AS_SOMETHING_ELSE:  # a scalar without quotes
+        value = loader.construct_object(node)
+        if value is None and (optional or kind not in (str, list[str])):
+            return
+        if kind in (str, list[str]) and str(value) != node.value:
+            yield node, f"{key}: {_reading(node, value)}", _quote(node.value)
+        elif kind in (int, float) and isinstance(value, bool):
+            yield node, f"{key}: {_reading(node, value)}, and a number belongs here", "write a number"
+        elif kind in (int, float) and not _means(node.value, value):
+            yield node, f"{key}: {_reading(node, value)}", f"write {value}, if that is meant"
+        elif kind is bool and not isinstance(value, bool) and value not in (0, 1):
+            yield node, f"{key} = {value}, and true or false belongs here", "write true or false"
+
+
+def _changed_in_mapping(loader: _Loader, node: yaml.MappingNode, kind: Any, key: str) -> _Changed:
+    kinds = _kinds(kind) if is_dataclass(kind) else {}
+    names: set[str] = set()
+    for name, child in node.value:
+        if name.tag == _TAG + "merge":
+            for merged in child.value if isinstance(child, yaml.SequenceNode) else [child]:
+                yield from _changed(loader, merged, kind, key)
+            continue
+        text = name.value if isinstance(name, yaml.ScalarNode) else ""
+        if get_origin(kind) is dict:
+            yield from _changed(loader, name, str, f"a name in {key}")
+            if text in names:
+                yield name, f"{key} names {text!r} twice", "leave one of them out"
+            names.add(text)
+        child_kind = get_args(kind)[1] if get_origin(kind) is dict else kinds.get(text)
+        yield from _changed(loader, child, child_kind, f"{key}.{text}".lstrip("."))
+
+
+def _reading(node: yaml.ScalarNode, value: Any) -> str:
+    if not node.value:
+        return "there is no value"
+    return f"YAML reads {node.value} as {'nothing' if value is None else repr(value)}"
+
+
+def _quote(text: str) -> str:
+    return f"put it in quotes: '{text}'" if text else "give one; an empty text is ''"
+
+
+def _means(text: str, number: int | float) -> bool:
+    """Whether `number` is what the digits say; 010 and 12:30 do not say 8 and 750."""
+    if not math.isfinite(number):
+        return True
+    for read in (float, lambda digits: int(digits, 0)):
+        try:
+            return bool(read(text) == number)
+        except ValueError:
+            continue
+    return False

@@ -1,0 +1,199 @@
+"""Which files below a folder, or of a glob, are data. The others are left out, each with a reason that is told.
+
+The kind of a file is the end of its name, of what is compressed the one before: `rows.jsonl.gz` holds JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deca_ds.errors import DataError
+
+LINES = (".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv")  # the kinds that data.column_names applies to
+DOCUMENT = ".txt"
+_TEXTS = (".json", *LINES, *TABLES, DOCUMENT)
+SUFFIXES = (*_TEXTS, ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # of texts; the others are compressed inside
+KNOWN_KINDS = f"data files end in {', '.join(SUFFIXES)}; all but the last two also with {', '.join(COMPRESSIONS)}"
+_DESCRIPTIONS = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+    "dataset_dict.json",
+)  # of data sets, by datasets
+_NO_DOCUMENTS = re.compile(
+    r"(readme|licen[cs]es?|copying|copyright)([\W_].*)?|notice|authors|changelog|citation|contributing|requirements"
+    r"|(md5|sha\d+|check)sums?",
+    re.IGNORECASE,
+)
+_SHOWN = 8  # names in a line
+
+
+def kind_of(path: Path) -> str:
+    """How the file is read: one of the ends of names above, in lower case; "" for no data file."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        inner = Path(path.stem).suffix.lower()
+        return inner if inner in _TEXTS else ""
+    return suffix if suffix in SUFFIXES else ""
+
+
+@dataclass
+class Found:
+    """files: data files, in order, each once. left_out: other files and folders, and why they are none."""
+
+    files: dict[Path, None] = field(default_factory=dict)
+    left_out: dict[Path, str] = field(default_factory=dict)
+    _names: dict[tuple[int, int], Path] = field(default_factory=dict)  # by the system's number of the file
+
+    def add(self, file: Path) -> None:
+        """A file that holds data, unless it is there under another name."""
+        state = file.stat()
+        first = self._names.setdefault((state.st_dev, state.st_ino), file)
+        if first == file:
+            self.files[file] = None
+        else:
+            self.left_out[file] = f"the same file as {first}"
+
+    def __str__(self) -> str:
+        files = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
+        read = f"{files}: {_some(map(str, self.files))}" if self.files else "no file"
+        if not self.left_out:
+            return read
+        return f"{read}; left out: {_some(f'{path} ({why})' for path, why in self.left_out.items())}"
+
+
+def add_file(found: Found, file: Path, key: str) -> None:
+    """Add a file that the configuration names. Raises DataError for what cannot be data."""
+    if not file.is_file():
+        raise DataError(f"{str(file)!r} is no regular file", where=key, fix="save what it gives as a file")
+    if not kind_of(file):
+        raise DataError(f"unknown kind of data file {str(file)!r}", where=key, fix=KNOWN_KINDS)
+    if not file.stat().st_size:
+        raise DataError(f"no examples: {str(file)!r} is empty", where=key, fix="leave it out, or look how it was made")
+    found.add(file)
+
+
+def add_matches(found: Found, matches: Iterable[Path], entry: str, key: str) -> None:
+    """Add the data files among `matches`, in order, and those below the folders among them.
+
+    Raises DataError if there is none, and for what may be meant in two ways: a link that leads nowhere, texts without
+    rows among files of rows, a file beside its compressed copy, a data set of several splits.
+    """
+    data: list[Path] = []
+    for match in matches:
+        # in a folder nobody has named the files, and some of another kind are usual; a glob names what it matches
+        for file, why in _below(match, key) if match.is_dir() else [(match, "" if kind_of(match) else "unknown")]:
+            why = _why_no_data(file, key) or why
+            if why == "unknown":
+                raise DataError(f"unknown kind of data file {str(file)!r}", where=key, fix=KNOWN_KINDS)
+            if why:
+                found.left_out[file] = why
+            else:
+                data.append(file)
+    if not data:
+        where = "in the folder" if Path(entry).is_dir() else "match"
+        raise DataError(
+            f"no data files {where} {entry!r}", where=key, fix=f"{KNOWN_KINDS}; {Found({}, found.left_out)}"
+        )
+    _check_one_meaning(data, entry, key)
+    for file in data:
+        found.add(file)
+
+
+def _below(folder: Path, key: str) -> Iterator[tuple[Path, str]]:
+    """(file, why it is no data or "") below `folder`, through links, each folder once."""
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(
+            f"cannot read the folder {error.filename!r}: {error.strerror}", where=key, fix="look at its owner"
+        )
+
+    files: list[tuple[Path, str]] = []
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        here, state = Path(root), os.stat(root)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            files.append((here, "a folder that has been read"))
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        _refuse_splits(here, names, key)
+        current = _current(here) if "state.json" in names else None
+        files += [(here / name, "hidden") for name in folders if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            file = here / name
+            stale = current is not None and file.suffix == ".arrow" and name not in current
+            known = "" if kind_of(file) else "another kind of file"
+            files.append((file, "hidden" if name.startswith(".") else "not in state.json" if stale else known))
+    yield from sorted(files)
+
+
+def _why_no_data(file: Path, key: str) -> str:
+    if file.name in _DESCRIPTIONS:
+        return "describes a data set"
+    if kind_of(file) == DOCUMENT and _NO_DOCUMENTS.fullmatch(file.name[: file.name.lower().index(DOCUMENT)]):
+        return "goes along with data"
+    if not kind_of(file):
+        return ""
+    if file.is_symlink() and not file.exists():
+        raise DataError(
+            f"{str(file)!r} is a link to {os.readlink(file)!r}, which is not there",
+            where=key,
+            fix="mend the link, or remove it",
+        )
+    if not file.is_file():
+        return "no regular file"
+    return "" if file.stat().st_size else "empty"
+
+
+def _check_one_meaning(data: list[Path], entry: str, key: str) -> None:
+    documents = [file for file in data if kind_of(file) == DOCUMENT]
+    rows = [file for file in data if kind_of(file) != DOCUMENT]
+    if documents and rows:
+        raise DataError(
+            f"{entry!r} holds files of rows ({_some(map(str, rows))}) and whole texts ({_some(map(str, documents))})",
+            where=key,
+            fix="name those that are meant, for example with a glob for each kind",
+        )
+    plain: dict[Path, Path] = {}
+    for file in data:
+        name = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+        if (other := plain.setdefault(name, file)) != file:
+            raise DataError(
+                f"{str(other)!r} and {str(file)!r} look like one file, which would count twice",
+                where=key,
+                fix="remove one of them, or name those that are meant",
+            )
+
+
+def _refuse_splits(folder: Path, names: list[str], key: str) -> None:
+    if "dataset_dict.json" in names:
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise DataError(
+            f"{str(folder)!r} holds several data sets: {', '.join(splits)}",
+            where=key,
+            fix=f"name the one that is meant, for example {folder / (splits or ['train'])[0]}",
+        )
+
+
+def _current(folder: Path) -> set[str] | None:
+    """The files of a data set that `datasets` has saved; older ones may lie beside them. None: no such folder."""
+    try:
+        read = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return {str(file["filename"]) for file in read["_data_files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(every[:_SHOWN]) + more

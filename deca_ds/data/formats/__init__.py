@@ -1,0 +1,13 @@
+"""The data formats. To add one: make a `Format` and list it here, and its name in deca_ds/config/schema.py."""
+
+from __future__ import annotations
+
+from deca_ds.data.formats.chat import MESSAGES, SHAREGPT
+from deca_ds.data.formats.fields import ExampleRules, Format, Use
+from deca_ds.data.formats.plain import ALPACA, CLASSIFICATION, TEXT_FORMAT
+
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (TEXT_FORMAT, ALPACA, MESSAGES, SHAREGPT, CLASSIFICATION)
+}
+
+__all__ = ["FORMATS", "ExampleRules", "Format", "Use"]

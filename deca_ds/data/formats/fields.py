@@ -1,0 +1,184 @@
+"""What a format says about the fields of its rows, and how single values are read.
+
+A missing value is null, NaN, or a text without a character that shows. It is missing wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from datasets import Features, Value
+
+from deca_ds.errors import DataError
+
+TEXT = Value("string")
+_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
+_NO_LABEL = ("nan", "NaN", "NaT", "<NA>", "#N/A")  # what tables write for a missing value and nobody for a class
+_EMPTY_TEXTS = ("[]", "{}", "null")  # as a table writes an empty list, an empty object and null
+
+
+class Use(Enum):
+    """What is done with a field."""
+
+    RENDERED = "rendered"  # its content stands in the text
+    OBEYED = "obeyed"  # it decides what is trained
+    REFUSED = "refused"  # a row that has a value there stops the run
+    # any other field is not used, and its name is told once
+
+
+@dataclass(frozen=True)
+class Field:
+    """Fields that a format treats alike. note: for the table in docs/formats.md, and for errors."""
+
+    names: tuple[str, ...]
+    use: Use
+    note: str = ""
+    harmless: tuple[Any, ...] = ()  # values that a refused field may have
+
+
+@dataclass(frozen=True)
+class ExampleRules:
+    """How rows become examples; the part of DataConfig that reading depends on."""
+
+    format: str
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    labels: tuple[str, ...] = ()  # the label values that are allowed; () allows any
+    prompt: str = "{text}"
+    group_column: str | None = None
+    column_names: tuple[str, ...] = ()
+    subset: str | None = None
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One data format: its fields, the columns of its examples, and how a row becomes one.
+
+    fields, turn_fields: of a row, and of each turn of a conversation. features: columns of the examples, beside those
+    that all formats have. columns: the columns of a row that `rules` name beside `fields`. example: (row, rules, place)
+    -> an example; adds the names of turns' fields that it did not use to the set that it is given.
+    """
+
+    name: str
+    trained: str
+    fields: tuple[Field, ...]
+    features: Features
+    example: Callable[[Mapping[str, Any], ExampleRules, str, set[str]], dict[str, Any]]
+    columns: Callable[[ExampleRules], tuple[str, ...]] = lambda rules: ()
+    turn_fields: tuple[Field, ...] = ()
+
+
+def check_fields(
+    given: Mapping[str, Any], fields: tuple[Field, ...], place: str, named: tuple[str, ...] = ()
+) -> set[str]:
+    """Raise DataError for a value in a refused field; returns the names of fields with a value that nobody uses.
+
+    named: columns that the configuration names; what the format thinks of them does not count.
+    """
+    known = {name: field for field in fields for name in field.names}
+    unused = set()
+    for name, value in given.items():
+        if name in named or missing(value):
+            continue
+        field = known.get(name)
+        if field is None:
+            unused.add(str(name))
+        elif field.use is Use.REFUSED and not _is_empty(value) and value not in field.harmless:
+            raise DataError(
+                f"the field {name!r} has a value: {_shown(value)}",
+                where=place,
+                fix=f"{field.note}; remove the field or the row",
+            )
+    return unused
+
+
+def missing(value: Any) -> bool:
+    """Whether there is no value: null, NaN, or blank text."""
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    )
+
+
+def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
+    if column not in row:
+        raise DataError(
+            f"no column {column!r}; there are: {', '.join(map(str, row)) or 'none'}",
+            where=place,
+            fix="name the columns in data.* or choose the data.format that fits the file",
+        )
+    return row[column]
+
+
+def text_of(row: Mapping[str, Any], column: str, place: str, *, blank: bool = False) -> str:
+    """The text of a column. Raises DataError for anything else, and unless `blank` for a missing one."""
+    value = value_of(row, column, place)
+    if missing(value) and not (blank and isinstance(value, str)):
+        raise DataError(
+            f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}", where=place, fix=_REPAIR
+        )
+    if not isinstance(value, str):
+        what = f"a {type(value).__name__}, not text"
+        raise DataError(f"column {column!r} is {what}; columns: {', '.join(map(str, row))}", where=place, fix=_REPAIR)
+    return encodable(value)
+
+
+def label_of(row: Mapping[str, Any], column: str, place: str) -> str:
+    """The label in a column, by the rule of `normal_label`. Raises DataError if it is missing, or a list or object."""
+    value = value_of(row, column, place)
+    if missing(value) or value in _NO_LABEL:
+        raise DataError(
+            f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}", where=place, fix=_REPAIR
+        )
+    if not isinstance(value, str | int | float):
+        raise DataError(
+            f"column {column!r} is a {type(value).__name__}, no text or number; columns: {', '.join(map(str, row))}",
+            where=place,
+            fix=_REPAIR,
+        )
+    return encodable(normal_label(value))
+
+
+def normal_label(value: str | int | float | bool) -> str:
+    """A label as text: without blanks around it; a whole number without decimals, so that 1, 1.0, "1" and "1.0 " are
+    one label; true and false as JSON writes them. Anything else stays as it is written: "01" and "1e3" too."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    text = whole[1] if whole else text
+    return "0" if text == "-0" else text
+
+
+def encodable(text: str) -> str:
+    """`text`, with lone surrogates (a JSON escape that was cut in half) replaced: they have no UTF-8 encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+_REPAIR = "repair or remove the row"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return " (null)"
+    return f" ({value})" if isinstance(value, float) or value in _NO_LABEL else ""
+
+
+def _is_empty(value: Any) -> bool:
+    return (isinstance(value, list | dict) and not value) or (isinstance(value, str) and value.strip() in _EMPTY_TEXTS)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)[:60]

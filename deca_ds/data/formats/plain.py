@@ -1,0 +1,121 @@
+"""Formats without turns: text, classification, alpaca."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Features, Value
+
+from deca_ds.data.formats.fields import (
+    TEXT,
+    ExampleRules,
+    Field,
+    Format,
+    Use,
+    label_of,
+    missing,
+    text_of,
+)
+from deca_ds.errors import DataError
+
+# Stanford Alpaca's prompts; the answer starts on a line of its own, so that no token straddles its beginning.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+NO_MEDIA = Field(MEDIA, Use.REFUSED, "the model is trained on text alone")
+PREFERENCES = Field(("chosen", "rejected"), Use.REFUSED, "preferences are not learned from")
+KTO = Field(("label", "kto_tag"), Use.OBEYED, "true, or no truth value: trained; `false` (an unwanted answer): refused")
+ROW_WEIGHTS = Field(
+    ("weight", "train", "trainable", "mask", "loss_mask"),
+    Use.REFUSED,
+    "single examples are neither weighted nor masked",
+    harmless=(1,),  # true is equal to it
+)
+
+
+def joined(row: Mapping[str, Any], rules: ExampleRules, place: str) -> str:
+    return " ".join(text_of(row, column, place) for column in rules.text_columns)
+
+
+def refuse_unwanted(row: Mapping[str, Any], place: str) -> None:
+    """Raise DataError if the row says of its answer that it is not wanted."""
+    for name in KTO.names:
+        value = row.get(name)
+        if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+            raise DataError(
+                f"the field {name!r} is false: the answer is not wanted, and would be trained",
+                where=place,
+                fix="remove the rows with unwanted answers",
+            )
+
+
+def _text(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
+    return {"text": joined(row, rules, place), "document": False}
+
+
+def _classification(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
+    label = label_of(row, rules.label_column, place)
+    if rules.labels and label not in rules.labels:
+        raise DataError(
+            f"unknown label {label!r}; the labels are {', '.join(rules.labels)}",
+            where=place,
+            fix="add it to data.label_names, or repair the row",
+        )
+    return {"prompt": rules.prompt.replace("{text}", joined(row, rules, place)), "answer": label}
+
+
+def _alpaca(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
+    instruction, output = text_of(row, "instruction", place), text_of(row, "output", place)
+    given = "" if missing(row.get("input")) else text_of(row, "input", place)
+    refuse_unwanted(row, place)
+    template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
+    return {"prompt": template.format(instruction=instruction, input=given), "answer": output}
+
+
+PAIRS = Features({"prompt": TEXT, "answer": TEXT})
+TEXT_FORMAT = Format(
+    name="text",
+    trained="every token",
+    fields=(Field(("data.text_columns",), Use.RENDERED, "joined by a blank; a text file is one document"),),
+    columns=lambda rules: rules.text_columns,
+    features=Features({"text": TEXT, "document": Value("bool")}),
+    example=_text,
+)
+CLASSIFICATION = Format(
+    name="classification",
+    trained="the label's word and the end token",
+    fields=(
+        Field(("data.text_columns",), Use.RENDERED, "joined by a blank, in the place of {text} in data.prompt"),
+        Field(("data.label_column",), Use.RENDERED, "as its word in data.label_names, after a blank"),
+    ),
+    columns=lambda rules: (*rules.text_columns, rules.label_column),
+    features=PAIRS,
+    example=_classification,
+)
+ALPACA = Format(
+    name="alpaca",
+    trained="the output and the end token",
+    fields=(
+        Field(("instruction",), Use.RENDERED, "in Stanford Alpaca's prompt"),
+        Field(("input",), Use.RENDERED, "in Stanford Alpaca's prompt, where there is one"),
+        Field(("output",), Use.RENDERED, "the answer"),
+        KTO,
+        Field(
+            ("system", "history", "tools"), Use.REFUSED, "Alpaca's prompt has no place for it: use data.format=messages"
+        ),
+        PREFERENCES,
+        NO_MEDIA,
+        ROW_WEIGHTS,
+    ),
+    features=PAIRS,
+    example=_alpaca,
+)

@@ -1,0 +1,158 @@
+"""Conversations with a word in the place of each text, texts put back in the place of the words, and the forms in which
+templates want contents and tool calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+OTHER, TRAINED, LEFT_OUT = range(3)  # what a character is: no answer's, a trained one's, or one's that is not to be
+WORD = "Zq99999qZ"  # one that stands for no text
+WRITTEN_PART = re.compile(r"""["']type["']: ["']text["']""")  # in a text, a list of parts instead of their texts
+Pieces = Sequence[tuple["str | int", int]]  # literal text and the numbers of texts, each OTHER, TRAINED or LEFT_OUT
+Messages = list[dict[str, Any]]
+Form = Callable[[Messages], Messages]
+Spans = list[tuple[int, int]]  # of characters: first, and the one after the last
+_WORD = re.compile(r"Zq(\d{5})qZ")  # nine letters and digits, which is what Mistral's templates want of an id
+_TAG = re.compile(r"(\s*(?:<[^<>]{1,40}>|\[/?[A-Z_ ]{2,40}\])\s*)")  # what templates may look for in a content
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A text of a conversation: of which turn and field. optional: the template need not write it."""
+
+    turn: int
+    field: str
+    optional: bool
+
+
+def mask(conversation: Mapping[str, Any], *, tags: bool) -> tuple[dict[str, Any], list[Slot], list[str]]:
+    """The conversation with a word in the place of each text, what the words stand for, and the texts.
+
+    tags: let tags stay where they are in a content, with the blanks around them.
+    """
+    slots: list[Slot] = []
+    texts: list[str] = []
+    wanted = [tuple(link) for link in conversation["wanted"]]
+
+    def word(value: Any, turn: int, field: str, optional: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {key: word(item, turn, field, optional) for key, item in value.items()}
+        if isinstance(value, list):
+            return [word(item, turn, field, optional) for item in value]
+        if not isinstance(value, str) or not value.strip():
+            return value
+        slots.append(Slot(turn, field, optional))
+        texts.append(value)
+        return f"Zq{len(slots) - 1:05}qZ"
+
+    messages = []
+    for turn, message in enumerate(conversation["messages"]):
+        masked = {"role": message["role"]}
+        for field, value in message.items():
+            if field == "role":
+                continue
+            if field == "content" and tags:
+                parts = enumerate(_TAG.split(value))
+                masked[field] = "".join(part if place % 2 else word(part, turn, field) for place, part in parts)
+            elif field == "tool_calls":
+                masked[field] = [
+                    {
+                        **{
+                            key: word(item, turn, "id of a tool call", True)
+                            for key, item in call.items()
+                            if key == "id"
+                        },
+                        "type": call["type"],
+                        "function": word(call["function"], turn, "tool call"),
+                    }
+                    for call in value
+                ]
+            else:
+                optional = field in ("name", "tool_call_id") and (turn, field) not in wanted
+                masked[field] = word(value, turn, field, optional)
+        messages.append(masked)
+    return {**conversation, "messages": messages}, slots, texts
+
+
+def split(text: str) -> tuple[list[str], list[int]]:
+    """The literals of a rendered text, and the numbers of the words between them."""
+    parts = _WORD.split(text)
+    return parts[::2], [int(number) for number in parts[1::2]]
+
+
+def match(pieces: Pieces, texts: Sequence[str], text: str) -> tuple[Spans, ...] | None:
+    """The spans of each kind, if `text` is the pieces with the texts in the place of their numbers; else None."""
+    spans: tuple[Spans, ...] = ([], [], [])
+    position = 0
+    for place, (piece, kind) in enumerate(pieces):
+        if isinstance(piece, int):
+            following = pieces[place + 1][0] if place + 1 < len(pieces) else ""
+            following = following if isinstance(following, str) else ""
+            found = next((one for one in _spellings(texts[piece]) if text.startswith(one + following, position)), None)
+            if found is None:
+                return None
+        elif not text.startswith(piece, position):
+            return None
+        else:
+            found = piece
+        end = position + len(found)
+        if spans[kind] and spans[kind][-1][1] == position:
+            spans[kind][-1] = (spans[kind][-1][0], end)
+        elif end > position:
+            spans[kind].append((position, end))
+        position = end
+    return spans if position == len(text) else None
+
+
+def _spellings(text: str) -> Iterator[str]:
+    """How a template may write a text: as it is, without blanks at its ends, or as a JSON string."""
+    yield text
+    for blanks in (None, "\n"):
+        yield text.strip(blanks)
+        yield text.lstrip(blanks)
+        yield text.rstrip(blanks)
+    yield json.dumps(text, ensure_ascii=False)[1:-1]
+    yield json.dumps(text)[1:-1]
+
+
+def _as_is(messages: Messages) -> Messages:
+    return messages
+
+
+def _content_as_parts(messages: Messages) -> Messages:
+    """For templates that know contents as lists of parts alone. Others may write the list itself: WRITTEN_PART."""
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]} if turn.get("content") else turn
+        for turn in messages
+    ]
+
+
+def _arguments_as_text(messages: Messages) -> Messages:
+    """For templates that write the arguments of tool calls as JSON text that they are given."""
+
+    def call(one: dict[str, Any]) -> dict[str, Any]:
+        function = one["function"]
+        return {**one, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**turn, "tool_calls": [call(one) for one in turn["tool_calls"]]} if "tool_calls" in turn else turn
+        for turn in messages
+    ]
+
+
+def _with_content(messages: Messages) -> Messages:
+    """For templates that want every turn to have a content."""
+    return [{"content": "", **turn} for turn in messages]
+
+
+FORMS: tuple[Form, ...] = (
+    _as_is,
+    _with_content,
+    _content_as_parts,
+    _arguments_as_text,
+    lambda messages: _arguments_as_text(_with_content(messages)),
+)

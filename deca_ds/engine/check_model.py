@@ -1,0 +1,124 @@
+"""Whether a model, its weights, its tokenizer and the configuration fit together, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from deca_ds.config.schema import Config
+from deca_ds.engine.load import given_weights, meta_model
+from deca_ds.errors import DataError, ModelError
+
+_POSITIONAL = re.compile(r"pos|wpe")
+
+
+def check_model(
+    config: Config, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True
+) -> list[str]:
+    """Warnings, a line each. Raises ModelError for what cannot be trained, or not as the user means it.
+
+    weights: whether to match the names and shapes in the weight files, too, where model.init wants them.
+    """
+    _refuse_quantised(architecture)
+    _refuse_layerdrop(architecture)
+    model = meta_model(config.model, architecture)
+    warnings = _check_positions(config, model) + _check_vocabulary(model, tokenizer)
+    if weights and config.model.init == "pretrained":
+        warnings += given_weights(config.model, architecture).notes
+    return warnings
+
+
+def check_token_ids(architecture: PretrainedConfig, *data: Dataset | None) -> None:
+    """Raise DataError for encoded data with token ids that the model's vocabulary does not have."""
+    rows = architecture.get_text_config().vocab_size
+    for part in data:
+        if part is None or not len(part):
+            continue
+        highest = pc.max(pc.list_flatten(part.with_format("arrow")["input_ids"][:])).as_py()
+        if highest >= rows:
+            raise DataError(
+                f"the data has the token id {highest}, and the model's vocabulary {rows} tokens",
+                where="model.tokenizer, or model.path",
+                fix="take the token out of the data, or give a model whose embedding has a row for it",
+            )
+
+
+def _refuse_quantised(architecture: PretrainedConfig) -> None:
+    for part in (architecture, architecture.get_text_config()):
+        quantisation = getattr(part, "quantization_config", None)
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+            raise ModelError(
+                f"the model is quantised ({getattr(method, 'value', method)}): its parameters cannot be trained",
+                where="quantization_config in the model's config.json",
+                fix="give the model that was quantised, or a dequantised copy",
+            )
+
+
+def _refuse_layerdrop(architecture: PretrainedConfig) -> None:
+    for key in ("layerdrop", "decoder_layerdrop"):
+        if getattr(architecture.get_text_config(), key, 0):
+            raise ModelError(
+                f"{key} = {getattr(architecture.get_text_config(), key)}: every rank would leave out other layers at "
+                "random, and ZeRO-3 needs all ranks to run the same ones",
+                where="the model's config.json",
+                fix=f"set {key} to 0.0 there",
+            )
+
+
+def position_limit(model: PreTrainedModel) -> tuple[int | None, bool]:
+    """How many positions the model is made for, None if it does not say, and whether it cannot do more.
+
+    It cannot where positions are rows of an embedding or of a table; rotary ones go on, untrained.
+    """
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is None:  # MPT makes its biases for so many
+        limit = getattr(text, "max_seq_len", None)
+        return limit, limit is not None
+    rows = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _POSITIONAL.search(name.rpartition(".")[2])
+    ]
+    rows += [
+        buffer.shape[0]
+        for name, buffer in model.named_buffers()
+        if buffer.dim() == 2 and buffer.is_floating_point() and _POSITIONAL.search(name.rpartition(".")[2])
+    ]
+    return limit, limit in rows
+
+
+def _check_positions(config: Config, model: PreTrainedModel) -> list[str]:
+    limit, absolute = position_limit(model)
+    length = config.data.max_length
+    if limit is None or length <= limit:
+        return []
+    found = f"data.max_length = {length}, and the model has {limit} positions"
+    if absolute:
+        raise ModelError(found, where="data.max_length", fix=f"set it to at most {limit}")
+    return [f"{found}: it has not been trained on longer sequences"]
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    rows = model.get_input_embeddings().num_embeddings
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
+    if not beyond:
+        return []
+    found = f"the tokenizer has token ids up to {max(beyond.values())}, and the model's embedding has {rows} rows"
+    # Gemma 3 of 1B has a token for images, which only its larger sisters have a row for
+    template = str(tokenizer.chat_template or "")
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - named
+    if all(token in special and token not in template for token in beyond):
+        return [f"{found}: {', '.join(sorted(beyond))} must not be in the data"]
+    raise ModelError(
+        found,
+        where="model.tokenizer, or model.path",
+        fix="give the tokenizer that belongs to the model, or a model that was saved after "
+        f"resize_token_embeddings({max(beyond.values()) + 1})",
+    )

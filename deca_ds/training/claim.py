@@ -1,0 +1,189 @@
+"""One run, one folder: a job takes its output folder for itself before it writes anything there.
+
+The file LOCK names who has it: host, process, start. It is created exclusively, and its creator holds a lock on it that
+ends with the process, however that ends. So a job that comes second is refused, and a file that a killed job left
+stands in nobody's way. A lock says nothing where the file system has none or keeps it on one host, nor of a job whose
+first rank is gone while others go on. So a job that finds the file of one that left no word of its end takes the folder
+only if nobody there shows a sign of life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from deca_ds.checkpoint.done import ended
+from deca_ds.cluster import Launch
+from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
+from deca_ds.cluster.heartbeat import PERIOD_S
+from deca_ds.cluster.store import JobStore
+from deca_ds.config.checks import LOCK
+from deca_ds.errors import ConfigError
+
+_WATCH_S = 3 * PERIOD_S  # for a sign of life
+_WRITTEN_S = 2.0  # for who has just created the file to write into it
+_held: dict[Path, tuple[int, str]] = {}  # what this process has taken: file descriptor, which stays open, and job
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a folder. job: a name that no other has. created: the process, seconds since 1970. started: the same for
+    people."""
+
+    job: str
+    host: str
+    pid: int
+    created: float
+    started: str
+
+    @staticmethod
+    def this_process(job: str) -> Holder:
+        created = psutil.Process().create_time()
+        return Holder(job, socket.gethostname(), os.getpid(), created, time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    @staticmethod
+    def read(descriptor: int) -> Holder | None:
+        """None for a file without a word, as one that is being written."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+        return None
+
+
+def take_for_job(output: Path, launch: Launch, store: JobStore, check: Callable[[], object]) -> None:
+    """`take`, for all ranks of a job; on hosts that do not share the first rank's folder their own is taken, too."""
+    own = None
+    if launch.rank == launch.first:
+        own = take(output, check)
+    job = store.gather(launch, "output/taken", own)[launch.first]
+    if launch.rank != launch.first:
+        take(output, lambda: None, job)
+    store.gather(launch, "output/all", None)  # nobody writes anything before
+
+
+def take(output: Path, check: Callable[[], object], job: str | None = None) -> str:
+    """Take the folder and return the job that has it; does nothing where this process or `job` has it already.
+
+    check: raises an error if the folder is not what the run needs; called before and after it is taken.
+    Raises ConfigError if another job has it.
+    """
+    file = output.resolve() / LOCK
+    if file in _held:
+        return _held[file][1]
+    check()
+    job = job or secrets.token_hex(8)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _create(file, output, job)
+    except OSError as error:
+        raise ConfigError(
+            f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {output}"
+        ) from error
+    try:
+        check()
+    except BaseException:
+        release(output)
+        raise
+    return job
+
+
+def release(output: Path) -> None:
+    """Give back a folder that nobody goes on in; it is removed if it is empty."""
+    file = output.resolve() / LOCK
+    descriptor, _ = _held.pop(file, (None, ""))
+    if descriptor is not None:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # other files are there
+            file.parent.rmdir()
+
+
+def _create(file: Path, output: Path, job: str) -> None:
+    while True:
+        try:
+            descriptor, created = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644), True
+        except FileExistsError:
+            descriptor, created = os.open(file, os.O_RDWR), False
+        try:
+            locked = _lock(descriptor)
+            if not created or locked is False:
+                holder = _wait_for_word(descriptor, locked)
+                if holder is not None and holder.job == job:
+                    os.close(descriptor)
+                    return
+                if locked is False or _shows_life(output, holder, locked):
+                    raise _taken(file, output, holder)
+            if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
+                break
+        except FileNotFoundError:  # given back meanwhile
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(Holder.this_process(job))).encode() + b"\n", 0)
+    os.fsync(descriptor)
+    _held[file] = descriptor, job
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Whether this process has the lock now; None where the file system knows none."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _wait_for_word(descriptor: int, locked: bool | None) -> Holder | None:
+    deadline = time.monotonic() + (0.0 if locked else _WRITTEN_S)
+    while (holder := Holder.read(descriptor)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holder
+
+
+def _shows_life(output: Path, holder: Holder | None, locked: bool | None) -> bool:
+    """Whether the job that has left its file in the folder may still be at work."""
+    if ended(output):
+        return False
+    if holder is not None and holder.host == socket.gethostname() and not locked:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if abs(psutil.Process(holder.pid).create_time() - holder.created) < 1.0:
+                return True
+    before, deadline = _heartbeats(output), time.monotonic() + _WATCH_S
+    while before and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if _heartbeats(output) != before:
+            return True
+    return locked is None and not before  # there is nothing to tell by
+
+
+def _heartbeats(output: Path) -> dict[str, bytes]:
+    found = {}
+    for path in (output / HEARTBEATS).glob("rank_*.json"):
+        with contextlib.suppress(OSError):
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def _taken(file: Path, output: Path, holder: Holder | None) -> ConfigError:
+    who = "another job"
+    if holder is not None:
+        who += f": process {holder.pid} on {holder.host}, started {holder.started}"
+    return ConfigError(
+        f"the output folder {str(output)!r} is taken by {who}",
+        where=f"run.output, {file}",
+        fix="wait until that job has ended, or stop it, or name another folder; if it is surely gone, remove the file",
+    )

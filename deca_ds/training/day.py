@@ -1,0 +1,26 @@
+"""The one day that chat templates may write, for all ranks of a run and all its starts."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from deca_ds.cluster import Launch
+from deca_ds.cluster.store import JobStore
+from deca_ds.config import Config, load_config
+from deca_ds.config.resume import SAVED_CONFIG
+
+
+def agree_on_day(config: Config, launch: Launch, store: JobStore) -> None:
+    """Set data.date where it is null: to that of the run that is resumed, or else to the first rank's day. All ranks
+    that are started together call this."""
+    saved = Path(config.run.output) / SAVED_CONFIG  # where the host of the run's first rank wrote it
+    known = config.data.date
+    if known is None and config.run.resume != "never" and saved.is_file():
+        known = load_config(saved).data.date
+    every = store.gather(launch, "day", [known, today()])
+    config.data.date = next((day for day, _ in every.values() if day is not None), every[launch.first][1])
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()

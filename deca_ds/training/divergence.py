@@ -1,0 +1,84 @@
+"""A run ends at its first loss, gradient, parameter, moment or score that is not finite.
+
+What an inner step computes is checked with numbers that the client's ranks reduce anyway: loss and gradient norm before
+the local step, and what the local step and the averaging left behind with the next gradient. Before anything is scored
+or saved that has a reduction of its own. So nothing that is not finite is ever in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deca_ds.algorithm.schedule import Step
+from deca_ds.checkpoint.steps import step_folder
+from deca_ds.cluster import Cluster
+from deca_ds.engine.client import Client, GradientStats
+from deca_ds.errors import DivergedError
+
+FIX = "lower optimizer.lr, set optimizer.clip_norm, or look at the data"
+
+
+@dataclass
+class Watch:
+    """Of one client; all of its ranks come to the same verdict. buffers: the rule's."""
+
+    client: Client
+    cluster: Cluster
+    buffers: Sequence[str]
+    _last: str = "before the first inner step"
+
+    def gradient(self, step: Step, stats: GradientStats) -> None:
+        """Raise DivergedError unless the state that the step before left is finite, and loss and gradient of `step`."""
+        self._refuse_state(stats.kept, stats.by_rank[2:])
+        block = self.client.plan.blocks[step.block].label
+        self._last = f"inner step {step.index + 1}, block {block}"
+        self._refuse(("the loss is", "the norm of the gradient is"), (stats.loss, stats.norm), stats.by_rank)
+
+    def state(self) -> None:
+        """Raise DivergedError unless the state that the last inner step left is finite."""
+        self._refuse_state(*self.client.kept())
+
+    def _refuse_state(self, kept: Sequence[float], by_rank: Tensor) -> None:
+        names = (
+            "the norm of the block's parameters is",
+            *(f"the optimizer's state {name!r} is" for name in self.buffers),
+        )
+        self._refuse(names, kept, by_rank)
+
+    def _refuse(self, names: Sequence[str], values: Sequence[float], by_rank: Tensor) -> None:
+        for (name, value), own in zip(zip(names, values, strict=False), by_rank, strict=False):
+            if not math.isfinite(value):
+                raise diverged(self.cluster.client, name, value, f"{self._last}, {self._origin(own)}")
+
+    def _origin(self, own: Tensor) -> str:
+        """The ranks whose part is not finite. All ranks of the client call this."""
+        bad = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.client.device)
+        bad[dist.get_rank()] = not own.isfinite()
+        dist.all_reduce(bad)
+        ranks = [
+            rank for rank, is_bad in zip(self.cluster.layout.ranks_of(self.cluster.client), bad, strict=True) if is_bad
+        ]
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "the sum over its ranks"
+
+
+def diverged(client: int, name: str, value: float, where: str) -> DivergedError:
+    """name: "the loss is". value: what it is. where: step, block and ranks."""
+    return DivergedError(
+        f"client {client} has diverged: {name} not finite ({value:g})", where=f"client {client}, {where}", fix=FIX
+    )
+
+
+def with_checkpoint(error: DivergedError, folder: Path, newest: int | None) -> DivergedError:
+    """The same error, which says what is left in `folder`. newest: inner steps of the last checkpoint that all have."""
+    left = "no checkpoint had been saved: start anew, in a new folder"
+    if newest is not None:
+        left = f"run.resume=require goes on after inner step {newest}, also with another section optimizer"
+    where = f"{error.where}\n         {step_folder(folder, newest)} is finite" if newest is not None else error.where
+    return type(error)(error.what, where=where, fix=f"{error.fix}\n         {left}")

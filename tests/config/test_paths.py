@@ -1,0 +1,117 @@
+"""One rule for all paths, and places that cannot be written to."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from deca_ds.config import load_config, save_config
+from deca_ds.config import paths as rules
+from deca_ds.config.checks import check_output
+from deca_ds.config.paths import KEYS, argument, check_model_folder, check_writable
+from deca_ds.config.resume import check_folder
+from deca_ds.config.schema import ModelConfig
+from deca_ds.errors import ConfigError, ModelError
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "x").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("start", ["~", "$HOME", "$PLACE"])
+def test_every_path_expands(home, start):
+    listed = [key for key in KEYS if key.startswith("data.")]
+    values = [f"{key}=[{start}/x, a/b]" if key in listed else f"{key}={start}/x" for key in KEYS]
+    config = load_config(None, [*values, "gossip.graph=edge_list"])
+    for key in KEYS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name) if name else config.deepspeed
+        assert value == ([f"{home}/x", "a/b"] if key in listed else f"{home}/x"), key
+    save_config(config, home / "saved.yaml")
+    assert load_config(home / "saved.yaml") == config
+    assert argument(f"{start}/x") == home / "x"
+
+
+def test_paths_of_the_schema_are_all_in_the_rule():
+    """Every text key whose comment speaks of a file, a folder or a directory."""
+    import re
+
+    from deca_ds.config import schema
+
+    section, found = "", set()
+    for line in Path(schema.__file__).read_text().splitlines():
+        if head := re.match(r"class (\w*)Config", line):
+            section = head.group(1).lower()
+        elif (field := re.match(r"    (\w+): (Optional\[str\]|str|list\[str\])", line)) and "CSV" not in line:
+            found |= {f"{section}.{field.group(1)}".lstrip(".")} if re.search("file|folder|directory", line) else set()
+    assert found <= set(KEYS) and len(found) > 5
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("$NOWHERE/x", "no variable \\$NOWHERE"), ("~nobody-here/x", "no home folder")]
+)
+def test_what_does_not_expand_makes_no_folder(home, path, why):
+    with pytest.raises(ConfigError, match=rf"run\.output.*{why}"):
+        load_config(None, ["model.path=x", f"run.output={path}"])
+
+
+def test_a_run_is_continued_under_either_name_of_its_folder(home):
+    (home / "run").mkdir()
+    save_config(load_config(None, ["model.path=~/m", "run.output=~/run"]), home / "run/config.yaml")
+    check_folder(load_config(None, [f"model.path={home}/m", f"run.output={home}/run", "run.resume=require"]))
+
+
+@pytest.mark.parametrize(
+    "path", ["", "n" * 300 + "/m/m", "./m", "../m", "/no/m", "a/b/c", "m/", "dangling", "$NOWHERE/m", "~nobody-here/m"]
+)
+def test_a_missing_model_folder_is_told_as_one(home, monkeypatch, path):
+    monkeypatch.chdir(home)
+    os.symlink("away", "dangling")
+    for model in (ModelConfig(path=path), ModelConfig(path=".", tokenizer=path)):
+        with pytest.raises(ModelError, match=r"(?s)there is no folder.*fix: ") as caught:
+            check_model_folder(model)
+        assert "repo" not in str(caught.value)
+    with pytest.raises(ModelError, match="is a file"):
+        check_model_folder(ModelConfig(path="x"))
+    (home / "owner/name").mkdir(parents=True)
+    for known in ("owner/name", "Qwen/Qwen2.5-0.5B", "gpt2", str(home)):
+        check_model_folder(ModelConfig(path=known))
+
+
+def test_places_that_cannot_be_written_to(home, monkeypatch):
+    (home / "away").symlink_to("gone/folder")
+    (home / "loop").symlink_to("loop")
+    for place, why in [
+        ("x", "it is a file"),
+        ("x/below/it", "there is a file"),
+        ("away", "is a link to 'gone/folder', which is not there"),
+        ("away/below", "is a link to 'gone/folder', which is not there"),
+        ("loop", "symbolic links"),
+        ("n" * 300, "name too long"),
+        ("a\0b", "null"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"(?is)cannot write to.*{why}.*where: some key"):
+            check_writable(home / place, "some key")
+    before = sorted(home.rglob("*"))
+    check_writable(home / "new/deep", "some key")
+    check_writable(home, "some key")
+    assert sorted(home.rglob("*")) == before
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(rules.tempfile, "TemporaryFile", refuse)
+    for resume in ("never", "auto", "require"):
+        config = load_config(None, ["model.path=x", f"run.output={home}/new", f"run.resume={resume}"])
+        with pytest.raises(ConfigError, match=r"(?s)cannot write to.*Read-only file system.*run\.output"):
+            check_folder(config)
+    with pytest.raises(ConfigError, match="Read-only"):
+        check_output(config)

@@ -1,0 +1,132 @@
+"""What YAML changes is refused with the advice to quote it; what it leaves alone is read as it is written."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deca_ds.config import load_config, save_config
+from deca_ds.errors import ConfigError
+
+CHANGED = ["no", "Yes", "on", "OFF", "true", "010", "0x1F", "0b11", "12:30", "1:30.5", "1e3", "1.50", "1_000", ".5",
+           ".inf", "~", "null"]  # fmt: skip
+TEXTS = [
+    "run: {output: %s}",
+    "model: {path: %s}",
+    "model: {revision: %s}",
+    "data: {split: %s}",
+    "data: {subset: %s}",
+    "data: {prompt: %s}",
+    "data: {label_column: %s}",
+    "data: {partition_column: %s}",
+    "data: {train: %s}",
+    "data: {train: [a, %s]}",
+    "data: {text_columns: [%s]}",
+    "data: {column_names: [%s]}",
+    "data: {label_names: {a: %s}}",
+    "data: {label_names: {%s: a}}",
+    "lora: {target_modules: [%s]}",
+]
+OPTIONAL = ("revision", "subset", "partition_column")  # null leaves these out
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_config(path, [*(() if "model:" in text and "path" in text else ("model.path=x",)), *overrides])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_of_the_schema(tmp_path, text):
+    for value in CHANGED:
+        if value in ("~", "null") and any(f"{key}:" in text for key in OPTIONAL):
+            load(tmp_path, text % value)
+            continue
+        with pytest.raises(ConfigError, match=r"(?s)YAML reads .*run\.yaml, line 2.*quotes: '") as caught:
+            load(tmp_path, "\n" + text % value)
+        assert value in str(caught.value)
+        load(tmp_path, text % f"'{value}'")
+        key, _, written = text.removesuffix("}").replace(": {", ".", 1).partition(": ")
+        with pytest.raises(ConfigError, match=r"(?s)YAML reads .*command line.*quotes"):
+            load_config(None, ["model.path=x", f"{key}={written % value}"])
+
+
+def test_what_yaml_leaves_alone(tmp_path):
+    config = load(
+        tmp_path,
+        "model: {path: x, revision: 12345678}\n"
+        "data: {label_names: {0: bad, 1: 'no', -1: 1.5, b: 2024-01-01}, train: 7, text_columns: [1, b]}\n",
+    )
+    assert config.data.label_names == {"0": "bad", "1": "no", "-1": "1.5", "b": "2024-01-01"}
+    assert (config.model.revision, config.data.train, config.data.text_columns) == ("12345678", ["7"], ["1", "b"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("run.seed", "010"), ("cluster.timeout_s", "10:00"), ("cluster.ranks", "[02, 010]"), ("cluster.clients", "yes"),
+     ("optimizer.lr", "on"), ("cluster.clients", "2.0"), ("data.packing", "2"), ("gossip.wait_s", "1:30")],
+)  # fmt: skip
+def test_numbers_that_are_read_as_others_are_refused(tmp_path, key, value):
+    section, name = key.split(".")
+    for source in (
+        lambda: load(tmp_path, f"{section}: {{{name}: {value}}}"),
+        lambda: load(tmp_path, "", f"{key}={value}"),
+    ):
+        with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+            source()
+
+
+@pytest.mark.parametrize(
+    ("value", "number"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("'1e-4'", 1e-4), ("1_000", 1000), ("0x10", 16), ("+.5", 0.5)]
+)
+def test_numbers_that_say_what_they_mean(tmp_path, value, number):
+    assert load(tmp_path, f"optimizer: {{lr: {value}}}").optimizer.lr == number
+    assert load(tmp_path, "", f"optimizer.lr={value}").optimizer.lr == number
+
+
+def test_the_command_line_replaces_a_mapping_or_adds_to_it(tmp_path):
+    file = "data: {label_names: {1: a, 2: b}}"
+    assert load(tmp_path, file, "data.label_names={3: c, 4: d}").data.label_names == {"3": "c", "4": "d"}
+    assert load(tmp_path, file, "data={label_names: {3: c}}").data.label_names == {"3": "c"}
+    assert load(tmp_path, file, "data.label_names.2=c").data.label_names == {"1": "a", "2": "c"}
+    assert load(tmp_path, file, "data.label_names={}").data.label_names == {}
+    assert load(tmp_path, file, "data={packing: true}").data.label_names == {"1": "a", "2": "b"}
+
+
+@pytest.mark.parametrize("text", ["data: {label_names: {1: a, '1': b}}", "data: {packing: true, packing: false}"])
+def test_a_name_that_stands_twice_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"twice|duplicate"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize("value", ["a #1", "a\nb", "x "])
+def test_the_command_line_has_no_comments_and_no_folded_lines(value):
+    with pytest.raises(ConfigError, match=r"data\.prompt: YAML reads"):
+        load_config(None, ["model.path=x", f"data.prompt={value}"])
+
+
+def test_a_text_is_a_list_of_one(tmp_path):
+    config = load(tmp_path, "data: {train: file.json, text_columns: title}\nlora: {target_modules: q_proj}")
+    assert (config.data.train, config.data.text_columns, config.lora.target_modules) == (
+        ["file.json"], ["title"], ["q_proj"])  # fmt: skip
+    assert load(tmp_path, "", "data.per_client=a.json").data.per_client == ["a.json"]
+    referred = load(tmp_path, "data: {train: [a, b], evaluation: '${data.train}'}")
+    assert referred.data.evaluation == ["a", "b"]
+    for wrong in ("data.train=null", "data.train={a: b}", "cluster.absent=x", "cluster.ranks=4"):
+        with pytest.raises(ConfigError, match=wrong.split("=")[0]):
+            load_config(None, ["model.path=x", wrong])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.sampled_from(CHANGED)
+    | st.text(st.characters(exclude_characters="$", exclude_categories=["Cs"]), max_size=8)
+)
+def test_what_is_saved_is_read_back(tmp_path, text):
+    config = load_config(None, ["model.path=x"])
+    config.data.label_names, config.data.prompt, config.data.text_columns = {text: text}, text, [text]
+    config.model.revision = text
+    save_config(config, tmp_path / "saved.yaml")
+    if text != "???":
+        assert load_config(tmp_path / "saved.yaml") == config

@@ -1,0 +1,265 @@
+"""What each format does with each field of a row: rendered, obeyed, refused by name, or named as not used."""
+
+import math
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_samples import answer_of, chats, make_config, targets_of, write_jsonl
+
+from deca_ds.config.schema import DataConfig
+from deca_ds.data import load_client_data
+from deca_ds.data.encoding import Encoder
+from deca_ds.data.formats import FORMATS, ExampleRules
+from deca_ds.data.formats.fields import normal_label
+from deca_ds.errors import ConfigError, DataError
+
+DOCS = Path(__file__).parents[2] / "docs"
+USER = {"role": "user", "content": "hi"}
+ANSWER = {"role": "assistant", "content": "yo"}
+ROWS = {
+    "alpaca": {"instruction": "i", "output": "o"},
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+}
+
+
+def read(format, row, **rules):
+    """The example of a row, and the names of its fields that are not used."""
+    unused = set()
+    return FORMATS[format].example(row, ExampleRules(format, **rules), "file, line 3", unused), unused
+
+
+def refuses(tokenizer, tmp_path, format, row, message, **options):
+    path = write_jsonl(tmp_path / "a.jsonl", [ROWS.get(format, {"text": "t", "label": "x"}), row])
+    with pytest.raises(DataError, match=message) as error:
+        load_client_data(make_config(train=[path], format=format, **options), tokenizer, 0)
+    assert error.value.where.startswith(f"{path}, line 2")
+
+
+def field_table() -> list[str]:
+    """The lines of the table in docs/formats.md."""
+    lines = ["| format | field | what is done with it |", "|---|---|---|"]
+    for format in FORMATS.values():
+        turns = "messages" if format.name == "messages" else "conversations"
+        for prefix, fields in (("", format.fields), (f"{turns}[].", format.turn_fields)):
+            for field in fields:
+                names = ", ".join(f"`{prefix}{name}`" for name in field.names)
+                lines.append(f"| {format.name} | {names} | **{field.use.value}**: {field.note} |")
+    return [*lines, "| every | any other | not used; named once a run |"]
+
+
+def test_the_docs_have_the_table_of_the_code():
+    text = (DOCS / "formats.md").read_text()
+    assert "\n".join(field_table()) in text, "docs/formats.md should have:\n" + "\n".join(field_table())
+    trained = [f"| `{format.name}` | {format.trained} |" for format in FORMATS.values()]
+    assert all(line in text for line in trained), trained
+
+
+def test_every_format_can_be_configured():
+    assert set(FORMATS) == set(get_args(get_type_hints(DataConfig)["format"]))
+
+
+@pytest.mark.parametrize("format", ["alpaca", "messages", "sharegpt"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("label", False), ("kto_tag", "false"), ("images", ["a.png"]), ("audio", "a.wav"), ("videos", ["v"]),
+        ("chosen", "x"), ("rejected", {"role": "assistant"}), ("weight", 0), ("train", False), ("loss_mask", [0, 1]),
+    ],
+)  # fmt: skip
+def test_a_field_with_a_meaning_that_is_not_obeyed_is_refused(tokenizer, tmp_path, format, field, value):
+    refuses(tokenizer, tmp_path, format, {**ROWS[format], field: value}, f"the field '{field}'")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"label": True}, {"label": "news"}, {"images": []}, {"images": None, "chosen": ""}, {"weight": 1.0}]
+)
+@pytest.mark.parametrize("format", ["alpaca", "messages", "sharegpt"])
+def test_a_field_without_a_consequence_is_let_pass(tokenizer, tmp_path, format, fields):
+    path = write_jsonl(tmp_path / "a.jsonl", [{**ROWS[format], **fields}] * 3)
+    assert load_client_data(make_config(train=[path], format=format), tokenizer, 0).summary["examples"]
+
+
+@pytest.mark.parametrize("field", ["system", "history", "tools"])
+def test_alpaca_has_no_place_for_a_context(tokenizer, tmp_path, field):
+    refuses(tokenizer, tmp_path, "alpaca", {**ROWS["alpaca"], field: [["q", "a"]]}, f"(?s)'{field}'.*format=messages")
+    path = write_jsonl(tmp_path / "b.jsonl", [{**ROWS["alpaca"], field: empty} for empty in (None, "", [], "[]")])
+    assert load_client_data(make_config(train=[path], format="alpaca"), tokenizer, 0).summary["examples"] == 3
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"function_call": {"name": "f"}}, "'function_call'"),
+        ({"images": ["a.png"]}, "'images'"),
+        ({"mask": [0, 1]}, "'mask'"),
+        ({"train_detail": [{"begin": 0}]}, "'train_detail'"),
+        ({"refusal": "no"}, "'refusal'"),
+        ({"weight": 0.5}, "'weight' is 0.5"),
+        ({"train": "no"}, "'train' is 'no'"),
+        ({"weight": 1, "train": False}, "weight and train contradict"),
+        ({"content": None}, r"'content' is empty \(null\)"),
+        ({"content": " \n"}, "'content' is empty"),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "is no text: 'image_url'"),
+        ({"content": [{"type": "text", "text": "x", "weight": 0}]}, "the field 'weight' in a part"),
+        ({"content": ["x"]}, "is no text: 'x'"),
+        ({"content": {"text": "x"}}, "is a dict, not text"),
+        ({"tool_calls": [{"function": {"arguments": {}}}]}, "without a function's name"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "cannot be read as JSON"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "are no object"),
+        ({"reasoning_content": "a", "thinking": "b"}, "reasoning_content and thinking"),
+        ({"role": "user", "train": True}, "asks to train a turn of the user"),
+        ({"role": "user", "tool_calls": [{"name": "f"}]}, "tool_calls in a turn of the user"),
+        ({"role": "tool", "tool_call_id": "b"}, None),
+        ({"role": "wizard"}, "unknown role 'wizard'"),
+    ],
+)
+def test_a_turn_that_cannot_be_meant_names_its_place(tokenizer, tmp_path, turn, message):
+    if message is None:
+        calls = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]}
+        row = {"messages": [USER, calls, {**ANSWER, **turn}]}
+        refuses(tokenizer, tmp_path, "messages", row, "'b' is that of no call before")
+        return
+    row = {"messages": [USER, {**ANSWER, **turn}]}
+    refuses(tokenizer, tmp_path, "messages", row, message)
+
+
+@pytest.mark.parametrize(
+    "switch", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss_mask": 0}]
+)
+def test_a_turn_that_is_not_to_be_trained(tokenizer, switch):
+    batch = chats([USER, {**ANSWER, **switch}, USER, {**ANSWER, "content": "no", "weight": 1}])
+    only = Encoder(tokenizer, max_length=200, conversations=True).sequences(batch)
+    assert targets_of(tokenizer, only) == [["no</assistant>"]]
+    whole = Encoder(tokenizer, max_length=200, conversations=True, answers_only=False).sequences(batch)
+    assert targets_of(tokenizer, whole) == [
+        ["<user>hi</user><assistant>", "<user>hi</user><assistant>no</assistant>"]
+    ], "prompts are trained, the turn is not"
+
+
+def test_parts_and_a_system_prompt_of_the_row(tokenizer):
+    parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "o"}]
+    batch = chats([USER, {"role": "assistant", "content": parts}], system="S")
+    (ids,) = Encoder(tokenizer, max_length=200, conversations=True).sequences(batch)["input_ids"]
+    assert tokenizer.decode(ids) == "<system>S</system><user>hi</user><assistant>yo</assistant>"
+    with pytest.raises(DataError, match="a system turn beside"):
+        chats([{"role": "system", "content": "T"}, USER, ANSWER], system="S")
+    assert chats([{"role": "system", "content": ""}, USER, ANSWER]) == chats([USER, ANSWER])
+
+
+def test_sharegpt_calls_and_observations(tokenizer):
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "[{{ c.function | tojson }}]{% endfor %}</{{ m.role }}>{% endfor %}"
+    )
+    turns = [
+        {"from": "human", "value": "hi", "id": 7},
+        {"from": "function_call", "value": '{"name": "f", "arguments": "{\\"x\\": \\"1\\"}"}'},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "yo", "weight": 1.0},
+    ]
+    row = {"conversations": turns, "system": "S", "tools": '[{"name": "f", "description": "d"}]'}
+    example, unused = read("sharegpt", row)
+    assert unused == {"conversations[].id"}
+    batch = {"conversation": [example["conversation"]], "place": ["p"]}
+    batch = Encoder(tokenizer, max_length=500, conversations=True).sequences(batch)
+    call = '[{"name": "f", "arguments": {"x": "1"}}]</assistant>'
+    assert targets_of(tokenizer, batch) == [[call, "yo</assistant>"]]
+    assert '"description": "d"' in tokenizer.decode(batch["input_ids"][0])
+    for value, message in (("{f", "cannot be read as JSON"), ('{"arguments": {}}', "without a function's name")):
+        with pytest.raises(DataError, match=message):
+            read("sharegpt", {"conversations": [{"from": "function_call", "value": value}]})
+
+
+def test_columns_that_are_not_used_are_named(tokenizer, tmp_path):
+    rows = [{"text": "x", "label": i % 2, "id": i, "source": None, "topic": "t"} for i in range(6)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, {"text": "x", "label": 1, "topic": "t", "when": 3}])
+    options = {"format": "classification", "partition": "key", "partition_column": "topic"}
+    loaded = load_client_data(make_config(train=[path], client_holdout=0.0, **options), tokenizer, 0)
+    assert loaded.notes == ["not used: id, when"]
+    assert "id" not in str(loaded.summary), "what all clients see names no column"
+    row = {"messages": [{**USER, "timestamp": 1}, ANSWER], "id": 3}
+    path = write_jsonl(tmp_path / "b.jsonl", [row, row])
+    loaded = load_client_data(make_config(train=[path], format="messages"), tokenizer, 0)
+    assert loaded.notes == ["not used: id, messages[].timestamp"]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "column"),
+    [
+        ("text", {"text": ""}, "text"),
+        ("text", {"text": math.nan}, "text"),
+        ("classification", {"text": " ", "label": 1}, "text"),
+        ("classification", {"text": "x", "label": ""}, "label"),
+        ("classification", {"text": "x", "label": None}, "label"),
+        ("classification", {"text": "x", "label": math.nan}, "label"),
+        ("classification", {"text": "x", "label": "NaN"}, "label"),
+        ("alpaca", {"instruction": "", "output": "o"}, "instruction"),
+        ("alpaca", {"instruction": "i", "output": "\n"}, "output"),
+        ("alpaca", {"instruction": "i", "output": None}, "output"),
+    ],
+)
+def test_a_missing_value_is_missing(tokenizer, tmp_path, format, row, column):
+    refuses(tokenizer, tmp_path, format, row, f"column '{column}' is empty")
+
+
+@pytest.mark.parametrize(
+    ("format", "line"),
+    [("classification", "the car sat,"), ("classification", ",a"), ("text", " ,a"), ("alpaca", "i,")],
+)
+def test_an_empty_cell_is_missing(tokenizer, tmp_path, format, line):
+    names = "instruction,output" if format == "alpaca" else "text,label"
+    path = tmp_path / "a.csv"
+    path.write_text(f"{names}\nx,y\nx,z\n{line}\n")
+    with pytest.raises(DataError, match="is empty") as error:
+        load_client_data(make_config(train=[path], format=format), tokenizer, 0)
+    assert error.value.where == f"{path}, line 4"
+
+
+def test_a_column_of_floats_with_a_gap(tokenizer, tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x", "y", "z"], "label": [1.0, 0.0, None]}), path)
+    with pytest.raises(DataError, match=r"(?s)'label' is empty.*row 3"):
+        load_client_data(make_config(train=[path], format="classification"), tokenizer, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "label"),
+    [
+        ((1, 1.0, "1", "1 ", " 1.0", "1.00"), "1"),
+        ((0, -0.0, "0", "-0"), "0"),
+        ((1e3, 1000), "1000"),
+        (("01",), "01"),
+        (("1e3",), "1e3"),
+        (("1.10",), "1.10"),
+        ((0.5, "0.5"), "0.5"),
+        ((True, "true"), "true"),
+        ((" a b\n",), "a b"),
+    ],
+)
+def test_one_label_has_one_spelling(values, label):
+    assert {normal_label(value) for value in values} == {label}
+
+
+def test_spellings_of_a_label_are_one_class(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": value} for value in (1, 1.0, "1 ", 2, "2.0")])
+    config = make_config(train=[path], format="classification", client_holdout=0.0)
+    loaded = load_client_data(config, tokenizer, 0)
+    assert loaded.label_names == ["1", "2"] and loaded.summary["labels"] == {"1": 3, "2": 2}
+    assert {answer_of(tokenizer, row) for row in loaded.train} == {" 1</s>", " 2</s>"}
+    named = make_config(train=[path], format="classification", label_names={"1.0": "no", 2: "yes"}, client_holdout=0.0)
+    assert load_client_data(named, tokenizer, 0).summary["labels"] == {"no": 3, "yes": 2}
+    twice = make_config(train=[path], format="classification", label_names={"1.0": "no", 1: "yes"})
+    with pytest.raises(ConfigError, match=r"(?s)'1' has two words.*data\.label_names"):
+        load_client_data(twice, tokenizer, 0)
+
+
+def test_the_partition_sees_one_label_too(tokenizer, tmp_path):
+    rows = [{"text": "x", "kind": value} for value in (1, "1 ", 1.0, "b", " b")]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    options = {"partition": "key", "partition_column": "kind", "client_holdout": 0.0}
+    loaded = [load_client_data(make_config(clients=2, train=[path], **options), tokenizer, c) for c in range(2)]
+    assert sorted(str(one.summary["labels"]) for one in loaded) == ["{'1': 3}", "{'b': 2}"]

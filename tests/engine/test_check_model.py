@@ -1,0 +1,144 @@
+"""What is refused, or warned of, before a model is loaded."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from list_experts import ListExpertsConfig, ListExpertsForCausalLM
+from tiny_models import CONFIGS
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from words import make_tokenizer
+
+from deca_ds.config import load_config
+from deca_ds.data.encoding import SEQUENCES
+from deca_ds.engine.check_model import check_model, check_token_ids
+from deca_ds.engine.load import expert_lists, load_architecture
+from deca_ds.engine.losses import check_own_loss, training_loss
+from deca_ds.errors import DataError, ModelError
+
+
+def check(folder, **keys):
+    config = load_config(None, [f"model.path={folder}", *(f"{key}={value}" for key, value in keys.items())])
+    return check_model(config, load_architecture(config.model), AutoTokenizer.from_pretrained(folder), weights=False)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(config, **changes of config.json) -> a folder without weights, its tokenizer of 49 tokens."""
+
+    def folder(config, **changes):
+        config.save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        make_tokenizer(tmp_path)
+        return tmp_path
+
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen", "opt", "biogpt", "mpt"])
+def test_sequences_beyond_absolute_positions_are_refused(make, name):
+    folder = make(CONFIGS[name]())
+    assert check(folder, **{"data.max_length": 64}) == []
+    with pytest.raises(ModelError, match=r"max_length = 65, and the model has 64 positions[\s\S]*at most 64"):
+        check(folder, **{"data.max_length": 65})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "falcon", "xglm", "dbrx"])
+def test_sequences_beyond_rotary_positions_are_warned_of(make, name):
+    folder = make(CONFIGS[name]())
+    assert check(folder, **{"data.max_length": 64}) == []
+    (warning,) = check(folder, **{"data.max_length": 65})
+    assert "65" in warning and "64 positions" in warning
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba", "recurrent_gemma"])
+def test_models_without_positions_take_any_length(make, name):
+    assert check(make(CONFIGS[name]()), **{"data.max_length": 5000}) == []
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(make):
+    options = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1)
+    folder = make(LlamaConfig(**options, vocab_size=48))
+    with pytest.raises(ModelError, match=r"ids up to 48, .* 48 rows[\s\S]*resize_token_embeddings\(49\)"):
+        check(folder)
+    assert check(make(LlamaConfig(**options, vocab_size=49))) == []
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    (warning,) = check(folder)  # nothing but the data can bring it in, and that is checked
+    assert "ids up to 49" in warning and "<image> must not be in the data" in warning
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="ids up to 49"):
+        check(folder)
+
+
+def test_data_with_a_token_that_the_model_lacks_is_refused():
+    def sequences(*ids):
+        rows = {"input_ids": [[1, 2], list(ids)], "labels": [[1, 2], list(ids)]}
+        return Dataset.from_dict(rows | {"targets": [1, 1], "cut": [False, False]}, features=SEQUENCES)
+
+    architecture = LlamaConfig(vocab_size=50)
+    check_token_ids(architecture, sequences(49, 3), None)
+    with pytest.raises(DataError, match=r"token id 50, .* 50 tokens"):
+        check_token_ids(architecture, sequences(49), None, sequences(2, 50, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantised \(mxfp4\)"),
+        ({"layerdrop": 0.1}, r"layerdrop = 0\.1[\s\S]*set layerdrop to 0"),
+    ],
+)
+def test_models_that_cannot_be_trained_whole_are_refused(make, changes, message):
+    with pytest.raises(ModelError, match=message):
+        check(make(CONFIGS["opt"](), **changes))
+
+
+def test_experts_in_lists_are_found_and_nothing_outside_layers():
+    def found(model):
+        names = {id(module): name for name, module in model.named_modules()}
+        return [names[id(module)] for module in expert_lists(model)]
+
+    options = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=2, vocab_size=20)
+    assert found(ListExpertsForCausalLM(ListExpertsConfig(**options))) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    for name in ("llama", "mixtral", "gemma3", "gemma3n_text"):
+        assert found(AutoModelForCausalLM.from_config(CONFIGS[name]())) == [], name
+
+
+def test_a_model_with_another_loss_is_refused():
+    torch.manual_seed(0)
+    options = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=20)
+    model = LlamaForCausalLM(LlamaConfig(**options, initializer_range=0.5))
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    cpu = torch.device("cpu")
+    check_own_loss(model, batch, cpu)
+    model.loss_function = lambda logits, labels, **_: torch.nn.functional.cross_entropy(logits[0], labels[0])
+    with pytest.raises(ModelError, match="LlamaForCausalLM computes the loss"):
+        check_own_loss(model, batch, cpu)
+    forward = model.forward
+    model.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
+    check_own_loss(model, batch, cpu)  # takes no labels: it has no loss
+
+
+def test_an_auxiliary_loss_counts_by_the_share_of_the_targets_and_needs_a_weight():
+    outputs = SimpleNamespace(logits=torch.zeros(1, 3, 4), aux_loss=torch.tensor(2.0))
+    weight = dict(router_aux_loss_coef=0.5)
+    config = SimpleNamespace(**weight, get_text_config=lambda: None)
+
+    def model(**_):
+        return outputs
+
+    model.config = config
+    batch = {name: torch.tensor([[1, 2, 3]]) for name in ("input_ids", "labels", "attention_mask")}
+    loss = training_loss(model, batch, torch.device("cpu"), targets=8)
+    assert float(loss) == pytest.approx((2 * torch.tensor(4.0).log() + 2 * 0.5 * 2.0) / 8)
+    model.config = SimpleNamespace(get_text_config=lambda: None)
+    with pytest.raises(ModelError, match="gives no weight"):
+        training_loss(model, batch, torch.device("cpu"), targets=8)

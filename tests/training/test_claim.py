@@ -1,0 +1,97 @@
+"""One run, one folder: who comes second is refused, whatever the first has written by then, and a dead job's file is
+in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deca_ds.config.checks import LOCK
+from deca_ds.errors import ConfigError
+from deca_ds.training import claim
+from deca_ds.training.claim import release, take
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from deca_ds.training.claim import take
+print(take(Path(sys.argv[1]), lambda: None, "other"), flush=True)
+time.sleep(100)
+"""
+
+
+def nothing() -> None:
+    """The folder is what the run needs."""
+
+
+@pytest.fixture
+def other(tmp_path: Path):
+    """Another job, which has the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "other\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_job_is_told_who_has_the_folder_and_writes_nothing(other, tmp_path: Path) -> None:
+    before = (tmp_path / LOCK).read_bytes()
+    with pytest.raises(ConfigError, match=rf"taken by another job: process {other.pid} on .*, started 20"):
+        take(tmp_path, nothing)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK] and (tmp_path / LOCK).read_bytes() == before
+    assert take(tmp_path, nothing, "other") == "other", "a rank of the same job"
+
+
+def test_the_file_of_a_killed_job_is_taken_over(other, tmp_path: Path) -> None:
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    job = take(tmp_path, nothing)
+    held = json.loads((tmp_path / LOCK).read_text())
+    assert (held["job"], held["pid"]) == (job, os.getpid()) and take(tmp_path, nothing) == job
+    release(tmp_path)
+
+
+def test_a_job_whose_first_rank_is_gone_may_still_be_at_work(other, tmp_path: Path, monkeypatch) -> None:
+    other.kill()
+    other.wait()
+    beats = iter([{"rank_0001.json": b"1"}, {"rank_0001.json": b"2"}])
+    monkeypatch.setattr(claim, "_heartbeats", lambda output: next(beats))
+    with pytest.raises(ConfigError, match="taken by another job"):
+        take(tmp_path, nothing)
+    (tmp_path / "STOPPED").touch()
+    take(tmp_path, nothing)
+    release(tmp_path)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_where_the_file_system_knows_no_locks(other, tmp_path: Path, monkeypatch, alive: bool) -> None:
+    monkeypatch.setattr(claim, "_lock", lambda descriptor: None)
+    if not alive:
+        other.kill()
+        other.wait()
+        (tmp_path / "heartbeats").mkdir()
+        (tmp_path / "heartbeats" / "rank_0000.json").touch()
+        monkeypatch.setattr(claim, "_WATCH_S", 0.1)
+        take(tmp_path, nothing)
+        release(tmp_path)
+    else:
+        with pytest.raises(ConfigError, match="taken by another job"):
+            take(tmp_path, nothing)
+
+
+def test_what_another_job_has_done_meanwhile_is_seen_when_the_folder_is_taken(tmp_path: Path) -> None:
+    folder, checks = tmp_path / "run", iter([None, ConfigError("a run has begun")])
+
+    def check() -> None:
+        if (error := next(checks)) is not None:
+            raise error
+
+    with pytest.raises(ConfigError, match="a run has begun"):
+        take(folder, check)
+    assert not folder.exists()
