@@ -114,8 +114,9 @@ class Agreed:
     def wait(self, step: int) -> None:
         """See Written."""
         # at least once: one that has come back does not know what the others had agreed on before
-        self._all_have = False
+        self._transport.together(lambda: None)
         while not self._all_have:
+            time.sleep(0.05)
             self._transport.together(lambda: None)
 
     def _heard(self, all_have: bool) -> None:
