@@ -142,12 +142,17 @@ class Client:
         internals.forget_trace(self._zero)
         self._state = self._reducer = None
 
-    def gradient(self, micro_batches: Sequence[Mapping[str, Tensor]], clip_norm: float = 0.0) -> GradientStats:
+    def gradient(
+        self,
+        micro_batches: Sequence[Mapping[str, Tensor]],
+        clip_norm: float = 0.0,
+        tick: Callable[[], None] = lambda: None,
+    ) -> GradientStats:
         """Fill the active block's `grad` with the gradient of the mean loss over all of the client's target tokens.
 
         micro_batches: this rank's part of the client's batch. clip_norm: the gradient's 2-norm over the block is scaled
-        down to it; 0: not at all. A gradient that is not finite stays as it is. Notes which parameters a gradient has
-        reached. Leaves the model partitioned.
+        down to it; 0: not at all. A gradient that is not finite stays as it is. tick: called before every micro-batch.
+        Notes which parameters a gradient has reached. Leaves the model partitioned.
         """
         assert self._state is not None and self._reducer is not None
         grad = self._state.grad.zero_()
@@ -162,6 +167,7 @@ class Client:
         self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
+            tick()
             loss = training_loss(self.model, batch, self.device, targets)
             if loss.requires_grad:  # else no parameter of the block takes part in it
                 loss.backward()

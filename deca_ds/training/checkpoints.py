@@ -85,7 +85,7 @@ class Checkpoints:
         if done in self._saved:
             return
         self.check()
-        self._cluster.progress.enter("saving a checkpoint")
+        self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         groups, state = self._groups(), self._state(done)
         self._saved.append(done)
@@ -93,15 +93,18 @@ class Checkpoints:
         self._write_under_way = self._thread.submit(self._write, done, groups, state)
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises CheckpointError if it could not be, or takes too long."""
+        """Return when nothing is being written. Raises CheckpointError if it could not be, or stands still."""
         if self._write_under_way is not None:
             pending, self._write_under_way = self._write_under_way, None
-            if pending not in wait([pending], self._timeout_s).done:
-                raise CheckpointError(
-                    f"a checkpoint is still being written after {self._timeout_s:g} s",
-                    where=str(self.folder),
-                    fix="look at the disk; if it is only slow, raise cluster.timeout_s",
-                )
+            progress = self._cluster.progress
+            progress.tick()
+            while pending not in wait([pending], _LOOK_S).done:
+                if time.monotonic() - progress.moved > self._timeout_s:  # bytes that are written count as moving on
+                    raise CheckpointError(
+                        f"a checkpoint is not written: nothing has moved for {self._timeout_s:g} s",
+                        where=str(self.folder),
+                        fix="look at the disk; if it is only slow, raise cluster.timeout_s",
+                    )
             pending.result()
 
     def newest(self) -> int | None:
@@ -118,10 +121,17 @@ class Checkpoints:
 
     def wait_for_all(self, done: int) -> None:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
+        self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         self._cluster.progress.enter("saving: waiting for all ranks")
         if done != self._resumed:
             self._written.wait(done)
+
+    def forget(self, done: int) -> None:
+        """Remove this rank's part of the checkpoint after `done` inner steps, which nothing goes on from any more."""
+        self._remove(done)
+        with contextlib.suppress(OSError):  # there are others
+            self.folder.rmdir()
 
     def _groups(self) -> Groups:
         """Copies of all slices, on the host."""
@@ -181,13 +191,11 @@ class Checkpoints:
         if len(kept) == self._config.keep:
             for step in steps_in(self.folder):
                 if step < kept[0] and not self._written.keeps(step):
-                    remove_part(
-                        self.folder,
-                        step,
-                        client=self._cluster.client,
-                        rank=self._cluster.shard,
-                        ranks=self._cluster.ranks,
-                    )
+                    self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        cluster = self._cluster
+        remove_part(self.folder, step, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
 
     def _complete(self, step: int) -> bool:
         return step == self._resumed or self._written.complete(step)
@@ -199,6 +207,7 @@ def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterat
     Raises DivergedError for values that are not finite: the last look at what is to be saved.
     """
     for block in client.plan.blocks:
+        cluster.progress.tick()
         yield block.label, _slices(client, block.names)
     yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))
 

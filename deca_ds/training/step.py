@@ -32,7 +32,7 @@ def inner_step(
     travels, the next one is computed. At the end theta holds the mixed masters, and the model's shards these, rounded.
     check: raises an error for a gradient that must not be used.
     """
-    stats = client.gradient(micro_batches, optimizer.clip_norm)
+    stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     check(step, stats)
     mixes = step.gossip is not None and gossip.has_neighbours(step.gossip)
     under_way: deque[tuple[slice, str, PendingMix]] = deque()

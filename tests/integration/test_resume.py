@@ -109,6 +109,10 @@ def crashed_and_moved(keys, folder):
     runs = [
         {"keys": keys("moved", **half, **{"run.resume": "require"}), "leave_after": None},
         {"keys": keys("uninterrupted", **LONG), "leave_after": None},
+        {"keys": keys("unevaluated"), "leave_after": "evaluation"},
+        {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": "saving"},
+        {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": None},
+        {"keys": keys("whole"), "leave_after": None},
     ]
     work(folder, 2, runs)
     return folder
@@ -133,6 +137,11 @@ def test_another_number_of_ranks_goes_on(crashed_and_moved):
     assert steps == [("evaluation", 0), *(("step", step) for step in range(1, 17)), ("evaluation", 16)]
     saved = ShardedModel(moved / "model")
     assert saved.ranks == {0: 1, 1: 1} and all(saved.mean(name).isfinite().all() for name in saved.names)
+
+
+def test_a_run_that_fails_at_its_last_evaluation_or_in_saving_loses_nothing(crashed_and_moved):
+    """No checkpoints were asked for; the third start only evaluates and saves."""
+    assert_equal(crashed_and_moved / "unevaluated", crashed_and_moved / "whole")
 
 
 def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and_moved):
