@@ -95,10 +95,10 @@ class GradientReducer:
         self._sent: _Bucket | None = None
 
     def _noting(self, own: Sequence[int]) -> Callable[..., None]:
-        """A hook that notes a call of the module with these parameters, but for one that recomputes activations."""
+        """A hook that notes a call of the module with these parameters in the forward pass."""
 
         def note(*_: object) -> None:
-            if self._order is None and torch.is_grad_enabled():
+            if self._order is None:
                 self._called.update(dict.fromkeys(own))
 
         return note

@@ -59,8 +59,8 @@ def warn_of_experts(console: Console, fused: Sequence[str], gradient_checkpointi
     """
     if fused and not gradient_checkpointing:
         console.print(
-            f"[bold]WARNING[/bold]: fused experts ({_some(fused)}) stay whole on every rank from the forward to the "
-            "backward pass in all layers from the active block on, without model.gradient_checkpointing=true",
+            f"[bold]WARNING[/bold]: without model.gradient_checkpointing=true, fused experts ({_some(fused)}) stay "
+            "whole on every rank between the forward and the backward pass, in all layers from the active block on",
             highlight=False,
         )
 
