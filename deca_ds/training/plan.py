@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from rich.console import Console
 
-from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
 from deca_ds.cluster.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.config import Config
@@ -25,7 +25,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
-from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks
+from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
@@ -60,6 +60,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     plan = find_blocks(config, model)
     console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
     warn_of_blocks(console, plan)
+    warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
     if config.model.dtype == "bfloat16":
         console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")

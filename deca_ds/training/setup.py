@@ -15,6 +15,7 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from torch.distributed import PrefixStore
 
+from deca_ds.algorithm.blocks import fused_parameters
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
@@ -63,7 +64,7 @@ from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.survivors import Survivors
-from deca_ds.training.tables import data_table, print_notes, warn_of_blocks
+from deca_ds.training.tables import data_table, print_notes, warn_of_blocks, warn_of_experts
 from deca_ds.training.whole_digest import whole_digest
 from deca_ds.training.written import Agreed, StoreCount, Written
 
@@ -183,7 +184,9 @@ def build(
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
     if cluster.is_main:
-        warn_of_blocks(Console(stderr=True), client.plan)
+        console = Console(stderr=True)
+        warn_of_blocks(console, client.plan)
+        warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from deca_ds.algorithm.local import local_step
+from deca_ds.algorithm.norms import squared_norm
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
@@ -57,7 +58,7 @@ def inner_step(
 
     if not mixes:
         rule.stay(state.tensors)
-    norm = client.client_sum(float(state.grad.double().square().sum())) ** 0.5 if rule.needs_norm else 0.0
+    norm = client.client_sum(float(squared_norm(state.grad))) ** 0.5 if rule.needs_norm else 0.0
     rule.finish(state.tensors, lr=lr, norm=norm, mixed=mixes)
     client.write_back()
     return stats
