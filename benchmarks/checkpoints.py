@@ -6,7 +6,7 @@ One rank, on the CPU in float32, with a random Llama of about 110 million parame
 checkpoint is saved amid every block's turn, in turn into two folders on one disk: with hard links, and without, which a
 refused os.link makes of the same code. Training itself is left out: the active block's state is drawn anew. Bytes are
 those of files that were not there before. Seconds: how long training stands still (the copy to the host), and until all
-is on the disk; beside them CPU seconds of both. Medians of 8 checkpoints, after `checkpoint.keep` that are written
+is on the disk; beside them CPU seconds of both. Medians of 5 checkpoints, after `checkpoint.keep` that are written
 whole. Prints a line a case and writes benchmarks/results/checkpoints.json.
 """
 
@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-LAYERS, SAVES = 32, 8
+LAYERS, SAVES = 32, 5
 SHAPE = dict(
     vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=LAYERS, num_attention_heads=8,
 )  # fmt: skip

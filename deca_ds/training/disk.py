@@ -6,7 +6,6 @@ Files have headers and folders manifests beside them, some kilobytes a file.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,26 +67,23 @@ class DiskNeed:
 def disk_need(stored: Stored, schedule: Schedule, config: CheckpointConfig) -> DiskNeed:
     """What a run needs that nothing interrupts; without `every`, one that is told to stop at the dearest step.
 
-    All ranks are taken to write at the same pace: where one is later, the others keep one more meanwhile.
+    At the end the oldest may still be there, on ranks that wrote before others did. Where a rank is later than that,
+    the others keep more.
     """
     if not config.every:
         opened = max(stored.active) if schedule.activation_steps > 1 else 0
         return DiskNeed(stored.model, stored.model + opened, stored.model + opened)
-    peak = 0
+    peak = last = 0
     kept: deque[int] = deque(maxlen=config.keep)
     for done in range(config.every, len(schedule) + 1, config.every):
         new = stored.checkpoint(schedule, done)
         if len(kept) == config.keep:
             rests = set(range(len(stored.blocks))) - schedule.trained(kept[0], done)
             new -= stored.frozen + sum(stored.blocks[index] for index in rests)
-        peak = max(peak, new + _whole(stored, schedule, kept))
+        last = new + sum(stored.checkpoint(schedule, step) for step in kept)  # which share no file
+        peak = max(peak, last)
         kept.append(done)
-    return DiskNeed(stored.model, peak, max(peak, _whole(stored, schedule, kept) + stored.model))
-
-
-def _whole(stored: Stored, schedule: Schedule, steps: Iterable[int]) -> int:
-    """Of checkpoints that share no file."""
-    return sum(stored.checkpoint(schedule, done) for done in steps)
+    return DiskNeed(stored.model, peak, max(peak, last + stored.model))
 
 
 def taken(output: Path) -> int:
