@@ -17,6 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
+from deca_ds.config import load_config
+from deca_ds.engine.load import find_blocks, load_architecture, meta_model
+from deca_ds.training.disk import Stored, disk_need
+from deca_ds.training.method import build_rule, build_schedule
 
 pytestmark = pytest.mark.multiprocess
 
@@ -102,7 +106,7 @@ def crashed_and_moved(keys, folder):
     runs = [
         {"keys": keys("full", **tracking), "leave_after": None, "keep_masters": True},
         {"keys": keys("cut", **tracking, **{"checkpoint.every": 3}), "leave_after": 22},
-        {"keys": keys("cut", **tracking, **{"run.resume": "require"}), "leave_after": None},
+        {"keys": keys("cut", **tracking, **{"checkpoint.every": 3, "run.resume": "require"}), "leave_after": None},
         {"keys": keys("moved", **half, **{"checkpoint.every": 3}), "leave_after": 7},
     ]
     work(folder, 4, runs)
@@ -128,6 +132,31 @@ def work(folder: Path, ranks: int, runs: list[dict]) -> None:
 def test_a_run_left_amid_a_block_equals_an_uninterrupted_one(crashed_and_moved):
     """Which has kept its float32 masters from a block's turn to the next."""
     assert_equal(crashed_and_moved / "cut", crashed_and_moved / "full")
+
+
+def test_its_checkpoints_cost_what_was_trained_and_take_the_disk_that_is_planned(crashed_and_moved):
+    run = crashed_and_moved / "cut"
+    config = load_config(run / "config.yaml", [])
+    model = meta_model(config.model, load_architecture(config.model))
+    plan, rule = find_blocks(config, model), build_rule(config)
+    stored, schedule = Stored.of(model, plan, config.model, rule), build_schedule(config, len(plan.blocks))
+    assert steps_in(run / "checkpoints")[-2:] == [27, 30]  # the one before may be there where a rank wrote first
+    folders = [run / "model", *(step_folder(run / "checkpoints", step) for step in (27, 30))]
+
+    def tensor_bytes(*folders: Path) -> int:
+        files = {path.stat().st_ino: path.read_bytes() for folder in folders for path in folder.rglob("*.safetensors")}
+        return sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in files.values())
+
+    one = stored.model + stored.checkpoint(schedule, 27) + stored.checkpoint(schedule, 30)
+    assert tensor_bytes(*folders) == 2 * one
+    assert tensor_bytes(run) <= 2 * disk_need(stored, schedule, config.checkpoint).most
+    # what steps 24 to 29 did not train is older than the checkpoint before; what they trained is not
+    for rank in range(2):
+        parts = [step_folder(run / "checkpoints", step) / f"client_001/rank_{rank:03d}" for step in (27, 30)]
+        before = (parts[0] / "manifest.json").stat().st_mtime_ns
+        older = {int(path.name[:3]) for path in parts[1].glob("*.safetensors") if path.stat().st_mtime_ns <= before}
+        blocks = range(len(plan.blocks))
+        assert older == {*blocks, len(plan.blocks)} - schedule.trained(24, 30)
 
 
 def test_another_number_of_ranks_goes_on(crashed_and_moved):
