@@ -13,8 +13,8 @@ random Llama:
 
 Prints the medians and their ratios to the bare pass, by the clock and in CPU seconds of rank 0. On a busy machine the
 CPU seconds are the steadier figure. With several ranks it also counts, for the largest block and buckets of BUCKET
-elements: `buckets` of a backward pass, how many of them were `sent_in_backward`, before the last gradient came,
-and the most gradients that were `kept` for later at any time.
+elements: `buckets` of a backward pass, how many were `sent_in_backward`, by the end of its last hook of a gradient,
+and the most gradients that a hook left `kept` for later.
 """
 
 from __future__ import annotations
