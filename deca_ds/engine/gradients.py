@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deca_ds.engine import internals
+
 
 @dataclass
 class _Bucket:
@@ -189,9 +191,9 @@ def _callers(
     and outside these the modules at the ends of the tree."""
     places = {id(parameter): index for index, parameter in enumerate(parameters)}
     callers: dict[nn.Module, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        if leaf is not None:
-            callers.setdefault(leaf, []).append(index)
+    for module in model.modules():
+        if internals.is_leaf(module):  # several may share parameters, of which one is in `leaves`
+            callers[module] = [places[id(p)] for p in module.parameters() if id(p) in places]
     for module in model.modules():
         own = [places[id(p)] for p in module.parameters(recurse=False) if id(p) in places]
         own = [index for index in own if leaves[index] is None]

@@ -106,6 +106,13 @@ def leaf(parameter: nn.Parameter) -> nn.Module | None:
     return getattr(parameter, "ds_z3_leaf_module", None)
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers the module as a whole."""
+    from deepspeed.utils import z3_leaf_module
+
+    return z3_leaf_module(module)
+
+
 def overwrite(parameter: nn.Parameter, values: Tensor) -> None:
     """Give a parameter, ordinary or partitioned, new values of its full shape; no communication."""
     if hasattr(parameter, "ds_tensor"):
