@@ -247,6 +247,17 @@ def test_marks_without_the_end_are_told():
     assert encoder(MARKED).notes == encoder(CHATML).notes == []
 
 
+def test_an_end_that_the_template_does_not_write_is_told():
+    made = encoder("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    assert made.notes == ["the chat template writes nothing behind the last answer: its end is not trained"]
+
+
+def test_a_template_that_wants_a_user():
+    source = "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}"
+    turns = [assistant("a"), user("b"), assistant("c")]
+    assert targets(source + CHATML_WITHOUT_PROMPT, turns) == ["a<|im_end|>\n", "c<|im_end|>\n"]
+
+
 def test_the_clock_of_a_template_stands_still(tmp_path):
     source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} " + CHATML
     made = encoder(source)
