@@ -283,6 +283,8 @@ class _Finder:
         # It writes a turn's end differently at the end of a conversation.
         middle = self._before_next(turn, following, form)
         rest = alone.removeprefix(middle)
+        if not last and not middle.strip() and alone.strip():  # its end looks like what stands before the next turn
+            raise self._unclear(f"writes {alone!r} after an answer at the end, but {following[:40]!r} between turns")
         if not self.ending.sub("", rest):  # nothing but special tokens, there
             return len(alone) if last else len(middle)
         if rest != alone and before.rstrip().endswith(rest.rstrip()):  # the prompt of a next answer, asked for or not
