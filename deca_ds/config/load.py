@@ -54,7 +54,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config(path)` gives it back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True), encoding="utf-8")
 
 
 def _read_yaml(path: Path) -> DictConfig:

@@ -21,7 +21,18 @@ from deca_ds.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
 _READ_AS_SOMETHING_ELSE = {_TAG + kind for kind in ("bool", "int", "float", "null")}
+_QUOTES = "put it in quotes"
 _REFERENCE = re.compile(r"\$\{[^{}]*\}")  # to another key
+_SHAPES = {
+    yaml.MappingNode: "a mapping of names to values",
+    yaml.SequenceNode: "a list",
+    yaml.ScalarNode: "a single value",
+}
+_EXAMPLES = {
+    yaml.MappingNode: "{name: value}",
+    yaml.SequenceNode: "[value]",
+    yaml.ScalarNode: "one value, a text with such signs in quotes",
+}
 
 _kinds = functools.cache(get_type_hints)  # of a section's keys
 _Changed = Iterator[tuple[yaml.Node, str, str]]  # where, what, fix
@@ -45,7 +56,7 @@ def check_file(text: str, path: str) -> None:
 def check_argument(key: str, text: str) -> None:
     """The same for `text`, the value of `key` on the command line, which has no comments and no lines to be folded."""
     for node, message, fix in _look_through(text, key):
-        quoted = node.value == text and "'" not in text
+        quoted = fix.startswith(_QUOTES) and node.value == text and "'" not in text
         raise ConfigError(
             message,
             where=f"command line, {f'{key}={text}'!r}",
@@ -84,7 +95,7 @@ def _look_through(text: str, key: str) -> _Changed:
             return
         yield from _changed(loader, node, kind, key)
         if isinstance(node, yaml.ScalarNode) and node.style is None and key and _is_text(kind) and node.value != text:
-            yield node, f"{key}: YAML reads {text!r} as {node.value!r}", f"put it in quotes: '{key}=\"...\"'"
+            yield node, f"{key}: YAML reads {text!r} as {node.value!r}", f"{_QUOTES}: '{key}=\"...\"'"
     finally:
         loader.dispose()
 
@@ -109,8 +120,12 @@ def _changed(loader: _Loader, node: yaml.Node, kind: Any, key: str) -> _Changed:
         kind = next(each for each in get_args(kind) if each is not type(None))
     if kind is None:  # no key of the schema: that is told elsewhere
         return
-    made_by = get_origin(kind)
-    if isinstance(node, yaml.MappingNode):
+    made_by, wanted = get_origin(kind), _shape(kind)
+    referred = isinstance(node, yaml.ScalarNode) and (wanted is yaml.SequenceNode or "${" in node.value)
+    if key and not isinstance(node, wanted) and not referred:
+        given = "nothing" if node.tag == _TAG + "null" else _SHAPES[type(node)]
+        yield node, f"{key}: there is {given} where {_SHAPES[wanted]} belongs", f"write {_EXAMPLES[wanted]}"
+    elif isinstance(node, yaml.MappingNode):
         yield from _changed_in_mapping(loader, node, kind, key)
     elif isinstance(node, yaml.SequenceNode):
         for place, child in enumerate(node.value):
@@ -131,7 +146,7 @@ def _changed(loader: _Loader, node: yaml.Node, kind: Any, key: str) -> _Changed:
 
 def _changed_in_mapping(loader: _Loader, node: yaml.MappingNode, kind: Any, key: str) -> _Changed:
     kinds = _kinds(kind) if is_dataclass(kind) else {}
-    names: set[str] = set()
+    names: set[Any] = set()
     for name, child in node.value:
         if name.tag == _TAG + "merge":
             for merged in child.value if isinstance(child, yaml.SequenceNode) else [child]:
@@ -140,11 +155,19 @@ def _changed_in_mapping(loader: _Loader, node: yaml.MappingNode, kind: Any, key:
         text = name.value if isinstance(name, yaml.ScalarNode) else ""
         if get_origin(kind) is dict:
             yield from _changed(loader, name, str, f"a name in {key}")
-            if text in names:
+            value = loader.construct_object(name) if isinstance(name, yaml.ScalarNode) else text
+            if text in names or value in names:  # YAML takes 1 and 1.0 for one name
                 yield name, f"{key} names {text!r} twice", "leave one of them out"
-            names.add(text)
+            names |= {text, value}
         child_kind = get_args(kind)[1] if get_origin(kind) is dict else kinds.get(text)
         yield from _changed(loader, child, child_kind, f"{key}.{text}".lstrip("."))
+
+
+def _shape(kind: Any) -> type[yaml.Node]:
+    """What a value of this kind is in YAML; a list may be written as one value."""
+    if is_dataclass(kind) or get_origin(kind) is dict:
+        return yaml.MappingNode
+    return yaml.SequenceNode if get_origin(kind) is list else yaml.ScalarNode
 
 
 def _reading(node: yaml.ScalarNode, value: Any) -> str:
@@ -154,7 +177,7 @@ def _reading(node: yaml.ScalarNode, value: Any) -> str:
 
 
 def _quote(text: str) -> str:
-    return f"put it in quotes: '{text}'" if text else "give one; an empty text is ''"
+    return f"{_QUOTES}: '{text}'" if text else "give one; an empty text is ''"
 
 
 def _means(text: str, number: int | float) -> bool:

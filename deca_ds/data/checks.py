@@ -12,7 +12,7 @@ import datasets
 from deca_ds.config.checks import RANGES as CONFIG_RANGES
 from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config, DataConfig
-from deca_ds.data.files import DOCUMENT, TABLES, kind_of
+from deca_ds.data.files import DOCUMENT, TABLES, Found, kind_of, some
 from deca_ds.data.sources import HubName, Source, find_sources, look_through
 from deca_ds.errors import ConfigError
 
@@ -61,12 +61,14 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
 
 
 def tell_files(data: DataConfig, client: int | None = None) -> list[str]:
-    """Which files are read and which are left out, a line a key: of the common data, or of `client`'s own."""
+    """Which files are read and which are left out, a line a key: of the common data, or of `client`'s own. And which
+    are scored on though they are trained on."""
     lists = {"train": data.train, "evaluation": data.evaluation}
     if client is not None:
         private = {"per_client": data.per_client, "per_client_evaluation": data.per_client_evaluation}
         lists = {f"{key}[{client}]": [entries[client]] for key, entries in private.items() if entries}
-    told = []
+    told: list[str] = []
+    trained: Found | None = None
     for key, entries in lists.items():
         sources, found = look_through(entries, f"data.{key}", hub=client is None)
         names = [f"{source.name} of the hub" for source in sources if isinstance(source, HubName)]
@@ -74,6 +76,9 @@ def tell_files(data: DataConfig, client: int | None = None) -> list[str]:
             names.append(str(found))
         if names:
             told.append(f"data.{key}: {', '.join(names)}")
+        trained = trained or found
+        if trained is not found and (both := found.also_in(trained)):
+            told.append(f"WARNING: data.{key} scores on what is trained on: {some(map(str, both))}")
     return told
 
 

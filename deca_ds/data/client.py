@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from deca_ds.config.schema import Config
 from deca_ds.data.checks import own_sources, validate_data_config
-from deca_ds.data.encoding import CANDIDATES, PIECES, SEQUENCES, Batch, Encoder, pack
+from deca_ds.data.encoding import CANDIDATES, IGNORED, PIECES, SEQUENCES, Batch, Encoder, pack
 from deca_ds.data.examples import read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
-from deca_ds.data.formats.fields import normal_label
+from deca_ds.data.formats.fields import look_of, normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
 from deca_ds.data.sources import Source, find_sources
 from deca_ds.errors import ConfigError, DataError
@@ -204,11 +204,26 @@ class _Loader:
             "labels": dict(labels),
         }
         train = train.select_columns(["input_ids", "labels"])
-        return ClientData(train, own_rows, common_rows, self.encoder.label_names, summary, self._notes())
+        return ClientData(train, own_rows, common_rows, self.encoder.label_names, summary, self._notes(train))
 
-    def _notes(self) -> list[str]:
+    def _notes(self, train: Dataset) -> list[str]:
         names = sorted(self.unused - {self.data.partition_column})
         notes = [f"not used: {', '.join(names)}"] if names else []
+        alike: dict[str, list[str]] = {}
+        for label in self.words:
+            alike.setdefault(look_of(label), []).append(label)
+        for labels in alike.values():
+            if len(labels) > 1:
+                notes.append(f"labels of their own, though they look alike: {', '.join(map(repr, labels))}")
+        tokenizer = self.tokenizer
+        if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+            learned = pc.filter(flat := pc.list_flatten(train.data.column("labels")), pc.not_equal(flat, IGNORED))
+            unknown = pc.sum(pc.equal(learned, tokenizer.unk_token_id)).as_py()
+            if unknown:
+                notes.append(
+                    f"{unknown} of {len(learned)} tokens to learn are {tokenizer.unk_token}, in the place of text that "
+                    "the tokenizer does not know"
+                )
         return notes + self.encoder.notes
 
     def _encode_evaluation(self, examples: Dataset, *, own_set: bool) -> tuple[Dataset | None, int]:

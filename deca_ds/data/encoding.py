@@ -18,7 +18,7 @@ from deca_ds.data.tokens import Spanning
 from deca_ds.errors import DataError
 
 IGNORED = -100  # the label of a token that carries no loss
-_ENCODING_VERSION = 2  # raise it when the same example gives other tokens: encoded examples are cached
+_ENCODING_VERSION = 3  # raise it when the same example gives other tokens: encoded examples are cached
 
 _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "targets": Value("int32")}
 SEQUENCES = Features(_TOKENS | {"cut": Value("bool")})
@@ -131,7 +131,7 @@ class Encoder:
         """A batched map of text examples to PIECES: documents are cut into consecutive runs of max_length tokens."""
         rows = []
         for text, document, group in zip(batch["text"], batch["document"], batch["group"], strict=True):
-            if not document:
+            if not document or not text:
                 rows.append({"text": text, "group": group, "ids": []})
                 continue
             ids = self.bos + self._tokens([text])[0] + self.eos
@@ -140,7 +140,8 @@ class Encoder:
         return _columns(rows, PIECES)
 
     def _texts(self, texts: Sequence[str], ids: Sequence[list[int]] | None) -> list[_Encoded]:
-        whole = [self.bos + tokens + self.eos for tokens in self._tokens(texts)]
+        pairs = zip(texts, self._tokens(texts), strict=True)  # a blank text has nothing to learn
+        whole = [self.bos + tokens + self.eos if text.strip() else [] for text, tokens in pairs]
         if ids is not None:
             whole = [piece or tokens for piece, tokens in zip(ids, whole, strict=True)]
         return [_Encoded(tokens, [True] * len(tokens), 0) for tokens in whole]

@@ -22,7 +22,7 @@ from deca_ds.data.formats.fields import TEXT, check_fields, label_of
 from deca_ds.data.sources import HubName, Source, load_hub, read_rows
 from deca_ds.errors import DataError
 
-_CACHE_VERSION = 2  # raise it when a row's example changes: prepared examples are kept in the datasets cache
+_CACHE_VERSION = 3  # raise it when a row's example changes: prepared examples are kept in the datasets cache
 _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
 
@@ -69,7 +69,7 @@ def generate_examples(
             example = format.example(row, whole if document else rules, place, unused)
             if document:
                 example["document"] = True
-            group = label_of(row, rules.group_column, place) if rules.group_column else ""
+            group = label_of(row, rules.group_column, place, rules.labels) if rules.group_column else ""
             empty = False
             yield {**example, "group": group, "place": place, "unused": json.dumps(sorted(unused)) if unused else ""}
     if empty:

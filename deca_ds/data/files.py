@@ -32,6 +32,18 @@ _NO_DOCUMENTS = re.compile(
     r"|(md5|sha\d+|check)sums?",
     re.IGNORECASE,
 )
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
+}  # what names of files and folders say of a data set's parts
 _SHOWN = 8  # names in a line
 
 
@@ -61,12 +73,16 @@ class Found:
         else:
             self.left_out[file] = f"the same file as {first}"
 
+    def also_in(self, other: Found) -> list[Path]:
+        """The files that `other` has too, under whatever name."""
+        return [file for state, file in self._names.items() if state in other._names]
+
     def __str__(self) -> str:
         files = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
-        read = f"{files}: {_some(map(str, self.files))}" if self.files else "no file"
+        read = f"{files}: {some(map(str, self.files))}" if self.files else "no file"
         if not self.left_out:
             return read
-        return f"{read}; left out: {_some(f'{path} ({why})' for path, why in self.left_out.items())}"
+        return f"{read}; left out: {some(f'{path} ({why})' for path, why in self.left_out.items())}"
 
 
 def add_file(found: Found, file: Path, key: str) -> None:
@@ -84,7 +100,8 @@ def add_matches(found: Found, matches: Iterable[Path], entry: str, key: str) -> 
     """Add the data files among `matches`, in order, and those below the folders among them.
 
     Raises DataError if there is none, and for what may be meant in two ways: a link that leads nowhere, texts without
-    rows among files of rows, a file beside its compressed copy, a data set of several splits.
+    rows among files of rows, a file beside its compressed copy, several splits of a data set, saved ones or told by
+    names such as train.jsonl and test.jsonl.
     """
     data: list[Path] = []
     for match in matches:
@@ -159,9 +176,17 @@ def _check_one_meaning(data: list[Path], entry: str, key: str) -> None:
     rows = [file for file in data if kind_of(file) != DOCUMENT]
     if documents and rows:
         raise DataError(
-            f"{entry!r} holds files of rows ({_some(map(str, rows))}) and whole texts ({_some(map(str, documents))})",
+            f"{entry!r} holds files of rows ({some(map(str, rows))}) and whole texts ({some(map(str, documents))})",
             where=key,
             fix="name those that are meant, for example with a glob for each kind",
+        )
+    splits = _splits(data)
+    if "train" in splits and len(splits) > 1:
+        parts = "; ".join(f"{split}: {some(map(str, files))}" for split, files in splits.items())
+        raise DataError(
+            f"{entry!r} holds several parts of a data set ({parts})",
+            where=key,
+            fix=f"name those that are meant, for example {splits['train'][0]}, or a glob for each part",
         )
     plain: dict[Path, Path] = {}
     for file in data:
@@ -172,6 +197,18 @@ def _check_one_meaning(data: list[Path], entry: str, key: str) -> None:
                 where=key,
                 fix="remove one of them, or name those that are meant",
             )
+
+
+def _splits(data: list[Path]) -> dict[str, list[Path]]:
+    """The files whose names, or folders below what they have in common, say which part of a data set they are."""
+    root = os.path.commonpath([file.parent for file in data])
+    found: dict[str, list[Path]] = {}
+    for file in data:
+        words = re.split(r"[\W\d_]+", os.path.relpath(file, root).lower())
+        split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+        if split is not None:
+            found.setdefault(split, []).append(file)
+    return found
 
 
 def _refuse_splits(folder: Path, names: list[str], key: str) -> None:
@@ -193,7 +230,8 @@ def _current(folder: Path) -> set[str] | None:
         return None
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
     every = list(names)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

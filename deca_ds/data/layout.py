@@ -93,13 +93,13 @@ class Conversations:
 
     def notes(self) -> list[str]:
         """What the user should know of the template."""
-        if not self.template.marks_answers:
-            return []
         try:
             text = self.template.render([_PROBE, {"role": "assistant", "content": "Zq00000qZ"}], marked=True)
         except ERRORS:
             return []
         after = split(text)[0][-1]
+        if not after.replace(END, "").strip():
+            return ["the chat template writes nothing behind the last answer: its end is not trained"]
         left = after[after.rfind(END) + 1 :].split()
         if END not in after or not left:
             return []
@@ -272,6 +272,8 @@ class _Finder:
         """Where the turn has ended in `after`, what the template writes between its last text and the next."""
         last = turn == len(self.messages) - 1
         alone = after if last else self._after(number, self.messages[: turn + 1], form)
+        if alone is None:  # some templates write no conversation without a user's turn
+            alone = self._after(number, [_PROBE, *self.messages[: turn + 1]], form)
         following = self._after(number, [*self.messages, _PROBE], form) if last else after
         if alone is None:  # it does not write such a conversation: up to its first special token
             special = next((end for end in self.ending.finditer(after) if not end[0].isspace()), None)
@@ -281,6 +283,8 @@ class _Finder:
         # It writes a turn's end differently at the end of a conversation.
         middle = self._before_next(turn, following, form)
         rest = alone.removeprefix(middle)
+        if not last and not middle.strip() and alone.strip():  # its end looks like what stands before the next turn
+            raise self._unclear(f"writes {alone!r} after an answer at the end, but {following[:40]!r} between turns")
         if not self.ending.sub("", rest):  # nothing but special tokens, there
             return len(alone) if last else len(middle)
         if rest != alone and before.rstrip().endswith(rest.rstrip()):  # the prompt of a next answer, asked for or not

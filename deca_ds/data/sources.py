@@ -30,6 +30,7 @@ from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind
 from deca_ds.errors import DataError
 
 _LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 
 
@@ -86,6 +87,7 @@ def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[st
     """
     kind = kind_of(path)
     try:
+        _refuse_pointer(path)
         if kind in (".parquet", ".arrow"):
             yield from _read_batches(path)
         elif kind in TABLES:
@@ -116,6 +118,13 @@ def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
             where=f"data.train or data.evaluation (subset {subset}, split {split})",
             fix="check the name, data.subset, data.split and the network, or give the path of a local file",
         ) from error
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raise DataError for what Git LFS puts in the place of a file that it has not fetched."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise DataError("the file is a pointer of Git LFS to the data", where=str(path), fix="run `git lfs pull`")
 
 
 def _open(path: Path) -> BinaryIO:

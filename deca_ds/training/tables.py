@@ -15,13 +15,14 @@ from deca_ds.algorithm.blocks import BlockPlan
 def data_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """What each client trains on. summaries: `ClientData.summary` of every client."""
     table = Table(title="data of each client")
-    for column in ("client", "train", "own eval", "common eval", "target tokens"):
+    for column in ("client", "train", "left out", "cut", "own eval", "common eval", "target tokens"):
         table.add_column(column, justify="right")
     table.add_column("examples by label")
+    numbers = ("client", "train", "dropped", "cut", "own_evaluation", "common_evaluation", "target_tokens")
     for summary in summaries:
         labels = sorted(summary["labels"].items(), key=lambda item: -item[1])
         table.add_row(
-            *(str(summary[key]) for key in ("client", "train", "own_evaluation", "common_evaluation", "target_tokens")),
+            *(str(summary[key]) for key in numbers),
             ", ".join(f"{label} {count}" for label, count in labels),
         )
     return table

@@ -45,7 +45,7 @@ def test_wrong_types_and_choices_name_the_value():
     refused(r"optimizer.lr: Interpolation key 'x.y' not found", "optimizer.lr=${x.y}")
     refused("cannot read the argument", "optimizer.lr")
     refused("cannot read the argument '--verbose'", "--verbose")
-    refused("OptimizerConfig", "optimizer=3")
+    refused("optimizer: there is a single value where a mapping", "optimizer=3")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,35 @@ def test_a_name_that_stands_twice_is_refused(tmp_path, text):
         load(tmp_path, text)
 
 
+def test_one_name_for_two_spellings_of_a_number_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.label_names names '1\.0' twice"):
+        load(tmp_path, "data: {label_names: {1: a, 1.0: b}}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.label_names", "{a: [x, y], b: z}"),
+        ("data.label_names", "{a: {x: y}, b: z}"),
+        ("data.label_names", "['no', 'yes']"),
+        ("data.text_columns", "[[a, b]]"),
+        ("data.text_columns", "[a: b]"),
+        ("data.train", "[[a, b]]"),
+        ("data.train", "[a: b]"),
+        ("data.prompt", "{text}"),
+        ("model.revision", "[a]"),
+        ("data", "a"),
+        ("data", "null"),
+    ],
+)
+def test_a_value_of_another_shape_names_its_key(tmp_path, key, value):
+    section, _, name = key.partition(".")
+    text = f"{section}: {{{name}: {value}}}" if name else f"{section}: {value}"
+    for source in (lambda: load(tmp_path, text), lambda: load(tmp_path, "", f"{key}={value}")):
+        with pytest.raises(ConfigError, match=rf"(?s){key}.*: there is (a|nothing).* where a .* belongs.*fix:   write"):
+            source()
+
+
 @pytest.mark.parametrize("value", ["a #1", "a\nb", "x "])
 def test_the_command_line_has_no_comments_and_no_folded_lines(value):
     with pytest.raises(ConfigError, match=r"data\.prompt: YAML reads"):

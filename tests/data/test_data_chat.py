@@ -247,6 +247,28 @@ def test_marks_without_the_end_are_told():
     assert encoder(MARKED).notes == encoder(CHATML).notes == []
 
 
+def test_an_end_that_the_template_does_not_write_is_told():
+    made = encoder("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    assert made.notes == ["the chat template writes nothing behind the last answer: its end is not trained"]
+
+
+def test_an_end_that_looks_like_what_stands_before_a_turn_is_not_guessed():
+    source = (
+        "<|head|>S<|im_end|>{% for m in messages %}<|head|>{{ m.role }}<|im_start|>{{ m.content }}"
+        "{{ '<|eot|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    )
+    pair = [user("a"), assistant("b")]
+    assert targets(source, pair, TOKENIZERS["bpe"]) == ["b<|eot|>"]
+    with pytest.raises(DataError, match=r"(?s)between turns.*generation"):
+        targets(source, [*pair, *pair], TOKENIZERS["bpe"])
+
+
+def test_a_template_that_wants_a_user():
+    source = "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}"
+    turns = [assistant("a"), user("b"), assistant("c")]
+    assert targets(source + CHATML_WITHOUT_PROMPT, turns) == ["a<|im_end|>\n", "c<|im_end|>\n"]
+
+
 def test_the_clock_of_a_template_stands_still(tmp_path):
     source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} " + CHATML
     made = encoder(source)

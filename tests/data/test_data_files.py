@@ -168,6 +168,41 @@ def test_what_may_be_meant_in_two_ways_is_refused(tmp_path):
             find_sources([entry], "data.train")
 
 
+def test_parts_of_a_data_set_are_not_trained_on_together(tmp_path):
+    for names in (
+        ("train.jsonl", "test.jsonl"),
+        ("local_train_3.jsonl", "local_eval_3.jsonl"),
+        ("data/train-00000.jsonl", "data/validation-00000.jsonl"),
+        ("train/a.jsonl", "dev/a.jsonl"),
+    ):
+        folder = tmp_path / names[0].replace("/", "_")
+        for name in names:
+            put((folder / name).parent, **{(folder / name).name: LINES})
+        for entry in (folder, folder / "**/*.jsonl"):
+            with pytest.raises(DataError, match=r"(?s)several parts of a data set.*train: .*name those"):
+                find_sources([str(entry)], "data.train")
+        assert len(find_sources([str(folder / name) for name in names], "data.train")) == 2
+    put(tmp_path / "test/one", **{"train-1.jsonl": LINES, "train-2.jsonl": LINES, "more.jsonl": LINES})
+    assert len(find_sources([str(tmp_path / "test/one")], "data.train")) == 3
+
+
+def test_what_is_trained_on_and_scored_on_is_told(tmp_path):
+    put(tmp_path, **{"a.jsonl": LINES, "b.jsonl": LINES})
+    (tmp_path / "c.jsonl").symlink_to("a.jsonl")
+    config = make_config(train=[tmp_path / "a.jsonl"], evaluation=[tmp_path / "b.jsonl", tmp_path / "c.jsonl"])
+    warning = f"WARNING: data.evaluation scores on what is trained on: {tmp_path}/c.jsonl"
+    assert tell_files(config.data)[-1] == warning
+    private = make_config(per_client=[tmp_path / "a.jsonl"], per_client_evaluation=[tmp_path / "b.jsonl"])
+    assert not any("WARNING" in line for line in tell_files(private.data, 0))
+
+
+def test_what_git_lfs_has_not_fetched_is_no_data(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        put(tmp_path, **{name: "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"})
+        with pytest.raises(DataError, match=r"(?s)pointer of Git LFS.*git lfs pull"):
+            list(read_rows(tmp_path / name))
+
+
 def test_what_datasets_has_saved(tmp_path):
     saved = datasets.Dataset.from_list([*ROWS, {"text": "three"}])
     saved.save_to_disk(tmp_path / "one", num_shards=2)

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_samples import answer_of, chats, make_config, targets_of, write_jsonl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from deca_ds.config.schema import DataConfig
 from deca_ds.data import load_client_data
@@ -190,7 +192,7 @@ def test_columns_that_are_not_used_are_named(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("format", "row", "column"),
     [
-        ("text", {"text": ""}, "text"),
+        ("text", {"text": None}, "text"),
         ("text", {"text": math.nan}, "text"),
         ("classification", {"text": " ", "label": 1}, "text"),
         ("classification", {"text": "x", "label": ""}, "label"),
@@ -208,7 +210,7 @@ def test_a_missing_value_is_missing(tokenizer, tmp_path, format, row, column):
 
 @pytest.mark.parametrize(
     ("format", "line"),
-    [("classification", "the car sat,"), ("classification", ",a"), ("text", " ,a"), ("alpaca", "i,")],
+    [("classification", "the car sat,"), ("classification", ",a"), ("alpaca", "i,")],
 )
 def test_an_empty_cell_is_missing(tokenizer, tmp_path, format, line):
     names = "instruction,output" if format == "alpaca" else "text,label"
@@ -217,6 +219,65 @@ def test_an_empty_cell_is_missing(tokenizer, tmp_path, format, line):
     with pytest.raises(DataError, match="is empty") as error:
         load_client_data(make_config(train=[path], format=format), tokenizer, 0)
     assert error.value.where == f"{path}, line 4"
+
+
+def test_blank_texts_are_left_out_and_counted(tokenizer, tmp_path):
+    rows = [{"title": title, "text": text} for title, text in (("a", "b"), (" ", "c"), ("d", ""), ("", "\n"), ("", ""))]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = make_config(train=[path], text_columns=["title", "text"], client_holdout=0.0)
+    loaded = load_client_data(config, tokenizer, 0)
+    assert [answer_of(tokenizer, row) for row in loaded.train] == ["a b</s>", "c</s>", "d</s>"]
+    assert (loaded.summary["examples"], loaded.summary["dropped"]) == (5, 2)
+    (tmp_path / "b.txt").write_text(" \n\n")
+    (tmp_path / "c.txt").write_text("x")
+    documents = make_config(train=[tmp_path / "b.txt", tmp_path / "c.txt"], client_holdout=0.0)
+    summary = load_client_data(documents, tokenizer, 0).summary
+    assert (summary["train"], summary["dropped"]) == (1, 1)
+
+
+def test_a_class_that_looks_like_a_missing_label_is_one_if_it_is_named(tokenizer, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nx,NA\ny,None\nz,null\n")
+    options = {"format": "classification", "client_holdout": 0.0}
+    assert load_client_data(make_config(train=[path], **options), tokenizer, 0).label_names == ["NA", "None", "null"]
+    path.write_text("text,label\nx,nan\ny,bread\n")
+    with pytest.raises(DataError, match=r"(?s)'label' is empty \(nan\).*listed in data\.label_names"):
+        load_client_data(make_config(train=[path], **options), tokenizer, 0)
+    named = make_config(train=[path], label_names={"nan": "naan", "bread": "bread"}, **options)
+    assert load_client_data(named, tokenizer, 0).summary["labels"] == {"naan": 1, "bread": 1}
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"text": "x", "label": 1.5}\n{"text": "x", "label": Infinity}\n')
+    with pytest.raises(DataError, match=r"(?s)'label' is inf, no text or number.*line 2"):
+        load_client_data(make_config(train=[path], **options), tokenizer, 0)
+
+
+def test_labels_that_look_alike_are_told(tokenizer, tmp_path):
+    labels = [True, "True", "caf\u00e9", "cafe\u0301", "a", "a\u200b", "b"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in labels])
+    loaded = load_client_data(make_config(train=[path], format="classification"), tokenizer, 0)
+    assert loaded.notes == [
+        "labels of their own, though they look alike: 'True', 'true'",
+        "labels of their own, though they look alike: 'a', 'a\\u200b'",
+        "labels of their own, though they look alike: 'cafe\u0301', 'caf\u00e9'",
+    ]
+
+
+@pytest.mark.parametrize("format", ["alpaca", "messages", "sharegpt"])
+def test_a_label_that_says_neither_true_nor_false_is_named(tokenizer, tmp_path, format):
+    path = write_jsonl(tmp_path / "a.jsonl", [{**ROWS[format], "label": label} for label in (0, "news", True)])
+    loaded = load_client_data(make_config(train=[path], format=format), tokenizer, 0)
+    assert loaded.notes == ["not used: label"]
+    refuses(tokenizer, tmp_path, format, {**ROWS[format], "kto_tag": 0}, "the field 'kto_tag' is false")
+    refuses(tokenizer, tmp_path, format, {**ROWS[format], "system_prompt": "S"}, "the field 'system_prompt'")
+
+
+def test_text_that_the_tokenizer_does_not_know_is_told(tmp_path):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a b"}, {"text": "a a c"}])
+    loaded = load_client_data(make_config(train=[path], client_holdout=0.0), words, 0)
+    assert loaded.notes == ["2 of 7 tokens to learn are <unk>, in the place of text that the tokenizer does not know"]
 
 
 def test_a_column_of_floats_with_a_gap(tokenizer, tmp_path):
@@ -232,6 +293,7 @@ def test_a_column_of_floats_with_a_gap(tokenizer, tmp_path):
         ((1, 1.0, "1", "1 ", " 1.0", "1.00"), "1"),
         ((0, -0.0, "0", "-0"), "0"),
         ((1e3, 1000), "1000"),
+        ((1e300,), "1e+300"),
         (("01",), "01"),
         (("1e3",), "1e3"),
         (("1.10",), "1.10"),

@@ -44,6 +44,7 @@ SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # 
 ROW_FIELDS = (
     Field(("system",), Use.RENDERED, "as the first turn, where the conversation has no system turn of its own"),
     Field(("tools",), Use.RENDERED, "given to the chat template: a list of functions, or that as JSON text"),
+    Field(("system_prompt",), Use.REFUSED, "name it system"),
     KTO,
     PREFERENCES,
     NO_MEDIA,
@@ -76,7 +77,7 @@ def _sharegpt(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: s
 def _conversation(
     row: Mapping[str, Any], column: str, role_key: str, text_key: str, place: str, unused: set[str]
 ) -> dict[str, Any]:
-    refuse_unwanted(row, place)
+    refuse_unwanted(row, place, unused)
     turns = value_of(row, column, place)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,7 @@ from deca_ds.errors import DataError
 TEXT = Value("string")
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _NO_LABEL = ("nan", "NaN", "NaT", "<NA>", "#N/A")  # what tables write for a missing value and nobody for a class
+_EXACT = 2.0**53  # below it every whole number is a float of its own
 _EMPTY_TEXTS = ("[]", "{}", "null")  # as a table writes an empty list, an empty object and null
 
 
@@ -89,7 +91,7 @@ def check_fields(
             continue
         field = known.get(name)
         if field is None:
-            unused.add(str(name))
+            unused.add(str(name) or "a column without a name")
         elif field.use is Use.REFUSED and not _is_empty(value) and value not in field.harmless:
             raise DataError(
                 f"the field {name!r} has a value: {_shown(value)}",
@@ -131,16 +133,23 @@ def text_of(row: Mapping[str, Any], column: str, place: str, *, blank: bool = Fa
     return encodable(value)
 
 
-def label_of(row: Mapping[str, Any], column: str, place: str) -> str:
-    """The label in a column, by the rule of `normal_label`. Raises DataError if it is missing, or a list or object."""
+def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, ...] = ()) -> str:
+    """The label in a column, by the rule of `normal_label`. known: texts that are labels, whatever they look like.
+
+    Raises DataError if it is missing, infinite, or a list or object.
+    """
     value = value_of(row, column, place)
-    if missing(value) or value in _NO_LABEL:
+    if missing(value) or (value in _NO_LABEL and value not in known):
+        named = isinstance(value, str) and value.strip()
         raise DataError(
-            f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}", where=place, fix=_REPAIR
+            f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}",
+            where=place,
+            fix=f"{_REPAIR}; a class of that name is listed in data.label_names" if named else _REPAIR,
         )
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and math.isinf(value)):
         raise DataError(
-            f"column {column!r} is a {type(value).__name__}, no text or number; columns: {', '.join(map(str, row))}",
+            f"column {column!r} is {value if isinstance(value, float) else f'a {type(value).__name__}'}, no text or "
+            f"number; columns: {', '.join(map(str, row))}",
             where=place,
             fix=_REPAIR,
         )
@@ -152,10 +161,17 @@ def normal_label(value: str | int | float | bool) -> str:
     one label; true and false as JSON writes them. Anything else stays as it is written: "01" and "1e3" too."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    whole_float = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+    text = str(int(value)) if whole_float else str(value).strip()
     whole = _WHOLE.fullmatch(text)
     text = whole[1] if whole else text
     return "0" if text == "-0" else text
+
+
+def look_of(label: str) -> str:
+    """The same for labels that differ in nothing but letter case, invisible characters and how characters are made."""
+    shown = (char for char in unicodedata.normalize("NFKC", label) if unicodedata.category(char) != "Cf")
+    return "".join(shown).casefold()
 
 
 def encodable(text: str) -> str:

@@ -15,6 +15,7 @@ from deca_ds.data.formats.fields import (
     Use,
     label_of,
     missing,
+    normal_label,
     text_of,
 )
 from deca_ds.errors import DataError
@@ -33,7 +34,11 @@ ALPACA_WITHOUT_INPUT = (
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 NO_MEDIA = Field(MEDIA, Use.REFUSED, "the model is trained on text alone")
 PREFERENCES = Field(("chosen", "rejected"), Use.REFUSED, "preferences are not learned from")
-KTO = Field(("label", "kto_tag"), Use.OBEYED, "true, or no truth value: trained; `false` (an unwanted answer): refused")
+KTO = Field(
+    ("label", "kto_tag"),
+    Use.OBEYED,
+    "`true`: trained; `false` (an unwanted answer), and 0 as a kto_tag: refused; anything else: not used",
+)
 ROW_WEIGHTS = Field(
     ("weight", "train", "trainable", "mask", "loss_mask"),
     Use.REFUSED,
@@ -46,11 +51,18 @@ def joined(row: Mapping[str, Any], rules: ExampleRules, place: str) -> str:
     return " ".join(text_of(row, column, place) for column in rules.text_columns)
 
 
-def refuse_unwanted(row: Mapping[str, Any], place: str) -> None:
-    """Raise DataError if the row says of its answer that it is not wanted."""
+def refuse_unwanted(row: Mapping[str, Any], place: str, unused: set[str]) -> None:
+    """Raise DataError if the row says of its answer that it is not wanted; a label that says neither is not used."""
     for name in KTO.names:
         value = row.get(name)
-        if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+        if missing(value):
+            continue
+        said = normal_label(value).lower() if isinstance(value, str | int | float) else ""
+        if name == "kto_tag":
+            said = {"0": "false", "1": "true"}.get(said, said)
+        if said not in ("true", "false"):
+            unused.add(name)
+        if said == "false":
             raise DataError(
                 f"the field {name!r} is false: the answer is not wanted, and would be trained",
                 where=place,
@@ -59,11 +71,12 @@ def refuse_unwanted(row: Mapping[str, Any], place: str) -> None:
 
 
 def _text(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
-    return {"text": joined(row, rules, place), "document": False}
+    texts = [text_of(row, column, place, blank=True) for column in rules.text_columns]
+    return {"text": " ".join(text for text in texts if text.strip()), "document": False}
 
 
 def _classification(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
-    label = label_of(row, rules.label_column, place)
+    label = label_of(row, rules.label_column, place, rules.labels)
     if rules.labels and label not in rules.labels:
         raise DataError(
             f"unknown label {label!r}; the labels are {', '.join(rules.labels)}",
@@ -76,7 +89,7 @@ def _classification(row: Mapping[str, Any], rules: ExampleRules, place: str, unu
 def _alpaca(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
     instruction, output = text_of(row, "instruction", place), text_of(row, "output", place)
     given = "" if missing(row.get("input")) else text_of(row, "input", place)
-    refuse_unwanted(row, place)
+    refuse_unwanted(row, place, unused)
     template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
     return {"prompt": template.format(instruction=instruction, input=given), "answer": output}
 
@@ -85,7 +98,13 @@ PAIRS = Features({"prompt": TEXT, "answer": TEXT})
 TEXT_FORMAT = Format(
     name="text",
     trained="every token",
-    fields=(Field(("data.text_columns",), Use.RENDERED, "joined by a blank; a text file is one document"),),
+    fields=(
+        Field(
+            ("data.text_columns",),
+            Use.RENDERED,
+            "joined by a blank; a text file is one document; blank ones are left out, and rows without another",
+        ),
+    ),
     columns=lambda rules: rules.text_columns,
     features=Features({"text": TEXT, "document": Value("bool")}),
     example=_text,
@@ -110,7 +129,9 @@ ALPACA = Format(
         Field(("output",), Use.RENDERED, "the answer"),
         KTO,
         Field(
-            ("system", "history", "tools"), Use.REFUSED, "Alpaca's prompt has no place for it: use data.format=messages"
+            ("system", "system_prompt", "history", "tools"),
+            Use.REFUSED,
+            "Alpaca's prompt has no place for it: use data.format=messages",
         ),
         PREFERENCES,
         NO_MEDIA,
