@@ -12,7 +12,9 @@ random Llama:
     step      gradient, plus Adam and the write-back: the trainer's inner step of a client without neighbours
 
 Prints the medians and their ratios to the bare pass, by the clock and in CPU seconds of rank 0. On a busy machine the
-CPU seconds are the steadier figure.
+CPU seconds are the steadier figure. With several ranks it also counts, for the largest block and buckets of BUCKET
+elements: `buckets` of a backward pass, how many were `sent_in_backward`, by the end of its last hook of a gradient,
+and the most gradients that a hook left `kept` for later.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,6 +41,7 @@ from deca_ds.cluster.guard import guarded
 from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
+from deca_ds.engine import client as engine
 from deca_ds.engine import internals
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
@@ -48,6 +52,7 @@ from deca_ds.training.step import inner_step
 
 REPETITIONS, WARM_UP = 15, 2
 ROWS, LENGTH = 4, 256  # of a rank's batch
+BUCKET = 2**18  # elements: many buckets in a small block
 SHAPE = dict(vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8)
 
 
@@ -103,6 +108,30 @@ def measure(client: Client, block: int, device: torch.device) -> dict[str, Any]:
     return result
 
 
+def overlap(client: Client, device: torch.device) -> dict[str, int]:
+    """What is sent while the backward pass runs, for the block with the most parameters of the plan."""
+    numels = [sum(math.prod(client.shapes[name]) for name in block.names) for block in client.plan.blocks]
+    index = max(range(len(numels)), key=numels.__getitem__)
+    with mock.patch.object(engine, "_BUCKET_NUMEL", BUCKET):
+        client.open_block(index, ())
+    ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    found = {"bucket_numel": BUCKET, "buckets": 0, "sent_in_backward": 0, "kept": 0}
+
+    def look(*_: object) -> None:
+        found["sent_in_backward"] = sends.call_count
+        found["kept"] = max(found["kept"], len(client._reducer._kept))
+
+    parameters = (client._parameters[name] for name in client.plan.blocks[index].names)
+    hooks = [parameter.register_post_accumulate_grad_hook(look) for parameter in parameters]
+    with mock.patch.object(dist, "reduce_scatter_tensor", wraps=dist.reduce_scatter_tensor) as sends:
+        client.gradient([{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}])
+        found["buckets"] = sends.call_count
+    for hook in hooks:
+        hook.remove()
+    client.close_block()
+    return found
+
+
 def main() -> None:
     launch = read_launch()
     store = open_job_store(launch, 60)
@@ -117,6 +146,8 @@ def main() -> None:
         client = Client(config, load_model(config, load_architecture(config.model)), cluster.device)
         block = len(client.plan.blocks) // 2
         result = measure(client, block, cluster.device)
+        if cluster.ranks > 1:
+            result["overlap"] = overlap(client, cluster.device)
         if cluster.is_main:
             size = sum(math.prod(client.shapes[name]) for name in client.plan.blocks[block].names)
             about = {"ranks": cluster.ranks, "block": client.plan.blocks[block].label, "block_parameters": size}

@@ -68,6 +68,18 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
+def fused_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold the matrices of several experts: of three and more dimensions, and not those of
+    a module of torch's, such as a convolution."""
+    return [
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for name, parameter in module.named_parameters(recurse=False)
+        if len(getattr(parameter, "ds_shape", parameter.shape)) > 2
+    ]
+
+
 def find_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Where the model's layers are: the name of every list of layers, and the number of its first layer.
 

@@ -66,6 +66,11 @@ class Schedule:
             random.Random(f"{self.seed}/{round_index}").shuffle(order)
         return order
 
+    def trained(self, first: int, last: int) -> set[int]:
+        """Indices of the blocks of the inner steps first .. last - 1."""
+        length = self.activation_steps
+        return {self.step(index).block for index in range(first - first % length, last, length) if first < last}
+
     def step(self, index: int) -> Step:
         """The inner step with this index, 0 <= index < len(self)."""
         if not 0 <= index < len(self):

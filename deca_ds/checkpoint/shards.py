@@ -28,7 +28,7 @@ class ShardedModel:
     ranks: numbers of the ranks whose slices will be read; None: all of a client's, which then leave no gap.
     A file's checksum is compared when the file is first read.
     Attributes: clients (numbers, ascending), clients_of_run, ranks (how many wrote, by client), step, names (in the
-    order they were written), states (what each (client, rank) gave to `save_shards` as its state).
+    order they were written), manifests (of each (client, rank)), states (what it gave to `save_shards` as its state).
     Raises CheckpointError for a missing folder, client or rank, a file of the wrong size, slices that overlap or leave
     a gap, and clients that differ in names, shapes, data types or step.
     """
@@ -63,6 +63,7 @@ class ShardedModel:
                     where=str(rank_folder(folder, client, rank)),
                     fix="bring together the files of one run only",
                 )
+        self.manifests = wanted
         self.ranks = {client: manifest["ranks"] for (client, _), manifest in wanted.items()}
         self.states = {key: manifest.get("state", {}) for key, manifest in wanted.items()}
         self._files = {

@@ -5,7 +5,8 @@
     <folder>/client_003/rank_001/000_embeddings.safetensors   one file for each group of slices
 
 A slice is [start, stop) of the row-major flat parameter, as ZeRO-3 cuts it, and may be empty. A rank's folder appears
-by one rename once it is complete, so a folder that exists is whole unless something damaged it later.
+by one rename once it is complete, so a folder that exists is whole unless something damaged it later. Until then it is
+its name with .partial, into which links.py may have linked files that need not be written again.
 """
 
 from __future__ import annotations
@@ -67,6 +68,28 @@ def rank_folder(folder: Path, client: int, rank: int) -> Path:
     return folder / f"client_{client:03d}" / f"rank_{rank:03d}"
 
 
+def file_name(index: int, label: str) -> str:
+    """The name of the file of the group of slices number `index`."""
+    return f"{index:03d}_{re.sub('[^A-Za-z0-9]+', '-', label).strip('-')}.safetensors"
+
+
+@dataclass(frozen=True)
+class LinkedFile:
+    """A file that lies in a rank's unfinished folder already. entry, tensors: what the manifest says about it."""
+
+    entry: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Any]]
+
+
+def begin_part(folder: Path, client: int, rank: int) -> Path:
+    """Make the unfinished folder of a rank, empty, and return it. Raises OSError if that cannot be."""
+    target = rank_folder(folder, client, rank)
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    partial.mkdir(parents=True)
+    return partial
+
+
 def save_shards(
     folder: Path,
     groups: Iterable[tuple[str, Iterable[Slice]]],
@@ -77,12 +100,14 @@ def save_shards(
     ranks: int,
     step: int,
     state: Mapping[str, Any] | None = None,
+    linked: Mapping[str, LinkedFile] | None = None,
 ) -> Path:
     """Write one rank's slices and return its folder. No communication; one group at a time is on the host.
 
     groups: (label, slices) pairs, consumed lazily. Every rank passes the same names, empty slices included.
     clients, ranks: the run's number of clients and this client's number of ranks. step: inner steps done. state: what
-    else this rank wants to find again, JSON-able; it goes into the manifest.
+    else this rank wants to find again, JSON-able; it goes into the manifest. linked: by name, the files that
+    `link_files` has put there: their groups are not looked at.
     Raises CheckpointError if the folder exists or cannot be written; what was written of it is taken away again then.
     """
     target = rank_folder(folder, client, rank)
@@ -90,13 +115,17 @@ def save_shards(
         raise CheckpointError("this rank's model is saved already", where=str(target), fix="write to a new folder")
     partial = target.with_name(target.name + PARTIAL)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-        partial.mkdir(parents=True)
+        if not linked:
+            begin_part(folder, client, rank)
         manifest = {"version": VERSION, "client": client, "clients": clients, "rank": rank, "ranks": ranks}
         manifest |= {"step": step, "state": dict(state or {}), "tensors": {}, "files": {}}
         for index, (label, slices) in enumerate(groups):
-            name = f"{index:03d}_{re.sub('[^A-Za-z0-9]+', '-', label).strip('-')}.safetensors"
-            _write_group(partial / name, slices, manifest)
+            name = file_name(index, label)
+            if linked and name in linked:
+                manifest["tensors"] |= linked[name].tensors
+                manifest["files"][name] = linked[name].entry
+            else:
+                _write_group(partial / name, slices, manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest))
         (partial / MANIFEST_CHECKSUM).write_text(checksum(partial / MANIFEST))
         for name in (MANIFEST, MANIFEST_CHECKSUM, ""):

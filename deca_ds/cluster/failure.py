@@ -44,8 +44,9 @@ class Failure:
         print(f"\nERROR: {'' if alone else f'{ends}{self.where}: '}{self.message}", file=sys.stderr, flush=True)
 
     def mark(self, output: Path | None, name: str) -> None:
-        """Write it to a new file in the run's folder, if there is one already, unless the run is done."""
-        if output is None or not output.is_dir() or (output / "DONE").exists():
+        """Write it to a new file in the run's folder, if there is one already. name: FAILED, which is for a job that is
+        not done, or a client's, which the others may have finished without."""
+        if output is None or not output.is_dir() or (name == "FAILED" and (output / "DONE").exists()):
             return
         with contextlib.suppress(OSError), open(output / name, "x", encoding="utf-8", errors="replace") as marker:
             marker.write(f"{self.where}\n{self.message}\n")

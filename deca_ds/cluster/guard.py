@@ -33,10 +33,11 @@ from deca_ds.cluster.failure import FAILURE_CODE, USER_ERROR_CODE, Failure
 from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
 from deca_ds.cluster.heartbeat import Heartbeats
 from deca_ds.cluster.launch import Launch
-from deca_ds.cluster.progress import Progress
+from deca_ds.cluster.progress import SHARED, Progress
 from deca_ds.cluster.silence import Silence
 from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.cluster.store import JobStore
+from deca_ds.cluster.survey import Survey
 from deca_ds.errors import (
     CutOffError,
     MessageError,
@@ -65,7 +66,8 @@ class JobGuard:
     def __init__(self, launch: Launch, store: JobStore):
         self.launch = launch
         self.output: Path | None = None
-        self.heartbeats = Heartbeats(launch, gone=launch.absent)
+        self.heartbeats = Heartbeats(launch, store.progress, gone=launch.absent)
+        self._survey = Survey(self.heartbeats)
         self.stop: StopAgreement | StopQuestion = StopAgreement(
             launch.rank, launch.world_size, store.timeout.total_seconds()
         )
@@ -233,7 +235,11 @@ class JobGuard:
             return self._report("the launcher is gone, so this rank stops", FAILURE_CODE)
         if (reported := Failure.reported(store)) is not None:
             return reported
-        stall = self.heartbeats.stalled(store, own=self._outlived) if self.heartbeats.beat(store) else None
+        if not self.heartbeats.beat(store):
+            return None
+        if self.launch.rank == self.host:
+            self._survey.publish(store)
+        stall = self.heartbeats.stalled(store, own=self._outlived)
         if stall is None or self._others_see_to(stall):
             return None
         report = self._report(str(stall), USER_ERROR_CODE)
@@ -245,7 +251,7 @@ class JobGuard:
             return False
         if self._outlived and stall.clients == {self.heartbeats.own().client}:
             self.fail(stall)
-        if self.progress.awaits is not None and self.put_out_who_hangs is not None:
+        if self.progress.awaits not in (None, SHARED) and self.put_out_who_hangs is not None:
             self.put_out_who_hangs()
         return True
 

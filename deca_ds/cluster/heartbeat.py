@@ -1,10 +1,14 @@
 """What every rank is doing, told to all others, and from it the deadline of every wait.
 
 A rank's main thread notes its phase (progress.py). The guard's watcher thread puts the note into the job's store and
-into run.output/heartbeats every second. A rank that has not moved on for cluster.timeout_s ends the job, unless a rank
-that it waits for has moved on since, or one that this one waits for, and so on. So nobody waits for ever, and nobody
-gives up on a slow rank that is at work. Time is measured by each rank's own clock; only the ages that are shown compare
-the clocks of hosts.
+into run.output/heartbeats every second; in a phase of work it looks for signs of that (signs.py), which count as moving
+on. A rank that has not moved on for cluster.timeout_s ends the job, unless a rank that it waits for has moved on since,
+or one that this one waits for, and so on. So nobody waits for ever, and nobody gives up on a slow rank that is at work.
+Time is measured by each rank's own clock; only the ages that are shown compare the clocks of hosts.
+
+The rank that hosts the store reads all heartbeats and tells each rank that stands still how long it has to be patient
+(survey.py), so that the store is read and written a fixed number of times a rank. Only for an error message, or while
+the host keeps silent, a rank reads the heartbeats of others itself.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +24,15 @@ from pathlib import Path
 from torch.distributed import Store
 
 from deca_ds.cluster.launch import Launch
-from deca_ds.cluster.progress import EVERYBODY, Progress, place
+from deca_ds.cluster.progress import EVERYBODY, SHARED, Progress, place
+from deca_ds.cluster.signs import Signs
 from deca_ds.errors import StallError
 
 FOLDER = "heartbeats"
 PERIOD_S = 1.0  # between two heartbeats of a rank
 SILENCE_S = 10.0  # a rank whose heartbeats stop for so long is gone, stopped or cut off
-_LOOK_AFTER_S = 5.0  # a rank that has not moved on for so long watches those that it waits for
-_LOOKS = 3  # at this rank's own standstill: a process that was stopped, and goes on, does not hang
+_LOOK_AFTER_S = 5.0
+_LOOKS = 3  # at this rank's own standstill
 _SHOWN = 8  # ranks in a message
 
 
@@ -49,7 +54,7 @@ class Heartbeat:
     @property
     def doing(self) -> str:
         """Phase and who is awaited."""
-        awaited = {None: "", EVERYBODY: ", waiting for everybody"}.get(self.awaits)
+        awaited = {None: "", SHARED: "", EVERYBODY: ", waiting for everybody"}.get(self.awaits)
         return self.phase + (f", waiting for client {self.awaits}" if awaited is None else awaited)
 
     def age_s(self) -> float:
@@ -68,13 +73,38 @@ class Heartbeat:
 
 
 @dataclass
-class _Observed:
-    """What this rank has seen of another one, by its own clock: the last heartbeat, when it came, and when the rank had
-    last moved on then."""
+class Sighting:
+    """What a rank has seen of another one, by its own clock: the last heartbeat, when it came, and when the other rank
+    had last moved on then."""
 
     heartbeat: Heartbeat
     came: float
     moved: float
+
+    def silent(self, now: float) -> bool:
+        """Whether heartbeats have stopped: who keeps silent passes no patience on."""
+        return now - self.came >= SILENCE_S
+
+
+class Sightings(dict[int, Sighting]):
+    """rank -> what this rank has seen of it; belongs to one thread."""
+
+    def look(self, ranks: Sequence[int], store: Store, now: float) -> None:
+        """Read the heartbeats of `ranks`, as far as there are any."""
+        keys = {rank: f"heartbeat/{rank}" for rank in ranks}
+        if not store.check(list(keys.values())):  # whoever asked for one that is not there would wait
+            keys = {rank: key for rank, key in keys.items() if store.check([key])}
+        for rank, text in zip(keys, store.multi_get(list(keys.values())) if keys else (), strict=True):
+            heartbeat, before = Heartbeat(**json.loads(text)), self.get(rank)
+            if before is None or before.heartbeat.time != heartbeat.time:
+                self[rank] = Sighting(heartbeat, now, now - heartbeat.idle_s)
+
+    def lines(self, ranks: Sequence[int]) -> list[str]:
+        """For a message: where the ranks are, those that moved on last at the end."""
+        oldest = sorted(ranks, key=lambda rank: -self[rank].heartbeat.age_s() if rank in self else float("-inf"))
+        more = [f"and {len(oldest) - _SHOWN} more ranks"] if len(oldest) > _SHOWN else []
+        shown = [str(self[rank].heartbeat) if rank in self else f"rank {rank}: never" for rank in oldest[:_SHOWN]]
+        return shown + more
 
 
 @dataclass
@@ -88,16 +118,17 @@ class Heartbeats:
     progress: Progress = field(default_factory=Progress)
     folder: Path | None = None
     gone: frozenset[int] = frozenset()
+    signs: Signs = field(default_factory=Signs)
     _due: float = 0.0
-    _observed: dict[int, _Observed] = field(default_factory=dict)
+    _seen: Sightings = field(default_factory=Sightings)
+    _told: tuple[bytes, float] = (b"", 0.0)  # what the store's host has told this rank last, and when that came
     _looks: int = 0
 
     def own(self) -> Heartbeat:
         """This rank's heartbeat now."""
         now = self.progress
-        client = None if now.layout is None else now.layout.client_of(self.launch.rank)
         idle = max(0.0, time.monotonic() - now.moved)
-        who = (self.launch.rank, self.launch.host, client)
+        who = (self.launch.rank, self.launch.host, self._client(self.launch.rank))
         return Heartbeat(*who, now.phase, now.step, now.block, now.awaits, round(idle, 3), time.time())
 
     def beat(self, store: Store, *, last: bool = False) -> bool:
@@ -105,9 +136,11 @@ class Heartbeats:
         if not last and time.monotonic() < self._due:
             return False
         self._due = time.monotonic() + PERIOD_S
+        if self.signs.seen() and self.progress.at_work:
+            self.progress.tick()
         text = json.dumps(asdict(self.own()))
         if not last:
-            store.set(_key(self.launch.rank), text)
+            store.set(f"heartbeat/{self.launch.rank}", text)
         if self.folder is not None:
             with suppress(OSError):  # a full disk is for those to report who need it
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -121,38 +154,74 @@ class Heartbeats:
         waited too long for this rank, which itself waits for nobody."""
         progress, now = self.progress, time.monotonic()
         timeout_s, moved = progress.timeout_s, progress.moved
-        if timeout_s is None or now - moved < min(_LOOK_AFTER_S, timeout_s / 4):
-            self._observed.clear()  # what has been seen is of another wait
-            self._looks = 0
+        if timeout_s is None or now - moved < look_after_s(timeout_s):
+            self._seen.clear()  # what has been seen is of another wait
+            self._told, self._looks = (b"", 0.0), 0
             return None
-        awaited = self._awaited(store, now)
-        if not awaited:  # at work of its own
+        idle_s = self._told_idle_s(store, now, timeout_s)
+        if idle_s is not None and idle_s < timeout_s:
+            return None
+        awaited = self._awaited(self._seen, store, now)
+        if not awaited and not progress.at_work:
             return self._hanging(store, now) if own and now - moved >= timeout_s else None
-        seen = [self._observed[rank].moved for rank in awaited if rank in self._observed]
-        idle_s = now - max([*seen, moved])
-        if idle_s < timeout_s:
+        if idle_s is None:
+            idle_s = now - max([moved, *(self._seen[rank].moved for rank in awaited if rank in self._seen)])
+        if idle_s < timeout_s or (progress.at_work and not self._is_sure()):
             return None
-        direct = self._culprits(awaited)
-        stall = StallError(
-            f"no progress for {now - moved:.0f} s; this rank waits for {direct}. Last seen:\n"
-            + "\n".join(f"    {line}" for line in self._lines(awaited)),
-            where=progress.place,
-            fix=f"look at the output of {direct}; if they are only slow, raise cluster.timeout_s",
-        )
-        layout = progress.layout
-        stall.clients = frozenset(None if layout is None else layout.client_of(rank) for rank in awaited)
+        stall = self._stall(awaited, now - moved)
+        stall.clients = frozenset(map(self._client, awaited or [self.launch.rank]))
         stall.idle_s = idle_s
         return stall
 
+    def _stall(self, awaited: list[int], idle_s: float) -> StallError:
+        progress, seen = self.progress, self._seen
+        silent = [rank for rank in awaited if rank not in seen or seen[rank].heartbeat.silent_s() > SILENCE_S]
+        last = "".join(f"\n    {line}" for line in seen.lines(awaited))
+        if progress.at_work and not silent:
+            return StallError(
+                f"no progress for {idle_s:.0f} s, and no sign of work: this rank takes no CPU time and no memory, and "
+                f"reads and writes nothing{'; nor do those that it may wait for. Last seen:' * bool(last)}{last}",
+                where=progress.place,
+                fix="look at what its main thread does, and at the disks and the network that it uses",
+            )
+        here = (progress.phase, progress.step)
+        elsewhere = [r for r in awaited if r in seen and (seen[r].heartbeat.phase, seen[r].heartbeat.step) != here]
+        direct = self._ranks(silent or elsewhere or awaited)
+        return StallError(
+            f"no progress for {idle_s:.0f} s; this rank waits for {direct}. Last seen:{last}",
+            where=progress.place,
+            fix=f"look at the output of {direct}; if they are only slow, raise cluster.timeout_s",
+        )
+
+    def _is_sure(self) -> bool:
+        """Whether this rank has stood still at several looks: a process that was stopped does not hang."""
+        self._looks += 1
+        return self._looks >= _LOOKS
+
+    def _told_idle_s(self, store: Store, now: float, timeout_s: float) -> float | None:
+        """Seconds since this rank or one that it waits for moved on, as the store's host tells (survey.py); None while
+        the host keeps silent."""
+        key, (before, came) = told_key(self.launch.rank), self._told
+        text = store.get(key) if store.check([key]) else b""
+        if text != before or not came:
+            came = now
+        self._told = text, came
+        if now - came >= min(SILENCE_S, timeout_s / 4):
+            return None
+        told = json.loads(text)[0] if text else 0.0
+        return min(told + now - came, now - self.progress.moved)  # it may be of an earlier standstill
+
     def _hanging(self, store: Store, now: float) -> StallError | None:
         progress, own = self.progress, self.launch.rank
-        for rank in set(range(self.launch.world_size)) - self.gone - {own}:
-            other = self._observe(rank, store, now)
-            if other is None or now - other.moved < (progress.timeout_s or 0.0) or other.heartbeat.awaits is None:
+        others = set(range(self.launch.world_size)) - self.gone - {own}
+        self._seen.look(sorted(others), store, now)
+        for rank in others & self._seen.keys():
+            other = self._seen[rank]
+            awaits = other.heartbeat.awaits
+            if now - other.moved < (progress.timeout_s or 0.0) or awaits in (None, SHARED):
                 continue
-            if own in self._named(rank, other.heartbeat.awaits):
-                self._looks += 1
-                if self._looks < _LOOKS:
+            if own in self._named(rank, awaits):
+                if not self._is_sure():
                     return None
                 stall = StallError(
                     f"no progress for {now - progress.moved:.0f} s; {other.heartbeat} waits for it",
@@ -165,29 +234,30 @@ class Heartbeats:
 
     def last_seen(self, store: Store) -> str:
         """For a message: where the ranks are that this rank has to do with, a line each; empty if it is alone."""
-        look = Heartbeats(
-            self.launch, self.progress, gone=self.gone
-        )  # what has been observed belongs to the watcher thread
-        lines = "".join(f"\n    {line}" for line in look._lines(look._awaited(store, time.monotonic())))
+        seen = Sightings()  # those of this object belong to the watcher thread
+        lines = "".join(f"\n    {line}" for line in seen.lines(self._awaited(seen, store, time.monotonic())))
         return f"\n  last seen:{lines}" if lines else ""
 
-    def _awaited(self, store: Store, now: float) -> list[int]:
+    def _awaited(self, seen: Sightings, store: Store, now: float) -> list[int]:
         """The ranks that this one waits for, nearest first: those that it has named, and those that these wait for."""
-        own = self.launch.rank
+        own, everybody = self.launch.rank, [r for r in range(self.launch.world_size) if r not in self.gone]
         found: dict[int, None] = {}
-        at_hand = list(self._named(own, self.progress.awaits))
-        while at_hand:
-            rank = at_hand.pop(0)
-            if rank == own or rank in found or rank in self.gone:
-                continue
-            found[rank] = None
-            observed = self._observe(rank, store, now)
-            # who keeps silent waits for nobody
-            if observed is not None and now - observed.came < SILENCE_S:
-                at_hand += self._named(rank, observed.heartbeat.awaits)
+        waits, share = [(own, self.progress.awaits)], False
+        while waits:
+            if not share and any(awaits == SHARED for _, awaits in waits):
+                share = True
+                seen.look(everybody, store, now)
+                waits += [(rank, SHARED) for rank in seen if seen[rank].heartbeat.awaits == SHARED]
+            named = dict.fromkeys(named for rank, awaits in waits for named in self._named(rank, awaits))
+            new = [rank for rank in named if rank != own and rank not in found and rank not in self.gone]
+            if new:
+                seen.look(new, store, now)
+            found |= dict.fromkeys(new)
+            waits = [(r, seen[r].heartbeat.awaits) for r in new if r in seen and not seen[r].silent(now)]
         return list(found)
 
     def _named(self, rank: int, awaits: int | str | None) -> Iterator[int]:
+        """Whom `rank`, in this wait, waits for by itself: other than ranks that share what it waits for."""
         layout = self.progress.layout
         if layout is None or awaits == EVERYBODY:
             yield from range(self.launch.world_size)
@@ -196,45 +266,23 @@ class Heartbeats:
             yield from layout.partners(rank, awaits)
         yield from layout.ranks_of(layout.client_of(rank))
 
-    def _observe(self, rank: int, store: Store, now: float) -> _Observed | None:
-        if store.check([_key(rank)]):
-            heartbeat = Heartbeat(**json.loads(store.get(_key(rank))))
-            before = self._observed.get(rank)
-            if before is None or before.heartbeat.time != heartbeat.time:
-                self._observed[rank] = _Observed(heartbeat, now, now - heartbeat.idle_s)
-        return self._observed.get(rank)
+    def _client(self, rank: int) -> int | None:
+        return None if self.progress.layout is None else self.progress.layout.client_of(rank)
 
-    def _lines(self, ranks: list[int]) -> list[str]:
-        oldest = sorted(ranks, key=lambda rank: -self._age(rank))
-        more = [f"and {len(oldest) - _SHOWN} more ranks"] if len(oldest) > _SHOWN else []
-        return [self._line(rank) for rank in oldest[:_SHOWN]] + more
-
-    def _line(self, rank: int) -> str:
-        observed = self._observed.get(rank)
-        return str(observed.heartbeat) if observed is not None else f"rank {rank}: never"
-
-    def _age(self, rank: int) -> float:
-        observed = self._observed.get(rank)
-        return observed.heartbeat.age_s() if observed is not None else float("inf")
-
-    def _culprits(self, awaited: list[int]) -> str:
-        """The awaited ranks that are not where this one is: those that keep silent if there are any."""
-        progress = self.progress
-        silent, elsewhere = [], []
-        for rank in awaited:
-            observed = self._observed.get(rank)
-            if observed is None or observed.heartbeat.silent_s() > SILENCE_S:
-                silent.append(rank)
-            elif (observed.heartbeat.phase, observed.heartbeat.step) != (progress.phase, progress.step):
-                elsewhere.append(rank)
-        named = silent or elsewhere or awaited
-        hosts = {rank: self._observed[rank].heartbeat.host for rank in named if rank in self._observed}
-        shown = [f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "") for rank in named[:_SHOWN]]
-        return ", ".join(shown) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
+    def _ranks(self, ranks: list[int]) -> str:
+        hosts = {rank: self._seen[rank].heartbeat.host for rank in ranks if rank in self._seen}
+        shown = [f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "") for rank in ranks[:_SHOWN]]
+        return ", ".join(shown) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
 
 
-def _key(rank: int) -> str:
-    return f"heartbeat/{rank}"
+def look_after_s(timeout_s: float) -> float:
+    """A rank that has not moved on for so long asks how long it has to be patient."""
+    return min(_LOOK_AFTER_S, timeout_s / 4)
+
+
+def told_key(rank: int) -> str:
+    """Where the store's host tells `rank`: JSON, [seconds, when]."""
+    return f"standstill/{rank}"
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:

@@ -13,42 +13,59 @@ from deca_ds.cluster.launch import ClientLayout
 _BACKSTOP_S = 30 * 24 * 3600.0
 
 EVERYBODY = "all"
+SHARED = "shared"
 
 
 class Progress:
     """What this rank's main thread does. Written by that thread, read by the watcher.
 
     awaits: what a wait is for: a client's number (those of its ranks that this one exchanges with), EVERYBODY, or None:
-    this client's other ranks, as far as it waits for anybody.
+    this client's other ranks, as far as it waits for anybody. SHARED: for these and for any rank that notes the same,
+    because libraries lock what the ranks of a host share, like the cache of downloads.
+    works: the phase is work of this rank's own, in which signs of it (signs.py) count as moving on.
     """
 
     def __init__(self) -> None:
         self.phase, self.step, self.block = "starting", 0, ""
         self.awaits: int | str | None = None
+        self.works = False
         self.moved = time.monotonic()
         self.layout: ClientLayout | None = None
         self.timeout_s: float | None = None  # None: nobody watches this rank
 
-    def enter(self, phase: str, *, step: int | None = None, block: str | None = None) -> None:
+    def enter(
+        self,
+        phase: str,
+        *,
+        step: int | None = None,
+        block: str | None = None,
+        works: bool = False,
+        awaits: int | str | None = None,
+    ) -> None:
         """Note that `phase` begins. step: inner step, counted from 1. block: the active one; both stay if left out."""
         self.phase = phase
         if step is not None:
             self.step = step
         if block is not None:
             self.block = block
-        self.awaits = None
+        self.works, self.awaits = works, awaits
         self.moved = time.monotonic()
 
     def tick(self) -> None:
         """Note that the phase goes on."""
         self.moved = time.monotonic()
 
+    @property
+    def at_work(self) -> bool:
+        """Whether signs of work count: not in a wait that has been noted."""
+        return self.works and self.awaits in (None, SHARED)
+
     def wait_for(self, awaits: int | str | None) -> None:
         """Note whom this rank waits for from now on; None: for nobody but its own client's ranks."""
         self.awaits = awaits
 
     @contextmanager
-    def waiting(self, awaits: int | str) -> Iterator[None]:
+    def waiting(self, awaits: int | str | None) -> Iterator[None]:
         """Note that all that is done in the body waits for `awaits`."""
         before, self.awaits = self.awaits, awaits
         try:

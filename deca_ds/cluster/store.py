@@ -21,6 +21,7 @@ from typing import Any
 from torch.distributed import HashStore, Store, TCPStore
 
 from deca_ds.cluster.launch import Launch
+from deca_ds.cluster.progress import EVERYBODY, Progress
 from deca_ds.errors import LaunchError
 
 _ANSWER = timedelta(seconds=30)
@@ -29,11 +30,13 @@ _RESOLVES_S = 10.0  # for the name of the first rank's host to become known
 
 @dataclass(frozen=True)
 class JobStore:
-    """A store and the address that further connections to it use (None for a single process)."""
+    """A store and the address that further connections to it use (None for a single process). timeout: of waits, until
+    somebody watches `progress`, this rank's."""
 
     store: Store
     address: tuple[str, int] | None
     timeout: timedelta
+    progress: Progress = field(default_factory=Progress, compare=False)
     _gathered: Counter[str] = field(default_factory=Counter, compare=False)  # how often each key was used
 
     def reconnect(self) -> Store:
@@ -46,7 +49,8 @@ class JobStore:
         """rank -> JSON-able value, a few hundred bytes, of the ranks `together`, ascending, on each of them; all use
         the same keys. None: of all that are started together.
 
-        Raises LaunchError that names the ranks that do not come within the store's time limit.
+        Raises LaunchError that names the ranks that do not come within the store's time limit; where this rank is
+        watched, those that are at work may take longer.
         """
         self._gathered[key] += 1
         key = f"{key}/{self._gathered[key]}"
@@ -59,7 +63,10 @@ class JobStore:
 
     def _get(self, key: str, launch: Launch, parts: dict[int, str]) -> bytes:
         try:
-            return self.store.get(key)
+            with self.progress.waiting(EVERYBODY if len(parts) == len(launch.ranks) else None):
+                while self.progress.timeout_s is not None and not self._comes(key):
+                    pass  # the watcher knows how long
+                return self.store.get(key)
         except RuntimeError as error:
             missing = [rank for rank, part in parts.items() if not self.store.check([part])]
             raise LaunchError(
@@ -68,6 +75,14 @@ class JobStore:
                 where=key.rsplit("/", 1)[0],
                 fix="look at the output of these ranks",
             ) from error
+
+    def _comes(self, key: str) -> bool:
+        """Whether there is such a key within the store's time limit. Raises RuntimeError if the store is gone."""
+        try:
+            self.store.wait([key])
+        except RuntimeError:
+            return self.store.check([key])
+        return True
 
     def publish_server(self, key: str) -> Store:
         """Host a new store on this machine and publish its address under `key` for `join_server`."""

@@ -60,22 +60,25 @@ def load_client_data(
     client: int,
     *,
     leader_first: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    tick: Callable[[], None] = lambda: None,
 ) -> ClientData:
     """Read, partition, hold out and tokenise what client `client` needs; the same on all of its ranks.
 
     leader_first: a context manager in which one rank of the client goes first and fills the datasets cache.
+    tick: called for every batch of examples that is tokenised.
     Of private files (per_client) only this client's are opened. Raises ConfigError and DataError, see the modules.
     """
     with leader_first():
-        return _Loader(config, tokenizer, client).load()
+        return _Loader(config, tokenizer, client, tick).load()
 
 
 class _Loader:
     """The steps of `load_client_data`."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, client: int):
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, client: int, tick: Callable[[], None]):
         validate_data_config(config, client)
         self.config, self.data, self.tokenizer, self.client = config, config.data, tokenizer, client
+        self.tick = tick
         self.words: dict[str, str] = {}
         for value, word in self.data.label_names.items():
             label = normal_label(value)
@@ -224,8 +227,13 @@ class _Loader:
     ) -> Dataset:
         # Named by hand: a hash of the function would hold the tokenizer's, which differs between processes.
         parts = (dataset._fingerprint, self.encoder.fingerprint, self.data.max_length, name)
+
+        def ticking(*batch: Any) -> Batch:
+            self.tick()
+            return function(*batch)
+
         return dataset.map(
-            function,
+            ticking,
             batched=True,
             remove_columns=dataset.column_names,
             features=features,

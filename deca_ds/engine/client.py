@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes
 from deca_ds.algorithm.local import LocalSteps
+from deca_ds.algorithm.norms import squared_norm
 from deca_ds.config.schema import Config
 from deca_ds.engine import internals
 from deca_ds.engine.causality import check_causal
@@ -124,8 +125,8 @@ class Client:
         for parameter in parameters:
             parameter.requires_grad_(True)
         internals.forget_trace(self._zero)
-        varies = [internals.varies(parameter) for parameter in parameters]
-        self._reducer = GradientReducer(parameters, tensors["grad"].split(sizes), varies, _BUCKET_NUMEL)
+        leaves = [internals.leaf(parameter) for parameter in parameters]
+        self._reducer = GradientReducer(self.model, parameters, tensors["grad"].split(sizes), leaves, _BUCKET_NUMEL)
         self._layout = list(zip(names, sizes, strict=True))
         local_steps = LocalSteps(sizes, [len(self.shapes[name]) >= 2 for name in names])
         self._state = BlockState(block, tensors, tuple(names), local_steps, [False] * len(names))
@@ -143,12 +144,17 @@ class Client:
         internals.forget_trace(self._zero)
         self._state = self._reducer = None
 
-    def gradient(self, micro_batches: Sequence[Mapping[str, Tensor]], clip_norm: float = 0.0) -> GradientStats:
+    def gradient(
+        self,
+        micro_batches: Sequence[Mapping[str, Tensor]],
+        clip_norm: float = 0.0,
+        tick: Callable[[], None] = lambda: None,
+    ) -> GradientStats:
         """Fill the active block's `grad` with the gradient of the mean loss over all of the client's target tokens.
 
         micro_batches: this rank's part of the client's batch. clip_norm: the gradient's 2-norm over the block is scaled
-        down to it; 0: not at all. A gradient that is not finite stays as it is. Notes which parameters a gradient has
-        reached. Leaves the model partitioned.
+        down to it; 0: not at all. A gradient that is not finite stays as it is. tick: called before every micro-batch.
+        Notes which parameters a gradient has reached. Leaves the model partitioned.
         """
         assert self._state is not None and self._reducer is not None
         grad = self._state.grad.zero_()
@@ -163,6 +169,7 @@ class Client:
         self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
+            tick()
             loss = training_loss(self.model, batch, self.device, targets)
             if loss.requires_grad:  # else no parameter of the block takes part in it
                 loss.backward()
@@ -170,7 +177,7 @@ class Client:
             self._reducer.finish()
             internals.partition_all(self._zero)
         reached = torch.tensor(self._reducer.reached, dtype=torch.float64, device=self.device)
-        own = torch.cat([total, torch.linalg.vector_norm(grad).double().square().reshape(1), self._kept])
+        own = torch.cat([total, squared_norm(grad).reshape(1), self._kept])
         summed = torch.cat([own, reached])
         dist.all_reduce(summed)
         sums = summed.tolist()
@@ -193,7 +200,7 @@ class Client:
         """Round the active block's masters into the model's shards; the next gather sees them."""
         assert self._state is not None
         theta, *buffers = (tensor for name, tensor in self._state.tensors.items() if name != "grad")
-        sums = [torch.linalg.vector_norm(theta).double().square(), *(buffer.sum().double() for buffer in buffers)]
+        sums = [squared_norm(theta), *(buffer.sum().double() for buffer in buffers)]
         self._kept = torch.stack(sums)
         for name, part in self._masters().items():
             round_into(internals.shard(self._parameters[name]), part)
@@ -273,14 +280,17 @@ class Client:
         return ((name, buffer) for name, buffer in self.model.named_buffers() if name in saved)
 
     @contextmanager
-    def borrowed_shards(self, names: Sequence[str]) -> Iterator[list[tuple[Tensor, Callable[[], Tensor]]]]:
-        """The values of `shards`, for overwriting them, each with what makes a copy of its float32 masters, on the
-        host; the values come back at the end."""
+    def borrowed_shards(self, names: Sequence[str]) -> Iterator[list[tuple[Tensor, Callable[[slice], Tensor]]]]:
+        """The values of `shards`, for overwriting them, each with what makes a copy of float32 masters, those of some
+        of its elements, on the host; the values come back at the end."""
         active = self._masters()
         own = {name: (shard, shard.to("cpu", copy=True)) for name, _, _, shard in self.shards(names)}
 
-        def masters(name: str) -> Tensor:
-            return active[name].to("cpu", copy=True) if name in active else join(own[name][1], self._low.get(name))
+        def masters(name: str, elements: slice) -> Tensor:
+            if name in active:
+                return active[name][elements].to("cpu", copy=True)
+            low = self._low.get(name)
+            return join(own[name][1][elements], None if low is None else low[elements])
 
         try:
             yield [(shard, partial(masters, name)) for name, (shard, _) in own.items()]

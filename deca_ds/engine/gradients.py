@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -11,100 +11,165 @@ from torch import Tensor, nn
 
 
 @dataclass
-class _Sent:
-    """One reduce-scatter: rows[r] holds, parameter after parameter, what rank r gets; `mine` is this rank's row."""
+class _Bucket:
+    """One reduce-scatter: row r holds, part after part, what rank r gets. parts: (parameter, first element of a rank's
+    slice, elements), elements padding included. work, mine: once it is sent, what waits for it and this rank's row."""
 
-    members: list[tuple[int, int]]  # (parameter, padded elements a rank)
-    mine: Tensor
     rows: Tensor
-    work: dist.Work
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
+    filled: int = 0  # columns
+    work: dist.Work | None = None
+    mine: Tensor | None = None
 
 
 class GradientReducer:
     """Sums gradients over the client's ranks into float32 shards, bucket by bucket, as autograd produces them.
 
-    parameters: the block's, in one order on all ranks. shards: for each, this rank's 1-D float32 slice, which the
-    summed gradient is added to. varies: whether its module may run on some ranks only (an expert that gets no tokens).
-    reached: whether it has had a gradient on this rank since `forget`.
+    parameters: of the model's active block, in one order on all ranks. shards: for each, this rank's 1-D float32 slice,
+    which the summed gradient is added to. leaves: for each, the module that ZeRO-3 gathers as a whole, if it belongs to
+    one: what runs in there may differ from rank to rank (an expert that gets no tokens). bucket_numel: elements that
+    are reduced together; a bucket may hold parts of parameters. reached: whether each has had a gradient on this rank
+    since `forget`.
 
-    Which parameters make a bucket of about `bucket_numel` elements is fixed, in the reverse of their order, and so is
-    the order of the buckets; a parameter without a gradient counts as zero. A bucket is sent when its gradients are
-    there, between the collectives of the backward pass. Where that time may differ from rank to rank, because a
-    parameter varies, and where a gradient does not come, it is sent at the end. So ranks cannot disagree about which
-    collective comes next or what it holds. Full gradients live from autograd's hook until they are sent.
+    Ranks must agree about which collective comes next and what it holds, among those with which ZeRO-3 gathers during
+    the backward pass. Therefore gradients are sent in an order that is known before the first one comes, the reverse of
+    the order in which the forward pass has just called the modules, and this is the order in which autograd makes them.
+    One that comes out of turn is kept until its turn. One of a leaf, which may not come on this rank, is sent when the
+    next gradient is that is sure to come on all ranks: as that module ran before the leaf, autograd is through with the
+    leaf. Parameters whose module was not called, or calls others that have parameters of the block, so that its
+    gradients may come at any time, are sent at the end. What does not come counts as zero.
+
+    So at any time there are one float32 bucket that is being filled, one that is on its way, and the gradients that
+    are kept. With one rank a gradient is added to its shard at once.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], shards: Sequence[Tensor], varies: Sequence[bool], bucket_numel: int
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        shards: Sequence[Tensor],
+        leaves: Sequence[nn.Module | None],
+        bucket_numel: int,
     ):
-        self._parameters, self._shards = parameters, shards
+        self._parameters, self._shards, self._leaves = parameters, shards, leaves
         self._ranks = dist.get_world_size()
-        self.reached = [False] * len(parameters)
-        indices = list(reversed(range(len(parameters))))
-        early = self._cut([i for i in indices if not varies[i]], bucket_numel)
-        self._buckets = early + self._cut([i for i in indices if varies[i]], bucket_numel)
-        self._early = len(early)
-        self._ready: dict[int, Tensor] = {}
-        self._next = 0  # bucket
-        self._sent: _Sent | None = None
-        self._hooks = [
+        self._width = max(1, bucket_numel // self._ranks)  # columns of a bucket
+        self._columns = sum(parameter.ds_tensor.ds_numel for parameter in parameters)
+        self.forget()
+        hooks: list = [
             p.register_post_accumulate_grad_hook(lambda p, index=index: self._take(index, p))
             for index, p in enumerate(parameters)
         ]
+        if self._ranks > 1:
+            hooks += [
+                module.register_forward_pre_hook(self._noting(own))
+                for module, own in _callers(model, parameters, leaves).items()
+            ]
+        self._hooks = hooks
 
     def forget(self) -> None:
         """Begin an inner step: no parameter has been reached."""
         self.reached = [False] * len(self._parameters)
+        self._begin()
 
     def finish(self) -> None:
         """Send what is left of this backward pass and wait until every shard has it."""
-        for bucket in self._buckets[self._next :]:
-            self._send(bucket)
-        self._receive()
-        self._next = 0
+        if self._ranks > 1:
+            self._send_before(len(self._parameters))
+            self._receive()
+        self._begin()
 
     def close(self) -> None:
-        """Take the hooks off the parameters."""
+        """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
-    def _cut(self, indices: Sequence[int], bucket_numel: int) -> list[list[int]]:
-        buckets: list[list[int]] = []
-        numel = bucket_numel
-        for index in indices:
-            if numel >= bucket_numel:
-                buckets.append([])
-                numel = 0
-            buckets[-1].append(index)
-            numel += self._parameters[index].ds_numel
-        return buckets
+    def _begin(self) -> None:
+        """Expect a forward pass."""
+        self._called: dict[int, None] = {}  # parameters, in the order of the calls of their modules
+        self._order: list[int] | None = None  # of sending, once the backward pass has begun
+        self._next = 0  # place in it
+        self._left = self._columns
+        self._kept: dict[int, Tensor] = {}
+        self._filling: _Bucket | None = None
+        self._sent: _Bucket | None = None
+
+    def _noting(self, own: Sequence[int]) -> Callable[..., None]:
+        """A hook that notes a call of the module with these parameters in the forward pass."""
+
+        def note(*_: object) -> None:
+            if self._order is None:
+                self._called.update(dict.fromkeys(own))
+
+        return note
 
     def _take(self, index: int, parameter: nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad.detach().reshape(-1), None
         self.reached[index] = True
         if self._ranks == 1:
-            self._shards[index].add_(gradient)
+            self._shards[index].add_(parameter.grad.detach().reshape(-1))
+            parameter.grad = None
             return
-        self._ready[index] = gradient
-        while self._next < self._early and all(i in self._ready for i in self._buckets[self._next]):
-            self._send(self._buckets[self._next])
-            self._next += 1
+        order = self._fix_order()
+        if index in order[: self._next]:
+            raise RuntimeError(f"a gradient of shape {tuple(parameter.ds_shape)} came after its turn to be reduced")
+        self._keep(index, parameter)
+        while (place := self._next_sure()) is not None and order[place] in self._kept:
+            self._send_before(place + 1)
 
-    def _send(self, bucket: Sequence[int]) -> None:
-        """Start the reduce-scatter of a bucket; the one before it is waited for."""
-        if self._ranks == 1:
-            return
-        sizes = [self._parameters[index].ds_tensor.ds_numel for index in bucket]
-        rows = torch.zeros(self._ranks, sum(sizes), dtype=torch.float32, device=self._shards[bucket[0]].device)
-        for index, size, columns in zip(bucket, sizes, rows.split(sizes, dim=1), strict=True):
-            gradient = self._ready.pop(index, None)
-            if gradient is not None:
-                for rank, part in enumerate(gradient.split(size)):
-                    columns[rank, : part.numel()].copy_(part)
+    def _keep(self, index: int, parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad.detach().reshape(-1), None
+        self._kept[index] = self._kept[index] + gradient if index in self._kept else gradient
+
+    def _fix_order(self) -> list[int]:
+        if self._order is None:
+            self._sure = len(self._called)  # places before this one have a time to be sent at
+            rest = (index for index in range(len(self._parameters)) if index not in self._called)
+            self._order = [*reversed(self._called), *reversed(list(rest))]
+        return self._order
+
+    def _next_sure(self) -> int | None:
+        """Place of the next parameter outside leaves that need not wait for the end."""
+        order = self._fix_order()
+        return next((k for k in range(self._next, self._sure) if self._leaves[order[k]] is None), None)
+
+    def _send_before(self, place: int) -> None:
+        """Put the parameters before this place of the order into buckets; send those that are full, and the last."""
+        for index in self._fix_order()[self._next : place]:
+            self._put(index)
+        self._next = place
+
+    def _put(self, index: int) -> None:
+        gradient = self._kept.pop(index, None)
+        size = self._parameters[index].ds_tensor.ds_numel
+        start = 0
+        while start < size:
+            bucket = self._filling
+            if bucket is None:
+                columns = min(self._width, self._left)
+                rows = torch.empty(self._ranks, columns, dtype=torch.float32, device=self._shards[index].device)
+                bucket = self._filling = _Bucket(rows)
+            count = min(size - start, bucket.rows.shape[1] - bucket.filled)
+            target = bucket.rows.narrow(1, bucket.filled, count)
+            if gradient is None:
+                target.zero_()
+            else:
+                for rank, row in enumerate(target):
+                    part = gradient[rank * size + start : min((rank + 1) * size, rank * size + start + count)]
+                    row[: part.numel()].copy_(part)
+            bucket.parts.append((index, start, count))
+            bucket.filled += count
+            start += count
+            if bucket.filled == bucket.rows.shape[1]:
+                self._send()
+
+    def _send(self) -> None:
+        """Start the reduce-scatter of the full bucket; the one before it is waited for."""
         self._receive()
-        mine = torch.empty_like(rows[0])
-        work = dist.reduce_scatter_tensor(mine, rows.view(-1), op=dist.ReduceOp.SUM, async_op=True)
-        self._sent = _Sent(list(zip(bucket, sizes, strict=True)), mine, rows, work)
+        bucket, self._filling = self._filling, None
+        bucket.mine = torch.empty_like(bucket.rows[0])
+        bucket.work = dist.reduce_scatter_tensor(bucket.mine, bucket.rows.view(-1), op=dist.ReduceOp.SUM, async_op=True)
+        self._left -= bucket.filled
+        self._sent = bucket
 
     def _receive(self) -> None:
         """Wait for the bucket on its way and add it to the shards."""
@@ -112,6 +177,24 @@ class GradientReducer:
             return
         bucket, self._sent = self._sent, None
         bucket.work.wait()
-        for (index, _), part in zip(bucket.members, bucket.mine.split([s for _, s in bucket.members]), strict=True):
-            shard = self._shards[index]
-            shard.add_(part[: shard.numel()])
+        for (index, start, _), part in zip(bucket.parts, bucket.mine.split([p[2] for p in bucket.parts]), strict=True):
+            target = self._shards[index][start : start + part.numel()]
+            target.add_(part[: target.numel()])
+
+
+def _callers(
+    model: nn.Module, parameters: Sequence[nn.Parameter], leaves: Sequence[nn.Module | None]
+) -> dict[nn.Module, list[int]]:
+    """Modules that use parameters of the block, by index, while they run and call none that does so itself: leaves,
+    and outside these the modules at the ends of the tree."""
+    places = {id(parameter): index for index, parameter in enumerate(parameters)}
+    callers: dict[nn.Module, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        if leaf is not None:
+            callers.setdefault(leaf, []).append(index)
+    for module in model.modules():
+        own = [places[id(p)] for p in module.parameters(recurse=False) if id(p) in places]
+        own = [index for index in own if leaves[index] is None]
+        if own and not any(id(p) in places for child in module.children() for p in child.parameters()):
+            callers[module] = sorted(own, key=lambda index: parameters[index].ds_numel)  # large ones are sent first
+    return callers

@@ -100,12 +100,10 @@ def shard_range(parameter: nn.Parameter) -> tuple[int, int]:
     return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
 
 
-def varies(parameter: nn.Parameter) -> bool:
-    """Whether the parameter belongs to a module that ZeRO-3 gathers as a whole, a leaf, because what runs in it may
-    differ from rank to rank."""
-    from deepspeed.utils import z3_leaf_parameter
-
-    return z3_leaf_parameter(parameter)
+def leaf(parameter: nn.Parameter) -> nn.Module | None:
+    """The module around the parameter that ZeRO-3 gathers as a whole, because what runs in it may differ from rank to
+    rank; None outside such modules."""
+    return getattr(parameter, "ds_z3_leaf_module", None)
 
 
 def overwrite(parameter: nn.Parameter, values: Tensor) -> None:
@@ -129,3 +127,28 @@ def start() -> None:
     logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False)
+    save_needed_inputs()
+
+
+def save_needed_inputs() -> None:
+    """Have linear layers keep their input for the backward pass only where it is needed: for their weight's gradient.
+
+    Building a model under zero.Init replaces torch's linear function for good. Torch's own would keep a view of the
+    gathered weight, and with it the storage; DeepSpeed's keeps the parameter, which may be partitioned meanwhile. But
+    it keeps the input of frozen layers as well.
+    """
+    from deepspeed.runtime.zero import linear
+
+    whole = linear.LinearFunctionForZeroStage3
+    if getattr(whole, "saves_what_is_needed", False):
+        return
+
+    class LinearThatSavesWhatIsNeeded(whole):
+        saves_what_is_needed = True
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            values, *others = inputs
+            whole.setup_context(ctx, (values if ctx.needs_input_grad[1] else None, *others), output)
+
+    linear.LinearFunctionForZeroStage3 = LinearThatSavesWhatIsNeeded  # is looked up at every call

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deca_ds.algorithm.norms import squared_norm
+
 
 def clipped_weights(
     weights: Mapping[int, float], client: int, distances: Mapping[int, float], radius: float
@@ -37,5 +39,5 @@ def clipped_weights(
 def squared_distance(theirs: Tensor, own: Tensor) -> float:
     """|x_j - x_i|^2 of a chunk, flat float32; `theirs` may be on another device."""
     difference = theirs.to(own.device) - own.detach()
-    square = float(torch.dot(difference, difference))
+    square = float(squared_norm(difference))
     return square if math.isfinite(square) else float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -80,9 +81,15 @@ class Transport(Protocol):
         """Sum over clients, in place, in the order of `members`. Contiguous CPU tensor."""
         ...
 
-    def sum_slices(self, values: Tensor, numel: int) -> None:
-        """Sum over clients, in place, in ascending client order, of a parameter of `numel` elements, of which this rank
-        holds the slice `values`."""
+    def sum_slices(
+        self, numels: Sequence[int], held: Sequence[int], values: Callable[[int, slice], Tensor]
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """Sums over clients, in the order of `members`, of parameters of `numels` elements, of which this rank holds
+        slices of `held`: (number of the parameter, elements of the slice, their sum), piece by piece, in order.
+
+        values: makes the own values of a piece, a contiguous CPU tensor, which becomes the sum. A few pieces live at a
+        time: while one is worked on, others travel. All must be taken.
+        """
         ...
 
     def gather_json(self, value: Any) -> list[Any]:
@@ -150,29 +157,45 @@ class PointToPoint(ABC):
         """See Transport. Each client sums a slice for all: 2 (n-1)/n of the tensor per client travel."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"all_reduce_sum takes a contiguous CPU tensor, got one on {tensor.device}")
-        if len(self.members) > 1 and tensor.numel() > 0:
-            for piece in tensor.view(-1).split(REDUCE_PIECE):
-                self._reduce_piece(piece)
+        for _ in in_stages((None, self._reduce(piece)) for piece in tensor.view(-1).split(REDUCE_PIECE)):
+            pass
 
-    def _reduce_piece(self, piece: Tensor) -> None:
+    def _reduce(self, piece: Tensor) -> Iterator[None]:
+        """Sum over clients, in place; pauses twice, when messages have been started."""
         n = len(self.members)
+        if n == 1 or piece.numel() == 0:
+            return
         bounds = [place * piece.numel() // n for place in range(n + 1)]
         parts = [piece[a:b] for a, b in pairwise(bounds)]
         slices = dict(zip(self.members.clients, parts, strict=True))
         own = slices[self.client]
         terms = {j: torch.empty_like(own) for j in self._others}
         started = [self.exchange(slices[j], [j], {j: terms[j]}, REDUCE_TAG) for j in self._others]
+        yield
         for exchange in started:
             exchange.wait()
         terms[self.client] = own.clone()
         own.zero_()
         for j in self.members.clients:
             own.add_(terms[j])
-        self.exchange(own, self._others, {j: slices[j] for j in self._others}, REDUCE_TAG).wait()
+        started = [self.exchange(own, self._others, {j: slices[j] for j in self._others}, REDUCE_TAG)]
+        del terms
+        yield
+        started[0].wait()
 
-    def sum_slices(self, values: Tensor, numel: int) -> None:
+    def sum_slices(
+        self, numels: Sequence[int], held: Sequence[int], values: Callable[[int, slice], Tensor]
+    ) -> Iterator[tuple[int, slice, Tensor]]:
         """See Transport. Ranks of one index hold the same elements."""
-        self.all_reduce_sum(values)
+
+        def pieces() -> Iterator[tuple[tuple[int, slice, Tensor], Iterator[None]]]:
+            for number, count in enumerate(held):
+                for start in range(0, count, REDUCE_PIECE):
+                    elements = slice(start, min(start + REDUCE_PIECE, count))
+                    piece = values(number, elements)
+                    yield (number, elements, piece), self._reduce(piece)
+
+        return in_stages(pieces())
 
     def gather_json(self, value: Any) -> list[Any]:
         """See Transport. The wire format is the length as int64, then the text as UTF-8."""
@@ -200,6 +223,20 @@ class PointToPoint(ABC):
         """See Transport. Everybody hears from everybody."""
         heard = {j: torch.empty(1, dtype=torch.uint8) for j in self._others}
         self.exchange(torch.zeros(1, dtype=torch.uint8), self._others, heard, BARRIER_TAG).wait()
+
+
+def in_stages(works: Iterable[tuple[Result, Iterator[None]]]) -> Iterator[Result]:
+    """Run works that pause at most twice, three at a time, each a stage behind the one before it; their results, in
+    order. All clients start messages in the same order so."""
+    under_way: deque[tuple[Result, Iterator[None]] | None] = deque()
+    for work in chain(works, (None, None)):
+        under_way.append(work)
+        for started in reversed(under_way):
+            if started is not None:
+                next(started[1], None)
+        oldest = under_way.popleft() if len(under_way) == 3 else None
+        if oldest is not None:
+            yield oldest[0]
 
 
 def no_answer(client: int, neighbour: int, direction: str, tag: int, timeout_s: float, cause: str = "") -> MessageError:

@@ -153,18 +153,31 @@ class UnevenTransport(PointToPoint):
         whole = self.cuts([numel], max(1, numel))
         return [(rank, slice(*part)) for cut in whole for rank, ranges in self._meets(cut, j) for part in ranges]
 
-    def sum_slices(self, values: Tensor, numel: int) -> None:
+    def sum_slices(
+        self, numels: Sequence[int], held: Sequence[int], values: Callable[[int, slice], Tensor]
+    ) -> Iterator[tuple[int, slice, Tensor]]:
         """See Transport. Everybody gets everything: n-1 times its slice is what a rank sends, n/2 times what it sends
         among clients of one size."""
-        for cut in self.cuts([numel], max(1, shared.REDUCE_PIECE // self.clients)):
-            own = values[cut.part].clone()
-            terms = {j: torch.empty_like(own) for j in self._others}
-            with self.cut(cut):
-                self.exchange(own, self._others, terms, shared.REDUCE_TAG).wait()
-            terms[self.client] = own
-            total = values[cut.part].zero_()
-            for j in self.members.clients:
-                total.add_(terms[j])
+
+        def pieces() -> Iterator[tuple[tuple[int, slice, Tensor], Iterator[None]]]:
+            for number, numel in enumerate(numels):
+                for cut in self.cuts([numel], max(1, shared.REDUCE_PIECE // self.clients)):
+                    piece = values(number, cut.part)
+                    yield (number, cut.part, piece), self._sum_cut(cut, piece)
+
+        return shared.in_stages(pieces())
+
+    def _sum_cut(self, cut: Cut, piece: Tensor) -> Iterator[None]:
+        """Sum over clients, in place; pauses when messages have been started."""
+        terms = {j: torch.empty_like(piece) for j in self._others}
+        with self.cut(cut):
+            exchange = self.exchange(piece, self._others, terms, shared.REDUCE_TAG)
+        yield
+        exchange.wait()
+        terms[self.client] = piece.clone()
+        piece.zero_()
+        for j in self.members.clients:
+            piece.add_(terms[j])
 
     def close(self) -> None:
         """See Transport."""

@@ -3,7 +3,9 @@
 A rank's checkpoint holds the model's slices, float32 masters in place of parameters that are masters, rounded, the
 rule's buffers of the active block, and in the manifest its random state and its place in the schedule, in the data and
 in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one copy at a time, and
-written by a thread.
+written by a thread. The files of blocks that have not been trained since the oldest of the checkpoints that stay are
+taken over from that one, which goes when the new one is complete: so the newest ones share no file, and damage to one
+of them leaves the others whole.
 """
 
 from __future__ import annotations
@@ -13,17 +15,18 @@ import contextlib
 import hashlib
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deca_ds.algorithm.schedule import Schedule
-from deca_ds.checkpoint.slices import Slice, save_shards
+from deca_ds.checkpoint.links import Links, link_files
+from deca_ds.checkpoint.slices import Slice, file_name, save_shards
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.cluster import Cluster
 from deca_ds.config.schema import CheckpointConfig
@@ -35,6 +38,7 @@ from deca_ds.training.divergence import FIX
 from deca_ds.training.written import Written
 
 FOLDER = "checkpoints"
+FROZEN, BUFFERS = "frozen", "buffers"
 MASTERS, GRADIENT = "theta", "grad"
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
@@ -72,6 +76,7 @@ class Checkpoints:
         self._saved: list[int] = [] if resumed is None else [resumed]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write_under_way: Future[None] | None = None
+        self._told = False  # that there are no hard links
 
     def after_step(self, done: int) -> None:
         """Save if it is time to; raise CheckpointError if the write that is under way has failed."""
@@ -85,23 +90,30 @@ class Checkpoints:
         if done in self._saved:
             return
         self.check()
-        self._cluster.progress.enter("saving a checkpoint")
+        self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
-        groups, state = self._groups(), self._state(done)
+        with contextlib.ExitStack() as unless_copied:
+            unless_copied.callback(self._remove, done)
+            links = self._link(done)
+            groups, state = self._groups(links), self._state(done)
+            unless_copied.pop_all()
         self._saved.append(done)
         self._written.begin(done)
-        self._write_under_way = self._thread.submit(self._write, done, groups, state)
+        self._write_under_way = self._thread.submit(self._write, done, groups, state, links)
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises CheckpointError if it could not be, or takes too long."""
+        """Return when nothing is being written. Raises CheckpointError if it could not be, or stands still."""
         if self._write_under_way is not None:
             pending, self._write_under_way = self._write_under_way, None
-            if pending not in wait([pending], self._timeout_s).done:
-                raise CheckpointError(
-                    f"a checkpoint is still being written after {self._timeout_s:g} s",
-                    where=str(self.folder),
-                    fix="look at the disk; if it is only slow, raise cluster.timeout_s",
-                )
+            progress = self._cluster.progress
+            progress.tick()
+            while pending not in wait([pending], _LOOK_S).done:
+                if time.monotonic() - progress.moved > self._timeout_s:  # bytes that are written count as moving on
+                    raise CheckpointError(
+                        f"a checkpoint is not written: nothing has moved for {self._timeout_s:g} s",
+                        where=str(self.folder),
+                        fix="look at the disk; if it is only slow, raise cluster.timeout_s",
+                    )
             pending.result()
 
     def newest(self) -> int | None:
@@ -118,16 +130,47 @@ class Checkpoints:
 
     def wait_for_all(self, done: int) -> None:
         """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
+        self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         self._cluster.progress.enter("saving: waiting for all ranks")
         if done != self._resumed:
             self._written.wait(done)
 
-    def _groups(self) -> Groups:
-        """Copies of all slices, on the host."""
+    def forget(self, done: int) -> None:
+        """Remove this rank's part of the checkpoint after `done` inner steps, which nothing goes on from any more."""
+        self._remove(done)
+        with contextlib.suppress(OSError):  # there are others
+            self.folder.rmdir()
+
+    def _link(self, done: int) -> Links:
+        """Link what has not changed. Here, not in the thread, because what cannot be linked has to be copied now."""
+        if len(self._saved) < self._config.keep:
+            return Links()
+        base, cluster = self._saved[-self._config.keep], self._cluster
+        trained = self._schedule.trained(base, done)
+        labels = [*(block.label for block in self._client.plan.blocks), FROZEN]
+        links = link_files(
+            step_folder(self.folder, done),
+            step_folder(self.folder, base),
+            [file_name(index, label) for index, label in enumerate(labels) if index not in trained],
+            client=cluster.client,
+            rank=cluster.shard,
+            ranks=cluster.ranks,
+        )
+        if links.refused and not self._told and cluster.is_main:
+            self._told = True
+            print(f"WARNING: every checkpoint is written whole: cannot link its files to those of an earlier one: "
+                  f"{links.refused}", file=sys.stderr, flush=True)  # fmt: skip
+        return links
+
+    def _groups(self, links: Links) -> Groups:
+        """Copies of all slices that are not in linked files, on the host."""
         client, cluster = self._client, self._cluster
         active = {name: (start, stop, tensors) for name, start, stop, tensors in client.block_shards()}
-        groups = [(label, [piece.copy() for piece in slices]) for label, slices in model_slices(client, cluster)]
+        groups = [
+            (label, [] if file_name(index, label) in links.files else [piece.copy() for piece in slices])
+            for index, (label, slices) in enumerate(model_slices(client, cluster))
+        ]
         buffers = {key for _, _, tensors in active.values() for key in tensors} - {MASTERS, GRADIENT}
         for key in sorted(buffers):
             pieces = (
@@ -149,7 +192,7 @@ class Checkpoints:
             "gossip": {"bytes_sent": self._gossip.bytes_sent, "wait_seconds": self._gossip.wait_seconds},
         }
 
-    def _write(self, done: int, groups: Groups, state: dict[str, Any]) -> None:
+    def _write(self, done: int, groups: Groups, state: dict[str, Any], links: Links) -> None:
         cluster = self._cluster
         self._remove_old()  # by now all ranks have written what this one wrote before
         state["earlier"] = max((step for step in self._saved if step != done and self._complete(step)), default=None)
@@ -164,6 +207,7 @@ class Checkpoints:
                 ranks=cluster.ranks,
                 step=done,
                 state=state,
+                linked=links.files,
             )
         except CheckpointError as error:
             free = shutil.disk_usage(self.folder.parent).free
@@ -181,26 +225,27 @@ class Checkpoints:
         if len(kept) == self._config.keep:
             for step in steps_in(self.folder):
                 if step < kept[0] and not self._written.keeps(step):
-                    remove_part(
-                        self.folder,
-                        step,
-                        client=self._cluster.client,
-                        rank=self._cluster.shard,
-                        ranks=self._cluster.ranks,
-                    )
+                    self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        cluster = self._cluster
+        remove_part(self.folder, step, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
 
     def _complete(self, step: int) -> bool:
         return step == self._resumed or self._written.complete(step)
 
 
 def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of the model, a group a block: masters where there are any, else what the model holds.
+    """This rank's slices of the model: a group a block, then frozen parameters, then buffers. Of parameters that have
+    masters, these.
 
     Raises DivergedError for values that are not finite: the last look at what is to be saved.
     """
     for block in client.plan.blocks:
+        cluster.progress.tick()
         yield block.label, _slices(client, block.names)
-    yield "rest", chain(_slices(client, client.plan.frozen), _buffer_slices(client, cluster))
+    yield FROZEN, _slices(client, client.plan.frozen)
+    yield BUFFERS, _buffer_slices(client, cluster)  # which a forward pass may change: apart from what never does
 
 
 def _slices(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:

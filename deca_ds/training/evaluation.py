@@ -13,6 +13,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor
 
+from deca_ds.algorithm.norms import squared_norm
 from deca_ds.cluster import Cluster
 from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
@@ -82,20 +83,20 @@ class Evaluator:
         distance = (float(total) / len(self.cluster.members)) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
 
-    def _average(self, shards: Sequence[tuple[Tensor, Callable[[], Tensor]]], numels: Sequence[int]) -> float:
+    def _average(self, shards: Sequence[tuple[Tensor, Callable[[slice], Tensor]]], numels: Sequence[int]) -> float:
         """Overwrite the shards, given with what makes their masters, with the mean of these; returns |x_i - mean|^2.
 
         numels: of the whole parameters.
         """
-        squared = torch.zeros(1, dtype=torch.float64)
-        for (shard, masters), numel in zip(shards, numels, strict=True):
-            own = masters()
-            mean = own.clone()
-            self.transport.sum_slices(mean, numel)
+        squared = 0.0
+        held = [shard.numel() for shard, _ in shards]
+        sums = self.transport.sum_slices(numels, held, lambda number, elements: shards[number][1](elements))
+        for number, elements, mean in sums:
+            shard, masters = shards[number]
             mean /= len(self.cluster.members)
-            squared += (own - mean).double().square().sum()
-            round_into(shard, mean)
-        return float(squared)
+            squared += float(squared_norm(masters(elements).sub_(mean)))
+            round_into(shard[elements], mean)
+        return squared
 
     def _score(self, dataset: Dataset, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
         """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it. whose: the

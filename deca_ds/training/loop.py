@@ -70,12 +70,15 @@ class Trainer:
 
     def _train(self) -> bool:
         while self._goes_on():
+            is_through = self.done == len(self.schedule)
+            if is_through:  # should the evaluation or the saving fail, the next start goes on from here
+                self.checkpoints.save(self.done)
+                self.checkpoints.wait_for_all(self.done)
             if self._evaluates():
-                self.cluster.progress.enter("evaluation")
+                self.cluster.progress.enter("evaluation", works=True)
                 self._evaluate()
-            if self.done == len(self.schedule):
-                self.cluster.progress.enter("saving")
-                self.checkpoints.wait()
+            if is_through:
+                self.cluster.progress.enter("saving", works=True)
                 check_held(self.output)
                 self._save()
                 self.client.client_sum(0)  # all of its ranks have saved
@@ -96,7 +99,7 @@ class Trainer:
 
     def _inner_step(self, step: Step) -> None:
         block = self.client.plan.blocks[step.block].label
-        self.cluster.progress.enter("gradient", step=step.index + 1, block=block)
+        self.cluster.progress.enter("gradient", step=step.index + 1, block=block, works=True)
         if step.opens:
             self.state = self.client.open_block(step.block, self.rule.buffers)
             self.rule.open(self.state.tensors)

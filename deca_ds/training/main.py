@@ -104,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if trainer.cluster.transport == "torch":
                         how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
+        if finished and not config.checkpoint.every:  # it was for a failure before this
+            transport.together(transport.barrier)
+            trainer.checkpoints.forget(trainer.done)
         if trainer.survivors is not None and trainer.survivors.returns:
             guard.come_back("is in the smaller part of the network, or alone")
     return 0

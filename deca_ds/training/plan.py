@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import disable_progress_bars
 from rich.console import Console
+from rich.filesize import decimal
 
-from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
 from deca_ds.cluster.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.config import Config
@@ -23,9 +25,10 @@ from deca_ds.gossip import survive
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
+from deca_ds.training.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.setup import compare_data
-from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks
+from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
@@ -60,6 +63,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     plan = find_blocks(config, model)
     console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
     warn_of_blocks(console, plan)
+    warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
     if config.model.dtype == "bfloat16":
         console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
@@ -92,6 +96,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
         f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
     )
+    stored = Stored.of(model, plan, config.model, build_rule(config))
+    _print_disk(console, disk_need(stored, schedule, config.checkpoint), config)
     if ranks is None:
         console.print(
             f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
@@ -107,6 +113,26 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         )
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+
+
+def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
+    """What the run needs, and a warning where this host has less."""
+    every, clients = config.checkpoint.every, config.cluster.clients
+    how = f"every {every} inner steps, keep {config.checkpoint.keep}" if every else "one when told to stop"
+    console.print(
+        f"disk: {decimal(need.most)} a client at most, {decimal(clients * need.most)} in all; of a client the trained "
+        f"model takes {decimal(need.model)}, checkpoints ({how}) up to {decimal(need.checkpoints)}",
+        highlight=False,
+    )
+    output = Path(config.run.output).absolute()
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(there).free + taken(output)
+    if free < clients * need.most:
+        console.print(
+            f"[bold]WARNING[/bold]: {decimal(free)} are free at {there} for run.output, less than all clients need. "
+            "If they do not all write there, count those that do. Else make room, or lower checkpoint.keep",
+            highlight=False,
+        )
 
 
 def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:

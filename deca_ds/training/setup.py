@@ -15,6 +15,7 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from torch.distributed import PrefixStore
 
+from deca_ds.algorithm.blocks import fused_parameters
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
@@ -24,6 +25,7 @@ from deca_ds.cluster.guard import JobGuard
 from deca_ds.cluster.launch import ClientLayout
 from deca_ds.cluster.lifeline import Lifeline
 from deca_ds.cluster.lookout import Lookout
+from deca_ds.cluster.progress import SHARED
 from deca_ds.cluster.stop import StopQuestion
 from deca_ds.cluster.store import JobStore
 from deca_ds.cluster.visit import Visit, save_addresses
@@ -62,7 +64,7 @@ from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.survivors import Survivors
-from deca_ds.training.tables import data_table, print_notes, warn_of_blocks
+from deca_ds.training.tables import data_table, print_notes, warn_of_blocks, warn_of_experts
 from deca_ds.training.whole_digest import whole_digest
 from deca_ds.training.written import Agreed, StoreCount, Written
 
@@ -80,9 +82,12 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     else:
         config.data.date = config.data.date or invitation.date
         invitation.compare_software(config, launch, software(config, matrices))
-        store = JobStore(PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout)
+        store = JobStore(
+            PrefixStore(f"visit/{invitation.visit}", store.store), store.address, store.timeout, guard.progress
+        )
     guard.progress.enter("checking the configuration")
     layout = ClientLayout.of(check_world(config, launch.world_size))
+    guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
     check_wait(config.gossip.wait_s, mixing)
     survive.check_absent(config.cluster, mixing)
@@ -102,6 +107,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
             take_for_job(output, launch, store, partial(check_folder, config))
             if launch.rank == launch.first and (changed := save_optimizer(config)):
                 print(f"going on with {changed}", file=sys.stderr, flush=True)
+        guard.progress.enter("verifying the checkpoints", works=True)
         resumption = choose(config, launch, store, layout, mixing)
         if begun:  # how the run had ended before is no longer told there
             guard.write_to(output)
@@ -127,21 +133,23 @@ def build(
     resumption = resumption or Resumption()
     progress, launch, output = cluster.progress, cluster.launch, Path(config.run.output)
     mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
+    progress.enter("loading the tokenizer", works=True, awaits=SHARED)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    progress.enter("checking the model")
+    progress.enter("checking the model", works=True, awaits=SHARED)
     for warning in check_model(config, architecture, tokenizer):
         if cluster.is_main:
             print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     disable_progress_bars()
-    progress.enter("reading the data")
+    progress.enter("reading the data", works=True, awaits=SHARED)
     for line in [
         *(tell_files(config.data) if cluster.is_main else ()),
         *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
     ]:
         print(line, file=sys.stderr, flush=True)
-    data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first)
+    data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first, tick=progress.tick)
     check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
+    progress.enter("comparing the data")
     if invitation is None:
         summaries = transport.gather_json(data.summary)
         compare_data(summaries, transport.gather_json(data.label_names))
@@ -164,7 +172,7 @@ def build(
     if cluster.is_main and edges:
         print(save_edges(edges, output), file=sys.stderr, flush=True)
 
-    progress.enter("loading the model")
+    progress.enter("loading the model", works=True, awaits=SHARED)
     model = load_model(config, architecture)
     if cluster.is_main:
         if METHODS[config.algorithm.method].adapters:
@@ -176,12 +184,15 @@ def build(
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
     if cluster.is_main:
-        warn_of_blocks(Console(stderr=True), client.plan)
+        console = Console(stderr=True)
+        warn_of_blocks(console, client.plan)
+        warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
     schedule = build_schedule(config, len(client.plan.blocks))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(next(one_row))
     if resumption.saved is None and invitation is None:
+        progress.enter("comparing the models", works=True)
         even = cluster.layout.even  # else digests are of whole clients, and all ranks have the same
         starts_from = {"initial parameters": _initial(client) if even else whole_digest(client)}
         compare_start(launch, cluster.store, starts_from | {"tokenizer": vocabulary}, cluster.ranks if even else 1)
@@ -206,6 +217,7 @@ def build(
     gossip.attendance.speaks = cluster.is_leader
     rule = build_rule(config)
     rewind(output, cluster, resumption.step if invitation is None else len(schedule))
+    progress.enter("reading the checkpoint" if resumption.saved else "starting", works=True)
     state, done = restore(resumption, cluster, client, rule, schedule, gossip), resumption.step
     resumed = resumption.step if resumption.saved is not None else None
     metrics = Metrics(config.logging, cluster, output, len(schedule))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from deca_ds.algorithm.local import local_step
+from deca_ds.algorithm.norms import squared_norm
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
@@ -32,7 +33,7 @@ def inner_step(
     travels, the next one is computed. At the end theta holds the mixed masters, and the model's shards these, rounded.
     check: raises an error for a gradient that must not be used.
     """
-    stats = client.gradient(micro_batches, optimizer.clip_norm)
+    stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     check(step, stats)
     mixes = step.gossip is not None and gossip.has_neighbours(step.gossip)
     under_way: deque[tuple[slice, str, PendingMix]] = deque()
@@ -57,7 +58,7 @@ def inner_step(
 
     if not mixes:
         rule.stay(state.tensors)
-    norm = client.client_sum(float(state.grad.double().square().sum())) ** 0.5 if rule.needs_norm else 0.0
+    norm = client.client_sum(float(squared_norm(state.grad))) ** 0.5 if rule.needs_norm else 0.0
     rule.finish(state.tensors, lr=lr, norm=norm, mixed=mixes)
     client.write_back()
     return stats

@@ -59,6 +59,19 @@ def warn_of_blocks(console: Console, plan: BlockPlan) -> None:
         )
 
 
+def warn_of_experts(console: Console, fused: Sequence[str], gradient_checkpointing: bool) -> None:
+    """Say that a model with fused experts needs gradient checkpointing, unless it has it. fused: their parameters.
+
+    Autograd saves each expert's part of such a tensor, and with it the whole one, which ZeRO-3 cannot free then.
+    """
+    if fused and not gradient_checkpointing:
+        console.print(
+            f"[bold]WARNING[/bold]: without model.gradient_checkpointing=true, fused experts ({_some(fused)}) stay "
+            "whole on every rank between the forward and the backward pass, in all layers from the active block on",
+            highlight=False,
+        )
+
+
 def untrained(label: str, names: Sequence[str]) -> str:
     """What to say of the parameters of a block that no gradient has reached in a whole activation."""
     return (

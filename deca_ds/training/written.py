@@ -86,6 +86,7 @@ class Agreed:
         self._whole = resumed  # the newest that all clients but the absent are known to have written
         self._begun_by_all: set[int] = set()  # newer ones that they may have written
         self._begun = self._written = self._complete = -1
+        self._all_have = False  # at the last agreement
         transport.questions.append(Question(lambda: self._written == self._begun, self._heard))
 
     def begin(self, step: int) -> None:
@@ -112,10 +113,14 @@ class Agreed:
 
     def wait(self, step: int) -> None:
         """See Written."""
-        while not self.complete(step):
+        # at least once: one that has come back does not know what the others had agreed on before
+        self._transport.together(lambda: None)
+        while not self._all_have:
+            time.sleep(0.05)
             self._transport.together(lambda: None)
 
     def _heard(self, all_have: bool) -> None:
+        self._all_have = all_have
         if all_have and self._begun >= 0:
             self._complete = self._begun
             if not self._one_is_missing:

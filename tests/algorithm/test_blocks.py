@@ -13,7 +13,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from deca_ds.algorithm.blocks import Block, BlockPlan, find_layers, parameter_shapes, split_into_blocks
+from deca_ds.algorithm.blocks import (
+    Block,
+    BlockPlan,
+    find_layers,
+    fused_parameters,
+    parameter_shapes,
+    split_into_blocks,
+)
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=5)
 ARCHITECTURES = {
@@ -41,6 +48,16 @@ def architecture(request):
 
 def names(model):
     return {name for name, _ in model.named_parameters()}
+
+
+def test_fused_experts_are_found(architecture):
+    fused = fused_parameters(architecture[0])
+    assert all(name in names(architecture[0]) and ".experts." in name for name in fused)
+    assert len(fused) == (2 * SMALL["num_hidden_layers"] if "Mixtral" in type(architecture[0]).__name__ else 0)
+
+
+def test_kernels_of_convolutions_are_no_experts():
+    assert fused_parameters(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))) == []
 
 
 @pytest.mark.parametrize("outside", ["own", "joined", "frozen"])

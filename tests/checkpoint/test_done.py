@@ -23,6 +23,8 @@ def test_the_last_word_stands_alone(tmp_path: Path) -> None:
     FAILURE.mark(tmp_path, "FAILED")
     assert ended(tmp_path) == ["DONE"] and missing_clients(tmp_path) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["DONE"]
+    FAILURE.mark(tmp_path, "FAILED_client_001")  # that of a client that the others have finished without
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["DONE", "FAILED_client_001"]
 
 
 def test_a_run_whose_files_do_not_come_to_the_disk_is_not_done(tmp_path: Path, monkeypatch) -> None:

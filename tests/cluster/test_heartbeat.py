@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 
 import pytest
 from torch.distributed import HashStore
 
 from deca_ds.cluster import heartbeat
-from deca_ds.cluster.heartbeat import Heartbeats, read_heartbeats
+from deca_ds.cluster.heartbeat import Heartbeats, Sightings, read_heartbeats
 from deca_ds.cluster.launch import ClientLayout, Launch
-from deca_ds.cluster.progress import EVERYBODY, Progress
+from deca_ds.cluster.progress import EVERYBODY, SHARED, Progress
+from deca_ds.cluster.survey import Survey
 from deca_ds.errors import StallError
 
 TIMEOUT_S = 100.0
 
 
-class Job:
-    """Six ranks, three clients of two or of other sizes; time passes when `later` is called."""
+class Taken:
+    """Signs of work, as the test gives them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (2, 2, 2)):
+    works = False
+
+    def seen(self) -> bool:
+        return self.works
+
+
+class Job:
+    """Six ranks, three clients of two or of other sizes; time passes when `later` is called.
+
+    host: the rank that tells the others how patient to be; None: each has to see for itself.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (2, 2, 2), host: int | None = None):
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "time", lambda: self.now)
         self.store = HashStore()
         layout = ClientLayout.of(sizes)
-        self.ranks = [Heartbeats(Launch("deepspeed", rank, 6, rank, None)) for rank in range(6)]
+        self.ranks = [Heartbeats(Launch("deepspeed", rank, 6, rank, None), signs=Taken()) for rank in range(6)]
+        self.host, self.surveys = host, [Survey(rank) for rank in self.ranks]
         for rank in self.ranks:
             rank.progress.watch(layout, TIMEOUT_S)
             rank.progress.enter("gradient", step=412)
@@ -41,14 +56,16 @@ class Job:
                     rank.progress.tick()
                 if number not in self.silent:
                     rank.beat(self.store)
+                    if number == self.host:
+                        self.surveys[number].publish(self.store)
                     error = rank.stalled(self.store)
                     if error is not None:
                         raise error
 
 
-@pytest.fixture
-def job(monkeypatch) -> Job:
-    return Job(monkeypatch)
+@pytest.fixture(params=[None, 0], ids=["alone", "told"])
+def job(monkeypatch, request) -> Job:
+    return Job(monkeypatch, host=request.param)
 
 
 def test_a_rank_that_is_alone_or_at_work_may_take_its_time(job):
@@ -165,3 +182,173 @@ def test_among_clients_of_different_sizes_a_rank_waits_for_any_rank_of_the_other
     job.silent = {1, 2, 3}
     with pytest.raises(StallError, match=r"this rank waits for rank 1 on .*, rank 2 on .*, rank 3 on"):
         job.later(150, 4, 5)
+
+
+def test_work_that_shows_is_waited_for_and_work_that_hangs_ends_the_job_by_name(job):
+    """The host loads; its client's other rank and all others are at a barrier."""
+    job.ranks[0].progress.enter("loading the model", works=True, awaits=SHARED)
+    for rank in job.ranks[1:]:
+        rank.progress.enter("comparing the models")
+        rank.progress.wait_for(EVERYBODY)
+    job.ranks[0].signs.works = True
+    job.later(5 * int(TIMEOUT_S))
+    job.ranks[0].signs.works = False
+    job.later(int(TIMEOUT_S) - 1)
+    with pytest.raises(StallError) as caught:
+        job.later(5)
+    assert caught.value.where.startswith("comparing the models") and "waits for rank 0 on" in str(caught.value)
+    assert "rank 0 on" in str(caught.value) and "loading the model, step 412, 100 s ago" in str(caught.value)
+    stalls = [job.ranks[0].stalled(job.store) for _ in range(3)]
+    assert stalls[:1] == [None], "it is sure of it only after several looks"
+    assert "no sign of work: this rank takes no CPU time" in str(stalls[-1])
+    assert stalls[-1].where.startswith("loading the model")
+
+
+def test_who_hangs_at_work_that_nobody_waits_for_ends_too(job):
+    job.ranks[2].progress.enter("saving", works=True)
+    job.ranks[3].progress.enter("the end")
+    job.ranks[3].progress.timeout_s = None
+    job.later(int(TIMEOUT_S) - 1, 0, 1, 4, 5)
+    with pytest.raises(StallError, match=r"no sign of work[\s\S]*rank 3 on .*: the end") as caught:
+        job.later(5, 0, 1, 4, 5)
+    assert caught.value.clients == {1} and caught.value.idle_s >= TIMEOUT_S
+
+
+@pytest.mark.parametrize("host", [None, 0])
+def test_ranks_that_share_a_cache_wait_for_whoever_works_on_it(monkeypatch, host):
+    job = Job(monkeypatch, sizes=(1, 1, 1, 1, 1, 1), host=host)
+    for rank in job.ranks[3:]:
+        rank.progress.enter("reading the data", works=True, awaits=SHARED)
+    job.ranks[4].progress.timeout_s = job.ranks[5].progress.timeout_s = None
+    job.ranks[4].signs.works = True
+    job.later(3 * int(TIMEOUT_S), 0, 1, 2)  # rank 3 waits for the lock that rank 4, another client, holds
+    job.ranks[4].signs.works = False
+    with pytest.raises(StallError, match=r"no sign of work[\s\S]*rank 5 on") as caught:
+        job.later(int(TIMEOUT_S) + 10, 0, 1, 2)  # those that train do not hold it
+    assert "rank 0 on" not in str(caught.value)
+
+
+def test_signs_of_work_say_nothing_in_a_wait(job):
+    progress = job.ranks[0].progress
+    progress.enter("evaluation", works=True)
+    job.ranks[0].signs.works = True
+    with progress.waiting(EVERYBODY):
+        assert not progress.at_work
+        with pytest.raises(StallError, match="this rank waits for"):
+            job.later(2 * int(TIMEOUT_S))
+    assert progress.at_work
+    progress.enter("the end")
+    assert not progress.at_work
+
+
+def test_what_the_host_told_of_an_earlier_standstill_counts_no_more(monkeypatch):
+    job = Job(monkeypatch, host=0)
+    for rank in job.ranks[1:]:
+        rank.progress.wait_for(EVERYBODY)
+    job.later(90)
+    for rank in job.ranks:
+        rank.progress.tick()
+    job.later(2)
+    assert job.store.check(["standstill/3"])
+    job.host = None  # rank 3 finds the old word when it stands still again, and then reads for itself
+    job.later(95)
+    with pytest.raises(StallError):
+        job.later(20)
+
+
+def test_another_host_goes_on_telling_from_a_store_of_its_own(monkeypatch):
+    job = Job(monkeypatch, host=0)
+    for rank in job.ranks[2:]:
+        rank.progress.wait_for(EVERYBODY)
+    job.later(30)
+    job.silent, job.store, job.host = {0, 1}, HashStore(), 2
+    for rank in job.ranks:
+        rank.gone = frozenset({0, 1})
+    asked = []
+    monkeypatch.setattr(Heartbeats, "_awaited", lambda *_: asked.append(1) or [])
+    job.later(60)
+    assert not asked and job.store.check(["standstill/3"]) and not job.store.check(["standstill/0"])
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_host_knows_what_each_would_see_for_itself(monkeypatch, seed):
+    """Random waits, chains and circles among them, silent ranks, ranks that have gone."""
+    draw = random.Random(seed)
+    job = Job(monkeypatch, sizes=draw.choice([(2, 2, 2), (1, 3, 2), (1, 1, 1, 1, 1, 1)]), host=0)
+    clients = job.ranks[0].progress.layout.clients
+    for rank in job.ranks:
+        rank.progress.enter("anything")
+        rank.progress.wait_for(draw.choice([None, EVERYBODY, SHARED, *range(clients)]))
+        rank.gone = frozenset({5}) if seed % 3 == 0 else frozenset()
+    job.later(2)
+    job.silent = {draw.randrange(1, 5)} if seed % 2 else set()
+    for number in draw.sample(range(5), 3):
+        job.later(draw.randrange(8, 20), number)
+    own = Survey(job.ranks[0])
+    own._seen = job.surveys[0]._seen
+    job.store = HashStore()
+    for rank in job.ranks:
+        rank._due = 0.0
+        rank.beat(job.store)
+    seen = own._seen
+    own.publish(job.store)
+    for number, rank in enumerate(job.ranks):
+        if number in job.silent | rank.gone or job.now - seen[number].moved < 5:
+            continue
+        view = Sightings(seen)
+        awaited = rank._awaited(view, job.store, job.now)
+        moved = max(view[other].moved for other in [number, *awaited] if other in view)
+        assert json.loads(job.store.get(f"standstill/{number}"))[0] == pytest.approx(job.now - moved, abs=0.01)
+
+
+class Counted:
+    """A rank's connection to a store, and how many keys it has asked for or set."""
+
+    def __init__(self, store: HashStore):
+        self.store, self.keys = store, 0
+
+    def _ask(self, what: str, keys: list[str], *rest: str):
+        self.keys += len(keys)
+        return getattr(self.store, what)(keys if what in ("check", "multi_get") else keys[0], *rest)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._ask("check", keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return self._ask("multi_get", keys)
+
+    def get(self, key: str) -> bytes:
+        return self._ask("get", [key])
+
+    def set(self, key: str, value: str) -> None:
+        self._ask("set", [key], value)
+
+
+@pytest.mark.parametrize("waits", ["everybody", "ring"])
+def test_reads_of_the_store_grow_with_the_ranks_and_not_with_their_square(monkeypatch, waits):
+    """One rank works, all others wait for it: at a barrier, or each for its neighbour."""
+    seconds, asked = 60, {}
+    for total in (16, 128):
+        now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: now)  # noqa: B023
+        monkeypatch.setattr(time, "time", lambda: now)  # noqa: B023
+        store = HashStore()
+        stores = [Counted(store) for _ in range(total)]
+        ranks = [Heartbeats(Launch("deepspeed", r, total, r, None), signs=Taken()) for r in range(total)]
+        survey = Survey(ranks[0])
+        for number, rank in enumerate(ranks):
+            rank.progress.watch(ClientLayout(total, 1), TIMEOUT_S)
+            rank.progress.enter("gossip")
+            rank.progress.wait_for(EVERYBODY if waits == "everybody" else (number + 1) % total)
+        for _ in range(seconds):
+            now += 1
+            ranks[-1].progress.tick()
+            for number, rank in enumerate(ranks):
+                rank.beat(stores[number])
+                if number == 0:
+                    survey.publish(stores[0])
+                assert rank.stalled(stores[number]) is None
+        asked[total] = stores[0].keys, max(one.keys for one in stores[1:])
+    assert asked[16][1] == asked[128][1] <= 3 * seconds  # its heartbeat, and what it is told
+    assert asked[128][0] <= 9 * asked[16][0] and asked[128][0] <= 4 * 128 * seconds

@@ -365,3 +365,12 @@ print(loaded.train._fingerprint, loaded.train.cache_files, sum(sum(loaded.train[
         for role in ("leader", "follower")
     ]  # fmt: skip
     assert printed[0] == printed[1] and str(tmp_path / "cache") in printed[0]
+
+
+def test_every_batch_that_is_tokenised_is_a_sign_of_life(tokenizer, tmp_path):
+    """A batch is 1000 examples; what lies in the cache needs none."""
+    path = write_jsonl(tmp_path / "many.jsonl", [{"text": f"t{i}"} for i in range(2500)])
+    config, ticks = make_config(train=[path], client_holdout=0.0, common_holdout=0.0), []
+    for _ in range(2):
+        load_client_data(config, tokenizer, 0, tick=lambda: ticks.append(None))
+        assert len(ticks) == 3

@@ -80,7 +80,9 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
         found["gradient_sums"].append(client.client_sum(float(state.grad.double().sum())))
         found["left_gathered"] += sum(1 for _ in internals.gathered(client.model))
         halves = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["input_ids"]))]
-        accumulated = client.gradient(halves)
+        ticks: list[None] = []
+        accumulated = client.gradient(halves, tick=lambda: ticks.append(None))  # noqa: B023
+        assert len(ticks) == len(halves)
         found["losses"].append(accumulated.loss)
         found["norms"].append(accumulated.norm)
         clipped = client.gradient([batch], clip_norm=stats.norm / 2)

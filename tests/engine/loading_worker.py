@@ -32,15 +32,18 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
     found = {
         "score": client.client_sum(float(losses.sum())) / client.client_sum(float(counts.sum())),
         "blocks": [],
+        "frozen": client.plan.frozen,
     }
-    with client.borrowed_shards(list(client.shapes)):  # which are as before afterwards
-        for index, block in enumerate(client.plan.blocks):
-            state = client.open_block(index, ())
-            stats = client.gradient([batch])
-            state.theta.sub_(state.grad, alpha=0.01)
-            client.write_back()
-            client.close_block()
-            found["blocks"].append({"names": block.names, "loss": stats.loss, "norm": stats.norm})
+    before = {name: shard.clone() for name, _, _, shard in client.shards(list(client.shapes))}
+    for index, block in enumerate(client.plan.blocks):
+        state = client.open_block(index, ())
+        stats = client.gradient([batch])
+        state.theta.sub_(state.grad, alpha=0.01)
+        client.write_back()
+        client.close_block()
+        found["blocks"].append({"names": block.names, "loss": stats.loss, "norm": stats.norm})
+    for name, shard in before.items():
+        client.set_master(name, shard)
     for index in range(len(client.plan.blocks)):  # a learning rate of 0
         client.open_block(index, ())
         client.write_back()

@@ -71,3 +71,30 @@ def test_a_module_can_be_gathered_whole():
     internals.keep_whole([outer])
     assert z3_leaf_module(outer)
     assert not z3_leaf_module(outer[0])
+
+
+@pytest.mark.parametrize(("frozen", "saved"), [(True, 1), (False, 2)])
+def test_a_linear_layer_saves_its_input_only_for_the_gradient_of_its_weight(frozen, saved, monkeypatch):
+    """DeepSpeed's function looks up what it runs at every call; what it saves first is the input."""
+    from deepspeed.runtime.zero import linear, partition_parameters
+
+    assert partition_parameters.zero3_linear_wrap is linear.zero3_linear_wrap
+    monkeypatch.setattr(linear, "LinearFunctionForZeroStage3", linear.LinearFunctionForZeroStage3)
+    internals.save_needed_inputs()
+    once = linear.LinearFunctionForZeroStage3
+    internals.save_needed_inputs()
+    assert linear.LinearFunctionForZeroStage3 is once
+
+    draw = torch.Generator().manual_seed(0)
+    inputs, weight, bias = (torch.randn(shape, generator=draw) for shape in ((2, 3, 5), (4, 5), (4,)))
+    tensors = [inputs.requires_grad_(), weight.requires_grad_(not frozen), bias.requires_grad_(not frozen)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out = linear.zero3_linear_wrap(inputs, weight, bias)
+    assert kept == [inputs.shape, weight.shape, bias.shape][-1 - saved :]
+    wanted = [t for t in tensors if t.requires_grad]
+    found = torch.autograd.grad(out.sin().sum(), wanted)
+    for values, expected in zip(
+        found, torch.autograd.grad((inputs @ weight.t() + bias).sin().sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(values, expected)

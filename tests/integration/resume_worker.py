@@ -1,8 +1,9 @@
 """Several runs in one job, of which some are left in the middle, as by a crash, and some go on.
 
-Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_after": inner steps or null, and
-optionally "keep_masters": whether the masters of all blocks stay alive, as float32}; clients and ranks are the same in
-all of them. What a run that goes on holds is compared with its checkpoint before it trains.
+Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_after": inner steps, "evaluation" (the
+last one fails), "saving" (the final one does) or null, and optionally "keep_masters": whether the masters of all blocks
+stay alive, as float32}; clients and ranks are the same in all of them. What a run that goes on amid a block holds is
+compared with its checkpoint before it trains.
 """
 
 import gc
@@ -42,6 +43,21 @@ class LeaveAfter:
         if done == self.step:
             raise Left
         return True
+
+
+def leave(trainer, where: int | str) -> None:
+    """Have `train` raise Left there."""
+    if isinstance(where, int):
+        trainer.stop = LeaveAfter(where)
+        return
+
+    def fail() -> None:
+        if trainer.done == len(trainer.schedule):
+            raise Left
+        evaluate()
+
+    evaluate, name = trainer._evaluate, {"evaluation": "_evaluate", "saving": "_save"}[where]
+    setattr(trainer, name, fail)
 
 
 def compare(trainer, resumption) -> None:
@@ -98,10 +114,10 @@ with guarded(launch, store) as guard:
             mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
             resumption = choose(config, launch, store, cluster.layout, mixing)
         trainer = build(config, cluster, transport, guard, resumption)
-        if resumption is not None:
+        if resumption is not None and resumption.step < len(trainer.schedule):
             compare(trainer, resumption)
         if leave_after is not None:
-            trainer.stop = LeaveAfter(leave_after)
+            leave(trainer, leave_after)
         kept = keep_masters(trainer.client) if keep else {}
         try:
             trainer.train()

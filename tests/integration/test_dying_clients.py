@@ -143,7 +143,7 @@ def test_a_client_that_diverges_ends_and_its_values_reach_nobody(keys, tmp_path)
     [
         ("torch", [1, 1, 1, 1], "1:3:stopped,0:5:stopped", {1: 3, 0: 5}, "its rank 1 has not moved on"),
         ("torch", [1, 2, 1], "2:3:hangs", {1: 3}, "no progress for"),
-        pytest.param("mpi", [1, 1, 1], "1:3:hangs", {1: 3}, "waits for it", marks=MPI.marks),
+        pytest.param("mpi", [1, 1, 1], "1:3:hangs", {1: 3}, "no sign of work", marks=MPI.marks),
     ],
     ids=["a client, and the one with coordinator and store", "one rank of a client", "over MPI"],
 )

@@ -78,6 +78,7 @@ def test_every_launcher_runs_the_same_job(config, tmp_path, launcher, ranks, exp
     assert finished.code == 0, finished.output[-4000:]
     run = tmp_path / "run"
     assert (run / "DONE").exists()
+    assert not (run / "checkpoints").exists(), "the one from before the last evaluation is of no more use"
     clients = 1 if launcher == "python" else 2
     assert len(json.loads((run / "data.json").read_text())) == clients
     for client in range(clients):
@@ -317,3 +318,14 @@ def _wait(condition, seconds: float, log: Path) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"still waiting after {seconds} s\n{log.read_text()[-4000:]}")
         time.sleep(0.2)
+
+
+def test_a_client_that_loads_for_long_is_waited_for_and_one_that_hangs_there_is_named(config, tmp_path):
+    """Rank 1 reads its tokenizer for three times cluster.timeout_s; then it hangs where its model is loaded."""
+    arguments = ["--config", str(config), "cluster.timeout_s=8", "cluster.transport=torch"]
+    worker = "tests/integration/loading_worker.py"
+    finished = launch("hand", 2, arguments, script=worker, DECA_TEST_LOADS_S="24")
+    assert finished.code == 2, finished.output[-4000:]
+    assert "exit codes: [2, 2]" in finished.output and finished.output.count("ERROR") == 1
+    failed = (tmp_path / "run" / "FAILED").read_text()
+    assert "rank 1 on " in failed and "loading the model" in failed, "by itself, or by rank 0 that waits for it"

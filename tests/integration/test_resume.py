@@ -17,6 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
+from deca_ds.config import load_config
+from deca_ds.engine.load import find_blocks, load_architecture, meta_model
+from deca_ds.training.disk import Stored, disk_need
+from deca_ds.training.method import build_rule, build_schedule
 
 pytestmark = pytest.mark.multiprocess
 
@@ -102,13 +106,17 @@ def crashed_and_moved(keys, folder):
     runs = [
         {"keys": keys("full", **tracking), "leave_after": None, "keep_masters": True},
         {"keys": keys("cut", **tracking, **{"checkpoint.every": 3}), "leave_after": 22},
-        {"keys": keys("cut", **tracking, **{"run.resume": "require"}), "leave_after": None},
+        {"keys": keys("cut", **tracking, **{"checkpoint.every": 3, "run.resume": "require"}), "leave_after": None},
         {"keys": keys("moved", **half, **{"checkpoint.every": 3}), "leave_after": 7},
     ]
     work(folder, 4, runs)
     runs = [
         {"keys": keys("moved", **half, **{"run.resume": "require"}), "leave_after": None},
         {"keys": keys("uninterrupted", **LONG), "leave_after": None},
+        {"keys": keys("unevaluated"), "leave_after": "evaluation"},
+        {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": "saving"},
+        {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": None},
+        {"keys": keys("whole"), "leave_after": None},
     ]
     work(folder, 2, runs)
     return folder
@@ -126,6 +134,31 @@ def test_a_run_left_amid_a_block_equals_an_uninterrupted_one(crashed_and_moved):
     assert_equal(crashed_and_moved / "cut", crashed_and_moved / "full")
 
 
+def test_its_checkpoints_cost_what_was_trained_and_take_the_disk_that_is_planned(crashed_and_moved):
+    run = crashed_and_moved / "cut"
+    config = load_config(run / "config.yaml", [])
+    model = meta_model(config.model, load_architecture(config.model))
+    plan, rule = find_blocks(config, model), build_rule(config)
+    stored, schedule = Stored.of(model, plan, config.model, rule), build_schedule(config, len(plan.blocks))
+    assert steps_in(run / "checkpoints")[-2:] == [27, 30]  # the one before may be there where a rank wrote first
+    folders = [run / "model", *(step_folder(run / "checkpoints", step) for step in (27, 30))]
+
+    def tensor_bytes(*folders: Path) -> int:
+        files = {path.stat().st_ino: path.read_bytes() for folder in folders for path in folder.rglob("*.safetensors")}
+        return sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in files.values())
+
+    one = stored.model + stored.checkpoint(schedule, 27) + stored.checkpoint(schedule, 30)
+    assert tensor_bytes(*folders) == 2 * one
+    assert tensor_bytes(run) <= 2 * disk_need(stored, schedule, config.checkpoint).most
+    # what steps 24 to 29 did not train is older than the checkpoint before; what they trained is not
+    for rank in range(2):
+        parts = [step_folder(run / "checkpoints", step) / f"client_001/rank_{rank:03d}" for step in (27, 30)]
+        before = (parts[0] / "manifest.json").stat().st_mtime_ns
+        older = {int(path.name[:3]) for path in parts[1].glob("*.safetensors") if path.stat().st_mtime_ns <= before}
+        blocks = range(len(plan.blocks))
+        assert older == {*blocks, len(plan.blocks)} - schedule.trained(24, 30)
+
+
 def test_another_number_of_ranks_goes_on(crashed_and_moved):
     """The worker has compared what it read with the checkpoint, bit by bit."""
     moved = crashed_and_moved / "moved"
@@ -133,6 +166,11 @@ def test_another_number_of_ranks_goes_on(crashed_and_moved):
     assert steps == [("evaluation", 0), *(("step", step) for step in range(1, 17)), ("evaluation", 16)]
     saved = ShardedModel(moved / "model")
     assert saved.ranks == {0: 1, 1: 1} and all(saved.mean(name).isfinite().all() for name in saved.names)
+
+
+def test_a_run_that_fails_at_its_last_evaluation_or_in_saving_loses_nothing(crashed_and_moved):
+    """No checkpoints were asked for; the third start only evaluates and saves."""
+    assert_equal(crashed_and_moved / "unevaluated", crashed_and_moved / "whole")
 
 
 def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and_moved):

@@ -63,8 +63,9 @@ def job(tmp_path: Path):
     def make(world: int = 1, resumed: int | None = None, **config: int):
         store = HashStore()
         cluster = SimpleNamespace(
-            client=0, clients=1, shard=0, ranks=1, members=Members(1), launch=SimpleNamespace(world_size=world),
-            progress=Progress(), store=JobStore(store, None, timedelta(seconds=5)),
+            client=0, clients=1, shard=0, ranks=1, is_main=True, members=Members(1),
+            launch=SimpleNamespace(world_size=world), progress=Progress(),
+            store=JobStore(store, None, timedelta(seconds=5)),
         )  # fmt: skip
         client = OneRank()
         options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 5.0, "resumed": resumed}

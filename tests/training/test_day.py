@@ -26,7 +26,7 @@ def agreed(run: Path, todays: list[str], monkeypatch: pytest.MonkeyPatch, *chang
     def rank(number: int) -> str | None:
         folder = run if number == 0 else run / "another host"
         config = load_config(None, ["model.path=x", f"run.output={folder}", *changes])
-        launch = Launch("python", number, len(todays), 0, 1, None)
+        launch = Launch("python", number, len(todays), 0, None)
         day.agree_on_day(config, launch, JobStore(store.store, None, store.timeout))
         return config.data.date
 

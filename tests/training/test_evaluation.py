@@ -1,4 +1,7 @@
 import math
+import threading
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +9,11 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from deca_ds.training.evaluation import _class_scores, average, summarize
+from deca_ds.cluster.launch import ClientLayout
+from deca_ds.engine.masters import join
+from deca_ds.gossip.local import LocalNetwork
+from deca_ds.gossip.uneven import UnevenTransport
+from deca_ds.training.evaluation import Evaluator, _class_scores, average, summarize
 
 
 def test_language_scores_are_per_token():
@@ -57,3 +64,62 @@ def test_class_scores_equal_those_of_scikit_learn(seed):
         f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
     )
     assert scores["recall"] == pytest.approx({names[k]: value for k, value in zip(present, recall, strict=True)})
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+def test_the_mean_model_is_made_in_pieces(sizes, monkeypatch):
+    """Of parameters of many pieces, of one element and of none on a rank: the right mean, in few pieces at a time."""
+    piece, numels = 12, [101, 1, 30]
+    monkeypatch.setattr("deca_ds.gossip.transport.REDUCE_PIECE", piece)
+    layout, clients = ClientLayout.of(sizes), len(sizes)
+    network = LocalNetwork(sum(sizes), 30)
+    draw = torch.Generator().manual_seed(0)
+    whole = [[torch.randn(numel, generator=draw) for numel in numels] for _ in sizes]
+    most, squared, shards = [0] * sum(sizes), [0.0] * sum(sizes), [[] for _ in range(sum(sizes))]
+
+    def body(rank: int) -> None:
+        client, shard = layout.client_of(rank), layout.shard_of(rank)
+        even = len(set(sizes)) == 1
+        transport = network.transport(rank) if even else UnevenTransport(network.transport(rank), layout)
+        living: list[weakref.ref] = []
+
+        def held(numel: int) -> slice:
+            size = -(-numel // sizes[client])
+            return slice(min(shard * size, numel), min((shard + 1) * size, numel))
+
+        def masters(values: torch.Tensor, elements: slice) -> torch.Tensor:
+            made = join(values[elements], None)
+            assert made.numel() <= piece
+            living.append(weakref.ref(made))
+            living[:] = [ref for ref in living if ref() is not None]
+            most[rank] = max(most[rank], len(living))
+            return made
+
+        own = [x[held(x.numel())].clone() for x in whole[client]]
+        shards[rank] = [torch.zeros_like(values) for values in own]
+        cluster = SimpleNamespace(members=range(clients))
+        evaluator = Evaluator(None, cluster, transport, None, 1, 0, True)
+        parts = [
+            (target, lambda elements, values=values: masters(values, elements))
+            for target, values in zip(shards[rank], own, strict=True)
+        ]
+        squared[rank] = evaluator._average(parts, numels)
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(sum(sizes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    means = []
+    for parameter in range(len(numels)):
+        total = torch.zeros(numels[parameter])
+        for values in whole:
+            total += values[parameter]  # in the order of the clients: the same bits
+        means.append(total / clients)
+    for client in range(clients):
+        ranks = layout.ranks_of(client)
+        for parameter, mean in enumerate(means):
+            assert torch.equal(torch.cat([shards[rank][parameter] for rank in ranks]), mean)
+        distance = sum(float((x - mean).double().square().sum()) for x, mean in zip(whole[client], means, strict=True))
+        assert sum(squared[rank] for rank in ranks) == pytest.approx(distance, rel=1e-6)
+    assert max(most) <= 4  # three that travel and the one that is compared with its mean

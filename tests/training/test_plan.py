@@ -1,4 +1,7 @@
-"""What a dry run refuses before it loads anything."""
+"""What a dry run refuses before it loads anything, and what it tells."""
+
+import shutil
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -35,6 +38,28 @@ def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word
     assert f"masters: exact, {parameters / 2**20:,.1f} MiB" in plan(half, world_size=2)
     dropped = plan(half, "model.masters=rounded")
     assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
+
+
+def test_the_disk_is_told_and_compared_with_what_is_free(tiny_model, word_files, tmp_path, capsys, monkeypatch):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=3"]
+    keys += [f"data.train=[{word_files[0]}]", "checkpoint.every=10", "algorithm.inner_steps=4"]
+    # a float32 model, and of the one that is written also what is new, so that it is more than three of them
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+
+    def plan(free: float, *changes: str) -> tuple[str, str]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free)))
+        print_plan(load_config(None, [*keys, *changes]))
+        told, _, warning = " ".join(capsys.readouterr().out.split()).partition("are free at")
+        return told, warning
+
+    told, warning = plan(1e12)
+    assert f"the trained model takes {4 * parameters / 1000:,.1f} kB" in told and not warning
+    assert "checkpoints (every 10 inner steps, keep 2) up to" in told
+    told, warning = plan(3 * 2 * 4 * parameters)
+    assert "WARNING" in told and warning.startswith(f" {tmp_path} for run.output")
+    told, warning = plan(3 * 4 * parameters, "checkpoint.every=0", "algorithm.inner_steps=1")
+    assert "(one when told to stop)" in told and not warning
+    assert plan(3 * 4 * parameters - 1, "checkpoint.every=0", "algorithm.inner_steps=1")[1]
 
 
 def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_path, capsys):

@@ -1,7 +1,15 @@
+import pytest
 from rich.console import Console
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
-from deca_ds.training.tables import block_table, data_table, print_notes, untrained, warn_of_blocks
+from deca_ds.training.tables import (
+    block_table,
+    data_table,
+    print_notes,
+    untrained,
+    warn_of_blocks,
+    warn_of_experts,
+)
 
 
 def shown(table) -> str:
@@ -35,6 +43,21 @@ def test_what_is_frozen_and_what_is_much_larger_is_said():
     said = capture.get()
     assert (
         "WARNING: block 'embeddings' holds 90%" in said and "2 parameters for other input than text (t.a, t.b)" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("fused", "checkpointing", "warns"), [(["e"], False, True), (["e"], True, False), ([], False, False)]
+)
+def test_fused_experts_need_gradient_checkpointing(fused, checkpointing, warns):
+    console = Console(width=300)
+    with console.capture() as capture:
+        warn_of_experts(console, fused, checkpointing)
+    said = capture.get()
+    assert (
+        ("WARNING: without model.gradient_checkpointing=true, fused experts (e) stay whole" in said)
+        if warns
+        else not said
     )
 
 

@@ -1,0 +1,95 @@
+"""The disk that one client's trained model and checkpoints take, in bytes of tensors, from shapes and the schedule.
+
+Files have headers and folders manifests beside them, some kilobytes a file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from torch import nn
+
+from deca_ds.algorithm.blocks import BlockPlan, parameter_shapes
+from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.config.schema import CheckpointConfig, ModelConfig
+from deca_ds.training.checkpoints import FOLDER
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of one client over all its ranks. blocks: of each one at rest. active: what a checkpoint has beside them of
+    the block that is open. frozen: parameters that no block trains. buffers: of the model."""
+
+    blocks: tuple[int, ...]
+    active: tuple[int, ...]
+    frozen: int
+    buffers: int
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: BlockPlan, config: ModelConfig, rule: Rule) -> Stored:
+        """model: may be on the meta device, with float32 parameters whatever `config` says."""
+        width = 2 if config.dtype == "bfloat16" else _FLOAT32
+        trained = _FLOAT32 if config.masters == "exact" else width
+        shapes, saved = parameter_shapes(model), model.state_dict(keep_vars=True)
+        return cls(
+            blocks=tuple(trained * block.numel for block in plan.blocks),
+            active=tuple((_FLOAT32 * (1 + len(rule.buffers)) - trained) * block.numel for block in plan.blocks),
+            frozen=width * sum(prod(shapes[name]) for name in plan.frozen),
+            buffers=sum(buffer.nbytes for name, buffer in model.named_buffers() if name in saved),
+        )
+
+    @property
+    def model(self) -> int:
+        return sum(self.blocks) + self.frozen + self.buffers
+
+    def checkpoint(self, schedule: Schedule, done: int) -> int:
+        """Of a whole one after `done` inner steps."""
+        step = schedule.step(done) if done < len(schedule) else None
+        return self.model + (self.active[step.block] if step is not None and step.inner else 0)
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes of one client. model: the trained one. checkpoints: the most that there are at a time: those that stay, and
+    what is written anew for the next one. most: of both at a time."""
+
+    model: int
+    checkpoints: int
+    most: int
+
+
+def disk_need(stored: Stored, schedule: Schedule, config: CheckpointConfig) -> DiskNeed:
+    """What a run needs that nothing interrupts; without `every`, one that is told to stop at the dearest step.
+
+    At the end the oldest may still be there, on ranks that wrote before others did. Where a rank is later than that,
+    the others keep more.
+    """
+    if not config.every:
+        opened = max(stored.active) if schedule.activation_steps > 1 else 0
+        return DiskNeed(stored.model, stored.model + opened, stored.model + opened)
+    peak = last = 0
+    kept: deque[int] = deque(maxlen=config.keep)
+    for done in range(config.every, len(schedule) + 1, config.every):
+        new = stored.checkpoint(schedule, done)
+        if len(kept) == config.keep:
+            rests = set(range(len(stored.blocks))) - schedule.trained(kept[0], done)
+            new -= stored.frozen + sum(stored.blocks[index] for index in rests)
+        last = new + sum(stored.checkpoint(schedule, step) for step in kept)  # which share no file
+        peak = max(peak, last)
+        kept.append(done)
+    return DiskNeed(stored.model, peak, max(peak, last + stored.model))
+
+
+def taken(output: Path) -> int:
+    """Bytes that the models and checkpoints in a run's folder take already, files with several names once."""
+    found = {}
+    for path in (path for part in (FOLDER, "model") for path in (output / part).rglob("*.safetensors")):
+        state = path.stat()
+        found[state.st_dev, state.st_ino] = state.st_size
+    return sum(found.values())

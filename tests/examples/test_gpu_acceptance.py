@@ -1,0 +1,39 @@
+"""benchmarks/gpu_acceptance.py on a CPU: that its checks run, and what it says of those that need a GPU."""
+
+import json
+import sys
+
+import gpu_acceptance
+import pytest
+from jobs import REPOSITORY, run_command
+
+SCRIPT = REPOSITORY / "benchmarks" / "gpu_acceptance.py"
+
+
+@pytest.mark.multiprocess
+def test_the_small_form(tmp_path):
+    only = "hardware,placement,transports,write_order,exact_masters,gossip"
+    report = tmp_path / "report.json"
+    finished = run_command([sys.executable, str(SCRIPT), "--small", "--only", only, "--output", str(report)])
+    assert finished.code == 0, finished.output
+    outcomes = {each["check"]: each["status"] for each in json.loads(report.read_text())["outcomes"]}
+    passes, not_covered = {"hardware", "transports", "exact_masters"}, {"placement", "write_order", "gossip"}
+    assert outcomes == dict.fromkeys(passes, "PASS") | dict.fromkeys(not_covered, "NOT COVERED")
+    assert "MPI and torch: the same bits" in finished.output
+
+
+def test_a_check_that_breaks_fails_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def breaks(run):
+        raise RuntimeError("no such kernel")
+
+    checks = {"first": breaks, "second": lambda run: "well"}
+    monkeypatch.setattr(gpu_acceptance, "CHECKS", checks)
+    assert gpu_acceptance.main(["--small", "--only", "first,second", "--output", str(tmp_path / "report.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("FAIL") and "RuntimeError: no such kernel" in lines[0]
+    assert lines[1].startswith("PASS") and lines[2].startswith("1 PASS, 1 FAIL, 0 NOT COVERED")
+
+
+def test_what_has_no_time_left_is_not_covered(tmp_path):
+    late = gpu_acceptance.Run(small=True, folder=tmp_path, ends=0.0)
+    assert gpu_acceptance.check(late, "hardware").status == "NOT COVERED"
