@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nERROR: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _plan(arguments: argparse.Namespace) -> int:

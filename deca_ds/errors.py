@@ -84,9 +84,14 @@ class CutOffError(RankLostError):
     """The other clients go on without this one, or are out of its reach."""
 
 
+INTERRUPTED = "interrupted (SIGINT); SIGTERM has a job save a checkpoint before it stops"
+
+
 def public_message(error: BaseException) -> str:
     """What other clients may read of `error`: nothing that could quote data."""
     kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
     if isinstance(error, UserError):
         return f"{kind}; its message stays with that rank, see its own output" if error.private else str(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -96,4 +101,6 @@ def public_message(error: BaseException) -> str:
 
 def whole_message(error: BaseException) -> str:
     """What the own output says of `error`: everything."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
     return str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))

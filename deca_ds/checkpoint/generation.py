@@ -57,13 +57,14 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-    for conversation in (messages, parts):  # some templates want text, some want lists of parts
+    system = [{"role": "system", "content": "!"}, *messages]
+    for conversation in (messages, parts, system):  # some templates want text, some lists of parts or a system turn
         try:
             text = tokenizer.apply_chat_template(conversation, tokenize=False)
-        except (TemplateError, TypeError, ValueError):
+        except (TemplateError, TypeError, ValueError, ArithmeticError):
             continue
         if _ANSWER in text:
             after = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False).input_ids
-            special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+            special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
             return after[0] if after and after[0] in special else None
     return None

@@ -13,6 +13,7 @@ from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
 
+_LARGEST = 1e30  # of any number: larger ones, times others, are none in float32
 LOCK = "LOCK"  # in the output folder: which job has it
 
 # (key, predicate, what the value must be)
@@ -261,5 +262,6 @@ def _check_finite(section: Any, prefix: str) -> None:
         value = getattr(section, field.name)
         if is_dataclass(value):
             _check_finite(value, f"{prefix}{field.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{prefix}{field.name} = {value}", where=prefix + field.name, fix="give a finite number")
+        elif isinstance(value, float) and not abs(value) <= _LARGEST:
+            fix = "give a finite number" + f" of at most {_LARGEST:g}" * math.isfinite(value)
+            raise ConfigError(f"{prefix}{field.name} = {value}", where=prefix + field.name, fix=fix)

@@ -50,8 +50,9 @@ def check_token_ids(architecture: PretrainedConfig, *data: Dataset | None) -> No
 def _refuse_quantised(architecture: PretrainedConfig) -> None:
     for part in (architecture, architecture.get_text_config()):
         quantisation = getattr(part, "quantization_config", None)
-        if quantisation:
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        if quantisation is not None:
+            given = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+            method = given.get("quant_method", "by no method")
             raise ModelError(
                 f"the model is quantised ({getattr(method, 'value', method)}): its parameters cannot be trained",
                 where="quantization_config in the model's config.json",
@@ -80,6 +81,8 @@ def position_limit(model: PreTrainedModel) -> tuple[int | None, bool]:
     if limit is None:  # MPT makes its biases for so many
         limit = getattr(text, "max_seq_len", None)
         return limit, limit is not None
+    if limit < 1:  # XLNet, of any length
+        return None, False
     rows = [
         module.num_embeddings - getattr(module, "offset", 0)
         for name, module in model.named_modules()

@@ -18,6 +18,7 @@ from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.norms import squared_norm
 from deca_ds.config.schema import Config
 from deca_ds.engine import internals
+from deca_ds.engine.causality import check_causal
 from deca_ds.engine.gradients import GradientReducer
 from deca_ds.engine.load import find_blocks, zero3_config
 from deca_ds.engine.losses import check_own_loss, count_targets, token_losses, training_loss
@@ -213,9 +214,11 @@ class Client:
         return losses.sum(dim=1).cpu(), mask.sum(dim=1).cpu()
 
     def check_loss(self, batch: Mapping[str, Tensor]) -> None:
-        """Raise ModelError unless the model's class computes the loss that is trained here; on a batch with targets."""
+        """Raise ModelError unless the model's class computes the loss that is trained here, and its attention is
+        causal. batch: with targets."""
         self.model.eval()
         check_own_loss(self.model, batch, self.device)
+        check_causal(self.model, batch["input_ids"][0].to(self.device))
         self.end_scoring()
 
     def end_scoring(self) -> None:

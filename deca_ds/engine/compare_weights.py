@@ -102,8 +102,11 @@ class GivenWeights:
         for file in self._files:
             try:
                 tensors = load_state_dict(file, map_location=device)
-            except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-                raise ModelError(f"cannot read {file}: {error}", where="model.path", fix="replace this file") from error
+            except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+                what = f"cannot read {file}: {str(error) or 'it is empty'}"
+                raise ModelError(what, where="model.path", fix="replace this file") from error
+            if not isinstance(tensors, Mapping):
+                raise self._error(f"{file} holds a {type(tensors).__name__}", "give the model's weights alone")
             if twice := sorted(stored.keys() & tensors.keys()):
                 raise self._error(f"{_some(twice)}: in {file} and in another file", "keep one of the two")
             if strange := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,6 +37,13 @@ from deca_ds.engine.compare_weights import GivenWeights, Slice
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ModelError
 
+# what transformers raises of a folder, and of what stands in its files
+_BAD_FOLDER = (OSError, ValueError, KeyError, ImportError)
+_BAD_FILE = (
+    *_BAD_FOLDER, StrictDataclassError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    SyntaxError,
+)  # fmt: skip
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -57,7 +65,7 @@ def zero3_config(config: Config) -> dict[str, Any]:
 def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
     check_model_folder(model)
-    with _explained(model.path, "model.path"):
+    with _explained(model.path, "model.path", _BAD_FILE):
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -67,7 +75,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
     path = model.tokenizer or model.path
     check_model_folder(model)
-    with _explained(path, "model.tokenizer" if model.tokenizer else "model.path"):
+    with _explained(path, "model.tokenizer" if model.tokenizer else "model.path", _BAD_FILE):
         return AutoTokenizer.from_pretrained(
             path,
             revision=None if model.tokenizer else model.revision,
@@ -79,7 +87,7 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrained
     """The model's modules on the meta device: shapes without memory."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(), _explained(model.path, "model.path"):
+    with init_empty_weights(), _explained(model.path, "model.path", _BAD_FILE):
         built = AutoModelForCausalLM.from_config(
             architecture, dtype=DTYPES[model.dtype], trust_remote_code=model.trust_remote_code
         )
@@ -94,7 +102,7 @@ def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWe
     Raises ModelError for weights that do not fit, see GivenWeights.
     """
     built = meta_model(model, architecture)
-    with _explained(model.path, "model.path"):
+    with _explained(model.path, "model.path", _BAD_FILE):
         if find_adapter_config_file(model.path, revision=model.revision) is not None:
             raise ModelError(
                 f"{model.path!r} holds an adapter (adapter_config.json), not a whole model",
@@ -216,17 +224,17 @@ def _partitionable(architecture: PretrainedConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(path: str, key: str) -> Iterator[None]:
+def _explained(path: str, key: str, kinds: tuple[type[Exception], ...] = _BAD_FOLDER) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except kinds as error:
         here = "" if Path(path).is_dir() else f", which is no folder in {Path.cwd()} and so a name of the hub"
         raise ModelError(
-            f"cannot load {path!r}{here}: {error}",
+            f"cannot load {path!r}{here}: {' '.join(str(error).split()) or type(error).__name__}",
             where=key,
             fix="give a folder with config.json, weights and tokenizer, or a hub name that this host can reach",
         ) from error

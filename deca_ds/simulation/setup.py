@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
-from deca_ds.data import ClientData, load_client_data, validate_data_config
+from deca_ds.data import ClientData, evaluation_batches, load_client_data, validate_data_config
 from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_architecture, load_tokenizer
+from deca_ds.engine.losses import check_own_loss
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
@@ -46,6 +48,11 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     for part in data:
         check_token_ids(architecture, part.train, part.own_evaluation, part.common_evaluation)
     model = _load_model(config, architecture)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    one_row = next(evaluation_batches(data[0].train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id))
+    model.eval()
+    check_own_loss(model, one_row, model.device)
+    check_causal(model, one_row["input_ids"][0])
     add_adapters(config, model)
     plan = find_blocks(config, model)
     return Simulation(
@@ -55,7 +62,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
         schedule=build_schedule(config, len(plan.blocks)),
         mixing=mixing,
         data=data,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        pad_id=pad_id,
     )
 
 

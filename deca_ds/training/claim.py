@@ -96,6 +96,23 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
     return job
 
 
+def check_held(output: Path) -> None:
+    """Raise ConfigError if the folder that this process has taken is no longer there; of others it knows nothing."""
+    file = output.resolve() / LOCK
+    descriptor, _ = _held.get(file, (None, ""))
+    if descriptor is None:
+        return
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            return
+    raise ConfigError(
+        f"the output folder {str(output)!r} was moved or removed while the run went on",
+        where=f"run.output, {file}",
+        fix="move it back, without what has been written there since, and go on with run.resume=require, if there is a "
+        "checkpoint",
+    )
+
+
 def release(output: Path) -> None:
     """Give back a folder that nobody goes on in; it is removed if it is empty."""
     file = output.resolve() / LOCK

@@ -21,6 +21,7 @@ from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.errors import DivergedError
 from deca_ds.gossip.mix import Gossip
 from deca_ds.training.checkpoints import Checkpoints, model_slices
+from deca_ds.training.claim import check_held
 from deca_ds.training.divergence import Watch, with_checkpoint
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.handover import Standing
@@ -54,7 +55,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.client, self.cluster, self.rule.buffers)
-        self.checkpoints.check = self._watch.state
+        self.checkpoints.check = self._check
 
     def train(self) -> bool:
         """Run the schedule from where it stands and save the trained shards. All ranks of all clients call this.
@@ -78,6 +79,7 @@ class Trainer:
                 self._evaluate()
             if is_through:
                 self.cluster.progress.enter("saving", works=True)
+                check_held(self.output)
                 self._save()
                 self.client.client_sum(0)  # all of its ranks have saved
                 self.gossip.drain()
@@ -159,6 +161,11 @@ class Trainer:
         if self.gossip.attendance.times:
             own["gossip_skipped"] = {str(j): times for j, times in sorted(self.gossip.attendance.times.items())}
         self.metrics.evaluation(self.done, own, job)
+
+    def _check(self) -> None:
+        """Before anything is saved."""
+        check_held(self.output)
+        self._watch.state()
 
     def _save(self) -> None:
         """Every rank writes its own slices, a file a block; `deca export` puts them together."""

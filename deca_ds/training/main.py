@@ -21,6 +21,7 @@ from deca_ds.config import load_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import UserError
+from deca_ds.training.claim import check_held
 from deca_ds.training.terminal import on_stop, own_streams
 
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configuration has told its own
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         transport, members = trainer.gossip.transport, trainer.cluster.members
         transport.together(transport.barrier)
         trainer.metrics.close()
+        check_held(trainer.output)
         if trainer.cluster.is_main:
             steps = f"{trainer.done} of {len(trainer.schedule)} inner steps"
             without = f" without client {', '.join(map(str, members.missing))}" if members.missing else ""

@@ -19,7 +19,12 @@ PARTS = (
 EOS = "{% for m in messages %}{{ m['content'] | trim + ' ' + eos_token }}{% endfor %}"
 PLAIN = "{% for m in messages %}{{ m['content'] + '\n\n' }}{% endfor %}"
 REFUSES = "{{ raise_exception('a system message first') }}"
-TEMPLATES = {CHATML: 50, PARTS: 50, EOS: 2, PLAIN: None, REFUSES: None, None: None}
+SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message first') }}{% endif %}" + CHATML
+UNKNOWN = "{% for m in messages %}{{ m['content'] + ' END' }}{% endfor %}"  # an end that is no token
+FAILS = "{{ 1 / 0 }}"
+TEMPLATES = {
+    CHATML: 50, PARTS: 50, EOS: 2, SYSTEM: 50, PLAIN: None, REFUSES: None, UNKNOWN: None, FAILS: None, None: None
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import pytest
 from jobs import free_port
 
-from deca_ds.errors import DataError, public_message
+from deca_ds.errors import DataError, public_message, whole_message
 
 WORKER = """
 import os, sys, time
@@ -124,6 +124,11 @@ def test_what_may_quote_data_stays_with_its_rank(tmp_path):
     assert "secret" in outputs[2] and "secret" not in outputs[0] + outputs[1]
     shared = public_message(DataError("row 3 says 'secret'")) + public_message(KeyError("secret"))
     assert "secret" not in shared and "DataError" in shared and "KeyError" in shared
+
+
+def test_an_interrupt_is_one_line_without_a_traceback():
+    for message in (public_message(KeyboardInterrupt()), whole_message(KeyboardInterrupt())):
+        assert message.startswith("interrupted (SIGINT)") and "\n" not in message
 
 
 @pytest.mark.multiprocess

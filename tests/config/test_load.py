@@ -42,6 +42,7 @@ def test_wrong_types_and_choices_name_the_value():
     refused("gossip.graph = 'rnig'.*ring", "gossip.graph=rnig")
     refused("data.train", "data.train={a: x}")
     refused("optimizer.lr.*nan|nan.*optimizer.lr", "optimizer.lr=.nan")
+    refused("optimizer.lr = 1e\\+38[\\s\\S]*at most 1e\\+30", "optimizer.lr=1e38")
     refused(r"optimizer.lr: Interpolation key 'x.y' not found", "optimizer.lr=${x.y}")
     refused("cannot read the argument", "optimizer.lr")
     refused("cannot read the argument '--verbose'", "--verbose")

@@ -8,11 +8,12 @@ import torch
 from datasets import Dataset
 from list_experts import ListExpertsConfig, ListExpertsForCausalLM
 from tiny_models import CONFIGS
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaConfig, LlamaForCausalLM
 from words import make_tokenizer
 
 from deca_ds.config import load_config
 from deca_ds.data.encoding import SEQUENCES
+from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.load import expert_lists, load_architecture
 from deca_ds.engine.losses import check_own_loss, training_loss
@@ -125,6 +126,49 @@ def test_a_model_with_another_loss_is_refused():
     forward = model.forward
     model.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
     check_own_loss(model, batch, cpu)  # takes no labels: it has no loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_sees_the_tokens_that_it_is_to_predict_is_refused(dtype):
+    options = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=20)
+
+    def check_bert(**more):
+        torch.manual_seed(0)
+        config = BertConfig(**options, initializer_range=0.2, **more)
+        check_causal(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), torch.arange(3, 15))
+
+    check_bert(is_decoder=True)
+    with pytest.raises(ModelError, match="BertLMHeadModel sees the tokens that it is to predict"):
+        check_bert()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mamba2", "recurrent_gemma", "bloom", "gemma3"])
+def test_decoders_of_all_kinds_are_causal(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.bfloat16).eval()
+    for length in (1, 2, 60):
+        check_causal(model, torch.randint(4, 44, (length,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_attention_heads": 3}, "number of attention heads"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"head_dim": 0}, "negative power"),
+        ({"vocab_size": -5}, "negative dimension"),
+        ({"pad_token_id": 99999}, "Padding_idx"),
+        ({"dtype": "float33"}, "float33"),
+        ({"id2label": 5}, "int"),
+        ({"quantization_config": "x"}, "to_dict"),
+        ({"quantization_config": {}}, "quantised"),
+    ],
+)
+def test_what_config_json_cannot_hold_is_one_message(make, changes, message):
+    with pytest.raises(ModelError, match=message) as refused:
+        check(make(LlamaConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1), **changes))
+    assert refused.value.where.startswith(("model.path", "quantization_config"))
 
 
 def test_an_auxiliary_loss_counts_by_the_share_of_the_targets_and_needs_a_weight():

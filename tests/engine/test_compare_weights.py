@@ -222,12 +222,22 @@ def test_an_adapter_alone_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"cannot read .*model\.safetensors"):
         match(folder)
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=r"cannot read .*pytorch_model\.bin"):
+    for content in (b"not a model", b""):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ModelError, match=r"cannot read .*pytorch_model\.bin: ."):
+            match(folder)
+    torch.save([1], folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin holds a list"):
         match(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match="cannot load"):
         match(folder)
+    index = folder / "model.safetensors.index.json"
+    for content in ("{", "{}", "[]"):
+        index.write_text(content)
+        with pytest.raises(ModelError, match="cannot load"):
+            match(folder)
+    index.unlink()
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter"):
         match(folder)

@@ -15,7 +15,7 @@ import pytest
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError
 from deca_ds.training import claim
-from deca_ds.training.claim import release, take
+from deca_ds.training.claim import check_held, release, take
 
 HOLDER = """
 import sys, time
@@ -55,6 +55,25 @@ def test_the_file_of_a_killed_job_is_taken_over(other, tmp_path: Path) -> None:
     held = json.loads((tmp_path / LOCK).read_text())
     assert (held["job"], held["pid"]) == (job, os.getpid()) and take(tmp_path, nothing) == job
     release(tmp_path)
+
+
+def test_a_folder_that_was_moved_while_the_run_went_on_is_found_out(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    check_held(output)  # a rank that has not taken it knows nothing
+    take(output, nothing)
+    check_held(output)
+    output.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="moved or removed"):
+        check_held(output)
+    output.mkdir()
+    (output / LOCK).write_text("another job's")
+    with pytest.raises(ConfigError, match="moved or removed"):
+        check_held(output)
+    (output / LOCK).unlink()
+    output.rmdir()
+    (tmp_path / "moved").rename(output)
+    check_held(output)
+    release(output)
 
 
 def test_a_job_whose_first_rank_is_gone_may_still_be_at_work(other, tmp_path: Path, monkeypatch) -> None:
