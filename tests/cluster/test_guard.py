@@ -32,7 +32,12 @@ with guarded(launch, open_job_store(launch, 60)) as guard:
     elif what == "data":
         raise DataError("row 3 says 'secret'")
     elif what == "bug":
-        time.sleep(1)
+        raise RuntimeError("a defect")
+    elif what == "second bug":
+        from deca_ds.cluster.failure import Failure
+
+        while Failure.reported(guard.store.store) is None:
+            time.sleep(0.01)
         raise RuntimeError("a defect")
     elif what == "vanish":
         import os
@@ -102,7 +107,7 @@ def test_the_first_failure_ends_all_and_is_told_once(tmp_path):
 
 @pytest.mark.multiprocess
 def test_a_defect_keeps_its_traceback_and_the_first_one_wins(tmp_path):
-    codes, outputs = run(tmp_path, "wait", "user", "bug")
+    codes, outputs = run(tmp_path, "wait", "user", "second bug")
     assert codes == [2, 2, 2]
     assert "the value is odd" in "".join(outputs) and "a defect" not in (tmp_path / "FAILED").read_text()
     codes, outputs = run(tmp_path / "none", "wait", "bug", "wait")
