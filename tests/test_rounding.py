@@ -89,7 +89,14 @@ def one_weight_off(simulation, monkeypatch):
 
 def decay_of_norms(simulation, monkeypatch):
     block = simulation.clients.block
-    monkeypatch.setattr(simulation.clients, "block", lambda index: (block(index)[0], block(index)[0].shape[1]))
+
+    def all_decay(index):
+        theta, local_steps = block(index)
+        for own in local_steps:
+            own.decays = (True,) * len(own.decays)
+        return theta, local_steps
+
+    monkeypatch.setattr(simulation.clients, "block", all_decay)
 
 
 def mean_of_means(simulation, monkeypatch):

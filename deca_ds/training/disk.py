@@ -65,17 +65,17 @@ class DiskNeed:
 
 
 def disk_need(stored: Stored, schedule: Schedule, config: CheckpointConfig) -> DiskNeed:
-    """What a run needs that nothing interrupts; without `every`, one that is told to stop at the dearest step.
+    """What a run needs that nothing interrupts; without `every`, also one that is told to stop at the dearest step.
 
-    At the end the oldest may still be there, on ranks that wrote before others did. Where a rank is later than that,
-    the others keep more.
+    Every run saves a checkpoint when it has trained, before it evaluates and saves the model. Then the oldest may still
+    be there, on ranks that wrote before others did. Where a rank is later than that, the others keep more.
     """
     if not config.every:
         opened = max(stored.active) if schedule.activation_steps > 1 else 0
-        return DiskNeed(stored.model, stored.model + opened, stored.model + opened)
+        return DiskNeed(stored.model, stored.model + opened, stored.model + max(stored.model, opened))
     peak = last = 0
     kept: deque[int] = deque(maxlen=config.keep)
-    for done in range(config.every, len(schedule) + 1, config.every):
+    for done in dict.fromkeys([*range(config.every, len(schedule), config.every), len(schedule)]):
         new = stored.checkpoint(schedule, done)
         if len(kept) == config.keep:
             rests = set(range(len(stored.blocks))) - schedule.trained(kept[0], done)
