@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense_reference import model_gradient
 from dense_runs import assert_dense, batches_of, dense_model
-from histories import assert_metrics, assert_simulated
+from histories import assert_metrics, assert_mostly_simulated, assert_simulated
 from jobs import as_on, launch, word_job
 from rounding import Noise, assert_close
 
@@ -164,7 +164,11 @@ def test_the_simulator_equals_real_processes(overrides, folder, word_files):
         for changes, graph, every in SIMULATED
     ]
     for arguments, saved in zip(runs, run_all("mpirun", 4, folder, runs), strict=True):
-        assert_metrics(Path(load_config(None, arguments).run.output), *assert_simulated(saved.read, arguments))
+        config = load_config(None, arguments)
+        if config.model.dtype == "bfloat16":
+            assert_mostly_simulated(saved.read, arguments)
+        else:
+            assert_metrics(Path(config.run.output), *assert_simulated(saved.read, arguments))
 
 
 def test_one_client_equals_torch_adamw_block_by_block(overrides):
