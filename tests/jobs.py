@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,11 @@ def run_command(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in env:
             environment.pop(name, None)
+    # mpirun names its folder by its process id, and does not start where one that was killed has left that name behind
+    temporary = tempfile.TemporaryDirectory(prefix="deca", ignore_cleanup_errors=True)
     process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        command, cwd=cwd, env={**environment, "TMPDIR": temporary.name}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         during(process)
@@ -64,6 +67,7 @@ def run_command(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        temporary.cleanup()
     return Finished(process.returncode, output)
 
 
