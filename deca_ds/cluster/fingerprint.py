@@ -20,6 +20,7 @@ import deca_ds
 from deca_ds.cluster.launch import Launch
 from deca_ds.cluster.store import JobStore
 from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.paths import KEYS as PATHS
 from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
 from deca_ds.errors import LaunchError
@@ -28,22 +29,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers")
 LIBRARIES = ("Python", *_PACKAGES)  # of these, versions may differ with cluster.allow_mixed_versions
 # Keys that may name other places on other hosts, or what only concerns one host. What is found there is compared: the
 # models by their values, data by counts and labels, the mixing matrices and DeepSpeed's JSON by their content.
-_OF_A_HOST = frozenset(
-    {
-        "run.output",
-        "run.device",
-        "run.threads",
-        "model.path",
-        "model.tokenizer",
-        "gossip.matrix",
-        "gossip.edges",
-        "data.train",
-        "data.per_client",
-        "data.evaluation",
-        "data.per_client_evaluation",
-        "deepspeed",
-    }
-)
+_OF_A_HOST = frozenset({*PATHS, "run.device", "run.threads"})
 _DIGEST_BYTES = 8
 _WHERE = "comparison of all ranks at the start"
 
