@@ -76,9 +76,9 @@ def test_the_disk_is_told_and_compared_with_what_is_free(tiny_model, word_files,
     assert "checkpoints (every 10 inner steps, keep 2) up to" in told
     told, warning = plan(3 * 2 * 4 * parameters)
     assert "WARNING" in told and warning.startswith(f" {tmp_path} for run.output")
-    told, warning = plan(3 * 4 * parameters, "checkpoint.every=0", "algorithm.inner_steps=1")
-    assert "(one when told to stop)" in told and not warning
-    assert plan(3 * 4 * parameters - 1, "checkpoint.every=0", "algorithm.inner_steps=1")[1]
+    told, warning = plan(3 * 2 * 4 * parameters, "checkpoint.every=0", "algorithm.inner_steps=1")
+    assert "(one, at the end or when told to stop)" in told and not warning
+    assert plan(3 * 2 * 4 * parameters - 1, "checkpoint.every=0", "algorithm.inner_steps=1")[1]
 
 
 def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_path, capsys):
