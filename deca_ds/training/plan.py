@@ -122,7 +122,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
     """What the run needs, and a warning where this host has less."""
     every, clients = config.checkpoint.every, config.cluster.clients
-    how = f"every {every} inner steps, keep {config.checkpoint.keep}" if every else "one, at the end or when told to stop"
+    how = f"every {every} inner steps, keep {config.checkpoint.keep}"
+    how = how if every else "one, at the end or when told to stop"
     console.print(
         f"disk: {decimal(need.most)} a client at most, {decimal(clients * need.most)} in all; of a client the trained "
         f"model takes {decimal(need.model)}, checkpoints ({how}) up to {decimal(need.checkpoints)}",
