@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import random
@@ -12,8 +13,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import preloaded
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
@@ -46,6 +49,7 @@ def run_command(
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        preloaded.ADDRESS: _server().address,
         **env,
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -71,6 +75,15 @@ def run_command(
     return Finished(process.returncode, output)
 
 
+@cache
+def _server() -> preloaded.Server:
+    folder = tempfile.TemporaryDirectory(prefix="deca", ignore_cleanup_errors=True)
+    server = preloaded.Server(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(server.close)
+    return server
+
+
 def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
     """Arguments of a short job on a CPU in which every client has a file of words. keys: all else, and what differs."""
     every = {
@@ -90,6 +103,7 @@ def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
 
 
 # What makes libraries compute as they do on other processors: ATen's own kernels, oneDNN's and MKL's.
+# They are read when torch is imported, so such a job's ranks import it themselves.
 PROCESSORS = {
     "oldest": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -101,7 +115,7 @@ def as_on(processor: str | None) -> dict[str, str]:
     import torch
 
     able = processor == "oldest" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return PROCESSORS[processor] if processor and able else {}
+    return {**PROCESSORS[processor], preloaded.ADDRESS: ""} if processor and able else {}
 
 
 def free_port() -> int:
@@ -117,7 +131,8 @@ def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "la
     """Start a training job as a user would.
 
     launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, supervised (mpirun, by deca supervise), python, or
-    hand: each rank by itself, over torch as with deepspeed, whose launcher costs as much as a rank.
+    hand: each rank by itself, over torch as with deepspeed, whose launcher costs as much as a rank. Where the script is
+    a worker of tests, mpirun, hand and python start ranks that have imported everything (preloaded.py).
     """
     script = str(REPOSITORY / script)
     if launcher == "deepspeed":
@@ -129,10 +144,10 @@ def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "la
         start += ["--no_ssh_check", "--master_addr", "127.0.0.1", script]
     elif launcher in ("mpirun", "supervised"):
         start = [str(BIN / "deca"), "supervise", "--pause", "0.1"] if launcher == "supervised" else []
-        start += [str(BIN / "mpirun"), "-n", str(ranks), sys.executable, script]
+        start += [str(BIN / "mpirun"), "-n", str(ranks), *preloaded.python(script)]
     elif launcher == "hand":
         start = [sys.executable, str(REPOSITORY / "tests/by_hand.py"), str(ranks), str(free_port()), script]
     else:
         assert launcher == "python" and ranks == 1
-        start = [sys.executable, script]
+        start = preloaded.python(script)
     return run_command([*start, *arguments], **options)

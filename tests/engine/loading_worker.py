@@ -1,24 +1,59 @@
 """Loads models, scores each, descends in every block, and saves its shards as they came; prints what it found as JSON.
 
-Usage: loading_worker.py JSON, a list of {"folder": a Hugging Face model, "options": [key=value, ...]}; the shards go to
-FOLDER/run-RANKS/model.
+Holds the loss by chunks of positions, and its gradients, to those of all logits; with "random", compares random weights
+of the same architecture with those that are drawn without ZeRO-3.
+
+Usage: loading_worker.py JSON, a list of {"folder": a Hugging Face model, "options": [key=value, ...], "random": bool};
+the shards go to FOLDER/run-RANKS/model.
 """
 
 import json
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tiny_models import rows
+from transformers import AutoModelForCausalLM
 
 from deca_ds.checkpoint.slices import save_shards
 from deca_ds.config import load_config
+from deca_ds.engine import chunked_loss
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
+from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import UserError
 from deca_ds.launch import Cluster, connect, read_launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.checkpoints import model_slices
 from deca_ds.watchdog.guard import guarded
+
+POSITIONS = 5  # that have logits together, where the loss goes by chunks
+
+
+@contextmanager
+def by_chunks(client: Client) -> Iterator[list[int]]:
+    """The loss goes by chunks; yields a list that has an entry for every call of the head."""
+    head = client.model.get_output_embeddings()
+    usual = chunked_loss.LOGITS_BYTES
+    calls: list[int] = []
+    hook = head.register_forward_hook(lambda *_: calls.append(1))
+    chunked_loss.LOGITS_BYTES = 4 * POSITIONS * head.weight.ds_shape[0]
+    yield calls
+    chunked_loss.LOGITS_BYTES = usual
+    hook.remove()
+
+
+def compare_random(cluster: Cluster, folder: Path, options: list[str]) -> None:
+    config = load_config(None, [*options, f"model.path={folder}", "model.init=random", "model.dtype=bfloat16"])
+    client = Client(config, load_model(config, load_architecture(config.model)), cluster.device)
+    with nothing_drawn():
+        plain = AutoModelForCausalLM.from_config(load_architecture(config.model), dtype=torch.float32)
+    draw_weights(plain, config.run.seed)
+    for name, start, stop, values in client.shards(list(client.shapes)):
+        assert torch.equal(values, plain.get_parameter(name).detach().flatten()[start:stop].bfloat16()), name
 
 
 def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
@@ -38,6 +73,15 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
     for index, block in enumerate(client.plan.blocks):
         state = client.open_block(index, ())
         stats = client.gradient([batch])
+        if index in (0, len(client.plan.blocks) - 1) and config.model.dtype == "float32":
+            gradient, score = state.grad.clone(), client.score(batch)[0]
+            with by_chunks(client) as calls:
+                chunked = client.gradient([batch])
+                assert torch.allclose(client.score(batch)[0], score, rtol=1e-6), block.names
+            client.end_scoring()
+            assert len(calls) == 2, calls  # one gather for all chunks, each time
+            assert math.isclose(chunked.loss, stats.loss, rel_tol=1e-6), block.names
+            assert torch.allclose(state.grad, gradient, rtol=1e-5, atol=1e-6), block.names
         state.theta.sub_(state.grad, alpha=0.01)
         client.write_back()
         client.close_block()
@@ -78,6 +122,9 @@ def main() -> None:
                 found = look(cluster, folder, [*common, f"model.path={folder}", *one["options"]])
             except UserError as error:  # the same on all ranks, or the job hangs until its deadline
                 found = {"refused": str(error)}
+            else:
+                if one["random"]:
+                    compare_random(cluster, folder, common)
             if cluster.is_job_leader:
                 print("FOUND " + json.dumps(found), flush=True)
 

@@ -25,6 +25,7 @@ REFUSED = {"rwkv": "cannot be built on ZeRO-3 shards"}
 TOWERS = ("model.vision_tower.", "model.multi_modal_projector.")  # gemma3's, which text does not train
 ROUTERS = ("mixtral", "gpt_oss", "qwen2_moe")  # once more, with the routers' auxiliary loss
 HALF = ("llama, tied, biased", "deepseek_v3", "lfm2_moe")  # once more, in bfloat16
+RANDOM = ("gpt2", "gpt_neox", "mixtral", "qwen3")  # once more, with random weights
 REMOTE = ["model.trust_remote_code=true"]
 
 
@@ -68,7 +69,12 @@ def plain(folders):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_gradients_and_export_are_those_of_plain_transformers(tmp_path, folders, plain, ranks):
-    wanted = json.dumps([{"folder": str(folder), "options": options} for folder, options in folders.values()])
+    wanted = json.dumps(
+        [
+            {"folder": str(folder), "options": options, "random": name in RANDOM}
+            for name, (folder, options) in folders.items()
+        ]
+    )
     launcher = "hand" if ranks > 1 else "python"
     finished = launch(launcher, ranks, [wanted], script="tests/engine/loading_worker.py")
     assert finished.code == 0, finished.output[-4000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from histories import assert_simulated
 from jobs import BIN, REPOSITORY, Finished, free_port, launch, run_command
+from preloaded import python
 
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
@@ -45,11 +46,12 @@ def run(
     """transport: mpi, by mpirun with ULFM; torch: every rank started by itself. joins: ranks that then come back. late,
     supervised: see by_hand.py."""
     tests = REPOSITORY / "tests"
-    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), sys.executable]
+    worker = str(tests / "integration/dying_worker.py")
+    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), *python(worker)]
     if transport == "torch":
-        start = [sys.executable, str(tests / "by_hand.py"), str(ranks), str(free_port())]
+        start = [sys.executable, str(tests / "by_hand.py"), str(ranks), str(free_port()), worker]
     return run_command(
-        [*start, str(tests / "integration/dying_worker.py"), *keys],
+        [*start, *keys],
         deadline_s=300,
         DECA_TEST_DYING=deaths,
         DECA_TEST_JOIN=str(joins),

@@ -1,0 +1,161 @@
+"""Run a script in a fork of a process that has imported everything: preloaded.py SCRIPT ARGUMENTS...
+
+Importing takes each rank more than four CPU seconds, which is most of what a job of a test costs. So a test process
+keeps one server that has imported all that ranks need (`Server`), and this script, in place of a rank, has it fork. It
+stands for the fork: it passes on its environment and streams, hands on signals, and ends as the fork ends; when it is
+killed, so is the fork. Without a server it runs the script itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = "DECA_TEST_SERVER"  # names the server's socket in the environment
+_MOST_BYTES = 2**18
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def python(script: str) -> list[str]:
+    """The beginning of a command that runs `script`: a worker of tests preloaded, all else as users start it."""
+    worker = Path(__file__).parent in Path(script).resolve().parents
+    return [sys.executable, *([__file__] if worker else []), script]
+
+
+def main(address: str | None, command: list[str]) -> None:
+    """Stand for a rank."""
+    if not address:
+        os.execv(sys.executable, [sys.executable, *command])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.connect(address)
+        for number in _HANDED_ON:
+            signal.signal(number, lambda number, _: server.send(str(int(number)).encode()))
+        asked = {"command": command, "environment": dict(os.environ), "folder": os.getcwd()}
+        socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2])
+        code = int(server.recv(_MOST_BYTES) or -signal.SIGKILL)
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+class Server:
+    """Of one test process, which it does not outlive."""
+
+    def __init__(self, folder: Path):
+        self.address = str(folder / "preloaded")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--serve", self.address]
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline(), "the server did not start"
+
+    def close(self) -> None:
+        """End it, and all that it has forked."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def import_once() -> None:
+    """All but what takes hold of MPI, and what chooses an accelerator."""
+    gc.disable()
+    import datasets
+    import torch
+
+    import deca_ds.engine.client
+    import deca_ds.training.setup  # noqa: F401
+
+    assert not torch.distributed.is_initialized() and "mpi4py.MPI" not in sys.modules
+    del datasets
+    gc.freeze()
+    gc.enable()
+
+
+def serve(address: str) -> None:
+    """Fork for everybody who asks, until standard input ends. Returns in a fork as well, when it has run its script."""
+    ended, woken = socket.socketpair()
+    for end in (ended, woken):
+        end.setblocking(False)
+    forks: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server, selectors.DefaultSelector() as ready:
+        server.bind(address)
+        server.listen(64)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(woken.fileno())
+        for what in (server, ended, sys.stdin):
+            ready.register(what, selectors.EVENT_READ)
+        print("ready", flush=True)
+        while True:
+            for key, _ in ready.select():
+                if key.fileobj is sys.stdin:
+                    for process in forks:
+                        os.kill(process, signal.SIGKILL)
+                    return
+                if key.fileobj is server:
+                    asking, _ = server.accept()
+                    message, streams, _, _ = socket.recv_fds(asking, _MOST_BYTES, 3)
+                    if process := os.fork():
+                        forks[process] = asking
+                        ready.register(asking, selectors.EVENT_READ, process)
+                        for stream in streams:
+                            os.close(stream)
+                        continue
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    for other in (server, ended, woken, asking, ready, *forks.values()):
+                        other.close()
+                    run(json.loads(message), streams)
+                    return
+                if key.fileobj is ended:
+                    ended.recv(_MOST_BYTES)
+                    collect(forks, ready)
+                elif key.data in forks:
+                    number = key.fileobj.recv(_MOST_BYTES)
+                    os.kill(key.data, int(number or signal.SIGKILL))
+                    if not number:
+                        ready.unregister(key.fileobj)
+
+
+def collect(forks: dict[int, socket.socket], ready: selectors.BaseSelector) -> None:
+    """Tell of all forks that have ended how they did."""
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            asking = forks.pop(found[0])
+            with contextlib.suppress(KeyError):
+                ready.unregister(asking)
+            with contextlib.suppress(OSError):
+                asking.send(str(os.waitstatus_to_exitcode(found[1])).encode())
+            asking.close()
+
+
+def run(asked: dict, streams: list[int]) -> None:
+    """In a fork: what `python SCRIPT ARGUMENTS...` would do."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    os.chdir(asked["folder"])
+    sys.argv = asked["command"]
+    sys.orig_argv = [sys.executable, *sys.argv]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        import_once()
+        serve(sys.argv[2])
+    else:
+        main(os.environ.get(ADDRESS), sys.argv[1:])
