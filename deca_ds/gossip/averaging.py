@@ -41,9 +41,9 @@ class Gossip:
 
     chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
     clip_radius: gossip.clip_radius; client_sum: the sum of a number over the client's ranks. window: how many
-    chunks may be under way. stragglers: where late neighbours are left out; skip_log: who they were. wait_seconds:
-    spent waiting for messages so far. bytes_sent: parameters that this rank has sent to neighbours so far. Raises
-    GossipError if the schedule is for another number of clients than the transport joins.
+    chunks may be under way. stragglers: where late neighbours are left out; skip_log: who they were, told on stderr if
+    this rank reports. wait_seconds: spent waiting for messages so far. bytes_sent: of parameters, by this rank to
+    neighbours. Raises GossipError if the schedule is for another number of clients than the transport joins.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Gossip:
         clip_radius: float | None = None,
         client_sum: Callable[[float], float] = float,
         stragglers: LateExchange | None = None,
+        reports: bool = False,
     ):
         if schedule.size != transport.clients:
             raise GossipError(
@@ -70,7 +71,7 @@ class Gossip:
         self.pool = BufferPool(pinned=self.device.type == "cuda")
         self.clip_radius = clip_radius
         self.stragglers = stragglers
-        self.skip_log = SkipLog(transport, client_sum)
+        self.skip_log = SkipLog(transport, client_sum, reports)
         self._settles = clip_radius is not None or transport.may_lose_clients or stragglers is not None
         self.window = math.inf if self._settles else _WINDOW
         self._client_sum = client_sum

@@ -22,9 +22,9 @@ from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
+from deca_ds.training.compare import compare_data
 from deca_ds.training.day import today
 from deca_ds.training.method import build_rule, build_schedule, check_method
-from deca_ds.training.setup import compare_data
 
 
 def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulation:

@@ -28,8 +28,8 @@ from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
+from deca_ds.training.compare import compare_data
 from deca_ds.training.method import build_rule, build_schedule, check_method
-from deca_ds.training.setup import compare_data
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none

@@ -34,7 +34,7 @@ from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 @dataclass
 class Trainer:
-    """Everything that one rank trains with; made by `deca_ds.training.setup.build`."""
+    """Everything that one rank trains with; made by `deca_ds.training.build.build`."""
 
     config: Config
     cluster: Cluster

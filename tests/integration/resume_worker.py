@@ -21,10 +21,11 @@ from deca_ds.engine.masters import join, rounded
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.training.build import build
 from deca_ds.training.checkpoints import buffer_name
 from deca_ds.training.connect import connect_transport
 from deca_ds.training.resume import choose
-from deca_ds.training.setup import build
+from deca_ds.training.start import NewRun, ResumedRun
 from deca_ds.watchdog.guard import guarded
 
 gc.freeze()
@@ -109,11 +110,12 @@ with guarded(launch, store) as guard:
     cluster = connect(runs[0][0], launch, store)
     transport = connect_transport(runs[0][0], cluster, guard)
     for config, leave_after, keep in runs:
-        resumption = None
+        start, resumption = NewRun(), None
         if config.run.resume != "never":
             mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
             resumption = choose(config, launch, store, cluster.layout, mixing)
-        trainer = build(config, cluster, transport, guard, resumption)
+            start = NewRun() if resumption.saved is None else ResumedRun(resumption)
+        trainer = build(config, cluster, transport, guard, start)
         if resumption is not None and resumption.step < len(trainer.schedule):
             compare(trainer, resumption)
         if leave_after is not None:

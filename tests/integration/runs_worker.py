@@ -15,8 +15,8 @@ import torch
 from deca_ds.config import load_config
 from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.training.build import build
 from deca_ds.training.connect import connect_transport
-from deca_ds.training.setup import build
 from deca_ds.watchdog.guard import guarded
 
 gc.freeze()

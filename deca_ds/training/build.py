@@ -1,0 +1,228 @@
+"""Make all that one rank trains with, on a connected job whose configuration has been checked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from rich.console import Console
+from torch.distributed import PrefixStore
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from deca_ds.algorithm.blocks import fused_parameters
+from deca_ds.algorithm.methods import METHODS
+from deca_ds.checkpoint.adapters import save_adapters
+from deca_ds.checkpoint.generation import save_generation_config
+from deca_ds.config import Config
+from deca_ds.data import ClientData, evaluation_batches, load_client_data, training_batches
+from deca_ds.data.checks import tell_files
+from deca_ds.elastic.client import QuorumClient
+from deca_ds.elastic.commit import Surviving
+from deca_ds.elastic.invitation import Invitation
+from deca_ds.elastic.partition import Lookout
+from deca_ds.elastic.policy import Survivors
+from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
+from deca_ds.elastic.rejoin import save_addresses
+from deca_ds.engine.adapters import find_adapters
+from deca_ds.engine.check_model import check_model, check_token_ids
+from deca_ds.engine.client import Client
+from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip.uneven import UnevenGossip
+from deca_ds.launch import Cluster
+from deca_ds.launch.compare import digest, software
+from deca_ds.launch.progress import SHARED
+from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
+from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.completion import Agreed, StoreCount, Written
+from deca_ds.training.evaluation import Evaluator
+from deca_ds.training.loop import Trainer
+from deca_ds.training.method import build_rule, build_schedule
+from deca_ds.training.metrics import Metrics
+from deca_ds.training.start import Job, NewRun, Start
+from deca_ds.training.tables import warn_of_blocks, warn_of_experts
+from deca_ds.transport.transport import Transport
+from deca_ds.transport.uneven import UnevenTransport
+from deca_ds.watchdog.guard import JobGuard
+from deca_ds.watchdog.lifelines import Lifeline
+from deca_ds.watchdog.stop import StopByCommit
+
+
+def build(
+    config: Config, cluster: Cluster, transport: Transport, guard: JobGuard, start: Start | None = None
+) -> Trainer:
+    """Everything that `Trainer` needs; all ranks call this. start: None is a new run. A client that comes back returns
+    when the others have let it in."""
+    start = start or NewRun()
+    job = Job(config, cluster, transport, guard, build_mixing(config.gossip, cluster.clients, config.run.seed))
+    architecture, tokenizer = _load_tokenizer(job)
+    data = _load_data(job, architecture, tokenizer)
+    vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
+    cluster.progress.enter("comparing the data")
+    start.open_folder(job, data, vocabulary)
+    client = _load_client(job, architecture, tokenizer)
+    schedule, rule = build_schedule(config, len(client.plan.blocks)), build_rule(config)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
+    client.check_loss(next(one_row))
+    start.compare_models(job, client, vocabulary)
+    attempt = start.attempt(job, client)
+    gossip = _connect_gossip(job, client, attempt)
+    standing = start.restore(job, client, rule, schedule, gossip)
+    metrics = Metrics(config.logging, cluster, job.output, len(schedule))
+    written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
+    survivors = None
+    way = transport.ranks if isinstance(transport, UnevenTransport) else transport
+    if isinstance(way, Surviving):
+        written = Agreed(way, start.resumed, config.cluster.absent)
+        told = {"attempt": attempt, "tokenizer": vocabulary, "label_names": data.label_names}
+        told |= {"common_evaluation": data.summary["common_evaluation"], "date": config.data.date}
+        survivors = _outlive_others(job, way, client, gossip, metrics, told)
+        standing = start.join(job, survivors, standing, rule, schedule, metrics)
+        guard.let_others_go_on()
+    checkpoints = Checkpoints(
+        config.checkpoint,
+        cluster,
+        client,
+        schedule,
+        gossip,
+        written,
+        folder=job.output / CHECKPOINTS,
+        attempt=attempt,
+        timeout_s=config.cluster.timeout_s,
+        resumed=start.resumed,
+    )
+    batches = training_batches(
+        data.train,
+        batch_size=config.data.batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        rank=cluster.shard,
+        ranks=cluster.ranks,
+        seed=config.run.seed,
+        client=cluster.client,
+        pad_id=pad_id,
+        start_step=standing.done,
+    )
+    evaluation = config.evaluation
+    return Trainer(
+        config=config,
+        cluster=cluster,
+        client=client,
+        rule=rule,
+        schedule=schedule,
+        gossip=gossip,
+        batches=batches,
+        evaluator=Evaluator(client, cluster, transport, data, evaluation.batch_size, pad_id, evaluation.mean_model),
+        metrics=metrics,
+        checkpoints=checkpoints,
+        stop=guard.stop,
+        output=job.output,
+        done=standing.done,
+        state=standing.state,
+        survivors=survivors,
+    )
+
+
+def _load_tokenizer(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The model's configuration and the tokenizer, which fit each other."""
+    model, progress = job.config.model, job.cluster.progress
+    progress.enter("loading the tokenizer", works=True, awaits=SHARED)
+    architecture, tokenizer = load_architecture(model), load_tokenizer(model)
+    progress.enter("checking the model", works=True, awaits=SHARED)
+    for warning in check_model(job.config, architecture, tokenizer):
+        if job.cluster.is_job_leader:
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+    return architecture, tokenizer
+
+
+def _load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ClientData:
+    """This client's data, of which the model knows all tokens."""
+    config, cluster = job.config, job.cluster
+    disable_progress_bars()
+    cluster.progress.enter("reading the data", works=True, awaits=SHARED)
+    for line in [
+        *(tell_files(config.data) if cluster.is_job_leader else ()),
+        *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
+    ]:
+        print(line, file=sys.stderr, flush=True)
+    first, tick = cluster.leader_first, cluster.progress.tick
+    data = load_client_data(config, tokenizer, cluster.client, leader_first=first, tick=tick)
+    check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
+    return data
+
+
+def _load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Client:
+    """The model on this client's shards; what Hugging Face needs beside its weights is in the run's folder then."""
+    config, cluster, folder = job.config, job.cluster, job.output / "hf"
+    cluster.progress.enter("loading the model", works=True, awaits=SHARED)
+    model = load_model(config, architecture)
+    if cluster.is_job_leader:
+        if METHODS[config.algorithm.method].adapters:
+            save_adapters(job.output, find_adapters(model))
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if model.can_generate() and (note := save_generation_config(model, tokenizer, folder)):
+            print(f"NOTE: {note}", file=sys.stderr, flush=True)
+    torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
+    client = Client(config, model, cluster.device)
+    if cluster.is_job_leader:
+        console = Console(stderr=True)
+        warn_of_blocks(console, client.plan)
+        warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
+    return client
+
+
+def _connect_gossip(job: Job, client: Client, attempt: int) -> Gossip:
+    """The averaging with neighbours; where late ones are left out, on a connection of its own to the job's store."""
+    config, cluster, transport = job.config, job.cluster, job.transport
+    stragglers = None
+    if config.gossip.wait_s is not None:
+        store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
+        stragglers = LateExchange(transport, store, config.gossip.wait_s)
+    make = Gossip
+    if isinstance(transport, UnevenTransport):
+        messages = len(METHODS[config.algorithm.method].rule.travels)
+        make = partial(UnevenGossip, numels=client.block_numels, messages=messages)  # type: ignore[assignment]
+    return make(
+        transport,
+        job.mixing,
+        config.gossip.chunk_mib,
+        cluster.device,
+        clip_radius=config.gossip.clip_radius,
+        client_sum=client.client_sum,
+        stragglers=stragglers,
+        reports=cluster.is_leader,
+    )
+
+
+def _outlive_others(
+    job: Job, way: Surviving, client: Client, gossip: Gossip, metrics: Metrics, told: dict[str, Any]
+) -> Survivors:
+    """What goes on without clients that have died, and over torch lets them in again. told: see Invitation."""
+    config, cluster, guard = job.config, job.cluster, job.guard
+    stop = guard.stop = StopByCommit()
+    survivors = Survivors(config.cluster, cluster, client, way, gossip, job.mixing, metrics, guard, stop)
+    lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
+    guard.farewells.append(lifeline.close)
+    if isinstance(way, ReconnectingGloo) and cluster.is_leader:
+        told["software"] = software(config, [matrix.tobytes() for matrix in job.mixing.matrices])
+        survivors.invite = partial(_invite, job, way.votes, told)
+        survivors.invite()
+        if config.cluster.return_s:
+            survivors.lookout = Lookout(way.votes, cluster.client, config.cluster.min_clients)
+    return survivors
+
+
+def _invite(job: Job, votes: QuorumClient, told: dict[str, Any]) -> None:
+    """Bring up to date what a client that comes back finds in the folder, and is told by this rank's coordinator."""
+    save_addresses(job.output, votes.addresses)
+    store = job.guard.store.address
+    if votes.own is not None and store is not None:
+        addresses = [(client, *address) for client, address in votes.addresses.items()]
+        votes.own.invitation = Invitation(store, job.guard.host, addresses, **told).text()

@@ -1,0 +1,220 @@
+"""How a run starts: anew, from a checkpoint, or as a client that comes back to a job that goes on."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.config import Config, save_config
+from deca_ds.config.resume import SAVED_CONFIG, check_new
+from deca_ds.data import ClientData
+from deca_ds.elastic.handover import Progressed
+from deca_ds.elastic.invitation import Invitation
+from deca_ds.elastic.policy import Survivors
+from deca_ds.engine.client import Client
+from deca_ds.gossip import subset
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.launch import Cluster
+from deca_ds.launch.compare import compare_start
+from deca_ds.training.claim import take_for_job
+from deca_ds.training.compare import compare_data, digest_of_start
+from deca_ds.training.metrics import Metrics
+from deca_ds.training.resume import Resumption, compare_with_saved, restore, rewind, save_summaries
+from deca_ds.training.tables import data_table, print_notes
+from deca_ds.transport.edges import probe_edges, save_edges
+from deca_ds.transport.transport import Transport
+from deca_ds.watchdog.guard import JobGuard
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all parts of a run are made from, on one rank. mixing: of all clients of the configuration."""
+
+    config: Config
+    cluster: Cluster
+    transport: Transport
+    guard: JobGuard
+    mixing: MixingSchedule
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.run.output)
+
+
+class Start(ABC):
+    """What differs between the ways to start. The methods are called in this order, by all ranks that start.
+
+    resumed: inner steps of the checkpoint that the run goes on from; None without one.
+    """
+
+    resumed: int | None = None
+
+    @abstractmethod
+    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
+        """Compare the data with the other clients', and begin to write to the run's folder. vocabulary: digest of the
+        tokenizer's. Raises UserErrors, before anything is written."""
+
+    @abstractmethod
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """Raise LaunchError unless all clients start from the same model."""
+
+    @abstractmethod
+    def attempt(self, job: Job, client: Client) -> int:
+        """The number of this attempt at the run, one for all ranks."""
+
+    @abstractmethod
+    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
+        """Where this rank's own files let it go on, which they tell no more of than that."""
+
+    @abstractmethod
+    def join(
+        self, job: Job, survivors: Survivors, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
+    ) -> Progressed:
+        """Where clients may die: become one of those that are in, and go on from where they are."""
+
+
+class _Together(Start):
+    """All ranks start at once."""
+
+    def attempt(self, job: Job, client: Client) -> int:
+        """See Start. The first client's leader draws it."""
+        drawn = job.transport.gather_json(secrets.randbits(48))[0]
+        return int(client.client_sum(drawn if job.cluster.is_leader else 0))
+
+    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
+        """See Start. The edges of the graph are tested, too."""
+        cluster, transport = job.cluster, job.transport
+        summaries = transport.gather_json(data.summary)
+        compare_data(summaries, transport.gather_json(data.label_names))
+        neighbours = subset.without(job.mixing, cluster.members.missing).neighbours(cluster.client)
+        edges = probe_edges(transport, neighbours, cluster.launch, cluster.layout, cluster.store)
+        self._take(job)
+        _write_to(job)
+        if cluster.is_job_leader:
+            self._describe(job, summaries)
+        _tell_notes(job, data)
+        if cluster.is_job_leader and edges:
+            print(save_edges(edges, job.output), file=sys.stderr, flush=True)
+
+    def join(
+        self, job: Job, survivors: Survivors, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
+    ) -> Progressed:
+        """See Start."""
+        survivors.begin(standing.done)
+        return standing
+
+    @abstractmethod
+    def _take(self, job: Job) -> None:
+        """Make the run's folder this job's, unless it is already."""
+
+    @abstractmethod
+    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
+        """Write what the run is, or compare it with what is written. summaries: of all clients' data."""
+
+
+class NewRun(_Together):
+    """From the weights of the model."""
+
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """See Start."""
+        cluster = job.cluster
+        cluster.progress.enter("comparing the models", works=True)
+        digests = {"initial parameters": digest_of_start(client, cluster.layout), "tokenizer": vocabulary}
+        compare_start(cluster.launch, cluster.store, digests, cluster.ranks if cluster.layout.even else 1)
+
+    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
+        """See Start."""
+        rewind(job.output, job.cluster, 0)
+        job.cluster.progress.enter("starting", works=True)
+        return Progressed(0, False, None)
+
+    def _take(self, job: Job) -> None:
+        take_for_job(job.output, job.cluster.launch, job.cluster.store, partial(check_new, job.config))
+
+    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
+        save_config(job.config, job.output / SAVED_CONFIG)
+        save_summaries(job.output, summaries)
+        Console(stderr=True).print(data_table(summaries), job.mixing.summary())
+
+
+class ResumedRun(_Together):
+    """From a checkpoint, in the folder that has been taken when it was chosen."""
+
+    def __init__(self, resumption: Resumption):
+        self._resumption, self.resumed = resumption, resumption.step
+
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """See Start. They are what the run has made of them."""
+
+    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
+        """See Start."""
+        done = self._resumption.step
+        rewind(job.output, job.cluster, done)
+        job.cluster.progress.enter("reading the checkpoint", works=True)
+        return Progressed(done, False, restore(self._resumption, job.cluster, client, rule, schedule, gossip))
+
+    def _take(self, job: Job) -> None:
+        pass
+
+    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
+        compare_with_saved(job.output, summaries)
+
+
+class Return(Start):
+    """As a client that the others go on without, and that has been invited to join them."""
+
+    def __init__(self, invitation: Invitation):
+        self._invitation = invitation
+
+    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
+        """See Start."""
+        self._invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
+        _write_to(job)
+        _tell_notes(job, data)
+
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """See Start. It takes over a neighbour's."""
+
+    def attempt(self, job: Job, client: Client) -> int:
+        """See Start. It is the job's."""
+        return self._invitation.attempt
+
+    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
+        """See Start."""
+        rewind(job.output, job.cluster, len(schedule))
+        job.cluster.progress.enter("starting", works=True)
+        return Progressed(0, False, None)
+
+    def join(
+        self, job: Job, survivors: Survivors, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
+    ) -> Progressed:
+        """See Start. Waits until it is let in, and takes over a neighbour's state."""
+        standing = survivors.enter(rule, schedule)
+        for marker in (f"FAILED_client_{job.cluster.client:03d}", "STOPPED"):
+            (job.output / marker).unlink(missing_ok=True)
+        rewind(job.output, job.cluster, standing.done)  # it may have gone on further than the others
+        metrics.reopen()
+        torch.manual_seed(torch.initial_seed() + (standing.done << 32))
+        return standing
+
+
+def _write_to(job: Job) -> None:
+    job.output.mkdir(parents=True, exist_ok=True)
+    job.guard.write_to(job.output)
+
+
+def _tell_notes(job: Job, data: ClientData) -> None:
+    cluster, per_client = job.cluster, bool(job.config.data.per_client)
+    if cluster.is_leader and (cluster.is_job_leader or per_client):
+        print_notes(data.notes, cluster.client if per_client else None)
