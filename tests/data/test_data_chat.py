@@ -154,6 +154,17 @@ def test_reasoning():
     refused(CHATML, [user("a"), assistant("b", reasoning="hm")], "does not write the reasoning_content")
 
 
+def test_tags_that_a_template_looks_for_belong_to_the_answer():
+    inline, without_prompt = "<think>\nhm\n</think>\n\nb", QWEN3[: QWEN3.index("{%- if add_generation_prompt")]
+    assert targets(without_prompt, [user("a"), assistant(inline)]) == [inline + "<|im_end|>\n"]
+    assert targets(without_prompt, [user("a"), assistant("\n<think>hm</think>b")]) == [inline + "<|im_end|>\n"]
+    turns = [user("a"), assistant("<br>"), user("<b>"), assistant(inline)]
+    assert targets(QWEN3, turns) == ["<br><|im_end|>\n", inline + "<|im_end|>\n"]
+    refused(QWEN3, [user("a"), assistant("<think>\n</think>")], "changes the texts")
+    escaping = CHATML_WITHOUT_PROMPT.replace("m['content']", "m['content'] | e")
+    refused(escaping, [user("a"), assistant("<b>c</b>")], "changes '<b>' at the beginning of an answer")
+
+
 CALL = {"id": "abcdefghi", "function": {"name": "look", "arguments": '{"where": "a \\"b\\"\\n", "n": 3}'}}
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}]
 

@@ -202,6 +202,8 @@ def test_columns_that_are_not_used_are_named(tokenizer, tmp_path):
         ("alpaca", {"instruction": "", "output": "o"}, "instruction"),
         ("alpaca", {"instruction": "i", "output": "\n"}, "output"),
         ("alpaca", {"instruction": "i", "output": None}, "output"),
+        ("alpaca", {"instruction": "i", "output": "\u200b\ufeff \x00"}, "output"),  # nothing of it shows
+        ("classification", {"text": "x", "label": "\u2060"}, "label"),
     ],
 )
 def test_a_missing_value_is_missing(tokenizer, tmp_path, format, row, column):
@@ -222,7 +224,10 @@ def test_an_empty_cell_is_missing(tokenizer, tmp_path, format, line):
 
 
 def test_blank_texts_are_left_out_and_counted(tokenizer, tmp_path):
-    rows = [{"title": title, "text": text} for title, text in (("a", "b"), (" ", "c"), ("d", ""), ("", "\n"), ("", ""))]
+    rows = [
+        {"title": title, "text": text}
+        for title, text in (("a", "b"), (" ", "c"), ("d", ""), ("", "\n"), ("", "\u200b"))
+    ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     config = make_config(train=[path], text_columns=["title", "text"], client_holdout=0.0)
     loaded = load_client_data(config, tokenizer, 0)

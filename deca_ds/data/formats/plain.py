@@ -72,7 +72,7 @@ def refuse_unwanted(row: Mapping[str, Any], place: str, unused: set[str]) -> Non
 
 def _text(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
     texts = [text_of(row, column, place, blank=True) for column in rules.text_columns]
-    return {"text": " ".join(text for text in texts if text.strip()), "document": False}
+    return {"text": " ".join(text for text in texts if not missing(text)), "document": False}
 
 
 def _classification(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
