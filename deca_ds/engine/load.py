@@ -66,9 +66,12 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
     check_model_folder(model)
     with _explained(model.path, "model.path", _BAD_FILE):
-        return AutoConfig.from_pretrained(
+        architecture = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+    for part in (architecture, architecture.get_text_config()):  # outputs that nobody reads, and the form that is read
+        part.output_attentions, part.output_hidden_states, part.return_dict = False, False, True
+    return architecture
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
