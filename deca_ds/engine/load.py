@@ -70,7 +70,9 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     for part in (architecture, architecture.get_text_config()):  # outputs that nobody reads, and the form that is read
-        part.output_attentions, part.output_hidden_states, part.return_dict = False, False, True
+        for name, wanted in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
+            if getattr(part, name, wanted) != wanted:
+                setattr(part, name, wanted)
     return architecture
 
 
