@@ -245,12 +245,20 @@ def _read_batches(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             names = batch.schema.names
             if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
                 raise DataError(f"two columns named {twice[0]!r}", where=str(path), fix="rename or remove one of them")
+            nested = [column.name for column in batch.schema if pa.types.is_nested(column.type)]
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", row | {name: _as_given(row[name]) for name in nested}
     except pa.ArrowException as error:
         kind = kind_of(path)[1:].capitalize()
         raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from error
+
+
+def _as_given(value: Any) -> Any:
+    """`value` without what Arrow adds: in each object the keys of all other rows' objects, with null."""
+    if isinstance(value, dict):
+        return {key: _as_given(item) for key, item in value.items() if item is not None}
+    return [_as_given(item) for item in value] if isinstance(value, list) else value
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:

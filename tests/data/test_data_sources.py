@@ -62,6 +62,12 @@ def test_parquet(tmp_path):
     (tmp_path / "b.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"(?s)Parquet.*b\.parquet"):
         rows_of(tmp_path / "b.parquet")
+    calls = [
+        {"calls": [{"name": "f", "arguments": {"x": 1}}]},
+        {"calls": [{"name": "g", "arguments": {"y": {"z": []}}}]},
+    ]
+    pq.write_table(pa.Table.from_pylist([*calls, {"calls": None}]), tmp_path / "d.parquet")
+    assert rows_of(tmp_path / "d.parquet") == [*calls, {"calls": None}], "no keys of other rows' objects"
     pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, ["text"] * 2), tmp_path / "c.parquet")
     with pytest.raises(DataError, match=r"(?s)two columns named 'text'.*c\.parquet"):
         rows_of(tmp_path / "c.parquet")

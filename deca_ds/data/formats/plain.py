@@ -33,14 +33,14 @@ ALPACA_WITHOUT_INPUT = (
 )
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 NO_MEDIA = Field(MEDIA, Use.REFUSED, "the model is trained on text alone")
-PREFERENCES = Field(("chosen", "rejected"), Use.REFUSED, "preferences are not learned from")
+PREFERENCES = Field(("chosen", "rejected", "rejected_response"), Use.REFUSED, "preferences are not learned from")
 KTO = Field(
     ("label", "kto_tag"),
     Use.OBEYED,
     "`true`: trained; `false` (an unwanted answer), and 0 as a kto_tag: refused; anything else: not used",
 )
 ROW_WEIGHTS = Field(
-    ("weight", "train", "trainable", "mask", "loss_mask"),
+    ("weight", "loss_weight", "sample_weight", "train", "trainable", "mask", "masked", "loss_mask"),
     Use.REFUSED,
     "single examples are neither weighted nor masked",
     harmless=(1,),  # true is equal to it
