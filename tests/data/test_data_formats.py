@@ -70,6 +70,7 @@ def test_every_format_can_be_configured():
     [
         ("label", False), ("kto_tag", "false"), ("images", ["a.png"]), ("audio", "a.wav"), ("videos", ["v"]),
         ("chosen", "x"), ("rejected", {"role": "assistant"}), ("weight", 0), ("train", False), ("loss_mask", [0, 1]),
+        ("sample_weight", 0.5),
     ],
 )  # fmt: skip
 def test_a_field_with_a_meaning_that_is_not_obeyed_is_refused(tokenizer, tmp_path, format, field, value):
