@@ -176,7 +176,7 @@ class DataConfig:
     # for chat templates that write the day, YYYY-MM-DD; null: the day of the run's first start, the same for all ranks
     date: Optional[str] = None
     max_length: int = 512  # tokens of a sequence; longer ones are cut
-    packing: bool = False  # fill sequences of max_length with several examples
+    packing: bool = False  # fill sequences of max_length with examples; each sees those before it
     answers_only: bool = True  # loss on answers only, not on prompts (text has no prompts)
     batch_size: int = 16  # sequences per client and inner step, over all its ranks
     micro_batch_size: int = 4  # sequences per rank and forward pass; the rest is gradient accumulation

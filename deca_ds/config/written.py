@@ -184,7 +184,7 @@ def _means(text: str, number: int | float) -> bool:
     """Whether `number` is what the digits say; 010 and 12:30 do not say 8 and 750."""
     if not math.isfinite(number):
         return True
-    for read in (float, lambda digits: int(digits, 0)):
+    for read in (lambda digits: int(digits, 0), float):
         try:
             return bool(read(text) == number)
         except ValueError:

@@ -18,7 +18,7 @@ from deca_ds.data.tokens import Spanning
 from deca_ds.errors import DataError
 
 IGNORED = -100  # the label of a token that carries no loss
-_ENCODING_VERSION = 3  # raise it when the same example gives other tokens: encoded examples are cached
+_ENCODING_VERSION = 4  # raise it when the same example gives other tokens: encoded examples are cached
 
 _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "targets": Value("int32")}
 SEQUENCES = Features(_TOKENS | {"cut": Value("bool")})
@@ -41,8 +41,9 @@ class Encoder:
     """Turns batches of examples into sequences of at most `max_length` tokens.
 
     words: for classification, label value -> answer word. A BOS is put in front if the tokenizer puts one by default,
-    an EOS behind if the tokenizer has one. Conversations get exactly what the chat template writes, on the day `date`.
-    What carries the loss is decoded and compared with the text for every example (deca_ds/data/tokens.py).
+    an EOS behind if the tokenizer has one, unless the text has them already. Conversations get exactly what the chat
+    template writes, on the day `date`. What carries the loss is decoded and compared with the text for every example
+    (deca_ds/data/tokens.py).
     Raises DataError for a missing chat template, and if `max_length` cannot hold an answer word.
     """
 
@@ -134,14 +135,14 @@ class Encoder:
             if not document or not text:
                 rows.append({"text": text, "group": group, "ids": []})
                 continue
-            ids = self.bos + self._tokens([text])[0] + self.eos
+            ids = self._framed(self._tokens([text])[0])
             for start in range(0, len(ids), self.max_length):
                 rows.append({"text": "", "group": group, "ids": ids[start : start + self.max_length]})
         return _columns(rows, PIECES)
 
     def _texts(self, texts: Sequence[str], ids: Sequence[list[int]] | None) -> list[_Encoded]:
         pairs = zip(texts, self._tokens(texts), strict=True)  # a blank text has nothing to learn
-        whole = [self.bos + tokens + self.eos if text.strip() else [] for text, tokens in pairs]
+        whole = [self._framed(tokens) if text.strip() else [] for text, tokens in pairs]
         if ids is not None:
             whole = [piece or tokens for piece, tokens in zip(ids, whole, strict=True)]
         return [_Encoded(tokens, [True] * len(tokens), 0) for tokens in whole]
@@ -154,7 +155,8 @@ class Encoder:
         spans = [[(len(prompt), len(text))] for prompt, text in zip(prompts, both, strict=True)]
         encoded = []
         for tokens, ((start, _),) in self.spanning.encode(both, spans, places):
-            ids, start = self.bos + tokens + self.eos, len(self.bos) + start
+            ids = self._framed(tokens)
+            start += len(self.bos) * (tokens[:1] != self.bos)
             encoded.append(_Encoded(ids, [not answers_only or place >= start for place in range(len(ids))], start))
         return encoded
 
@@ -171,6 +173,12 @@ class Encoder:
                 answer[first:end] = [self.answers_only] * (end - first)
             encoded.append(_Encoded(ids, answer, answer.index(True) if True in answer else 0))
         return encoded
+
+    def _framed(self, tokens: list[int]) -> list[int]:
+        """`tokens` with BOS and EOS around them, each once."""
+        before = [] if tokens[:1] == self.bos else self.bos
+        after = [] if tokens[-1:] == self.eos else self.eos
+        return before + tokens + after
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return self.spanning.tokens(texts)

@@ -22,7 +22,7 @@ from deca_ds.data.formats.fields import TEXT, check_fields, label_of
 from deca_ds.data.sources import HubName, Source, load_hub, read_rows
 from deca_ds.errors import DataError
 
-_CACHE_VERSION = 3  # raise it when a row's example changes: prepared examples are kept in the datasets cache
+_CACHE_VERSION = 4  # raise it when a row's example changes: prepared examples are kept in the datasets cache
 _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
 

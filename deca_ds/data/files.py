@@ -43,7 +43,11 @@ _SPLITS = {
     "dev": "validation",
     "eval": "validation",
     "evaluation": "validation",
+    "heldout": "validation",
+    "holdout": "validation",
 }  # what names of files and folders say of a data set's parts
+_WORD_ENDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
+_SHARD = re.compile(r"(|.*\D)(\d+)[-_]of[-_](\d+)(\D.*)")  # one of so many files of a data set
 _SHOWN = 8  # names in a line
 
 
@@ -100,14 +104,14 @@ def add_matches(found: Found, matches: Iterable[Path], entry: str, key: str) -> 
     """Add the data files among `matches`, in order, and those below the folders among them.
 
     Raises DataError if there is none, and for what may be meant in two ways: a link that leads nowhere, texts without
-    rows among files of rows, a file beside its compressed copy, several splits of a data set, saved ones or told by
-    names such as train.jsonl and test.jsonl.
+    rows among files of rows, one file in two kinds, some of the files of a data set, several splits of a data set,
+    saved ones or told by names such as train.jsonl and test.jsonl.
     """
     data: list[Path] = []
     for match in matches:
         # in a folder nobody has named the files, and some of another kind are usual; a glob names what it matches
         for file, why in _below(match, key) if match.is_dir() else [(match, "" if kind_of(match) else "unknown")]:
-            why = _why_no_data(file, key) or why
+            why = why or _why_no_data(file, key)
             if why == "unknown":
                 raise DataError(f"unknown kind of data file {str(file)!r}", where=key, fix=KNOWN_KINDS)
             if why:
@@ -148,7 +152,7 @@ def _below(folder: Path, key: str) -> Iterator[tuple[Path, str]]:
         for name in names:
             file = here / name
             stale = current is not None and file.suffix == ".arrow" and name not in current
-            known = "" if kind_of(file) else "another kind of file"
+            known = "" if kind_of(file) or _leads_nowhere(file) else "another kind of file"
             files.append((file, "hidden" if name.startswith(".") else "not in state.json" if stale else known))
     yield from sorted(files)
 
@@ -158,9 +162,7 @@ def _why_no_data(file: Path, key: str) -> str:
         return "describes a data set"
     if kind_of(file) == DOCUMENT and _NO_DOCUMENTS.fullmatch(file.name[: file.name.lower().index(DOCUMENT)]):
         return "goes along with data"
-    if not kind_of(file):
-        return ""
-    if file.is_symlink() and not file.exists():
+    if _leads_nowhere(file):  # to a folder, perhaps
         raise DataError(
             f"{str(file)!r} is a link to {os.readlink(file)!r}, which is not there",
             where=key,
@@ -169,6 +171,10 @@ def _why_no_data(file: Path, key: str) -> str:
     if not file.is_file():
         return "no regular file"
     return "" if file.stat().st_size else "empty"
+
+
+def _leads_nowhere(file: Path) -> bool:
+    return file.is_symlink() and not file.exists()
 
 
 def _check_one_meaning(data: list[Path], entry: str, key: str) -> None:
@@ -191,11 +197,34 @@ def _check_one_meaning(data: list[Path], entry: str, key: str) -> None:
     plain: dict[Path, Path] = {}
     for file in data:
         name = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
-        if (other := plain.setdefault(name, file)) != file:
+        if (other := plain.setdefault(name.with_suffix(""), file)) != file:
             raise DataError(
                 f"{str(other)!r} and {str(file)!r} look like one file, which would count twice",
                 where=key,
                 fix="remove one of them, or name those that are meant",
+            )
+    if Path(entry).is_dir():  # a glob may be meant to match some of them
+        _check_shards(data, key)
+
+
+def _check_shards(data: list[Path], key: str) -> None:
+    """Refuse files that say that they are one of so many, such as rows-00001-of-00003.parquet, if some are absent."""
+    found: dict[tuple[Path, str, str], dict[int, set[int]]] = {}
+    for file in data:
+        if said := _SHARD.fullmatch(file.name):
+            counts = found.setdefault((file.parent, said[1], said[4]), {})
+            counts.setdefault(int(said[3]), set()).add(int(said[2]))
+    for (folder, begin, end), counts in found.items():
+        count, numbers = next(iter(counts.items()))
+        absent = next((number for number in range(0 not in numbers, count) if number not in numbers), None)
+        if len(counts) > 1 or absent is not None:
+            wrong = (
+                f"are of {' and of '.join(map(str, counts))}" if len(counts) > 1 else f"lack number {absent} of {count}"
+            )
+            raise DataError(
+                f"the files {folder / begin}*{end} {wrong}",
+                where=key,
+                fix="complete them, or name those that are meant, for example with a glob",
             )
 
 
@@ -204,7 +233,7 @@ def _splits(data: list[Path]) -> dict[str, list[Path]]:
     root = os.path.commonpath([file.parent for file in data])
     found: dict[str, list[Path]] = {}
     for file in data:
-        words = re.split(r"[\W\d_]+", os.path.relpath(file, root).lower())
+        words = [word.lower().removesuffix("set") for word in _WORD_ENDS.split(os.path.relpath(file, root))]
         split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
         if split is not None:
             found.setdefault(split, []).append(file)

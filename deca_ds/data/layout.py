@@ -252,7 +252,10 @@ class _Finder:
         if prompt.strip() and prompt in before:
             return before.rindex(prompt) + len(prompt)
         if self.slots[number].field == "content":
-            return len(before)
+            tags = split(self.messages[turn]["content"])[0][0].strip()  # before its first word
+            if tags not in before:
+                raise self._unclear(f"changes {tags!r} at the beginning of an answer")
+            return before.rindex(tags) if tags else len(before)
         plain = {"role": "assistant", "content": WORD}  # tool calls begin where a content would
         text = self._try(form, [*self.messages[:turn], plain], self.tools)
         header = "" if text is None else split(text)[0][-2]

@@ -27,6 +27,7 @@ from datasets import Dataset, load_dataset
 
 from deca_ds.config.paths import look_for
 from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind_of
+from deca_ds.data.strict_json import parse
 from deca_ds.errors import DataError
 
 _LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
@@ -177,7 +178,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse_json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except json.JSONDecodeError:
         raise  # the caller knows how to count lines
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
@@ -227,6 +228,12 @@ def _read_table(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, A
                     where=place,
                     fix="repair the row; for a file without a header set data.column_names",
                 )
+            if values == names:
+                raise DataError(
+                    f"the names of the columns stand in a row: {', '.join(names)}",
+                    where=place,
+                    fix="remove that line; set data.column_names only for files without a header",
+                )
             yield place, dict(zip(names, values, strict=True))
 
 
@@ -235,12 +242,23 @@ def _read_batches(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for batch in _batches(path):
             batch.validate(full=True)  # Arrow trusts the offsets in a file of its own
+            names = batch.schema.names
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise DataError(f"two columns named {twice[0]!r}", where=str(path), fix="rename or remove one of them")
+            nested = [column.name for column in batch.schema if pa.types.is_nested(column.type)]
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", row | {name: _as_given(row[name]) for name in nested}
     except pa.ArrowException as error:
         kind = kind_of(path)[1:].capitalize()
         raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from error
+
+
+def _as_given(value: Any) -> Any:
+    """`value` without what Arrow adds: in each object the keys of all other rows' objects, with null."""
+    if isinstance(value, dict):
+        return {key: _as_given(item) for key, item in value.items() if item is not None}
+    return [_as_given(item) for item in value] if isinstance(value, list) else value
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:

@@ -55,8 +55,9 @@ def mask(conversation: Mapping[str, Any], *, tags: bool) -> tuple[dict[str, Any]
         for field, value in message.items():
             if field == "role":
                 continue
-            if field == "content" and tags:
-                parts = enumerate(_TAG.split(value))
+            tagged = _TAG.split(value) if field == "content" and tags else []
+            if any(map(str.strip, tagged[::2])):  # there is more than tags
+                parts = enumerate(tagged)
                 masked[field] = "".join(part if place % 2 else word(part, turn, field) for place, part in parts)
             elif field == "tool_calls":
                 masked[field] = [

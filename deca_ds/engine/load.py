@@ -6,7 +6,7 @@ What is loaded is compared with the weight files, see compare_weights.py.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,14 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
     check_model_folder(model)
     with _explained(model.path, "model.path", _BAD_FILE):
-        return AutoConfig.from_pretrained(
+        architecture = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+    for part in (architecture, architecture.get_text_config()):  # outputs that nobody reads, and the form that is read
+        for name, wanted in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
+            if getattr(part, name, wanted) != wanted:
+                setattr(part, name, wanted)
+    return architecture
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -120,7 +125,9 @@ def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWe
             download_kwargs={"revision": model.revision},
         )
     given = GivenWeights(built, files, model.path)
+    beside = _files_beside(model.path, files)
     if not given.untied:
+        given.notes += beside
         return given
     pairs = ", ".join(f"{first} and {second}" for first, second in given.untied)
     for part in (architecture, architecture.get_text_config()):
@@ -136,7 +143,17 @@ def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWe
         f"config.json ties {pairs}, but the files hold different values for them: they are trained, and exported, as "
         "two parameters (tie_word_embeddings: false)"
     )
+    given.notes += beside
     return given
+
+
+def _files_beside(path: str, files: Sequence[str]) -> list[str]:
+    """A line that names the other weight files in the folder `path`, if there are any: they may hold other weights."""
+    read = {Path(file).name for file in files}
+    found = {file.name for kind in ("model*.safetensors", "pytorch_model*.bin") for file in Path(path).glob(kind)}
+    if not (others := sorted(found - read)):
+        return []
+    return [f"weights are read from {min(read)}{' and on' * (len(read) > 1)}, not from {', '.join(others)}"]
 
 
 def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedModel:

@@ -24,7 +24,8 @@ from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 
-_START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configuration has told its own
+_START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
+_START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config is not None and config.cluster.absent:
                 layout = ClientLayout.of(check_world(config, launch.world_size))
                 launch = launch.without(config.cluster.absent, layout)
-            store = open_job_store(launch, _START_TIMEOUT_S)
+            patience_s = max(_START_S, config.cluster.timeout_s) if config is not None else _START_TIMEOUT_S
+            store = open_job_store(launch, patience_s)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return USER_ERROR_CODE

@@ -44,6 +44,21 @@ def test_special_tokens_follow_the_tokenizer():
     assert len(none.sequences({"text": ["ab"]})["input_ids"][0]) == 2
 
 
+def test_a_text_that_has_its_special_tokens_gets_no_second_ones():
+    tokenizer = make_byte_tokenizer(bos_token="<s>", eos_token=EOS)
+    made = Encoder(tokenizer, max_length=20)
+    texts = {"text": ["<s>a</s>", "a</s>", "<s>", "</s><s>"]}
+    assert tokenizer.batch_decode(made.sequences(texts)["input_ids"]) == ["<s>a</s>"] * 2 + [
+        "<s></s>",
+        "<s></s><s></s>",
+    ]
+    batch = made.sequences(pairs(("<s>ask: ", "so</s>"), ("ask: ", "so")))
+    assert tokenizer.batch_decode(batch["input_ids"]) == ["<s>ask: so</s>"] * 2
+    assert [answer_of(tokenizer, row) for row in rows(batch)] == ["so</s>"] * 2
+    document = {"text": ["<s>a</s>"], "document": [True], "group": [""]}
+    assert tokenizer.batch_decode(made.pieces(document)["ids"]) == ["<s>a</s>"]
+
+
 def test_answers_carry_the_loss(tokenizer):
     (row,) = rows(Encoder(tokenizer, max_length=20).sequences(pairs(("ask: ", "so"))))
     assert tokenizer.decode(row["input_ids"]) == "ask: so" + EOS

@@ -145,10 +145,15 @@ def test_links(tmp_path):
     assert left_out["c.jsonl"] == f"the same file as {data}/a.jsonl" and left_out["d.json"].endswith("b.json")
     texts = read_examples(find_sources([str(data)], "data.train"), ExampleRules("text"))["text"][:]
     assert texts == ["one", "two", "three", "one", "two"]
+    (data / ".#a.jsonl").symlink_to("me@host.1")  # an editor's
+    assert found_in(data)[1][".#a.jsonl"] == "hidden"
     (data / "f.jsonl").symlink_to("nowhere")
     for entry in (data, data / "f.jsonl", data / "*.jsonl"):
         with pytest.raises(DataError, match=r"link to 'nowhere', which is not there"):
             find_sources([str(entry)], "data.train")
+    (data / "f.jsonl").rename(data / "folder")
+    with pytest.raises(DataError, match=r"link to 'nowhere', which is not there"):
+        find_sources([str(data)], "data.train")
 
 
 def test_what_may_be_meant_in_two_ways_is_refused(tmp_path):
@@ -160,6 +165,11 @@ def test_what_may_be_meant_in_two_ways_is_refused(tmp_path):
     put(tmp_path / "twice", **{"a.jsonl": LINES, "a.jsonl.gz": gzip.compress(LINES)})
     with pytest.raises(DataError, match=r"a\.jsonl' and .*a\.jsonl\.gz' look like one file"):
         find_sources([str(tmp_path / "twice")], "data.train")
+    put(tmp_path / "kinds", **{"a.jsonl": LINES, "b.csv": b"text\nx\n"})
+    assert len(find_sources([str(tmp_path / "kinds")], "data.train")) == 2
+    put(tmp_path / "kinds", **{"a.csv": b"text\nx\n"})
+    with pytest.raises(DataError, match=r"a\.csv' and .*a\.jsonl' look like one file"):
+        find_sources([str(tmp_path / "kinds")], "data.train")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="no regular file"):
         find_sources([str(tmp_path / "pipe.jsonl")], "data.train")
@@ -174,6 +184,7 @@ def test_parts_of_a_data_set_are_not_trained_on_together(tmp_path):
         ("local_train_3.jsonl", "local_eval_3.jsonl"),
         ("data/train-00000.jsonl", "data/validation-00000.jsonl"),
         ("train/a.jsonl", "dev/a.jsonl"),
+        ("myTrainSet.jsonl", "devset.jsonl"),
     ):
         folder = tmp_path / names[0].replace("/", "_")
         for name in names:
@@ -184,6 +195,19 @@ def test_parts_of_a_data_set_are_not_trained_on_together(tmp_path):
         assert len(find_sources([str(folder / name) for name in names], "data.train")) == 2
     put(tmp_path / "test/one", **{"train-1.jsonl": LINES, "train-2.jsonl": LINES, "more.jsonl": LINES})
     assert len(find_sources([str(tmp_path / "test/one")], "data.train")) == 3
+
+
+def test_a_folder_that_lacks_some_of_its_files_is_refused(tmp_path):
+    entry = [str(tmp_path)]
+    put(tmp_path, **{f"rows-0000{n}-of-00003.jsonl": LINES for n in (0, 2)}, **{"b_1_of_1.jsonl": LINES})
+    with pytest.raises(DataError, match=r"rows-\*\.jsonl lack number 1 of 3"):
+        find_sources(entry, "data.train")
+    assert len(find_sources([str(tmp_path / "*")], "data.train")) == 3, "a glob may be meant to match some"
+    put(tmp_path, **{"rows-00001-of-00003.jsonl": LINES})
+    assert len(find_sources(entry, "data.train")) == 4
+    put(tmp_path, **{"rows-00000-of-00002.jsonl": LINES})
+    with pytest.raises(DataError, match=r"rows-\*\.jsonl are of 2 and of 3"):
+        find_sources(entry, "data.train")
 
 
 def test_what_is_trained_on_and_scored_on_is_told(tmp_path):

@@ -70,6 +70,7 @@ def test_every_format_can_be_configured():
     [
         ("label", False), ("kto_tag", "false"), ("images", ["a.png"]), ("audio", "a.wav"), ("videos", ["v"]),
         ("chosen", "x"), ("rejected", {"role": "assistant"}), ("weight", 0), ("train", False), ("loss_mask", [0, 1]),
+        ("sample_weight", 0.5),
     ],
 )  # fmt: skip
 def test_a_field_with_a_meaning_that_is_not_obeyed_is_refused(tokenizer, tmp_path, format, field, value):
@@ -202,6 +203,8 @@ def test_columns_that_are_not_used_are_named(tokenizer, tmp_path):
         ("alpaca", {"instruction": "", "output": "o"}, "instruction"),
         ("alpaca", {"instruction": "i", "output": "\n"}, "output"),
         ("alpaca", {"instruction": "i", "output": None}, "output"),
+        ("alpaca", {"instruction": "i", "output": "\u200b\ufeff \x00"}, "output"),  # nothing of it shows
+        ("classification", {"text": "x", "label": "\u2060"}, "label"),
     ],
 )
 def test_a_missing_value_is_missing(tokenizer, tmp_path, format, row, column):
@@ -222,7 +225,10 @@ def test_an_empty_cell_is_missing(tokenizer, tmp_path, format, line):
 
 
 def test_blank_texts_are_left_out_and_counted(tokenizer, tmp_path):
-    rows = [{"title": title, "text": text} for title, text in (("a", "b"), (" ", "c"), ("d", ""), ("", "\n"), ("", ""))]
+    rows = [
+        {"title": title, "text": text}
+        for title, text in (("a", "b"), (" ", "c"), ("d", ""), ("", "\n"), ("", "\u200b"))
+    ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     config = make_config(train=[path], text_columns=["title", "text"], client_holdout=0.0)
     loaded = load_client_data(config, tokenizer, 0)

@@ -46,6 +46,8 @@ def test_tables(tmp_path):
     assert rows_of(tmp_path / "a.csv") == ROWS
     assert rows_of(tmp_path / "b.csv", column_names=["text", "label"]) == ROWS
     assert rows_of(tmp_path / "c.tsv") == ROWS
+    with pytest.raises(DataError, match=r"(?s)names of the columns stand in a row.*a\.csv, line 1"):
+        rows_of(tmp_path / "a.csv", column_names=["text", "label"])
 
 
 def test_values_that_other_readers_take_for_missing_stay_texts(tmp_path):
@@ -60,6 +62,15 @@ def test_parquet(tmp_path):
     (tmp_path / "b.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"(?s)Parquet.*b\.parquet"):
         rows_of(tmp_path / "b.parquet")
+    calls = [
+        {"calls": [{"name": "f", "arguments": {"x": 1}}]},
+        {"calls": [{"name": "g", "arguments": {"y": {"z": []}}}]},
+    ]
+    pq.write_table(pa.Table.from_pylist([*calls, {"calls": None}]), tmp_path / "d.parquet")
+    assert rows_of(tmp_path / "d.parquet") == [*calls, {"calls": None}], "no keys of other rows' objects"
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, ["text"] * 2), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"(?s)two columns named 'text'.*c\.parquet"):
+        rows_of(tmp_path / "c.parquet")
 
 
 @pytest.mark.parametrize(
@@ -71,11 +82,14 @@ def test_parquet(tmp_path):
         ("a.json", b'[\n{"text": "x"},\n{"text": }\n]', "a.json, line 3", "not valid JSON"),
         ("a.json", b'[{"text": "x"}, 7]', "a.json, row 2", "a row is a int"),
         ("a.json", b"3", "a.json", "holds a int"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "x", "text": "y"}\n', "a.jsonl, line 2", "two values named 'text'"),
+        ("a.json", b'[{"a": {"b": 1, "b": 1}}]', "a.json", "two values named 'b'"),
         ("a.csv", b"text,label\nx,a\ny\n", "a.csv, line 3", "1 columns instead of 2"),
         ("a.csv", b"text,label\nx,a,b\n", "a.csv, line 2", "3 columns instead of 2"),
         ("a.csv", b'text,label\nx,a\n"y,b\nz\n', "a.csv, line 3", "malformed row"),
         ("a.csv", b"text,label\nx,a\n\xff,b\n", "a.csv, line 3", "UTF-8"),
         ("a.csv", b"text,text\nx,a\n", "a.csv, line 1", "twice"),
+        ("a.csv", b"text,label\nx,a\n\ntext,label\ny,b\n", "a.csv, line 4", "names of the columns stand in a row"),
         ("a.tsv", b"text\tlabel\nx\n", "a.tsv, line 2", "1 columns instead of 2"),
         ("a.txt", b"fine\n\xff", "a.txt, line 2", "UTF-8"),
     ],

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaC
 from words import make_tokenizer
 
 from deca_ds.config import load_config
+from deca_ds.config.schema import ModelConfig
 from deca_ds.data.encoding import SEQUENCES
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
@@ -99,6 +100,15 @@ def test_data_with_a_token_that_the_model_lacks_is_refused():
 def test_models_that_cannot_be_trained_whole_are_refused(make, changes, message):
     with pytest.raises(ModelError, match=message):
         check(make(CONFIGS["opt"](), **changes))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_outputs_that_config_json_asks_for_are_not_computed(make, name):
+    outputs = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    architecture = load_architecture(ModelConfig(path=str(make(CONFIGS[name](), **outputs))))
+    architecture.save_pretrained(make(LlamaConfig()))  # refuses attentions beside some implementations of attention
+    made = AutoModelForCausalLM.from_config(architecture)(torch.tensor([[1, 2, 3]]))
+    assert made.logits.shape == (1, 3, 64) and made.attentions is made.hidden_states is None
 
 
 def test_experts_in_lists_are_found_and_nothing_outside_layers():

@@ -119,6 +119,10 @@ def test_a_file_that_was_saved_in_parts_or_with_pickle_passes(tmp_path):
     (old / "model.safetensors").unlink()
     torch.save(state, old / "pytorch_model.bin")
     compare(old)
+    save(old, TIED)
+    given, _ = match(old)
+    assert given.notes == ["weights are read from model.safetensors, not from pytorch_model.bin"]
+    (old / "model.safetensors").unlink()
     first, second = (dict(list(state.items())[half::2]) for half in (0, 1))
     (old / "pytorch_model.bin").unlink()
     index = {}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deca_ds.data.formats.fields import encodable, missing
+from deca_ds.data.strict_json import parse
 from deca_ds.errors import DataError
 
 _CALL = 'write [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
@@ -92,10 +92,10 @@ def check_links(messages: Sequence[Mapping[str, Any]], place: str) -> list[list[
 
 def parse_json(text: str, at: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{what} cannot be read as JSON: {text[:60]!r}", where=at, fix="repair or remove the row"
+            f"{what} cannot be read as JSON ({error}): {text[:60]!r}", where=at, fix="repair or remove the row"
         ) from error
 
 

@@ -58,7 +58,9 @@ TURN_SWITCHES = Field(
 )
 TURN_REFUSED = (
     Field(
-        ("mask", "masked", "train_detail", "training_detail"), Use.REFUSED, "whole turns are trained or not: use train"
+        ("mask", "masked", "train_detail", "training_detail", "loss_weight", "loss_scale"),
+        Use.REFUSED,
+        "whole turns are trained or not: use train",
     ),
     Field((*MEDIA, "input_audio"), Use.REFUSED, "the model is trained on text alone"),
     Field(("function_call",), Use.REFUSED, "write it as tool_calls"),

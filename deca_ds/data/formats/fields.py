@@ -22,6 +22,7 @@ TEXT = Value("string")
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _NO_LABEL = ("nan", "NaN", "NaT", "<NA>", "#N/A")  # what tables write for a missing value and nobody for a class
 _EXACT = 2.0**53  # below it every whole number is a float of its own
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of characters that show nothing
 _EMPTY_TEXTS = ("[]", "{}", "null")  # as a table writes an empty list, an empty object and null
 
 
@@ -102,12 +103,10 @@ def check_fields(
 
 
 def missing(value: Any) -> bool:
-    """Whether there is no value: null, NaN, or blank text."""
-    return (
-        value is None
-        or (isinstance(value, float) and math.isnan(value))
-        or (isinstance(value, str) and not value.strip())
-    )
+    """Whether there is no value: null, NaN, or a text without a character that shows."""
+    if isinstance(value, str):
+        return all(unicodedata.category(char) in _UNSEEN for char in value)
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
@@ -140,7 +139,7 @@ def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, 
     """
     value = value_of(row, column, place)
     if missing(value) or (value in _NO_LABEL and value not in known):
-        named = isinstance(value, str) and value.strip()
+        named = not missing(value)
         raise DataError(
             f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}",
             where=place,

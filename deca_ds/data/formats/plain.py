@@ -33,14 +33,14 @@ ALPACA_WITHOUT_INPUT = (
 )
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 NO_MEDIA = Field(MEDIA, Use.REFUSED, "the model is trained on text alone")
-PREFERENCES = Field(("chosen", "rejected"), Use.REFUSED, "preferences are not learned from")
+PREFERENCES = Field(("chosen", "rejected", "rejected_response"), Use.REFUSED, "preferences are not learned from")
 KTO = Field(
     ("label", "kto_tag"),
     Use.OBEYED,
     "`true`: trained; `false` (an unwanted answer), and 0 as a kto_tag: refused; anything else: not used",
 )
 ROW_WEIGHTS = Field(
-    ("weight", "train", "trainable", "mask", "loss_mask"),
+    ("weight", "loss_weight", "sample_weight", "train", "trainable", "mask", "masked", "loss_mask"),
     Use.REFUSED,
     "single examples are neither weighted nor masked",
     harmless=(1,),  # true is equal to it
@@ -72,7 +72,7 @@ def refuse_unwanted(row: Mapping[str, Any], place: str, unused: set[str]) -> Non
 
 def _text(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
     texts = [text_of(row, column, place, blank=True) for column in rules.text_columns]
-    return {"text": " ".join(text for text in texts if text.strip()), "document": False}
+    return {"text": " ".join(text for text in texts if not missing(text)), "document": False}
 
 
 def _classification(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
