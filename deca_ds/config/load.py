@@ -94,7 +94,7 @@ def _read_argument(argument: str) -> DictConfig:
         raise ConfigError(
             f"cannot read the argument {argument!r}: {error}",
             where="command line",
-            fix=f"what YAML reads otherwise stands in quotes that the shell leaves alone: '{key}=\"...\"'",
+            fix=f"put a text that YAML would change in quotes that the shell leaves alone: '{key}=\"...\"'",
         ) from error
     except ConfigError:
         raise
