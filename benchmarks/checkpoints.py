@@ -68,7 +68,7 @@ def case(cluster: Any, model_folder: str, layers_per_block: int, keep: int) -> d
     from deca_ds.engine.client import Client
     from deca_ds.engine.load import load_architecture, load_model
     from deca_ds.training.checkpoints import Checkpoints
-    from deca_ds.training.written import StoreCount
+    from deca_ds.training.completion import StoreCount
 
     keys = [f"model.path={model_folder}", "model.init=random", "run.device=cpu", "run.threads=1"]
     config = load_config(None, [*keys, f"blocks.layers_per_block={layers_per_block}"])
@@ -109,10 +109,10 @@ def case(cluster: Any, model_folder: str, layers_per_block: int, keep: int) -> d
 def main() -> None:
     from transformers import LlamaConfig
 
-    from deca_ds.cluster import connect, read_launch
-    from deca_ds.cluster.guard import guarded
-    from deca_ds.cluster.store import open_job_store
     from deca_ds.config import load_config
+    from deca_ds.launch import connect, read_launch
+    from deca_ds.launch.store import open_job_store
+    from deca_ds.watchdog.guard import guarded
 
     launch = read_launch()
     store = open_job_store(launch, 60)

@@ -13,9 +13,9 @@ gc.disable()  # as launchers/train.py does
 
 import torch  # noqa: E402
 
-from deca_ds.gossip.mpi import MpiTransport  # noqa: E402
-from deca_ds.gossip.voting import VotingTransport  # noqa: E402
-from deca_ds.training.main import main  # noqa: E402
+from deca_ds.elastic.reconnect_gloo import ReconnectingGloo  # noqa: E402
+from deca_ds.tools.train import main  # noqa: E402
+from deca_ds.transport.mpi import MpiTransport  # noqa: E402
 
 _KEPT = 100  # damaged messages whose memory the network may still read
 armed = False
@@ -44,6 +44,6 @@ def damaging(exchange):
 
 signal.signal(signal.SIGUSR2, arm)
 faulthandler.register(signal.SIGQUIT)
-for transport in (MpiTransport, VotingTransport):
+for transport in (MpiTransport, ReconnectingGloo):
     transport._exchange = damaging(transport._exchange)  # type: ignore[method-assign]
 sys.exit(main())

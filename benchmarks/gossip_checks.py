@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from deca_ds.algorithm.deca import DecaRule
-from deca_ds.cluster.progress import Progress
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.checksums import checksum
-from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.transport import PointToPoint
+from deca_ds.launch.progress import Progress
+from deca_ds.transport.checksums import checksum
+from deca_ds.transport.transport import PointToPoint
 
 NUMEL, REPETITIONS, WARM_UP = 2**24, 15, 2
 

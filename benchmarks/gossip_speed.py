@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.checksums import checksum
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.mean import weighted_mean
-from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.torch_p2p import TorchTransport
-from deca_ds.gossip.transport import Transport
+from deca_ds.transport.checksums import checksum
+from deca_ds.transport.gloo import GlooTransport
+from deca_ds.transport.transport import Transport
 
 WARM_UP, BUDGET_MIB, MOST, TIMEOUT_S = 3, 1024, 60, 60.0
 RAW_TAG = 32_000
@@ -51,7 +51,7 @@ def mpi_ends() -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
     """The transport, and its bare messages."""
     from mpi4py import MPI
 
-    from deca_ds.gossip.mpi import MpiTransport
+    from deca_ds.transport.mpi import MpiTransport
 
     comm = MPI.COMM_WORLD.Dup()
 
@@ -66,7 +66,7 @@ def mpi_ends() -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
 def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
     """See mpi_ends."""
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
-    transport = TorchTransport(store, 0, rank, ranks, TIMEOUT_S)
+    transport = GlooTransport(store, 0, rank, ranks, TIMEOUT_S)
     group = transport._group
 
     def raw(x: Tensor, buffers: dict[int, Tensor]) -> None:

@@ -19,10 +19,10 @@ from mpi4py import MPI
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.mix import Gossip
-from deca_ds.gossip.mpi import MpiTransport
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.stragglers import Stragglers
+from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.transport.mpi import MpiTransport
 
 WARM_UP, REPETITIONS, WAIT_S = 5, 60, 60.0
 
@@ -51,7 +51,7 @@ def main() -> None:
     world = MPI.COMM_WORLD
     transport, store = MpiTransport(world, timeout_s=60), open_store(world)
     schedule = build_mixing(GossipConfig(), world.size, seed=0)
-    ready = Gossip(transport, schedule, 4.0, stragglers=Stragglers(transport, PrefixStore("late", store), WAIT_S))
+    ready = Gossip(transport, schedule, 4.0, stragglers=LateExchange(transport, PrefixStore("late", store), WAIT_S))
     kinds = {"waits for all": Gossip(transport, schedule, 4.0), "gossip.wait_s": ready}
     found: dict[str, dict[str, float]] = {}
     t = 0
@@ -64,7 +64,7 @@ def main() -> None:
                 t += 1
         found[name] = {kind: round(1e3 * statistics.median(each[WARM_UP:]), 3) for kind, each in taken.items()}
     ready.drain()
-    assert not ready.attendance.times
+    assert not ready.skip_log.times
     if world.rank == 0:
         operations = 1000
         started = time.perf_counter()

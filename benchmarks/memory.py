@@ -81,17 +81,17 @@ def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
 
     from deca_ds.algorithm.deca import DecaRule
     from deca_ds.algorithm.schedule import Schedule
-    from deca_ds.cluster import connect, read_launch
-    from deca_ds.cluster.guard import guarded
-    from deca_ds.cluster.store import open_job_store
     from deca_ds.config import load_config
     from deca_ds.config.schema import GossipConfig
     from deca_ds.engine.client import Client
     from deca_ds.engine.load import load_architecture, load_model
-    from deca_ds.gossip.local import LocalNetwork
-    from deca_ds.gossip.mix import Gossip
+    from deca_ds.gossip.averaging import Gossip
     from deca_ds.gossip.schedule import build_mixing
+    from deca_ds.launch import connect, read_launch
+    from deca_ds.launch.store import open_job_store
     from deca_ds.training.step import inner_step
+    from deca_ds.transport.local import LocalNetwork
+    from deca_ds.watchdog.guard import guarded
 
     launch = read_launch()
     store = open_job_store(launch, 60)

@@ -36,19 +36,19 @@ from transformers import LlamaConfig
 
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.algorithm.schedule import Schedule
-from deca_ds.cluster import connect, read_launch
-from deca_ds.cluster.guard import guarded
-from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
 from deca_ds.engine import client as engine
 from deca_ds.engine import internals
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
-from deca_ds.gossip.local import LocalNetwork
-from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.launch import connect, read_launch
+from deca_ds.launch.store import open_job_store
 from deca_ds.training.step import inner_step
+from deca_ds.transport.local import LocalNetwork
+from deca_ds.watchdog.guard import guarded
 
 REPETITIONS, WARM_UP = 15, 2
 ROWS, LENGTH = 4, 256  # of a rank's batch
@@ -148,7 +148,7 @@ def main() -> None:
         result = measure(client, block, cluster.device)
         if cluster.ranks > 1:
             result["overlap"] = overlap(client, cluster.device)
-        if cluster.is_main:
+        if cluster.is_job_leader:
             size = sum(math.prod(client.shapes[name]) for name in client.plan.blocks[block].names)
             about = {"ranks": cluster.ranks, "block": client.plan.blocks[block].label, "block_parameters": size}
             print(json.dumps(about | result), flush=True)

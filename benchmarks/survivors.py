@@ -32,10 +32,10 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.cluster.heartbeat import read_heartbeats
 from deca_ds.config import load_config
-from deca_ds.gossip import survive
+from deca_ds.gossip import subset
 from deca_ds.simulation.setup import build
+from deca_ds.watchdog.heartbeats import read_heartbeats
 
 DEADLINE_S = 180  # after a fault the others have to go on by then
 TOLERANCE = 1e-5
@@ -244,7 +244,7 @@ def differences(job: Job, faults: bool = True) -> list[float]:
                 for tensor in steps.gi_frame.f_locals.get("state", {}).values():
                     tensor[line["to"]] = tensor[line["by"]]
         missing = next((line["missing"] for line in reversed(members) if line["from_step"] <= number), [])
-        simulation.mixing = survive.without(original, missing if faults else [])
+        simulation.mixing = subset.without(original, missing if faults else [])
         next(steps)
     found = []
     for client in (client for client in range(job.clients) if client not in missing):

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`deca export`, `deca plan`, `deca simulate`, `deca status` and `deca supervise`; returns the exit code."""
     from deca_ds.checkpoint.commands import add_export_arguments, run_export
     from deca_ds.simulation import command as simulation
-    from deca_ds.training import status, supervise
+    from deca_ds.tools import status, supervise
     from deca_ds.training.terminal import own_streams
 
     own_streams()
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from deca_ds.config import load_config
-    from deca_ds.training.plan import print_plan
+    from deca_ds.tools.plan import print_plan
 
     print_plan(load_config(arguments.config, arguments.overrides), hostfile=arguments.hostfile)
     return 0

@@ -9,7 +9,7 @@ from deca_ds.training.terminal import own_streams  # noqa: E402
 
 own_streams()  # before any library takes hold of them
 
-from deca_ds.training.main import main  # noqa: E402
+from deca_ds.tools.train import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,5 +54,5 @@ PY
 "$python" -m pip --python "$folder/bin/python" install --quiet --no-index --no-deps --ignore-installed \
     --disable-pip-version-check "$here"/wheels/*.whl
 "$folder/bin/deca" --version
-"$folder/bin/python" -c 'import torch, deca_ds.training.main; print("torch", torch.__version__, "from", torch.__file__)'
+"$folder/bin/python" -c 'import torch, deca_ds.tools.train; print("torch", torch.__version__, "from", torch.__file__)'
 echo "installed; to use it: source $folder/bin/activate"

@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from jobs import REPOSITORY
-from words import make_tokenizer
+from words import make_tiny_model, make_word_files
 
 hypothesis.settings.register_profile("deca_ds", deadline=None)  # no test's outcome depends on how busy the machine is
 hypothesis.settings.load_profile("deca_ds")
@@ -34,40 +34,10 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama of three layers with a word-level tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=51,
-            hidden_size=24,
-            intermediate_size=29,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_hidden_layers=3,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-        )
-    ).save_pretrained(folder)
-    make_tokenizer(folder)
-    return folder
+    return make_tiny_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def word_files(tmp_path_factory) -> list[Path]:
     """Three text files (JSON Lines) with different words each: one client's data each."""
-    import json
-    import random
-
-    folder = tmp_path_factory.mktemp("words")
-    files = []
-    for client in range(3):
-        draw = random.Random(client)
-        words = [f"w{i}" for i in range(client * 12, client * 12 + 16)]
-        rows = [{"text": " ".join(draw.choices(words, k=draw.randint(6, 14)))} for _ in range(40)]
-        path = folder / f"client{client}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files.append(path)
-    return files
+    return make_word_files(tmp_path_factory.mktemp("words"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deca_ds.algorithm.rule import Rule, State
 from deca_ds.config import load_config
-from deca_ds.gossip import survive
+from deca_ds.gossip import subset
 from deca_ds.simulation.setup import build
 from deca_ds.simulation.simulate import Simulation
 
@@ -70,7 +70,7 @@ def simulate(
     run = simulation.run()
     for number in range(1, (steps or len(simulation.schedule)) + 1):
         gone = [c for c, step in deaths.items() if step <= number <= returns.get(c, (math.inf,))[0]]
-        simulation.mixing = survive.without(original, gone)
+        simulation.mixing = subset.without(original, gone)
         next(run)
         for client, (step, giver) in returns.items():
             if step == number:

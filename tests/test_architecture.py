@@ -11,16 +11,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
     "config": set(),
-    "cluster": {"config"},
     "algorithm": set(),
     "data": {"config"},
-    "gossip": {"config", "algorithm", "cluster"},
-    "engine": {"config", "algorithm", "cluster", "data"},
+    "launch": {"config"},
+    "engine": {"config", "algorithm", "data", "launch"},
     "checkpoint": {"config", "algorithm", "engine"},
-    "training": {"config", "cluster", "algorithm", "data", "gossip", "engine", "checkpoint"},
-    "simulation": {"config", "algorithm", "data", "gossip", "engine", "training"},
-    "cli": {"config", "checkpoint", "training", "simulation"},
+    "watchdog": {"launch"},
+    "transport": {"launch"},
+    "gossip": {"config", "algorithm", "transport"},
+    "elastic": {"config", "algorithm", "launch", "engine", "watchdog", "transport", "gossip"},
 }
+MAY_IMPORT["training"] = {*MAY_IMPORT["elastic"], "data", "checkpoint", "elastic"}
+MAY_IMPORT["simulation"] = {"config", "algorithm", "data", "gossip", "engine", "training"}
+MAY_IMPORT["tools"] = {*MAY_IMPORT["training"] - {"transport"}, "training"}
+MAY_IMPORT["cli"] = {"config", "checkpoint", "simulation", "tools", "training"}
 
 
 def part_of(path: Path) -> str:

@@ -1,1 +1,1 @@
-"""Decentralized averaging: graphs and weights, the schedule of mixing, transports between clients, the mix itself."""
+"""Decentralized averaging: graphs and weights, the schedule of mixing, and the averaging itself."""

@@ -56,7 +56,7 @@ def check_wait(wait_s: float | None, mixing: MixingSchedule) -> None:
         )
 
 
-class Word:
+class EdgeDecision:
     """The word of one edge in one averaging, as one of its ends sees it. Used until it is taken, skipped or met.
 
     store: of the averaging's shard index, shared by both ends. The end that hears from the other one how it has been

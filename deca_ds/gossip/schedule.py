@@ -48,6 +48,11 @@ class MixingSchedule:
         """Clients that client i sends to at averaging t, ascending, without itself."""
         return self._destinations[t % self.period][i]
 
+    def neighbours(self, i: int) -> list[int]:
+        """Clients that any matrix joins client i with, in either direction, ascending."""
+        joined = (set(self.sources(i, t)) | set(self.destinations(i, t)) for t in range(self.period))
+        return sorted(set().union(*joined))
+
     @cached_property
     def _sources(self) -> list[list[list[int]]]:
         return [_others(matrix) for matrix in self.matrices]

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributed import Store
 
 from deca_ds.gossip.buffers import BufferPool
-from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, Word
-from deca_ds.gossip.mpi import poll
-from deca_ds.gossip.transport import Exchange, Transport
+from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision
+from deca_ds.transport.mpi import poll
+from deca_ds.transport.transport import Exchange, Transport
 
-_Edge = Generator[None, None, Word]
+_Edge = Generator[None, None, EdgeDecision]
 
 
 class _Lease:
@@ -70,7 +70,7 @@ class _Settled:
         """See Exchange."""
 
 
-class Stragglers:
+class LateExchange:
     """This rank's edges. store: the shard index's, the same for all clients; used by the main thread alone."""
 
     def __init__(self, transport: Transport, store: Store, wait_s: float):
@@ -108,7 +108,7 @@ class Stragglers:
         edges = {
             j: self._meet(t, j, deadline) if j in self._resting else self._take(t, j, deadline) for j in neighbours
         }
-        decided: dict[int, Word] = {}
+        decided: dict[int, EdgeDecision] = {}
 
         def go_on() -> bool:
             for j in list(edges):
@@ -146,7 +146,7 @@ class Stragglers:
 
     def _take(self, t: int, j: int, deadline: float) -> _Edge:
         """Receive j's values, unless it is late."""
-        word, here = Word(self._store, t, self._transport.client, j), list[_Message]()
+        word, here = EdgeDecision(self._store, t, self._transport.client, j), list[_Message]()
         while not _through(self._coming[j], here.append):
             word.look()
             if not word.final and time.monotonic() > deadline:
@@ -167,7 +167,7 @@ class Stragglers:
 
     def _meet(self, t: int, j: int, deadline: float) -> _Edge:
         """Find out whether j is at this averaging, too."""
-        word = Word(self._store, t, self._transport.client, j)
+        word = EdgeDecision(self._store, t, self._transport.client, j)
         while True:
             word.look()
             if self._idle(j):

@@ -1,1 +1,1 @@
-"""The job: set up, inner steps, evaluation, metrics, and the trained shards at the end."""
+"""A run: its start, inner steps, evaluation, metrics, checkpoints, and the trained shards at the end."""

@@ -24,22 +24,22 @@ from typing import Any
 
 import torch
 
+from deca_ds.algorithm.rule import GRADIENT, MASTERS
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.links import Links, link_files
 from deca_ds.checkpoint.slices import Slice, file_name, save_shards
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
-from deca_ds.cluster import Cluster
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.client import Client
 from deca_ds.errors import CheckpointError, DivergedError
-from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.launch import Cluster
+from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX
-from deca_ds.training.written import Written
 
 FOLDER = "checkpoints"
 FROZEN, BUFFERS = "frozen", "buffers"
-MASTERS, GRADIENT = "theta", "grad"
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
 Groups = list[tuple[str, list[Slice]]]
@@ -157,7 +157,7 @@ class Checkpoints:
             rank=cluster.shard,
             ranks=cluster.ranks,
         )
-        if links.refused and not self._told and cluster.is_main:
+        if links.refused and not self._told and cluster.is_job_leader:
             self._told = True
             print(f"WARNING: every checkpoint is written whole: cannot link its files to those of an earlier one: "
                   f"{links.refused}", file=sys.stderr, flush=True)  # fmt: skip

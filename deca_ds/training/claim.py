@@ -23,12 +23,12 @@ from pathlib import Path
 import psutil
 
 from deca_ds.checkpoint.done import ended
-from deca_ds.cluster import Launch
-from deca_ds.cluster.heartbeat import FOLDER as HEARTBEATS
-from deca_ds.cluster.heartbeat import PERIOD_S
-from deca_ds.cluster.store import JobStore
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError
+from deca_ds.launch import Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
+from deca_ds.watchdog.heartbeats import PERIOD_S
 
 _WATCH_S = 3 * PERIOD_S  # for a sign of life
 _WRITTEN_S = 2.0  # for who has just created the file to write into it

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch.distributed import PrefixStore
 
-from deca_ds.cluster import Cluster
-from deca_ds.cluster.guard import JobGuard
-from deca_ds.cluster.progress import EVERYBODY
-from deca_ds.cluster.visit import Visit
-from deca_ds.cluster.votes import Votes, open_votes
 from deca_ds.config import Config
-from deca_ds.gossip.mpi import MpiTransport
-from deca_ds.gossip.torch_p2p import TorchTransport
-from deca_ds.gossip.transport import Transport
-from deca_ds.gossip.ulfm import UlfmTransport
-from deca_ds.gossip.uneven import UnevenTransport, all_ranks_join, torch_between_ranks
-from deca_ds.gossip.voting import VotingTransport
+from deca_ds.elastic.client import QuorumClient, open_votes
+from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
+from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
+from deca_ds.elastic.rejoin import Visit
+from deca_ds.launch import Cluster
+from deca_ds.launch.progress import EVERYBODY
+from deca_ds.transport.gloo import GlooTransport
+from deca_ds.transport.mpi import MpiTransport
+from deca_ds.transport.transport import Transport
+from deca_ds.transport.uneven import UnevenTransport, all_ranks_join, torch_between_ranks
+from deca_ds.watchdog.guard import JobGuard
 
 
 def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None = None) -> Transport:
@@ -27,19 +27,19 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
     timeout_s, survives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
-    transport: MpiTransport | TorchTransport | UnevenTransport
+    transport: MpiTransport | GlooTransport | UnevenTransport
     if survives and cluster.gossip_comm is None:
         transport = _voting(config, cluster, guard, visit, timeout_s)
     elif survives:
         from mpi4py import MPI
 
-        transport = UlfmTransport(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
+        transport = ReconnectingUlfm(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
     elif cluster.gossip_comm is not None:
         transport = MpiTransport(cluster.gossip_comm, timeout_s)
     else:
         store = PrefixStore("transport", cluster.store.store)
         if cluster.layout.even:
-            transport = TorchTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
+            transport = GlooTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
         else:
             transport = torch_between_ranks(store, cluster.launch, timeout_s)
     transport.checksums = config.gossip.checksums
@@ -52,22 +52,24 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
 
 def _voting(
     config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float
-) -> VotingTransport:
+) -> ReconnectingGloo:
     silence_s = config.cluster.timeout_s
     if visit is None:
         votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s, silence_s)
     else:
-        votes = Votes(cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, silence_s, visit.own, visit)
+        votes = QuorumClient(
+            cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, silence_s, visit.own, visit
+        )
     guard.farewells.append(votes.close)
     guard.put_out_who_hangs = votes.stalled
     guard.cut_off, guard.return_s = votes.cut_off, max(guard.return_s, config.cluster.return_s)
     store, connected = guard.store.store, visit is None
     if cluster.layout.even:
-        return VotingTransport(
+        return ReconnectingGloo(
             votes, store, cluster.shard, cluster.client, cluster.members, timeout_s, connected=connected
         )
     rank, ranks_of = cluster.launch.rank, cluster.layout.ranks_of
     with all_ranks_join(cluster.launch, timeout_s):
-        return VotingTransport(
+        return ReconnectingGloo(
             votes, store, 0, rank, cluster.members, timeout_s, connected=connected, peers_of=ranks_of
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from deca_ds.cluster import Launch
-from deca_ds.cluster.store import JobStore
 from deca_ds.config import Config, load_config
 from deca_ds.config.resume import SAVED_CONFIG
+from deca_ds.launch import Launch
+from deca_ds.launch.store import JobStore
 
 
 def agree_on_day(config: Config, launch: Launch, store: JobStore) -> None:

@@ -14,13 +14,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from deca_ds.algorithm.norms import squared_norm
-from deca_ds.cluster import Cluster
 from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
 from deca_ds.engine.masters import round_into
 from deca_ds.errors import DivergedError
-from deca_ds.gossip.transport import Transport
+from deca_ds.launch import Cluster
 from deca_ds.training.divergence import FIX
+from deca_ds.transport.transport import Transport
 
 MEAN = "the mean of the clients' models"
 
@@ -44,9 +44,9 @@ class Evaluator:
         again with those that are left.
         """
         while True:
-            rebuilt = self.transport.rebuilt
+            epoch = self.transport.epoch
             scores = self._evaluate()
-            if self.transport.rebuilt == rebuilt:
+            if self.transport.epoch == epoch:
                 return scores
 
     def _evaluate(self) -> dict[str, Any]:

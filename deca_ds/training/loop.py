@@ -14,22 +14,22 @@ from torch import Tensor
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.checkpoint.slices import save_shards
-from deca_ds.cluster import Cluster
-from deca_ds.cluster.stop import StopAgreement, StopQuestion
 from deca_ds.config.schema import Config
+from deca_ds.elastic.handover import Progressed
+from deca_ds.elastic.policy import Survivors
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.errors import DivergedError
-from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.launch import Cluster
 from deca_ds.training.checkpoints import Checkpoints, model_slices
 from deca_ds.training.claim import check_held
 from deca_ds.training.divergence import Watch, with_checkpoint
 from deca_ds.training.evaluation import Evaluator
-from deca_ds.training.handover import Standing
 from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.step import inner_step
-from deca_ds.training.survivors import Survivors
 from deca_ds.training.tables import untrained
+from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Trainer:
     evaluator: Evaluator
     metrics: Metrics
     checkpoints: Checkpoints
-    stop: StopAgreement | StopQuestion
+    stop: StopByStore | StopByCommit
     output: Path
     done: int = 0  # inner steps
     survivors: Survivors | None = None  # where clients may die
@@ -94,7 +94,7 @@ class Trainer:
     def _goes_on(self) -> bool:
         """Whether the job is not to stop here; before that, clients that come back are let in."""
         if self.survivors is not None:
-            self.survivors.admit(Standing(self.done, not self.stop.may_pass(self.done), self.state))
+            self.survivors.admit(Progressed(self.done, not self.stop.may_pass(self.done), self.state))
         return self.stop.may_pass(self.done)
 
     def _inner_step(self, step: Step) -> None:
@@ -132,7 +132,7 @@ class Trainer:
         return self.done in (0, len(self.schedule)) or (every > 0 and self.done % every == 0)
 
     def _record(self, step: Step, stats: GradientStats, lr: float, seconds: float, waited: float) -> dict[str, Any]:
-        skipped = self.gossip.attendance.skipped if step.gossip is not None else []
+        skipped = self.gossip.skip_log.skipped if step.gossip is not None else []
         return {
             "round": step.round,
             "block": self.client.plan.blocks[step.block].label,
@@ -158,8 +158,8 @@ class Trainer:
             "gossip_bytes_sent": int(self.client.client_sum(self.gossip.bytes_sent)),
             "gossip_wait_seconds": self.gossip.wait_seconds,
         }
-        if self.gossip.attendance.times:
-            own["gossip_skipped"] = {str(j): times for j, times in sorted(self.gossip.attendance.times.items())}
+        if self.gossip.skip_log.times:
+            own["gossip_skipped"] = {str(j): times for j, times in sorted(self.gossip.skip_log.times.items())}
         self.metrics.evaluation(self.done, own, job)
 
     def _check(self) -> None:

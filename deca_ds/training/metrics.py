@@ -17,9 +17,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deca_ds.cluster import Cluster
 from deca_ds.config.schema import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.launch import Cluster
 
 
 class JsonLines:
@@ -57,13 +57,13 @@ class Metrics:
         name = f"client_{cluster.client:03d}"
         self._lines = JsonLines(output / "metrics" / f"{name}.jsonl") if cluster.is_leader else None
         self._cluster, self._job_path = cluster, output / "metrics" / "job.jsonl"
-        self._job = JsonLines(self._job_path) if cluster.is_main else None
+        self._job = JsonLines(self._job_path) if cluster.is_job_leader else None
         self._board = None
         if config.tensorboard and cluster.is_leader:
             self._board = _summary_writer(output / "tensorboard" / name)
         self._every = config.every
         self._progress = None
-        if config.progress and cluster.is_main:
+        if config.progress and cluster.is_job_leader:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
@@ -92,7 +92,7 @@ class Metrics:
     def membership(self, step: int, record: dict[str, Any]) -> None:
         """Log who is left after a death, while inner step `step` or what follows it is under way; this rank may be the
         one now that speaks for the job."""
-        if self._job is None and self._cluster.is_main:
+        if self._job is None and self._cluster.is_job_leader:
             self._job = JsonLines(self._job_path)
         self.job("membership", step, record)
 

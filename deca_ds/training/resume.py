@@ -15,24 +15,22 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.rule import GRADIENT, MASTERS, Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.slices import rank_folder
 from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
-from deca_ds.cluster import Cluster, Launch
-from deca_ds.cluster.launch import ClientLayout
-from deca_ds.cluster.store import JobStore
 from deca_ds.config import Config
 from deca_ds.engine.client import BlockState, Client
 from deca_ds.errors import CheckpointError
-from deca_ds.gossip import survive
-from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip import subset
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.launch import Cluster, Launch
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import (
     FOLDER,
-    GRADIENT,
-    MASTERS,
     buffer_name,
     buffer_range,
     mixing_digest,
@@ -136,7 +134,7 @@ def _remove_newer(output: Path, step: int, **own: int) -> None:
 
 
 def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
-    if state["mixing"] != mixing_digest(survive.without(mixing, state.get("missing", ()))):
+    if state["mixing"] != mixing_digest(subset.without(mixing, state.get("missing", ()))):
         raise CheckpointError(
             "the mixing matrices are not those that the run was started with",
             where="gossip.matrix, gossip.edges",
@@ -154,7 +152,7 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
     if cluster.is_leader:
         _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
         shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)
-    if cluster.is_main:
+    if cluster.is_job_leader:
         _rewind_lines(output / "metrics" / "job.jsonl", done)
     dist.barrier()
 

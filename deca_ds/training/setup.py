@@ -19,54 +19,55 @@ from deca_ds.algorithm.blocks import fused_parameters
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
-from deca_ds.cluster import Cluster, Launch, connect
-from deca_ds.cluster.fingerprint import compare_software, compare_start, digest, software
-from deca_ds.cluster.guard import JobGuard
-from deca_ds.cluster.launch import ClientLayout
-from deca_ds.cluster.lifeline import Lifeline
-from deca_ds.cluster.lookout import Lookout
-from deca_ds.cluster.progress import SHARED
-from deca_ds.cluster.stop import StopQuestion
-from deca_ds.cluster.store import JobStore
-from deca_ds.cluster.visit import Visit, save_addresses
-from deca_ds.cluster.votes import Votes
-from deca_ds.cluster.world import check_on_failure
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_folder, check_writable
 from deca_ds.config.resume import SAVED_CONFIG, check_folder, check_new, save_optimizer
 from deca_ds.data import evaluation_batches, load_client_data, training_batches, validate_data_config
 from deca_ds.data.checks import tell_files
+from deca_ds.elastic.client import QuorumClient
+from deca_ds.elastic.commit import Surviving
+from deca_ds.elastic.invitation import Invitation
+from deca_ds.elastic.partition import Lookout
+from deca_ds.elastic.policy import Survivors
+from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
+from deca_ds.elastic.rejoin import Visit, save_addresses
 from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
-from deca_ds.gossip import survive
-from deca_ds.gossip.edges import probe_edges, save_edges
+from deca_ds.gossip import subset
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.stragglers import Stragglers
-from deca_ds.gossip.surviving import Surviving
-from deca_ds.gossip.transport import Transport
-from deca_ds.gossip.uneven import UnevenGossip, UnevenTransport
-from deca_ds.gossip.voting import VotingTransport
+from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip.uneven import UnevenGossip
+from deca_ds.launch import Cluster, Launch, connect
+from deca_ds.launch.compare import compare_software, compare_start, digest, software
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch.progress import SHARED
+from deca_ds.launch.store import JobStore
+from deca_ds.launch.world import check_on_failure
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.claim import take_for_job
+from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import connect_transport
 from deca_ds.training.day import agree_on_day
 from deca_ds.training.evaluation import Evaluator
-from deca_ds.training.invite import Invitation
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
+from deca_ds.training.model_digest import whole_digest
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
-from deca_ds.training.survivors import Survivors
 from deca_ds.training.tables import data_table, print_notes, warn_of_blocks, warn_of_experts
-from deca_ds.training.whole_digest import whole_digest
-from deca_ds.training.written import Agreed, StoreCount, Written
+from deca_ds.transport.edges import probe_edges, save_edges
+from deca_ds.transport.transport import Transport
+from deca_ds.transport.uneven import UnevenTransport
+from deca_ds.watchdog.guard import JobGuard
+from deca_ds.watchdog.lifelines import Lifeline
+from deca_ds.watchdog.stop import StopByCommit
 
 
 def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None = None) -> Trainer:
@@ -90,7 +91,7 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
     check_wait(config.gossip.wait_s, mixing)
-    survive.check_absent(config.cluster, mixing)
+    subset.check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     # other hosts have not got the run's configuration
     if visit is None and (config.run.resume == "never" or launch.rank == launch.first):
@@ -137,12 +138,12 @@ def build(
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     progress.enter("checking the model", works=True, awaits=SHARED)
     for warning in check_model(config, architecture, tokenizer):
-        if cluster.is_main:
+        if cluster.is_job_leader:
             print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     disable_progress_bars()
     progress.enter("reading the data", works=True, awaits=SHARED)
     for line in [
-        *(tell_files(config.data) if cluster.is_main else ()),
+        *(tell_files(config.data) if cluster.is_job_leader else ()),
         *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
     ]:
         print(line, file=sys.stderr, flush=True)
@@ -153,28 +154,28 @@ def build(
     if invitation is None:
         summaries = transport.gather_json(data.summary)
         compare_data(summaries, transport.gather_json(data.label_names))
-        there = survive.without(mixing, cluster.members.missing)
-        edges = probe_edges(transport, there, launch, cluster.layout, cluster.store)
+        there = subset.without(mixing, cluster.members.missing)
+        edges = probe_edges(transport, there.neighbours(cluster.client), launch, cluster.layout, cluster.store)
     else:
         invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
     if invitation is None and resumption.saved is None:
         take_for_job(output, launch, cluster.store, partial(check_new, config))
     output.mkdir(parents=True, exist_ok=True)
     guard.write_to(output)
-    if cluster.is_main and resumption.saved is not None:
+    if cluster.is_job_leader and resumption.saved is not None:
         compare_with_saved(output, summaries)
-    elif cluster.is_main:
+    elif cluster.is_job_leader:
         save_config(config, output / "config.yaml")
         save_summaries(output, summaries)
         Console(stderr=True).print(data_table(summaries), mixing.summary())
-    if cluster.is_leader and (cluster.is_main or config.data.per_client):
+    if cluster.is_leader and (cluster.is_job_leader or config.data.per_client):
         print_notes(data.notes, cluster.client if config.data.per_client else None)
-    if cluster.is_main and edges:
+    if cluster.is_job_leader and edges:
         print(save_edges(edges, output), file=sys.stderr, flush=True)
 
     progress.enter("loading the model", works=True, awaits=SHARED)
     model = load_model(config, architecture)
-    if cluster.is_main:
+    if cluster.is_job_leader:
         if METHODS[config.algorithm.method].adapters:
             save_adapters(output, find_adapters(model))
         model.config.save_pretrained(output / "hf")
@@ -183,7 +184,7 @@ def build(
             print(f"NOTE: {note}", file=sys.stderr, flush=True)
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
-    if cluster.is_main:
+    if cluster.is_job_leader:
         console = Console(stderr=True)
         warn_of_blocks(console, client.plan)
         warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
@@ -214,7 +215,7 @@ def build(
         client_sum=client.client_sum,
         stragglers=_stragglers(config, cluster, transport, attempt),
     )
-    gossip.attendance.speaks = cluster.is_leader
+    gossip.skip_log.reports = cluster.is_leader
     rule = build_rule(config)
     rewind(output, cluster, resumption.step if invitation is None else len(schedule))
     progress.enter("reading the checkpoint" if resumption.saved else "starting", works=True)
@@ -226,11 +227,11 @@ def build(
     way = transport.ranks if isinstance(transport, UnevenTransport) else transport
     if isinstance(way, Surviving):
         written = Agreed(way, resumed, config.cluster.absent)
-        guard.stop = StopQuestion()
+        guard.stop = StopByCommit()
         survivors = Survivors(config.cluster, cluster, client, way, gossip, mixing, metrics, guard, guard.stop)
         lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
         guard.farewells.append(lifeline.close)
-        if isinstance(way, VotingTransport) and cluster.is_leader:
+        if isinstance(way, ReconnectingGloo) and cluster.is_leader:
             survivors.invite = partial(
                 invite,
                 way.votes,
@@ -299,7 +300,7 @@ def build(
     )
 
 
-def invite(votes: Votes, output: Path, guard: JobGuard, **told: Any) -> None:
+def invite(votes: QuorumClient, output: Path, guard: JobGuard, **told: Any) -> None:
     """Bring up to date what a client that comes back finds in `output`, and is told by this rank's coordinator."""
     save_addresses(output, votes.addresses)
     if votes.own is not None and guard.store.address is not None:
@@ -307,12 +308,12 @@ def invite(votes: Votes, output: Path, guard: JobGuard, **told: Any) -> None:
         votes.own.invitation = Invitation(guard.store.address, guard.host, addresses, **told).text()
 
 
-def _stragglers(config: Config, cluster: Cluster, transport: Transport, attempt: int) -> Stragglers | None:
+def _stragglers(config: Config, cluster: Cluster, transport: Transport, attempt: int) -> LateExchange | None:
     """What leaves out late neighbours, if that is wanted; on a connection of its own to the job's store."""
     if config.gossip.wait_s is None:
         return None
     store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
-    return Stragglers(transport, store, config.gossip.wait_s)
+    return LateExchange(transport, store, config.gossip.wait_s)
 
 
 def _initial(client: Client) -> str:

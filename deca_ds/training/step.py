@@ -13,7 +13,7 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
-from deca_ds.gossip.mix import Gossip, PendingMix
+from deca_ds.gossip.averaging import Gossip, PendingMix
 
 
 def inner_step(

@@ -8,8 +8,8 @@ import pytest
 
 from deca_ds.checkpoint import done
 from deca_ds.checkpoint.done import ended, is_done, mark_done, mark_stopped, missing_clients
-from deca_ds.cluster.failure import Failure
 from deca_ds.errors import CheckpointError
+from deca_ds.watchdog.failure import Failure
 
 FAILURE = Failure(0, "n1", "the end", "a terminal is gone \u2501 \udcff", 1)
 

@@ -16,14 +16,14 @@ import torch
 from engine_worker import batch_of
 from transformers import AutoModelForCausalLM
 
-from deca_ds.cluster import connect, read_launch
-from deca_ds.cluster.guard import guarded
-from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.engine import chunked_loss
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
+from deca_ds.launch import connect, read_launch
+from deca_ds.launch.store import open_job_store
+from deca_ds.watchdog.guard import guarded
 
 POSITIONS = 5  # that have logits together, where the loss goes by chunks
 
@@ -75,7 +75,7 @@ def main() -> None:
             draw_weights(plain, random.run.seed)
             for name, start, stop, values in client.shards(list(client.shapes)):
                 assert torch.equal(values, plain.get_parameter(name).detach().flatten()[start:stop].bfloat16()), name
-            if cluster.is_main:
+            if cluster.is_job_leader:
                 print("FOUND " + json.dumps(blocks), flush=True)
 
 

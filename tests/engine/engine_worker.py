@@ -12,13 +12,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from deca_ds.cluster import connect, read_launch
-from deca_ds.cluster.guard import guarded
-from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.engine import internals
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
+from deca_ds.launch import connect, read_launch
+from deca_ds.launch.store import open_job_store
+from deca_ds.watchdog.guard import guarded
 
 SWITCHES = {2: 100}  # ranks -> block switches that memory is watched over; fewer elsewhere, to save time
 
@@ -146,7 +146,7 @@ def main() -> None:
         client = Client(config, load_model(config, architecture), cluster.device)
         found = check(client, cluster.shard, cluster.ranks, architecture.vocab_size)
         dist.barrier()
-        if cluster.is_main:
+        if cluster.is_job_leader:
             print("FOUND " + json.dumps(found), flush=True)
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from deca_ds.cluster import connect, read_launch
-from deca_ds.cluster.guard import guarded
-from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.engine import client as engine
 from deca_ds.engine import internals
 from deca_ds.engine.load import zero3_config
+from deca_ds.launch import connect, read_launch
+from deca_ds.launch.store import open_job_store
+from deca_ds.watchdog.guard import guarded
 
 WIDTH, WIDE, WORDS, EXPERTS, LAYERS, BUCKET = 16, 64, 40, 4, 3, 300  # BUCKET: elements
 
@@ -226,7 +226,7 @@ def main() -> None:
         client = engine.Client(config, model, cluster.device)
         for checkpointing in (False, True):
             found = measure(client, dense, cluster.shard, checkpointing)
-            if cluster.is_main:
+            if cluster.is_job_leader:
                 print("FOUND " + json.dumps(found), flush=True)
 
 

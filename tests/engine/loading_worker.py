@@ -11,14 +11,14 @@ from pathlib import Path
 from tiny_models import rows
 
 from deca_ds.checkpoint.slices import save_shards
-from deca_ds.cluster import Cluster, connect, read_launch
-from deca_ds.cluster.guard import guarded
-from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
 from deca_ds.errors import UserError
+from deca_ds.launch import Cluster, connect, read_launch
+from deca_ds.launch.store import open_job_store
 from deca_ds.training.checkpoints import model_slices
+from deca_ds.watchdog.guard import guarded
 
 
 def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
@@ -58,7 +58,7 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
         ranks=cluster.ranks,
         step=0,
     )
-    if cluster.is_main:
+    if cluster.is_job_leader:
         client.model.config.save_pretrained(run / "hf")
         (run / "DONE").touch()
     return found
@@ -78,7 +78,7 @@ def main() -> None:
                 found = look(cluster, folder, [*common, f"model.path={folder}", *one["options"]])
             except UserError as error:  # the same on all ranks, or the job hangs until its deadline
                 found = {"refused": str(error)}
-            if cluster.is_main:
+            if cluster.is_job_leader:
                 print("FOUND " + json.dumps(found), flush=True)
 
 

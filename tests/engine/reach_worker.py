@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deca_ds.algorithm.deca import DecaRule
-from deca_ds.cluster import connect, read_launch
-from deca_ds.cluster.guard import guarded
-from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
 from deca_ds.engine import client as engine
 from deca_ds.engine import internals
 from deca_ds.engine.load import zero3_config
+from deca_ds.launch import connect, read_launch
+from deca_ds.launch.store import open_job_store
+from deca_ds.watchdog.guard import guarded
 
 WIDTH, WORDS, EXPERTS, STEPS, LR, DECAY = 12, 40, 4, 5, 0.01, 0.1
 
@@ -123,7 +123,7 @@ def main() -> None:
             model = Model()
         deepspeed.utils.set_z3_leaf_modules(model, [Experts])
         found = train(engine.Client(config, model, cluster.device), cluster.shard, cluster.ranks)
-        if cluster.is_main:
+        if cluster.is_job_leader:
             save_file(found, sys.argv[1])
 
 

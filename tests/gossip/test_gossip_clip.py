@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import ConfigError, GossipError
+from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import clipped_weights
-from deca_ds.gossip.local import LocalNetwork
-from deca_ds.gossip.mix import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.method import check_method
+from deca_ds.transport.local import LocalNetwork
 
 CLIENTS, NUMEL, CHUNK_MIB = 4, 1000, 0.001
 
@@ -58,7 +58,7 @@ def test_clipped_gossip_is_the_papers_equation(graph, radius):
 
 
 def test_a_radius_that_nothing_reaches_changes_no_bit(monkeypatch):
-    monkeypatch.setattr("deca_ds.gossip.mix._WINDOW", 100)
+    monkeypatch.setattr("deca_ds.gossip.averaging._WINDOW", 100)
     x = torch.randn(CLIENTS, NUMEL, generator=torch.Generator().manual_seed(2))
     assert torch.equal(clipped(x, "ring", 1e9), clipped(x, "ring", None))
 

@@ -19,14 +19,14 @@ from torch.distributed import HashStore, PrefixStore
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import ConfigError, GossipError
-from deca_ds.gossip.attendance import Attendance
-from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, Word, check_wait, without
-from deca_ds.gossip.local import LocalNetwork, LocalTransport
-from deca_ds.gossip.mix import Gossip
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision, check_wait, without
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.stragglers import Stragglers
-from deca_ds.gossip.torch_p2p import TorchExchange, TorchTransport
+from deca_ds.gossip.skip_log import SkipLog
+from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.weights import weigh
+from deca_ds.transport.gloo import GlooTransport, TorchExchange
+from deca_ds.transport.local import LocalNetwork, LocalTransport
 
 NUMEL, CHUNK_MIB = 1000, 0.001  # four chunks
 
@@ -69,7 +69,7 @@ def test_any_skipped_edges_leave_a_doubly_stochastic_symmetric_matrix(matrix: np
 def test_both_ends_read_one_word_whoever_is_first(turns: list[int], kind: str):
     """Two ends that write what they like, in any order of turns: both see the same word, and it is removed."""
     store, rng = HashStore(), random.Random(str(turns))
-    ends = [Word(store, 5, 0, 1), Word(store, 5, 1, 0)]
+    ends = [EdgeDecision(store, 5, 0, 1), EdgeDecision(store, 5, 1, 0)]
     for turn in [*turns, *([0, 1] * 4)]:
         word = ends[turn]
         if word.final:
@@ -95,7 +95,7 @@ def test_two_threads_decide_alike_many_times():
     def end(client: int) -> list[bool]:
         found = []
         for t in range(300):
-            word = Word(store, t, client, 1 - client)
+            word = EdgeDecision(store, t, client, 1 - client)
             start.wait(30)
             word.write(TAKEN if (t // 2 + client * t) % 2 else SKIPPED)
             found.append(word.is_(TAKEN))
@@ -123,7 +123,7 @@ def run_clients(
 
     def body(client: int) -> tuple[torch.Tensor, list[list[int]], Gossip]:
         transport: LocalTransport = network.transport(client)
-        stragglers = Stragglers(transport, PrefixStore("late", store), wait_s)
+        stragglers = LateExchange(transport, PrefixStore("late", store), wait_s)
         gossip = Gossip(transport, schedule, CHUNK_MIB, clip_radius=clip_radius, stragglers=stragglers)
         x, skipped = start_values(client), []
         for t in range(steps):
@@ -131,7 +131,7 @@ def run_clients(
             pending = [(part, gossip.start(t, x[part], c)) for c, part in enumerate(gossip.chunks(NUMEL))]
             if gossip.settle(t):
                 x = torch.cat([mix.wait().clone() for _, mix in pending])
-            skipped.append(gossip.attendance.skipped)
+            skipped.append(gossip.skip_log.skipped)
         gossip.drain()
         return x, skipped, gossip
 
@@ -247,7 +247,7 @@ def test_without_anybody_late_the_bits_are_those_of_waiting():
 def test_attendance_tells_the_beginning_and_the_end(capsys):
     """Two ranks a client, of which the other one alone was without client 2 in the third averaging."""
     ranks = iter([1, 0, 1, 1, 2, 0, 2, 2, 1, 0, 1, 0, 0])
-    attendance = Attendance(LocalNetwork(3).transport(0), lambda own: next(ranks), speaks=True)
+    attendance = SkipLog(LocalNetwork(3).transport(0), lambda own: next(ranks), reports=True)
     for skipped in ({2: True}, {2: True}, {}):
         attendance.note([1, 2], skipped)
         assert attendance.skipped == [2]
@@ -267,7 +267,7 @@ class Failing:
 
 
 def test_a_message_over_torch_that_fails_in_the_background_is_an_error_and_no_wait_of_this_rank():
-    transport = TorchTransport(store=None, shard=0, client=0, clients=1, timeout_s=1)
+    transport = GlooTransport(store=None, shard=0, client=0, clients=1, timeout_s=1)
     transport.progress.wait_for(2)
     exchange = TorchExchange(transport, [("from", 1, Failing())], tag=7)
     with pytest.raises(GossipError, match=r"a message from client 1 failed \(tag 7\): Connection closed"):

@@ -19,11 +19,11 @@ gc.disable()  # while importing, as launchers/train.py does
 
 import torch
 
-from deca_ds.cluster.launch import read_launch
+from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
+from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
 from deca_ds.engine.client import Client
-from deca_ds.gossip.ulfm import UlfmTransport
-from deca_ds.gossip.voting import VotingTransport
-from deca_ds.training.main import main
+from deca_ds.launch.launcher import read_launch
+from deca_ds.tools.train import main
 
 dying = os.environ["DECA_TEST_DYING"]
 deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":") for death in dying.split(","))}
@@ -75,6 +75,6 @@ def dying(exchange):
 
 
 Client.gradient = counting_gradient
-for transport in (UlfmTransport, VotingTransport):
+for transport in (ReconnectingUlfm, ReconnectingGloo):
     transport._exchange = dying(transport._exchange)  # type: ignore[method-assign]
 sys.exit(main())

@@ -12,9 +12,9 @@ import sys
 
 gc.disable()  # while importing, as launchers/train.py does
 
-from deca_ds.cluster.launch import read_launch
 from deca_ds.engine.client import Client
-from deca_ds.training.main import main
+from deca_ds.launch.launcher import read_launch
+from deca_ds.tools.train import main
 
 rank, step, until, file = os.environ["LATE"].split(":")
 gradient = Client.gradient

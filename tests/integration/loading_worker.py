@@ -11,9 +11,9 @@ import time
 
 gc.disable()  # while importing, as launchers/train.py does
 
-from deca_ds.cluster.launch import read_launch
+from deca_ds.launch.launcher import read_launch
+from deca_ds.tools.train import main
 from deca_ds.training import setup
-from deca_ds.training.main import main
 
 load_tokenizer = setup.load_tokenizer
 

@@ -12,12 +12,12 @@ gc.disable()  # while importing, as launchers/train.py does
 
 import torch
 
-from deca_ds.cluster import connect, read_launch
-from deca_ds.cluster.guard import guarded
-from deca_ds.cluster.store import open_job_store
 from deca_ds.config import load_config
+from deca_ds.launch import connect, read_launch
+from deca_ds.launch.store import open_job_store
 from deca_ds.training.connect import connect_transport
 from deca_ds.training.setup import build
+from deca_ds.watchdog.guard import guarded
 
 gc.freeze()
 gc.enable()

@@ -19,7 +19,7 @@ from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.config import load_config
 from deca_ds.engine.load import find_blocks, load_architecture, meta_model
-from deca_ds.training.disk import Stored, disk_need
+from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.training.method import build_rule, build_schedule
 
 pytestmark = pytest.mark.multiprocess

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from deca_ds.cluster import Launch
-from deca_ds.cluster.store import JobStore
 from deca_ds.config import load_config, save_config
 from deca_ds.config.resume import check_folder
 from deca_ds.errors import ConfigError
+from deca_ds.launch import Launch
+from deca_ds.launch.store import JobStore
 from deca_ds.training import day
 
 

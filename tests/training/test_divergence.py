@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 
 from deca_ds.algorithm.schedule import Schedule
-from deca_ds.cluster.launch import ClientLayout
 from deca_ds.engine.client import GradientStats
 from deca_ds.errors import DivergedError, DivergedMessageError, GossipError
+from deca_ds.launch.launcher import ClientLayout
 from deca_ds.training import divergence
 from deca_ds.training.divergence import Watch, with_checkpoint
 from deca_ds.training.evaluation import summarize

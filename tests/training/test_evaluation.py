@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from deca_ds.cluster.launch import ClientLayout
 from deca_ds.engine.masters import join
-from deca_ds.gossip.local import LocalNetwork
-from deca_ds.gossip.uneven import UnevenTransport
+from deca_ds.launch.launcher import ClientLayout
 from deca_ds.training.evaluation import Evaluator, _class_scores, average, summarize
+from deca_ds.transport.local import LocalNetwork
+from deca_ds.transport.uneven import UnevenTransport
 
 
 def test_language_scores_are_per_token():
@@ -70,7 +70,7 @@ def test_class_scores_equal_those_of_scikit_learn(seed):
 def test_the_mean_model_is_made_in_pieces(sizes, monkeypatch):
     """Of parameters of many pieces, of one element and of none on a rank: the right mean, in few pieces at a time."""
     piece, numels = 12, [101, 1, 30]
-    monkeypatch.setattr("deca_ds.gossip.transport.REDUCE_PIECE", piece)
+    monkeypatch.setattr("deca_ds.transport.transport.REDUCE_PIECE", piece)
     layout, clients = ClientLayout.of(sizes), len(sizes)
     network = LocalNetwork(sum(sizes), 30)
     draw = torch.Generator().manual_seed(0)

@@ -15,12 +15,12 @@ from torch.distributed import HashStore
 
 from deca_ds.checkpoint.slices import Slice, rank_folder, save_shards
 from deca_ds.checkpoint.steps import step_folder, steps_in
-from deca_ds.cluster.launch import ClientLayout, Launch
-from deca_ds.cluster.progress import Progress
-from deca_ds.cluster.store import JobStore
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.progress import Progress
+from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.resume import _rewind_lines, choose, compare_with_saved
 from deca_ds.training.setup import start

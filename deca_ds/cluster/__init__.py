@@ -1,6 +1,0 @@
-"""Who am I: the launcher's environment, ranks and clients, the job's store, and one torch world per client."""
-
-from deca_ds.cluster.launch import ClientLayout, Launch, read_launch
-from deca_ds.cluster.world import Cluster, connect
-
-__all__ = ["ClientLayout", "Cluster", "Launch", "connect", "read_launch"]

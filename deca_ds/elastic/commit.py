@@ -1,0 +1,104 @@
+"""What transports that outlive dead clients have in common: exchanges count for all survivors, or are done again."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch.distributed import Store
+
+from deca_ds.errors import GossipError, MessageError
+from deca_ds.launch.progress import EVERYBODY
+from deca_ds.transport.transport import PointToPoint, Result
+
+_SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
+
+
+@dataclass
+class Question:
+    """What every agreement asks all ranks beside. answer: this rank's. heard: called with whether all have said yes."""
+
+    answer: Callable[[], bool]
+    heard: Callable[[bool], None]
+
+
+class Surviving(PointToPoint):
+    """A transport whose `together` goes on without clients that have died.
+
+    questions: asked with every agreement. news: what the first survivor's leader wants all ranks to know after a death,
+    a short text. changed: called with that text when clients have died and `members` is new; on all survivors alike.
+    store: where the survivors meet anew, if they need a place for it; `changed` may have to put up another one.
+    peers_of: whom a connection joins for a client, by the numbers that `exchange` takes: the client itself, or all of
+    its ranks, as UnevenTransport needs it.
+    """
+
+    may_lose_clients = True
+
+    def __init__(self, client: int, clients: int):
+        super().__init__(client, clients)
+        self.questions: list[Question] = []
+        self.news: Callable[[], str] = str
+        self.changed: Callable[[str], None] = lambda news: None
+        self.store: Store | None = None
+        self.peers_of: Callable[[int], Sequence[int]] = lambda client: (client,)
+
+    @property
+    def _peers(self) -> list[int]:
+        """Whom the connections join, in their order there."""
+        return [peer for client in self.members.clients for peer in self.peers_of(client)]
+
+    def _place(self, peer: int) -> int:
+        """See PointToPoint."""
+        return self._peers.index(peer)
+
+    def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
+        """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
+        nobody has died."""
+        spurious, last_error = 0, None
+        while spurious < _SPURIOUS:
+            result, through, error = None, True, None
+            try:
+                result = work()
+            except MessageError as failed:
+                through, error, last_error = False, failed, failed
+                self._give_up()
+            own = [through, last, *(question.answer() for question in self.questions)]
+            with self.progress.waiting(EVERYBODY):
+                answers = self._agree(own)
+            if answers and answers[0]:
+                for question, all_said_yes in zip(self.questions, answers[2:], strict=True):
+                    question.heard(all_said_yes)
+                return result  # type: ignore[return-value]
+            with self.progress.waiting(EVERYBODY):
+                spurious = 0 if self._rebuild() else spurious + 1
+            if spurious and error is not None:
+                print(f"WARNING: {self.progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
+        raise GossipError(
+            f"messages fail again and again, though all clients are there: {last_error or 'another rank says so'}",
+            where=self.progress.place,
+            fix="look at the output of the other ranks; all of them must run the same configuration",
+        )
+
+    @abstractmethod
+    def _give_up(self) -> None:
+        """Let those that wait for this rank's messages, or for messages of those who wait, do so no more."""
+
+    @abstractmethod
+    def _agree(self, answers: Sequence[bool]) -> list[bool]:
+        """Whether all survivors say yes, question by question, the same for all of them; empty if one has died."""
+
+    @abstractmethod
+    def _rebuild(self) -> bool:
+        """Connect those who are left anew, update `members` and tell `changed`; whether there are fewer now."""
+
+
+def bits(answers: Sequence[bool]) -> int:
+    """Answers as the bits of a number, the first one the lowest; the first two are agreement.YES and OPEN."""
+    return sum(1 << place for place, yes in enumerate(answers) if yes)
+
+
+def answers_in(number: int, count: int) -> list[bool]:
+    """The inverse of `bits`."""
+    return [bool(number >> place & 1) for place in range(count)]

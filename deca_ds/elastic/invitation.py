@@ -1,0 +1,70 @@
+"""What a client that comes back is told about the job, and whether it fits in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deca_ds.config import Config
+from deca_ds.errors import DataError, LaunchError
+from deca_ds.launch import Launch
+from deca_ds.launch.compare import LIBRARIES
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host
+    and port. attempt: number of this attempt at the run.
+    software: see fingerprint.software. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
+    data, equal for all clients. date: data.date. clients: who is in. visit: tells this visit from all others."""
+
+    store: tuple[str, int]
+    host: int
+    addresses: Sequence[tuple[int, str, int]]
+    attempt: int
+    software: Mapping[str, str]
+    tokenizer: str
+    label_names: Sequence[str]
+    common_evaluation: int
+    date: str | None
+    clients: Sequence[int] = ()
+    visit: str = ""
+
+    def text(self) -> dict[str, Any]:
+        """For the coordinator, which adds `clients` and `visit`."""
+        told = asdict(self)
+        del told["clients"], told["visit"]
+        return told
+
+    @staticmethod
+    def read(message: Mapping[str, Any]) -> Invitation:
+        """Raises TypeError if anything is missing."""
+        return Invitation(**{key: value for key, value in message.items() if key != "kind"})
+
+    def compare_software(self, config: Config, launch: Launch, own: Mapping[str, str]) -> None:
+        """Raise LaunchError unless this rank runs what the job runs."""
+        for name, value in own.items():
+            allowed = name in LIBRARIES and config.cluster.allow_mixed_versions
+            if name != "host" and value != self.software[name] and not allowed:
+                raise LaunchError(
+                    f"rank {launch.rank} on {launch.host} has {_NAMES.get(name, name)} {value}, the job "
+                    f"{self.software[name]}",
+                    where="--join",
+                    fix="start it as it was started with the others: the same deca_ds, libraries and configuration",
+                )
+
+    def compare_data(self, label_names: Sequence[str], common_evaluation: int, tokenizer: str) -> None:
+        """Raise DataError unless this client's labels, common evaluation set and tokenizer are those of the job."""
+        own = {"labels": list(label_names), "common evaluation examples": common_evaluation, "tokenizer": tokenizer}
+        theirs = (list(self.label_names), self.common_evaluation, self.tokenizer)
+        for (name, value), of_job in zip(own.items(), theirs, strict=True):
+            if value != of_job:
+                raise DataError(
+                    f"this client has the {name} {value}, the job {of_job}",
+                    where="--join",
+                    fix="give it the data and the model that it was started with",
+                )
+
+
+_NAMES = {"code": "deca_ds source files", "keys": "configuration"}

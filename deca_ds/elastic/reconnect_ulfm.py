@@ -1,0 +1,136 @@
+"""ReconnectingUlfm: messages over an MPI that lets the others go on when a process dies (ULFM, `mpirun --with-ft`).
+
+ULFM (user-level failure mitigation) turns a dead peer into an error of the call that needs it. Others may see no error,
+or see it later, so one agreement over all ranks of all clients decides whether an exchange counts. If it does not:
+
+1. whoever has seen an error revokes the gossip communicator before the agreement, so that nobody waits for messages of
+   somebody who has given up; afterwards every request is completed on its own (one that is dropped, or a failing
+   Waitall, ends the job later);
+2. shrink the world to those who live. The ranks of a client that has lost one leave, until all clients are whole;
+3. split it anew into one gossip communicator a shard index, agree that this has worked, and tell `changed`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from deca_ds.elastic.commit import Surviving, answers_in, bits
+from deca_ds.errors import GossipError, RankLostError
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch.members import Members
+from deca_ds.transport.mpi import MpiExchange, MpiTransport, poll
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_DRAIN_S = 60.0  # for a revoked communicator to end its requests, which it does at once
+_NEWS_BYTES = 256
+
+
+class ReconnectingUlfm(MpiTransport, Surviving):
+    """See MpiTransport; `together` outlives dead clients.
+
+    world: a communicator of all ranks of the job in rank order. members: what is kept up to date. Where clients differ
+    in size it joins all ranks, for UnevenTransport, else those of one shard index.
+    """
+
+    def __init__(self, world: MPI.Intracomm, layout: ClientLayout, members: Members, timeout_s: float):
+        self._everybody = self.duplicate(world, timeout_s)
+        self._ranks = self._everybody.Get_group()  # of the start: what ranks are numbered by
+        self._rank = self._everybody.Get_rank()
+        self._color = layout.shard_of(self._rank) if layout.even else 0
+        super().__init__(self._everybody.Split(color=self._color, key=self._rank), timeout_s)
+        self.members = members
+        if not layout.even:
+            self.peers_of = layout.ranks_of
+        self._layout, self._own = layout, layout.client_of(self._rank)
+        self._exchanges: list[MpiExchange] = []
+
+    def _exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> MpiExchange:
+        """See PointToPoint."""
+        self._exchanges = [exchange for exchange in self._exchanges if exchange.requests]
+        started = super()._exchange(send, destinations, receives, tag)
+        self._exchanges.append(started)
+        return started
+
+    def _agree(self, answers: Sequence[bool]) -> list[bool]:
+        number = np.array([bits(answers)], dtype=np.int32)
+        try:
+            request = self._everybody.Iagree(number)
+            if not poll(request.Test, time.monotonic() + self.timeout_s):
+                raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self._own}")
+        except self._mpi.Exception:
+            return []
+        finally:
+            self.progress.tick()
+        return answers_in(int(number[0]), len(answers))
+
+    def _rebuild(self) -> bool:
+        self._end_requests()
+        before = self.members.clients
+        while True:
+            self._everybody = self._everybody.Shrink()
+            self._everybody.Set_errhandler(self._mpi.ERRORS_RETURN)
+            living = self._living()
+            whole = [c for c in before if all(rank in living for rank in self._layout.ranks_of(c))]
+            if self._own not in whole:
+                lost = sorted(set(self._layout.ranks_of(self._own)) - living)
+                raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self._own} is gone")
+            self.members.clients = tuple(whole)
+            if len(living) > sum(len(self._layout.ranks_of(c)) for c in whole):
+                continue  # the next shrink waits until these have left
+            try:
+                comm = self._everybody.Split(color=self._color, key=self._rank)
+                news = self._tell()
+                through = True
+            except self._mpi.Exception:  # one more
+                self._everybody.Revoke()
+                through = False
+            if self._agree([through]) == [True]:
+                break
+        comm.Set_errhandler(self._mpi.ERRORS_RETURN)
+        self._comm = comm
+        self.epoch += 1
+        if self.members.clients != before:
+            self.changed(news)
+        return self.members.clients != before
+
+    def _living(self) -> set[int]:
+        """The ranks in the shrunk world, as they were numbered at the start."""
+        group = self._everybody.Get_group()
+        return set(self._mpi.Group.Translate_ranks(group, list(range(group.size)), self._ranks))
+
+    def _tell(self) -> str:
+        """The news of the lowest rank that lives."""
+        text = bytearray(_NEWS_BYTES)
+        if self._everybody.Get_rank() == 0:
+            own = self.news().encode()
+            text[: len(own)] = own
+        self._everybody.Bcast(text, root=0)
+        return text.rstrip(b"\0").decode()
+
+    def _give_up(self) -> None:
+        assert self._comm is not None, "the transport is closed"
+        if not self._comm.Is_revoked():
+            self._comm.Revoke()
+
+    def _end_requests(self) -> None:
+        """Complete all that is under way."""
+        self._give_up()
+        deadline = time.monotonic() + _DRAIN_S
+        left = [request for exchange in self._exchanges for request in exchange.requests] + self._abandoned
+        self._abandoned = [request for request in left if not poll(lambda r=request: self._ended(r[2]), deadline)]
+        self._exchanges = []
+
+    def _ended(self, handle: MPI.Request) -> bool:
+        try:
+            return bool(handle.Test())
+        except self._mpi.Exception:
+            return True

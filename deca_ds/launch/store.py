@@ -1,0 +1,276 @@
+"""The job's store: a small key-value server hosted by rank 0, through which ranks find each other and report failures.
+
+It carries addresses and messages of a few hundred bytes, never parameters and never data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from ipaddress import ip_address
+from typing import Any
+
+from torch.distributed import HashStore, Store, TCPStore
+
+from deca_ds.errors import LaunchError
+from deca_ds.launch.launcher import Launch
+from deca_ds.launch.progress import EVERYBODY, Progress
+
+_ANSWER = timedelta(seconds=30)
+_RESOLVES_S = 10.0  # for the name of the first rank's host to become known
+
+
+@dataclass(frozen=True)
+class JobStore:
+    """A store and the address that further connections to it use (None for a single process). timeout: of waits, until
+    somebody watches `progress`, this rank's."""
+
+    store: Store
+    address: tuple[str, int] | None
+    timeout: timedelta
+    progress: Progress = field(default_factory=Progress, compare=False)
+    _gathered: Counter[str] = field(default_factory=Counter, compare=False)  # how often each key was used
+
+    def reconnect(self) -> Store:
+        """A connection of its own, for a thread: a connection that waits for a key blocks all who share it."""
+        if self.address is None:
+            return self.store
+        return _join(self.address, self.timeout)
+
+    def gather(self, launch: Launch, key: str, value: Any, together: Sequence[int] | None = None) -> dict[int, Any]:
+        """rank -> JSON-able value, a few hundred bytes, of the ranks `together`, ascending, on each of them; all use
+        the same keys. None: of all that are started together.
+
+        Raises LaunchError that names the ranks that do not come within the store's time limit; where this rank is
+        watched, those that are at work may take longer.
+        """
+        self._gathered[key] += 1
+        key = f"{key}/{self._gathered[key]}"
+        own = {rank: f"{key}/{rank}" for rank in together or launch.ranks}
+        self.store.set(own[launch.rank], json.dumps(value))
+        if launch.rank == min(own):
+            every = [(rank, json.loads(self._get(part, launch, own))) for rank, part in own.items()]
+            self.store.set(key, json.dumps(every))
+        return dict(json.loads(self._get(key, launch, own)))
+
+    def _get(self, key: str, launch: Launch, parts: dict[int, str]) -> bytes:
+        try:
+            with self.progress.waiting(EVERYBODY if len(parts) == len(launch.ranks) else None):
+                while self.progress.timeout_s is not None and not self._comes(key):
+                    pass  # the watcher knows how long
+                return self.store.get(key)
+        except RuntimeError as error:
+            missing = [rank for rank, part in parts.items() if not self.store.check([part])]
+            raise LaunchError(
+                f"rank {launch.rank} on {launch.host} waited {self.timeout.total_seconds():g} s for "
+                + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {min(parts)}, which knows of all"),
+                where=key.rsplit("/", 1)[0],
+                fix="look at the output of these ranks",
+            ) from error
+
+    def _comes(self, key: str) -> bool:
+        """Whether there is such a key within the store's time limit. Raises RuntimeError if the store is gone."""
+        try:
+            self.store.wait([key])
+        except RuntimeError:
+            return self.store.check([key])
+        return True
+
+    def publish_server(self, key: str) -> Store:
+        """Host a new store on this machine and publish its address under `key` for `join_server`."""
+        if self.address is None:
+            return HashStore()
+        host = own_address(self.address)
+        server = TCPStore(host, 0, is_master=True, timeout=self.timeout, wait_for_workers=False)
+        self.store.set(key, f"{host} {server.port}")
+        return server
+
+    def join_server(self, key: str) -> Store:
+        """Connect to the store that another rank published under `key`. Raises LaunchError if it does not."""
+        try:
+            host, port = self.store.get(key).decode().split()
+        except RuntimeError as error:
+            raise LaunchError(
+                f"nobody hosted a store within {self.timeout.total_seconds():g} s",
+                where=key,
+                fix="look at the output of that client's first rank",
+            ) from error
+        return TCPStore(host, int(port), is_master=False, timeout=self.timeout, wait_for_workers=False)
+
+
+def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
+    """Host (the first rank) or join the job's store; under MPI rank 0 picks a free port and broadcasts it.
+
+    Raises LaunchError if that rank cannot be reached within `timeout_s` seconds; soon, if its address or port is none.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if launch.world_size == 1:
+        return JobStore(HashStore(), None, timeout)
+    is_host = launch.rank == launch.first
+    try:
+        if launch.master is not None:
+            address = launch.master
+            _resolve(address, "MASTER_ADDR", _RESOLVES_S)
+            store = _meet(address, is_host, timeout)
+        else:
+            address, store = _open_over_mpi(launch, is_host, timeout)
+    except RuntimeError as error:
+        host, port = launch.master or ("a free port", 0)
+        why, fix = (
+            str(error).splitlines()[0],
+            f"check that rank {launch.first} runs and that the hosts reach each other",
+        )
+        if is_host and "EADDRINUSE" in str(error):
+            why, fix = f"port {port} is in use on this host", "choose another MASTER_PORT (deepspeed --master_port)"
+        elif is_host and "EACCES" in str(error):
+            why, fix = f"port {port} needs privileges", "choose a MASTER_PORT of 1024 or more (deepspeed --master_port)"
+        raise LaunchError(
+            f"rank {launch.rank} on {launch.host} cannot {'host' if is_host else 'reach'} the job's store: {why}",
+            where=f"MASTER_ADDR={host} MASTER_PORT={port}" if launch.master else "MPI",
+            fix=fix,
+        ) from error
+    return JobStore(store, address, timeout)
+
+
+def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPStore:
+    """The store at `address`. A thread makes it: TCPStore waits for ever for the first answer of who is there, be it
+    another program that never gives one."""
+    made: queue.Queue[TCPStore | RuntimeError] = queue.Queue()
+
+    def make() -> None:
+        try:
+            made.put(TCPStore(*address, is_master=is_host, timeout=timeout, wait_for_workers=False))
+        except RuntimeError as error:
+            made.put(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    answered = False  # whether somebody was there, an answer's time ago
+    while True:
+        try:
+            store = made.get(timeout=_ANSWER.total_seconds())
+        except queue.Empty:
+            if answered:
+                raise RuntimeError("a program listens there that is not the job's store") from None
+            with contextlib.suppress(OSError), socket.create_connection(address, _ANSWER.total_seconds()):
+                answered = True
+            continue
+        if isinstance(store, RuntimeError):
+            raise store
+        return store
+
+
+def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[tuple[str, int], Store]:
+    from mpi4py import MPI  # importing starts MPI, which only ranks of an MPI launch may do
+
+    world = MPI.COMM_WORLD
+    if world.size != launch.world_size:
+        raise LaunchError(
+            f"{launch.launcher} started {launch.world_size} ranks, but MPI sees {world.size}",
+            where="MPI world",
+            fix="mpi4py is built for another MPI than the one that launched the job: use the mpirun of that library",
+        )
+    arrived = world.Ibarrier()  # the one call of these that can be given a deadline; once all are here, none waits long
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not arrived.Test():
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"rank {launch.rank} on {launch.host}: not all {world.size} MPI ranks came within "
+                f"{timeout.total_seconds():g} s",
+                where="MPI world",
+                fix="look for the rank that has not started; mpirun --tag-output says which rank a line is from",
+            )
+        time.sleep(0.001)
+    on_this_host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = on_this_host.size == world.size
+    on_this_host.Free()
+    server, address = None, bytearray(256)
+    if is_host:
+        host = "127.0.0.1" if one_host else _reachable_address(launch)
+        server = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        text = f"{host} {server.port}".encode()
+        address[: len(text)] = text
+    world.Bcast(address, root=0)
+    host, port = address.rstrip(b"\0").decode().split()
+    store = server or TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+    return (host, int(port)), store
+
+
+def _reachable_address(launch: Launch) -> str:
+    address = _resolve((launch.host, 0), f"the name of rank {launch.rank}'s host")[1][0]
+    if ip_address(address).is_loopback:
+        raise LaunchError(
+            f"the name of host {launch.host} stands for {address}, which other hosts cannot reach",
+            where="job store under MPI",
+            fix="pass the address of rank 0 and a free port: mpirun -x MASTER_ADDR=ADDRESS -x MASTER_PORT=29500 ...",
+        )
+    return address
+
+
+def host_again(former: JobStore) -> JobStore:
+    """A new, empty store on this machine, in place of one whose host is gone."""
+    assert former.address is not None, "a single process has no host"
+    host = own_address(former.address)
+    server = TCPStore(host, 0, is_master=True, timeout=former.timeout, wait_for_workers=False)
+    return JobStore(server, (host, server.port), former.timeout)
+
+
+def join_again(former: JobStore, address: tuple[str, int]) -> JobStore:
+    """What another rank has hosted by `host_again`."""
+    return join_job_store(address, former.timeout.total_seconds())
+
+
+def join_job_store(address: tuple[str, int], timeout_s: float) -> JobStore:
+    """The store of a job that is under way. Raises LaunchError if it is out of reach."""
+    host, port = address
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = _join((host, port), timeout)
+    except RuntimeError as error:
+        raise LaunchError(
+            f"the job's store is out of reach: {error}", where=f"{host} {port}", fix="look at the network"
+        ) from error
+    return JobStore(store, (host, port), timeout)
+
+
+def _join(address: tuple[str, int], timeout: timedelta) -> TCPStore:
+    """A connection to a store that is there already: one that does not answer soon has gone, or is out of reach."""
+    store = TCPStore(*address, is_master=False, timeout=min(timeout, _ANSWER), wait_for_workers=False)
+    store.set_timeout(timeout)
+    return store
+
+
+def own_address(peer: tuple[str, int]) -> str:
+    """Address of this host's interface towards `peer`: the one that the others can reach as well."""
+    family, address = _resolve(peer, "the job's store")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
+        probe.connect(address)
+        return probe.getsockname()[0]
+
+
+def _resolve(address: tuple[str, int], whose: str, within_s: float = 0.0) -> tuple[socket.AddressFamily, Any]:
+    """Family and socket address of a host and port, IPv4 where a name has both. Raises LaunchError if the name stands
+    for nothing; within `within_s` seconds it is looked up again, because that of a host that starts may come late."""
+    host, port = address
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            break
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{host!r} stands for no address: {error}",
+                    where=whose,
+                    fix="look for a typing error, or give the number of the address",
+                ) from None
+        time.sleep(0.5)
+    family, *_, best = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return family, best

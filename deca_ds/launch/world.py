@@ -1,0 +1,211 @@
+"""One torch.distributed world per client, and the sub-communicator that joins the clients' ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
+
+from deca_ds.config.checks import check_world
+from deca_ds.config.schema import Config
+from deca_ds.errors import ConfigError, LaunchError
+from deca_ds.launch.devices import take_device
+from deca_ds.launch.launcher import MPI_LAUNCHERS, ClientLayout, Launch
+from deca_ds.launch.members import Members
+from deca_ds.launch.progress import EVERYBODY, Progress
+from deca_ds.launch.store import JobStore
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
+_ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where this process stands: client `client`, shard index `shard` of its `ranks`.
+
+    The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
+    communicator of all ranks with this shard index, in client order; of all ranks where clients differ in size; None
+    where gossip goes over torch. progress: what this rank is doing. members: the clients that are there.
+    client_store: this client's own, None where its leader does not host one.
+    """
+
+    launch: Launch
+    layout: ClientLayout
+    store: JobStore
+    device: torch.device
+    gossip_comm: MPI.Intracomm | None
+    progress: Progress = field(default_factory=Progress)
+    client_store: Store | None = None
+    members: Members = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "members", Members(self.layout.clients))
+        self.members.clients = self.launch.clients(self.layout)
+
+    @property
+    def client(self) -> int:
+        return self.layout.client_of(self.launch.rank)
+
+    @property
+    def shard(self) -> int:
+        return self.layout.shard_of(self.launch.rank)
+
+    @property
+    def clients(self) -> int:
+        return self.layout.clients
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of this client (k)."""
+        return len(self.layout.ranks_of(self.client))
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for its client."""
+        return self.shard == 0
+
+    @property
+    def is_job_leader(self) -> bool:
+        """Whether this rank speaks for the job: the leader of the first client that is left."""
+        return self.is_leader and self.client == self.members.first
+
+    @property
+    def transport(self) -> str:
+        return "mpi" if self.gossip_comm is not None else "torch"
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The client's leader runs the body before its other ranks do, so that they find its caches."""
+        if not self.is_leader:
+            dist.barrier()
+        yield
+        if self.is_leader:
+            dist.barrier()
+
+
+def connect(
+    config: Config, launch: Launch, store: JobStore, progress: Progress | None = None, *, joins: bool = False
+) -> Cluster:
+    """Choose the device, build this client's world and the gossip communicator.
+
+    joins: whether this client comes to others that run already, so that its ranks alone are started together.
+    progress: the guard's; from here on its watcher ends waits in which nobody moves on for cluster.timeout_s. Without
+    it every wait has that deadline of its own.
+    Raises ConfigError where the ranks do not fit the clients, LaunchError where the device or transport that is
+    asked for is not there.
+    """
+    layout = ClientLayout.of(check_world(config, launch.world_size))
+    transport = choose_transport(config.cluster.transport, launch)
+    if progress is None:
+        progress = Progress()
+    else:
+        progress.watch(layout, config.cluster.timeout_s)
+    progress.enter("connecting")
+    client, shard = layout.client_of(launch.rank), layout.shard_of(launch.rank)
+    ranks = len(layout.ranks_of(client))
+    together = layout.ranks_of(client) if joins else launch.ranks
+    placement, shared = take_device(config.run.device, launch, layout, store, together)
+    if shared is not None and launch.rank == together[0]:
+        print(f"WARNING: {shared}", file=sys.stderr, flush=True)
+    device = placement.device
+    torch.set_num_threads(config.run.threads or placement.threads)
+    key = f"client/{client}/store"
+    # hosted by the client itself: what happens to other clients does not concern its collectives
+    client_store = store.publish_server(key) if shard == 0 else store.join_server(key)
+    # DeepSpeed and its helpers look at these; they mean the client's world from here on, and LOCAL_RANK the device
+    local = str(placement.local_rank if device.index is None else device.index)
+    os.environ.update(RANK=str(shard), WORLD_SIZE=str(ranks), LOCAL_RANK=local)
+    if _OPEN_MPI_LOCAL_RANK in os.environ:
+        os.environ[_OPEN_MPI_LOCAL_RANK] = local  # DeepSpeed insists that both are the same
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("world", client_store),
+        rank=shard,
+        world_size=ranks,
+        timeout=timedelta(seconds=progress.deadline_s(config.cluster.timeout_s)),
+        device_id=device if device.type == "cuda" and ranks > 1 else None,  # one rank has no communicator to bind
+    )
+    comm = None
+    if transport == "mpi":
+        from mpi4py import MPI
+
+        progress.wait_for(EVERYBODY)
+        comm = MPI.COMM_WORLD.Split(color=shard if layout.even else 0, key=launch.rank)
+    return Cluster(launch, layout, store, device, comm, progress, client_store)
+
+
+def choose_transport(wanted: str, launch: Launch) -> str:
+    """ "mpi" or "torch". "auto" takes MPI where MPI.COMM_WORLD spans all ranks of the job.
+
+    Raises LaunchError if MPI is asked for and the launcher made no MPI world.
+    """
+    if wanted == "torch":
+        return "torch"
+    if launch.launcher in MPI_LAUNCHERS and launch.world_size > 1:
+        from mpi4py import MPI
+
+        if launch.world_size == MPI.COMM_WORLD.size:
+            return "mpi"
+    if wanted == "mpi":
+        raise LaunchError(
+            f"cluster.transport=mpi, but {launch.launcher} started {launch.world_size} rank(s) without an MPI world",
+            where="cluster.transport",
+            fix="start with 'mpirun -n N python launchers/train.py ...' or with 'deepspeed --hostfile HOSTS "
+            "--launcher openmpi --force_multi launchers/train.py ...', or set cluster.transport=torch",
+        )
+    return "torch"
+
+
+def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
+    """Raise LaunchError or ConfigError where cluster.on_failure=continue cannot be kept. edges: whether clients mix."""
+    if config.cluster.on_failure == "stop":
+        return
+    if config.cluster.clients < 2 or not edges:
+        raise ConfigError(
+            "cluster.on_failure=continue, but there are no clients that average with each other",
+            where="cluster.on_failure",
+            fix="set cluster.on_failure=stop; clients without a graph can as well be jobs of their own",
+        )
+    if config.cluster.return_s and choose_transport(config.cluster.transport, launch) == "mpi":
+        raise LaunchError(
+            f"cluster.return_s = {config.cluster.return_s:g}, but over MPI no process can join a job that runs",
+            where="cluster.return_s",
+            fix="leave it out, or start every client by itself, over torch",
+        )
+    if config.cluster.absent and choose_transport(config.cluster.transport, launch) == "mpi":
+        raise LaunchError(
+            f"cluster.absent = {list(config.cluster.absent)}, but over MPI no process can join a job that runs",
+            where="cluster.absent",
+            fix="leave it out, or start every client by itself, over torch",
+        )
+    if (why := _ends_together(config, launch)) is not None:
+        raise LaunchError(
+            f"cluster.on_failure=continue, but {why}",
+            where="cluster.on_failure",
+            fix="start with 'mpirun --with-ft ulfm -n N python launchers/train.py ...' (Open MPI 5), or every client "
+            "by itself with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or set cluster.on_failure=stop",
+        )
+
+
+def _ends_together(config: Config, launch: Launch) -> str | None:
+    """Why all ranks end when one does; None if they do not."""
+    if launch.launcher in ("openmpi", "mpich") or choose_transport(config.cluster.transport, launch) == "mpi":
+        if os.environ.get(_ULFM_VARIABLE, "").lower() in ("1", "true"):  # set by mpirun --with-ft ulfm
+            return None
+        return "this MPI job ends when one of its ranks dies: it was started without fault tolerance (ULFM)"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun ends all ranks when one fails"
+    if os.environ.get("CROSS_SIZE") == "1":
+        return "deepspeed ends all ranks of a host when one fails, and here all ranks are on one host"
+    return None

@@ -1,0 +1,211 @@
+"""`deca supervise mpirun ... launchers/train.py ...`: start a job again when it ends before its run does.
+
+A launcher that ends all ranks together (mpirun, srun, deepspeed) ends with the first client that dies; the next start
+goes on from the newest checkpoint that all have. So a client that died comes back by a new start of all of them. A rank
+that was started by itself, in a job that goes on without its client, is started again with --join.
+
+    the run has finished, or the supervisor was told to stop   it ends with the exit code of the last start
+    a mistake: exit code 2 before anything was ever trained    the same, for there is something to mend first
+    some stopped because others are gone                       starts the job again, like one that has failed
+    `restarts` starts in a row have brought nothing new        it gives up, with that exit code
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deca_ds.checkpoint.done import is_done, stopped_without
+from deca_ds.checkpoint.steps import steps_in
+from deca_ds.config import load_config
+from deca_ds.config.schema import Config
+from deca_ds.errors import ConfigError, LaunchError
+from deca_ds.tools.train import parser as train_parser
+from deca_ds.training.terminal import on_stop
+from deca_ds.watchdog.failure import USER_ERROR_CODE
+from deca_ds.watchdog.heartbeats import read_heartbeats
+from deca_ds.watchdog.restart import JOIN
+
+_HANDS_ON = ("mpirun", "mpiexec", "prterun", "srun")  # launchers that pass SIGUSR1 to all ranks
+_LONGEST_PAUSE_S = 120.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="give up after N restarts in a row without a newer checkpoint (default 5)",
+    )
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="wait S seconds before the first such restart, then twice as long each time (default 5)",
+    )
+    parser.add_argument("job", nargs=argparse.REMAINDER, metavar="LAUNCHER ...", help="the command that starts the job")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """See the module's text; returns the exit code. Raises UserError where the job could not be started again."""
+    command = arguments.job[1:] if arguments.job[:1] == ["--"] else arguments.job
+    config = _configuration(command)
+    joins = "RANK" in os.environ and config.cluster.on_failure == "continue"
+    if not joins:
+        _check_resumes(config)
+    supervisor = Supervisor(command, Path(config.run.output), joins, arguments.restarts, arguments.pause)
+    on_stop(supervisor.stop)
+    signal.signal(signal.SIGINT, supervisor.stop)
+    return supervisor.run()
+
+
+def _configuration(command: Sequence[str]) -> Config:
+    """Of the job, read from its command line."""
+    script = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
+    if script is None:
+        raise LaunchError(
+            f"no training script in {' '.join(command)!r}",
+            where="deca supervise",
+            fix="give it the whole command: deca supervise mpirun -n 8 python launchers/train.py --config ...",
+        )
+    parser = train_parser()
+    parser.prog = command[script]
+    arguments = parser.parse_intermixed_args(command[script + 1 :])
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _check_resumes(config: Config) -> None:
+    if config.run.resume == "never":
+        raise ConfigError(
+            "run.resume = 'never': a new start would be refused", where="run.resume", fix="set run.resume=auto"
+        )
+    if config.checkpoint.every == 0:
+        raise ConfigError(
+            "checkpoint.every = 0: a job that has failed has nothing to go on from",
+            where="checkpoint.every",
+            fix="set it to the number of inner steps that a failure may cost",
+        )
+
+
+@dataclass
+class Supervisor:
+    """command: starts the job, whose run.output is `output`, or one rank of it, which then `joins` the others again.
+    restarts, pause_s: see `add_arguments`."""
+
+    command: Sequence[str]
+    output: Path
+    joins: bool
+    restarts: int
+    pause_s: float
+
+    def __post_init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._told = False  # no Event: a signal handler must not wait for a lock that it has interrupted
+
+    def stop(self, number: int, *_: Any) -> None:
+        """A signal handler: have the job save a checkpoint and stop. By SIGINT, from a terminal, its launcher ends it
+        by itself."""
+        self._told = True
+        if number != signal.SIGINT and self._process is not None:
+            self._hand_on(self._process)
+
+    def run(self) -> int:
+        """Returns the exit code of the last start."""
+        vain, command = 0, list(self.command)
+        while True:
+            before, started = self._reached(), time.monotonic()
+            code = self._start(command)
+            reached = self._reached()
+            if self._told or self._is_through(code):
+                return code
+            vain = 0 if reached > before else vain + 1
+            what, place = ("this rank", "inner") if self.joins else ("the job", "newest checkpoint: inner")
+            after = f"{what} ended with {code} after {time.monotonic() - started:.0f} s, before the run did; "
+            after += f"{place} step {max(0, reached)}"
+            if vain > self.restarts:
+                self._say(f"{after}. Giving up: {vain} starts in a row have brought nothing new")
+                return code or 1
+            pause_s = min(self.pause_s * 2 ** max(0, vain - 1), _LONGEST_PAUSE_S)
+            again = f" ({vain} of {self.restarts} that bring nothing new)" if vain else ""
+            self._say(f"{after}. Starting it again in {pause_s:g} s{again}")
+            if self._wait(pause_s):
+                return code
+            if self.joins and JOIN not in command:
+                command.append(JOIN)
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether it has been told to stop meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not self._told and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self._told
+
+    def _start(self, command: Sequence[str]) -> int:
+        try:
+            self._process = subprocess.Popen(command)
+        except OSError as error:
+            raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise") from None
+        if self._told:  # by a signal that found no job
+            self._hand_on(self._process)
+        code = self._process.wait()
+        self._process = None
+        return code if code >= 0 else 128 - code  # as a shell has it
+
+    def _is_through(self, code: int) -> bool:
+        """Whether there is nothing to start again."""
+        if code == 0:
+            return self.joins or is_done(self.output) or not stopped_without(self.output)
+        # nobody to join, or a mistake
+        return (self.joins or code == USER_ERROR_CODE) and self._newest_checkpoint() < 0 and not self._trained()
+
+    def _reached(self) -> int:
+        """What the next start has to bring more of: inner steps."""
+        return self._trained() if self.joins else self._newest_checkpoint()
+
+    def _trained(self) -> int:
+        """The furthest inner step of this host's ranks."""
+        return max((beat.step for beat in read_heartbeats(self.output)), default=0)
+
+    def _newest_checkpoint(self) -> int:
+        """The step of the newest that a rank of this host has a part of, whole or not; -1: none."""
+        return max(steps_in(self.output / "checkpoints"), default=-1)
+
+    def _hand_on(self, job: subprocess.Popen) -> None:
+        """One rank that is told is enough. SIGTERM would end mpirun's ranks at once, and leave deepspeed's alone."""
+        launcher = Path(self.command[0]).name
+        ranks = [psutil.Process(job.pid)] if launcher in _HANDS_ON else self._ranks(job.pid)
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGUSR1)
+        if not ranks:
+            self._say(f"no rank to stop: none of {launcher}'s processes on this host is one")
+
+    def _ranks(self, pid: int) -> list[psutil.Process]:
+        """Process `pid` and those that were started from it, on this host, as far as they run the training script."""
+        script = next(word for word in self.command if word.endswith(".py"))
+        found = []
+        with contextlib.suppress(psutil.Error):
+            for process in (top := psutil.Process(pid), *top.children(recursive=True)):
+                with contextlib.suppress(psutil.Error, ValueError):  # one that has just ended
+                    interpreter, *words = process.cmdline()
+                    run = next((word for word in words if not word.startswith("-")), None)
+                    if Path(interpreter).name.startswith("python") and run == script:
+                        found.append(process)
+        return found
+
+    @staticmethod
+    def _say(what: str) -> None:
+        print(f"deca supervise: {what}", file=sys.stderr, flush=True)

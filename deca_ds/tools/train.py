@@ -1,0 +1,112 @@
+"""The command that launchers start: `launchers/train.py --config run.yaml [--dry-run] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from deca_ds.checkpoint.done import mark_done, mark_stopped
+from deca_ds.config import load_config
+from deca_ds.config.checks import check_world
+from deca_ds.config.paths import argument as path_argument
+from deca_ds.elastic.rejoin import join_job
+from deca_ds.errors import UserError
+from deca_ds.launch import ClientLayout, read_launch
+from deca_ds.launch.store import open_job_store
+from deca_ds.training.claim import check_held
+from deca_ds.training.terminal import on_stop, own_streams
+from deca_ds.watchdog.failure import USER_ERROR_CODE
+from deca_ds.watchdog.guard import guarded
+from deca_ds.watchdog.restart import JOIN, tries_until
+
+_START_TIMEOUT_S = 600.0  # for ranks to find each other, before the configuration has told its own
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
+    parser.add_argument("--config", type=path_argument, help="YAML file with the run's configuration")
+    parser.add_argument(JOIN, action="store_true", help="return to a running job that goes on without this client")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    # what the deepspeed launcher adds; the rank is read from the environment
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank of the job; returns the exit code. Failures end the process inside (see watchdog/guard.py)."""
+    own_streams()
+    arguments = parser().parse_intermixed_args(argv)
+    # DeepSpeed still calls collectives by names that newer versions of torch have renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        launch = read_launch()
+        try:
+            config, mistake = load_config(arguments.config, arguments.overrides), None
+        except UserError as error:
+            config, mistake = None, error  # for the guard to tell the other ranks, too
+        visit = None
+        if arguments.join:
+            if config is None:
+                raise mistake
+            layout = ClientLayout.of(check_world(config, launch.world_size))
+            visit, store = join_job(
+                launch, layout, Path(config.run.output), _START_TIMEOUT_S, config.cluster.timeout_s, tries_until()
+            )
+        else:
+            if config is not None and config.cluster.absent:
+                layout = ClientLayout.of(check_world(config, launch.world_size))
+                launch = launch.without(config.cluster.absent, layout)
+            store = open_job_store(launch, _START_TIMEOUT_S)
+    except UserError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return USER_ERROR_CODE
+    with guarded(launch, store) as guard:
+        if visit is not None:
+            guard.visit(visit.invitation["host"])
+            guard.return_s = max(0.0, tries_until() - time.time())
+        if config is None:
+            raise mistake
+        if arguments.dry_run:
+            if launch.rank == launch.first:
+                from deca_ds.tools.plan import print_plan
+
+                print_plan(config, launch.world_size if launch.launcher != "python" else None)
+            return 0
+        from deca_ds.training.setup import start
+
+        gc.freeze()  # what has been imported stays; no collection needs to look at it again
+        gc.enable()  # launchers/train.py has disabled it
+        trainer = start(config, launch, store, guard, visit)
+        on_stop(guard.stop.ask)
+        finished = trainer.train()
+        guard.progress.enter("the end")
+        transport, members = trainer.gossip.transport, trainer.cluster.members
+        transport.together(transport.barrier)
+        trainer.metrics.close()
+        check_held(trainer.output)
+        if trainer.cluster.is_job_leader:
+            steps = f"{trainer.done} of {len(trainer.schedule)} inner steps"
+            without = f" without client {', '.join(map(str, members.missing))}" if members.missing else ""
+            if finished:
+                mark_done(trainer.output, steps, members.missing)
+                print(f"done{without}: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
+            else:
+                mark_stopped(trainer.output, steps, members.missing)
+                how = "the same command with run.resume=require"
+                if set(members.missing) - set(config.cluster.absent):
+                    how += ", from the newest checkpoint that all clients wrote"
+                    if trainer.cluster.transport == "torch":
+                        how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
+                print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
+        if finished and not config.checkpoint.every:  # it was for a failure before this
+            transport.together(transport.barrier)
+            trainer.checkpoints.forget(trainer.done)
+        if trainer.survivors is not None and trainer.survivors.returns:
+            guard.come_back("is in the smaller part of the network, or alone")
+    return 0

@@ -1,0 +1,127 @@
+"""Whether all ranks have written a checkpoint: counted in the job's store, or agreed on where clients may die."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from typing import Protocol
+
+from deca_ds.elastic.commit import Question, Surviving
+from deca_ds.errors import CheckpointError
+from deca_ds.launch import Cluster
+from deca_ds.launch.progress import EVERYBODY
+
+
+class Written(Protocol):
+    """Steps of checkpoints, and who has written them."""
+
+    def begin(self, step: int) -> None:
+        """This rank is about to write."""
+        ...
+
+    def add(self, step: int) -> None:
+        """This rank has written; called by the thread that writes."""
+        ...
+
+    def complete(self, step: int) -> bool:
+        """Whether all ranks have, as far as this one knows."""
+        ...
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint has to stay, however many newer ones there are."""
+        ...
+
+    def wait(self, step: int) -> None:
+        """Return when all ranks have. Raises CheckpointError if they do not."""
+        ...
+
+
+class StoreCount:
+    """Every rank adds one in the job's store."""
+
+    def __init__(self, cluster: Cluster, attempt: int, timeout_s: float):
+        self._cluster, self._attempt, self._timeout_s = cluster, attempt, timeout_s
+        self._store = cluster.store.reconnect()  # a connection of its own: the thread's waits must not block others
+
+    def begin(self, step: int) -> None:
+        """See Written."""
+
+    def add(self, step: int) -> None:
+        """See Written."""
+        self._store.add(self._key(step), 1)
+
+    def complete(self, step: int) -> bool:
+        """See Written."""
+        return self._store.add(self._key(step), 0) == self._cluster.launch.world_size
+
+    def keeps(self, step: int) -> bool:
+        """See Written."""
+        return False
+
+    def wait(self, step: int) -> None:
+        """See Written."""
+        progress = self._cluster.progress
+        progress.wait_for(EVERYBODY)
+        deadline = time.monotonic() + progress.deadline_s(self._timeout_s)
+        while not self.complete(step):
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"not all ranks have saved step {step}")
+            time.sleep(0.05)
+        progress.wait_for(None)
+
+    def _key(self, step: int) -> str:
+        return f"checkpoint/{self._attempt}/{step}"
+
+
+class Agreed:
+    """A question of every agreement (elastic/commit.py): all ranks are at the same inner step there, so that the same
+    checkpoint is each one's last. Complete means that all survivors have written it.
+
+    A run is resumed with all its clients but those of cluster.absent, so the newest checkpoint from before the first
+    death has to stay, and newer ones that the dead may have written.
+    """
+
+    def __init__(self, transport: Surviving, resumed: int | None, absent: Collection[int] = ()):
+        self._transport, self._absent = transport, frozenset(absent)
+        self._whole = resumed  # the newest that all clients but the absent are known to have written
+        self._begun_by_all: set[int] = set()  # newer ones that they may have written
+        self._begun = self._written = self._complete = -1
+        self._all_have = False  # at the last agreement
+        transport.questions.append(Question(lambda: self._written == self._begun, self._heard))
+
+    def begin(self, step: int) -> None:
+        """See Written."""
+        self._begun = step
+        if not self._one_is_missing:
+            self._begun_by_all.add(step)
+
+    @property
+    def _one_is_missing(self) -> bool:
+        return not self._absent.issuperset(self._transport.members.missing)
+
+    def add(self, step: int) -> None:
+        """See Written."""
+        self._written = step
+
+    def complete(self, step: int) -> bool:
+        """See Written."""
+        return step <= self._complete
+
+    def keeps(self, step: int) -> bool:
+        """See Written."""
+        return step == self._whole or step in self._begun_by_all
+
+    def wait(self, step: int) -> None:
+        """See Written."""
+        # at least once: one that has come back does not know what the others had agreed on before
+        self._transport.together(lambda: None)
+        while not self._all_have:
+            time.sleep(0.05)
+            self._transport.together(lambda: None)
+
+    def _heard(self, all_have: bool) -> None:
+        self._all_have = all_have
+        if all_have and self._begun >= 0:
+            self._complete = self._begun
+            if not self._one_is_missing:
+                self._whole, self._begun_by_all = self._begun, set()

@@ -1,0 +1,59 @@
+"""Do clients of different sizes start from the same parameters? No two of their ranks hold the same slices, so that a
+digest has to be put together from slices of any size:
+
+    sum_i w_i b_i  mod 2^64        b_i: the bits of element i as a whole number, w_i: pseudo-random of name and i
+
+As w_i is odd, another value of one element changes it for sure. It is no defence against intent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from deca_ds.engine.client import Client
+from deca_ds.launch.compare import digest
+
+_PIECE = 2**20  # elements that are worked on at a time
+_GOLDEN, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def whole_digest(client: Client) -> str:
+    """Of all parameters, with what rounding took from their masters, and buffers of the client: the same for any number
+    of ranks; all of its ranks call this."""
+    names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
+    total = 0
+    described = []
+    for name, start, _, values in client.shards(names):
+        described.append(f"{name} {client.shapes[name]} {values.dtype}")
+        total += weighted_sum(name, start, values)
+    total += sum(weighted_sum(f"low bits of {name}", start, bits) for name, start, bits in client.low_bits(names))
+    for name, buffer in client.buffers():  # whole on every rank
+        described.append(f"{name} {weighted_sum(name, 0, buffer.reshape(-1))}")
+    halves = [total % 2**32, total % 2**64 >> 32]
+    summed = torch.tensor(halves, dtype=torch.int64, device=client.device)
+    dist.all_reduce(summed)
+    low, high = summed.tolist()
+    return digest([str((low + (high << 32)) % 2**64).encode(), "\n".join(described).encode()])
+
+
+def weighted_sum(name: str, start: int, values: torch.Tensor) -> int:
+    """sum_i w_i b_i mod 2^64 of a 1-D slice whose first element is number `start` of the flat tensor `name`."""
+    seed = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), dtype=np.uint64)
+    total = 0
+    for first in range(0, values.numel(), _PIECE):
+        piece = values[first : first + _PIECE].detach().cpu().contiguous()
+        bits = piece.view(torch.uint8).numpy().view(f"u{piece.element_size()}").astype(np.uint64)
+        total += int((bits * _weights(seed, start + first, len(bits))).sum(dtype=np.uint64))
+    return total % 2**64
+
+
+def _weights(seed: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Odd numbers that hang on seed and position (splitmix64: Steele, Lea, Flood, OOPSLA 2014)."""
+    z = np.arange(start, start + count, dtype=np.uint64) * _GOLDEN + seed
+    z = (z ^ (z >> np.uint64(30))) * _FIRST
+    z = (z ^ (z >> np.uint64(27))) * _SECOND
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)

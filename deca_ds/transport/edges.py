@@ -1,0 +1,114 @@
+"""A timed test of every edge of the graph before training: an edge that does not carry messages ends the run here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deca_ds.errors import GossipError, MessageError
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.transport.transport import PROBE_TAG, Exchange, Transport
+from deca_ds.transport.uneven import UnevenTransport
+
+FILE = "edges.json"
+LARGE_BYTES = 2**20
+_ROUND_TRIPS = 3  # of each size; the fastest counts, after one that opens the connection
+
+
+def probe_edges(
+    transport: Transport, neighbours: Sequence[int], launch: Launch, layout: ClientLayout, store: JobStore
+) -> list[dict[str, Any]]:
+    """Time every edge of the graph; all ranks of all clients call this, each tests its shard's own connections.
+
+    neighbours: all that the rank's client ever exchanges with, ascending.
+
+    Returns, on every rank, an entry an edge: clients and hosts of both ends and, per shard index, round_trip_ms of 8
+    bytes and mb_per_s of one-MiB messages (10^6 bytes, both ways added, half a round trip each). Where clients differ
+    in size the figures are of each pair of `ranks` whose slices of a large parameter intersect. The edges of a client
+    are tested one after the other, in an order that all clients share, so that none waits in a circle. All shards
+    are tested side by side, as they gossip. Raises GossipError that names an edge's both ends if a message is lost or
+    is another one than was sent.
+    """
+    hosts = store.gather(launch, "edges/hosts", launch.host)
+    measured = []
+    for j, partner in _connections(neighbours, layout, launch.rank):
+        transport.progress.enter(f"testing the edge to client {j}")
+        try:
+            figures = _measure(*_ends(transport, j, launch.rank, partner))
+        except MessageError as error:
+            ends = sorted([(transport.client, launch.rank), (j, partner)])
+            places = " and ".join(f"client {client} (rank {rank} on {hosts[rank]})" for client, rank in ends)
+            raise GossipError(
+                f"the edge between {places} does not carry messages: {error.what}",
+                where="edge test at the start",
+                fix="check that these hosts reach each other: firewall, GLOO_SOCKET_IFNAME or MPI's network interface",
+            ) from error
+        if j > transport.client:
+            measured.append((j, partner, figures))
+    every = store.gather(launch, "edges/measured", measured)
+    edges: dict[tuple[int, int], dict[str, Any]] = {}
+    for rank, rows in every.items():
+        i = layout.client_of(rank)
+        for j, partner, (round_trip_ms, mb_per_s) in rows:
+            edge = edges.setdefault((i, j), {"clients": [i, j], "hosts": [hosts[rank], hosts[partner]], "shards": []})
+            ranks = {} if layout.even else {"ranks": [rank, partner]}
+            edge["shards"].append({**ranks, "round_trip_ms": round_trip_ms, "mb_per_s": mb_per_s})
+    return [edges[ends] for ends in sorted(edges)]
+
+
+def save_edges(edges: list[dict[str, Any]], folder: Path) -> str:
+    """Write the result of `probe_edges` to edges.json; returns a line about the slowest edge."""
+    (folder / FILE).write_text(json.dumps(edges, indent=1) + "\n")
+    slowest = min(edges, key=lambda edge: min(shard["mb_per_s"] for shard in edge["shards"]))
+    (i, j), (here, there) = slowest["clients"], slowest["hosts"]
+    return (
+        f"slowest of {len(edges)} edge{'s' if len(edges) > 1 else ''}: client {i} on {here} - client {j} on {there}, "
+        f"round trip {max(shard['round_trip_ms'] for shard in slowest['shards']):.2f} ms, "
+        f"{min(shard['mb_per_s'] for shard in slowest['shards']):.0f} MB/s"
+    )
+
+
+def _connections(neighbours: Sequence[int], layout: ClientLayout, rank: int) -> Iterator[tuple[int, int]]:
+    """The neighbours of the rank's client, each with the ranks there whose slices of a large parameter intersect this
+    rank's: with as many ranks, the one of its index."""
+    own, shard = len(layout.ranks_of(layout.client_of(rank))), layout.shard_of(rank)
+    for j in neighbours:
+        theirs = layout.ranks_of(j)
+        for place, partner in enumerate(theirs):
+            if shard * len(theirs) < (place + 1) * own and place * own < (shard + 1) * len(theirs):
+                yield j, partner
+
+
+def _ends(transport: Transport, j: int, rank: int, partner: int) -> tuple[Callable[..., Exchange], int, int]:
+    """How to exchange with the partner, and by which numbers of this end and the other."""
+    if isinstance(transport, UnevenTransport):
+        return transport.between_ranks, rank, partner
+    return transport.exchange, transport.client, j
+
+
+def _measure(exchange: Callable[..., Exchange], own: int, other: int) -> tuple[float, float]:
+    """(round trip in ms of 8 bytes, MB/s of LARGE_BYTES) between two ends."""
+    small, large = _fastest(exchange, own, other, 8), _fastest(exchange, own, other, LARGE_BYTES)
+    return round(1e3 * small, 4), round(2 * LARGE_BYTES / large / 1e6, 1)
+
+
+def _fastest(exchange: Callable[..., Exchange], own: int, other: int, size: int) -> float:
+    """Seconds of the fastest round trip of a message of `size` bytes; the end with the lower number begins."""
+    sent = torch.arange(size, dtype=torch.int64).add_(min(own, other)).to(torch.uint8)
+    received = torch.empty_like(sent)
+    seconds = []
+    for _ in range(1 + _ROUND_TRIPS):
+        started = time.perf_counter()
+        for sends in (own < other, own > other):
+            to, sources = ([other], {}) if sends else ([], {other: received})
+            exchange(sent, to, sources, PROBE_TAG).wait()
+        seconds.append(time.perf_counter() - started)
+        if not torch.equal(sent, received):
+            raise MessageError("another message came than should have been sent")
+    return min(seconds[1:])

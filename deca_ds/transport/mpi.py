@@ -1,0 +1,158 @@
+"""MpiTransport: point-to-point messages on an MPI sub-communicator (mpi4py), buffers and never pickles."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deca_ds.errors import GossipError
+from deca_ds.transport.transport import PointToPoint, lost, no_answer
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+MESSAGE_BYTES = 2**30  # of one MPI message; counts of 2^31 and more break many MPI libraries, so longer ones are cut
+_SPIN_S = 2e-3  # before the first sleep; a sleep takes far longer than a chunk that is about to come
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 5e-5, 1e-3
+
+
+def poll(done: Callable[[], bool], deadline: float) -> bool:
+    """Call `done` until it is true, spinning first, then with growing sleeps. False if the deadline passed."""
+    started, sleep_s = time.monotonic(), _SHORTEST_SLEEP_S
+    while not done():
+        now = time.monotonic()
+        if now > deadline:
+            return False
+        if now > started + _SPIN_S:
+            time.sleep(sleep_s)
+            sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+    return True
+
+
+def _parts(tensor: Tensor) -> list[np.ndarray]:
+    """The memory of a contiguous CPU tensor as bytes (NumPy has no bfloat16), in messages of at most MESSAGE_BYTES."""
+    memory = tensor.view(-1).view(torch.uint8).numpy()
+    return [memory[a : a + MESSAGE_BYTES] for a in range(0, max(1, memory.nbytes), MESSAGE_BYTES)]
+
+
+_Request = tuple[str, int, Any, np.ndarray]  # direction, neighbour, MPI's handle, memory
+
+
+class MpiTransport(PointToPoint):
+    """On a duplicate of `comm`, whose rank order is the client order.
+
+    timeout_s: longest wait for one message. The constructor is collective over `comm`; it raises GossipError if a
+    client does not come.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, timeout_s: float):
+        from mpi4py import MPI  # starts MPI, so not on import of the package
+
+        super().__init__(comm.Get_rank(), comm.Get_size())
+        self.timeout_s = timeout_s
+        self._comm: MPI.Intracomm | None = self.duplicate(comm, timeout_s)
+        self._mpi = MPI
+        self._abandoned: list[_Request] = []  # they still belong to MPI, so their memory has to stay
+
+    @staticmethod
+    def duplicate(comm: MPI.Intracomm, timeout_s: float) -> MPI.Intracomm:
+        """A communicator of our own over the same ranks, of which failures are errors that Python sees."""
+        from mpi4py import MPI
+
+        duplicate, request = comm.Idup()
+        if not poll(request.Test, time.monotonic() + timeout_s):
+            raise GossipError(
+                f"not all {comm.Get_size()} ranks set up their gossip communicator within {timeout_s:g} s",
+                where=f"rank {comm.Get_rank()} of them",
+                fix="look at the logs of the other clients; if they are only slow, raise cluster.timeout_s",
+            )
+        duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+        return duplicate
+
+    def _exchange(
+        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+    ) -> MpiExchange:
+        """See PointToPoint."""
+        assert self._comm is not None, "the transport is closed"
+        # Receives first: a message that finds its buffer is not copied twice.
+        messages = [("from", source, part) for source, buffer in receives.items() for part in _parts(buffer)]
+        messages += [("to", destination, part) for destination in destinations for part in _parts(send)]
+        requests: list[_Request] = []
+        for direction, neighbour, part in messages:
+            start = self._comm.Irecv if direction == "from" else self._comm.Isend
+            try:
+                requests.append((direction, neighbour, start(part, self._place(neighbour), tag), part))
+            except self._mpi.Exception as error:
+                self._abandoned.extend(requests)
+                raise lost(self.client, neighbour, direction, tag, str(error)) from None
+        self.bytes_sent += send.nbytes * len(destinations)
+        exchange = MpiExchange(self, requests, tag)
+        exchange.test()  # MPI moves all that is under way, but only while it is called
+        return exchange
+
+    def completed(self, request: _Request, tag: int) -> bool:
+        """Whether a request is through. Raises GossipError if it failed or if its message is too short."""
+        direction, neighbour, handle, part = request
+        status = self._mpi.Status()
+        try:
+            done = handle.Test(status)
+            received = status.Get_count(self._mpi.BYTE) if done and direction == "from" else part.nbytes
+        except self._mpi.Exception as error:
+            raise lost(self.client, neighbour, direction, tag, str(error)) from None
+        if received != part.nbytes:
+            raise lost(self.client, neighbour, direction, tag, f"got {received} bytes, expected {part.nbytes}")
+        return done
+
+    def abandon(self, requests: list[_Request]) -> None:
+        """Keep the memory of requests that nobody will wait for any more."""
+        self._abandoned.extend(requests)
+
+    def close(self) -> None:
+        """See Transport. After a failure the communicator is left to the end of the process."""
+        if self._comm is not None and not self._abandoned:
+            self._comm.Free()
+        self._comm = None
+
+
+class MpiExchange:
+    """Requests of one MpiTransport.exchange; each is completed on its own (a failing Waitall leaves stale handles).
+
+    requests: those that are not through yet.
+    """
+
+    def __init__(self, transport: MpiTransport, requests: list[_Request], tag: int):
+        self._transport = transport
+        self.requests = requests
+        self._tag = tag
+
+    def _first_done(self) -> bool:
+        try:
+            return self._transport.completed(self.requests[0], self._tag)
+        except GossipError:
+            self._transport.abandon(self.requests)
+            raise
+
+    def test(self) -> bool:
+        """See Exchange."""
+        while self.requests and self._first_done():
+            self.requests.pop(0)
+        return not self.requests
+
+    def wait(self) -> None:
+        """See Exchange."""
+        deadline = time.monotonic() + self._transport.timeout_s
+        progress = self._transport.progress
+        while self.requests:
+            direction, neighbour, *_ = self.requests[0]
+            progress.wait_for(neighbour)
+            if not poll(self._first_done, deadline):
+                self._transport.abandon(self.requests)
+                raise no_answer(self._transport.client, neighbour, direction, self._tag, self._transport.timeout_s)
+            self.requests.pop(0)
+            progress.tick()
+        progress.wait_for(None)

@@ -1,0 +1,1 @@
+"""Nobody waits for ever: heartbeats, the first failure, and how a job is told to stop."""

@@ -1,0 +1,290 @@
+"""What every rank is doing, told to all others, and from it the deadline of every wait.
+
+A rank's main thread notes its phase (progress.py). The guard's watcher thread puts the note into the job's store and
+into run.output/heartbeats every second; in a phase of work it looks for signs of that (signs.py), which count as moving
+on. A rank that has not moved on for cluster.timeout_s ends the job, unless a rank that it waits for has moved on since,
+or one that this one waits for, and so on. So nobody waits for ever, and nobody gives up on a slow rank that is at work.
+Time is measured by each rank's own clock; only the ages that are shown compare the clocks of hosts.
+
+The rank that hosts the store reads all heartbeats and tells each rank that stands still how long it has to be patient
+(survey.py), so that the store is read and written a fixed number of times a rank. Only for an error message, or while
+the host keeps silent, a rank reads the heartbeats of others itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch.distributed import Store
+
+from deca_ds.errors import StallError
+from deca_ds.launch.launcher import Launch
+from deca_ds.launch.progress import EVERYBODY, SHARED, Progress, place
+from deca_ds.watchdog.signs import Signs
+
+FOLDER = "heartbeats"
+PERIOD_S = 1.0  # between two heartbeats of a rank
+SILENCE_S = 10.0  # a rank whose heartbeats stop for so long is gone, stopped or cut off
+_LOOK_AFTER_S = 5.0
+_LOOKS = 3  # at this rank's own standstill
+_SHOWN = 8  # ranks in a message
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """One rank's note. idle_s: how long it had not moved on when it was taken. time: when that was, seconds since 1970
+    by its host's clock; no two heartbeats of a rank have the same."""
+
+    rank: int
+    host: str
+    client: int | None
+    phase: str
+    step: int
+    block: str
+    awaits: int | str | None
+    idle_s: float
+    time: float
+
+    @property
+    def doing(self) -> str:
+        """Phase and who is awaited."""
+        awaited = {None: "", SHARED: "", EVERYBODY: ", waiting for everybody"}.get(self.awaits)
+        return self.phase + (f", waiting for client {self.awaits}" if awaited is None else awaited)
+
+    def age_s(self) -> float:
+        """Seconds since the rank moved on, by this host's clock."""
+        return max(0.0, time.time() - self.time) + self.idle_s
+
+    def silent_s(self) -> float:
+        """Seconds since the last heartbeat, by this host's clock."""
+        return max(0.0, time.time() - self.time)
+
+    def __str__(self) -> str:
+        silence = f", no sign of life for {self.silent_s():.0f} s" if self.silent_s() > SILENCE_S else ""
+        client = "" if self.client is None else f" (client {self.client})"
+        doing = place(self.doing, self.step, self.block)
+        return f"rank {self.rank} on {self.host}{client}: {doing}, {self.age_s():.0f} s ago{silence}"
+
+
+@dataclass
+class Sighting:
+    """What a rank has seen of another one, by its own clock: the last heartbeat, when it came, and when the other rank
+    had last moved on then."""
+
+    heartbeat: Heartbeat
+    came: float
+    moved: float
+
+    def silent(self, now: float) -> bool:
+        """Whether heartbeats have stopped: who keeps silent passes no patience on."""
+        return now - self.came >= SILENCE_S
+
+
+class Sightings(dict[int, Sighting]):
+    """rank -> what this rank has seen of it; belongs to one thread."""
+
+    def look(self, ranks: Sequence[int], store: Store, now: float) -> None:
+        """Read the heartbeats of `ranks`, as far as there are any."""
+        keys = {rank: f"heartbeat/{rank}" for rank in ranks}
+        if not store.check(list(keys.values())):  # whoever asked for one that is not there would wait
+            keys = {rank: key for rank, key in keys.items() if store.check([key])}
+        for rank, text in zip(keys, store.multi_get(list(keys.values())) if keys else (), strict=True):
+            heartbeat, before = Heartbeat(**json.loads(text)), self.get(rank)
+            if before is None or before.heartbeat.time != heartbeat.time:
+                self[rank] = Sighting(heartbeat, now, now - heartbeat.idle_s)
+
+    def lines(self, ranks: Sequence[int]) -> list[str]:
+        """For a message: where the ranks are, those that moved on last at the end."""
+        oldest = sorted(ranks, key=lambda rank: -self[rank].heartbeat.age_s() if rank in self else float("-inf"))
+        more = [f"and {len(oldest) - _SHOWN} more ranks"] if len(oldest) > _SHOWN else []
+        shown = [str(self[rank].heartbeat) if rank in self else f"rank {rank}: never" for rank in oldest[:_SHOWN]]
+        return shown + more
+
+
+@dataclass
+class Heartbeats:
+    """This rank's heartbeat, and what it sees of the others'. `beat` and `stalled` belong to the watcher thread.
+
+    folder: run.output/heartbeats, once it may be written to. gone: ranks that are not there, while the others go on.
+    """
+
+    launch: Launch
+    progress: Progress = field(default_factory=Progress)
+    folder: Path | None = None
+    gone: frozenset[int] = frozenset()
+    signs: Signs = field(default_factory=Signs)
+    _due: float = 0.0
+    _seen: Sightings = field(default_factory=Sightings)
+    _told: tuple[bytes, float] = (b"", 0.0)  # what the store's host has told this rank last, and when that came
+    _looks: int = 0
+
+    def own(self) -> Heartbeat:
+        """This rank's heartbeat now."""
+        now = self.progress
+        idle = max(0.0, time.monotonic() - now.moved)
+        who = (self.launch.rank, self.launch.host, self._client(self.launch.rank))
+        return Heartbeat(*who, now.phase, now.step, now.block, now.awaits, round(idle, 3), time.time())
+
+    def beat(self, store: Store, *, last: bool = False) -> bool:
+        """Tell where this rank stands, if it is time to. last: now, in the file alone, because the job ends."""
+        if not last and time.monotonic() < self._due:
+            return False
+        self._due = time.monotonic() + PERIOD_S
+        if self.signs.seen() and self.progress.at_work:
+            self.progress.tick()
+        text = json.dumps(asdict(self.own()))
+        if not last:
+            store.set(f"heartbeat/{self.launch.rank}", text)
+        if self.folder is not None:
+            with suppress(OSError):  # a full disk is for those to report who need it
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial = self.folder / f".rank_{self.launch.rank:04d}.partial"
+                partial.write_text(text + "\n")
+                os.replace(partial, self.folder / f"rank_{self.launch.rank:04d}.json")
+        return True
+
+    def stalled(self, store: Store, *, own: bool = False) -> StallError | None:
+        """Why the job has to end, if this rank has waited too long. See the module's text. own: also if others have
+        waited too long for this rank, which itself waits for nobody."""
+        progress, now = self.progress, time.monotonic()
+        timeout_s, moved = progress.timeout_s, progress.moved
+        if timeout_s is None or now - moved < look_after_s(timeout_s):
+            self._seen.clear()  # what has been seen is of another wait
+            self._told, self._looks = (b"", 0.0), 0
+            return None
+        idle_s = self._told_idle_s(store, now, timeout_s)
+        if idle_s is not None and idle_s < timeout_s:
+            return None
+        awaited = self._awaited(self._seen, store, now)
+        if not awaited and not progress.at_work:
+            return self._hanging(store, now) if own and now - moved >= timeout_s else None
+        if idle_s is None:
+            idle_s = now - max([moved, *(self._seen[rank].moved for rank in awaited if rank in self._seen)])
+        if idle_s < timeout_s or (progress.at_work and not self._is_sure()):
+            return None
+        stall = self._stall(awaited, now - moved)
+        stall.clients = frozenset(map(self._client, awaited or [self.launch.rank]))
+        stall.idle_s = idle_s
+        return stall
+
+    def _stall(self, awaited: list[int], idle_s: float) -> StallError:
+        progress, seen = self.progress, self._seen
+        silent = [rank for rank in awaited if rank not in seen or seen[rank].heartbeat.silent_s() > SILENCE_S]
+        last = "".join(f"\n    {line}" for line in seen.lines(awaited))
+        if progress.at_work and not silent:
+            return StallError(
+                f"no progress for {idle_s:.0f} s, and no sign of work: this rank takes no CPU time and no memory, and "
+                f"reads and writes nothing{'; nor do those that it may wait for. Last seen:' * bool(last)}{last}",
+                where=progress.place,
+                fix="look at what its main thread does, and at the disks and the network that it uses",
+            )
+        here = (progress.phase, progress.step)
+        elsewhere = [r for r in awaited if r in seen and (seen[r].heartbeat.phase, seen[r].heartbeat.step) != here]
+        direct = self._ranks(silent or elsewhere or awaited)
+        return StallError(
+            f"no progress for {idle_s:.0f} s; this rank waits for {direct}. Last seen:{last}",
+            where=progress.place,
+            fix=f"look at the output of {direct}; if they are only slow, raise cluster.timeout_s",
+        )
+
+    def _is_sure(self) -> bool:
+        """Whether this rank has stood still at several looks: a process that was stopped does not hang."""
+        self._looks += 1
+        return self._looks >= _LOOKS
+
+    def _told_idle_s(self, store: Store, now: float, timeout_s: float) -> float | None:
+        """Seconds since this rank or one that it waits for moved on, as the store's host tells (survey.py); None while
+        the host keeps silent."""
+        key, (before, came) = told_key(self.launch.rank), self._told
+        text = store.get(key) if store.check([key]) else b""
+        if text != before or not came:
+            came = now
+        self._told = text, came
+        if now - came >= min(SILENCE_S, timeout_s / 4):
+            return None
+        told = json.loads(text)[0] if text else 0.0
+        return min(told + now - came, now - self.progress.moved)  # it may be of an earlier standstill
+
+    def _hanging(self, store: Store, now: float) -> StallError | None:
+        progress, own = self.progress, self.launch.rank
+        others = set(range(self.launch.world_size)) - self.gone - {own}
+        self._seen.look(sorted(others), store, now)
+        for rank in others & self._seen.keys():
+            other = self._seen[rank]
+            awaits = other.heartbeat.awaits
+            if now - other.moved < (progress.timeout_s or 0.0) or awaits in (None, SHARED):
+                continue
+            if own in self._named(rank, awaits):
+                if not self._is_sure():
+                    return None
+                stall = StallError(
+                    f"no progress for {now - progress.moved:.0f} s; {other.heartbeat} waits for it",
+                    where=progress.place,
+                    fix="look at what this rank's main thread does; if it is only slow, raise cluster.timeout_s",
+                )
+                stall.clients, stall.idle_s = frozenset({self.own().client}), now - progress.moved
+                return stall
+        return None
+
+    def last_seen(self, store: Store) -> str:
+        """For a message: where the ranks are that this rank has to do with, a line each; empty if it is alone."""
+        seen = Sightings()  # those of this object belong to the watcher thread
+        lines = "".join(f"\n    {line}" for line in seen.lines(self._awaited(seen, store, time.monotonic())))
+        return f"\n  last seen:{lines}" if lines else ""
+
+    def _awaited(self, seen: Sightings, store: Store, now: float) -> list[int]:
+        """The ranks that this one waits for, nearest first: those that it has named, and those that these wait for."""
+        own, everybody = self.launch.rank, [r for r in range(self.launch.world_size) if r not in self.gone]
+        found: dict[int, None] = {}
+        waits, share = [(own, self.progress.awaits)], False
+        while waits:
+            if not share and any(awaits == SHARED for _, awaits in waits):
+                share = True
+                seen.look(everybody, store, now)
+                waits += [(rank, SHARED) for rank in seen if seen[rank].heartbeat.awaits == SHARED]
+            named = dict.fromkeys(named for rank, awaits in waits for named in self._named(rank, awaits))
+            new = [rank for rank in named if rank != own and rank not in found and rank not in self.gone]
+            if new:
+                seen.look(new, store, now)
+            found |= dict.fromkeys(new)
+            waits = [(r, seen[r].heartbeat.awaits) for r in new if r in seen and not seen[r].silent(now)]
+        return list(found)
+
+    def _named(self, rank: int, awaits: int | str | None) -> Iterator[int]:
+        """Whom `rank`, in this wait, waits for by itself: other than ranks that share what it waits for."""
+        layout = self.progress.layout
+        if layout is None or awaits == EVERYBODY:
+            yield from range(self.launch.world_size)
+            return
+        if isinstance(awaits, int):
+            yield from layout.partners(rank, awaits)
+        yield from layout.ranks_of(layout.client_of(rank))
+
+    def _client(self, rank: int) -> int | None:
+        return None if self.progress.layout is None else self.progress.layout.client_of(rank)
+
+    def _ranks(self, ranks: list[int]) -> str:
+        hosts = {rank: self._seen[rank].heartbeat.host for rank in ranks if rank in self._seen}
+        shown = [f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "") for rank in ranks[:_SHOWN]]
+        return ", ".join(shown) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
+
+
+def look_after_s(timeout_s: float) -> float:
+    """A rank that has not moved on for so long asks how long it has to be patient."""
+    return min(_LOOK_AFTER_S, timeout_s / 4)
+
+
+def told_key(rank: int) -> str:
+    """Where the store's host tells `rank`: JSON, [seconds, when]."""
+    return f"standstill/{rank}"
+
+
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """The heartbeats in a run's folder, ascending by rank; those of ranks that write on this host's disks."""
+    return [Heartbeat(**json.loads(path.read_text())) for path in sorted((folder / FOLDER).glob("rank_*.json"))]

@@ -1,0 +1,118 @@
+"""One rank is told to stop, and all ranks stop after the same inner step.
+
+A preemption reaches ranks at different moments, or only one of them, and clients may be steps apart. So:
+
+1. Whoever is told (`ask`, a signal handler) has that put into the job's store.
+2. Every rank's watcher thread sees it there, closes this rank's gate and tells how far the rank is committed to go:
+   it is in an inner step that its client's other ranks, and neighbours, wait for.
+3. The furthest of these is where all stop. The gates open up to there.
+
+Nobody has to reach a gate for the others to agree, so that a rank that waits for another one inside a step does not
+keep it from agreeing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from torch.distributed import Store
+
+from deca_ds.errors import LaunchError
+
+_ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
+
+
+class StopByCommit:
+    """The same where all ranks of all clients agree on every averaging anyway (elastic/commit.py): the agreement also
+    asks whether anybody was told to stop. It holds at one inner step for all, and all stop after that one."""
+
+    def __init__(self) -> None:
+        self._asked = self._agreed = False
+
+    @property
+    def pending(self) -> bool:
+        """See StopByStore."""
+        return self._asked or self._agreed
+
+    def ask(self, *_: Any) -> None:
+        """See StopByStore."""
+        self._asked = True
+
+    def may_pass(self, done: int) -> bool:
+        """See StopByStore."""
+        return not self._agreed
+
+    def look(self, store: Store) -> None:
+        """See StopByStore. There is nothing to look for."""
+
+    def answer(self) -> bool:
+        """Whether this rank may go on."""
+        return not self._asked
+
+    def heard(self, all_may: bool) -> None:
+        """What all ranks have answered."""
+        self._agreed |= not all_may
+
+    def stop(self) -> None:
+        """All ranks know by themselves that they stop after this step."""
+        self._agreed = True
+
+
+class StopByStore:
+    """The gate of one rank. `ask` and `may_pass` belong to the main thread, `look` to the watcher's."""
+
+    def __init__(self, rank: int, world_size: int, timeout_s: float):
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._asked = False
+        self._told = False
+        self._agreed = False
+        self._gate = threading.Condition()
+        self._committed = 0  # inner steps that this rank will have done before it comes to its gate again
+        self._last: int | None = None  # the gate lets nobody go beyond this many inner steps
+
+    @property
+    def pending(self) -> bool:
+        """Whether the job is about to stop, as far as this rank knows."""
+        return self._asked or self._last is not None
+
+    def ask(self, *_: Any) -> None:
+        """Have the whole job stop. A signal handler: it may interrupt the main thread anywhere, so it only notes it."""
+        self._asked = True
+
+    def may_pass(self, done: int) -> bool:
+        """Whether to go on after `done` inner steps; if not, all ranks stop here. Waits while they agree.
+
+        Raises LaunchError if they do not within the time limit.
+        """
+        if self._world_size == 1:
+            return not self._asked
+        deadline = time.monotonic() + self._timeout_s
+        with self._gate:
+            while self._last is not None and done >= self._last and not self._agreed:
+                if not self._gate.wait(timeout=1.0) and time.monotonic() > deadline:
+                    raise LaunchError(f"the ranks did not agree on where to stop within {self._timeout_s:g} s")
+            if self._last is not None and done >= self._last:
+                return False
+            self._committed = done + 1
+            return True
+
+    def look(self, store: Store) -> None:
+        """Tell the other ranks what this one knows and learn what they know; to be called again and again."""
+        if self._agreed:
+            return
+        if self._asked and not self._told:
+            store.set(_ASKED, "1")
+        if not self._told and store.check([_ASKED]):
+            with self._gate:
+                self._last = self._committed
+            self._told = True
+            store.set(f"{_TOLD}/{self._rank}", str(self._last))
+            if store.add(_TOLD, 1) == self._world_size:
+                furthest = max(int(store.get(f"{_TOLD}/{rank}")) for rank in range(self._world_size))
+                store.set(_AGREED, str(furthest))
+        if self._told and store.check([_AGREED]):
+            with self._gate:
+                self._last, self._agreed = int(store.get(_AGREED)), True
+                self._gate.notify_all()

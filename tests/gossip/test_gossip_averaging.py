@@ -1,0 +1,247 @@
+"""Gossip over threads: equal to the dense W @ X, in chunks, with used-again buffers and refusals by name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import gossip_worker
+import numpy as np
+import pytest
+import torch
+from gossip_worker import NUMEL, STEPS, average, start_values
+from rounding import UNIT
+from test_gossip_graphs import KINDS
+
+from deca_ds.config.schema import GossipConfig
+from deca_ds.errors import GossipError
+from deca_ds.gossip.averaging import BufferPool, Gossip
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.transport.local import LocalNetwork, LocalTransport
+from deca_ds.transport.transport import chunk_tag
+
+
+def on_all_clients(n: int, body: Callable[[LocalTransport], object], timeout_s: float = 30.0) -> list:
+    """body(transport) of every client in a thread of its own; results in client order."""
+    network = LocalNetwork(n, timeout_s)
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(lambda client: body(network.transport(client)), range(n)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunked_gossip_is_the_dense_product(kind: str):
+    n = 4
+    mixed = torch.stack(on_all_clients(n, lambda transport: average(transport, kind)))
+    schedule = build_mixing(GossipConfig(graph=kind), n, seed=4)
+    dense = np.stack([start_values(client).numpy().astype(np.float64) for client in range(n)])
+    mean, rounding = dense.mean(axis=0), STEPS * 2 * n * UNIT * np.abs(dense).max()
+    for t in range(STEPS):
+        dense = schedule.matrix(t) @ dense
+    np.testing.assert_allclose(mixed.numpy(), dense, rtol=0, atol=rounding)
+    np.testing.assert_allclose(mixed.double().mean(dim=0).numpy(), mean, rtol=0, atol=rounding)
+
+
+def test_terms_are_added_in_ascending_client_order():
+    n = 5
+    schedule = build_mixing(GossipConfig(graph="complete"), n, seed=0)
+
+    def body(transport: LocalTransport) -> torch.Tensor:
+        return Gossip(transport, schedule).start(0, start_values(transport.client)).wait().clone()
+
+    expected = start_values(0) * schedule.weight(0, 0, 0)
+    for j in range(1, n):
+        expected.add_(start_values(j), alpha=schedule.weight(0, j, 0))
+    for mixed in on_all_clients(n, body):
+        assert torch.equal(mixed, expected)
+
+
+def test_two_runs_are_bit_identical():
+    first, second = (on_all_clients(4, lambda transport: average(transport, "erdos_renyi")) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_own_weight_of_zero_and_directed_matrix(tmp_path):
+    path = tmp_path / "w.txt"
+    path.write_text("0 1/2 1/2\n1/2 0 1/2\n1/2 1/2 0\n")
+    schedule = build_mixing(GossipConfig(matrix=str(path)), 3, seed=0)
+    values = [1.0, 2.0, 4.0]
+
+    def body(transport: LocalTransport) -> list[float]:
+        return Gossip(transport, schedule).start(0, torch.full((2,), values[transport.client])).wait().tolist()
+
+    assert on_all_clients(3, body) == [[3.0, 3.0], [2.5, 2.5], [1.5, 1.5]]
+
+
+def test_nobody_to_talk_to_sends_nothing_and_returns_x():
+    gossip = Gossip(LocalNetwork(3).transport(1), build_mixing(GossipConfig(graph="isolated"), 3, seed=0))
+    x = torch.ones(4)
+    assert gossip.start(0, x).wait() is x
+    assert gossip.bytes_sent == 0 and gossip.wait_seconds == 0.0
+
+
+def test_chunks_cover_a_shard_and_follow_chunk_mib():
+    schedule = build_mixing(GossipConfig(), 1, seed=0)
+    gossip = Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1.0)
+    assert gossip.chunks(600_000) == [slice(0, 262_144), slice(262_144, 524_288), slice(524_288, 600_000)]
+    assert gossip.chunks(0) == []
+    assert Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1e-9).chunks(2) == [slice(0, 1), slice(1, 2)]
+
+
+def test_bytes_and_seconds_are_counted():
+    schedule = build_mixing(GossipConfig(graph="star"), 3, seed=0)
+
+    def body(transport: LocalTransport) -> tuple[int, bool]:
+        gossip = Gossip(transport, schedule)
+        gossip.start(0, torch.zeros(100)).wait()
+        return gossip.bytes_sent, gossip.wait_seconds > 0
+
+    assert on_all_clients(3, body) == [(800, True), (400, True), (400, True)]
+
+
+def test_buffers_are_used_again_and_bounded_by_the_window():
+    allocated: list[int] = []
+    lock = threading.Lock()
+
+    class CountingPool(BufferPool):
+        def take(self, numel: int) -> torch.Tensor:
+            free = {id(buffer) for buffer in self._free}
+            buffer = super().take(numel)
+            if id(buffer) not in free:
+                with lock:
+                    allocated.append(numel)
+            return buffer
+
+    schedule = build_mixing(GossipConfig(graph="ring"), 4, seed=0)
+
+    def body(transport: LocalTransport) -> None:
+        gossip = Gossip(transport, schedule)
+        gossip.pool = CountingPool(pinned=False)
+        for t in range(20):
+            pending = [gossip.start(t, torch.zeros(numel), c) for c, numel in enumerate((64, 64, 10))]
+            for mix in pending:
+                mix.wait()
+        assert len(gossip.pool._free) <= 6
+
+    on_all_clients(4, body)
+    assert len(allocated) <= 4 * 3 * 2
+
+
+def test_a_smaller_free_buffer_makes_room_for_a_larger():
+    pool = BufferPool(pinned=False)
+    pool.give_back(torch.empty(4))
+    pool.give_back(torch.empty(16))
+    assert pool.take(10).numel() == 16
+    assert pool.take(10).numel() == 10
+    assert pool._free == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_neighbour_that_is_not_finite_is_named(value: float):
+    schedule = build_mixing(GossipConfig(graph="ring"), 4, seed=0)
+
+    def body(transport: LocalTransport) -> str:
+        x = torch.ones(50)
+        if transport.client == 2:
+            x[7] = value
+        try:
+            Gossip(transport, schedule).start(3, x).wait()
+        except GossipError as error:
+            return str(error)
+        return ""
+
+    messages = on_all_clients(4, body)
+    assert messages[0] == ""
+    for client in (1, 2, 3):
+        assert "1 of 50 values of client 2 are not finite (averaging 3)" in messages[client]
+        assert f"where: client {client}" in messages[client]
+
+
+def test_large_finite_values_pass():
+    schedule = build_mixing(GossipConfig(graph="ring"), 3, seed=0)
+    mixed = on_all_clients(3, lambda transport: Gossip(transport, schedule).start(0, torch.full((50,), 3e38)).wait())
+    assert all(bool(x.isfinite().all()) for x in mixed)
+
+
+def test_a_silent_neighbour_is_named_with_tag_and_timeout():
+    schedule = build_mixing(GossipConfig(graph="ring"), 4, seed=0)
+    gossip = Gossip(LocalNetwork(4, timeout_s=0.05).transport(2), schedule)
+    with pytest.raises(GossipError) as caught:
+        gossip.start(1, torch.zeros(3), 5).wait()
+    assert f"no message from client 1 within 0.05 s (tag {chunk_tag(1, 5)})" in caught.value.what
+    assert "cluster.timeout_s" in caught.value.fix
+
+
+def test_a_message_of_another_size_is_refused():
+    network = LocalNetwork(2)
+    network.transport(0).exchange(torch.zeros(4), [1], {}, 9)
+    with pytest.raises(GossipError, match=r"from client 0 failed \(tag 9\).*\(4,\).*\(3,\)"):
+        network.transport(1).exchange(torch.zeros(4), [], {0: torch.empty(3)}, 9).wait()
+
+
+def test_messages_of_one_tag_go_to_receives_in_their_order_whoever_looks_first():
+    network = LocalNetwork(2)
+    first, second = torch.empty(2), torch.empty(3)
+    started = [network.transport(1).exchange(torch.empty(0), [], {0: buffer}, 9) for buffer in (first, second)]
+    network.transport(0).exchange(torch.zeros(2), [1], {}, 9)
+    assert not started[1].test() and started[0].test()
+    network.transport(0).exchange(torch.ones(3), [1], {}, 9)
+    assert started[1].test() and (first.tolist(), second.tolist()) == ([0, 0], [1, 1, 1])
+
+
+def test_misuse_is_refused():
+    schedule = build_mixing(GossipConfig(), 2, seed=0)
+    with pytest.raises(GossipError, match="for 2 clients, but 3 are connected"):
+        Gossip(LocalNetwork(3).transport(0), schedule)
+    network = LocalNetwork(2)
+    gossip = Gossip(network.transport(0), schedule)
+    for x in (torch.zeros(2, 2), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(6)[::2]):
+        with pytest.raises(ValueError, match="flat float32"):
+            gossip.start(0, x)
+    network.transport(1).exchange(torch.zeros(2), [0], {}, chunk_tag(0, 0))
+    pending = gossip.start(0, torch.zeros(2))
+    pending.wait()
+    with pytest.raises(AssertionError, match="once"):
+        pending.wait()
+    with pytest.raises(ValueError, match="contiguous"):
+        network.transport(0).all_reduce_sum(torch.zeros(6)[::2])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_collectives(n: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deca_ds.transport.transport.REDUCE_PIECE", 7)
+
+    def body(transport: LocalTransport) -> tuple:
+        x = start_values(transport.client)[:40].view(5, 8).clone()
+        transport.all_reduce_sum(x)
+        transport.barrier()
+        gathered = transport.gather_json([transport.client, None, "é"])
+        transport.close()
+        return x, gathered
+
+    expected = torch.zeros(5, 8)
+    for client in range(n):
+        expected += start_values(client)[:40].view(5, 8)
+    for x, gathered in on_all_clients(n, body):
+        assert torch.equal(x, expected)
+        assert gathered == [[client, None, "é"] for client in range(n)]
+
+
+def test_what_is_no_json_names_its_sender():
+    for length, text, fact in ((3, b"{x}", "client 0 sent no valid JSON"), (-1, b"", "client 0 announced -1 bytes")):
+        network = LocalNetwork(2)
+        sender = network.transport(0)
+        sender.exchange(torch.tensor([length]), [1], {}, gossip_worker.shared.GATHER_TAG)
+        sender.exchange(torch.tensor(list(text), dtype=torch.uint8), [1], {}, gossip_worker.shared.GATHER_TAG)
+        with pytest.raises(GossipError, match=fact):
+            network.transport(1).gather_json("fine")
+
+
+def test_tags_fit_mpi_and_tell_chunks_and_averagings_apart():
+    tags = {chunk_tag(t, chunk) for t in range(7) for chunk in range(4096)}
+    assert len(tags) == 7 * 4096 and min(tags) == 0
+    shared = gossip_worker.shared
+    assert max(tags) < min(shared.REDUCE_TAG, shared.GATHER_TAG, shared.BARRIER_TAG)
+    assert max(shared.REDUCE_TAG, shared.GATHER_TAG, shared.BARRIER_TAG) <= 32767
+    assert chunk_tag(10**9, 10**6) in tags
+    assert NUMEL > 4096 // 4  # the shared checks send more than one message per chunk

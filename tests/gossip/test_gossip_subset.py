@@ -1,0 +1,125 @@
+"""The matrices that survivors go on with."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deca_ds.config.schema import ClusterConfig, GossipConfig
+from deca_ds.errors import ConfigError, GossipError
+from deca_ds.gossip import subset
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.transport.local import LocalNetwork, LocalTransport
+
+GRAPHS = ["ring", "complete", "star", "exponential", "one_peer_exponential", "erdos_renyi", "bipartite", "isolated"]
+
+
+@st.composite
+def losses(draw) -> tuple[MixingSchedule, list[int]]:
+    """A schedule and clients that are gone, some or none."""
+    n = draw(st.integers(2, 9))
+    config = GossipConfig(
+        graph=draw(st.sampled_from(GRAPHS)), weights=draw(st.sampled_from(["metropolis", "lazy_metropolis"]))
+    )
+    return build_mixing(config, n, seed=draw(st.integers(0, 99))), sorted(draw(st.sets(st.integers(0, n - 1))))
+
+
+@settings(max_examples=200)
+@given(losses())
+def test_doubly_stochastic_symmetric_and_on_surviving_edges_alone(case):
+    mixing, missing = case
+    left = subset.without(mixing, missing)
+    assert left.size == mixing.size and left.period == mixing.period
+    if not missing:
+        assert left is mixing
+        return
+    living = [client for client in range(mixing.size) if client not in missing]
+    for before, after in zip(mixing.matrices, left.matrices, strict=True):
+        np.testing.assert_allclose(after.sum(axis=0), 1, atol=1e-12)
+        np.testing.assert_allclose(after, after.T, atol=1e-15)
+        assert (after >= 0).all() and (after[missing, missing] == 1).all()
+        joined = (before + before.T > 0) & ~np.eye(mixing.size, dtype=bool)
+        joined[missing] = joined[:, missing] = False
+        off_diagonal = after - np.diag(after.diagonal())
+        np.testing.assert_array_equal(off_diagonal > 0, joined)
+        degree = joined.sum(axis=0)
+        for i, j in np.argwhere(joined):
+            assert after[i, j] == pytest.approx(1 / (1 + max(degree[i], degree[j])))
+    if living:
+        gap, pieces = subset.spectral_gap(left, living), subset.parts(left, living)
+        assert 0 <= gap <= 1 and sorted(sum(pieces, [])) == living
+        if len(pieces) > 1:
+            assert gap == 0
+        union = nx.Graph((i, j) for m in left.matrices for i, j in np.argwhere(m > 0) if i in living and j in living)
+        assert len(pieces) == nx.number_connected_components(union)
+
+
+def test_a_star_without_its_centre_falls_apart():
+    star = build_mixing(GossipConfig(graph="star"), 4, seed=0)
+    assert subset.parts(subset.without(star, [0]), [1, 2, 3]) == [[1], [2], [3]]
+    leaf = subset.without(star, [2])
+    assert subset.parts(leaf, [0, 1, 3]) == [[0, 1, 3]]
+    assert leaf.matrix(0)[1].tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0])
+    assert "without client 2" in leaf.summary()
+
+
+def test_absent_clients_that_join_the_others_are_refused_unless_parts_go_on():
+    star, config = build_mixing(GossipConfig(graph="star"), 3, 0), ClusterConfig(clients=3, absent=[0])
+    with pytest.raises(ConfigError, match=r"the graph falls into \[1\] and \[2\]"):
+        subset.check_absent(config, star)
+    subset.check_absent(ClusterConfig(clients=3, absent=[0], on_partition="continue"), star)
+    subset.check_absent(ClusterConfig(clients=3, absent=[1]), star)
+
+
+class Repeating(LocalTransport):
+    """Everything that counts for all or for none is found not to count, once, and done again."""
+
+    may_lose_clients = True
+
+    def together(self, work, *, last=False):
+        work()
+        self.epoch += 1
+        return work()
+
+
+@pytest.mark.parametrize("radius", [None, 0.5])
+def test_an_averaging_that_is_repeated_equals_one_that_is_not(radius):
+    network, mixing = LocalNetwork(3), build_mixing(GossipConfig(graph="ring"), 3, seed=0)
+    values = [torch.randn(2_500, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def average(transport: LocalTransport) -> tuple[torch.Tensor, int]:
+        gossip = Gossip(transport, mixing, chunk_mib=0.001, clip_radius=radius)
+        x = values[transport.client].clone()
+        under_way = [(part, gossip.start(0, x[part], c)) for c, part in enumerate(gossip.chunks(x.numel()))]
+        assert gossip.settle(0)
+        for part, mix in under_way:
+            x[part] = mix.wait()
+        return x, gossip.bytes_sent
+
+    for kind in (LocalTransport, Repeating):
+        with ThreadPoolExecutor(3) as pool:
+            results = list(pool.map(lambda client, kind=kind: average(kind(network, client)), range(3)))
+        if kind is LocalTransport and radius is None:
+            # without clipping, `settle` has nothing to do here
+            expected = [torch.stack(values).T @ torch.tensor(row, dtype=torch.float32) for row in mixing.matrix(0)]
+            for (x, _), y in zip(results, expected, strict=True):
+                torch.testing.assert_close(x, y)
+        if kind is LocalTransport:
+            once = results
+    for (x, sent), (again, sent_again) in zip(once, results, strict=True):
+        assert torch.equal(x, again) and sent_again == 2 * sent
+
+
+def test_only_own_messages_that_are_not_finite_end_a_client_where_others_go_on():
+    network = LocalNetwork(2)
+    gossip = Gossip(Repeating(network, 0), build_mixing(GossipConfig(graph="ring"), 2, seed=0))
+    with pytest.raises(GossipError, match="1 of 3 values of client 0 are not finite"):
+        gossip.start(0, torch.tensor([1.0, torch.nan, 2.0]))
+    assert not network.mailboxes, "nothing of it was sent"

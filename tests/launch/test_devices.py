@@ -1,0 +1,133 @@
+"""Where ranks compute: chosen from what they see, and refused where their client could not work so."""
+
+from datetime import timedelta
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from deca_ds.errors import LaunchError
+from deca_ds.launch.devices import Seen, Taken, check_devices, place, shared_gpus, take_device
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import JobStore
+
+
+def ranks_on(machine: str, count: int, *, local: bool = True, gpus: int = 0, cores: str = "ff") -> list[Seen]:
+    return [Seen(machine, machine, rank if local else None, cores, gpus) for rank in range(count)]
+
+
+def placed(seen: list[Seen]) -> list[str]:
+    every = dict(enumerate(seen))
+    return [str(place(every, rank).device) for rank in every]
+
+
+def test_ranks_take_the_gpus_of_their_host_in_turn():
+    assert placed(ranks_on("a", 2, gpus=2) + ranks_on("b", 2, gpus=2)) == ["cuda:0", "cuda:1"] * 2
+    assert placed(ranks_on("a", 4, gpus=2)) == ["cuda:0", "cuda:1"] * 2
+
+
+def test_a_process_that_sees_one_gpu_takes_it():
+    assert placed(ranks_on("a", 3, gpus=1)) == ["cuda:0"] * 3
+
+
+@pytest.mark.parametrize("named", [(), (0,)])
+def test_ranks_are_counted_where_the_launcher_has_not(named):
+    """Also where it has for some: their number could be that of another rank."""
+    seen = ranks_on("a", 2, local=False, gpus=4) + ranks_on("b", 3, local=False, gpus=4)
+    for rank in named:
+        seen[rank] = ranks_on("a", 1, gpus=4)[0]
+    assert placed(seen) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:2"]
+
+
+def test_containers_of_one_machine_are_counted_together():
+    seen = [Seen(name, "machine", None, "f", 2) for name in ("one", "two")]
+    assert placed(seen) == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads"),
+    [
+        (["ff", "ff"], [4, 4]),  # both may run on the same eight
+        (["f", "f0"], [4, 4]),  # bound, four each
+        (["1", "2"], [1, 1]),
+        (["ff"] * 3, [2, 2, 2]),
+        (["1", "1"], [1, 1]),
+    ],
+)
+def test_threads_follow_the_cores_that_a_rank_may_run_on(cores, threads):
+    every = {rank: Seen("a", "a", rank, mask, 0) for rank, mask in enumerate(cores)}
+    assert [place(every, rank).threads for rank in every] == threads
+
+
+def taken(*devices: str) -> dict[int, Taken]:
+    """Written HOST/DEVICE/IDENTITY."""
+    return {rank: Taken(*device.split("/")) for rank, device in enumerate(devices)}
+
+
+def test_clients_may_share_a_gpu_and_are_told():
+    devices, layout = taken("a/cuda:0/X", "a/cuda:1/Y", "a/cuda:0/X", "a/cuda:1/Y"), ClientLayout(2, 2)
+    check_devices(devices, layout)
+    told = shared_gpus(devices, layout)
+    assert told.splitlines()[0].startswith("one GPU for clients 0, 1 (rank 0 on a: cuda:0; rank 2 on a: cuda:0)")
+    assert len(told.splitlines()) == 2
+    assert shared_gpus(taken("a/cuda:0/X", "b/cuda:0/Y"), ClientLayout(2, 1)) is None
+    assert shared_gpus(taken("a/cpu/", "a/cpu/"), ClientLayout(2, 1)) is None
+
+
+def test_ranks_of_one_client_on_one_gpu_are_refused():
+    """By the GPU, not by its number: with one visible GPU a process all of them are cuda:0."""
+    check_devices(taken("a/cuda:0/X", "a/cuda:0/Y"), ClientLayout(1, 2))
+    with pytest.raises(LaunchError, match=r"(?s)ranks of client 1 have one GPU: rank 2 on b: cuda:0; rank 3 on b"):
+        check_devices(taken("a/cuda:0/X", "a/cuda:1/Y", "b/cuda:0/Z", "b/cuda:0/Z"), ClientLayout(2, 2))
+
+
+def test_devices_of_different_types_in_one_client_are_refused():
+    check_devices(taken("a/cpu/", "b/cuda:0/X"), ClientLayout(2, 1))
+    with pytest.raises(LaunchError, match=r"(?s)client 0 .* GPUs \(rank 0 on a: cuda:0\) and on CPUs \(rank 1 on b"):
+        check_devices(taken("a/cuda:0/X", "b/cpu/"), ClientLayout(1, 2))
+
+
+def take(monkeypatch, wanted: str, gpus: int, ranks: int, layout: ClientLayout) -> list:
+    """What `ranks` threads take, on a machine with GPUs that are made up."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU {device.index}"))
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    store, found = HashStore(), [None] * ranks
+
+    def of(rank: int) -> None:
+        launch, job = Launch("deepspeed", rank, ranks, None, None), JobStore(store, None, timedelta(seconds=20))
+        try:
+            found[rank] = take_device(wanted, launch, layout, job, range(ranks))
+        except LaunchError as error:
+            found[rank] = error
+
+    threads = [Thread(target=of, args=[rank]) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(current) == (ranks if gpus and wanted != "cpu" else 0)
+    return found
+
+
+def test_every_rank_hears_what_is_wrong(monkeypatch):
+    found = take(monkeypatch, "auto", 2, 3, ClientLayout(1, 3))
+    assert all(isinstance(error, LaunchError) and "have one GPU: rank 0" in str(error) for error in found)
+
+
+def test_all_take_their_device_or_a_cpu(monkeypatch):
+    found = take(monkeypatch, "auto", 2, 2, ClientLayout(1, 2))
+    assert [str(placement.device) for placement, _ in found] == ["cuda:0", "cuda:1"]
+    assert all(told is None for _, told in found)
+    found = take(monkeypatch, "auto", 1, 2, ClientLayout(2, 1))
+    assert [str(placement.device) for placement, _ in found] == ["cuda:0", "cuda:0"]
+    assert all(told.startswith("one GPU for clients 0, 1") for _, told in found)
+    for wanted, gpus in (("cpu", 2), ("auto", 0)):
+        found = take(monkeypatch, wanted, gpus, 2, ClientLayout(2, 1))
+        assert [(str(p.device), p.local_rank) for p, _ in found] == [("cpu", 0), ("cpu", 1)]
+    assert all("torch sees no GPU" in str(error) for error in take(monkeypatch, "cuda", 0, 1, ClientLayout(1, 1)))

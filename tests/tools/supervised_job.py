@@ -1,0 +1,50 @@
+"""Stands for a job that `deca supervise` starts: each start does what the next word in run.output.plan says.
+
+CODE            ends with it
+saved:CODE      the same after a new checkpoint
+trained:CODE    the same after an inner step
+done:CODE       the same with a DONE marker
+stopped:CODE    the same with a STOPPED marker
+lost:CODE       the same, because client 1 is gone
+waits:CODE      the same with a STOPPED marker, after SIGUSR1
+join:...        any of these, with --join on the command line
+"""
+
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from deca_ds.checkpoint.done import mark_done, mark_stopped  # no torch: it is started often
+
+output = Path(next(word for word in sys.argv if word.startswith("run.output=")).partition("=")[2])
+plan = output.with_suffix(".plan")
+word, *words = plan.read_text().split()
+plan.write_text(" ".join(words))
+assert word.startswith("join:") == ("--join" in sys.argv), word
+what, _, code = word.removeprefix("join:").rpartition(":")
+output.mkdir(exist_ok=True)
+if what == "saved":
+    checkpoints = output / "checkpoints"
+    (checkpoints / f"step_{10 * len(list(checkpoints.glob('step_*'))) + 10:08d}").mkdir(parents=True)
+elif what == "trained":
+    from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat, read_heartbeats
+
+    (output / FOLDER).mkdir(exist_ok=True)
+    beats = read_heartbeats(output)
+    beat = Heartbeat(0, "n0", 0, "gossip", beats[0].step + 1 if beats else 3, "layers 0-1", None, 0.0, time.time())
+    (output / FOLDER / "rank_0000.json").write_text(json.dumps(asdict(beat)))
+elif what == "done":
+    mark_done(output, "8 of 8 inner steps")
+elif what in ("stopped", "lost"):
+    mark_stopped(output, "3 of 8 inner steps", [1] if what == "lost" else [])
+elif what == "waits":
+    told = []
+    signal.signal(signal.SIGUSR1, lambda *_: told.append(True))
+    Path(f"{output}.waits").touch()
+    while not told:
+        time.sleep(0.05)
+    mark_stopped(output, "5 of 8 inner steps", [])
+sys.exit(int(code))

@@ -1,0 +1,107 @@
+"""What a dry run refuses before it loads anything, and what it tells."""
+
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
+
+from deca_ds.cli import main
+from deca_ds.config import load_config
+from deca_ds.errors import ConfigError
+from deca_ds.tools.plan import print_plan
+
+
+def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
+    keys = [f"run.output={tmp_path / 'run'}", "model.path=/nowhere", "cluster.clients=3", "gossip.wait_s=2"]
+    keys.append(f"data.train=[{word_files[0]}]")
+    with pytest.raises(ConfigError, match=r"the mixing matrix is not symmetric .one_peer_exponential") as caught:
+        print_plan(load_config(None, [*keys, "gossip.graph=one_peer_exponential"]))
+    assert caught.value.where == "gossip.wait_s"
+    directed = tmp_path / "w.txt"
+    directed.write_text("1/2 1/2 0\n0 1/2 1/2\n1/2 0 1/2\n")
+    with pytest.raises(ConfigError, match=rf"the mixing matrix is not symmetric .matrix {directed}"):
+        print_plan(load_config(None, [*keys, f"gossip.matrix={directed}"]))
+
+
+def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+
+    def plan(*changes: str, world_size: int | None = None) -> str:
+        print_plan(load_config(None, [*keys, *changes]), world_size)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "masters:" not in plan()
+    half = "model.dtype=bfloat16"
+    assert f"masters: exact, {2 * parameters / 2**20:,.1f} MiB of host memory per rank" in plan(half)
+    assert f"masters: exact, {parameters / 2**20:,.1f} MiB" in plan(half, world_size=2)
+    dropped = plan(half, "model.masters=rounded")
+    assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
+
+
+def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"data.train=[{word_files[0]}]", f"model.tokenizer={tiny_model}"]
+    keys += ["data.micro_batch_size=2", "data.max_length=32"]
+
+    def plan(folder) -> str:
+        print_plan(load_config(None, [*keys, f"model.path={folder}"]))
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "logits:" not in plan(tiny_model)
+    vocabulary = AutoConfig.from_pretrained(tiny_model).vocab_size
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
+    BertConfig(**sizes, vocab_size=vocabulary, is_decoder=True).save_pretrained(tmp_path / "bert")
+    told = (
+        f"BertLMHeadModel is not a body and one linear head, .* {4 * 2 * 32 * vocabulary / 2**20:,.1f} MiB in float32"
+    )
+    assert re.search(told, plan(tmp_path / "bert"))
+
+
+def test_the_disk_is_told_and_compared_with_what_is_free(tiny_model, word_files, tmp_path, capsys, monkeypatch):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=3"]
+    keys += [f"data.train=[{word_files[0]}]", "checkpoint.every=10", "algorithm.inner_steps=4"]
+    # a float32 model, and of the one that is written also what is new, so that it is more than three of them
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+
+    def plan(free: float, *changes: str) -> tuple[str, str]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free)))
+        print_plan(load_config(None, [*keys, *changes]))
+        told, _, warning = " ".join(capsys.readouterr().out.split()).partition("are free at")
+        return told, warning
+
+    told, warning = plan(1e12)
+    assert f"the trained model takes {4 * parameters / 1000:,.1f} kB" in told and not warning
+    assert "checkpoints (every 10 inner steps, keep 2) up to" in told
+    told, warning = plan(3 * 2 * 4 * parameters)
+    assert "WARNING" in told and warning.startswith(f" {tmp_path} for run.output")
+    told, warning = plan(3 * 2 * 4 * parameters, "checkpoint.every=0", "algorithm.inner_steps=1")
+    assert "(one, at the end or when told to stop)" in told and not warning
+    assert plan(3 * 2 * 4 * parameters - 1, "checkpoint.every=0", "algorithm.inner_steps=1")[1]
+
+
+def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {tiny_model}}}\ndata: {{train: [{word_files[0]}]}}\n")
+    keys = [f"run.output={tmp_path / 'run'}", "cluster.clients=2", "data.batch_size=4", "data.micro_batch_size=1"]
+    keys += ["data.max_length=16"]
+
+    def plan(hosts: str) -> tuple[int, str]:
+        (tmp_path / "hosts").write_text(hosts)
+        command = ["plan", "--config", str(tmp_path / "run.yaml"), "--hostfile", str(tmp_path / "hosts"), *keys]
+        code = main(command)
+        told = capsys.readouterr()
+        return code, " ".join((told.out + told.err).split())
+
+    code, told = plan("a slots=2\nb slots=2\n")
+    assert code == 0 and "client 0: a client 1: b" in told and "spread over" not in told
+    code, told = plan("a slots=3\nb slots=1\n")
+    assert code == 0 and "client 0: a client 1: a, b" in told
+    assert "client 1 is spread over a, b, and others use a, too" in told
+    keys += ["cluster.on_failure=continue", "cluster.absent=[1]", "cluster.min_clients=1"]
+    code, told = plan("a slots=2\n")
+    assert code == 0 and "at the start: client 1 absent, spectral gap 1" in told
+    code, told = plan("a slots=3\n")
+    assert code == 2 and "3 ranks cannot be divided among 2 clients" in told
+    code, told = plan("a: 3\n")
+    assert code == 2 and "'a: 3' is no host" in told and f"{tmp_path / 'hosts'}:1" in told

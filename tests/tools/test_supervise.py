@@ -1,0 +1,100 @@
+"""`deca supervise`: when it starts a job again, when it does not, and how it hands on that the job is to stop."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jobs import BIN, REPOSITORY
+
+from deca_ds.cli import main
+
+SCRIPT = str(REPOSITORY / "tests/tools/supervised_job.py")
+KEYS = ("model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=10")
+
+
+def supervise(folder: Path, plan: str, *keys: str) -> tuple[int, int]:
+    """The exit code, and how many of the planned starts there were."""
+    (folder / "run.plan").write_text(plan)
+    job = [sys.executable, SCRIPT, f"run.output={folder / 'run'}", *KEYS, *keys]
+    code = main(["supervise", "--pause", "0.01", "--restarts", "2", *job])
+    return code, len(plan.split()) - len((folder / "run.plan").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "starts", "told"),
+    [
+        ("done:0 1", 0, 1, ""),
+        ("saved:137 saved:1 done:0 1", 0, 3, "newest checkpoint: inner step 20. Starting"),
+        ("1 done:0 1", 0, 2, "newest checkpoint: inner step 0. Starting it again in 0.01 s (1 of 2 that bring"),
+        ("2 done:0", 2, 1, ""),  # a mistake
+        ("trained:2 done:0 1", 0, 2, "Starting it again"),  # a rank that hung
+        ("saved:1 2 done:0 1", 0, 3, "(1 of 2 that bring nothing new)"),  # a host that is not back yet
+        ("stopped:0 1", 0, 1, ""),  # told by somebody else
+        ("lost:0 done:0 1", 0, 2, "the job ended with 0"),
+        ("saved:1 1 1 137 done:0", 137, 4, "Giving up: 3 starts in a row have brought nothing new"),
+        ("saved:1 1 1 saved:1 1 done:0 1", 0, 6, "newest checkpoint: inner step 20"),
+    ],
+)
+def test_when_it_starts_the_job_again(tmp_path, capfd, plan, code, starts, told):
+    assert supervise(tmp_path, plan) == (code, starts)
+    said = capfd.readouterr().err
+    assert told in said and said.count("Starting it again") == starts - 1, said
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "starts"),
+    [
+        ("trained:137 join:trained:137 join:stopped:0 1", 0, 3),
+        ("trained:137 join:2 join:2 join:2 join:2", 2, 4),  # nobody to join any more
+        ("1 done:0", 1, 1),  # the job did not begin
+    ],
+)
+def test_a_rank_by_itself_joins_the_others_again(tmp_path, capfd, monkeypatch, plan, code, starts):
+    monkeypatch.setenv("RANK", "1")
+    assert supervise(tmp_path, plan, "cluster.on_failure=continue", "run.resume=never") == (code, starts)
+    assert capfd.readouterr().err.count("Starting it again") == starts - 1
+
+
+def test_a_signal_is_handed_on_and_the_job_is_not_started_again(tmp_path):
+    """The same to a launcher that hands SIGUSR1 on, and to one that does not, whose ranks are looked for."""
+    for name in ("mpirun", "other"):
+        folder = tmp_path / name
+        folder.mkdir()
+        launcher = folder / name
+        hands_on = '"$@" & rank=$!\ntrap "kill -USR1 $rank" USR1\nwait $rank\nwait $rank\n'
+        launcher.write_text("#!/bin/sh\n" + (hands_on if name == "mpirun" else '"$@"\nexit $?\n'))
+        launcher.chmod(0o755)
+        (folder / "run.plan").write_text("waits:0 done:0")
+        job = [str(launcher), sys.executable, SCRIPT, f"run.output={folder / 'run'}", *KEYS]
+        process = subprocess.Popen([BIN / "deca", "supervise", *job])
+        try:
+            deadline = time.monotonic() + 60
+            while not (folder / "run.waits").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0, name
+        finally:
+            process.kill()
+        assert (folder / "run" / "STOPPED").exists() and (folder / "run.plan").read_text() == "done:0", name
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["mpirun", "-n", "2"], "no training script in 'mpirun -n 2'"),
+        (["mpirun", "train.py", *KEYS, "run.resume=never"], "run.resume = 'never': a new start would be refused"),
+        (["mpirun", "train.py", *KEYS, "checkpoint.every=0"], "checkpoint.every = 0"),
+        (["mpirun", "train.py", *KEYS, "run.resum=auto"], "run.resum"),
+        (["no-such-launcher", "train.py", *KEYS], "cannot start 'no-such-launcher'"),
+    ],
+)
+def test_what_could_not_be_started_again_is_refused(tmp_path, capsys, monkeypatch, command, told):
+    monkeypatch.chdir(tmp_path)
+    assert main(["supervise", *command]) == 2
+    assert told in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,0 +1,78 @@
+"""The edge test: which edges, what it says of them, and how a broken one is named."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from deca_ds.config.schema import GossipConfig
+from deca_ds.errors import GossipError
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.transport.edges import probe_edges, save_edges
+from deca_ds.transport.local import LocalNetwork
+from deca_ds.transport.transport import PROBE_TAG
+
+
+def probe(graph: str, clients: int, ranks: int) -> list[list[dict]]:
+    """`probe_edges` of all ranks, in threads."""
+    shards, store, layout = (
+        [LocalNetwork(clients, 20.0) for _ in range(ranks)],
+        HashStore(),
+        ClientLayout(clients, ranks),
+    )
+    mixing = build_mixing(GossipConfig(graph=graph), clients, seed=0)
+
+    def body(rank: int) -> list[dict]:
+        transport = shards[layout.shard_of(rank)].transport(layout.client_of(rank))
+        job = JobStore(store, None, timedelta(seconds=20))
+        return probe_edges(
+            transport,
+            mixing.neighbours(transport.client),
+            Launch("python", rank, clients * ranks, 0, None),
+            layout,
+            job,
+        )
+
+    with ThreadPoolExecutor(clients * ranks) as pool:
+        return list(pool.map(body, range(clients * ranks)))
+
+
+@pytest.mark.parametrize(("graph", "clients"), [("ring", 5), ("one_peer_exponential", 4), ("complete", 4), ("star", 4)])
+def test_every_edge_of_any_matrix_is_timed_once_on_every_shard(graph, clients, tmp_path):
+    every = probe(graph, clients, ranks=2)
+    assert all(edges == every[0] for edges in every)
+    mixing = build_mixing(GossipConfig(graph=graph), clients, seed=0)
+    expected = sorted({(i, j) for i in range(clients) for j in mixing.neighbours(i) if i < j})
+    assert [tuple(edge["clients"]) for edge in every[0]] == expected
+    for edge in every[0]:
+        assert len(edge["hosts"]) == len(edge["shards"]) == 2
+        assert all(shard["round_trip_ms"] > 0 and shard["mb_per_s"] > 0 for shard in edge["shards"])
+    every[0][-1]["shards"][1]["mb_per_s"] = 0.01
+    line = save_edges(every[0], tmp_path)
+    i, j = expected[-1]
+    assert f"slowest of {len(expected)} edges: client {i} on" in line and f"client {j} on" in line
+    assert json.loads((tmp_path / "edges.json").read_text()) == every[0]
+
+
+def test_isolated_clients_have_no_edges():
+    assert probe("isolated", 2, ranks=1) == [[], []]
+
+
+@pytest.mark.parametrize("what", ["nothing", "another message"])
+def test_an_edge_that_does_not_carry_messages_is_named_with_both_ends(what):
+    network, store = LocalNetwork(2, 0.2), HashStore()
+    store.set("edges/hosts/1/1", json.dumps("far"))
+    if what == "another message":
+        for _ in range(2):
+            network.transport(1).exchange(torch.zeros(8, dtype=torch.uint8), [0], {}, PROBE_TAG)
+    launch, job = Launch("python", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=5))
+    with pytest.raises(GossipError) as caught:
+        probe_edges(network.transport(0), [1], launch, ClientLayout(2, 1), job)
+    assert "edge between client 0 (rank 0 on" in str(caught.value) and "client 1 (rank 1 on far)" in str(caught.value)

@@ -1,0 +1,27 @@
+"""A wait for a slow client lasts while it works, over both transports, and ends the job when it does not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import BIN, run_command
+
+from deca_ds.tools.status import status_table
+
+WORKER = str(Path(__file__).with_name("patience_worker.py"))
+
+
+@pytest.mark.multiprocess
+def test_patience_with_a_client_at_work_and_none_with_a_stalled_one(tmp_path):
+    if not (BIN / "mpirun").exists():
+        pytest.skip("no mpirun")
+    finished = run_command([str(BIN / "mpirun"), "-n", "2", sys.executable, WORKER, str(tmp_path)], deadline_s=120)
+    assert finished.code != 0
+    for rank in (0, 1):
+        for transport in ("MpiTransport", "GlooTransport"):
+            assert f"rank {rank} passed {transport}" in finished.output, finished.output[-3000:]
+    marker = (tmp_path / "FAILED").read_text()
+    assert marker.startswith("rank 0 on ") and "the end" in marker.splitlines()[0]
+    assert "waits for rank 1 on" in marker and "(client 1): gradient, step 99, " in marker
+    assert finished.output.count("no progress for") == 1
+    assert [cell for cell in status_table(tmp_path).columns[3].cells][1] == "gradient"
