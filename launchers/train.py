@@ -1,4 +1,4 @@
-"""Train with DECA. Started on every rank by `deepspeed`, mpirun or python; see README.md."""
+"""Train with DECA. Started on every rank by `deepspeed`, mpirun or python; see docs/launching.md."""
 
 import gc
 import sys

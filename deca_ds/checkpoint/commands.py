@@ -19,9 +19,14 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--client", type=int, metavar="N", help="export client N's model (clients count from 0)")
     which.add_argument("--mean", action="store_true", help="export the mean of all clients' models (the default)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the model")
     parser.add_argument(
-        "--max-shard-size", default="500MB", metavar="SIZE", help="largest weight file, and so the memory it takes"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="data type of the weights; default: the model's"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="500MB",
+        metavar="SIZE",
+        help="largest size of a weight file, which bounds the memory (default 500MB)",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that came with the model; only if you trust it"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from deca_ds.config.checks import check
 from deca_ds.config.paths import expand_all, look_for
@@ -93,7 +94,7 @@ def _read_argument(argument: str) -> DictConfig:
         raise ConfigError(
             f"cannot read the argument {argument!r}: {error}",
             where="command line",
-            fix=f"what YAML reads otherwise stands in quotes that the shell leaves alone: '{key}=\"...\"'",
+            fix=f"put a text that YAML would change in quotes that the shell leaves alone: '{key}=\"...\"'",
         ) from error
     except ConfigError:
         raise
@@ -122,9 +123,18 @@ def _explain(error: Exception, source: str, addition: DictConfig) -> ConfigError
         dotted = ".".join(filter(None, [parent, close[0]])) if close else None
         fix = f"did you mean {dotted}?" if dotted else f"known here: {', '.join(known)}"
         first_line = "unknown key"
+    elif isinstance(error, ValidationError) and (meaning := _meaning(str(key).partition("[")[0])):
+        fix = f"change the value; {key}: {meaning}"
     try:
         value = OmegaConf.select(addition, str(key))
     except OmegaConfBaseException:
         value = None
     shown = f" = {value!r}" if value is not None and not isinstance(value, DictConfig) else ""
     return ConfigError(f"{key}{shown}: {first_line}", where=source, fix=fix)
+
+
+def _meaning(key: str) -> str | None:
+    """The sentence of the schema that explains `key`."""
+    section, _, name = key.rpartition(".")
+    known = {f.name: f for f in fields(getattr(Config(), section) if section else Config)}
+    return known[name].metadata.get("meaning") if name in known else None

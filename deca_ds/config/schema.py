@@ -1,76 +1,145 @@
-"""Every configuration key, its type, its default and what it means. What stands here works and is tested.
+"""Every configuration key: its type, its default and the sentence that explains it. Each key works and is tested.
 
 `Config` is an OmegaConf structured schema: `deca_ds.config.load` merges a YAML file and a dotlist into it and refuses
-unknown keys and wrong types.
+unknown keys and wrong types. `docs/make_reference.py` writes docs/configuration.md from it.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 # OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
-# ruff: noqa: UP045
+# ruff: noqa: RUF009, UP045
+
+
+def key(default: Any, meaning: str, see: str | None = None) -> Any:
+    """A configuration key.
+
+    meaning: one sentence for the reference and for error messages. see: the page in docs/ that tells more, or
+    page.md#section.
+    """
+    metadata = {"meaning": meaning, "see": see}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class RunConfig:
-    """One run: where it writes, on what it computes, what it is seeded with."""
+    """One run: where it writes, which device computes, and its seed."""
 
-    output: str = "runs/deca"  # new folder for metrics, tables, the resolved config and the trained shards
-    # continue the run in `output` from its newest checkpoint: never; require: there must be one; auto: if there is one
-    resume: Literal["never", "auto", "require"] = "never"
-    seed: int = 0  # of the partition, the data order, random blocks, random graphs and random weights
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one, else cpu
-    threads: Optional[int] = None  # CPU threads per rank; null: the host's cores divided by its ranks
+    output: str = key(
+        "runs/deca", "New folder for metrics, tables, the resolved configuration and the trained shards.", "output.md"
+    )
+    resume: Literal["never", "auto", "require"] = key(
+        "never",
+        "Whether the run in `run.output` continues from its newest checkpoint: `never`; `auto`, if it has one; or "
+        "`require`, which refuses to start without one.",
+        "checkpoints.md",
+    )
+    seed: int = key(0, "Seed of the partition, the data order, random blocks, random graphs and random weights.")
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "Device that computes; `auto` takes `cuda` where torch sees a GPU and `cpu` elsewhere."
+    )
+    threads: Optional[int] = key(None, "CPU threads of each rank; `null` divides the host's cores by its ranks.")
 
 
 @dataclass
 class ClusterConfig:
-    """Who trains: n clients, each a ZeRO-3 world of its own."""
+    """Who trains: n clients, each a ZeRO-3 world of its own, and what happens when one of them fails."""
 
-    clients: int = 1  # number of clients n
-    ranks: Optional[list[int]] = None  # of each client in order, [2, 1, 1]; null: those launched, divided equally
-    transport: Literal["auto", "mpi", "torch"] = "auto"  # auto: mpi if every rank is in one MPI world, else torch
-    timeout_s: float = 600.0  # seconds that a rank may wait while none of those that it waits for moves on
-    # when a client dies: stop the job; continue: the others go on without it (where the launcher lets them)
-    on_failure: Literal["stop", "continue"] = "stop"
-    # for continue over torch: clients that are not started with the others; each may come later, with --join
-    absent: list[int] = field(default_factory=list)
-    min_clients: int = 2  # for continue: with fewer clients left the job saves a checkpoint and stops
-    # for continue, where those who are left are not joined by the graph: stop in the same way; continue: part by part
-    on_partition: Literal["stop", "continue"] = "stop"
-    # for continue over torch: seconds that a client that was cut off, or is in the smaller part of a network that fell
-    # apart, tries to come back by itself; 0: it ends, or its part goes on by itself
-    return_s: float = 0.0
-    allow_mixed_versions: bool = False  # warn about ranks with other versions of Python or a library, and go on
+    clients: int = key(1, "Number of clients n; it divides the number of launched ranks unless `cluster.ranks` is set.")
+    ranks: Optional[list[int]] = key(
+        None,
+        "Number of ranks of each client, in order, such as `[2, 1, 1]`; `null` divides the launched ranks equally.",
+        "launching.md#clients-of-different-sizes",
+    )
+    transport: Literal["auto", "mpi", "torch"] = key(
+        "auto",
+        "What carries messages between clients; `auto` takes `mpi` if all ranks are in one MPI world and `torch` "
+        "otherwise.",
+        "launching.md#transports",
+    )
+    timeout_s: float = key(
+        600.0,
+        "Seconds after which a rank ends the job if neither it nor any rank that it waits for has made progress.",
+        "failures.md#no-wait-is-silent-or-endless",
+    )
+    on_failure: Literal["stop", "continue"] = key(
+        "stop",
+        "What the job does when a client dies or hangs during training: `stop`, or `continue` without that client, "
+        "which not every launcher allows.",
+        "failures.md#when-a-client-dies",
+    )
+    absent: list[int] = key(
+        [],
+        "With `cluster.on_failure=continue` over torch: clients that do not start with the others; each may come later "
+        "with `--join`.",
+        "failures.md#when-a-client-comes-late",
+    )
+    min_clients: int = key(
+        2, "With `cluster.on_failure=continue`: with fewer clients than this, the job saves a checkpoint and stops."
+    )
+    on_partition: Literal["stop", "continue"] = key(
+        "stop",
+        "With `cluster.on_failure=continue`: what the job does when the graph no longer connects the clients that are "
+        "left: `stop` after a checkpoint, or `continue` with each part by itself.",
+    )
+    return_s: float = key(
+        0.0,
+        "With `cluster.on_failure=continue` over torch: seconds for which a client that was cut off, or is in the "
+        "smaller part of a split network, tries to return by itself; with 0 the client ends and the part goes on.",
+        "failures.md#when-the-network-splits",
+    )
+    allow_mixed_versions: bool = key(
+        False, "Only warn about ranks that run other versions of Python or of a library, instead of refusing to start."
+    )
 
 
 @dataclass
 class ModelConfig:
-    """The causal language model."""
+    """The causal language model. [Models](models.md) tells what is checked."""
 
-    path: str = "???"  # Hugging Face model directory or hub name
-    revision: Optional[str] = None  # hub revision
-    tokenizer: Optional[str] = None  # tokenizer directory or hub name; null: the model's
-    init: Literal["pretrained", "random"] = "pretrained"  # random: only the architecture is read from `path`
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; masters and moments are always float32
-    # for bfloat16, what becomes of masters between a block's turns: kept, on the host; rounded to the model's values
-    masters: Literal["exact", "rounded"] = "exact"
-    attention: Optional[str] = None  # eager, sdpa, flash_attention_2, ...; null: what transformers chooses
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    trust_remote_code: bool = False  # run modelling code that comes with the model; only for authors you trust
+    path: str = key("???", "A Hugging Face model directory or hub name.")
+    revision: Optional[str] = key(None, "Revision on the hub.")
+    tokenizer: Optional[str] = key(None, "A tokenizer directory or hub name; `null` takes the model's tokenizer.")
+    init: Literal["pretrained", "random"] = key(
+        "pretrained", "Where the weights come from; `random` reads only the architecture from `model.path`."
+    )
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "Data type of the model; masters and moments are always float32."
+    )
+    masters: Literal["exact", "rounded"] = key(
+        "exact",
+        "For a bfloat16 model, what happens to a block's float32 masters between its turns: the host keeps them "
+        "`exact`, for 2 bytes per parameter / k, or they are `rounded` to the model's values.",
+        "algorithm.md#masters-of-a-bfloat16-model",
+    )
+    attention: Optional[str] = key(
+        None, "`eager`, `sdpa`, `flash_attention_2` and so on; `null` leaves the choice to transformers."
+    )
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
+    trust_remote_code: bool = key(
+        False, "Run the modelling code that comes with the model; only for authors whom you trust."
+    )
 
 
 @dataclass
 class BlocksConfig:
     """How the parameters are split into disjoint blocks."""
 
-    layers_per_block: Optional[int] = 2  # consecutive layers in a block; null: the whole model is one block
-    order: Literal["ascending", "descending", "random"] = "ascending"  # of the blocks in a round; random is reshuffled
-    # parameters outside the layers (embeddings, final norm, head): blocks of their own, parts of the first and the last
-    # block, or never trained
-    outside: Literal["own", "joined", "frozen"] = "own"
+    layers_per_block: Optional[int] = key(2, "Consecutive layers in a block; `null` makes the whole model one block.")
+    order: Literal["ascending", "descending", "random"] = key(
+        "ascending", "Order of the blocks in a round; `random` shuffles them anew in every round."
+    )
+    outside: Literal["own", "joined", "frozen"] = key(
+        "own",
+        "Where parameters outside the layers belong (embeddings, final norm, head): in blocks of their `own`, `joined` "
+        "to the first and the last block, or nowhere, because they are `frozen`.",
+        "algorithm.md#blocks",
+    )
 
 
 @dataclass
@@ -79,48 +148,68 @@ class AlgorithmConfig:
 
     method: Literal[
         "deca", "gossip-adam", "local-adam", "qg-adam", "gt-adam", "diloco", "dec-lora", "badam", "adamw"
-    ] = "deca"
-    rounds: int = 4  # T: every block is active once a round
-    inner_steps: int = 48  # R: consecutive steps of a block
-    # for deca: what gossip tells Adam's moments (block-wise moment approximation)
+    ] = key("deca", "Training method.", "algorithm.md#methods")
+    rounds: int = key(4, "Number of rounds (T); every block is active once in a round.")
+    inner_steps: int = key(48, "Number of consecutive steps for which a block is active (R).")
     signal: Literal[
         "none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial"
-    ] = "descent"
-    a1: float = 0.9  # decay of the first moment, local gradient
-    a2: float = 0.999  # decay of the second moment, local gradient
-    b1: float = 0.9  # for deca: decay of the first moment, signal
-    b2: float = 0.99  # for deca: decay of the second moment, signal
-    eps: float = 1e-8  # added to the root of the second moment
-    outer_lr: float = 0.7  # for diloco: rate of the outer Nesterov step
-    outer_momentum: float = 0.9  # for diloco: momentum of the outer Nesterov step
+    ] = key(
+        "descent",
+        "For `deca`: what gossip tells Adam's moments (block-wise moment approximation).",
+        "algorithm.md#the-signal",
+    )
+    a1: float = key(0.9, "Decay of the first moment when it takes in the local gradient.")
+    a2: float = key(0.999, "Decay of the second moment when it takes in the local gradient.")
+    b1: float = key(0.9, "For `deca`: the decay of the first moment when it takes in the signal.")
+    b2: float = key(0.99, "For `deca`: the decay of the second moment when it takes in the signal.")
+    eps: float = key(1e-8, "Number that Adam adds to the root of the second moment.")
+    outer_lr: float = key(0.7, "For `diloco`: the learning rate of the outer Nesterov step.")
+    outer_momentum: float = key(0.9, "For `diloco`: the momentum of the outer Nesterov step.")
 
 
 @dataclass
 class LoraConfig:
-    """For dec-lora: the adapters. A linear layer's weight W acts as W + alpha / rank * B A."""
+    """The adapters of `algorithm.method=dec-lora`. A linear layer's weight W acts as W + alpha / rank B A.
 
-    rank: int = 8  # rows of A, columns of B
-    alpha: float = 16.0  # alpha / rank scales what the adapter adds
-    # linear layers that get an adapter, by full name or its end (q_proj); empty: all those in the transformer's layers
-    target_modules: list[str] = field(default_factory=list)
-    dropout: float = 0.0  # of the adapters' input while training
+    The method needs the extra `lora` and `blocks.layers_per_block=null`: all adapters together are the one block that
+    trains and travels, and the model below them stays as it was loaded. `gossip.every` is the number of local steps.
+    """
+
+    rank: int = key(8, "Number of rows of A and of columns of B.")
+    alpha: float = key(16.0, "Factor alpha in alpha / rank, which scales what an adapter adds.")
+    target_modules: list[str] = key(
+        [],
+        "Linear layers that get an adapter, by their full names or by the ends of these (`q_proj`); an empty list "
+        "means all linear layers inside the transformer's layers.",
+    )
+    dropout: float = key(0.0, "Dropout on the adapters' input during training.")
 
 
 @dataclass
 class OptimizerConfig:
-    """The local step: learning rate, its schedule, decay and clipping."""
+    """The local step: learning rate, its schedule, weight decay and gradient clipping."""
 
-    lr: float = 5e-5  # peak learning rate
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # over all inner steps of the run
-    warmup_steps: int = 0  # inner steps of linear warm-up from 0 at the start of the run
-    final_lr_ratio: float = 0.0  # linear and cosine end at lr times this
-    weight_decay: float = 0.0  # decoupled; not on norms and biases (parameters of one dimension)
-    clip_norm: float = 1.0  # 2-norm that the active block's gradient is clipped to; 0: no clipping
+    lr: float = key(5e-5, "Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "constant", "Course of the learning rate over all inner steps of the run."
+    )
+    warmup_steps: int = key(0, "Inner steps at the start of the run in which the learning rate rises linearly from 0.")
+    final_lr_ratio: float = key(
+        0.0, "Final learning rate of the schedules `linear` and `cosine`, as a multiple of `optimizer.lr`."
+    )
+    weight_decay: float = key(
+        0.0,
+        "Decoupled weight decay; it spares norms and biases (parameters of one dimension) and every parameter that "
+        "gets no gradient in a step.",
+    )
+    clip_norm: float = key(
+        1.0, "Largest 2-norm of the active block's gradient, which is scaled down to it; 0 switches clipping off."
+    )
 
 
 @dataclass
 class GossipConfig:
-    """Who averages with whom, how often and with which weights."""
+    """Which clients average with each other, how often and with which weights."""
 
     graph: Literal[
         "ring",
@@ -134,79 +223,152 @@ class GossipConfig:
         "bipartite",
         "edge_list",
         "isolated",
-    ] = "ring"  # isolated: every client trains alone
-    weights: Literal["metropolis", "max_degree", "lazy_metropolis"] = "metropolis"  # rule that makes W from the graph
-    matrix: Optional[str] = None  # file with your own W, n lines of n numbers; replaces graph and weights
-    edges: Optional[str] = None  # for graph edge_list: file with two client numbers a line
-    edge_probability: float = 0.5  # for graph erdos_renyi; drawn again until connected, from run.seed
-    every: int = 1  # s: inner steps between two averagings
-    clip_radius: Optional[float] = None  # a neighbour's block counts as at most this 2-norm away; null: as it is
-    # seconds that a client waits for a neighbour that is late, before both average without each other; null: for ever
-    wait_s: Optional[float] = None
-    checksums: bool = True  # every message carries one; a damaged one is not averaged
-    chunk_mib: float = 4.0  # size of a message; a chunk travels while the next one is computed
+    ] = key("ring", "Communication graph of the clients; with `isolated` every client trains alone.")
+    weights: Literal["metropolis", "max_degree", "lazy_metropolis"] = key(
+        "metropolis", "Rule that makes the mixing matrix W from the graph."
+    )
+    matrix: Optional[str] = key(
+        None, "A file with a mixing matrix of your own, n lines of n numbers, which replaces graph and weights."
+    )
+    edges: Optional[str] = key(None, "For the graph `edge_list`: a file with two client numbers per line.")
+    edge_probability: float = key(
+        0.5,
+        "For the graph `erdos_renyi`: the probability of each edge; the graph is drawn from `run.seed` until it is "
+        "connected.",
+    )
+    every: int = key(1, "Number of inner steps from one averaging to the next (s).")
+    clip_radius: Optional[float] = key(
+        None,
+        "Largest 2-norm of the difference between a neighbour's block and the client's own, which is scaled down "
+        "to it; `null` switches clipping off.",
+        "algorithm.md#clipping",
+    )
+    wait_s: Optional[float] = key(
+        None,
+        "Seconds for which a client waits for a late neighbour before both average without each other; `null` waits "
+        "until `cluster.timeout_s` ends the job.",
+        "failures.md#when-a-client-is-late",
+    )
+    checksums: bool = key(
+        True,
+        "Send a checksum with every message, so that a damaged message is never averaged.",
+        "algorithm.md#damaged-and-diverged-messages",
+    )
+    chunk_mib: float = key(
+        4.0,
+        "Size of a message in MiB; one chunk travels while the next is computed, and a chunk that fits the CPU's "
+        "cache is read from memory once instead of four times.",
+    )
 
 
 @dataclass
 class DataConfig:
-    """What is trained on, and how it is shared out among the clients."""
+    """What the clients train on, and which client gets which examples. See [Data](data.md)."""
 
-    # files (globs allowed), folders or a hub name (owner/name or owner/name:split), shared out by `partition`
-    train: list[str] = field(default_factory=list)
-    # instead of train: client i's own file, folder or glob at place i; only client i's ranks open it
-    per_client: list[str] = field(default_factory=list)
-    evaluation: list[str] = field(default_factory=list)  # the common evaluation set, the same for every client
-    # with per_client: each client's own evaluation file at place i; else client_holdout of its data is held out
-    per_client_evaluation: list[str] = field(default_factory=list)
-    common_holdout: float = 0.0  # share of `train` taken out before the partition as the common evaluation set
-    client_holdout: float = 0.1  # share of each client's examples held out as its own evaluation set
-    subset: Optional[str] = None  # hub data set's configuration name
-    split: str = "train"  # hub data set's split
-    format: Literal["text", "alpaca", "messages", "sharegpt", "classification"] = "text"
-    column_names: list[str] = field(default_factory=list)  # names for the columns of a CSV or TSV file without a header
-    text_columns: list[str] = field(default_factory=lambda: ["text"])  # for text and classification; joined by a blank
-    label_column: str = "label"  # for classification
-    # for classification: label value -> the word the model learns to answer; empty: the values themselves
-    label_names: dict[str, str] = field(default_factory=dict)
-    prompt: str = "{text}\nLabel:"  # for classification; {text} is replaced, the answer follows after a blank
-    partition: Literal["iid", "dirichlet", "key"] = "iid"  # how `train` is shared out
-    alpha: float = 0.25  # for dirichlet: concentration; smaller is more skewed
-    partition_column: Optional[str] = None  # for dirichlet and key: column that skews; null: the label column
-    max_examples: Optional[int] = None  # use at most this many of `train` (seeded choice)
-    # for chat templates that write the day, YYYY-MM-DD; null: the day of the run's first start, the same for all ranks
-    date: Optional[str] = None
-    max_length: int = 512  # tokens of a sequence; longer ones are cut
-    packing: bool = False  # fill sequences of max_length with examples; each sees those before it
-    answers_only: bool = True  # loss on answers only, not on prompts (text has no prompts)
-    batch_size: int = 16  # sequences per client and inner step, over all its ranks
-    micro_batch_size: int = 4  # sequences per rank and forward pass; the rest is gradient accumulation
+    train: list[str] = key(
+        [],
+        "Files, folders, globs, or hub data sets (`owner/name` or `owner/name:split`) that `data.partition` shares out "
+        "among the clients.",
+        "data.md#sources",
+    )
+    per_client: list[str] = key(
+        [],
+        "Instead of `data.train`: the file, folder or glob of client i at place i; only that client's ranks open it.",
+        "data.md#who-gets-what",
+    )
+    evaluation: list[str] = key([], "Sources of the common evaluation set, which is the same for every client.")
+    per_client_evaluation: list[str] = key(
+        [],
+        "With `data.per_client`: the evaluation file of client i at place i; without it, `data.client_holdout` of each "
+        "client's examples is held out.",
+    )
+    common_holdout: float = key(
+        0.0, "Share of `data.train` that becomes the common evaluation set before the partition."
+    )
+    client_holdout: float = key(
+        0.1, "Share of each client's examples that is held out as the client's own evaluation set."
+    )
+    subset: Optional[str] = key(None, "Configuration name of a hub data set.")
+    split: str = key("train", "Split of a hub data set.")
+    format: Literal["text", "alpaca", "messages", "sharegpt", "classification"] = key(
+        "text", "How a row becomes an example.", "formats.md"
+    )
+    column_names: list[str] = key([], "Names for the columns of a CSV or TSV file that has no header.")
+    text_columns: list[str] = key(
+        ["text"], "For `text` and `classification`: the columns that hold the text, joined by a space."
+    )
+    label_column: str = key("label", "For `classification`: the column that holds the label.")
+    label_names: dict[str, str] = key(
+        {},
+        "For `classification`: the word that the model learns to answer for each label; an empty mapping takes the "
+        "labels themselves.",
+    )
+    prompt: str = key(
+        "{text}\nLabel:",
+        "For `classification`: the prompt, in which the text replaces {text}; the answer follows after a space.",
+    )
+    partition: Literal["iid", "dirichlet", "key"] = key(
+        "iid", "How `data.train` is shared out among the clients.", "data.md#who-gets-what"
+    )
+    alpha: float = key(
+        0.25, "For the partition `dirichlet`: the concentration; a smaller value skews the clients' shares more."
+    )
+    partition_column: Optional[str] = key(
+        None,
+        "For the partitions `dirichlet` and `key`: the column that decides who gets a row; `null` takes "
+        "`data.label_column`.",
+    )
+    max_examples: Optional[int] = key(
+        None, "Largest number of examples of `data.train` that is used, chosen with `run.seed`; `null` uses all."
+    )
+    date: Optional[str] = key(
+        None,
+        "For chat templates that write the date (`strftime_now`): the day as `YYYY-MM-DD`; `null` takes the day of the "
+        "run's first start, on all ranks and after every resume.",
+    )
+    max_length: int = key(512, "Largest number of tokens in a sequence; longer sequences are cut.")
+    packing: bool = key(
+        False,
+        "Fill each sequence of `data.max_length` tokens with examples, each of which sees those before it.",
+    )
+    answers_only: bool = key(True, "Compute the loss on answers only, not on prompts (plain text has no prompts).")
+    batch_size: int = key(16, "Sequences per client and inner step, over all ranks of the client.")
+    micro_batch_size: int = key(
+        4, "Sequences per rank and forward pass; gradient accumulation makes up the rest of the batch."
+    )
 
 
 @dataclass
 class EvaluationConfig:
-    """When and on how much the models are scored."""
+    """When the models are scored, and on how many examples."""
 
-    every: int = 0  # inner steps between evaluations; 0: only before the first and after the last step
-    batch_size: int = 8  # sequences per rank and forward pass
-    max_examples: Optional[int] = 512  # of each evaluation set (seeded choice); null: all
-    mean_model: bool = True  # also score the mean of all clients' models (every client takes a part)
+    every: int = key(0, "Inner steps between evaluations; 0 evaluates only before the first and after the last step.")
+    batch_size: int = key(8, "Sequences per rank and forward pass.")
+    max_examples: Optional[int] = key(
+        512, "Largest number of examples of each evaluation set, chosen with `run.seed`; `null` uses all."
+    )
+    mean_model: bool = key(
+        True, "Also score the mean of all clients' models, for which every client computes a part.", "data.md#privacy"
+    )
 
 
 @dataclass
 class CheckpointConfig:
-    """When the state of the run is saved, to go on from there. A preemption (SIGTERM) saves it in any case."""
+    """When the run saves its state, so that it can be resumed. A job that is told to stop saves it in any case."""
 
-    every: int = 0  # inner steps between checkpoints; 0: only when the job is told to stop
-    keep: int = 2  # complete checkpoints that stay on the disk, the newest ones
+    every: int = key(
+        0, "Inner steps between checkpoints; 0 saves one only when the job is told to stop.", "checkpoints.md"
+    )
+    keep: int = key(2, "Number of complete checkpoints that stay on the disk, the newest ones.")
 
 
 @dataclass
 class LoggingConfig:
-    """The JSON Lines in metrics/ are always written; this is the rest."""
+    """What the run logs beside the JSON Lines in `metrics/`, which it always writes."""
 
-    every: int = 1  # inner steps between metric lines
-    tensorboard: bool = False  # write TensorBoard event files too (needs the tensorboard extra)
-    progress: bool = True  # progress bar on rank 0
+    every: int = key(1, "Inner steps between two lines of the metrics.")
+    tensorboard: bool = key(False, "Also write TensorBoard event files, which needs the extra `tensorboard`.")
+    progress: bool = key(True, "Show a progress bar on rank 0.")
 
 
 @dataclass
@@ -225,4 +387,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    deepspeed: Optional[str] = None  # ZeRO-3 JSON file, see ds_configs/; null: DeepSpeed's defaults
+    deepspeed: Optional[str] = key(
+        None,
+        "A ZeRO-3 JSON file, such as those in ds_configs/; `null` takes DeepSpeed's defaults.",
+        "launching.md#zero-3",
+    )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `deca simulate`."""
     parser.add_argument("--config", type=path_argument, required=True, help="YAML file with the run's configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
 
 
 def run(arguments: argparse.Namespace) -> int:

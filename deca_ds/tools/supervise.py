@@ -43,9 +43,19 @@ _LONGEST_PAUSE_S = 120.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--restarts", type=int, default=5, metavar="N", help="in a row that bring nothing new, until it gives up"
+        "--restarts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="give up after N restarts in a row without a newer checkpoint (default 5)",
     )
-    parser.add_argument("--pause", type=float, default=5.0, metavar="S", help="before the first of them; then doubled")
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="wait S seconds before the first such restart, then twice as long each time (default 5)",
+    )
     parser.add_argument("job", nargs=argparse.REMAINDER, metavar="LAUNCHER ...", help="the command that starts the job")
 
 

@@ -31,7 +31,7 @@ _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
     parser.add_argument("--config", type=path_argument, help="YAML file with the run's configuration")
-    parser.add_argument(JOIN, action="store_true", help="come back, as a client that the others go on without")
+    parser.add_argument(JOIN, action="store_true", help="return to a running job that goes on without this client")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # what the deepspeed launcher adds; the rank is read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)

@@ -38,7 +38,8 @@ def test_unknown_keys_suggest_the_right_one():
 
 
 def test_wrong_types_and_choices_name_the_value():
-    refused("optimizer.lr = 'fast'.*Float", "optimizer.lr=fast")
+    assert "fix:   change the value; optimizer.lr: Peak" in refused("optimizer.lr = 'fast'.*Float", "optimizer.lr=fast")
+    assert "Number of ranks of each client" in refused(r"cluster.ranks\[0\] = 'a'", "cluster.ranks=[a]")
     refused("gossip.graph = 'rnig'.*ring", "gossip.graph=rnig")
     refused("data.train", "data.train={a: x}")
     refused("optimizer.lr.*nan|nan.*optimizer.lr", "optimizer.lr=.nan")

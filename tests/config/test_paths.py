@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from deca_ds.config import paths as rules
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import KEYS, argument, check_model_folder, check_writable
 from deca_ds.config.resume import check_folder
-from deca_ds.config.schema import ModelConfig
+from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.errors import ConfigError, ModelError
 
 
@@ -41,17 +43,13 @@ def test_every_path_expands(home, start):
 
 
 def test_paths_of_the_schema_are_all_in_the_rule():
-    """Every text key whose comment speaks of a file, a folder or a directory."""
-    import re
-
-    from deca_ds.config import schema
-
-    section, found = "", set()
-    for line in Path(schema.__file__).read_text().splitlines():
-        if head := re.match(r"class (\w*)Config", line):
-            section = head.group(1).lower()
-        elif (field := re.match(r"    (\w+): (Optional\[str\]|str|list\[str\])", line)) and "CSV" not in line:
-            found |= {f"{section}.{field.group(1)}".lstrip(".")} if re.search("file|folder|directory", line) else set()
+    """Every text key whose sentence speaks of a file, a folder or a directory."""
+    found = set()
+    for section in (Config, *(f.default_factory for f in fields(Config) if f.name != "deepspeed")):
+        for field in fields(section):
+            meaning = field.metadata.get("meaning", "")
+            if re.search("file|folder|directory", meaning) and "str" in field.type and "CSV" not in meaning:
+                found.add(".".join(filter(None, [section.__name__.removesuffix("Config").lower(), field.name])))
     assert found <= set(KEYS) and len(found) > 5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from deca_ds.tools.train import parser
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted({*(REPOSITORY / "examples").glob("*.yaml"), *(REPOSITORY / "examples/demo").glob("*.yaml")})
 README = REPOSITORY / "README.md"
-PAGES = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/README.md")
+PAGES = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/**/*.md")
 DOCUMENTS = [path for pages in PAGES for path in sorted(REPOSITORY.glob(pages))]
 FOLDERS = "benchmarks|deca_ds|docs|ds_configs|examples|launchers|tests"
 SCRIPT = "launchers/train.py"
@@ -38,16 +39,21 @@ def config_keys() -> set[str]:
 
 
 def reference() -> dict[str, str]:
-    """Key -> default, from the tables of the configuration reference."""
+    """Key -> default, from the configuration reference."""
     text = (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| \S.* \|$", text, flags=re.MULTILINE)
-    assert len(rows) == len(dict(rows)), "a key stands twice"
-    return dict(rows)
+    entries = re.findall(r"^- \*\*`([\w.]+)`\*\* \(.*?; (?:default\s`(.+?)`|(required))\): \S", text, re.M | re.S)
+    assert len(entries) == len({key for key, *_ in entries}), "a key stands twice"
+    return {key: re.sub(r"\s+", " ", default) or required for key, default, required in entries}
+
+
+def without_code(text: str) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(path: Path) -> set[str]:
     """The anchors that the headings of a document get where it is shown."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_code(path.read_text(encoding="utf-8")), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
@@ -83,6 +89,27 @@ def test_the_hosts_of_the_large_example_fit_its_clients() -> None:
     assert check_world(load_config(REPOSITORY / "examples/llama_7b_multinode.yaml"), sum(slots))[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("script", "function", "file"),
+    [
+        ("make_reference.py", "page", "configuration.md"),
+        ("draw_pictures.py", "idea", "idea.svg"),
+        ("draw_pictures.py", "client_states", "client_states.svg"),
+    ],
+)
+def test_what_make_docs_writes_is_up_to_date(script: str, function: str, file: str) -> None:
+    written = runpy.run_path(str(REPOSITORY / "docs" / script))[function]()
+    assert written == (REPOSITORY / "docs" / file).read_text(encoding="utf-8"), "run make docs"
+
+
+def test_every_key_has_one_sentence() -> None:
+    for section in (Config, *(f.default_factory for f in fields(Config) if f.name != "deepspeed")):
+        for field in fields(section):
+            if not is_dataclass(getattr(section(), field.name)):
+                meaning = field.metadata.get("meaning", "")
+                assert re.fullmatch(r"[A-Z`][^.]*(\.\S[^.]*)*\.", meaning), f"{field.name}: {meaning}"
+
+
 def test_reference_lists_every_key_once() -> None:
     assert reference().keys() == config_keys()
 
@@ -103,7 +130,14 @@ def test_what_a_document_names_exists(path: Path) -> None:
     missing += [target for target in targets if not (path.parent / target).exists()]
     assert not missing
     sections = {section.name for section in fields(Config) if is_dataclass(getattr(Config(), section.name))}
-    shown = {"data.json", "run.yaml", "algorithm.md", "optimizer.lrr"}  # files, and a mistake that README shows
+    shown = {
+        "data.json",
+        "data.md",
+        "model.safetensors",
+        "run.yaml",
+        "algorithm.md",
+        "optimizer.lrr",
+    }  # files, and a mistake that is shown
     keys = set(re.findall(rf"(?<![\w./])(?:{'|'.join(sections)})\.[a-z]\w*", text)) - shown
     assert keys <= config_keys()
 
@@ -114,6 +148,13 @@ def test_a_document_says_something_and_its_anchors_lead_to_headings(path: Path) 
     assert text.startswith("# ") and len(text) > 500
     for target, anchor in re.findall(r"\]\(([^):#\s]*)#([\w-]+)\)", text):
         assert anchor in anchors(path.parent / target if target else path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_lines_of_a_document_are_short(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]  # a row of a table is one line
+    assert path != README or len(lines) <= 200
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *EXAMPLES], ids=name)
