@@ -76,43 +76,24 @@ def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
     import gc
     import math
 
+    import deepspeed  # noqa: F401  part of the imports
     import torch
-    from transformers import LlamaConfig
+    from one_client import lonely_step, one_client
 
     from deca_ds.algorithm.deca import DecaRule
-    from deca_ds.algorithm.schedule import Schedule
-    from deca_ds.config import load_config
-    from deca_ds.config.schema import GossipConfig
-    from deca_ds.engine.client import Client
-    from deca_ds.engine.load import load_architecture, load_model
-    from deca_ds.gossip.averaging import Gossip
-    from deca_ds.gossip.schedule import build_mixing
-    from deca_ds.launch import connect, read_launch
-    from deca_ds.launch.store import open_job_store
-    from deca_ds.training.step import inner_step
-    from deca_ds.transport.local import LocalNetwork
-    from deca_ds.watchdog.guard import guarded
 
-    launch = read_launch()
-    store = open_job_store(launch, 60)
-    with guarded(launch, store), tempfile.TemporaryDirectory() as folder:
-        LlamaConfig(**(SMALL if kind == "switches" else SHAPE)).save_pretrained(folder)
-        base = [f"model.path={folder}", "model.init=random", "run.device=cpu", "run.threads=1"]
-        config = load_config(None, [*base, "blocks.layers_per_block=1", "data.micro_batch_size=1", *overrides])
-        cluster = connect(config, launch, store)
-        import deepspeed  # noqa: F401  part of the imports
-
+    shape = SMALL if kind == "switches" else SHAPE
+    with one_client() as make:
         before = peak()
-        client = Client(config, load_model(config, load_architecture(config.model)), cluster.device)
-        gossip = Gossip(LocalNetwork(1).transport(0), build_mixing(GossipConfig(), 1, 0))
-        first = Schedule(rounds=1, blocks=len(client.plan.blocks), inner_steps=1).step(0)
+        config, client = make(shape, ["data.micro_batch_size=1", *overrides])
         ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        step = lonely_step(config, client, DecaRule(), batch)
 
         def train(switches: int) -> dict[str, int]:
             for switch in range(switches):
                 state = client.open_block(switch % len(client.plan.blocks), DecaRule.buffers)
-                inner_step(client, state, DecaRule(), gossip, first, [batch], 1e-4, config.optimizer)
+                step(state)
                 client.close_block()
                 del state
             gc.collect()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deca_ds.engine.masters import add_into
 from deca_ds.engine.output_head import OutputHead
 
 LOGITS_BYTES = 128 * 2**20  # of float32 logits at a time; what is computed from them takes three times as much again
@@ -89,7 +90,7 @@ class _SummedLoss(torch.autograd.Function):
                 if weight.dtype == torch.float32:
                     weight_grad.addmm_(grad.t(), row)
                 else:
-                    weight_grad += grad.t() @ row
+                    add_into(weight_grad, grad.t() @ row)
             if bias_grad is not None:
                 bias_grad += grad.sum(dim=0, dtype=torch.float32)
             del grad  # before the next chunk's

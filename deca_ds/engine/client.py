@@ -20,6 +20,7 @@ from deca_ds.config.schema import Config
 from deca_ds.engine import internals
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.gradients import GradientReducer
+from deca_ds.engine.heap import return_freed_memory
 from deca_ds.engine.load import find_blocks, zero3_config
 from deca_ds.engine.losses import check_own_loss, count_targets, token_losses, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
@@ -128,6 +129,7 @@ class Client:
         leaves = [internals.leaf(parameter) for parameter in parameters]
         self._reducer = GradientReducer(self.model, parameters, tensors["grad"].split(sizes), leaves, _BUCKET_NUMEL)
         self._layout = list(zip(names, sizes, strict=True))
+        return_freed_memory()  # what the block before has left: its gradients and activations had other sizes
         local_steps = LocalSteps(sizes, [len(self.shapes[name]) >= 2 for name in names])
         self._state = BlockState(block, tensors, tuple(names), local_steps, [False] * len(names))
         return self._state

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deca_ds.engine import internals
+from deca_ds.engine.masters import add_into
 
 
 @dataclass
@@ -108,7 +109,7 @@ class GradientReducer:
     def _take(self, index: int, parameter: nn.Parameter) -> None:
         self.reached[index] = True
         if self._ranks == 1:
-            self._shards[index].add_(parameter.grad.detach().reshape(-1))
+            add_into(self._shards[index], parameter.grad.detach().reshape(-1))
             parameter.grad = None
             return
         order = self._fix_order()

@@ -5,9 +5,8 @@ What is loaded is compared with the weight files, see compare_weights.py.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
 from deca_ds.engine.compare_weights import GivenWeights, Slice
+from deca_ds.engine.heap import return_freed_memory
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ModelError
 
@@ -186,7 +186,7 @@ def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedMode
         given.compare(model, _own_slice)
     internals.keep_whole(expert_lists(model))
     add_adapters(config, model)
-    _return_freed_memory()
+    return_freed_memory()
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # transformers makes the embeddings' output need a gradient, which would drive every backward pass through the
@@ -209,12 +209,6 @@ def expert_lists(model: nn.Module) -> list[nn.Module]:
 
 def _own_slice(parameter: nn.Parameter) -> Slice:
     return *internals.shard_range(parameter), internals.shard(parameter)
-
-
-def _return_freed_memory() -> None:
-    """Give the host back what building freed: glibc would keep up to a whole model in its heap."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def find_blocks(config: Config, model: nn.Module) -> BlockPlan:

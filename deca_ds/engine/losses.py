@@ -41,8 +41,9 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.d
         outputs = model(**_inputs(batch, device))
         loss = _losses(outputs.logits, batch["labels"].to(device))[0].sum() / targets
     else:
+        labels = _predicted(batch["labels"])
         loss, outputs = head.run(
-            model, lambda hidden: chunked_loss(model, head, hidden, _predicted(batch), targets), _inputs(batch, device)
+            model, lambda hidden: chunked_loss(model, head, hidden, labels, targets), _inputs(batch, device)
         )
         loss = loss.sum()
     auxiliary = _auxiliary(model, outputs)
@@ -104,23 +105,23 @@ def _chunking(model: nn.Module, batch: Mapping[str, Tensor]) -> OutputHead | Non
     return None if head is None or batch["labels"].numel() <= positions_at_a_time(head) else head
 
 
-def _predicted(batch: Mapping[str, Tensor]) -> Tensor:
-    """What each position predicts, [batch, length]."""
-    return F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+def _predicted(labels: Tensor) -> Tensor:
+    """What each position predicts, [batch, length]: at the last one nothing."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def _chunked_losses(
     model: nn.Module, head: OutputHead, batch: Mapping[str, Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    labels = _predicted(batch)
+    labels = _predicted(batch["labels"])
     losses, _ = head.run(model, lambda hidden: chunked_losses(model, head, hidden, labels), _inputs(batch, device))
     return losses[:, :-1, 0], (labels[:, :-1] != -100).to(device)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    labels, logits = labels[:, 1:], logits[:, :-1]
+    labels = _predicted(labels)  # logits[:, :-1] would copy them, and in the backward pass their gradient
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return losses.view(labels.shape), labels != -100
+    return losses.view(labels.shape)[:, :-1].contiguous(), labels[:, :-1] != -100
 
 
 def _auxiliary(model: nn.Module, outputs: Any) -> Tensor | None:

@@ -34,6 +34,18 @@ def rounded(master: Tensor) -> Tensor:
     return value
 
 
+def add_into(total: Tensor, more: Tensor) -> None:
+    """Add values of any data type to a float32 `total` of their shape, both contiguous.
+
+    Torch's own addition makes a float32 copy of all of them first, on a CPU.
+    """
+    if total.dtype == more.dtype or total.device.type != "cpu":
+        total.add_(more)
+        return
+    for part, other in zip(total.view(-1).split(_PIECE), more.view(-1).split(_PIECE), strict=True):
+        part.add_(other)
+
+
 def low_bits(master: Tensor) -> Tensor:
     """The lower halves of float32 patterns, 1-D int16: a view."""
     return master.view(torch.int16)[::2]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into, rounded
+from deca_ds.engine.masters import LowBits, add_into, join, join_into, low_bits, round_into, rounded
 
 ALL_16 = torch.arange(2**16, dtype=torch.int32)
 EDGES = [0, 1, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF]  # lower halves: ties, and what lies around them
@@ -75,3 +76,14 @@ def test_the_low_bits_of_slices_lie_side_by_side_and_some_are_empty():
 def test_pieces_meet(size):
     master = torch.randn(size, generator=torch.Generator().manual_seed(size))
     assert torch.equal(join(rounded(master), low_bits(master)), master)
+
+
+def test_bfloat16_values_are_added_without_a_float32_copy_of_all():
+    generator = torch.Generator().manual_seed(0)
+    total, more = torch.randn(3, 70_001, generator=generator), torch.randn(3, 70_001, generator=generator).bfloat16()
+    wanted = total + more
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        add_into(total, more)
+    allocated = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert torch.equal(total, wanted)
+    assert allocated and max(allocated) < total.nbytes / 2
