@@ -175,6 +175,7 @@ class DataConfig:
     max_examples: Optional[int] = None  # use at most this many of `train` (seeded choice)
     # for chat templates that write the day, YYYY-MM-DD; null: the day of the run's first start, the same for all ranks
     date: Optional[str] = None
+    cache: Optional[str] = None  # folder of tokenised data; null: deca_ds in the cache of the datasets library
     max_length: int = 512  # tokens of a sequence; longer ones are cut
     packing: bool = False  # fill sequences of max_length with several examples
     answers_only: bool = True  # loss on answers only, not on prompts (text has no prompts)

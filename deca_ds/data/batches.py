@@ -7,6 +7,7 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from datasets import Dataset
@@ -64,8 +65,8 @@ def evaluation_batches(
     the row's index in `dataset`, or -1 for a filler row, all of whose labels are -100. Longest rows come first, so that
     a lack of memory shows at once.
     """
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    lengths = pc.list_value_length(dataset.with_format("arrow")["input_ids"][:]).to_numpy()
+    order = np.argsort(-lengths, kind="stable").tolist()
     for start in range(0, len(order), batch_size * ranks):
         first = start + rank * batch_size
         rows = order[first : first + batch_size]

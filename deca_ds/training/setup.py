@@ -35,7 +35,7 @@ from deca_ds.config import Config, save_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_folder, check_writable
 from deca_ds.config.resume import SAVED_CONFIG, check_folder, check_new, save_optimizer
-from deca_ds.data import evaluation_batches, load_client_data, training_batches, validate_data_config
+from deca_ds.data import evaluation_batches, training_batches, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.check_model import check_model, check_token_ids
@@ -62,6 +62,7 @@ from deca_ds.training.invite import Invitation
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import Metrics
+from deca_ds.training.prepare import first_of_host, load_shared
 from deca_ds.training.resume import Resumption, choose, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.survivors import Survivors
 from deca_ds.training.tables import data_table, print_notes, warn_of_blocks, warn_of_experts
@@ -133,20 +134,22 @@ def build(
     resumption = resumption or Resumption()
     progress, launch, output = cluster.progress, cluster.launch, Path(config.run.output)
     mixing = build_mixing(config.gossip, cluster.clients, config.run.seed)
-    progress.enter("loading the tokenizer", works=True, awaits=SHARED)
-    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    progress.enter("checking the model", works=True, awaits=SHARED)
-    for warning in check_model(config, architecture, tokenizer):
-        if cluster.is_main:
-            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     disable_progress_bars()
+    progress.enter("loading the tokenizer", works=True, awaits=SHARED)
+    together = launch.ranks if invitation is None else cluster.layout.ranks_of(cluster.client)
+    with first_of_host(config.model, launch, cluster.store, together):
+        architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+        progress.enter("checking the model", works=True, awaits=SHARED)
+        warnings = check_model(config, architecture, tokenizer)
+    for warning in warnings if cluster.is_main else ():
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     progress.enter("reading the data", works=True, awaits=SHARED)
     for line in [
         *(tell_files(config.data) if cluster.is_main else ()),
         *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
     ]:
         print(line, file=sys.stderr, flush=True)
-    data = load_client_data(config, tokenizer, cluster.client, leader_first=cluster.leader_first, tick=progress.tick)
+    data = load_shared(config, tokenizer, cluster)
     check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
     progress.enter("comparing the data")
