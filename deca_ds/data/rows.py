@@ -6,6 +6,7 @@ would keep the rank's connections open when that dies. It ends when its parent d
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -134,15 +135,15 @@ def _encoded(job: _Job, processes: int) -> Iterator[pa.RecordBatch]:
             for batch in _by_processes(job, ranges, processes):
                 yield batch
                 done += 1
-        except BrokenProcessPool as error:
-            told = f"a process that prepared data has ended ({error}); this one goes on by itself"
+        except (BrokenProcessPool, pickle.PicklingError) as error:
+            told = f"other processes cannot prepare data ({error}); this one goes on by itself"
             print(f"WARNING: {told}", file=sys.stderr, flush=True)
     yield from starmap(job.batch, ranges[done:])
 
 
 def _by_processes(job: _Job, ranges: list[tuple[int, int]], processes: int) -> Iterator[pa.RecordBatch]:
     executor = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(pickle.dumps(job),)
+        processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(_pickled(job),)
     )
     waiting: deque[Future[pa.RecordBatch]] = deque()
     try:
@@ -156,12 +157,20 @@ def _by_processes(job: _Job, ranges: list[tuple[int, int]], processes: int) -> I
         executor.shutdown(cancel_futures=True)
 
 
+def _pickled(job: _Job) -> bytes:
+    try:
+        return pickle.dumps(job)
+    except (TypeError, AttributeError) as error:  # so does pickle say that it knows no way, of some objects
+        raise pickle.PicklingError(str(error)) from error
+
+
 _job: _Job  # of a process that encodes
 
 
 def _begin(pickled: bytes) -> None:
     global _job
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.enable()  # the script that has started the parent may have disabled it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the parent, too
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers.dynamic_module_utils import init_hf_modules

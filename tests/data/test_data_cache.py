@@ -273,3 +273,11 @@ def test_as_many_processes_as_rows_are_worth(tokenizer, path, folder, monkeypatc
     assert asked == [3]
     told = [tokenizer.decode(ids).removesuffix("</s>") for ids in data.train["input_ids"]]
     assert told == [row["text"] for row in ROWS], "what a process that died has not done is done here"
+
+
+def test_what_no_other_process_can_be_given_is_done_here(monkeypatch, capsys):
+    monkeypatch.setattr(rows, "BATCH", 10)
+    features = datasets.Features({"text": datasets.Value("string")})
+    job = rows._Job(datasets.Dataset.from_list(ROWS), lambda batch: {"text": batch["text"]}, features, False)
+    assert flat(batch["text"].to_pylist() for batch in rows._encoded(job, 2)) == [row["text"] for row in ROWS]
+    assert "this one goes on by itself" in capsys.readouterr().err
