@@ -9,7 +9,6 @@ system has none, both make it, and one of them is kept.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -35,7 +34,6 @@ _LOOK_S = 0.1  # between two looks at a lock
 _TELL_S = 10.0  # until a wait for another process is told
 _MAKING = ".making-"  # in the names of folders that are being made
 _LEFT_S = 24 * 3600.0  # after which what a process was making is taken for left behind
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Cache:
 
     If that one cannot be written to, entries are made in a temporary folder, `temporary`, until `close`. tick: called
     while files are read, and while another process is seen to make the entry that is wanted.
-    Raises ConfigError if data.cache cannot be written to, and wherever there is no room.
+    Raises ConfigError if data.cache cannot be written to, and wherever there is no room for an entry.
     """
 
     def __init__(self, given: str | None = None, tick: Callable[[], None] = lambda: None):
@@ -126,7 +124,7 @@ class Cache:
 
     def _make(self, target: Path, make: Callable[[Path], dict[str, Any]]) -> None:
         for path in target.parent.glob(f".*{_MAKING}*"):
-            if time.time() - max(map(_modified, (path, *path.rglob("*")))) > _LEFT_S:
+            if time.time() - _newest(path) > _LEFT_S:
                 shutil.rmtree(path, ignore_errors=True)
         try:
             with tempfile.TemporaryDirectory(
@@ -146,12 +144,10 @@ class Cache:
                     if not target.is_dir():  # else another process has made it at the same time
                         raise
         except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
             raise ConfigError(
-                f"no room for prepared data in {str(target.parent)!r}: {error.strerror}",
+                f"cannot prepare data in {str(target.parent)!r}: {error.strerror or error}",
                 where="data.cache" if self.given else "HF_DATASETS_CACHE, or data.cache",
-                fix="make room, or name a folder that has it in data.cache",
+                fix="name a folder in data.cache that has room and that this process may write to",
             ) from error
 
     def _writable(self) -> Path:
@@ -172,12 +168,11 @@ class Cache:
     def _locked(self, target: Path) -> Iterator[None]:
         """While no other process makes the entry, as far as the file system has locks."""
         lock = target.with_name(f".{target.name}.lock")
-        with open(lock, "w") as file:
-            self._wait_for(file, target)
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)  # who waits for it finds the entry, or makes it beside another
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks, or the lock of another user
+                self._wait_for(stack.enter_context(open(lock, "w")), target)
+                stack.callback(lock.unlink, missing_ok=True)  # who waits finds the entry, or makes it beside another
+            yield
 
     def _wait_for(self, lock: IO[str], target: Path) -> None:
         tells_at, before = time.monotonic() + _TELL_S, -1.0
@@ -187,10 +182,7 @@ class Cache:
                 return
             except BlockingIOError:
                 pass
-            except OSError:  # a file system without locks
-                return
-            made = (path for folder in target.parent.glob(f".{target.name}{_MAKING}*") for path in folder.rglob("*"))
-            newest = max(map(_modified, made), default=-1.0)
+            newest = max(map(_newest, target.parent.glob(f".{target.name}{_MAKING}*")), default=before)
             if newest > before:
                 before = newest
                 self.tick()
@@ -215,12 +207,12 @@ def _hash(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _modified(path: Path) -> float:
-    """When, in seconds; 0 if it has gone meanwhile."""
+def _newest(folder: Path) -> float:
+    """When something in a folder was written to, in seconds; now if that changes just then."""
     try:
-        return path.stat().st_mtime
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
     except OSError:
-        return 0.0
+        return time.time()
 
 
 def _tell(what: str) -> None:

@@ -184,7 +184,7 @@ def test_a_full_disk_is_told(tokenizer, path, folder, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(rows.pa, "OSFile", full)
-    with pytest.raises(ConfigError, match=r"(?s)no room for prepared data in.*cache.*data\.cache"):
+    with pytest.raises(ConfigError, match=r"(?s)cannot prepare data in.*cache.*No space left.*data\.cache"):
         load_client_data(make_config(train=[path], cache=str(folder)), tokenizer, 0)
     assert not list(folder.iterdir())
 
