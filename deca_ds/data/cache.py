@@ -119,7 +119,6 @@ class Cache:
                     return Entry(folder, note["about"])
         except (OSError, ValueError):
             pass
-        _tell(f"the prepared data in {folder} are damaged, and made again")
         return None
 
     def _make(self, target: Path, make: Callable[[Path], dict[str, Any]]) -> None:
@@ -132,6 +131,7 @@ class Cache:
             ) as made:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(target, Path(made) / "damaged")
+                    _tell(f"the prepared data in {target} are damaged, and made again")
                 new = Path(made) / "entry"
                 new.mkdir()
                 about = make(new)

@@ -34,8 +34,8 @@ def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, 
     for sources without any example.
     """
     names = [source if isinstance(source, HubName) else source.absolute() for source in sources]
-    # with the files' own names, because errors name them
-    parts = [_VERSION, asdict(rules), list(map(str, names)), contents(sources, rules, cache)]
+    content = contents(sources, rules, cache)
+    parts = [_VERSION, asdict(rules), list(map(str, names)), content]  # names, because errors name files
     features = Features({**FORMATS[rules.format].features, **_EVERY_FORMAT})
 
     def make(folder: Path) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, 
                     yield example
 
             write_rows(folder / "examples.arrow", features, batches_of(counted(), features))
+        check_unchanged(content, sources, rules, cache)
         return {}
 
     examples = cache.entry("examples", parts, make).table("examples")
@@ -58,6 +59,13 @@ def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, 
 def contents(sources: Iterable[Source], rules: ExampleRules, cache: Cache) -> list[str]:
     """What tells the content of each source, and how it is read, from any other's."""
     return [_content(source, rules, cache) for source in sources]
+
+
+def check_unchanged(before: Sequence[str], sources: Sequence[Source], rules: ExampleRules, cache: Cache) -> None:
+    """Raise DataError where the `contents` of sources are no longer those of before."""
+    for source, old, new in zip(sources, before, contents(sources, rules, cache), strict=True):
+        if old != new:
+            raise DataError("it has changed while it was read", where=str(source), fix="start again when it is whole")
 
 
 def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterator[dict[str, Any]]:

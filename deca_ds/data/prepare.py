@@ -30,7 +30,7 @@ from deca_ds.config.schema import Config
 from deca_ds.data.cache import Cache, Entry
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.encoding import CANDIDATES, IGNORED, PIECES, SEQUENCES, Batch, Encoder, pack
-from deca_ds.data.examples import contents, read_examples
+from deca_ds.data.examples import check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import look_of, normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
@@ -91,19 +91,25 @@ class Preparation:
                 fix="set eos_token in the tokenizer's tokenizer_config.json, or data.packing=false",
             )
         rules = self._rules(training=True)
+        sources = [*self.sources, *self.own_sources, *self.common_sources]
+        content = contents(sources, rules, self.cache)
         parts = {
             "versions": [tokenizers.__version__, transformers.__version__],
             "encoder": self.encoder.fingerprint,
             "rules": asdict(rules),
-            "content": [
-                contents(of, rules, self.cache) for of in (self.sources, self.own_sources, self.common_sources)
-            ],
+            "content": [content, len(self.sources), len(self.own_sources)],
             "data": {key: value for key, value in asdict(self.data).items() if key not in _NOT_COUNTED},
             "private": bool(self.data.per_client),
             "client": [self.client, self.config.cluster.clients, self.config.run.seed],
             "evaluation": self.config.evaluation.max_examples,
         }
-        return self.cache.entry("tokens", parts, self._make)
+
+        def make(folder: Path) -> dict[str, Any]:
+            notes = self._make(folder)
+            check_unchanged(content, sources, rules, self.cache)
+            return notes
+
+        return self.cache.entry("tokens", parts, make)
 
     def _make(self, folder: Path) -> dict[str, Any]:
         """Write the tables into `folder`; returns the notes."""

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_what_is_damaged_is_made_again(tokenizer, path, folder, capsys, damage):
     (entry,) = entries(folder)
     damage(entry)
     assert values(load_client_data(config, tokenizer, 0)) == whole
-    assert f"the prepared data in {entry} are damaged, and made again" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"NOTE: the prepared data in {entry} are damaged, and made again\n"
     load_client_data(config, tokenizer, 0)
     assert not capsys.readouterr().err
 
@@ -138,6 +139,24 @@ def test_nothing_stays_of_what_failed(tokenizer, path, folder):
             load_client_data(config, tokenizer, 0)
         assert error.value.where == f"{path}, line 41"
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("when", ["deca_ds.data.examples.generate_examples", "deca_ds.data.prepare.pack"])
+def test_a_file_that_changes_while_it_is_read(tokenizer, path, folder, monkeypatch, when):
+    """Else the new rows would stand under the name of the old ones."""
+    module, name = when.rsplit(".", 1)
+    original = getattr(sys.modules[module], name)
+
+    def changing(*arguments, **options):
+        write_jsonl(path, [*ROWS, {"text": "new"}])
+        return original(*arguments, **options)
+
+    config = make_config(train=[path], cache=str(folder), packing=True, client_holdout=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(when, changing)
+        with pytest.raises(DataError, match=r"(?s)has changed while it was read.*a\.jsonl"):
+            load_client_data(config, tokenizer, 0)
+    assert load_client_data(config, tokenizer, 0).summary["examples"] == len(ROWS) + 1
 
 
 def test_what_a_killed_process_left_is_removed_when_it_is_old(tokenizer, path, folder):
