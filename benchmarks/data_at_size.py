@@ -84,7 +84,13 @@ def rank(folder: Path, shard: int, ranks: int, steps: int) -> dict[str, Any]:
 
         options["work"] = Work.here(shown=True)
     before, begun, used = memory(), time.monotonic(), cpu_s()
-    data = load_client_data(config, tokenizer, 0, **options)
+    entry = next((folder / "cache/deca_ds").glob("tokens-*"), None) if shard else None
+    if entry is None:
+        data = load_client_data(config, tokenizer, 0, **options)
+    else:  # as the other ranks of a host, which are told where it is
+        from deca_ds.data import read_client_data
+
+        data = read_client_data(entry)
     loaded = {"seconds": time.monotonic() - begun, "cpu_s": cpu_s() - used}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     after = memory()
