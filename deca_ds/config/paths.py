@@ -21,6 +21,7 @@ KEYS = (
     "data.per_client",
     "data.evaluation",
     "data.per_client_evaluation",
+    "data.cache",
     "deepspeed",
 )
 # of the Hugging Face hub: `model` or `owner/model`
@@ -39,7 +40,7 @@ def argument(path: str) -> Path:
 
 
 def expand_all(config: Config) -> None:
-    """Expand every path of the configuration. Raises ConfigError where run.output, which is made, does not expand."""
+    """Expand every path of the configuration. Raises ConfigError where one of those that are made does not expand."""
     for key in KEYS:
         *sections, name = key.split(".")
         section = getattr(config, sections[0]) if sections else config
@@ -48,8 +49,9 @@ def expand_all(config: Config) -> None:
             setattr(section, name, [expand(path) for path in value])
         elif value is not None:
             setattr(section, name, expand(value))
-    if (why := _meaningless(config.run.output)) is not None:
-        raise ConfigError(f"run.output = {config.run.output!r}: {why}", where="run.output", fix="write the whole path")
+    for key, made in (("run.output", config.run.output), ("data.cache", config.data.cache)):
+        if made is not None and (why := _meaningless(made)) is not None:
+            raise ConfigError(f"{key} = {made!r}: {why}", where=key, fix="write the whole path")
 
 
 def look_for(path: str) -> str:

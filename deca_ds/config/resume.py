@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "gossip.wait_s",
     "gossip.checksums",
     "gossip.chunk_mib",
+    "data.cache",
     "data.micro_batch_size",
     "evaluation.",
     "checkpoint.",

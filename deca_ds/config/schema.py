@@ -326,6 +326,12 @@ class DataConfig:
         "For chat templates that write the date (`strftime_now`): the day as `YYYY-MM-DD`; `null` takes the day of the "
         "run's first start, on all ranks and after every resume.",
     )
+    cache: Optional[str] = key(
+        None,
+        "Folder of tokenised data, which each host keeps for later starts; `null` takes `deca_ds` in the cache of the "
+        "datasets library (`HF_DATASETS_CACHE`, `HF_HOME` or `~/.cache/huggingface`).",
+        "data.md#what-is-kept",
+    )
     max_length: int = key(512, "Largest number of tokens in a sequence; longer sequences are cut.")
     packing: bool = key(
         False,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import datasets
 
 from deca_ds.config.checks import RANGES as CONFIG_RANGES
 from deca_ds.config.paths import check_writable
@@ -42,9 +41,8 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
     Raises ConfigError naming the key, DataError naming the path.
     """
     data = config.data
-    check_writable(
-        Path(datasets.config.HF_DATASETS_CACHE), "the cache of the datasets library; HF_DATASETS_CACHE or HF_HOME"
-    )
+    if data.cache is not None and not os.path.isdir(data.cache):  # one that is there may have all that is needed
+        check_writable(Path(data.cache), "data.cache")
     for key, allowed, expected in RANGES:
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)

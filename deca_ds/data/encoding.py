@@ -83,9 +83,9 @@ class Encoder:
         """The same in every process for the same tokenizer and settings (a pickled tokenizer is not)."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        state: Any = sorted(tokenizer.get_vocab().items())
-        if backend is not None:
-            # truncation and padding change with every call that uses them, and are not used here
+        if backend is None:
+            state: Any = sorted(tokenizer.get_vocab().items())
+        else:  # truncation and padding change with every call that uses them, and are not used here
             state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
         # a template writes special tokens by their names
         template = None if self.template is None else (self.template.sources, str(self.tokenizer.special_tokens_map))
@@ -157,7 +157,7 @@ class Encoder:
         for tokens, ((start, _),) in self.spanning.encode(both, spans, places):
             ids = self._framed(tokens)
             start += len(self.bos) * (tokens[:1] != self.bos)
-            encoded.append(_Encoded(ids, [not answers_only or place >= start for place in range(len(ids))], start))
+            encoded.append(_Encoded(ids, [not answers_only] * start + [True] * (len(ids) - start), start))
         return encoded
 
     def _conversations(self, conversations: Sequence[str], places: Sequence[str]) -> list[_Encoded]:
@@ -189,11 +189,12 @@ class Encoder:
         answer_length = len(one.ids) - one.prompt if reserve is None else reserve
         prompt = min(one.prompt, max(self.max_length - answer_length, self.max_length // 2))
         first = min(len(self.bos), prompt) if one.ids[:1] == self.bos else 0
-        kept = [*range(first), *range(one.prompt - prompt + first, len(one.ids))][: self.max_length]
-        ids = [one.ids[place] for place in kept]
-        labels = [one.ids[place] if one.answer[place] else IGNORED for place in kept]
-        targets = sum(label != IGNORED for label in labels[1:])
-        return {"input_ids": ids, "labels": labels, "targets": targets, "cut": len(kept) < len(one.ids)}
+        start = one.prompt - prompt + first
+        ids, answer = (of[:first] + of[start:] if start > first else of for of in (one.ids, one.answer))
+        ids, answer = ids[: self.max_length], answer[: self.max_length]
+        labels = ids if all(answer) else [token if kept else IGNORED for token, kept in zip(ids, answer, strict=True)]
+        targets = len(labels[1:]) - labels[1:].count(IGNORED)
+        return {"input_ids": ids, "labels": labels, "targets": targets, "cut": len(ids) < len(one.ids)}
 
 
 def pack(batch: Batch, max_length: int) -> Batch:

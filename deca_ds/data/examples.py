@@ -8,62 +8,78 @@ done with, as a JSON list.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features
-from datasets.exceptions import DatasetGenerationError
 
+from deca_ds.data.cache import Cache
 from deca_ds.data.files import DOCUMENT, kind_of
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import TEXT, check_fields, label_of
+from deca_ds.data.rows import BATCH, Work, batches_of, write_rows
 from deca_ds.data.sources import HubName, Source, load_hub, read_rows
 from deca_ds.errors import DataError
 
-_CACHE_VERSION = 4  # raise it when a row's example changes: prepared examples are kept in the datasets cache
+_VERSION = 5  # raise it when a row's example changes: examples are kept in the cache
 _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
 
-def read_examples(sources: list[Source], rules: ExampleRules) -> Dataset:
-    """The examples of all sources in order, memory-mapped from the datasets cache; read anew when a file changed.
+def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, work: Work | None = None) -> Dataset:
+    """The examples of all sources in order, memory-mapped from the cache; read anew when a file's content changed.
 
     Raises DataError naming file and line for a malformed row, a missing column, a wrong type or an unknown label, and
     for sources without any example.
     """
-    files = tuple(_identity(source, rules) for source in sources)
-    try:
-        examples = Dataset.from_generator(
-            generate_examples,
-            features=Features({**FORMATS[rules.format].features, **_EVERY_FORMAT}),
-            gen_kwargs={"files": files, "rules": rules, "version": _CACHE_VERSION},
-        )
-    except DatasetGenerationError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
-    assert isinstance(examples, Dataset)
+    names = [source if isinstance(source, HubName) else source.absolute() for source in sources]
+    content = contents(sources, rules, cache)
+    parts = [_VERSION, asdict(rules), list(map(str, names)), content]  # names, because errors name files
+    features = Features({**FORMATS[rules.format].features, **_EVERY_FORMAT})
+
+    def make(folder: Path) -> dict[str, Any]:
+        with (work or Work()).bar("reading rows", None) as advance:
+
+            def counted() -> Iterator[dict[str, Any]]:
+                for number, example in enumerate(generate_examples(names, rules)):
+                    if number % BATCH == 0:
+                        advance(BATCH)
+                    yield example
+
+            write_rows(folder / "examples.arrow", features, batches_of(counted(), features))
+        check_unchanged(content, sources, rules, cache)
+        return {}
+
+    examples = cache.entry("examples", parts, make).table("examples")
+    assert examples is not None
     return examples
 
 
-def generate_examples(
-    files: tuple[tuple[Any, ...], ...], rules: ExampleRules, version: int
-) -> Iterator[dict[str, Any]]:
-    """Examples of `files`, (source, its state) each; state and version only tell the cache what it may reuse."""
+def contents(sources: Iterable[Source], rules: ExampleRules, cache: Cache) -> list[str]:
+    """What tells the content of each source, and how it is read, from any other's."""
+    return [_content(source, rules, cache) for source in sources]
+
+
+def check_unchanged(before: Sequence[str], sources: Sequence[Source], rules: ExampleRules, cache: Cache) -> None:
+    """Raise DataError where the `contents` of sources are no longer those of before."""
+    for source, old, new in zip(sources, before, contents(sources, rules, cache), strict=True):
+        if old != new:
+            raise DataError("it has changed while it was read", where=str(source), fix="start again when it is whole")
+
+
+def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterator[dict[str, Any]]:
+    """Examples of `sources`, one after the other."""
     empty, format = True, FORMATS[rules.format]
     named = (*format.columns(rules), *([rules.group_column] if rules.group_column else []))
     whole = replace(rules, text_columns=("text",))  # a text file has this one column
-    for source, _ in files:
+    for source in sources:
         if isinstance(source, HubName):
             loaded = load_hub(source, rules.subset, rules.split)
             rows = ((f"{source.name} on the hub, row {number}", row) for number, row in enumerate(loaded, 1))
         else:
-            rows = read_rows(Path(source), rules.column_names)
-        document = not isinstance(source, HubName) and kind_of(Path(source)) == DOCUMENT
+            rows = read_rows(source, rules.column_names)
+        document = not isinstance(source, HubName) and kind_of(source) == DOCUMENT
         for place, row in rows:
             unused = check_fields(row, format.fields, place, named)
             example = format.example(row, whole if document else rules, place, unused)
@@ -73,12 +89,14 @@ def generate_examples(
             empty = False
             yield {**example, "group": group, "place": place, "unused": json.dumps(sorted(unused)) if unused else ""}
     if empty:
-        names = (source.name if isinstance(source, HubName) else source for source, _ in files)
+        names = (source.name if isinstance(source, HubName) else str(source) for source in sources)
         raise DataError("no examples", where=", ".join(names), fix="name files with at least one row")
 
 
-def _identity(source: Source, rules: ExampleRules) -> tuple[Any, str]:
+def _content(source: Source, rules: ExampleRules, cache: Cache) -> str:
     if isinstance(source, HubName):
-        return source, str(load_hub(source, rules.subset, rules.split)._fingerprint)
-    state = source.stat()
-    return str(source.absolute()), f"{state.st_size} bytes, {state.st_mtime_ns}"
+        return f"{source} {load_hub(source, rules.subset, rules.split)._fingerprint}"
+    try:
+        return f"{kind_of(source)} {source.suffix.lower()} {cache.content(source)}"
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror or error}", where=str(source)) from error

@@ -150,10 +150,14 @@ def _with_content(messages: Messages) -> Messages:
     return [{"content": "", **turn} for turn in messages]
 
 
+def _with_content_and_arguments_as_text(messages: Messages) -> Messages:
+    return _arguments_as_text(_with_content(messages))
+
+
 FORMS: tuple[Form, ...] = (
     _as_is,
     _with_content,
     _content_as_parts,
     _arguments_as_text,
-    lambda messages: _arguments_as_text(_with_content(messages)),
+    _with_content_and_arguments_as_text,
 )

@@ -64,7 +64,7 @@ def take_device(
     their collectives would wait for without end.
     """
     gpus = _usable_gpus(wanted, launch.host)
-    seen = Seen(launch.host, _machine(launch.host), launch.local_rank, _cores(), gpus)
+    seen = Seen(launch.host, machine(launch.host), launch.local_rank, _cores(), gpus)
     every = store.gather(launch, "devices/seen", asdict(seen), together)
     placement = place({rank: Seen(**of) for rank, of in every.items()}, launch.rank)
     os.environ["DS_ACCELERATOR"] = placement.device.type
@@ -149,7 +149,8 @@ def _usable_gpus(wanted: str, host: str) -> int:
     return gpus
 
 
-def _machine(host: str) -> str:
+def machine(host: str) -> str:
+    """The same for all processes on this machine; `host` where it does not say."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -84,14 +82,11 @@ class Cluster:
     def transport(self) -> str:
         return "mpi" if self.gossip_comm is not None else "torch"
 
-    @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """The client's leader runs the body before its other ranks do, so that they find its caches."""
-        if not self.is_leader:
-            dist.barrier()
-        yield
-        if self.is_leader:
-            dist.barrier()
+    def gather_in_client(self, value: Any) -> list[Any]:
+        """What each rank of this client gives, by shard; small objects, which stay within the client."""
+        every: list[Any] = [None] * self.ranks
+        dist.all_gather_object(every, value)
+        return every
 
 
 def connect(

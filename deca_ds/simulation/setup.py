@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
-from deca_ds.data import ClientData, evaluation_batches, load_client_data, validate_data_config
+from deca_ds.data import ClientData, evaluation_batches, load_all, validate_data_config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
@@ -71,7 +71,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Client
     disable_progress_bars()
     config.data.date = config.data.date or today()
     validate_data_config(config, client=None)
-    data = [load_client_data(config, tokenizer, client) for client in range(config.cluster.clients)]
+    data = load_all(config, tokenizer)
     compare_data([part.summary for part in data], [part.label_names for part in data])
     return data
 

@@ -15,7 +15,7 @@ from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import check_folder
-from deca_ds.data import load_client_data, validate_data_config
+from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.check_model import check_model
@@ -88,7 +88,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     if config.data.per_client:
         console.print("data: one path per client; each client's ranks open their own only")
     else:
-        data = [load_client_data(config, tokenizer, client) for client in range(clients)]
+        data = load_all(config, tokenizer)
         for line in tell_files(config.data):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         summaries = [part.summary for part in data]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.config import Config
-from deca_ds.data import ClientData, evaluation_batches, load_client_data, training_batches
+from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.data.checks import tell_files
 from deca_ds.elastic.client import QuorumClient
 from deca_ds.elastic.commit import Surviving
@@ -45,6 +46,7 @@ from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule
 from deca_ds.training.metrics import Metrics
+from deca_ds.training.prepare import first_of_host, load_shared
 from deca_ds.training.start import Job, NewRun, Start
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
 from deca_ds.transport.transport import Transport
@@ -61,7 +63,7 @@ def build(
     when the others have let it in."""
     start = start or NewRun()
     job = Job(config, cluster, transport, guard, build_mixing(config.gossip, cluster.clients, config.run.seed))
-    architecture, tokenizer = _load_tokenizer(job)
+    architecture, tokenizer = _load_tokenizer(job, start.ranks(cluster))
     data = _load_data(job, architecture, tokenizer)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
     cluster.progress.enter("comparing the data")
@@ -129,30 +131,30 @@ def build(
     )
 
 
-def _load_tokenizer(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The model's configuration and the tokenizer, which fit each other."""
-    model, progress = job.config.model, job.cluster.progress
-    progress.enter("loading the tokenizer", works=True, awaits=SHARED)
-    architecture, tokenizer = load_architecture(model), load_tokenizer(model)
-    progress.enter("checking the model", works=True, awaits=SHARED)
-    for warning in check_model(job.config, architecture, tokenizer):
-        if job.cluster.is_job_leader:
-            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+def _load_tokenizer(job: Job, ranks: Sequence[int]) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The model's configuration and the tokenizer, which fit each other. ranks: those that load them now."""
+    model, cluster = job.config.model, job.cluster
+    disable_progress_bars()
+    cluster.progress.enter("loading the tokenizer", works=True, awaits=SHARED)
+    with first_of_host(model, cluster.launch, cluster.store, ranks):
+        architecture, tokenizer = load_architecture(model), load_tokenizer(model)
+        cluster.progress.enter("checking the model", works=True, awaits=SHARED)
+        warnings = check_model(job.config, architecture, tokenizer)
+    for warning in warnings if cluster.is_job_leader else ():
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     return architecture, tokenizer
 
 
 def _load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ClientData:
     """This client's data, of which the model knows all tokens."""
     config, cluster = job.config, job.cluster
-    disable_progress_bars()
     cluster.progress.enter("reading the data", works=True, awaits=SHARED)
     for line in [
         *(tell_files(config.data) if cluster.is_job_leader else ()),
         *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
     ]:
         print(line, file=sys.stderr, flush=True)
-    first, tick = cluster.leader_first, cluster.progress.tick
-    data = load_client_data(config, tokenizer, cluster.client, leader_first=first, tick=tick)
+    data = load_shared(config, tokenizer, cluster)
     check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
     return data
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,10 @@ class Start(ABC):
     resumed: int | None = None
 
     @abstractmethod
+    def ranks(self, cluster: Cluster) -> Sequence[int]:
+        """Those that start now."""
+
+    @abstractmethod
     def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
         """Compare the data with the other clients', and begin to write to the run's folder. vocabulary: digest of the
         tokenizer's. Raises UserErrors, before anything is written."""
@@ -86,6 +91,10 @@ class Start(ABC):
 
 class _Together(Start):
     """All ranks start at once."""
+
+    def ranks(self, cluster: Cluster) -> Sequence[int]:
+        """See Start."""
+        return cluster.launch.ranks
 
     def attempt(self, job: Job, client: Client) -> int:
         """See Start. The first client's leader draws it."""
@@ -176,6 +185,10 @@ class Return(Start):
 
     def __init__(self, invitation: Invitation):
         self._invitation = invitation
+
+    def ranks(self, cluster: Cluster) -> Sequence[int]:
+        """See Start."""
+        return cluster.layout.ranks_of(cluster.client)
 
     def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
         """See Start."""

@@ -84,7 +84,7 @@ def test_any_rows_of_any_format(tmp_path, format, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rules = ExampleRules(format=format)
     try:
-        examples = list(generate_examples(((str(path), ""),), rules, 1))
+        examples = list(generate_examples([path], rules))
     except DataError as error:
         assert str(path) in str(error)
     else:

@@ -1,18 +1,15 @@
 """From the configuration to a client's sequences: formats, partition, held-out sets, labels, caching, privacy."""
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import pytest
 from data_samples import answer_of, flat, make_byte_tokenizer, make_config, write_jsonl
 
 from deca_ds.data import load_client_data, sources
+from deca_ds.data.rows import Work
 from deca_ds.errors import ConfigError, DataError
 
 EOS = "</s>"
@@ -309,25 +306,6 @@ def test_hub_data_sets(tokenizer, monkeypatch):
         load_client_data(config, tokenizer, 0)
 
 
-def test_everything_happens_while_the_leader_goes_first(tokenizer, labeled, monkeypatch):
-    inside = []
-
-    @contextlib.contextmanager
-    def leader_first():
-        inside.append(True)
-        yield
-        inside.pop()
-
-    def seen(path, *options):
-        assert inside
-        return original(path, *options)
-
-    original = sources.read_rows
-    monkeypatch.setattr("deca_ds.data.examples.read_rows", seen)
-    load_client_data(make_config(train=[labeled]), tokenizer, 0, leader_first=leader_first)
-    assert not inside
-
-
 def test_a_changed_file_is_read_anew(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "old"}] * 2)
     config = make_config(train=[path], client_holdout=0.0)
@@ -337,40 +315,10 @@ def test_a_changed_file_is_read_anew(tokenizer, tmp_path):
     assert texts(tokenizer, load_client_data(config, tokenizer, 0).train) == ["new"] * 2
 
 
-def test_another_process_finds_what_the_leader_prepared(tokenizer, labeled, tmp_path):
-    """The second process gets the same tokens from the cache files of the first and encodes nothing itself."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    script = """
-import sys, datasets
-from transformers import AutoTokenizer
-from data_samples import make_config
-from deca_ds.data import load_client_data
-from deca_ds.data.encoding import Encoder
-datasets.config.HF_DATASETS_CACHE = sys.argv[3]
-datasets.disable_progress_bars()
-if sys.argv[4] == "follower":
-    Encoder.sequences = Encoder._tokens = None
-config = make_config(clients=2, train=[sys.argv[2]], packing=True, max_length=40)
-config.evaluation.max_examples = None
-loaded = load_client_data(config, AutoTokenizer.from_pretrained(sys.argv[1]), 1)
-print(loaded.train._fingerprint, loaded.train.cache_files, sum(sum(loaded.train["input_ids"], [])))
-"""
-    arguments = [str(tmp_path / "tokenizer"), str(labeled), str(tmp_path / "cache")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", script, *arguments, role],
-            env=environment, capture_output=True, text=True, timeout=120, check=True,
-        ).stdout
-        for role in ("leader", "follower")
-    ]  # fmt: skip
-    assert printed[0] == printed[1] and str(tmp_path / "cache") in printed[0]
-
-
 def test_every_batch_that_is_tokenised_is_a_sign_of_life(tokenizer, tmp_path):
-    """A batch is 1000 examples; what lies in the cache needs none."""
+    """A batch is 1000 examples, read and then tokenised; what lies in the cache needs none."""
     path = write_jsonl(tmp_path / "many.jsonl", [{"text": f"t{i}"} for i in range(2500)])
     config, ticks = make_config(train=[path], client_holdout=0.0, common_holdout=0.0), []
     for _ in range(2):
-        load_client_data(config, tokenizer, 0, tick=lambda: ticks.append(None))
-        assert len(ticks) == 3
+        load_client_data(config, tokenizer, 0, work=Work(tick=lambda: ticks.append(None)))
+        assert len(ticks) == 3 + 3

@@ -15,6 +15,7 @@ import pytest
 from data_samples import make_config, write_jsonl
 
 from deca_ds.data import validate_data_config
+from deca_ds.data.cache import Cache
 from deca_ds.data.checks import tell_files
 from deca_ds.data.examples import ExampleRules, read_examples
 from deca_ds.data.files import kind_of
@@ -60,7 +61,7 @@ def test_a_folder_of_several_kinds(tmp_path):
         ".git": "hidden",
         "empty.jsonl": "empty",
     }
-    examples = read_examples(find_sources([str(tmp_path)], "data.train"), ExampleRules("text"))
+    examples = read_examples(find_sources([str(tmp_path)], "data.train"), ExampleRules("text"), Cache())
     assert examples["text"][:] == ["one", "two"] * 4 and not any(examples["document"])
     assert found_in(tmp_path, tmp_path / "[aRc]*")[0] == ["a.jsonl", "c.ndjson"]
 
@@ -96,7 +97,7 @@ def test_compressed_files(tmp_path, end):
     whole.write_bytes(compress(LINES) + compress(LINES))
     assert len(list(read_rows(whole))) == 4
     (tmp_path / f"a.txt{end}").write_bytes(compress(b"one document"))
-    document = read_examples([tmp_path / f"a.txt{end}"], ExampleRules("text"))
+    document = read_examples([tmp_path / f"a.txt{end}"], ExampleRules("text"), Cache())
     assert (document["text"][:], document["document"][:]) == (["one document"], [True])
     with pytest.raises(ConfigError, match=r"\.txt file has no columns"):
         validate_data_config(make_config(train=[tmp_path / f"a.txt{end}"], format="alpaca"))
@@ -143,7 +144,7 @@ def test_links(tmp_path):
     names, left_out = found_in(data)
     assert names == ["a.jsonl", "b.json", "e.jsonl"]
     assert left_out["c.jsonl"] == f"the same file as {data}/a.jsonl" and left_out["d.json"].endswith("b.json")
-    texts = read_examples(find_sources([str(data)], "data.train"), ExampleRules("text"))["text"][:]
+    texts = read_examples(find_sources([str(data)], "data.train"), ExampleRules("text"), Cache())["text"][:]
     assert texts == ["one", "two", "three", "one", "two"]
     (data / ".#a.jsonl").symlink_to("me@host.1")  # an editor's
     assert found_in(data)[1][".#a.jsonl"] == "hidden"
@@ -234,7 +235,7 @@ def test_what_datasets_has_saved(tmp_path):
     names, left_out = found_in(tmp_path / "one")
     assert names == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     assert left_out["data-00000-of-00001.arrow"] == "not in state.json"
-    examples = read_examples(find_sources([str(tmp_path / "one")], "data.train"), ExampleRules("text"))
+    examples = read_examples(find_sources([str(tmp_path / "one")], "data.train"), ExampleRules("text"), Cache())
     assert examples["text"][:] == ["one", "two", "three"]
     table = pa.table({"text": ["four"]})
     with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as file:
@@ -257,8 +258,7 @@ def test_a_folder_is_no_hub_name(tmp_path, monkeypatch):
             find_sources([missing.replace("name/", "gone/")], "data.train")
 
 
-def test_the_cache_of_prepared_data_must_be_writable(tmp_path, monkeypatch):
+def test_a_cache_that_is_named_must_be_writable(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", file / "cache")
-    with pytest.raises(ConfigError, match=r"(?s)cannot write to.*there is a file.*HF_HOME"):
-        validate_data_config(make_config(train=[file]))
+    with pytest.raises(ConfigError, match=r"(?s)cannot write to.*there is a file.*data\.cache"):
+        validate_data_config(make_config(train=[file], cache=str(file / "cache")))

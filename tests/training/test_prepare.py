@@ -1,0 +1,95 @@
+"""What one rank of a host does for the others: threads stand for ranks."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+from deca_ds.launch import Launch
+from deca_ds.launch.progress import Progress
+from deca_ds.launch.store import JobStore
+from torch.distributed import HashStore
+
+from deca_ds.config.schema import Config, DataConfig, ModelConfig
+from deca_ds.data import client as client_module
+from deca_ds.engine.load import load_tokenizer
+from deca_ds.errors import DataError
+from deca_ds.training import prepare
+from deca_ds.training.prepare import first_of_host, load_shared
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """The name of a machine is that of its host."""
+    monkeypatch.setattr(prepare, "machine", lambda host: host)
+
+
+def on_ranks(hosts, action):
+    """What action(rank, host) returns or raises on each rank."""
+    with ThreadPoolExecutor(len(hosts)) as threads:
+        running = [threads.submit(action, rank, host) for rank, host in enumerate(hosts)]
+        return [one.exception(60) or one.result() for one in running]
+
+
+def test_the_first_rank_of_a_host_downloads_first(hosts, tmp_path):
+    names = ["a", "a", "b", "a", "b"]
+    order, store = [], HashStore()
+
+    def enter(paths):
+        def action(rank, host):
+            class Here(Launch):
+                host = names[rank]
+
+            job = JobStore(store, None, timedelta(seconds=60), Progress())
+            with first_of_host(ModelConfig(path=paths[rank]), Here("x", rank, len(names), None, None), job, range(5)):
+                order.append(rank)
+
+        assert on_ranks(names, action) == [None] * 5
+
+    enter(["owner/name"] * 5)
+    assert set(order[:2]) == {0, 2} and set(order) == set(range(5))
+    store = HashStore()
+    enter([str(tmp_path)] * 4 + ["owner/name"])  # one host has no folder of the model: all do the same
+    assert set(order[5:7]) == {0, 2}
+
+
+def words(path, text="w1"):
+    path.write_text("".join(json.dumps({"text": f"{text} w{i} w3"}) + "\n" for i in range(20)))
+    return str(path)
+
+
+def test_one_rank_a_host_prepares_and_all_have_the_same(hosts, tiny_model, tmp_path, monkeypatch):
+    names, barrier, gathered, prepared = ["a", "a", "b"], threading.Barrier(3), [None] * 3, []
+    original = client_module.Preparation.entry
+
+    def entry(self):
+        prepared.append(self.config.data.cache)
+        return original(self)
+
+    monkeypatch.setattr(client_module.Preparation, "entry", entry)
+    tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
+
+    def load(trains):
+        def action(rank, host):
+            def gather(value):
+                barrier.wait(60)
+                gathered[rank] = value
+                barrier.wait(60)
+                return list(gathered)
+
+            launch = SimpleNamespace(host=host)
+            cluster = SimpleNamespace(client=0, shard=rank, launch=launch, progress=Progress(), is_job_leader=rank == 0)
+            cluster.gather_in_client = gather
+            config = Config(data=DataConfig(train=[trains[rank]], cache=str(tmp_path / f"cache_{host}")))
+            return load_shared(config, tokenizer, cluster)
+
+        return on_ranks(names, action)
+
+    same, other = words(tmp_path / "same.jsonl"), words(tmp_path / "other.jsonl", "w2")
+    first, *others = load([same] * 3)
+    assert sorted(prepared) == [str(tmp_path / "cache_a"), str(tmp_path / "cache_b")]
+    assert all(one.train.to_dict() == first.train.to_dict() and one.summary == first.summary for one in others)
+    for error in load([same, same, other]):
+        assert isinstance(error, DataError) and "client 0 has other data on b than on a" in str(error)
