@@ -7,15 +7,15 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from deca_ds.launch import Launch
-from deca_ds.launch.progress import Progress
-from deca_ds.launch.store import JobStore
 from torch.distributed import HashStore
 
 from deca_ds.config.schema import Config, DataConfig, ModelConfig
 from deca_ds.data import client as client_module
 from deca_ds.engine.load import load_tokenizer
 from deca_ds.errors import DataError
+from deca_ds.launch import Launch
+from deca_ds.launch.progress import Progress
+from deca_ds.launch.store import JobStore
 from deca_ds.training import prepare
 from deca_ds.training.prepare import first_of_host, load_shared
 
