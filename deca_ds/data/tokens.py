@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import cast
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -27,35 +28,19 @@ class Spanning:
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         if self.backend is not None:
             return [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return ids
 
     def encode(
         self, texts: Sequence[str], spans: Sequence[Spans], places: Sequence[str]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, spans of tokens) of each text. Raises DataError that names the place where they do not decode to it."""
-        made = self._fast(texts, spans) if self.backend is not None else self._slow(texts, spans)
+        made = self._slow(texts, spans) if self.backend is None else _fast(self.backend, texts, spans)
         read = iter(self._decode([ids[first:end] for ids, found, _ in made for first, end in found]))
         for (_, found, written), place in zip(made, places, strict=True):
             for _, one in zip(found, written, strict=True):
                 self._check(one, next(read), place)
         return [(ids, found) for ids, found, _ in made]
-
-    def _fast(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
-        made = []
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        for text, of_text, encoding in zip(texts, spans, encodings, strict=True):
-            offsets = encoding.offsets
-            found, written = [], []
-            for begin, stop in of_text:
-                first, end = bisect_left(offsets, (begin,)), bisect_left(offsets, (stop,))
-                while first > 0 and offsets[first - 1][1] > begin:
-                    first -= 1
-                found.append((first, end))
-                if first < end:  # with the rest of the tokens at both ends
-                    begin, stop = min(begin, offsets[first][0]), max(stop, offsets[end - 1][1])
-                written.append(text[begin:stop])
-            made.append((encoding.ids, found, written))
-        return made
 
     def _slow(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
         """Without offsets: the tokens up to a border are those that the text up to there has on its own."""
@@ -91,7 +76,7 @@ class Spanning:
     def _decode(self, pieces: list[list[int]]) -> list[str]:
         if self.backend is not None:
             return self.backend.decode_batch(pieces, skip_special_tokens=False)
-        return [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in pieces]
+        return [cast(str, self.tokenizer.decode(ids, skip_special_tokens=False)) for ids in pieces]
 
 
 _Found = tuple[list[int], list[tuple[int, int]], list[str]]  # ids, spans of tokens, the text that each should be
@@ -109,6 +94,24 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     plain.no_padding()
     same = plain.encode(_PROBE, add_special_tokens=False).ids == tokenizer(_PROBE, add_special_tokens=False).input_ids
     return plain if same else None
+
+
+def _fast(backend: Tokenizer, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
+    made = []
+    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+    for text, of_text, encoding in zip(texts, spans, encodings, strict=True):
+        offsets = encoding.offsets
+        found, written = [], []
+        for begin, stop in of_text:
+            first, end = bisect_left(offsets, (begin,)), bisect_left(offsets, (stop,))
+            while first > 0 and offsets[first - 1][1] > begin:
+                first -= 1
+            found.append((first, end))
+            if first < end:  # with the rest of the tokens at both ends
+                begin, stop = min(begin, offsets[first][0]), max(stop, offsets[end - 1][1])
+            written.append(text[begin:stop])
+        made.append((encoding.ids, found, written))
+    return made
 
 
 def _visible(text: str) -> str:
