@@ -35,12 +35,30 @@ class Spanning:
         self, texts: Sequence[str], spans: Sequence[Spans], places: Sequence[str]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, spans of tokens) of each text. Raises DataError that names the place where they do not decode to it."""
-        made = self._slow(texts, spans) if self.backend is None else _fast(self.backend, texts, spans)
+        made = self._fast(texts, spans) if self.backend is not None else self._slow(texts, spans)
         read = iter(self._decode([ids[first:end] for ids, found, _ in made for first, end in found]))
         for (_, found, written), place in zip(made, places, strict=True):
             for _, one in zip(found, written, strict=True):
                 self._check(one, next(read), place)
         return [(ids, found) for ids, found, _ in made]
+
+    def _fast(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
+        assert self.backend is not None
+        made = []
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        for text, of_text, encoding in zip(texts, spans, encodings, strict=True):
+            offsets = encoding.offsets
+            found, written = [], []
+            for begin, stop in of_text:
+                first, end = bisect_left(offsets, (begin,)), bisect_left(offsets, (stop,))
+                while first > 0 and offsets[first - 1][1] > begin:
+                    first -= 1
+                found.append((first, end))
+                if first < end:  # with the rest of the tokens at both ends
+                    begin, stop = min(begin, offsets[first][0]), max(stop, offsets[end - 1][1])
+                written.append(text[begin:stop])
+            made.append((encoding.ids, found, written))
+        return made
 
     def _slow(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
         """Without offsets: the tokens up to a border are those that the text up to there has on its own."""
@@ -94,24 +112,6 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     plain.no_padding()
     same = plain.encode(_PROBE, add_special_tokens=False).ids == tokenizer(_PROBE, add_special_tokens=False).input_ids
     return plain if same else None
-
-
-def _fast(backend: Tokenizer, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
-    made = []
-    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
-    for text, of_text, encoding in zip(texts, spans, encodings, strict=True):
-        offsets = encoding.offsets
-        found, written = [], []
-        for begin, stop in of_text:
-            first, end = bisect_left(offsets, (begin,)), bisect_left(offsets, (stop,))
-            while first > 0 and offsets[first - 1][1] > begin:
-                first -= 1
-            found.append((first, end))
-            if first < end:  # with the rest of the tokens at both ends
-                begin, stop = min(begin, offsets[first][0]), max(stop, offsets[end - 1][1])
-            written.append(text[begin:stop])
-        made.append((encoding.ids, found, written))
-    return made
 
 
 def _visible(text: str) -> str:
