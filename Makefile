@@ -31,6 +31,7 @@ faults: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # the pages and pictures that follow from the code
 docs: install

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deca_ds import __version__
 from deca_ds.config.paths import argument as path_argument
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep.set_defaults(command=supervise.run)
     arguments = parser.parse_args(argv)
     try:
-        return arguments.command(arguments)
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol, cast
 
 from torch import nn
 
@@ -103,7 +104,8 @@ def find_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
     sizes = {stack: sum(held[name] for name in names) for stack, names in stacks.items()}
     if not sizes:
         raise ValueError(f"{type(model).__name__} has no list of layers, so it cannot be split into blocks")
-    found, first = {}, 0
+    found: dict[str, int] = {}
+    first = 0
     for stack, names in stacks.items():
         if sizes[stack] >= _SMALLEST_STACK * max(sizes.values()):
             found |= dict.fromkeys(names, first)
@@ -191,6 +193,12 @@ def _outermost_lists(model: nn.Module) -> dict[str, int]:
     return found
 
 
+class _WithHead(Protocol):
+    """A model of transformers' that reads more than text."""
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+
 def _beside_text(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], layers: str) -> tuple[str, ...]:
     """Parameters that serve other input than text, where the modules say what they read, as transformers' models do.
 
@@ -200,7 +208,7 @@ def _beside_text(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], layers
     towers = tuple(f"{name}." for name, m in model.named_modules() if name and _reads(m) and "text" not in _reads(m))
     text = [name for name in _ancestors(layers) if _reads(model.get_submodule(name)) == {"text"}]
     inside = f"{text[-1]}." if text and _reads(model) > {"text"} else ""
-    head = model.get_output_embeddings() if inside else None
+    head = cast(_WithHead, model).get_output_embeddings() if inside else None
     kept = set() if head is None else {id(p) for p in head.parameters()}
     return tuple(
         name

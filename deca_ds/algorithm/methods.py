@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from deca_ds.algorithm.baselines import DiLoCo, GtAdam, QgAdam
 from deca_ds.algorithm.deca import DecaRule
@@ -52,5 +53,5 @@ def build_rule(method: str, **coefficients: float | str) -> Rule:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     known = {field.name for field in fields(METHODS[method].rule)}
-    taken = {name: value for name, value in coefficients.items() if name in known}
+    taken: dict[str, Any] = {name: value for name, value in coefficients.items() if name in known}
     return METHODS[method].rule(**(taken | dict(METHODS[method].fixed)))

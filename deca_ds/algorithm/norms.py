@@ -16,4 +16,6 @@ def squared_norm(values: Tensor) -> Tensor:
     """The squared 2-norm of a 1-D tensor: a float64 scalar on its device. Infinite from about 1e19 in an element."""
     whole = values.numel() // _ROW * _ROW
     rows, rest = values[:whole].view(-1, _ROW), values[whole:]
-    return torch.linalg.vector_norm(rows, dim=1).double().square().sum() + torch.linalg.vector_norm(rest).double() ** 2
+    squared = torch.linalg.vector_norm(rows, dim=1).double().square()
+    total: Tensor = squared.sum() + torch.linalg.vector_norm(rest).double() ** 2
+    return total

@@ -64,7 +64,7 @@ def run_export(args: argparse.Namespace) -> int:
 def parse_size(text: str) -> int:
     """Bytes of "500MB", "2GB", "1GiB". Raises ConfigError for anything else and for less than a byte."""
     try:
-        size = convert_file_size_to_int(text.upper())  # a small b would mean bits
+        size: int = convert_file_size_to_int(text.upper())  # a small b would mean bits
     except (ValueError, OverflowError):
         size = 0
     if size < 1:

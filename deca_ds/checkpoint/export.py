@@ -84,9 +84,8 @@ def export_model(
     if not run.is_dir():
         raise CheckpointError("no such run folder", where=str(run), fix="give the run.output folder of a run")
     missing = missing_clients(run)
-    saved: ShardedModel | MergedModel = _open_shards(run, client, missing)
-    if adapters := read_adapters(run):
-        saved = MergedModel(saved, adapters)
+    shards, adapters = _open_shards(run, client, missing), read_adapters(run)
+    saved = MergedModel(shards, adapters) if adapters else shards
     model = empty_model(run / "hf", trust_remote_code=trust_remote_code)
     compare_shapes(saved, stored_shapes(model))
     stream = _Stream(saved, model, client, getattr(torch, dtype) if dtype else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes after an assistant's turn; None where there is none."""
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
     system = [{"role": "system", "content": "!"}, *messages]
     for conversation in (messages, parts, system):  # some templates want text, some lists of parts or a system turn
@@ -63,7 +64,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
             text = tokenizer.apply_chat_template(conversation, tokenize=False)
         except (TemplateError, TypeError, ValueError, ArithmeticError):
             continue
-        if _ANSWER in text:
+        if isinstance(text, str) and _ANSWER in text:
             after = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False).input_ids
             special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
             return after[0] if after and after[0] in special else None

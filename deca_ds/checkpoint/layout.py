@@ -29,7 +29,7 @@ def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedM
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"no model can be made from config.json: {error}",
@@ -61,4 +61,5 @@ def conversion_groups(model: PreTrainedModel, names: Iterable[str]) -> list[list
 
 def to_file_format(model: PreTrainedModel, group: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters of one conversion group by module name -> tensors by the name they have in a file."""
-    return revert_weight_conversion(model, group)
+    named: dict[str, Tensor] = revert_weight_conversion(model, group)
+    return named

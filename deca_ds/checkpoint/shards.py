@@ -19,6 +19,9 @@ from deca_ds.checkpoint.files import checksum
 from deca_ds.checkpoint.slices import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION, rank_folder
 from deca_ds.errors import CheckpointError
 
+_Described = tuple[tuple[int, ...], torch.dtype, torch.dtype]  # shape, data type stored, and that of the model
+_Slices = dict[tuple[str, int], list[tuple[int, int, Path]]]
+
 
 class ShardedModel:
     """A saved model, read lazily: opening looks at manifests and file sizes, reading at one parameter at a time.
@@ -210,15 +213,15 @@ class ShardedModel:
             )
         self._intact.add(path)
 
-    def _index(self, manifests: dict[tuple[int, int], dict[str, Any]]) -> tuple[dict, dict]:
+    def _index(self, manifests: dict[tuple[int, int], dict[str, Any]]) -> tuple[dict[str, _Described], _Slices]:
         """(name -> shape and data type, (name, client) -> slices in ascending order) after all consistency checks."""
-        meta: dict[str, tuple[tuple[int, ...], torch.dtype, torch.dtype]] = {}
-        slices: dict[tuple[str, int], list[tuple[int, int, Path]]] = {}
+        meta: dict[str, _Described] = {}
+        slices: _Slices = {}
         for (client, rank), manifest in sorted(manifests.items()):
             where = rank_folder(self.folder, client, rank)
             for name, entry in manifest["tensors"].items():
-                dtypes = (getattr(torch, entry.get(key, entry["dtype"])) for key in ("dtype", "model_dtype"))
-                described = (tuple(entry["shape"]), *dtypes)
+                stored, trained = (getattr(torch, entry.get(key, entry["dtype"])) for key in ("dtype", "model_dtype"))
+                described = (tuple(entry["shape"]), stored, trained)
                 if meta.setdefault(name, described) != described:
                     raise CheckpointError(
                         f"{name} is {_describe(described)} in client {client} rank {rank}, "
@@ -250,7 +253,7 @@ class ShardedModel:
             covered = last
 
 
-def _describe(described: tuple[tuple[int, ...], torch.dtype, torch.dtype]) -> str:
+def _describe(described: _Described) -> str:
     shape, stored, trained = described
     masters = f" of {trained}" if trained != stored else ""
     return f"{shape} {stored}{masters}".replace("torch.", "")

@@ -54,13 +54,18 @@ class Slice:
 
     def copy(self) -> Slice:
         """One of its own, on the host."""
-        held = (None if held is None else held.detach().to("cpu", copy=True) for held in (self.values, self.low))
-        return Slice(self.name, self.shape, self.start, self.stop, *held)
+        low = None if self.low is None else _on_host(self.low)
+        return Slice(self.name, self.shape, self.start, self.stop, _on_host(self.values), low)
 
     def stored(self) -> Tensor:
         """On the host, in the data type to be stored."""
         values = self.values.detach().to("cpu")
         return values if self.low is None else join(values, self.low)
+
+
+def _on_host(held: Tensor) -> Tensor:
+    """A copy."""
+    return held.detach().to("cpu", copy=True)
 
 
 def rank_folder(folder: Path, client: int, rank: int) -> Path:
@@ -117,8 +122,8 @@ def save_shards(
     try:
         if not linked:
             begin_part(folder, client, rank)
-        manifest = {"version": VERSION, "client": client, "clients": clients, "rank": rank, "ranks": ranks}
-        manifest |= {"step": step, "state": dict(state or {}), "tensors": {}, "files": {}}
+        manifest: dict[str, Any] = {"version": VERSION, "client": client, "clients": clients, "rank": rank}
+        manifest |= {"ranks": ranks, "step": step, "state": dict(state or {}), "tensors": {}, "files": {}}
         for index, (label, slices) in enumerate(groups):
             name = file_name(index, label)
             if linked and name in linked:

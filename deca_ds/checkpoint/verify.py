@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -47,7 +48,7 @@ def compare_shapes(saved: ShardedModel | MergedModel, expected: Mapping[str, tup
 def digest(tensor: Tensor) -> str:
     """Checksum of a contiguous tensor's data type, shape and bytes."""
     state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
-    state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -71,9 +72,10 @@ def reload_model(folder: Path, *, trust_remote_code: bool = False) -> None:
     """
     try:
         with _quiet():
-            _, info = AutoModelForCausalLM.from_pretrained(
+            model_and_info: Any = AutoModelForCausalLM.from_pretrained(
                 folder, device_map={"": "meta"}, output_loading_info=True, trust_remote_code=trust_remote_code
             )
+            _, info = model_and_info
     except Exception as error:  # whatever keeps it from loading, the export is not good
         raise CheckpointError(f"the export does not load: {error}", fix=_LOAD_FIX) from error
     problems = [f"{what.replace('_', ' ')}: {_some(map(str, found))}" for what, found in info.items() if found]

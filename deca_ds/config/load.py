@@ -67,7 +67,7 @@ def _read_yaml(path: Path) -> DictConfig:
         read = OmegaConf.create(text)
         if not isinstance(read, DictConfig):
             raise ConfigError("the file must hold keys and values, like 'model: {path: ...}'", where=str(path))
-        return OmegaConf.create(in_type(OmegaConf.to_container(read)))
+        return cast(DictConfig, OmegaConf.create(in_type(OmegaConf.to_container(read))))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -89,7 +89,7 @@ def _read_argument(argument: str) -> DictConfig:
     try:
         check_argument(key, value)
         read = OmegaConf.from_dotlist([argument])
-        return OmegaConf.create(in_type(OmegaConf.to_container(read)))
+        return cast(DictConfig, OmegaConf.create(in_type(OmegaConf.to_container(read))))
     except yaml.YAMLError as error:
         raise ConfigError(
             f"cannot read the argument {argument!r}: {error}",

@@ -124,12 +124,11 @@ def changes(before: Config, now: Config, allowed: Sequence[str] = MAY_CHANGE) ->
 
 def flat(config: Config) -> dict[str, Any]:
     """section.key -> value, of all keys."""
-    sections = asdict(config)
-    flat = {}
-    for section, values in sections.items():
-        flat |= (
+    found: dict[str, Any] = {}
+    for section, values in asdict(config).items():
+        found |= (
             {f"{section}.{key}": value for key, value in values.items()}
             if isinstance(values, dict)
             else {section: values}
         )
-    return flat
+    return found

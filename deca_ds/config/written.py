@@ -34,7 +34,7 @@ _EXAMPLES = {
     yaml.ScalarNode: "one value, a text with such signs in quotes",
 }
 
-_kinds = functools.cache(get_type_hints)  # of a section's keys
+_hints = functools.cache(get_type_hints)
 _Changed = Iterator[tuple[yaml.Node, str, str]]  # where, what, fix
 
 
@@ -87,6 +87,11 @@ def keys_of(wanted: Any, section: Any = Config, prefix: str = "") -> list[str]:
     return found
 
 
+def _kinds(section: Any) -> dict[str, Any]:
+    """Of a section's keys."""
+    return _hints(section)
+
+
 def _look_through(text: str, key: str) -> _Changed:
     loader = _Loader(text)
     try:
@@ -130,7 +135,7 @@ def _changed(loader: _Loader, node: yaml.Node, kind: Any, key: str) -> _Changed:
     elif isinstance(node, yaml.SequenceNode):
         for place, child in enumerate(node.value):
             yield from _changed(loader, child, get_args(kind)[0] if made_by is list else None, f"{key}[{place}]")
-    elif node.style is None and node.tag in _READ_AS_SOMETHING_ELSE:  # a scalar without quotes
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _READ_AS_SOMETHING_ELSE:  # no quotes
         value = loader.construct_object(node)
         if value is None and (optional or kind not in (str, list[str])):
             return

@@ -54,7 +54,7 @@ def training_batches(
     whole_steps = BatchSampler(order, batch_size, drop_last=True)
     of_rank = BatchSamplerShard(whole_steps, num_processes=ranks, process_index=rank, split_batches=True)
     # A generator of its own: DataLoader draws from the global one otherwise, and a resumed run would differ.
-    return iter(DataLoader(train, batch_sampler=of_rank, collate_fn=collate, generator=torch.Generator()))  # type: ignore[arg-type]
+    return iter(DataLoader(train, batch_sampler=of_rank, collate_fn=collate, generator=torch.Generator()))
 
 
 def evaluation_batches(

@@ -90,7 +90,8 @@ class Encoder:
         # a template writes special tokens by their names
         template = None if self.template is None else (self.template.sources, str(self.tokenizer.special_tokens_map))
         settings = (self.max_length, self.answers_only, self.words, self.bos, self.eos, template)
-        return Hasher.hash((_ENCODING_VERSION, type(tokenizer).__name__, json.dumps(state), settings))
+        digest: str = Hasher.hash((_ENCODING_VERSION, type(tokenizer).__name__, json.dumps(state), settings))
+        return digest
 
     def sequences(self, batch: Batch) -> Batch:
         """A batched map to SEQUENCES; examples without a single token to predict are left out.
@@ -190,7 +191,9 @@ class Encoder:
         prompt = min(one.prompt, max(self.max_length - answer_length, self.max_length // 2))
         first = min(len(self.bos), prompt) if one.ids[:1] == self.bos else 0
         start = one.prompt - prompt + first
-        ids, answer = (of[:first] + of[start:] if start > first else of for of in (one.ids, one.answer))
+        ids, answer = one.ids, one.answer
+        if start > first:
+            ids, answer = ids[:first] + ids[start:], answer[:first] + answer[start:]
         ids, answer = ids[: self.max_length], answer[: self.max_length]
         labels = ids if all(answer) else [token if kept else IGNORED for token, kept in zip(ids, answer, strict=True)]
         targets = len(labels[1:]) - labels[1:].count(IGNORED)

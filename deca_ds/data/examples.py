@@ -73,6 +73,7 @@ def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterato
     empty, format = True, FORMATS[rules.format]
     named = (*format.columns(rules), *([rules.group_column] if rules.group_column else []))
     whole = replace(rules, text_columns=("text",))  # a text file has this one column
+    rows: Iterator[tuple[str, dict[str, Any]]]
     for source in sources:
         if isinstance(source, HubName):
             loaded = load_hub(source, rules.subset, rules.split)

@@ -31,7 +31,7 @@ def iid(count: int, clients: int, seed: int | Sequence[int]) -> list[Indices]:
 
 
 def dirichlet(
-    labels: Sequence[str], clients: int, alpha: float, seed: int | Sequence[int], minimum: int = 1
+    labels: Sequence[str] | Indices, clients: int, alpha: float, seed: int | Sequence[int], minimum: int = 1
 ) -> list[Indices]:
     """Label-skewed shares: of each label, client i gets the share p_i, p ~ Dir(alpha, ..., alpha), drawn per label.
 
@@ -60,7 +60,7 @@ def dirichlet(
     )
 
 
-def by_key(values: Sequence[str], clients: int) -> list[Indices]:
+def by_key(values: Sequence[str] | Indices, clients: int) -> list[Indices]:
     """Whole groups of equal values, dealt out from the largest group to the client with the fewest examples so far.
 
     Raises DataError if there are fewer distinct values than clients.

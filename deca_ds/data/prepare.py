@@ -302,7 +302,9 @@ def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
 
 def _codes(groups: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """A number for each value, in the order of the values: as lists of texts they would take ten times the memory."""
-    return pc.index_in(groups, value_set=pa.array(sorted(groups.unique().to_pylist()))).to_numpy().astype(np.int64)
+    places = pc.index_in(groups, value_set=pa.array(sorted(groups.unique().to_pylist())))
+    codes: npt.NDArray[np.int64] = places.to_numpy().astype(np.int64)
+    return codes
 
 
 def _in_order(labels: Sequence[str]) -> list[str]:

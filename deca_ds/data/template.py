@@ -6,9 +6,9 @@ import ast
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -46,16 +46,17 @@ class ChatTemplate:
         return any(_GENERATION.search(source) for source in self.sources.values())
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, marked: bool = False, prompt: bool = False
+        self, messages: Sequence[dict[str, Any]], tools: Any = None, *, marked: bool = False, prompt: bool = False
     ) -> str:
         """The text of a conversation. marked: with BEGIN and END around what {% generation %} encloses. prompt: with
         the prompt of the next answer. Raises what ERRORS lists."""
         source = self.sources[bool(tools)]
         marks = (BEGIN, END) if marked else ("", "")
         source = _GENERATION.sub(lambda tag: f'{{%{tag[1]} print "{marks[bool(tag[2])]}" {tag[3]}%}}', source)
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             list(messages), tools=tools or None, chat_template=source, tokenize=False, add_generation_prompt=prompt
         )
+        return cast(str, text)  # as it is not tokenised
 
     def _source(self, tools: bool) -> str:
         try:

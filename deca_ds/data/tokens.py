@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import cast
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,8 @@ class Spanning:
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         if self.backend is not None:
             return [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return ids
 
     def encode(
         self, texts: Sequence[str], spans: Sequence[Spans], places: Sequence[str]
@@ -41,6 +43,7 @@ class Spanning:
         return [(ids, found) for ids, found, _ in made]
 
     def _fast(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
+        assert self.backend is not None
         made = []
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         for text, of_text, encoding in zip(texts, spans, encodings, strict=True):
@@ -91,7 +94,7 @@ class Spanning:
     def _decode(self, pieces: list[list[int]]) -> list[str]:
         if self.backend is not None:
             return self.backend.decode_batch(pieces, skip_special_tokens=False)
-        return [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in pieces]
+        return [cast(str, self.tokenizer.decode(ids, skip_special_tokens=False)) for ids in pieces]
 
 
 _Found = tuple[list[int], list[tuple[int, int]], list[str]]  # ids, spans of tokens, the text that each should be

@@ -56,21 +56,22 @@ class Surviving(PointToPoint):
     def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
         nobody has died."""
-        spurious, last_error = 0, None
+        spurious = 0
+        last_error: MessageError | None = None
         while spurious < _SPURIOUS:
-            result, through, error = None, True, None
+            error: MessageError | None = None
             try:
                 result = work()
             except MessageError as failed:
-                through, error, last_error = False, failed, failed
+                error = last_error = failed
                 self._give_up()
-            own = [through, last, *(question.answer() for question in self.questions)]
+            own = [error is None, last, *(question.answer() for question in self.questions)]
             with self.progress.waiting(EVERYBODY):
                 answers = self._agree(own)
             if answers and answers[0]:
                 for question, all_said_yes in zip(self.questions, answers[2:], strict=True):
                     question.heard(all_said_yes)
-                return result  # type: ignore[return-value]
+                return result
             with self.progress.waiting(EVERYBODY):
                 spurious = 0 if self._rebuild() else spurious + 1
             if spurious and error is not None:

@@ -25,7 +25,8 @@ from deca_ds.algorithm.rule import GRADIENT, Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.engine.client import BlockState, Client
 from deca_ds.errors import GossipError
-from deca_ds.transport.transport import HANDOVER_TAG, Exchange, Transport
+from deca_ds.transport.checksums import Exchange
+from deca_ds.transport.transport import HANDOVER_TAG, Transport
 
 _PIECE = 2**22  # elements of a message; bounds the receiver's buffer
 
@@ -114,7 +115,7 @@ class _StateTransfer:
                 on_host = torch.empty(piece.shape, dtype=piece.dtype)
                 exchange(on_host[:0], [], {partner: on_host}, HANDOVER_TAG).wait()
                 piece.copy_(on_host)
-            digest.update(memoryview(on_host.view(torch.uint8).numpy()))
+            digest.update(on_host.view(torch.uint8).numpy().data)
 
     def end(self) -> None:
         """Compare digests of what was sent and what arrived; the receiver raises GossipError if they differ."""

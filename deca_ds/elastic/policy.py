@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from deca_ds.algorithm.rule import Rule
@@ -74,7 +75,7 @@ class Survivors:
             self.cluster.progress.enter("letting a client in")
             self.transport.admit()
             for client in newcomers:
-                self.transport.together(lambda client=client: self._hand_over(client, standing))
+                self.transport.together(partial(self._hand_over, client, standing))
                 if client in self.cluster.members.clients:
                     record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client), "time": _now()}
                     self.metrics.job("handover", standing.done, record)

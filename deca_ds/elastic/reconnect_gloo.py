@@ -74,7 +74,7 @@ class ReconnectingGloo(GlooTransport, Surviving):
             self.changed("")
             if not self._meet(self._announced, Attempts()):
                 self._rebuild()
-        self.epoch += 1
+        self._epoch += 1
 
     def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
@@ -114,7 +114,7 @@ class ReconnectingGloo(GlooTransport, Surviving):
                 told = True
             if self._meet(decision.number, attempts):
                 break
-        self.epoch += 1
+        self._epoch += 1
         return self.members.clients != before
 
     def _meet(self, number: int, attempts: Attempts) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +40,7 @@ class ReconnectingUlfm(MpiTransport, Surviving):
     in size it joins all ranks, for UnevenTransport, else those of one shard index.
     """
 
-    def __init__(self, world: MPI.Intracomm, layout: ClientLayout, members: Members, timeout_s: float):
+    def __init__(self, world: MPI.Comm, layout: ClientLayout, members: Members, timeout_s: float):
         self._everybody = self.duplicate(world, timeout_s)
         self._ranks = self._everybody.Get_group()  # of the start: what ranks are numbered by
         self._rank = self._everybody.Get_rank()
@@ -97,7 +98,7 @@ class ReconnectingUlfm(MpiTransport, Surviving):
                 break
         comm.Set_errhandler(self._mpi.ERRORS_RETURN)
         self._comm = comm
-        self.epoch += 1
+        self._epoch += 1
         if self.members.clients != before:
             self.changed(news)
         return self.members.clients != before
@@ -126,7 +127,7 @@ class ReconnectingUlfm(MpiTransport, Surviving):
         self._give_up()
         deadline = time.monotonic() + _DRAIN_S
         left = [request for exchange in self._exchanges for request in exchange.requests] + self._abandoned
-        self._abandoned = [request for request in left if not poll(lambda r=request: self._ended(r[2]), deadline)]
+        self._abandoned = [request for request in left if not poll(partial(self._ended, request[2]), deadline)]
         self._exchanges = []
 
     def _ended(self, handle: MPI.Request) -> bool:

@@ -72,7 +72,7 @@ def add_adapters(config: Config, model: nn.Module) -> None:
     targets = [f"model.{name}" for name in _target_names(model, lora.target_modules)]
     wanted = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it is divided by the rank, whole or not
         lora_dropout=lora.dropout,
         target_modules="|".join(map(re.escape, targets)),  # a string has to match the whole name
     )

@@ -7,7 +7,8 @@ one, and see the very token that they are to predict.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from deca_ds.errors import ModelError
 
@@ -17,7 +18,7 @@ _LEAK = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
 @torch.no_grad()
-def check_causal(model: nn.Module, ids: Tensor) -> None:
+def check_causal(model: PreTrainedModel, ids: Tensor) -> None:
     """Raise ModelError if tokens change the logits of tokens before them.
 
     ids: one row of token ids, int64 [length]; the model gets its first 64 twice, once with others in their second half.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -108,7 +109,7 @@ def _check_positions(config: Config, model: PreTrainedModel) -> list[str]:
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    rows = model.get_input_embeddings().num_embeddings
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
     if not beyond:
         return []

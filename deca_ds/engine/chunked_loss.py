@@ -40,7 +40,9 @@ def chunked_losses(model: nn.Module, head: OutputHead, hidden: Tensor, labels: T
 
 def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
     """The sum of the same over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
-    return _SummedLoss.apply(hidden, head.linear.weight, head.linear.bias, model, head, labels, divisor)
+    arguments = (hidden, head.linear.weight, head.linear.bias, model, head, labels, divisor)
+    loss: Tensor = _SummedLoss.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    return loss
 
 
 def _chunks(labels: Tensor, head: OutputHead, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,7 +73,7 @@ class _SummedLoss(torch.autograd.Function):
         rows = hidden.flatten(0, 1)
         rows_grad = torch.zeros_like(rows) if for_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and for_bias else None
         total = torch.zeros(1, 1, 1, dtype=torch.float32, device=hidden.device)
         for at, targets in _chunks(labels, head, hidden.device):
             row = rows[at]
@@ -97,7 +99,7 @@ class _SummedLoss(torch.autograd.Function):
         ctx.grads = (
             None if rows_grad is None else rows_grad.view_as(hidden),
             None if weight_grad is None else weight_grad.to(weight.dtype),
-            None if bias_grad is None else bias_grad.to(bias.dtype),
+            None if bias is None or bias_grad is None else bias_grad.to(bias.dtype),
         )
         return total
 

@@ -12,6 +12,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes
 from deca_ds.algorithm.local import LocalSteps
@@ -85,13 +86,13 @@ class GradientStats:
 class Client:
     """The model of one client, over all its ranks; every method is to be called by all of them."""
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device):
+    def __init__(self, config: Config, model: PreTrainedModel, device: torch.device):
         import deepspeed
 
         self.device = device
         self.plan: BlockPlan = find_blocks(config, model)
         engine = deepspeed.initialize(model=model, config=zero3_config(config), dist_init_required=False)[0]
-        self.model: nn.Module = engine.module
+        self.model: PreTrainedModel = engine.module
         self._zero = engine.optimizer
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         for parameter in self._parameters.values():

@@ -130,7 +130,8 @@ class GivenWeights:
             if target not in self._held:
                 left_out.append(name)
                 continue
-            group = groups.setdefault(target, _Group(converter=by_pattern.get(pattern)))
+            converter = None if pattern is None else by_pattern.get(pattern)
+            group = groups.setdefault(target, _Group(converter=converter))
             if group.sources and (group.converter is None or pattern is None):
                 twice.append(f"{group.sources[0][0]} and {name}")
             group.sources.append((name, pattern or name))
@@ -144,7 +145,7 @@ class GivenWeights:
             return {target: stored[group.sources[0][0]]}
         converter = deepcopy(group.converter)
         for name, pattern in group.sources:
-            converter.add_tensor(target, name, pattern, stored[name])
+            converter.add_tensor(target, name, pattern, stored[name])  # type: ignore[arg-type]  # takes tensors, too
         try:
             made = converter.convert(target, model=self._model, config=self._model.config)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -231,9 +232,10 @@ class GivenWeights:
 
     def _precision(self, name: str) -> torch.dtype:
         """The data type that plain transformers keeps a tensor in."""
-        dtype = self._held[name].dtype
+        dtype: torch.dtype = self._held[name].dtype
         if dtype.is_floating_point:
-            for pattern, kept in self._model._get_dtype_plan(dtype).items():
+            plan: dict[str, torch.dtype] = self._model._get_dtype_plan(dtype)
+            for pattern, kept in plan.items():
                 if re.search(pattern.replace("*", r".*"), name):
                     return kept
         return dtype

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from deca_ds.engine import internals
 from deca_ds.engine.masters import add_into
@@ -16,13 +17,20 @@ from deca_ds.engine.masters import add_into
 @dataclass
 class _Bucket:
     """One reduce-scatter: row r holds, part after part, what rank r gets. parts: (parameter, first element of a rank's
-    slice, elements), elements padding included. work, mine: once it is sent, what waits for it and this rank's row."""
+    slice, elements), elements padding included."""
 
     rows: Tensor
     parts: list[tuple[int, int, int]] = field(default_factory=list)
     filled: int = 0  # columns
-    work: dist.Work | None = None
-    mine: Tensor | None = None
+
+
+@dataclass
+class _Sent:
+    """A bucket on its way. work: waits for it. mine: this rank's row of the sum."""
+
+    bucket: _Bucket
+    work: dist.Work
+    mine: Tensor
 
 
 class GradientReducer:
@@ -57,9 +65,9 @@ class GradientReducer:
         self._parameters, self._shards, self._leaves = parameters, shards, leaves
         self._ranks = dist.get_world_size()
         self._width = max(1, bucket_numel // self._ranks)  # columns of a bucket
-        self._columns = sum(parameter.ds_tensor.ds_numel for parameter in parameters)
+        self._columns = sum(internals.partitioned(parameter).ds_tensor.ds_numel for parameter in parameters)
         self.forget()
-        hooks: list = [
+        hooks: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(lambda p, index=index: self._take(index, p))
             for index, p in enumerate(parameters)
         ]
@@ -95,7 +103,7 @@ class GradientReducer:
         self._left = self._columns
         self._kept: dict[int, Tensor] = {}
         self._filling: _Bucket | None = None
-        self._sent: _Bucket | None = None
+        self._sent: _Sent | None = None
 
     def _noting(self, own: Sequence[int]) -> Callable[..., None]:
         """A hook that notes a call of the module with these parameters in the forward pass."""
@@ -109,18 +117,18 @@ class GradientReducer:
     def _take(self, index: int, parameter: nn.Parameter) -> None:
         self.reached[index] = True
         if self._ranks == 1:
-            add_into(self._shards[index], parameter.grad.detach().reshape(-1))
-            parameter.grad = None
+            add_into(self._shards[index], _take_gradient(parameter))
             return
         order = self._fix_order()
         if index in order[: self._next]:
-            raise RuntimeError(f"a gradient of shape {tuple(parameter.ds_shape)} came after its turn to be reduced")
+            shape = tuple(internals.partitioned(parameter).ds_shape)
+            raise RuntimeError(f"a gradient of shape {shape} came after its turn to be reduced")
         self._keep(index, parameter)
         while (place := self._next_sure()) is not None and order[place] in self._kept:
             self._send_before(place + 1)
 
     def _keep(self, index: int, parameter: nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad.detach().reshape(-1), None
+        gradient = _take_gradient(parameter)
         self._kept[index] = self._kept[index] + gradient if index in self._kept else gradient
 
     def _fix_order(self) -> list[int]:
@@ -143,7 +151,7 @@ class GradientReducer:
 
     def _put(self, index: int) -> None:
         gradient = self._kept.pop(index, None)
-        size = self._parameters[index].ds_tensor.ds_numel
+        size = internals.partitioned(self._parameters[index]).ds_tensor.ds_numel
         start = 0
         while start < size:
             bucket = self._filling
@@ -163,26 +171,35 @@ class GradientReducer:
             bucket.filled += count
             start += count
             if bucket.filled == bucket.rows.shape[1]:
-                self._send()
+                self._filling = None
+                self._send(bucket)
 
-    def _send(self) -> None:
+    def _send(self, bucket: _Bucket) -> None:
         """Start the reduce-scatter of the full bucket; the one before it is waited for."""
         self._receive()
-        bucket, self._filling = self._filling, None
-        bucket.mine = torch.empty_like(bucket.rows[0])
-        bucket.work = dist.reduce_scatter_tensor(bucket.mine, bucket.rows.view(-1), op=dist.ReduceOp.SUM, async_op=True)
+        mine = torch.empty_like(bucket.rows[0])
+        work = dist.reduce_scatter_tensor(mine, bucket.rows.view(-1), op=dist.ReduceOp.SUM, async_op=True)
+        assert work is not None, "this rank is part of the group"
         self._left -= bucket.filled
-        self._sent = bucket
+        self._sent = _Sent(bucket, work, mine)
 
     def _receive(self) -> None:
         """Wait for the bucket on its way and add it to the shards."""
         if self._sent is None:
             return
-        bucket, self._sent = self._sent, None
-        bucket.work.wait()
-        for (index, start, _), part in zip(bucket.parts, bucket.mine.split([p[2] for p in bucket.parts]), strict=True):
+        sent, self._sent = self._sent, None
+        sent.work.wait()
+        parts = sent.bucket.parts
+        for (index, start, _), part in zip(parts, sent.mine.split([p[2] for p in parts]), strict=True):
             target = self._shards[index][start : start + part.numel()]
             target.add_(part[: target.numel()])
+
+
+def _take_gradient(parameter: nn.Parameter) -> Tensor:
+    """What autograd has just left on the parameter, 1-D; it stays there no longer."""
+    assert parameter.grad is not None
+    gradient, parameter.grad = parameter.grad.detach().reshape(-1), None
+    return gradient
 
 
 def _callers(
@@ -199,5 +216,6 @@ def _callers(
         own = [places[id(p)] for p in module.parameters(recurse=False) if id(p) in places]
         own = [index for index in own if leaves[index] is None]
         if own and not any(id(p) in places for child in module.children() for p in child.parameters()):
-            callers[module] = sorted(own, key=lambda index: parameters[index].ds_numel)  # large ones are sent first
+            # large ones are sent first
+            callers[module] = sorted(own, key=lambda index: internals.partitioned(parameters[index]).ds_numel)
     return callers

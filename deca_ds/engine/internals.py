@@ -7,10 +7,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+
+class _Shard(Protocol):
+    """A rank's slice. ds_numel: its elements, padding included."""
+
+    ds_numel: int
+    data: Tensor
+
+
+class _Partitioned(Protocol):
+    """What ZeRO-3 adds to a parameter. ds_shape, ds_numel: of the whole one, without padding."""
+
+    ds_status: object
+    ds_shape: torch.Size
+    ds_numel: int
+    ds_tensor: _Shard
+
+
+def partitioned(parameter: nn.Parameter) -> _Partitioned:
+    """The parameter with what ZeRO-3 has added to it."""
+    return cast(_Partitioned, parameter)
 
 
 def partition_all(zero: Any) -> None:
@@ -51,9 +72,9 @@ def forget_trace(zero: Any) -> None:
     _release_cache(type(coordinator)).cache_clear()
 
 
-def _release_cache(coordinator_class: type) -> Any:
+def _release_cache(coordinator_class: Any) -> Any:
     """The lru_cache around the coordinator's __params_to_release, found through the wrappers that hide it."""
-    pending: list[Callable] = [coordinator_class._PartitionedParameterCoordinator__params_to_release]
+    pending: list[Callable[..., Any]] = [coordinator_class._PartitionedParameterCoordinator__params_to_release]
     while pending:
         function = pending.pop()
         if hasattr(function, "cache_clear"):
@@ -68,7 +89,7 @@ def gathered(model: nn.Module) -> Iterator[str]:
     """Names of the parameters that are whole on this rank at the moment."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    return (name for name, p in model.named_parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+    return (name for name, p in model.named_parameters() if partitioned(p).ds_status != ZeroParamStatus.NOT_AVAILABLE)
 
 
 def keep_whole(modules: Sequence[nn.Module]) -> None:
@@ -90,14 +111,14 @@ def shard(parameter: nn.Parameter) -> Tensor:
     ranks' slices is padding of undefined value, or the slice is empty.
     """
     start, stop = shard_range(parameter)
-    return parameter.ds_tensor.data.narrow(0, 0, stop - start)
+    return partitioned(parameter).ds_tensor.data.narrow(0, 0, stop - start)
 
 
 def shard_range(parameter: nn.Parameter) -> tuple[int, int]:
     """First and last-plus-one element of the row-major parameter that this rank holds."""
-    size = parameter.ds_tensor.ds_numel
+    size, numel = partitioned(parameter).ds_tensor.ds_numel, partitioned(parameter).ds_numel
     rank = torch.distributed.get_rank()
-    return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
+    return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
 def leaf(parameter: nn.Parameter) -> nn.Module | None:
@@ -110,7 +131,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether ZeRO-3 gathers the module as a whole."""
     from deepspeed.utils import z3_leaf_module
 
-    return z3_leaf_module(module)
+    return bool(z3_leaf_module(module))
 
 
 def overwrite(parameter: nn.Parameter, values: Tensor) -> None:
@@ -146,15 +167,15 @@ def save_needed_inputs() -> None:
     """
     from deepspeed.runtime.zero import linear
 
-    whole = linear.LinearFunctionForZeroStage3
+    whole: Any = linear.LinearFunctionForZeroStage3
     if getattr(whole, "saves_what_is_needed", False):
         return
 
-    class LinearThatSavesWhatIsNeeded(whole):
+    class LinearThatSavesWhatIsNeeded(whole):  # type: ignore[misc]  # deepspeed has no types
         saves_what_is_needed = True
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             values, *others = inputs
             whole.setup_context(ctx, (values if ctx.needs_input_grad[1] else None, *others), output)
 

@@ -66,7 +66,7 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
     check_model_folder(model)
     with _explained(model.path, "model.path", _BAD_FILE):
-        architecture = AutoConfig.from_pretrained(
+        architecture: PretrainedConfig = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     for part in (architecture, architecture.get_text_config()):  # outputs that nobody reads, and the form that is read
@@ -93,7 +93,7 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrained
     from accelerate import init_empty_weights
 
     with init_empty_weights(), _explained(model.path, "model.path", _BAD_FILE):
-        built = AutoModelForCausalLM.from_config(
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
             architecture, dtype=DTYPES[model.dtype], trust_remote_code=model.trust_remote_code
         )
     built.tie_weights()
@@ -124,6 +124,7 @@ def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWe
             transformers_explicit_filename=getattr(architecture, "transformers_weights", None),
             download_kwargs={"revision": model.revision},
         )
+    assert files is not None, "there are none for no path only"
     given = GivenWeights(built, files, model.path)
     beside = _files_beside(model.path, files)
     if not given.untied:
@@ -172,6 +173,7 @@ def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedMode
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     torch.manual_seed(config.run.seed)
+    model: PreTrainedModel
     with _explained(config.model.path, "model.path"), _partitionable(architecture):
         if given is None:
             with nothing_drawn():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deca_ds.engine.chunked_loss import chunked_loss, chunked_losses, positions_at_a_time
 from deca_ds.engine.output_head import OutputHead, find_head
@@ -29,7 +30,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], device: torch.de
     return _chunked_losses(model, head, batch, device)
 
 
-def training_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device, targets: int) -> Tensor:
+def training_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device, targets: int) -> Tensor:
     """A micro-batch's part of the mean loss over `targets` tokens: the parts of all micro-batches add up to it.
 
     With output_router_logits in the model's configuration, the router's auxiliary loss is part of it, as transformers
@@ -51,7 +52,7 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.d
 
 
 @torch.no_grad()
-def check_own_loss(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> None:
+def check_own_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> None:
     """Raise ModelError unless the loss that the model's class computes is the one that is trained here.
 
     It is another where a class predicts something else than the next token, or adds terms of its own. So may be the
@@ -124,7 +125,7 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses.view(labels.shape)[:, :-1].contiguous(), labels[:, :-1] != -100
 
 
-def _auxiliary(model: nn.Module, outputs: Any) -> Tensor | None:
+def _auxiliary(model: PreTrainedModel, outputs: Any) -> Tensor | None:
     """The router's auxiliary loss with its weight, where the model computes one."""
     loss = getattr(outputs, "aux_loss", None)
     if not isinstance(loss, Tensor):
@@ -133,7 +134,8 @@ def _auxiliary(model: nn.Module, outputs: Any) -> Tensor | None:
     for place in places:
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             if (weight := getattr(place, name, None)) is not None:
-                return weight * loss
+                weighted: Tensor = weight * loss
+                return weighted
     raise ModelError(
         f"{type(model).__name__} computes an auxiliary loss, and its configuration gives no weight for it",
         where="output_router_logits in the model's config.json",

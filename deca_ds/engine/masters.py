@@ -9,7 +9,7 @@ ways of rounding differ in one master of 131,072. NaN comes back as NaN, whichev
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class LowBits(Mapping[str, Tensor]):
 
     def __init__(self, numels: Mapping[str, int], pinned: bool):
         flat = torch.zeros(sum(numels.values()), dtype=torch.int16)
-        self._parts = dict(zip(numels, flat.split(list(numels.values())), strict=True))
+        self._parts: dict[str, Tensor] = dict(zip(numels, flat.split(list(numels.values())), strict=True))
         if pinned and flat.numel():
             # in place: torch's allocator of page-locked memory takes the next power of two, up to twice as much
             runtime = torch.cuda.cudart()
@@ -93,7 +93,7 @@ class LowBits(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._parts[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
     def __len__(self) -> int:

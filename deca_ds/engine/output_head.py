@@ -44,7 +44,7 @@ class OutputHead:
         """
         results: list[Tensor] = []
         hook = self.linear.register_forward_hook(lambda _module, _inputs, result: results.append(result))
-        self.linear.forward = compute  # the instance's, before its class's
+        vars(self.linear)["forward"] = compute  # the instance's, before its class's
         try:
             outputs = model(**inputs)
         finally:
@@ -57,7 +57,8 @@ class OutputHead:
         run = _Run(self.linear, output.unsqueeze(0))
         ids = torch.full((1, len(output)), token, device=output.device)
         modules = model._modules
-        model._modules = {n: None if module is None else _StandIn(module, run) for n, module in modules.items()}
+        stand_ins: dict[str, Any] = {n: m if m is None else _StandIn(m, run) for n, m in modules.items()}
+        model._modules = stand_ins
         try:
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
             logits = model.forward(**inputs, **self.switches).logits

@@ -57,20 +57,21 @@ def _draw(module: nn.Module, name: str, rule: _Rule, seed: int, done: set[nn.Par
     with _in_place(children + own):
         _seed(seed, name)
         rule(module)
-    if any(_undrawn(values) for *_, values in own) and hasattr(module, "reset_parameters"):
-        _draw_as_constructed(module, own, lambda: _seed(seed, name))
+    reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+    if any(_undrawn(values) for *_, values in own) and reset is not None:
+        _draw_as_constructed(reset, own, lambda: _seed(seed, name))
     _finish(children)
     first = [entry for entry in own if entry[2] not in done]  # a tied parameter is that of the module that has it first
     done.update(parameter for _, _, parameter, _ in first)
     return first
 
 
-def _draw_as_constructed(module: nn.Module, own: _Drawn, reseed: Callable[[], None]) -> None:
-    """Values of torch's own rule for what the model's rule leaves to the module's constructor."""
+def _draw_as_constructed(reset: Callable[[], None], own: _Drawn, reseed: Callable[[], None]) -> None:
+    """Values of torch's own rule, the module's `reset`, for what the model's rule leaves to its constructor."""
     fresh = [(module, key, parameter, torch.empty_like(values)) for module, key, parameter, values in own]
     with _in_place(fresh):
         reseed()
-        module.reset_parameters()
+        reset()
     for (*_, values), (*_, constructed) in zip(own, fresh, strict=True):
         if values.isnan().all():
             values.copy_(constructed)

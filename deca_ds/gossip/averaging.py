@@ -31,7 +31,8 @@ from deca_ds.gossip.mean import not_finite, weighted_mean
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.skip_log import SkipLog
 from deca_ds.gossip.stragglers import LateExchange
-from deca_ds.transport.transport import Exchange, Transport, chunk_tag
+from deca_ds.transport.checksums import Exchange
+from deca_ds.transport.transport import Transport, chunk_tag
 
 _WINDOW = 4  # messages on their way at a time: bounds the receive buffers
 
@@ -209,7 +210,8 @@ class PendingMix:
             return
         client, t = transport.client, self._t
         sources, destinations = gossip.schedule.sources(client, t), gossip.schedule.destinations(client, t)
-        self._exchange, self._mixed, self._received = None, None, False
+        self._exchange, self._received = None, False
+        self._mixed: Tensor | None = None
         self._buffers: dict[int, Tensor] = {}
         self._staged: Tensor | None = None
         self.terms: dict[int, Tensor] = {}

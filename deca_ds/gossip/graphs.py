@@ -11,12 +11,13 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import networkx as nx
 
 from deca_ds.errors import GossipError
 
-Graphs = tuple[nx.DiGraph, ...]
+Graphs: TypeAlias = "tuple[nx.DiGraph[int], ...]"
 
 GRAPH_KEY = "gossip.graph"
 EDGES_KEY = "gossip.edges"
@@ -24,7 +25,7 @@ PROBABILITY_KEY = "gossip.edge_probability"
 MAX_DRAWS = 1000  # of an Erdos-Renyi graph before it is given up as too sparse to be connected
 
 
-def _torus(n: int) -> nx.Graph:
+def _torus(n: int) -> nx.Graph[int]:
     a = next(a for a in range(math.isqrt(n), 0, -1) if n % a == 0)
     if a < 2 and n > 2:
         raise GossipError(
@@ -32,10 +33,12 @@ def _torus(n: int) -> nx.Graph:
             where=GRAPH_KEY,
             fix="set cluster.clients to such a product (4, 6, 8, 9, 12, ...), or use gossip.graph=ring",
         )
-    return nx.convert_node_labels_to_integers(nx.grid_2d_graph(a, n // a, periodic=True), ordering="sorted")
+    grid = nx.grid_2d_graph(a, n // a, periodic=True)
+    numbered: nx.Graph[int] = nx.convert_node_labels_to_integers(grid, ordering="sorted")
+    return numbered
 
 
-def _hypercube(n: int) -> nx.Graph:
+def _hypercube(n: int) -> nx.Graph[int]:
     if n & (n - 1):
         raise GossipError(
             f"a hypercube needs a power of two clients, not {n}",
@@ -46,9 +49,10 @@ def _hypercube(n: int) -> nx.Graph:
     return nx.Graph((i, i ^ (1 << bit)) for i in range(n) for bit in range(dimensions))
 
 
-def _complete_bipartite(n: int) -> nx.Graph:
+def _complete_bipartite(n: int) -> nx.Graph[int]:
     """The first half of the clients against the second."""
-    return nx.complete_bipartite_graph((n + 1) // 2, n // 2)
+    graph: nx.Graph[int] = nx.complete_bipartite_graph((n + 1) // 2, n // 2)
+    return graph
 
 
 def _offsets(n: int) -> list[int]:
@@ -56,9 +60,9 @@ def _offsets(n: int) -> list[int]:
     return [1 << k for k in range((n - 1).bit_length())]
 
 
-def _circulant(n: int, offsets: list[int]) -> nx.DiGraph:
+def _circulant(n: int, offsets: list[int]) -> nx.DiGraph[int]:
     """Client i receives from (i - offset) mod n."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(n))
     graph.add_edges_from(((i - offset) % n, i) for i in range(n) for offset in offsets)
     return graph
@@ -115,7 +119,7 @@ def edge_list(path: str | None, n: int) -> Graphs:
         raise GossipError(
             f"cannot read the edge list: {error}", where=f"{EDGES_KEY}={path}", fix="check the path"
         ) from None
-    graph = nx.Graph()
+    graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(n))
     for number, line in enumerate(lines, start=1):
         fields = line.split("#")[0].replace(",", " ").split()
@@ -157,7 +161,7 @@ def isolated(n: int) -> Graphs:
     return (_circulant(n, []),)
 
 
-_UNDIRECTED: dict[str, Callable[[int], nx.Graph]] = {
+_UNDIRECTED: dict[str, Callable[[int], nx.Graph[int]]] = {
     "ring": nx.cycle_graph,
     "complete": nx.complete_graph,
     "star": lambda n: nx.star_graph(n - 1),  # client 0 is the centre

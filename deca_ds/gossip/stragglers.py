@@ -15,6 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ from torch.distributed import Store
 
 from deca_ds.gossip.buffers import BufferPool
 from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision
+from deca_ds.transport.checksums import Exchange
 from deca_ds.transport.mpi import poll
-from deca_ds.transport.transport import Exchange, Transport
+from deca_ds.transport.transport import Transport
 
 _Edge = Generator[None, None, EdgeDecision]
 
@@ -138,7 +140,7 @@ class LateExchange:
         """Wait until nothing is under way any more. Every client has started all that it will send, or will do so."""
         for j in [*self._stray, *self._leaving]:
             self._transport.progress.wait_for(j)
-            poll(lambda j=j: self._idle(j), math.inf)
+            poll(partial(self._idle, j), math.inf)
         self._transport.progress.wait_for(None)
 
     def _idle(self, j: int) -> bool:

@@ -25,7 +25,7 @@ def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
         return mixing
     matrices = []
     for matrix in mixing.matrices:
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_nodes_from(range(mixing.size))
         joined = (matrix > 0) | (matrix.T > 0)
         edges = ((int(i), int(j)) for i, j in np.argwhere(joined) if i != j)
@@ -50,7 +50,7 @@ def check_absent(config: ClusterConfig, mixing: MixingSchedule) -> None:
 
 def parts(mixing: MixingSchedule, clients: Sequence[int]) -> list[list[int]]:
     """`clients` in the groups that averagings join, over all of the period; one group where all of them mix."""
-    graph = nx.Graph()
+    graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(clients)
     for matrix in mixing.matrices:
         graph.add_edges_from((i, j) for i in clients for j in clients if i != j and matrix[i, j] > 0)

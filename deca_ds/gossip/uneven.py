@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.transport.checksums import Exchange
 from deca_ds.transport.intersections import Cut
-from deca_ds.transport.transport import Exchange
 from deca_ds.transport.uneven import UnevenTransport
 
 

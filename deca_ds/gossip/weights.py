@@ -21,7 +21,7 @@ SUM_TOLERANCE = 1e-6  # of a row or column sum in a user's matrix
 _ROUND_OFF = 1e-9  # what float64 eigenvalues of a small matrix may be off by
 
 
-def weigh(graph: nx.DiGraph, rule: str) -> np.ndarray:
+def weigh(graph: nx.DiGraph[int], rule: str) -> np.ndarray:
     """Doubly stochastic W, (n, n), of an undirected graph or of a directed circulant. d_i: number of neighbours of i.
 
     metropolis       w_ij = 1 / (1 + max(d_i, d_j))     (Metropolis-Hastings; Xiao, Boyd and Lall 2005)
@@ -60,7 +60,7 @@ def load(path: str, n: int) -> np.ndarray:
         raise GossipError(
             f"cannot read the mixing matrix: {error}", where=f"{MATRIX_KEY}={path}", fix="check the path"
         ) from None
-    rows = []
+    rows: list[list[float]] = []
     for number, line in enumerate(lines, start=1):
         fields = line.split("#")[0].replace(",", " ").replace(";", " ").split()
         if not fields:
@@ -132,7 +132,7 @@ def validate_stochastic(matrix: np.ndarray, n: int, where: str = MATRIX_KEY) -> 
             )
 
 
-def _graph_of(matrix: np.ndarray) -> nx.DiGraph:
+def _graph_of(matrix: np.ndarray) -> nx.DiGraph[int]:
     return nx.from_numpy_array(matrix.T > 0, create_using=nx.DiGraph)
 
 

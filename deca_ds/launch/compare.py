@@ -113,7 +113,8 @@ def _keys(config: Config, matrices: Sequence[bytes]) -> dict[str, Any]:
     keys["content of gossip.matrix or gossip.edges"] = digest(matrices)
     if config.deepspeed is not None:
         keys["content of deepspeed"] = read_deepspeed_json(Path(config.deepspeed))
-    return json.loads(json.dumps(keys, sort_keys=True))
+    plain: dict[str, Any] = json.loads(json.dumps(keys, sort_keys=True))
+    return plain
 
 
 def _refuse_keys(every: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> None:

@@ -115,6 +115,7 @@ def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
     if launch.world_size == 1:
         return JobStore(HashStore(), None, timeout)
     is_host = launch.rank == launch.first
+    store: Store
     try:
         if launch.master is not None:
             address = launch.master
@@ -204,7 +205,7 @@ def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[t
 
 
 def _reachable_address(launch: Launch) -> str:
-    address = _resolve((launch.host, 0), f"the name of rank {launch.rank}'s host")[1][0]
+    address: str = _resolve((launch.host, 0), f"the name of rank {launch.rank}'s host")[1][0]
     if ip_address(address).is_loopback:
         raise LaunchError(
             f"the name of host {launch.host} stands for {address}, which other hosts cannot reach",
@@ -252,7 +253,8 @@ def own_address(peer: tuple[str, int]) -> str:
     family, address = _resolve(peer, "the job's store")
     with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
         probe.connect(address)
-        return probe.getsockname()[0]
+        own: str = probe.getsockname()[0]
+        return own
 
 
 def _resolve(address: tuple[str, int], whose: str, within_s: float = 0.0) -> tuple[socket.AddressFamily, Any]:

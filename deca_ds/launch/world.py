@@ -42,7 +42,7 @@ class Cluster:
     layout: ClientLayout
     store: JobStore
     device: torch.device
-    gossip_comm: MPI.Intracomm | None
+    gossip_comm: MPI.Comm | None
     progress: Progress = field(default_factory=Progress)
     client_store: Store | None = None
     members: Members = field(init=False)

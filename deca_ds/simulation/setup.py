@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
@@ -76,13 +76,14 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Client
     return data
 
 
-def _load_model(config: Config, architecture: PretrainedConfig) -> torch.nn.Module:
+def _load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedModel:
     given = given_weights(config.model, architecture) if config.model.init == "pretrained" else None
     options = {"trust_remote_code": config.model.trust_remote_code, "dtype": DTYPES[config.model.dtype]}
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
+    model: PreTrainedModel
     if given is None:
         with nothing_drawn():
             model = AutoModelForCausalLM.from_config(architecture, **options)

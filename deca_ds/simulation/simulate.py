@@ -116,6 +116,7 @@ class Simulation:
         """Average for the clients `rows`, or let them be; None: for all of them, in place."""
         part = dict(state) if rows is None else {name: tensor[rows] for name, tensor in state.items()}
         if mixed:
+            assert step.gossip is not None
             w = self._weights(step.gossip, state[self.rule.travels[0]])
             sent = {name: w @ state[name] for name in self.rule.travels}
             for name in self.rule.travels:
@@ -222,4 +223,5 @@ class Simulation:
 
 def spread(x: Tensor) -> float:
     """Consensus distance sqrt(mean_i |x_i - mean|^2) of stacked parameters, [n, numel]."""
-    return float(torch.linalg.vector_norm(x - x.mean(dim=0, dtype=torch.float64))) / len(x) ** 0.5
+    distance: float = float(torch.linalg.vector_norm(x - x.mean(dim=0, dtype=torch.float64))) / len(x) ** 0.5
+    return distance

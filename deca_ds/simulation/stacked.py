@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf, prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.algorithm.local import LocalSteps
@@ -27,7 +28,7 @@ class StackedClients:
     worth simulating the arithmetic takes the time, and any model that transformers can build works.
     """
 
-    def __init__(self, model: nn.Module, plan: BlockPlan, clients: int):
+    def __init__(self, model: PreTrainedModel, plan: BlockPlan, clients: int):
         self.plan = plan
         self.clients = clients
         self._model = model

@@ -112,7 +112,7 @@ class Supervisor:
     pause_s: float
 
     def __post_init__(self) -> None:
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._told = False  # no Event: a signal handler must not wait for a lock that it has interrupted
 
     def stop(self, number: int, *_: Any) -> None:
@@ -183,7 +183,7 @@ class Supervisor:
         """The step of the newest that a rank of this host has a part of, whole or not; -1: none."""
         return max(steps_in(self.output / "checkpoints"), default=-1)
 
-    def _hand_on(self, job: subprocess.Popen) -> None:
+    def _hand_on(self, job: subprocess.Popen[bytes]) -> None:
         """One rank that is told is enough. SIGTERM would end mpirun's ranks at once, and leave deepspeed's alone."""
         launcher = Path(self.command[0]).name
         ranks = [psutil.Process(job.pid)] if launcher in _HANDS_ON else self._ranks(job.pid)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deca_ds.checkpoint.done import mark_done, mark_stopped
-from deca_ds.config import load_config
+from deca_ds.config import Config, load_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.elastic.rejoin import join_job
@@ -47,23 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         launch = read_launch()
+        config: Config | UserError  # the mistake in it, for the guard to tell the other ranks, too
         try:
-            config, mistake = load_config(arguments.config, arguments.overrides), None
-        except UserError as error:
-            config, mistake = None, error  # for the guard to tell the other ranks, too
+            config = load_config(arguments.config, arguments.overrides)
+        except UserError as mistake:
+            config = mistake
         visit = None
         if arguments.join:
-            if config is None:
-                raise mistake
+            if isinstance(config, UserError):
+                raise config
             layout = ClientLayout.of(check_world(config, launch.world_size))
             visit, store = join_job(
                 launch, layout, Path(config.run.output), _START_TIMEOUT_S, config.cluster.timeout_s, tries_until()
             )
         else:
-            if config is not None and config.cluster.absent:
-                layout = ClientLayout.of(check_world(config, launch.world_size))
-                launch = launch.without(config.cluster.absent, layout)
-            patience_s = max(_START_S, config.cluster.timeout_s) if config is not None else _START_TIMEOUT_S
+            patience_s = _START_TIMEOUT_S
+            if not isinstance(config, UserError):
+                patience_s = max(_START_S, config.cluster.timeout_s)
+                if config.cluster.absent:
+                    layout = ClientLayout.of(check_world(config, launch.world_size))
+                    launch = launch.without(config.cluster.absent, layout)
             store = open_job_store(launch, patience_s)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
@@ -72,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if visit is not None:
             guard.visit(visit.invitation["host"])
             guard.return_s = max(0.0, tries_until() - time.time())
-        if config is None:
-            raise mistake
+        if isinstance(config, UserError):
+            raise config
         if arguments.dry_run:
             if launch.rank == launch.first:
                 from deca_ds.tools.plan import print_plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -187,10 +187,10 @@ def _connect_gossip(job: Job, client: Client, attempt: int) -> Gossip:
     if config.gossip.wait_s is not None:
         store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
         stragglers = LateExchange(transport, store, config.gossip.wait_s)
-    make = Gossip
+    make: Callable[..., Gossip] = Gossip
     if isinstance(transport, UnevenTransport):
         messages = len(METHODS[config.algorithm.method].rule.travels)
-        make = partial(UnevenGossip, numels=client.block_numels, messages=messages)  # type: ignore[assignment]
+        make = partial(UnevenGossip, numels=client.block_numels, messages=messages)
     return make(
         transport,
         job.mixing,
@@ -210,6 +210,7 @@ def _outlive_others(
     config, cluster, guard = job.config, job.cluster, job.guard
     stop = guard.stop = StopByCommit()
     survivors = Survivors(config.cluster, cluster, client, way, gossip, job.mixing, metrics, guard, stop)
+    assert cluster.client_store is not None, "`connect` opens it"
     lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
     guard.farewells.append(lifeline.close)
     if isinstance(way, ReconnectingGloo) and cluster.is_leader:

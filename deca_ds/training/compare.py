@@ -40,11 +40,13 @@ def digest_of_start(client: Client, layout: ClientLayout) -> str:
     if not layout.even:
         return whole_digest(client)
     names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
-    held = [values for *_, values in (*client.shards(names), *client.low_bits(names), *client.buffers())]
+    held = [values for *_, values in client.shards(names)]
+    held += [bits for *_, bits in client.low_bits(names)]
+    held += [buffer for _, buffer in client.buffers()]
     return digest(_memory(values) for values in held)
 
 
 def _memory(values: torch.Tensor) -> memoryview:
     """The memory of a tensor, on the host."""
     flat = values.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

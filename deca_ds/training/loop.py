@@ -152,7 +152,7 @@ class Trainer:
     def _evaluate(self) -> None:
         self._watch.state()
         scores = self.evaluator.evaluate()
-        job = {key: scores.pop(key) for key in ("mean", "consensus_distance") if key in scores}
+        job: dict[str, Any] = {key: scores.pop(key) for key in ("mean", "consensus_distance") if key in scores}
         own = scores | {
             "peak_memory_bytes_by_rank": peak_memory_bytes(self.client.device),
             "gossip_bytes_sent": int(self.client.client_sum(self.gossip.bytes_sent)),

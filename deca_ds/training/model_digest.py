@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -51,9 +52,10 @@ def weighted_sum(name: str, start: int, values: torch.Tensor) -> int:
     return total % 2**64
 
 
-def _weights(seed: np.ndarray, start: int, count: int) -> np.ndarray:
+def _weights(seed: npt.NDArray[np.uint64], start: int, count: int) -> npt.NDArray[np.uint64]:
     """Odd numbers that hang on seed and position (splitmix64: Steele, Lea, Flood, OOPSLA 2014)."""
-    z = np.arange(start, start + count, dtype=np.uint64) * _GOLDEN + seed
+    z: npt.NDArray[np.uint64] = np.arange(start, start + count, dtype=np.uint64) * _GOLDEN + seed
     z = (z ^ (z >> np.uint64(30))) * _FIRST
     z = (z ^ (z >> np.uint64(27))) * _SECOND
-    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+    odd: npt.NDArray[np.uint64] = (z ^ (z >> np.uint64(31))) | np.uint64(1)
+    return odd

@@ -49,6 +49,7 @@ def inner_step(
         for name in rule.travels if mixes else ():
             if len(under_way) == gossip.window:
                 accept_oldest()
+            assert step.gossip is not None
             under_way.append((chunk, name, gossip.start(step.gossip, state.tensors[name][chunk], message)))
             message += 1
     if step.gossip is not None:

@@ -78,4 +78,4 @@ class CheckedExchange:
 
 def checksum(values: Tensor) -> bytes:
     """XXH3 of the memory of a contiguous CPU tensor, SIZE bytes. Other threads run meanwhile."""
-    return xxhash.xxh3_64_digest(values.detach().view(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_64_digest(values.detach().view(-1).view(torch.uint8).numpy().data)

@@ -13,7 +13,8 @@ import torch
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
-from deca_ds.transport.transport import PROBE_TAG, Exchange, Transport
+from deca_ds.transport.checksums import Exchange
+from deca_ds.transport.transport import PROBE_TAG, Transport
 from deca_ds.transport.uneven import UnevenTransport
 
 FILE = "edges.json"

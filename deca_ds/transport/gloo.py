@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -60,7 +61,8 @@ class GlooTransport(PointToPoint):
             *(("to", destination, send) for destination in destinations),
         ]:
             assert self._group is not None, "the transport is closed or has one client only"
-            start = self._group.recv if direction == "from" else self._group.send
+            group: Any = self._group  # its types leave out what it inherits
+            start = group.recv if direction == "from" else group.send
             try:
                 works.append((direction, neighbour, start([tensor], self._place(neighbour), tag)))
             except RuntimeError as error:

@@ -20,7 +20,7 @@ class Cut:
     """One rank's part of an interval of positions. part: of its shard. meets: number of ranks k of another client ->
     (rank, ranges of `part`, counted from its start) for each of the k ranks that holds any of it."""
 
-    part: slice
+    part: slice[int, int, int | None]
     meets: Mapping[int, Sequence[tuple[int, Sequence[Range]]]]
 
     @property

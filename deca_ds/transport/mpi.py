@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def _parts(tensor: Tensor) -> list[np.ndarray]:
     return [memory[a : a + MESSAGE_BYTES] for a in range(0, max(1, memory.nbytes), MESSAGE_BYTES)]
 
 
-_Request = tuple[str, int, Any, np.ndarray]  # direction, neighbour, MPI's handle, memory
+_Request: TypeAlias = "tuple[str, int, MPI.Request, np.ndarray]"  # direction, neighbour, MPI's handle, memory
 
 
 class MpiTransport(PointToPoint):
@@ -50,17 +50,17 @@ class MpiTransport(PointToPoint):
     client does not come.
     """
 
-    def __init__(self, comm: MPI.Intracomm, timeout_s: float):
+    def __init__(self, comm: MPI.Comm, timeout_s: float):
         from mpi4py import MPI  # starts MPI, so not on import of the package
 
         super().__init__(comm.Get_rank(), comm.Get_size())
         self.timeout_s = timeout_s
-        self._comm: MPI.Intracomm | None = self.duplicate(comm, timeout_s)
+        self._comm: MPI.Comm | None = self.duplicate(comm, timeout_s)
         self._mpi = MPI
         self._abandoned: list[_Request] = []  # they still belong to MPI, so their memory has to stay
 
     @staticmethod
-    def duplicate(comm: MPI.Intracomm, timeout_s: float) -> MPI.Intracomm:
+    def duplicate(comm: MPI.Comm, timeout_s: float) -> MPI.Comm:
         """A communicator of our own over the same ranks, of which failures are errors that Python sees."""
         from mpi4py import MPI
 

@@ -44,10 +44,14 @@ class Transport(Protocol):
     clients: int  # n
     members: Members  # those that are left of them; the collectives join these
     may_lose_clients: bool  # whether `together` means more than to run the work
-    epoch: int  # how often it has been put together anew
     bytes_sent: int  # payload that this rank has handed to the network so far
     progress: Progress  # what this rank is doing; waits note whom they are for
     checksums: bool  # whether messages carry checksums (checksums.py); the same for all clients
+
+    @property
+    def epoch(self) -> int:
+        """How often it has been put together anew."""
+        ...
 
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """Start sending `send` to each of `destinations` and receiving from each source client into its buffer.
@@ -109,7 +113,7 @@ class PointToPoint(ABC):
     """The collectives of a transport, and checksums, from its `_exchange`."""
 
     may_lose_clients = False
-    epoch = 0
+    _epoch = 0
 
     def __init__(self, client: int, clients: int):
         self.client = client
@@ -124,6 +128,11 @@ class PointToPoint(ABC):
         if self.checksums and (destinations or receives):
             return CheckedExchange(self._exchange, self.client, send, destinations, receives, tag)
         return self._exchange(send, destinations, receives, tag)
+
+    @property
+    def epoch(self) -> int:
+        """See Transport."""
+        return self._epoch
 
     @abstractmethod
     def _exchange(
@@ -223,6 +232,10 @@ class PointToPoint(ABC):
         """See Transport. Everybody hears from everybody."""
         heard = {j: torch.empty(1, dtype=torch.uint8) for j in self._others}
         self.exchange(torch.zeros(1, dtype=torch.uint8), self._others, heard, BARRIER_TAG).wait()
+
+    @abstractmethod
+    def close(self) -> None:
+        """See Transport."""
 
 
 def in_stages(works: Iterable[tuple[Result, Iterator[None]]]) -> Iterator[Result]:

@@ -23,9 +23,10 @@ from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.transport import transport as shared
+from deca_ds.transport.checksums import Exchange
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.intersections import Cut, Range, cuts
-from deca_ds.transport.transport import Exchange, PointToPoint, Result, Transport
+from deca_ds.transport.transport import PointToPoint, Result
 
 
 def torch_between_ranks(store: dist.Store, launch: Launch, timeout_s: float) -> GlooTransport:
@@ -192,7 +193,7 @@ class UnevenExchange:
         self.packed: list[tuple[Tensor, Tensor, Sequence[Range]]] = []
 
     def start(
-        self, ranks: Transport, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
+        self, ranks: PointToPoint, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> None:
         """Add messages."""
         with self._naming_ranks():

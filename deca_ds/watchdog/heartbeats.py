@@ -54,7 +54,8 @@ class Heartbeat:
     @property
     def doing(self) -> str:
         """Phase and who is awaited."""
-        awaited = {None: "", SHARED: "", EVERYBODY: ", waiting for everybody"}.get(self.awaits)
+        known: dict[int | str | None, str] = {None: "", SHARED: "", EVERYBODY: ", waiting for everybody"}
+        awaited = known.get(self.awaits)
         return self.phase + (f", waiting for client {self.awaits}" if awaited is None else awaited)
 
     def age_s(self) -> float:

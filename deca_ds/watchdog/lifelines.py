@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-from torch.distributed import TCPStore
+from torch.distributed import Store, TCPStore
 
 from deca_ds.errors import RankLostError
 
@@ -41,9 +41,7 @@ class Lifeline:
     lost: called by a thread, with a RankLostError, when one of them is gone. Raises OSError if one does not come.
     """
 
-    def __init__(
-        self, store: TCPStore, shard: int, ranks: int, timeout_s: float, lost: Callable[[RankLostError], None]
-    ):
+    def __init__(self, store: Store, shard: int, ranks: int, timeout_s: float, lost: Callable[[RankLostError], None]):
         self._lost = lost
         self._peers = self._accept(store, ranks, timeout_s) if shard == 0 else self._connect(store, shard, timeout_s)
         for connection in self._peers:
@@ -58,7 +56,7 @@ class Lifeline:
                 connection.sendall(_GOODBYE)
 
     @staticmethod
-    def _accept(store: TCPStore, ranks: int, timeout_s: float) -> dict[socket.socket, int]:
+    def _accept(store: Store, ranks: int, timeout_s: float) -> dict[socket.socket, int]:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server:
@@ -72,7 +70,8 @@ class Lifeline:
             return peers
 
     @staticmethod
-    def _connect(store: TCPStore, shard: int, timeout_s: float) -> dict[socket.socket, int]:
+    def _connect(store: Store, shard: int, timeout_s: float) -> dict[socket.socket, int]:
+        assert isinstance(store, TCPStore), "a single process has no host"
         connection = socket.create_connection((store.host, int(store.get(_KEY))), timeout_s)
         connection.sendall(_NUMBER.pack(shard))
         return {connection: 0}
@@ -84,7 +83,7 @@ class Lifeline:
             while ready.get_map():
                 for key, _ in ready.select():
                     try:
-                        said = key.fileobj.recv(len(_GOODBYE))  # type: ignore[union-attr]
+                        said = key.fileobj.recv(len(_GOODBYE))  # type: ignore[union-attr]  # a socket
                     except OSError:
                         said = b""
                     ready.unregister(key.fileobj)

@@ -85,7 +85,7 @@ class Repeating(LocalTransport):
 
     def together(self, work, *, last=False):
         work()
-        self.epoch += 1
+        self._epoch += 1
         return work()
 
 

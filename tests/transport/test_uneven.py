@@ -150,7 +150,7 @@ class Surviving(LocalTransport):
     def together(self, work: Callable[[], Any], *, last: bool = False) -> Any:
         self._agreements -= 1
         if self._agreements == 0:
-            self._network, self.epoch = self._next, self.epoch + 1
+            self._network, self._epoch = self._next, self._epoch + 1
             self.members.clients = tuple(j for j in self.members.clients if j != self._dead)
             self.changed()
         return work()

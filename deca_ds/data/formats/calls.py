@@ -72,7 +72,7 @@ def check_links(messages: Sequence[Mapping[str, Any]], place: str) -> list[list[
             wanted += [[place_of_turn, name] for name in ("name", "tool_call_id") if name in message]
             continue
         at = f"{place}, message {place_of_turn + 1}"
-        matching = range(len(open_calls))
+        matching: Sequence[int] = range(len(open_calls))
         ids = [call.get("id") for call in open_calls]
         if "tool_call_id" in message and any(ids):
             matching = [index for index in matching if ids[index] == message["tool_call_id"]]
