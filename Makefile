@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python examples/demo/demo.py --runs $(RUNS)
 
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 # two hours for 80 and 150; FAULTS=10 SURVIVED=10 for a look
 FAULTS ?= 80

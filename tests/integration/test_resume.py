@@ -94,7 +94,7 @@ def terminate_launch_process(runner: psutil.Process) -> None:
     next(p for p in runner.children(recursive=True) if "deepspeed.launcher.launch" in p.cmdline()).terminate()
 
 
-LONG = {"algorithm.inner_steps": 20, "evaluation.every": 30}
+LONG = {"algorithm.inner_steps": 12, "evaluation.every": 20, "data.micro_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +191,14 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
     stopped = launch("supervised", 2, arguments, during=during)  # which tells mpirun by SIGUSR1
     assert stopped.code == 0, stopped.output[-4000:]
     assert stopped.output.count(f"removed, step {newest}: rank") == 1
-    assert f"going on after inner step {newest - 7} of 80" in stopped.output
+    assert f"going on after inner step {newest - 7} of 48" in stopped.output
     last = steps_in(checkpoints)[-1]
-    assert (run / "STOPPED").read_text() == f"{last} of 80 inner steps\n" and last >= newest + 5
+    assert (run / "STOPPED").read_text() == f"{last} of 48 inner steps\n" and last >= newest + 5
 
     stopped = launch("deepspeed", 2, arguments, during=at_step(run, last + 5, terminate_launch_process))
-    assert f"going on after inner step {last} of 80" in stopped.output, stopped.output[-4000:]
+    assert f"going on after inner step {last} of 48" in stopped.output, stopped.output[-4000:]
     assert "ERROR" not in stopped.output and not (run / "FAILED").exists()
-    assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of 80 inner steps\n"
+    assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of 48 inner steps\n"
 
     last = steps_in(checkpoints)[-1]
     done = launch("supervised", 2, arguments, during=at_step(run, last + 9, kill_rank_1))
