@@ -129,12 +129,13 @@ class Checkpoints:
         return None
 
     def wait_for_all(self, done: int) -> None:
-        """Return when all ranks of all clients have written the checkpoint after `done` inner steps."""
+        """Return when all ranks of all clients have written the checkpoint after `done` inner steps, the last one."""
         self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         self._cluster.progress.enter("saving: waiting for all ranks")
         if done != self._resumed:
             self._written.wait(done)
+            self._remove_old()  # what was kept for those who had not written yet
 
     def forget(self, done: int) -> None:
         """Remove this rank's part of the checkpoint after `done` inner steps, which nothing goes on from any more."""
