@@ -21,8 +21,7 @@ supervised = ["deca", "supervise", "--pause=0.2"] if os.environ.get("DECA_TEST_S
 def start(rank: int, *more: str) -> subprocess.Popen:
     environment = {"RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_RANK": str(rank), "LOCAL_SIZE": ranks}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    run = [sys.executable, command[0]] if supervised else python(command[0])  # it looks for its arguments behind .py
-    return subprocess.Popen([*supervised, *run, *command[1:], *more], env=os.environ | environment)
+    return subprocess.Popen([*supervised, *python(command[0]), *command[1:], *more], env=os.environ | environment)
 
 
 late, _, sign = os.environ.get("DECA_TEST_LATE", "").partition(":")

@@ -1,7 +1,7 @@
-"""Run a script in a fork of a process that has imported everything: preloaded.py SCRIPT ARGUMENTS...
+"""Run a script in a fork of a process that has imported everything: python tests SCRIPT ARGUMENTS...
 
 Importing takes each rank more than four CPU seconds, which is most of what a job of a test costs. So a test process
-keeps one server that has imported all that ranks need (`Server`), and this script, in place of a rank, has it fork. It
+keeps one server that has imported all that ranks need (`Server`), and `main`, in place of a rank, has it fork. It
 stands for the fork: it passes on its environment and streams, hands on signals, and ends as the fork ends; when it is
 killed, so is the fork. Without a server it runs the script itself.
 """
@@ -27,8 +27,8 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, sign
 
 def python(script: str) -> list[str]:
     """The beginning of a command that runs `script`: a worker of tests preloaded, all else as users start it."""
-    worker = Path(__file__).parent in Path(script).resolve().parents
-    return [sys.executable, *([__file__] if worker else []), script]
+    tests = Path(__file__).parent
+    return [sys.executable, *([str(tests)] if tests in Path(script).resolve().parents else []), script]
 
 
 def main(address: str | None, command: list[str]) -> None:
@@ -55,7 +55,7 @@ class Server:
     def __init__(self, folder: Path):
         self.address = str(folder / "preloaded")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, "--serve", self.address]
+        command = [sys.executable, __file__, self.address]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         assert self._process.stdout.readline(), "the server did not start"
@@ -154,8 +154,5 @@ def run(asked: dict, streams: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
-        import_once()
-        serve(sys.argv[2])
-    else:
-        main(os.environ.get(ADDRESS), sys.argv[1:])
+    import_once()
+    serve(sys.argv[1])

@@ -29,7 +29,7 @@ def keys(tiny_model, word_files, tmp_path) -> list[str]:
         *(f"run.output={tmp_path / 'run'}", "run.device=cpu", "cluster.timeout_s=100", "cluster.on_failure=continue"),
         *(f"model.path={tiny_model}", "algorithm.rounds=1", "algorithm.inner_steps=2", "algorithm.eps=1e-2"),
         *("optimizer.lr=0.003", f"data.train=[{','.join(map(str, word_files))}]", "data.max_length=16"),
-        *("data.batch_size=4", "data.micro_batch_size=1", "logging.progress=false", "evaluation.max_examples=4"),
+        *("data.batch_size=4", "data.micro_batch_size=2", "logging.progress=false", "evaluation.max_examples=4"),
         "gossip.chunk_mib=0.002",  # many chunks, of which some have been sent when a client dies
     ]
 

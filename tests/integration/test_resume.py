@@ -46,7 +46,6 @@ def keys(tiny_model, word_files, folder):
             "cluster.clients": 2,
             "algorithm.rounds": 1,
             "algorithm.inner_steps": 4,
-            "data.micro_batch_size": 1,
             "evaluation.max_examples": 4,
             **changes,
         }
@@ -94,7 +93,7 @@ def terminate_launch_process(runner: psutil.Process) -> None:
     next(p for p in runner.children(recursive=True) if "deepspeed.launcher.launch" in p.cmdline()).terminate()
 
 
-LONG = {"algorithm.inner_steps": 12, "evaluation.every": 20, "data.micro_batch_size": 2}
+LONG = {"algorithm.inner_steps": 12, "evaluation.every": 20}
 
 
 @pytest.fixture(scope="module")
