@@ -23,8 +23,6 @@ import gc
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -33,8 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
+from apart import REPOSITORY, run_apart
+
 DEADLINE_S = 1200
 LENGTH = 256
 SHAPE = dict(
@@ -166,21 +164,10 @@ def balance(total: int, parts: dict[str, int]) -> dict[str, Any]:
 
 def run(ranks: int, overrides: list[str], places: dict[int, bool]) -> dict[str, Any]:
     """One case in processes of its own; of several ranks, the first."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port)]
-            launcher += ["--log_level", "error", "--hostfile", os.devnull]
+    with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DECA_BENCHMARK": str(output)}
         asked = [",".join(f"{place}:{int(steps)}" for place, steps in places.items()), *overrides]
-        subprocess.run(
-            [*launcher, __file__, *asked],
-            cwd=REPOSITORY, env=environment, check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        run_apart(__file__, ranks, asked, {"DECA_BENCHMARK": str(output)}, DEADLINE_S)
         return json.loads(output.read_text())
 
 

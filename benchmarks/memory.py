@@ -13,16 +13,14 @@ from __future__ import annotations
 import json
 import os
 import resource
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
+from apart import REPOSITORY, run_apart
+
 DEADLINE_S = 400
 ROWS, LENGTH = 1, 64
 SHAPE = dict(
@@ -112,21 +110,8 @@ def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
 
 def run(kind: str, ranks: int, overrides: list[str], extra: dict[str, str]) -> dict[str, Any]:
     """One case in processes of its own; of several ranks, the one that took most."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port)]
-            launcher += ["--log_level", "error", "--hostfile", os.devnull]
-        environment = (
-            os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DECA_BENCHMARK_OUTPUT": folder} | extra
-        )
-        subprocess.run(
-            [*launcher, str(Path(__file__)), kind, *overrides],
-            cwd=REPOSITORY, env=environment, check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        run_apart(__file__, ranks, [kind, *overrides], extra | {"DECA_BENCHMARK_OUTPUT": folder}, DEADLINE_S)
         return max((json.loads(path.read_text()) for path in Path(folder).iterdir()), key=lambda r: r.get("bytes", 0))
 
 
