@@ -18,7 +18,9 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.transport import transport as shared
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.transport import collectives
+from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.transport import Transport
 
 GRAPHS = ["ring", "one_peer_exponential", "erdos_renyi"]
@@ -41,8 +43,8 @@ def average(transport: Transport, graph: str, steps: int = STEPS) -> torch.Tenso
     x = start_values(transport.client)
     for t in range(steps):
         pending = []
-        for chunk, part in enumerate(gossip.chunks(NUMEL)):
-            pending.append((part, gossip.start(t, x[part], chunk)))
+        for number, chunk in enumerate(gossip.chunks([NUMEL])):
+            pending.append((chunk.part, gossip.start(t, x[chunk.part], number, chunk)))
             if len(pending) == WINDOW:
                 done, mix = pending.pop(0)
                 x[done] = mix.wait()
@@ -61,16 +63,16 @@ def checks(transport: Transport, hold: Callable[[], None]) -> dict:
     result["bytes"] = transport.bytes_sent
     transport.checksums = True
     assert {graph: digest(average(transport, graph)) for graph in GRAPHS} == {graph: result[graph] for graph in GRAPHS}
-    shared.REDUCE_PIECE = 1000
+    collectives.REDUCE_PIECE = 1000
     for dtype in (torch.float32, torch.float64):
         total = start_values(client).to(dtype) / 3
-        transport.all_reduce_sum(total)
+        all_reduce_sum(transport, total)
         result[f"sum {dtype}"] = digest(total)
     one = torch.tensor([float(client)])
-    transport.all_reduce_sum(one)
+    all_reduce_sum(transport, one)
     result["sum of one"] = one.item()
-    result["json"] = transport.gather_json({"client": client, "name": "ü" * client, "loss": 1 / (1 + client)})
-    transport.barrier()
+    result["json"] = gather_json(transport, {"client": client, "name": "ü" * client, "loss": 1 / (1 + client)})
+    barrier(transport)
 
     right, left = (client + 1) % n, (client - 1) % n
     half = torch.empty(5, dtype=torch.bfloat16)
@@ -99,9 +101,10 @@ def run_mpi(folder: Path) -> None:
 
     mpi.MESSAGE_BYTES = 4096  # so that chunks travel in several messages
     world = MPI.COMM_WORLD
-    transport = mpi.MpiTransport(world, timeout_s=60)
+    layout = ClientLayout(world.size, 1)
+    transport = mpi.MpiTransport(world, layout, world.rank, timeout_s=60)
     # A message shorter than its buffer must not pass for a whole one.
-    other = mpi.MpiTransport(world, timeout_s=60)
+    other = mpi.MpiTransport(world, layout, world.rank, timeout_s=60)
     short = ""
     try:
         buffers = {(other.client - 1) % other.clients: torch.empty(3)}
@@ -128,7 +131,7 @@ def run_torch(folder: Path, client: int, clients: int, port: int) -> None:
         store.set(f"hold/{holds}/{client}", "here")
         store.wait([f"hold/{holds}/{j}" for j in range(clients)])
 
-    transport = GlooTransport(store, 3, client, clients, timeout_s=60)
+    transport = GlooTransport(store, ClientLayout(clients, 1), client, timeout_s=60)
     result = checks(transport, hold)
     (folder / f"{client}.json").write_text(json.dumps(result))
     transport.close()

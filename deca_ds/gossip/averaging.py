@@ -1,8 +1,8 @@
 """Gossip: the weighted mean x_i <- sum_j W_ij x_j of flat float32 shards, chunk by chunk.
 
-    for c, chunk in enumerate(gossip.chunks(shard.numel())):
-        local step on shard[chunk]
-        pending.append(gossip.start(t, shard[chunk], c))
+    for c, chunk in enumerate(gossip.chunks(numels)):
+        local step on shard[chunk.part]
+        pending.append(gossip.start(t, shard[chunk.part], c, chunk))
         if len(pending) == window: absorb(pending.pop(0).wait())
     for mix in pending: absorb(mix.wait())
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -32,15 +32,19 @@ from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.skip_log import SkipLog
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.transport.checksums import Exchange
+from deca_ds.transport.chunks import exchange_chunk
+from deca_ds.transport.commit import Commit
+from deca_ds.transport.intersections import Chunk
 from deca_ds.transport.transport import Transport, chunk_tag
 
 _WINDOW = 4  # messages on their way at a time: bounds the receive buffers
 
 
 class Gossip:
-    """Mixes this rank's shards with those of the same index in neighbouring clients.
+    """Mixes this rank's shards with what the ranks of neighbouring clients hold of the same parameters.
 
-    chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
+    commit: how an averaging counts for all; with one that may repeat work, clients may die. chunk_mib:
+    gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
     clip_radius: gossip.clip_radius; client_sum: the sum of a number over the client's ranks. window: how many
     chunks may be under way. stragglers: where late neighbours are left out; skip_log: who they were, told on stderr if
     this rank reports. wait_seconds: spent waiting for messages so far. bytes_sent: of parameters, by this rank to
@@ -54,6 +58,7 @@ class Gossip:
         chunk_mib: float = 4.0,
         device: torch.device | str = "cpu",
         *,
+        commit: Commit | None = None,
         clip_radius: float | None = None,
         client_sum: Callable[[float], float] = float,
         stragglers: LateExchange | None = None,
@@ -66,6 +71,7 @@ class Gossip:
                 fix="start as many clients as cluster.clients says",
             )
         self.transport = transport
+        self.commit = commit or Commit()
         self.schedule = schedule
         self.wait_seconds, self.bytes_sent = 0.0, 0
         self.device = torch.device(device)
@@ -73,12 +79,13 @@ class Gossip:
         self.clip_radius = clip_radius
         self.stragglers = stragglers
         self.skip_log = SkipLog(transport, client_sum, reports)
-        self._settles = clip_radius is not None or transport.may_lose_clients or stragglers is not None
+        self._settles = clip_radius is not None or self.commit.may_repeat or stragglers is not None
         self.window = math.inf if self._settles else _WINDOW
         self._client_sum = client_sum
         self._unsettled: list[PendingMix] = []  # of the averaging under way, all chunks so far
         self._broken: MessageError | None = None  # where clients may die: what stops it, for `settle`
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)  # elements of a chunk
+        self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # of each block so far
         self.outputs = Outputs(self.device)
 
     def has_neighbours(self, t: int) -> bool:
@@ -86,22 +93,27 @@ class Gossip:
         client = self.transport.client
         return bool(self.schedule.sources(client, t) or self.schedule.destinations(client, t))
 
-    def chunks(self, numel: int) -> list[slice]:
-        """A shard of `numel` elements as consecutive slices of at most chunk_mib each."""
-        return [slice(a, min(a + self._chunk_elements, numel)) for a in range(0, numel, self._chunk_elements)]
+    def chunks(self, numels: Sequence[int]) -> list[Chunk]:
+        """A block of parameters of `numels` elements, in the order of its shard, as parts of the shard of at most
+        chunk_mib each. Where clients differ in size, parts may be empty."""
+        block = tuple(numels)
+        if block not in self._chunks:
+            self._chunks[block] = self.transport.routes.chunks(block, self._chunk_elements)
+        return self._chunks[block]
 
-    def start(self, t: int, x: Tensor, chunk: int = 0) -> PendingMix:
-        """Start averaging t for `x`, flat float32 on `device`: chunk number `chunk` of the shard.
+    def start(self, t: int, x: Tensor, message: int = 0, chunk: Chunk | None = None) -> PendingMix:
+        """Start averaging t for `x`, flat float32 on `device`: message number `message` of this averaging, this rank's
+        part of `chunk`; None: what the rank of the same index has as well.
 
-        All clients start the same chunks of the same sizes. `x` must not change before `wait` has returned. On a GPU
+        All clients start the same messages of the same sizes. `x` must not change before `wait` has returned. On a GPU
         the call waits until `x` is computed and copied to the host, but not for any message.
         """
         if x.dim() != 1 or x.dtype != torch.float32 or x.device.type != self.device.type or not x.is_contiguous():
             raise ValueError(
                 f"expected a flat float32 tensor on {self.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        pending = PendingMix(self, t, x, chunk)
-        if not self.transport.may_lose_clients:
+        pending = PendingMix(self, t, x, message, chunk or self.transport.routes.whole(0, x.numel()))
+        if not self.commit.may_repeat:
             pending.start()
         elif self._broken is None:
             try:
@@ -113,12 +125,6 @@ class Gossip:
             self._unsettled.append(pending)
         return pending
 
-    def exchange(
-        self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int, chunk: int
-    ) -> Exchange:
-        """Transport.exchange of chunk number `chunk`."""
-        return self.transport.exchange(send, destinations, receives, tag)
-
     def settle(self, t: int) -> bool:
         """What comes between the last `start` and the first `wait` of averaging t; whether this client has neighbours.
 
@@ -128,8 +134,8 @@ class Gossip:
         neighbours that are left out count as none.
         """
         chunks, self._unsettled = self._unsettled, []
-        if self.transport.may_lose_clients:  # also where nobody is left to send: more than messages is agreed on
-            self.transport.together(lambda: self._receive(chunks), last=True)
+        if self.commit.may_repeat:  # also where nobody is left to send: more than messages is agreed on
+            self.commit.run(lambda: self._receive(chunks), last=True)
         here = self.has_neighbours(t)
         if self.stragglers is not None:
             here = self._leave_out(t, chunks, self.stragglers)
@@ -197,8 +203,8 @@ class PendingMix:
     client.
     """
 
-    def __init__(self, gossip: Gossip, t: int, x: Tensor, chunk: int):
-        self._gossip, self._t, self.x, self._chunk = gossip, t, x, chunk
+    def __init__(self, gossip: Gossip, t: int, x: Tensor, message: int, chunk: Chunk):
+        self._gossip, self._t, self.x, self._message, self._chunk = gossip, t, x, message, chunk
         self._exchange: Exchange | None = None  # None: not started, or nobody to talk to
         self._connections = -1  # what Transport.epoch was at the start
         self._waited = False
@@ -221,20 +227,20 @@ class PendingMix:
             sources = destinations = stragglers.carrying(sources)
         if sources or destinations:
             transport.progress.enter("gossip")
-            if transport.may_lose_clients:  # before it is sent: a client that has diverged ends by itself
+            if gossip.commit.may_repeat:  # before it is sent: a client that has diverged ends by itself
                 self.refuse_not_finite()
             self._buffers = {j: gossip.pool.take(x.numel()) for j in sources}
             self.terms = {j: buffer[: x.numel()] for j, buffer in self._buffers.items()}
-            tag, send = chunk_tag(t, self._chunk), x.detach()
+            tag, send = chunk_tag(t, self._message), x.detach()
             if x.device.type == "cuda" or stragglers is not None:  # late: the message may outlive these values of x
                 staged = gossip.pool.take(x.numel())
                 send = staged[: x.numel()].copy_(x)  # synchronous: the network reads host memory
             gossip.bytes_sent += send.nbytes * len(destinations)
             if stragglers is not None:
-                self._exchange = stragglers.exchange(gossip.pool, staged, x.numel(), self._buffers, tag)
+                self._exchange = stragglers.exchange(gossip.pool, staged, self._chunk, self._buffers, tag)
             else:
                 self._staged = staged if x.device.type == "cuda" else None
-                self._exchange = gossip.exchange(send, destinations, self.terms, tag, self._chunk)
+                self._exchange = exchange_chunk(transport, self._chunk, send, destinations, self.terms, tag)
         self._connections = transport.epoch
 
     def leave_out(self, skipped: Collection[int]) -> None:

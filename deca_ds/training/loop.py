@@ -29,6 +29,7 @@ from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.step import inner_step
 from deca_ds.training.tables import untrained
+from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 
@@ -90,6 +91,10 @@ class Trainer:
         self.checkpoints.wait_for_all(self.done)
         self.gossip.drain()
         return False
+
+    def meet(self) -> None:
+        """Wait until all ranks of all clients are here."""
+        self.gossip.commit.run(lambda: barrier(self.gossip.transport))
 
     def _goes_on(self) -> bool:
         """Whether the job is not to stop here; before that, clients that come back are let in."""

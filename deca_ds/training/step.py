@@ -14,6 +14,7 @@ from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.gossip.averaging import Gossip, PendingMix
+from deca_ds.transport.intersections import Chunk
 
 
 def inner_step(
@@ -36,21 +37,24 @@ def inner_step(
     stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     check(step, stats)
     mixes = step.gossip is not None and gossip.has_neighbours(step.gossip)
-    under_way: deque[tuple[slice, str, PendingMix]] = deque()
+    under_way: deque[tuple[Chunk, str, PendingMix]] = deque()
 
     def accept_oldest() -> None:
         chunk, name, pending = under_way.popleft()
-        rule.accept(state.part(chunk), name, pending.wait())
+        rule.accept(state.part(chunk.part), name, pending.wait())
 
     runs = state.local_steps.next(state.reached)
     message = 0
-    for chunk in gossip.chunks(state.theta.numel()):
-        local_step(rule, state.tensors, runs, chunk, lr=lr, weight_decay=optimizer.weight_decay)
+    chunks = gossip.chunks(client.block_numels())
+    assert sum(chunk.numel for chunk in chunks) == state.theta.numel(), "the shard is not ZeRO-3's of this block"
+    for chunk in chunks:
+        local_step(rule, state.tensors, runs, chunk.part, lr=lr, weight_decay=optimizer.weight_decay)
         for name in rule.travels if mixes else ():
             if len(under_way) == gossip.window:
                 accept_oldest()
             assert step.gossip is not None
-            under_way.append((chunk, name, gossip.start(step.gossip, state.tensors[name][chunk], message)))
+            x = state.tensors[name][chunk.part]
+            under_way.append((chunk, name, gossip.start(step.gossip, x, message, chunk)))
             message += 1
     if step.gossip is not None:
         mixes = gossip.settle(step.gossip)  # where clients may die, some neighbours may have

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import gossip_worker
 import numpy as np
 import pytest
 import torch
@@ -18,8 +17,9 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip.averaging import BufferPool, Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.local import LocalNetwork, LocalTransport
-from deca_ds.transport.transport import chunk_tag
+from deca_ds.transport.transport import BARRIER_TAG, GATHER_TAG, REDUCE_TAG, chunk_tag
 
 
 def on_all_clients(n: int, body: Callable[[LocalTransport], object], timeout_s: float = 30.0) -> list:
@@ -80,12 +80,16 @@ def test_nobody_to_talk_to_sends_nothing_and_returns_x():
     assert gossip.bytes_sent == 0 and gossip.wait_seconds == 0.0
 
 
+def parts(gossip: Gossip, numel: int) -> list[slice]:
+    return [chunk.part for chunk in gossip.chunks([numel])]
+
+
 def test_chunks_cover_a_shard_and_follow_chunk_mib():
     schedule = build_mixing(GossipConfig(), 1, seed=0)
     gossip = Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1.0)
-    assert gossip.chunks(600_000) == [slice(0, 262_144), slice(262_144, 524_288), slice(524_288, 600_000)]
-    assert gossip.chunks(0) == []
-    assert Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1e-9).chunks(2) == [slice(0, 1), slice(1, 2)]
+    assert parts(gossip, 600_000) == [slice(0, 262_144), slice(262_144, 524_288), slice(524_288, 600_000)]
+    assert parts(gossip, 0) == []
+    assert parts(Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1e-9), 2) == [slice(0, 1), slice(1, 2)]
 
 
 def test_bytes_and_seconds_are_counted():
@@ -168,14 +172,14 @@ def test_a_silent_neighbour_is_named_with_tag_and_timeout():
     gossip = Gossip(LocalNetwork(4, timeout_s=0.05).transport(2), schedule)
     with pytest.raises(GossipError) as caught:
         gossip.start(1, torch.zeros(3), 5).wait()
-    assert f"no message from client 1 within 0.05 s (tag {chunk_tag(1, 5)})" in caught.value.what
+    assert f"no message from rank 1 (client 1) within 0.05 s (tag {chunk_tag(1, 5)})" in caught.value.what
     assert "cluster.timeout_s" in caught.value.fix
 
 
 def test_a_message_of_another_size_is_refused():
     network = LocalNetwork(2)
     network.transport(0).exchange(torch.zeros(4), [1], {}, 9)
-    with pytest.raises(GossipError, match=r"from client 0 failed \(tag 9\).*\(4,\).*\(3,\)"):
+    with pytest.raises(GossipError, match=r"from rank 0 \(client 0\) failed \(tag 9\).*\(4,\).*\(3,\)"):
         network.transport(1).exchange(torch.zeros(4), [], {0: torch.empty(3)}, 9).wait()
 
 
@@ -204,18 +208,18 @@ def test_misuse_is_refused():
     with pytest.raises(AssertionError, match="once"):
         pending.wait()
     with pytest.raises(ValueError, match="contiguous"):
-        network.transport(0).all_reduce_sum(torch.zeros(6)[::2])
+        all_reduce_sum(network.transport(0), torch.zeros(6)[::2])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_collectives(n: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deca_ds.transport.transport.REDUCE_PIECE", 7)
+    monkeypatch.setattr("deca_ds.transport.collectives.REDUCE_PIECE", 7)
 
     def body(transport: LocalTransport) -> tuple:
         x = start_values(transport.client)[:40].view(5, 8).clone()
-        transport.all_reduce_sum(x)
-        transport.barrier()
-        gathered = transport.gather_json([transport.client, None, "é"])
+        all_reduce_sum(transport, x)
+        barrier(transport)
+        gathered = gather_json(transport, [transport.client, None, "é"])
         transport.close()
         return x, gathered
 
@@ -231,17 +235,16 @@ def test_what_is_no_json_names_its_sender():
     for length, text, fact in ((3, b"{x}", "client 0 sent no valid JSON"), (-1, b"", "client 0 announced -1 bytes")):
         network = LocalNetwork(2)
         sender = network.transport(0)
-        sender.exchange(torch.tensor([length]), [1], {}, gossip_worker.shared.GATHER_TAG)
-        sender.exchange(torch.tensor(list(text), dtype=torch.uint8), [1], {}, gossip_worker.shared.GATHER_TAG)
+        sender.exchange(torch.tensor([length]), [1], {}, GATHER_TAG)
+        sender.exchange(torch.tensor(list(text), dtype=torch.uint8), [1], {}, GATHER_TAG)
         with pytest.raises(GossipError, match=fact):
-            network.transport(1).gather_json("fine")
+            gather_json(network.transport(1), "fine")
 
 
 def test_tags_fit_mpi_and_tell_chunks_and_averagings_apart():
     tags = {chunk_tag(t, chunk) for t in range(7) for chunk in range(4096)}
     assert len(tags) == 7 * 4096 and min(tags) == 0
-    shared = gossip_worker.shared
-    assert max(tags) < min(shared.REDUCE_TAG, shared.GATHER_TAG, shared.BARRIER_TAG)
-    assert max(shared.REDUCE_TAG, shared.GATHER_TAG, shared.BARRIER_TAG) <= 32767
+    assert max(tags) < min(REDUCE_TAG, GATHER_TAG, BARRIER_TAG)
+    assert max(REDUCE_TAG, GATHER_TAG, BARRIER_TAG) <= 32767
     assert chunk_tag(10**9, 10**6) in tags
     assert NUMEL > 4096 // 4  # the shared checks send more than one message per chunk

@@ -34,12 +34,12 @@ def clipped(x: torch.Tensor, graph: str, radius: float | None, steps: int = 3) -
         gossip = Gossip(network.transport(client), schedule, CHUNK_MIB, clip_radius=radius)
         own = x[client].clone()
         for t in range(steps):
-            parts = gossip.chunks(NUMEL)
-            assert len(parts) <= gossip.window
-            pending = [gossip.start(t, own[part], chunk) for chunk, part in enumerate(parts)]
+            chunks = gossip.chunks([NUMEL])
+            assert len(chunks) <= gossip.window
+            pending = [gossip.start(t, own[chunk.part], number, chunk) for number, chunk in enumerate(chunks)]
             gossip.settle(t)
-            for part, mix in zip(parts, pending, strict=True):
-                own[part] = mix.wait()
+            for chunk, mix in zip(chunks, pending, strict=True):
+                own[chunk.part] = mix.wait()
         return own
 
     with ThreadPoolExecutor(CLIENTS) as pool:

@@ -25,6 +25,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.skip_log import SkipLog
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.weights import weigh
+from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
 from deca_ds.transport.local import LocalNetwork, LocalTransport
 
@@ -128,9 +129,9 @@ def run_clients(
         x, skipped = start_values(client), []
         for t in range(steps):
             pause(client, t)
-            pending = [(part, gossip.start(t, x[part], c)) for c, part in enumerate(gossip.chunks(NUMEL))]
+            pending = [gossip.start(t, x[chunk.part], c, chunk) for c, chunk in enumerate(gossip.chunks([NUMEL]))]
             if gossip.settle(t):
-                x = torch.cat([mix.wait().clone() for _, mix in pending])
+                x = torch.cat([mix.wait().clone() for mix in pending])
             skipped.append(gossip.skip_log.skipped)
         gossip.drain()
         return x, skipped, gossip
@@ -236,7 +237,8 @@ def test_without_anybody_late_the_bits_are_those_of_waiting():
     def body(client: int) -> torch.Tensor:
         gossip, x = Gossip(network.transport(client), schedule, CHUNK_MIB), start_values(client)
         for t in range(6):
-            x = torch.cat([gossip.start(t, x[part], c).wait().clone() for c, part in enumerate(gossip.chunks(NUMEL))])
+            chunks = enumerate(gossip.chunks([NUMEL]))
+            x = torch.cat([gossip.start(t, x[chunk.part], c, chunk).wait().clone() for c, chunk in chunks])
         return x
 
     with ThreadPoolExecutor(4) as pool:
@@ -267,10 +269,10 @@ class Failing:
 
 
 def test_a_message_over_torch_that_fails_in_the_background_is_an_error_and_no_wait_of_this_rank():
-    transport = GlooTransport(store=None, shard=0, client=0, clients=1, timeout_s=1)
+    transport = GlooTransport(None, ClientLayout(2, 1), 0, timeout_s=1, connected=False)
     transport.progress.wait_for(2)
     exchange = TorchExchange(transport, [("from", 1, Failing())], tag=7)
-    with pytest.raises(GossipError, match=r"a message from client 1 failed \(tag 7\): Connection closed"):
+    with pytest.raises(GossipError, match=r"a message from rank 1 .client 1. failed \(tag 7\): Connection closed"):
         while not exchange.test():
             time.sleep(0.001)
     assert transport.progress.awaits == 2

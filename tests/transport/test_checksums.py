@@ -40,7 +40,7 @@ def test_any_damage_of_up_to_three_bits_is_found_and_its_sender_named(numel, dty
         values[bit // 8] ^= 1 << bit % 8
     started = receiver.exchange(buffer[:0], [], {0: buffer}, TAG)
     if flipped:
-        with pytest.raises(MessageError, match=r"message from client 0 was damaged.*tag 5"):
+        with pytest.raises(MessageError, match=r"message from rank 0 .client 0. was damaged.*tag 5"):
             started.wait()
         with pytest.raises(MessageError, match="client 0"):  # nor does it count when it is asked again
             started.test()

@@ -22,15 +22,11 @@ from deca_ds.transport.transport import PROBE_TAG
 
 def probe(graph: str, clients: int, ranks: int) -> list[list[dict]]:
     """`probe_edges` of all ranks, in threads."""
-    shards, store, layout = (
-        [LocalNetwork(clients, 20.0) for _ in range(ranks)],
-        HashStore(),
-        ClientLayout(clients, ranks),
-    )
+    network, store, layout = LocalNetwork([ranks] * clients, 20.0), HashStore(), ClientLayout(clients, ranks)
     mixing = build_mixing(GossipConfig(graph=graph), clients, seed=0)
 
     def body(rank: int) -> list[dict]:
-        transport = shards[layout.shard_of(rank)].transport(layout.client_of(rank))
+        transport = network.transport(rank)
         job = JobStore(store, None, timedelta(seconds=20))
         return probe_edges(
             transport,
