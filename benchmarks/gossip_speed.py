@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -82,14 +83,10 @@ def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[T
 
 def average(gossip: Gossip, t: int, x: Tensor) -> None:
     """As training/step.py does it, without the arithmetic of a method."""
-    under_way = []
-    for message, chunk in enumerate(gossip.chunks([x.numel()])):
-        if len(under_way) == gossip.window:
-            under_way.pop(0).wait()
-        under_way.append(gossip.start(t, x[chunk.part], message, chunk))
-    gossip.settle(t)
-    for pending in under_way:
-        pending.wait()
+    averaging = gossip.begin(t)
+    for chunk in gossip.chunks([x.numel()]):
+        averaging.send(chunk, "x", x[chunk.part])
+    deque(averaging.settle(), maxlen=0)
 
 
 def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], None], mib: int) -> dict[str, object]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import deque
 from datetime import timedelta
 
 import torch
@@ -40,11 +41,11 @@ def open_store(world: MPI.Intracomm) -> Store:
 def average(gossip: Gossip, t: int, x: torch.Tensor) -> float:
     """Seconds."""
     started = time.perf_counter()
-    chunks = enumerate(gossip.chunks([x.numel()]))
-    pending = [gossip.start(t, x[chunk.part], number, chunk) for number, chunk in chunks]
-    assert gossip.settle(t)
-    for mix in pending:
-        mix.wait()
+    averaging = gossip.begin(t)
+    for chunk in gossip.chunks([x.numel()]):
+        averaging.send(chunk, "x", x[chunk.part])
+    deque(averaging.settle(), maxlen=0)
+    assert averaging.mixes
     return time.perf_counter() - started
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,14 +17,16 @@ import torch
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import Mean
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport import collectives
 from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.transport import Transport
 
 GRAPHS = ["ring", "one_peer_exponential", "erdos_renyi"]
-NUMEL, CHUNK_MIB, STEPS, WINDOW = 10_007, 0.01, 9, 3
+NUMEL, CHUNK_MIB, STEPS = 10_007, 0.01, 9
 SILENT_TAG = 99
 
 
@@ -36,20 +38,27 @@ def digest(x: torch.Tensor) -> str:
     return hashlib.sha256(x.numpy().tobytes()).hexdigest()
 
 
-def average(transport: Transport, graph: str, steps: int = STEPS) -> torch.Tensor:
-    """The shard after `steps` averagings, in chunks with WINDOW of them under way, as the trainer does it."""
+def mix(gossip: Gossip, t: int, x: torch.Tensor) -> torch.Tensor:
+    """What averaging t makes of the shard of a block that is one parameter, as the trainer does it."""
+    averaging, mixed = gossip.begin(t), x.clone()
+
+    def take(means: Iterable[Mean]) -> None:
+        for chunk, _, values in means:
+            mixed[chunk.part] = values
+
+    for chunk in gossip.chunks([x.numel()]) if averaging.mixes else ():
+        take(averaging.send(chunk, "x", x[chunk.part]))
+    take(averaging.settle())
+    return mixed
+
+
+def average(transport: Transport, graph: str, steps: int = STEPS, wire: str = "float32") -> torch.Tensor:
+    """The shard after `steps` averagings, in chunks."""
     schedule = build_mixing(GossipConfig(graph=graph), transport.clients, seed=4)
-    gossip = Gossip(transport, schedule, CHUNK_MIB)
+    gossip = Gossip(transport, schedule, CHUNK_MIB, codec=CODECS[wire])
     x = start_values(transport.client)
     for t in range(steps):
-        pending = []
-        for number, chunk in enumerate(gossip.chunks([NUMEL])):
-            pending.append((chunk.part, gossip.start(t, x[chunk.part], number, chunk)))
-            if len(pending) == WINDOW:
-                done, mix = pending.pop(0)
-                x[done] = mix.wait()
-        for done, mix in pending:
-            x[done] = mix.wait()
+        x = mix(gossip, t, x)
     return x
 
 
@@ -63,6 +72,7 @@ def checks(transport: Transport, hold: Callable[[], None]) -> dict:
     result["bytes"] = transport.bytes_sent
     transport.checksums = True
     assert {graph: digest(average(transport, graph)) for graph in GRAPHS} == {graph: result[graph] for graph in GRAPHS}
+    result |= {wire: digest(average(transport, "ring", wire=wire)) for wire in CODECS}
     collectives.REDUCE_PIECE = 1000
     for dtype in (torch.float32, torch.float64):
         total = start_values(client).to(dtype) / 3

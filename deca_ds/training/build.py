@@ -32,6 +32,8 @@ from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch import Cluster
@@ -181,6 +183,7 @@ def _load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrained
 def _make_gossip(job: Job, connected: Connected, client: Client, attempt: int) -> Gossip:
     """The averaging with neighbours; where late ones are left out, on a connection of its own to the job's store."""
     config, cluster, transport = job.config, job.cluster, connected.transport
+    radius = config.gossip.clip_radius
     stragglers = None
     if config.gossip.wait_s is not None:
         store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
@@ -190,10 +193,11 @@ def _make_gossip(job: Job, connected: Connected, client: Client, attempt: int) -
         job.mixing,
         config.gossip.chunk_mib,
         cluster.device,
+        codec=CODECS[config.gossip.wire],
         commit=connected.commit,
-        clip_radius=config.gossip.clip_radius,
-        client_sum=client.client_sum,
+        clip=None if radius is None else Clip(radius, client.client_sum),
         stragglers=stragglers,
+        client_sum=client.client_sum,
         reports=cluster.is_leader,
     )
 

@@ -8,6 +8,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from gossip_worker import mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from deca_ds.config.schema import ClusterConfig, GossipConfig
 from deca_ds.errors import ConfigError, GossipError
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork
@@ -100,15 +102,9 @@ def test_an_averaging_that_is_repeated_equals_one_that_is_not(radius):
 
     def average(client: int, repeats: bool) -> tuple[torch.Tensor, int]:
         transport = network.transport(client)
-        commit = Repeating(transport) if repeats else None
-        gossip = Gossip(transport, mixing, chunk_mib=0.001, commit=commit, clip_radius=radius)
-        x = values[transport.client].clone()
-        chunks = gossip.chunks([x.numel()])
-        under_way = [(chunk.part, gossip.start(0, x[chunk.part], c, chunk)) for c, chunk in enumerate(chunks)]
-        assert gossip.settle(0)
-        for part, mix in under_way:
-            x[part] = mix.wait()
-        return x, gossip.bytes_sent
+        commit, clip = Repeating(transport) if repeats else None, None if radius is None else Clip(radius)
+        gossip = Gossip(transport, mixing, chunk_mib=0.001, commit=commit, clip=clip)
+        return mix(gossip, 0, values[client]), gossip.bytes_sent
 
     for repeats in (False, True):
         with ThreadPoolExecutor(3) as pool:
@@ -129,5 +125,5 @@ def test_only_own_messages_that_are_not_finite_end_a_client_where_others_go_on()
     transport, mixing = network.transport(0), build_mixing(GossipConfig(graph="ring"), 2, seed=0)
     gossip = Gossip(transport, mixing, commit=Repeating(transport))
     with pytest.raises(GossipError, match="1 of 3 values of client 0 are not finite"):
-        gossip.start(0, torch.tensor([1.0, torch.nan, 2.0]))
+        mix(gossip, 0, torch.tensor([1.0, torch.nan, 2.0]))
     assert not network.mailboxes, "nothing of it was sent"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -20,7 +20,10 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import Mean
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
@@ -142,19 +145,17 @@ def test_ranks_that_hold_the_same_are_sent_one_message_with_one_checksum(monkeyp
 def averaged(gossip: Gossip, tensors: list[torch.Tensor], numels=NUMELS) -> list[torch.Tensor]:
     """STEPS averagings of all tensors, as the trainer does it."""
     tensors = [tensor.clone() for tensor in tensors]
+
+    def take(means: Iterable[Mean]) -> None:
+        for chunk, name, values in means:
+            tensors[int(name)][chunk.part] = values
+
     for t in range(STEPS):
-        under_way, message = [], 0
+        averaging = gossip.begin(t)
         for chunk in gossip.chunks(numels):
-            for tensor in tensors:
-                if len(under_way) == gossip.window:
-                    into, pending = under_way.pop(0)
-                    into.copy_(pending.wait())
-                x = tensor[chunk.part]
-                under_way.append((x, gossip.start(t, x, message, chunk)))
-                message += 1
-        gossip.settle(t)
-        for into, pending in under_way:
-            into.copy_(pending.wait())
+            for name, tensor in enumerate(tensors):
+                take(averaging.send(chunk, str(name), tensor[chunk.part]))
+        take(averaging.settle())
     return tensors
 
 
@@ -165,14 +166,18 @@ def rounding_of(whole: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("sizes", LAYOUTS)
 @pytest.mark.parametrize("graph", ["ring", "one_peer_exponential", "star"])
-@pytest.mark.parametrize(("travelling", "radius"), [(1, None), (2, None), (1, 5.0)])
-def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, radius):
+@pytest.mark.parametrize(
+    ("travelling", "radius", "wire"),
+    [(1, None, "float32"), (2, None, "float32"), (1, 5.0, "float32"), (2, None, "bfloat16")],
+)
+def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, radius, wire):
     schedule = build_mixing(GossipConfig(graph=graph), len(sizes), seed=4)
     whole = torch.randn(len(sizes), travelling, sum(NUMELS), generator=torch.Generator().manual_seed(0))
     network, ranks = LocalNetwork(len(sizes), 20.0), Ranks(sizes)
 
     def even(client: int) -> tuple[list[torch.Tensor], int]:
-        gossip = Gossip(network.transport(client), schedule, clip_radius=radius)
+        clip = None if radius is None else Clip(radius)
+        gossip = Gossip(network.transport(client), schedule, codec=CODECS[wire], clip=clip)
         return averaged(gossip, list(whole[client])), gossip.bytes_sent
 
     def of_different_sizes(rank: int) -> tuple[list[torch.Tensor], int]:
@@ -181,8 +186,8 @@ def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, rad
             ranks.transport(rank),
             schedule,
             16 * 4 / 2**20,  # 16 elements a chunk
-            clip_radius=radius,
-            client_sum=ranks.client_sum(rank),
+            codec=CODECS[wire],
+            clip=None if radius is None else Clip(radius, ranks.client_sum(rank)),
         )
         return averaged(gossip, [ranks.shard(rank, x) for x in whole[client]]), gossip.bytes_sent
 
