@@ -108,7 +108,7 @@ class _Together(Start):
         summaries = gather_json(transport, data.summary)
         compare_data(summaries, gather_json(transport, data.label_names))
         neighbours = subset.without(job.mixing, cluster.members.missing).neighbours(cluster.client)
-        edges = probe_edges(transport, neighbours, cluster.launch, cluster.layout, cluster.store)
+        edges = probe_edges(transport, neighbours, cluster.launch, cluster.store)
         self._take(job)
         _write_to(job)
         if cluster.is_job_leader:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deca_ds.errors import GossipError, MessageError
-from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.transport.transport import PROBE_TAG, Transport
 
@@ -21,7 +21,7 @@ _ROUND_TRIPS = 3  # of each size; the fastest counts, after one that opens the c
 
 
 def probe_edges(
-    transport: Transport, neighbours: Sequence[int], launch: Launch, layout: ClientLayout, store: JobStore
+    transport: Transport, neighbours: Sequence[int], launch: Launch, store: JobStore
 ) -> list[dict[str, Any]]:
     """Time every edge of the graph; all ranks of all clients call this, each tests its shard's own connections.
 
@@ -35,7 +35,7 @@ def probe_edges(
     is another one than was sent.
     """
     hosts = store.gather(launch, "edges/hosts", launch.host)
-    measured = []
+    measured, layout = [], transport.layout
     for j, partner in [(other, rank) for other in neighbours for rank in transport.routes.edge(other)]:
         transport.progress.enter(f"testing the edge to client {j}")
         try:

@@ -309,7 +309,7 @@ def test_every_pair_of_ranks_of_an_edge_is_timed(sizes, tmp_path):
     def body(rank: int):
         job, launch = JobStore(store, None, timedelta(seconds=20)), Launch("python", rank, ranks.total, 0, None)
         transport = ranks.transport(rank)
-        return probe_edges(transport, mixing.neighbours(transport.client), launch, ranks.layout, job)
+        return probe_edges(transport, mixing.neighbours(transport.client), launch, job)
 
     every = ranks.run(body)
     assert all(edges == every[0] for edges in every)
