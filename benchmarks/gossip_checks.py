@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -21,20 +22,22 @@ from torch import Tensor
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.transport.checksums import checksum
-from deca_ds.transport.transport import PointToPoint
+from deca_ds.transport.transport import Transport
 
 NUMEL, REPETITIONS, WARM_UP = 2**24, 15, 2
 
 
-class ThereAlready(PointToPoint):
+class ThereAlready(Transport):
     """A transport whose messages are there as soon as they are asked for: whatever is in the buffers, which nobody ever
     changes, so that their checksums are known by where they are."""
 
     def __init__(self, checksums: bool = False):
-        super().__init__(0, 3)
+        super().__init__(ClientLayout(3, 1), 0)
         self.checksums = checksums
         self._values: dict[int, Tensor] = {}  # the last message of each neighbour
         self._known: dict[int, bytes] = {}
@@ -61,18 +64,16 @@ class ThereAlready(PointToPoint):
 
 
 def average(gossip: Gossip, x: Tensor) -> None:
-    under_way = []
-    for chunk, part in enumerate(gossip.chunks(NUMEL)):
-        under_way.append(gossip.start(0, x[part], chunk))
-    gossip.settle(0)
-    for pending in under_way:
-        pending.wait()
+    averaging = gossip.begin(0)
+    for chunk in gossip.chunks([NUMEL]):
+        averaging.send(chunk, "x", x[chunk.part])
+    deque(averaging.settle(), maxlen=0)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     schedule, x = build_mixing(GossipConfig(), 3, seed=0), torch.randn(NUMEL)
-    plain, clipping = (Gossip(ThereAlready(), schedule, clip_radius=radius) for radius in (None, 1.0))
+    plain, clipping = (Gossip(ThereAlready(), schedule, clip=clip) for clip in (None, Clip(1.0)))
     summed = Gossip(ThereAlready(checksums=True), schedule)
     for gossip in (plain, summed, clipping):
         for _ in range(8):

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,9 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.mean import weighted_mean
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.checksums import checksum
+from deca_ds.transport.collectives import barrier, gather_json
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.transport import Transport
 
@@ -60,13 +63,13 @@ def mpi_ends() -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
         requests += [comm.Isend(x.numpy(), j, RAW_TAG) for j in buffers]
         MPI.Request.Waitall(requests)
 
-    return MpiTransport(MPI.COMM_WORLD, TIMEOUT_S), raw
+    return MpiTransport(MPI.COMM_WORLD, ClientLayout(comm.size, 1), comm.rank, TIMEOUT_S), raw
 
 
 def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
     """See mpi_ends."""
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
-    transport = GlooTransport(store, 0, rank, ranks, TIMEOUT_S)
+    transport = GlooTransport(store, ClientLayout(ranks, 1), rank, TIMEOUT_S)
     group = transport._group
 
     def raw(x: Tensor, buffers: dict[int, Tensor]) -> None:
@@ -80,14 +83,10 @@ def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[T
 
 def average(gossip: Gossip, t: int, x: Tensor) -> None:
     """As training/step.py does it, without the arithmetic of a method."""
-    under_way = []
-    for message, part in enumerate(gossip.chunks(x.numel())):
-        if len(under_way) == gossip.window:
-            under_way.pop(0).wait()
-        under_way.append(gossip.start(t, x[part], message))
-    gossip.settle(t)
-    for pending in under_way:
-        pending.wait()
+    averaging = gossip.begin(t)
+    for chunk in gossip.chunks([x.numel()]):
+        averaging.send(chunk, "x", x[chunk.part])
+    deque(averaging.settle(), maxlen=0)
 
 
 def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], None], mib: int) -> dict[str, object]:
@@ -103,7 +102,7 @@ def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], Non
 
     def arithmetic() -> None:
         client, weights = transport.client, {j: schedule.weight(transport.client, j, 0) for j in range(schedule.size)}
-        for part in gossip.chunks(x.numel()):
+        for part in (chunk.part for chunk in gossip.chunks([x.numel()])):
             terms = {client: x[part]} | {j: buffer[part] for j, buffer in buffers.items()}
             for term in terms.values():
                 checksum(term)
@@ -119,11 +118,11 @@ def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], Non
     repetitions = max(7, min(MOST, BUDGET_MIB // mib))
     for repetition in range(WARM_UP + repetitions):
         for kind in [*kinds][repetition % 4 :] + [*kinds][: repetition % 4]:
-            transport.barrier()
+            barrier(transport)
             started = time.perf_counter()
             kinds[kind]()
             taken[kind].append(time.perf_counter() - started)
-    everybody = transport.gather_json({kind: each[WARM_UP:] for kind, each in taken.items()})
+    everybody = gather_json(transport, {kind: each[WARM_UP:] for kind, each in taken.items()})
     slowest = {kind: [max(times) for times in zip(*(each[kind] for each in everybody), strict=True)] for kind in kinds}
     found: dict[str, object] = {"mib": mib, "neighbours": len(buffers), "repetitions": repetitions}
     for kind, times in slowest.items():
@@ -145,7 +144,7 @@ def work(kind: str, sizes: Sequence[int], place: Sequence[int]) -> None:
         found = measure(transport, raw, mib)
         if transport.client == 0:
             print(json.dumps({"transport": kind, "ranks": transport.clients} | found), flush=True)
-    transport.barrier()
+    barrier(transport)
     transport.close()
 
 

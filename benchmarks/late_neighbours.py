@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import deque
 from datetime import timedelta
 
 import torch
@@ -22,6 +23,7 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.mpi import MpiTransport
 
 WARM_UP, REPETITIONS, WAIT_S = 5, 60, 60.0
@@ -39,17 +41,18 @@ def open_store(world: MPI.Intracomm) -> Store:
 def average(gossip: Gossip, t: int, x: torch.Tensor) -> float:
     """Seconds."""
     started = time.perf_counter()
-    pending = [gossip.start(t, x[part], chunk) for chunk, part in enumerate(gossip.chunks(x.numel()))]
-    assert gossip.settle(t)
-    for mix in pending:
-        mix.wait()
+    averaging = gossip.begin(t)
+    for chunk in gossip.chunks([x.numel()]):
+        averaging.send(chunk, "x", x[chunk.part])
+    deque(averaging.settle(), maxlen=0)
+    assert averaging.mixes
     return time.perf_counter() - started
 
 
 def main() -> None:
     torch.set_num_threads(1)
     world = MPI.COMM_WORLD
-    transport, store = MpiTransport(world, timeout_s=60), open_store(world)
+    transport, store = MpiTransport(world, ClientLayout(world.size, 1), world.rank, timeout_s=60), open_store(world)
     schedule = build_mixing(GossipConfig(), world.size, seed=0)
     ready = Gossip(transport, schedule, 4.0, stragglers=LateExchange(transport, PrefixStore("late", store), WAIT_S))
     kinds = {"waits for all": Gossip(transport, schedule, 4.0), "gossip.wait_s": ready}

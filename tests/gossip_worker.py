@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,12 +17,16 @@ import torch
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.transport import transport as shared
+from deca_ds.gossip.strategies import Mean
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.transport import collectives
+from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.transport import Transport
 
 GRAPHS = ["ring", "one_peer_exponential", "erdos_renyi"]
-NUMEL, CHUNK_MIB, STEPS, WINDOW = 10_007, 0.01, 9, 3
+NUMEL, CHUNK_MIB, STEPS = 10_007, 0.01, 9
 SILENT_TAG = 99
 
 
@@ -34,20 +38,27 @@ def digest(x: torch.Tensor) -> str:
     return hashlib.sha256(x.numpy().tobytes()).hexdigest()
 
 
-def average(transport: Transport, graph: str, steps: int = STEPS) -> torch.Tensor:
-    """The shard after `steps` averagings, in chunks with WINDOW of them under way, as the trainer does it."""
+def mix(gossip: Gossip, t: int, x: torch.Tensor) -> torch.Tensor:
+    """What averaging t makes of the shard of a block that is one parameter, as the trainer does it."""
+    averaging, mixed = gossip.begin(t), x.clone()
+
+    def take(means: Iterable[Mean]) -> None:
+        for chunk, _, values in means:
+            mixed[chunk.part] = values
+
+    for chunk in gossip.chunks([x.numel()]) if averaging.mixes else ():
+        take(averaging.send(chunk, "x", x[chunk.part]))
+    take(averaging.settle())
+    return mixed
+
+
+def average(transport: Transport, graph: str, steps: int = STEPS, wire: str = "float32") -> torch.Tensor:
+    """The shard after `steps` averagings, in chunks."""
     schedule = build_mixing(GossipConfig(graph=graph), transport.clients, seed=4)
-    gossip = Gossip(transport, schedule, CHUNK_MIB)
+    gossip = Gossip(transport, schedule, CHUNK_MIB, codec=CODECS[wire])
     x = start_values(transport.client)
     for t in range(steps):
-        pending = []
-        for chunk, part in enumerate(gossip.chunks(NUMEL)):
-            pending.append((part, gossip.start(t, x[part], chunk)))
-            if len(pending) == WINDOW:
-                done, mix = pending.pop(0)
-                x[done] = mix.wait()
-        for done, mix in pending:
-            x[done] = mix.wait()
+        x = mix(gossip, t, x)
     return x
 
 
@@ -61,16 +72,17 @@ def checks(transport: Transport, hold: Callable[[], None]) -> dict:
     result["bytes"] = transport.bytes_sent
     transport.checksums = True
     assert {graph: digest(average(transport, graph)) for graph in GRAPHS} == {graph: result[graph] for graph in GRAPHS}
-    shared.REDUCE_PIECE = 1000
+    result |= {wire: digest(average(transport, "ring", wire=wire)) for wire in CODECS}
+    collectives.REDUCE_PIECE = 1000
     for dtype in (torch.float32, torch.float64):
         total = start_values(client).to(dtype) / 3
-        transport.all_reduce_sum(total)
+        all_reduce_sum(transport, total)
         result[f"sum {dtype}"] = digest(total)
     one = torch.tensor([float(client)])
-    transport.all_reduce_sum(one)
+    all_reduce_sum(transport, one)
     result["sum of one"] = one.item()
-    result["json"] = transport.gather_json({"client": client, "name": "ü" * client, "loss": 1 / (1 + client)})
-    transport.barrier()
+    result["json"] = gather_json(transport, {"client": client, "name": "ü" * client, "loss": 1 / (1 + client)})
+    barrier(transport)
 
     right, left = (client + 1) % n, (client - 1) % n
     half = torch.empty(5, dtype=torch.bfloat16)
@@ -99,9 +111,10 @@ def run_mpi(folder: Path) -> None:
 
     mpi.MESSAGE_BYTES = 4096  # so that chunks travel in several messages
     world = MPI.COMM_WORLD
-    transport = mpi.MpiTransport(world, timeout_s=60)
+    layout = ClientLayout(world.size, 1)
+    transport = mpi.MpiTransport(world, layout, world.rank, timeout_s=60)
     # A message shorter than its buffer must not pass for a whole one.
-    other = mpi.MpiTransport(world, timeout_s=60)
+    other = mpi.MpiTransport(world, layout, world.rank, timeout_s=60)
     short = ""
     try:
         buffers = {(other.client - 1) % other.clients: torch.empty(3)}
@@ -128,7 +141,7 @@ def run_torch(folder: Path, client: int, clients: int, port: int) -> None:
         store.set(f"hold/{holds}/{client}", "here")
         store.wait([f"hold/{holds}/{j}" for j in range(clients)])
 
-    transport = GlooTransport(store, 3, client, clients, timeout_s=60)
+    transport = GlooTransport(store, ClientLayout(clients, 1), client, timeout_s=60)
     result = checks(transport, hold)
     (folder / f"{client}.json").write_text(json.dumps(result))
     transport.close()

@@ -104,11 +104,10 @@ def assert_simulated(
 
 
 def assert_mostly_simulated(read: Callable[[str, int], Tensor], keys: list[str]) -> None:
-    """What the clients hold is the simulator's, of a bfloat16 model without gossip.
+    """What the clients hold is the simulator's, of a bfloat16 model without gossip, or where bfloat16 travels.
 
-    There both compute the same operations on the same shapes. A master that is off by a unit where vectors end may
-    round to another bfloat16 value, which moves what follows by far more than rounding in float32 does: so a hundredth
-    of the elements may be off by more than that.
+    A master that is off by a unit may round to another bfloat16 value, which moves what follows by far more than
+    rounding in float32 does: so a hundredth of the elements may be off by more than that.
     """
     simulation, off = simulate(keys), []
     for client in range(simulation.clients.clients):

@@ -6,24 +6,13 @@ unknown keys and wrong types. `docs/make_reference.py` writes docs/configuration
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
+
+from deca_ds.config.key import key
 
 # OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: RUF009, UP045
-
-
-def key(default: Any, meaning: str, see: str | None = None) -> Any:
-    """A configuration key.
-
-    meaning: one sentence for the reference and for error messages. see: the page in docs/ that tells more, or
-    page.md#section.
-    """
-    metadata = {"meaning": meaning, "see": see}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -249,6 +238,12 @@ class GossipConfig:
         "until `cluster.timeout_s` ends the job.",
         "failures.md#when-a-client-is-late",
     )
+    wire: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "Data type in which values travel; `bfloat16` halves the traffic and keeps the mean of the clients, which then "
+        "agree to 8 bits of mantissa at best.",
+        "algorithm.md#what-goes-over-the-wire",
+    )
     checksums: bool = key(
         True,
         "Send a checksum with every message, so that a damaged message is never averaged.",
@@ -256,8 +251,8 @@ class GossipConfig:
     )
     chunk_mib: float = key(
         4.0,
-        "Size of a message in MiB; one chunk travels while the next is computed, and a chunk that fits the CPU's "
-        "cache is read from memory once instead of four times.",
+        "Size of a chunk in MiB of float32 values; one chunk travels while the next is computed, and a chunk that fits "
+        "the CPU's cache is read from memory once instead of four times.",
     )
 
 

@@ -1,17 +1,18 @@
-"""What transports that outlive dead clients have in common: exchanges count for all survivors, or are done again."""
+"""Work that outlives dead clients: it counts for all survivors, or is done again without the dead."""
 
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch.distributed import Store
 
 from deca_ds.errors import GossipError, MessageError
-from deca_ds.launch.progress import EVERYBODY
-from deca_ds.transport.transport import PointToPoint, Result
+from deca_ds.launch.members import Members
+from deca_ds.launch.progress import EVERYBODY, Progress
+from deca_ds.transport.commit import Commit, Result
 
 _SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
 
@@ -24,39 +25,54 @@ class Question:
     heard: Callable[[bool], None]
 
 
-class Surviving(PointToPoint):
-    """A transport whose `together` goes on without clients that have died.
+@dataclass
+class ViewChanges:
+    """What connections that are made anew have to do with the rest of this rank.
 
-    questions: asked with every agreement. news: what the first survivor's leader wants all ranks to know after a death,
-    a short text. changed: called with that text when clients have died and `members` is new; on all survivors alike.
-    store: where the survivors meet anew, if they need a place for it; `changed` may have to put up another one.
-    peers_of: whom a connection joins for a client, by the numbers that `exchange` takes: the client itself, or all of
-    its ranks, as UnevenTransport needs it.
+    announcement: what the first survivor's leader wants all ranks to know after a death, a short text. on_change:
+    called with that text when clients have died or come in and `members` is new; on all of them alike. store: where
+    they meet, if they need a place for it; `on_change` may have to put up another one.
     """
 
-    may_lose_clients = True
+    announcement: Callable[[], str] = str
+    on_change: Callable[[str], None] = lambda text: None
+    store: Store | None = None
 
-    def __init__(self, client: int, clients: int):
-        super().__init__(client, clients)
+
+class Reconnecting(Protocol):
+    """A transport whose connections can be made anew without dead clients. changes: whom it tells."""
+
+    members: Members
+    progress: Progress
+    changes: ViewChanges
+
+    def give_up(self) -> None:
+        """Let those that wait for this rank's messages, or for messages of those who wait, do so no more."""
+        ...
+
+    def agree(self, answers: Sequence[bool]) -> list[bool]:
+        """Whether all survivors say yes, question by question, the same for all of them; empty if one has died."""
+        ...
+
+    def reconnect(self) -> bool:
+        """Connect those who are left anew, update `members` and tell `changes`; whether there are fewer now."""
+        ...
+
+
+class SurvivorCommit(Commit):
+    """See Commit; `run` goes on without clients that have died. questions: asked with every agreement."""
+
+    may_repeat = True
+
+    def __init__(self, connections: Reconnecting):
+        self._connections = connections
+        self.members, self.changes = connections.members, connections.changes
         self.questions: list[Question] = []
-        self.news: Callable[[], str] = str
-        self.changed: Callable[[str], None] = lambda news: None
-        self.store: Store | None = None
-        self.peers_of: Callable[[int], Sequence[int]] = lambda client: (client,)
 
-    @property
-    def _peers(self) -> list[int]:
-        """Whom the connections join, in their order there."""
-        return [peer for client in self.members.clients for peer in self.peers_of(client)]
-
-    def _place(self, peer: int) -> int:
-        """See PointToPoint."""
-        return self._peers.index(peer)
-
-    def together(self, work: Callable[[], Result], *, last: bool = False) -> Result:
-        """See Transport. Raises RankLostError if this client has lost a rank, GossipError if messages fail though
-        nobody has died."""
-        spurious = 0
+    def run(self, work: Callable[[], Result], *, last: bool = False) -> Result:
+        """See Commit. Raises RankLostError if this client has lost a rank, GossipError if messages fail though nobody
+        has died."""
+        spurious, connections, progress = 0, self._connections, self._connections.progress
         last_error: MessageError | None = None
         while spurious < _SPURIOUS:
             error: MessageError | None = None
@@ -64,35 +80,23 @@ class Surviving(PointToPoint):
                 result = work()
             except MessageError as failed:
                 error = last_error = failed
-                self._give_up()
+                connections.give_up()
             own = [error is None, last, *(question.answer() for question in self.questions)]
-            with self.progress.waiting(EVERYBODY):
-                answers = self._agree(own)
+            with progress.waiting(EVERYBODY):
+                answers = connections.agree(own)
             if answers and answers[0]:
                 for question, all_said_yes in zip(self.questions, answers[2:], strict=True):
                     question.heard(all_said_yes)
                 return result
-            with self.progress.waiting(EVERYBODY):
-                spurious = 0 if self._rebuild() else spurious + 1
+            with progress.waiting(EVERYBODY):
+                spurious = 0 if connections.reconnect() else spurious + 1
             if spurious and error is not None:
-                print(f"WARNING: {self.progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
+                print(f"WARNING: {progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
         raise GossipError(
             f"messages fail again and again, though all clients are there: {last_error or 'another rank says so'}",
-            where=self.progress.place,
+            where=progress.place,
             fix="look at the output of the other ranks; all of them must run the same configuration",
         )
-
-    @abstractmethod
-    def _give_up(self) -> None:
-        """Let those that wait for this rank's messages, or for messages of those who wait, do so no more."""
-
-    @abstractmethod
-    def _agree(self, answers: Sequence[bool]) -> list[bool]:
-        """Whether all survivors say yes, question by question, the same for all of them; empty if one has died."""
-
-    @abstractmethod
-    def _rebuild(self) -> bool:
-        """Connect those who are left anew, update `members` and tell `changed`; whether there are fewer now."""
 
 
 def bits(answers: Sequence[bool]) -> int:

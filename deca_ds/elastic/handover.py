@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -25,7 +25,6 @@ from deca_ds.algorithm.rule import GRADIENT, Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.engine.client import BlockState, Client
 from deca_ds.errors import GossipError
-from deca_ds.transport.checksums import Exchange
 from deca_ds.transport.transport import HANDOVER_TAG, Transport
 
 _PIECE = 2**22  # elements of a message; bounds the receiver's buffer
@@ -73,9 +72,11 @@ class _StateTransfer:
 
     def __init__(self, transport: Transport, other: int, sends: bool):
         self._transport, self._other, self._sends = transport, other, sends
-        # of all so far, by rank; beside these, of what is alike, by the client
+        # of all so far, by rank; beside these, of what is alike
         self._slices: dict[int, hashlib.blake2b] = defaultdict(hashlib.blake2b)
         self._alike = hashlib.blake2b()
+        routes = transport.routes
+        self._hear_alike = routes.hearers(other) if sends else [routes.source(other)]
 
     def model(self, client: Client) -> None:
         """All parameters, what rounding took from them, and buffers."""
@@ -99,30 +100,32 @@ class _StateTransfer:
 
     def _slice(self, values: Tensor, numel: int) -> None:
         """This rank's slice of a parameter of `numel` elements."""
-        for rank, both_hold in self._transport.partners(numel, self._other):
-            self._move(self._transport.between_ranks, rank, values[both_hold], self._slices[rank])
+        for rank, both_hold in self._transport.routes.shares(numel, self._other):
+            self._move([rank], values[both_hold], self._slices[rank])
 
     def alike(self, values: Tensor) -> None:
         """What all ranks of the giver have whole."""
-        self._move(self._transport.exchange, self._other, values, self._alike)
+        self._move(self._hear_alike, values, self._alike)
 
-    def _move(self, exchange: Callable[..., Exchange], partner: int, values: Tensor, digest: hashlib.blake2b) -> None:
+    def _move(self, ranks: Sequence[int], values: Tensor, digest: hashlib.blake2b) -> None:
+        """To all of `ranks`, or from the only one."""
+        exchange = self._transport.exchange
         for piece in _pieces(values):
             if self._sends:
                 on_host = piece.to("cpu", copy=True).contiguous()
-                exchange(on_host, [partner], {}, HANDOVER_TAG).wait()
+                exchange(on_host, ranks, {}, HANDOVER_TAG).wait()
             else:
                 on_host = torch.empty(piece.shape, dtype=piece.dtype)
-                exchange(on_host[:0], [], {partner: on_host}, HANDOVER_TAG).wait()
+                exchange(on_host[:0], [], {ranks[0]: on_host}, HANDOVER_TAG).wait()
                 piece.copy_(on_host)
             digest.update(on_host.view(torch.uint8).numpy().data)
 
     def end(self) -> None:
         """Compare digests of what was sent and what arrived; the receiver raises GossipError if they differ."""
-        digests = [(self._transport.between_ranks, rank, digest) for rank, digest in sorted(self._slices.items())]
-        for exchange, partner, digest in [*digests, (self._transport.exchange, self._other, self._alike)]:
+        digests = [([rank], digest) for rank, digest in sorted(self._slices.items())]
+        for ranks, digest in [*digests, (self._hear_alike, self._alike)]:
             told = _bytes(digest.digest())
-            self._move(exchange, partner, told, hashlib.blake2b())
+            self._move(ranks, told, hashlib.blake2b())
             if bytes(told.numpy()) != digest.digest():
                 raise GossipError(
                     f"what client {self._other} handed over is not what arrived: the digests differ",

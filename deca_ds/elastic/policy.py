@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config.schema import ClusterConfig
-from deca_ds.elastic.commit import Question, Surviving
+from deca_ds.elastic.commit import Question, SurvivorCommit
 from deca_ds.elastic.handover import Progressed, receive, send
 from deca_ds.elastic.partition import Lookout
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
@@ -36,7 +36,7 @@ class Records(Protocol):
 
 @dataclass
 class Survivors:
-    """Listens to the transport, which where clients differ in size is the one under gossip's. config: when to stop.
+    """Listens to the commit. config: when to stop. rejoinable: over torch, the transport, which lets clients in.
     mixing: the matrices that the run was started with. invite: over torch, brings what clients that come back are told
     up to date. lookout: on leaders, with cluster.return_s. returns: whether this client ends its training here to join
     the others."""
@@ -44,7 +44,8 @@ class Survivors:
     config: ClusterConfig
     cluster: Cluster
     client: Client
-    transport: Surviving
+    commit: SurvivorCommit
+    rejoinable: ReconnectingGloo | None
     gossip: Gossip
     mixing: MixingSchedule
     metrics: Records
@@ -57,10 +58,10 @@ class Survivors:
 
     def __post_init__(self) -> None:
         self._before = self.cluster.members.clients
-        self.transport.questions.append(Question(self.stop.answer, self.stop.heard))
+        self.commit.questions.append(Question(self.stop.answer, self.stop.heard))
         if self.config.return_s:
-            self.transport.questions.append(Question(self._goes_first, self._heard_of_another))
-        self.transport.news, self.transport.changed = self._news, self._changed
+            self.commit.questions.append(Question(self._goes_first, self._heard_of_another))
+        self.commit.changes.announcement, self.commit.changes.on_change = self._news, self._changed
 
     def begin(self, done: int) -> None:
         """After `done` inner steps, at the start of this attempt at the run: with those that are there."""
@@ -70,24 +71,24 @@ class Survivors:
 
     def admit(self, standing: Progressed) -> None:
         """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
-        if isinstance(self.transport, ReconnectingGloo) and self.transport.joining:
-            newcomers = self.transport.joining
+        if self.rejoinable is not None and self.rejoinable.joining:
+            newcomers = self.rejoinable.joining
             self.cluster.progress.enter("letting a client in")
-            self.transport.admit()
+            self.rejoinable.admit()
             for client in newcomers:
-                self.transport.together(partial(self._hand_over, client, standing))
+                self.commit.run(partial(self._hand_over, client, standing))
                 if client in self.cluster.members.clients:
                     record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client), "time": _now()}
                     self.metrics.job("handover", standing.done, record)
 
     def enter(self, rule: Rule, schedule: Schedule) -> Progressed:
         """For a client that comes back: wait until it is let in, and take over where training stands."""
-        assert isinstance(self.transport, ReconnectingGloo)
+        assert self.rejoinable is not None
         self.cluster.progress.enter("waiting to be let in")
-        self.transport.enter()
+        self.rejoinable.enter()
         self.cluster.progress.enter("taking over")
-        self.transport.admit()
-        standing = self.transport.together(
+        self.rejoinable.admit()
+        standing = self.commit.run(
             lambda: receive(self.gossip.transport, self._giver(self.cluster.client), self.client, rule, schedule)
         )
         if standing.stopping:
@@ -134,7 +135,7 @@ class Survivors:
             own = cluster.is_job_leader and self._hosted is not None
             store = self._hosted if own else join_again(self.guard.store, (host, int(port)))
             assert store is not None
-            self.transport.store = store.store
+            self.commit.changes.store = store.store
         ranks = [rank for client in members.clients for rank in cluster.layout.ranks_of(client)]
         self.guard.survive(ranks, store)
         back = [client for client in members.clients if client not in before]

@@ -10,54 +10,48 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed import ProcessGroupGloo
 
 from deca_ds.elastic.agreement import YES, Decision
 from deca_ds.elastic.client import QuorumClient
-from deca_ds.elastic.commit import Surviving, answers_in, bits
+from deca_ds.elastic.commit import ViewChanges, answers_in, bits
 from deca_ds.elastic.reach import Attempts, pairs_apart, vote
 from deca_ds.errors import GossipError
+from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.members import Members
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
-from deca_ds.transport.transport import lost
 
 _CONNECT_S = 30.0  # for the survivors, who have just agreed, to meet in a new group
 _LOOK_S = 0.02  # between two looks at whether a client has gone
 
 
-class ReconnectingGloo(GlooTransport, Surviving):
-    """See GlooTransport; `together` outlives dead clients, and those that come back can be let in.
+class ReconnectingGloo(GlooTransport):
+    """See GlooTransport and Reconnecting; clients that come back can be let in.
 
-    shard, client: what makes this rank's connections, and its number there; 0 and the rank's own number, with
-    layout.ranks_of as peers_of, where they join all ranks (transport/uneven.py). members: what is kept up to date.
-    connected: False for a client that comes back, until it is let in. joining: clients that the last agreement has let
-    in, for `admit`.
+    members: what is kept up to date. connected: False for a client that comes back, until it is let in. joining:
+    clients that the last agreement has let in, for `admit`.
     """
 
     def __init__(
         self,
         votes: QuorumClient,
-        store: Store,
-        shard: int,
-        client: int,
-        members: Members,
+        changes: ViewChanges,
+        layout: ClientLayout,
+        rank: int,
         timeout_s: float,
+        members: Members,
         *,
         connected: bool = True,
-        peers_of: Callable[[int], Sequence[int]] | None = None,
     ):
-        super().__init__(store, shard, client, members.total, timeout_s, connected=False)
-        self.votes, self.store, self._shard = votes, store, shard
-        self.members, self.peers_of = members, peers_of or self.peers_of
+        assert changes.store is not None, "they need a place to meet"
+        super().__init__(changes.store, layout, rank, timeout_s, members, connected=connected)
+        self.votes, self.changes = votes, changes
         self.joining: tuple[int, ...] = ()
-        if connected and len(members) > 1:
-            prefixed = PrefixStore(f"gossip/{shard}", store)
-            self._group = self._connect(prefixed, self._place(client), len(self._peers), timedelta(seconds=timeout_s))
 
     def enter(self) -> None:
         """For a client that comes back: wait until the others let it in."""
@@ -71,23 +65,25 @@ class ReconnectingGloo(GlooTransport, Surviving):
         self.members.clients, self.joining = (*self.members.clients, *self.joining), ()
         self._group = None
         with self.progress.waiting(EVERYBODY):
-            self.changed("")
+            self.changes.on_change("")
             if not self._meet(self._announced, Attempts()):
-                self._rebuild()
-        self._epoch += 1
+                self.reconnect()
+        self.epoch += 1
 
     def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> VotingExchange:
-        """See PointToPoint."""
+        """See Transport."""
         if self._group is None and (receives or destinations):
-            raise lost(self.client, [*receives, *destinations][0], "from", tag, "a client has gone")
+            raise self.lost([*receives, *destinations][0], "from", tag, "a client has gone")
         return VotingExchange(self, self._start(send, destinations, receives, tag), tag)
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """See Reconnecting."""
         self._group = None
 
-    def _agree(self, answers: Sequence[bool]) -> list[bool]:
+    def agree(self, answers: Sequence[bool]) -> list[bool]:
+        """See Reconnecting."""
         decision = self._vote(bits(answers))
         if decision.clients != self.members.clients:
             return []
@@ -99,22 +95,23 @@ class ReconnectingGloo(GlooTransport, Surviving):
         self.progress.tick()
         return decision
 
-    def _rebuild(self) -> bool:
+    def reconnect(self) -> bool:
+        """See Reconnecting."""
         before, told, attempts = self.members.clients, True, Attempts()
         while True:
             self._group = None
             decided = self.votes.clients
             told, self.members.clients = told and decided == self.members.clients, decided
-            speaks = self.client == self._peers[0] and self._shard == 0
-            decision = self._vote(YES, self.news() if speaks else "")
+            speaks = self.rank == self.layout.leader_of(decided[0])
+            decision = self._vote(YES, self.changes.announcement() if speaks else "")
             if decision.clients != decided:  # one more: perhaps the one that had something to tell
                 continue
             if not told:
-                self.changed(decision.news)
+                self.changes.on_change(decision.news)
                 told = True
             if self._meet(decision.number, attempts):
                 break
-        self._epoch += 1
+        self.epoch += 1
         return self.members.clients != before
 
     def _meet(self, number: int, attempts: Attempts) -> bool:
@@ -139,15 +136,15 @@ class ReconnectingGloo(GlooTransport, Surviving):
         """See `_meet`, for this rank."""
         if len(self.members) == 1:
             return True
-        assert self.store is not None
-        store = PrefixStore(f"gossip/{self._shard}/{number}", self.store)
+        assert self.changes.store is not None
+        store = self._key(self.changes.store, number)
         # less than the time after which somebody who waits may be taken for one that hangs
         seconds = min(_CONNECT_S, (self.progress.timeout_s or 2 * _CONNECT_S) / 2)
-        place, size, met = self._place(self.client), len(self._peers), list[ProcessGroupGloo]()
+        peers, met = self.peers, list[ProcessGroupGloo]()
 
         def connect() -> None:
             with contextlib.suppress(GossipError):  # one more is gone, or the store
-                met.append(self._connect(store, place, size, timedelta(seconds=seconds)))
+                met.append(self._connect(store, peers, timedelta(seconds=seconds)))
 
         # gloo may take far longer where packets are lost without a word
         thread, deadline = threading.Thread(target=connect, daemon=True), time.monotonic() + seconds
@@ -170,8 +167,8 @@ class VotingExchange(TorchExchange):
         moved, waiter = seen.moved, self._in_thread(seen)
         while self._works and waiter.is_alive():
             if self._transport.votes.interrupted.is_set():
-                direction, neighbour, _ = self._works[0]
-                raise lost(self._transport.client, neighbour, direction, self._tag, "a client has gone")
+                direction, peer, _ = self._works[0]
+                raise self._transport.lost(peer, direction, self._tag, "a client has gone")
             waiter.join(_LOOK_S)
             progress.wait_for(seen.awaits)
             if seen.moved > moved:

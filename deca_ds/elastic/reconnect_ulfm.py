@@ -7,7 +7,7 @@ or see it later, so one agreement over all ranks of all clients decides whether 
    somebody who has given up; afterwards every request is completed on its own (one that is dropped, or a failing
    Waitall, ends the job later);
 2. shrink the world to those who live. The ranks of a client that has lost one leave, until all clients are whole;
-3. split it anew into one gossip communicator a shard index, agree that this has worked, and tell `changed`.
+3. split it anew into one gossip communicator a group of ranks, agree that this has worked, and tell `changes`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from deca_ds.elastic.commit import Surviving, answers_in, bits
+from deca_ds.elastic.commit import ViewChanges, answers_in, bits
 from deca_ds.errors import GossipError, RankLostError
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.members import Members
@@ -33,74 +33,79 @@ _DRAIN_S = 60.0  # for a revoked communicator to end its requests, which it does
 _NEWS_BYTES = 256
 
 
-class ReconnectingUlfm(MpiTransport, Surviving):
-    """See MpiTransport; `together` outlives dead clients.
+class ReconnectingUlfm(MpiTransport):
+    """See MpiTransport and Reconnecting.
 
-    world: a communicator of all ranks of the job in rank order. members: what is kept up to date. Where clients differ
-    in size it joins all ranks, for UnevenTransport, else those of one shard index.
+    world: a communicator of all ranks of the job in rank order. members: what is kept up to date.
     """
 
-    def __init__(self, world: MPI.Comm, layout: ClientLayout, members: Members, timeout_s: float):
+    def __init__(
+        self,
+        world: MPI.Comm,
+        changes: ViewChanges,
+        layout: ClientLayout,
+        rank: int,
+        timeout_s: float,
+        members: Members,
+    ):
         self._everybody = self.duplicate(world, timeout_s)
         self._ranks = self._everybody.Get_group()  # of the start: what ranks are numbered by
-        self._rank = self._everybody.Get_rank()
-        self._color = layout.shard_of(self._rank) if layout.even else 0
-        super().__init__(self._everybody.Split(color=self._color, key=self._rank), timeout_s)
-        self.members = members
-        if not layout.even:
-            self.peers_of = layout.ranks_of
-        self._layout, self._own = layout, layout.client_of(self._rank)
+        self._color = layout.group_of(rank)
+        super().__init__(self._everybody.Split(color=self._color, key=rank), layout, rank, timeout_s, members)
+        self.changes = changes
         self._exchanges: list[MpiExchange] = []
 
     def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> MpiExchange:
-        """See PointToPoint."""
+        """See Transport."""
         self._exchanges = [exchange for exchange in self._exchanges if exchange.requests]
         started = super()._exchange(send, destinations, receives, tag)
         self._exchanges.append(started)
         return started
 
-    def _agree(self, answers: Sequence[bool]) -> list[bool]:
+    def agree(self, answers: Sequence[bool]) -> list[bool]:
+        """See Reconnecting."""
         number = np.array([bits(answers)], dtype=np.int32)
         try:
             request = self._everybody.Iagree(number)
             if not poll(request.Test, time.monotonic() + self.timeout_s):
-                raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self._own}")
+                raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self.client}")
         except self._mpi.Exception:
             return []
         finally:
             self.progress.tick()
         return answers_in(int(number[0]), len(answers))
 
-    def _rebuild(self) -> bool:
+    def reconnect(self) -> bool:
+        """See Reconnecting."""
         self._end_requests()
         before = self.members.clients
         while True:
             self._everybody = self._everybody.Shrink()
             self._everybody.Set_errhandler(self._mpi.ERRORS_RETURN)
             living = self._living()
-            whole = [c for c in before if all(rank in living for rank in self._layout.ranks_of(c))]
-            if self._own not in whole:
-                lost = sorted(set(self._layout.ranks_of(self._own)) - living)
-                raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self._own} is gone")
+            whole = [c for c in before if all(rank in living for rank in self.layout.ranks_of(c))]
+            if self.client not in whole:
+                lost = sorted(set(self.layout.ranks_of(self.client)) - living)
+                raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
             self.members.clients = tuple(whole)
-            if len(living) > sum(len(self._layout.ranks_of(c)) for c in whole):
+            if len(living) > sum(len(self.layout.ranks_of(c)) for c in whole):
                 continue  # the next shrink waits until these have left
             try:
-                comm = self._everybody.Split(color=self._color, key=self._rank)
+                comm = self._everybody.Split(color=self._color, key=self.rank)
                 news = self._tell()
                 through = True
             except self._mpi.Exception:  # one more
                 self._everybody.Revoke()
                 through = False
-            if self._agree([through]) == [True]:
+            if self.agree([through]) == [True]:
                 break
         comm.Set_errhandler(self._mpi.ERRORS_RETURN)
         self._comm = comm
-        self._epoch += 1
+        self.epoch += 1
         if self.members.clients != before:
-            self.changed(news)
+            self.changes.on_change(news)
         return self.members.clients != before
 
     def _living(self) -> set[int]:
@@ -112,19 +117,20 @@ class ReconnectingUlfm(MpiTransport, Surviving):
         """The news of the lowest rank that lives."""
         text = bytearray(_NEWS_BYTES)
         if self._everybody.Get_rank() == 0:
-            own = self.news().encode()
+            own = self.changes.announcement().encode()
             text[: len(own)] = own
         self._everybody.Bcast(text, root=0)
         return text.rstrip(b"\0").decode()
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """See Reconnecting."""
         assert self._comm is not None, "the transport is closed"
         if not self._comm.Is_revoked():
             self._comm.Revoke()
 
     def _end_requests(self) -> None:
         """Complete all that is under way."""
-        self._give_up()
+        self.give_up()
         deadline = time.monotonic() + _DRAIN_S
         left = [request for exchange in self._exchanges for request in exchange.requests] + self._abandoned
         self._abandoned = [request for request in left if not poll(partial(self._ended, request[2]), deadline)]

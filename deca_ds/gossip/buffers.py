@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Flat float32 CPU buffers, used again; page-locked if `pinned`, as copies to and from a GPU want them."""
+    """Flat CPU buffers, used again; page-locked if `pinned`, as copies to and from a GPU want them."""
 
-    def __init__(self, pinned: bool):
-        self._pinned = pinned
+    def __init__(self, dtype: torch.dtype, pinned: bool):
+        self._dtype, self._pinned = dtype, pinned
         self._free: list[Tensor] = []  # ascending by size
 
     def take(self, numel: int) -> Tensor:
@@ -20,7 +20,7 @@ class BufferPool:
                 return self._free.pop(place)
         if self._free:
             self._free.pop(0)
-        return torch.empty(numel, dtype=torch.float32, pin_memory=self._pinned)
+        return torch.empty(numel, dtype=self._dtype, pin_memory=self._pinned)
 
     def give_back(self, buffer: Tensor) -> None:
         """Make a taken buffer free again."""

@@ -15,12 +15,45 @@ sum to 1 any more and clipping moves the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from deca_ds.algorithm.norms import squared_norm
+
+if TYPE_CHECKING:
+    from deca_ds.gossip.message import Message
+    from deca_ds.gossip.strategies import Averaging
+
+
+class Clip:
+    """Gives the messages of an averaging the weights that clip. radius: tau. client_sum: of a number over the ranks of
+    this client, all of which call `reweigh`, also those whose shard is empty."""
+
+    def __init__(self, radius: float, client_sum: Callable[[float], float] = float):
+        self.radius, self._client_sum = radius, client_sum
+
+    def reweigh(self, averaging: Averaging, messages: Sequence[Message]) -> None:
+        """Receives all of them. Raises GossipError if a neighbour is not at a finite distance."""
+        client, sources = averaging.gossip.transport.client, averaging.gossip.schedule.sources
+        squares: dict[int, float] = dict.fromkeys(sources(client, averaging.t), 0.0)
+        for message in messages:
+            message.receive()
+            terms = message.terms()
+            for j in terms.keys() - {client}:
+                squares[j] += squared_distance(terms[j], terms[client])
+        if not all(map(math.isfinite, squares.values())):
+            for message in messages:
+                message.refuse_not_finite()
+        distances = {j: self._client_sum(square) ** 0.5 for j, square in squares.items()}
+        for j, distance in distances.items():
+            if not math.isfinite(distance):
+                raise averaging.refusal(f"the block of client {j} is not at a finite distance", j)
+        for message in messages:
+            near = {j: distances[j] for j in message.buffers}
+            message.weights = clipped_weights(message.weights, client, near, self.radius)
 
 
 def clipped_weights(
@@ -37,7 +70,7 @@ def clipped_weights(
 
 
 def squared_distance(theirs: Tensor, own: Tensor) -> float:
-    """|x_j - x_i|^2 of a chunk, flat float32; `theirs` may be on another device."""
-    difference = theirs.to(own.device) - own.detach()
+    """|x_j - x_i|^2 of a chunk, flat float32."""
+    difference = theirs - own
     square = float(squared_norm(difference))
     return square if math.isfinite(square) else float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2

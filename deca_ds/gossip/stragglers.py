@@ -17,13 +17,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.distributed import Store
 
 from deca_ds.gossip.buffers import BufferPool
 from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision
 from deca_ds.transport.checksums import Exchange
+from deca_ds.transport.chunks import exchange_chunk
+from deca_ds.transport.intersections import Chunk
 from deca_ds.transport.mpi import poll
 from deca_ds.transport.transport import Transport
 
@@ -87,17 +88,18 @@ class LateExchange:
         """Those of `neighbours` to and from whom an averaging that starts now sends."""
         return [j for j in neighbours if j not in self._resting]
 
-    def exchange(self, pool: BufferPool, send: Tensor, numel: int, buffers: Mapping[int, Tensor], tag: int) -> Exchange:
-        """Start sending the first `numel` elements of `send` to all neighbours that have one of `buffers`, to be
-        received into. All are of `pool`; `send` goes back there by itself, and so do the buffers of skipped ones.
-        What it returns is to be waited for after `settle`."""
-        lease = _Lease(pool, send, len(buffers))
-        nothing = torch.empty(0)
+    def exchange(
+        self, pool: BufferPool, send: Tensor, chunk: Chunk, buffers: Mapping[int, Tensor], tag: int
+    ) -> Exchange:
+        """Start sending this rank's part of a chunk, the first elements of `send`, to all neighbours that have one of
+        `buffers`, to be received into. All are of `pool`; `send` goes back there by itself, and so do the buffers of
+        skipped ones. What it returns is to be waited for after `settle`."""
+        lease, own = _Lease(pool, send, len(buffers)), send[: chunk.numel]
         for j, buffer in buffers.items():
-            exchange = self._transport.exchange(nothing, [], {j: buffer[:numel]}, tag)
+            exchange = exchange_chunk(self._transport, chunk, own, [], {j: buffer[: chunk.numel]}, tag)
             self._coming[j].append(_Message(exchange, _Lease(pool, buffer, 1)))
         for j in buffers:
-            self._leaving[j].append(_Message(self._transport.exchange(send[:numel], [j], {}, tag), lease))
+            self._leaving[j].append(_Message(exchange_chunk(self._transport, chunk, own, [j], {}, tag), lease))
         return _Settled()
 
     def settle(self, t: int, neighbours: Sequence[int]) -> dict[int, bool]:

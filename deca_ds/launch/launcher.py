@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from deca_ds.errors import LaunchError
 
@@ -147,7 +149,7 @@ class ClientLayout:
     def client_of(self, rank: int) -> int:
         if self.even:
             return rank // self.ranks_per_client
-        return next(client for client in range(self.clients) if rank in self.ranks_of(client))
+        return bisect_right(list(accumulate(self.sizes)), rank)
 
     def shard_of(self, rank: int) -> int:
         return rank - self.leader_of(self.client_of(rank))
@@ -167,3 +169,12 @@ class ClientLayout:
             return self.ranks_of(client)
         partner = self.leader_of(client) + self.shard_of(rank)
         return range(partner, partner + 1)
+
+    def group_of(self, rank: int) -> int:
+        """Which ranks of all clients exchange with each other: those of one index, the group's number, or all of them,
+        group 0."""
+        return self.partners(rank, 0).start
+
+    def named(self, rank: int) -> str:
+        """For messages."""
+        return f"rank {rank} (client {self.client_of(rank)})"

@@ -33,9 +33,9 @@ class Cluster:
     """Where this process stands: client `client`, shard index `shard` of its `ranks`.
 
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
-    communicator of all ranks with this shard index, in client order; of all ranks where clients differ in size; None
-    where gossip goes over torch. progress: what this rank is doing. members: the clients that are there.
-    client_store: this client's own, None where its leader does not host one.
+    communicator of this rank's group (ClientLayout.group_of), in rank order; None where gossip goes over torch.
+    progress: what this rank is doing. members: the clients that are there. client_store: this client's own, None where
+    its leader does not host one.
     """
 
     launch: Launch
@@ -136,7 +136,7 @@ def connect(
         from mpi4py import MPI
 
         progress.wait_for(EVERYBODY)
-        comm = MPI.COMM_WORLD.Split(color=shard if layout.even else 0, key=launch.rank)
+        comm = MPI.COMM_WORLD.Split(color=layout.group_of(launch.rank), key=launch.rank)
     return Cluster(launch, layout, store, device, comm, progress, client_store)
 
 

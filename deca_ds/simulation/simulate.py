@@ -18,13 +18,12 @@ from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.engine.masters import rounded
 from deca_ds.gossip.clip import clipped_weights
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.divergence import diverged
 from deca_ds.training.evaluation import MEAN, average, summarize
 from deca_ds.training.method import step_learning_rate
-
-_BYTES = 4  # of a parameter on the wire
 
 
 @dataclass
@@ -117,10 +116,9 @@ class Simulation:
         part = dict(state) if rows is None else {name: tensor[rows] for name, tensor in state.items()}
         if mixed:
             assert step.gossip is not None
-            w = self._weights(step.gossip, state[self.rule.travels[0]])
-            sent = {name: w @ state[name] for name in self.rule.travels}
-            for name in self.rule.travels:
-                self.rule.accept(part, name, sent[name] if rows is None else sent[name][rows])
+            means = self._means(step.gossip, {name: state[name] for name in self.rule.travels})
+            for name, mean in means.items():
+                self.rule.accept(part, name, mean if rows is None else mean[rows])
         else:
             self.rule.stay(part)
         norm: Tensor | float = 0.0
@@ -130,6 +128,17 @@ class Simulation:
         if rows is not None:
             for name, tensor in state.items():
                 tensor[rows] = part[name]
+
+    def _means(self, t: int, values: State) -> dict[str, Tensor]:
+        """What averaging t makes of what travels, [n, numel] each; see gossip/codec.py."""
+        codec = CODECS[self.config.gossip.wire]
+        coded = {name: codec.coded(each) for name, each in values.items()}
+        w = self._weights(t, next(iter(coded.values())))
+        means = {name: w @ each for name, each in coded.items()}
+        if not codec.exact:
+            for name, mean in means.items():
+                mean.add_(values[name] - coded[name])
+        return means
 
     def _weights(self, t: int, sent: Tensor) -> Tensor:
         """The matrix [n, n] of averaging t, with clipping the one for these parameters [n, numel]."""
@@ -174,7 +183,7 @@ class Simulation:
             "loss": losses,
             "spread_before": before,
             "spread_after": after,
-            "bytes_sent": [_BYTES * sent for sent in self.sent],
+            "bytes_sent": [CODECS[self.config.gossip.wire].bytes * sent for sent in self.sent],
         }
 
     def _evaluate(self, done: int) -> None:

@@ -22,6 +22,7 @@ from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
 from deca_ds.engine.output_head import find_head
 from deca_ds.gossip import subset
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
@@ -71,6 +72,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
+    if mixing.messages:
+        console.print(_traffic(config, plan), highlight=False)
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
         gap = subset.spectral_gap(without, [c for c in range(clients) if c not in config.cluster.absent])
@@ -170,6 +173,17 @@ def _all_logits(config: Config, model: PreTrainedModel) -> str:
     return (
         f"logits: the forward of {type(model).__name__} is not a body and one linear head, so that the loss holds all "
         f"logits of a micro-batch: {mib:,.1f} MiB in float32, and as much for their gradient"
+    )
+
+
+def _traffic(config: Config, plan: BlockPlan) -> str:
+    """What an averaging sends."""
+    tensors, codec = len(build_rule(config).travels), CODECS[config.gossip.wire]
+    largest = codec.bytes * tensors * max(block.numel for block in plan.blocks)
+    each = f" of {tensors} tensors" if tensors > 1 else ""
+    return (
+        f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
+        f"sends {decimal(largest)} from a client to each neighbour"
     )
 
 

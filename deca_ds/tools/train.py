@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         on_stop(guard.stop.ask)
         finished = trainer.train()
         guard.progress.enter("the end")
-        transport, members = trainer.gossip.transport, trainer.cluster.members
-        transport.together(transport.barrier)
+        members = trainer.cluster.members
+        trainer.meet()
         trainer.metrics.close()
         check_held(trainer.output)
         if trainer.cluster.is_job_leader:
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
         if finished and not config.checkpoint.every:  # it was for a failure before this
-            transport.together(transport.barrier)
+            trainer.meet()
             trainer.checkpoints.forget(trainer.done)
         if trainer.survivors is not None and trainer.survivors.returns:
             guard.come_back("is in the smaller part of the network, or alone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,26 +22,27 @@ from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.data.checks import tell_files
 from deca_ds.elastic.client import QuorumClient
-from deca_ds.elastic.commit import Surviving
+from deca_ds.elastic.commit import SurvivorCommit
 from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.partition import Lookout
 from deca_ds.elastic.policy import Survivors
-from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.rejoin import save_addresses
 from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
-from deca_ds.gossip.uneven import UnevenGossip
 from deca_ds.launch import Cluster
 from deca_ds.launch.compare import digest, software
 from deca_ds.launch.progress import SHARED
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.completion import Agreed, StoreCount, Written
+from deca_ds.training.connect import Connected
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule
@@ -49,19 +50,17 @@ from deca_ds.training.metrics import Metrics
 from deca_ds.training.prepare import first_of_host, load_shared
 from deca_ds.training.start import Job, NewRun, Start
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
-from deca_ds.transport.transport import Transport
-from deca_ds.transport.uneven import UnevenTransport
 from deca_ds.watchdog.guard import JobGuard
 from deca_ds.watchdog.lifelines import Lifeline
 from deca_ds.watchdog.stop import StopByCommit
 
 
 def build(
-    config: Config, cluster: Cluster, transport: Transport, guard: JobGuard, start: Start | None = None
+    config: Config, cluster: Cluster, connected: Connected, guard: JobGuard, start: Start | None = None
 ) -> Trainer:
     """Everything that `Trainer` needs; all ranks call this. start: None is a new run. A client that comes back returns
     when the others have let it in."""
-    start = start or NewRun()
+    start, transport = start or NewRun(), connected.transport
     job = Job(config, cluster, transport, guard, build_mixing(config.gossip, cluster.clients, config.run.seed))
     architecture, tokenizer = _load_tokenizer(job, start.ranks(cluster))
     data = _load_data(job, architecture, tokenizer)
@@ -75,17 +74,16 @@ def build(
     client.check_loss(next(one_row))
     start.compare_models(job, client, vocabulary)
     attempt = start.attempt(job, client)
-    gossip = _connect_gossip(job, client, attempt)
+    gossip = _make_gossip(job, connected, client, attempt)
     standing = start.restore(job, client, rule, schedule, gossip)
     metrics = Metrics(config.logging, cluster, job.output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
     survivors = None
-    way = transport.ranks if isinstance(transport, UnevenTransport) else transport
-    if isinstance(way, Surviving):
-        written = Agreed(way, start.resumed, config.cluster.absent)
+    if connected.survivors is not None:
+        written = Agreed(connected.survivors, start.resumed, config.cluster.absent)
         told = {"attempt": attempt, "tokenizer": vocabulary, "label_names": data.label_names}
         told |= {"common_evaluation": data.summary["common_evaluation"], "date": config.data.date}
-        survivors = _outlive_others(job, way, client, gossip, metrics, told)
+        survivors = _outlive_others(job, connected, connected.survivors, client, gossip, metrics, told)
         standing = start.join(job, survivors, standing, rule, schedule, metrics)
         guard.let_others_go_on()
     checkpoints = Checkpoints(
@@ -120,7 +118,9 @@ def build(
         schedule=schedule,
         gossip=gossip,
         batches=batches,
-        evaluator=Evaluator(client, cluster, transport, data, evaluation.batch_size, pad_id, evaluation.mean_model),
+        evaluator=Evaluator(
+            client, cluster, transport, gossip.commit, data, evaluation.batch_size, pad_id, evaluation.mean_model
+        ),
         metrics=metrics,
         checkpoints=checkpoints,
         stop=guard.stop,
@@ -180,45 +180,53 @@ def _load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrained
     return client
 
 
-def _connect_gossip(job: Job, client: Client, attempt: int) -> Gossip:
+def _make_gossip(job: Job, connected: Connected, client: Client, attempt: int) -> Gossip:
     """The averaging with neighbours; where late ones are left out, on a connection of its own to the job's store."""
-    config, cluster, transport = job.config, job.cluster, job.transport
+    config, cluster, transport = job.config, job.cluster, connected.transport
+    radius = config.gossip.clip_radius
     stragglers = None
     if config.gossip.wait_s is not None:
         store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
         stragglers = LateExchange(transport, store, config.gossip.wait_s)
-    make: Callable[..., Gossip] = Gossip
-    if isinstance(transport, UnevenTransport):
-        messages = len(METHODS[config.algorithm.method].rule.travels)
-        make = partial(UnevenGossip, numels=client.block_numels, messages=messages)
-    return make(
+    return Gossip(
         transport,
         job.mixing,
         config.gossip.chunk_mib,
         cluster.device,
-        clip_radius=config.gossip.clip_radius,
-        client_sum=client.client_sum,
+        codec=CODECS[config.gossip.wire],
+        commit=connected.commit,
+        clip=None if radius is None else Clip(radius, client.client_sum),
         stragglers=stragglers,
+        client_sum=client.client_sum,
         reports=cluster.is_leader,
     )
 
 
 def _outlive_others(
-    job: Job, way: Surviving, client: Client, gossip: Gossip, metrics: Metrics, told: dict[str, Any]
+    job: Job,
+    connected: Connected,
+    commit: SurvivorCommit,
+    client: Client,
+    gossip: Gossip,
+    metrics: Metrics,
+    told: dict[str, Any],
 ) -> Survivors:
     """What goes on without clients that have died, and over torch lets them in again. told: see Invitation."""
     config, cluster, guard = job.config, job.cluster, job.guard
     stop = guard.stop = StopByCommit()
-    survivors = Survivors(config.cluster, cluster, client, way, gossip, job.mixing, metrics, guard, stop)
+    survivors = Survivors(
+        config.cluster, cluster, client, commit, connected.rejoinable, gossip, job.mixing, metrics, guard, stop
+    )
     assert cluster.client_store is not None, "`connect` opens it"
     lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
     guard.farewells.append(lifeline.close)
-    if isinstance(way, ReconnectingGloo) and cluster.is_leader:
+    if connected.rejoinable is not None and cluster.is_leader:
+        votes = connected.rejoinable.votes
         told["software"] = software(config, [matrix.tobytes() for matrix in job.mixing.matrices])
-        survivors.invite = partial(_invite, job, way.votes, told)
+        survivors.invite = partial(_invite, job, votes, told)
         survivors.invite()
         if config.cluster.return_s:
-            survivors.lookout = Lookout(way.votes, cluster.client, config.cluster.min_clients)
+            survivors.lookout = Lookout(votes, cluster.client, config.cluster.min_clients)
     return survivors
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from typing import Protocol
 
-from deca_ds.elastic.commit import Question, Surviving
+from deca_ds.elastic.commit import Question, SurvivorCommit
 from deca_ds.errors import CheckpointError
 from deca_ds.launch import Cluster
 from deca_ds.launch.progress import EVERYBODY
@@ -81,13 +81,13 @@ class Agreed:
     death has to stay, and newer ones that the dead may have written.
     """
 
-    def __init__(self, transport: Surviving, resumed: int | None, absent: Collection[int] = ()):
-        self._transport, self._absent = transport, frozenset(absent)
+    def __init__(self, commit: SurvivorCommit, resumed: int | None, absent: Collection[int] = ()):
+        self._commit, self._absent = commit, frozenset(absent)
         self._whole = resumed  # the newest that all clients but the absent are known to have written
         self._begun_by_all: set[int] = set()  # newer ones that they may have written
         self._begun = self._written = self._complete = -1
         self._all_have = False  # at the last agreement
-        transport.questions.append(Question(lambda: self._written == self._begun, self._heard))
+        commit.questions.append(Question(lambda: self._written == self._begun, self._heard))
 
     def begin(self, step: int) -> None:
         """See Written."""
@@ -97,7 +97,7 @@ class Agreed:
 
     @property
     def _one_is_missing(self) -> bool:
-        return not self._absent.issuperset(self._transport.members.missing)
+        return not self._absent.issuperset(self._commit.members.missing)
 
     def add(self, step: int) -> None:
         """See Written."""
@@ -114,10 +114,10 @@ class Agreed:
     def wait(self, step: int) -> None:
         """See Written."""
         # at least once: one that has come back does not know what the others had agreed on before
-        self._transport.together(lambda: None)
+        self._commit.run(lambda: None)
         while not self._all_have:
             time.sleep(0.05)
-            self._transport.together(lambda: None)
+            self._commit.run(lambda: None)
 
     def _heard(self, all_have: bool) -> None:
         self._all_have = all_have

@@ -1,75 +1,76 @@
-"""The transport between clients, by how the job was launched and what it is to outlive."""
+"""The way to the other clients, by how the job was launched and what it is to outlive."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch.distributed import PrefixStore
 
 from deca_ds.config import Config
 from deca_ds.elastic.client import QuorumClient, open_votes
+from deca_ds.elastic.commit import SurvivorCommit, ViewChanges
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
 from deca_ds.elastic.rejoin import Visit
 from deca_ds.launch import Cluster
 from deca_ds.launch.progress import EVERYBODY
+from deca_ds.transport.commit import Commit
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.mpi import MpiTransport
 from deca_ds.transport.transport import Transport
-from deca_ds.transport.uneven import UnevenTransport, all_ranks_join, torch_between_ranks
 from deca_ds.watchdog.guard import JobGuard
 
 
-def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None = None) -> Transport:
-    """The way between same-index ranks of all clients, or between all ranks where clients differ in size: MPI where the
-    launcher made an MPI world, else torch.
+@dataclass(frozen=True)
+class Connected:
+    """A rank's way to the other clients. survivors: where clients may die. rejoinable: where they may also come back,
+    the transport, as what lets them in."""
+
+    transport: Transport
+    survivors: SurvivorCommit | None = None
+    rejoinable: ReconnectingGloo | None = None
+
+    @cached_property
+    def commit(self) -> Commit:
+        return self.survivors or Commit()
+
+
+def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None = None) -> Connected:
+    """Join this rank with its peers in the other clients: over MPI where the launcher made an MPI world, else torch.
 
     visit: of a client that comes back; its transport is not connected until it is let in.
     """
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
-    timeout_s, survives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
-    transport: MpiTransport | GlooTransport | UnevenTransport
-    if survives and cluster.gossip_comm is None:
-        transport = _voting(config, cluster, guard, visit, timeout_s)
-    elif survives:
+    timeout_s, outlives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
+    place = cluster.layout, cluster.launch.rank, timeout_s, cluster.members
+    if outlives and cluster.gossip_comm is None:
+        connected = _voting(config, cluster, guard, visit, timeout_s)
+    elif outlives:
         from mpi4py import MPI
 
-        transport = ReconnectingUlfm(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
+        ulfm = ReconnectingUlfm(MPI.COMM_WORLD, ViewChanges(), *place)
+        connected = Connected(ulfm, SurvivorCommit(ulfm))
     elif cluster.gossip_comm is not None:
-        transport = MpiTransport(cluster.gossip_comm, timeout_s)
+        connected = Connected(MpiTransport(cluster.gossip_comm, *place))
     else:
-        store = PrefixStore("transport", cluster.store.store)
-        if cluster.layout.even:
-            transport = GlooTransport(store, cluster.shard, cluster.client, cluster.clients, timeout_s)
-        else:
-            transport = torch_between_ranks(store, cluster.launch, timeout_s)
-    transport.checksums = config.gossip.checksums
-    if not cluster.layout.even:
-        transport = UnevenTransport(transport, cluster.layout)
+        connected = Connected(GlooTransport(PrefixStore("transport", cluster.store.store), *place))
     cluster.progress.wait_for(None)
-    transport.progress = cluster.progress
-    return transport
+    connected.transport.checksums, connected.transport.progress = config.gossip.checksums, cluster.progress
+    return connected
 
 
-def _voting(
-    config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float
-) -> ReconnectingGloo:
-    silence_s = config.cluster.timeout_s
+def _voting(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float) -> Connected:
+    launch, layout, silence_s = cluster.launch, cluster.layout, config.cluster.timeout_s
     if visit is None:
-        votes = open_votes(cluster.launch, cluster.layout, cluster.store, timeout_s, silence_s)
+        votes = open_votes(launch, layout, cluster.store, timeout_s, silence_s)
     else:
-        votes = QuorumClient(
-            cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, silence_s, visit.own, visit
-        )
+        votes = QuorumClient(launch.rank, layout, visit.addresses, timeout_s, silence_s, visit.own, visit)
     guard.farewells.append(votes.close)
     guard.put_out_who_hangs = votes.stalled
     guard.cut_off, guard.return_s = votes.cut_off, max(guard.return_s, config.cluster.return_s)
-    store, connected = guard.store.store, visit is None
-    if cluster.layout.even:
-        return ReconnectingGloo(
-            votes, store, cluster.shard, cluster.client, cluster.members, timeout_s, connected=connected
-        )
-    rank, ranks_of = cluster.launch.rank, cluster.layout.ranks_of
-    with all_ranks_join(cluster.launch, timeout_s):
-        return ReconnectingGloo(
-            votes, store, 0, rank, cluster.members, timeout_s, connected=connected, peers_of=ranks_of
-        )
+    changes = ViewChanges(store=guard.store.store)
+    place = layout, launch.rank, timeout_s, cluster.members
+    gloo = ReconnectingGloo(votes, changes, *place, connected=visit is None)
+    return Connected(gloo, SurvivorCommit(gloo), gloo)

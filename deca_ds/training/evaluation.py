@@ -20,6 +20,8 @@ from deca_ds.engine.masters import round_into
 from deca_ds.errors import DivergedError
 from deca_ds.launch import Cluster
 from deca_ds.training.divergence import FIX
+from deca_ds.transport.collectives import all_reduce_sum, gather_json, sum_slices
+from deca_ds.transport.commit import Commit
 from deca_ds.transport.transport import Transport
 
 MEAN = "the mean of the clients' models"
@@ -32,6 +34,7 @@ class Evaluator:
     client: Client
     cluster: Cluster
     transport: Transport
+    commit: Commit
     data: ClientData
     batch_size: int
     pad_id: int
@@ -72,13 +75,13 @@ class Evaluator:
         trained = [name for block in self.client.plan.blocks for name in block.names]
         with self.client.borrowed_shards(trained) as shards:
             numels = [prod(self.client.shapes[name]) for name in trained]
-            squared = self.client.client_sum(self.transport.together(lambda: self._average(shards, numels)))
-            total = self.transport.together(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
+            squared = self.client.client_sum(self.commit.run(lambda: self._average(shards, numels)))
+            total = self.commit.run(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
             if self.data.common_evaluation is not None:
                 scores = self._score(self.data.common_evaluation, MEAN, shared=True)
             else:  # private sets, of which a client may have none
                 own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation, MEAN)
-                scores = average(self.transport.together(lambda: self.transport.gather_json(own)))
+                scores = average(self.commit.run(lambda: gather_json(self.transport, own)))
             self.client.end_scoring()
         distance = (float(total) / len(self.cluster.members)) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
@@ -90,7 +93,7 @@ class Evaluator:
         """
         squared = 0.0
         held = [shard.numel() for shard, _ in shards]
-        sums = self.transport.sum_slices(numels, held, lambda number, elements: shards[number][1](elements))
+        sums = sum_slices(self.transport, numels, held, lambda number, elements: shards[number][1](elements))
         for number, elements, mean in sums:
             shard, masters = shards[number]
             mean /= len(self.cluster.members)
@@ -117,13 +120,13 @@ class Evaluator:
         dist.all_reduce(on_device)
         totals = on_device.cpu().contiguous()
         if shared:
-            totals = self.transport.together(lambda: self._sum(totals))
+            totals = self.commit.run(lambda: self._sum(totals))
         return summarize(totals, dataset, self.data.label_names, whose or f"client {self.cluster.client}")
 
     def _sum(self, totals: Tensor) -> Tensor:
         """Over all clients."""
         totals = totals.clone()
-        self.transport.all_reduce_sum(totals)
+        all_reduce_sum(self.transport, totals)
         return totals
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.step import inner_step
 from deca_ds.training.tables import untrained
+from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 
@@ -52,6 +53,8 @@ class Trainer:
     survivors: Survivors | None = None  # where clients may die
     told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
     state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it
+
+    _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, if it is made
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.client, self.cluster, self.rule.buffers)
@@ -91,6 +94,10 @@ class Trainer:
         self.gossip.drain()
         return False
 
+    def meet(self) -> None:
+        """Wait until all ranks of all clients are here."""
+        self.gossip.commit.run(lambda: barrier(self.gossip.transport))
+
     def _goes_on(self) -> bool:
         """Whether the job is not to stop here; before that, clients that come back are let in."""
         if self.survivors is not None:
@@ -106,9 +113,10 @@ class Trainer:
         assert self.state is not None
         started, waited = time.perf_counter(), self.gossip.wait_seconds
         lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
+        batch = next(self.batches) if self._batch is None else self._batch
         stats = inner_step(
-            self.client, self.state, self.rule, self.gossip, step, next(self.batches), lr, self.config.optimizer,
-            self._watch.gradient,
+            self.client, self.state, self.rule, self.gossip, step, batch, lr, self.config.optimizer,
+            self._watch.gradient, self._make_next_batch,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
@@ -117,6 +125,11 @@ class Trainer:
             self.client.close_block()
             self.state = None
         self.done = step.index + 1
+
+    def _make_next_batch(self, end: Callable[[], None]) -> None:
+        """A Boundary: while the last chunks travel, this rank makes the batch of the next inner step."""
+        self._batch = next(self.batches)
+        end()
 
     def _tell_untrained(self, step: Step) -> None:
         """Say once for every block what no gradient has reached in its activation: its inner steps are wasted on it."""

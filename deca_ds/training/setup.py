@@ -24,7 +24,7 @@ from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import check_on_failure
 from deca_ds.training.build import build
 from deca_ds.training.claim import take_for_job
-from deca_ds.training.connect import connect_transport
+from deca_ds.training.connect import connect_clients
 from deca_ds.training.day import agree_on_day
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import check_method
@@ -57,7 +57,7 @@ def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobG
     if config.run.resume != "never":
         begins = _resume(config, launch, store, guard, layout, mixing)
     cluster = connect(config, launch, store, guard.progress)
-    return build(config, cluster, connect_transport(config, cluster, guard), guard, begins)
+    return build(config, cluster, connect_clients(config, cluster, guard), guard, begins)
 
 
 def _come_back(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit) -> Trainer:
@@ -74,7 +74,7 @@ def _come_back(config: Config, launch: Launch, store: JobStore, guard: JobGuard,
     _check_files(config, launch, layout)
     cluster = connect(config, launch, store, guard.progress, joins=True)
     cluster.members.clients = tuple(invitation.clients)
-    return build(config, cluster, connect_transport(config, cluster, guard, visit), guard, Return(invitation))
+    return build(config, cluster, connect_clients(config, cluster, guard, visit), guard, Return(invitation))
 
 
 def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedule) -> ClientLayout:

@@ -33,6 +33,7 @@ from deca_ds.training.compare import compare_data, digest_of_start
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.tables import data_table, print_notes
+from deca_ds.transport.collectives import gather_json
 from deca_ds.transport.edges import probe_edges, save_edges
 from deca_ds.transport.transport import Transport
 from deca_ds.watchdog.guard import JobGuard
@@ -98,16 +99,16 @@ class _Together(Start):
 
     def attempt(self, job: Job, client: Client) -> int:
         """See Start. The first client's leader draws it."""
-        drawn = job.transport.gather_json(secrets.randbits(48))[0]
+        drawn = gather_json(job.transport, secrets.randbits(48))[0]
         return int(client.client_sum(drawn if job.cluster.is_leader else 0))
 
     def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
         """See Start. The edges of the graph are tested, too."""
         cluster, transport = job.cluster, job.transport
-        summaries = transport.gather_json(data.summary)
-        compare_data(summaries, transport.gather_json(data.label_names))
+        summaries = gather_json(transport, data.summary)
+        compare_data(summaries, gather_json(transport, data.label_names))
         neighbours = subset.without(job.mixing, cluster.members.missing).neighbours(cluster.client)
-        edges = probe_edges(transport, neighbours, cluster.launch, cluster.layout, cluster.store)
+        edges = probe_edges(transport, neighbours, cluster.launch, cluster.store)
         self._take(job)
         _write_to(job)
         if cluster.is_job_leader:

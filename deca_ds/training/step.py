@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -13,7 +12,17 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
-from deca_ds.gossip.averaging import Gossip, PendingMix
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.strategies import Mean
+
+# Ends an averaging of which everything has been sent, by calling what it is given, once and before anybody looks at the
+# model, the block's state or what gossip counts. Between, the last chunks travel.
+Boundary = Callable[[Callable[[], None]], None]
+
+
+def at_once(end: Callable[[], None]) -> None:
+    """The Boundary that leaves nothing between."""
+    end()
 
 
 def inner_step(
@@ -26,40 +35,37 @@ def inner_step(
     lr: float,
     optimizer: OptimizerConfig,
     check: Callable[[Step, GradientStats], None] = lambda step, stats: None,
+    boundary: Boundary = at_once,
 ) -> GradientStats:
     """Train the active block for one step and average it with the neighbours; equations in algorithm/.
 
     micro_batches: this rank's share of the client's batch. The block's shard is worked through in chunks: while one
     travels, the next one is computed. At the end theta holds the mixed masters, and the model's shards these, rounded.
-    check: raises an error for a gradient that must not be used.
+    check: raises an error for a gradient that must not be used. boundary: where the averaging ends.
     """
     stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     check(step, stats)
-    mixes = step.gossip is not None and gossip.has_neighbours(step.gossip)
-    under_way: deque[tuple[slice, str, PendingMix]] = deque()
+    averaging = gossip.begin(step.gossip)
 
-    def accept_oldest() -> None:
-        chunk, name, pending = under_way.popleft()
-        rule.accept(state.part(chunk), name, pending.wait())
+    def accept(means: Iterable[Mean]) -> None:
+        for chunk, name, values in means:
+            rule.accept(state.part(chunk.part), name, values)
 
     runs = state.local_steps.next(state.reached)
-    message = 0
-    for chunk in gossip.chunks(state.theta.numel()):
-        local_step(rule, state.tensors, runs, chunk, lr=lr, weight_decay=optimizer.weight_decay)
-        for name in rule.travels if mixes else ():
-            if len(under_way) == gossip.window:
-                accept_oldest()
-            assert step.gossip is not None
-            under_way.append((chunk, name, gossip.start(step.gossip, state.tensors[name][chunk], message)))
-            message += 1
-    if step.gossip is not None:
-        mixes = gossip.settle(step.gossip)  # where clients may die, some neighbours may have
-    while mixes and under_way:
-        accept_oldest()
+    chunks = gossip.chunks(client.block_numels())
+    assert sum(chunk.numel for chunk in chunks) == state.theta.numel(), "the shard is not ZeRO-3's of this block"
+    for chunk in chunks:
+        local_step(rule, state.tensors, runs, chunk.part, lr=lr, weight_decay=optimizer.weight_decay)
+        for name in rule.travels if averaging.mixes else ():
+            accept(averaging.send(chunk, name, state.tensors[name][chunk.part]))
 
-    if not mixes:
-        rule.stay(state.tensors)
-    norm = client.client_sum(float(squared_norm(state.grad))) ** 0.5 if rule.needs_norm else 0.0
-    rule.finish(state.tensors, lr=lr, norm=norm, mixed=mixes)
-    client.write_back()
+    def end() -> None:
+        accept(averaging.settle())
+        if not averaging.mixes:  # where clients may die, or are left out, some neighbours may have
+            rule.stay(state.tensors)
+        norm = client.client_sum(float(squared_norm(state.grad))) ** 0.5 if rule.needs_norm else 0.0
+        rule.finish(state.tensors, lr=lr, norm=norm, mixed=averaging.mixes)
+        client.write_back()
+
+    boundary(end)
     return stats

@@ -1,1 +1,1 @@
-"""Messages between ranks of different clients: over MPI, gloo or threads, with checksums and an edge test."""
+"""Messages between ranks of different clients over MPI, gloo or threads, and who sends which elements to whom."""

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from deca_ds.errors import MessageError
+from deca_ds.launch.launcher import ClientLayout
 
 
 class Exchange(Protocol):
@@ -25,7 +26,7 @@ class Exchange(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait for all messages, one by one. GossipError names the neighbour, the tag and the timeout that passed."""
+        """Wait for all messages, one by one. GossipError names the rank, the tag and the timeout that passed."""
         ...
 
 
@@ -34,18 +35,19 @@ Start = Callable[[Tensor, Sequence[int], Mapping[int, Tensor], int], Exchange]
 
 
 class CheckedExchange:
-    """The Exchange of messages that `start` sends and receives, each with its checksum. client: this one."""
+    """The Exchange of messages that `start` sends and receives, each with its checksum. rank: this one, of `layout`."""
 
     def __init__(
         self,
         start: Start,
-        client: int,
+        layout: ClientLayout,
+        rank: int,
         send: Tensor,
         destinations: Sequence[int],
         receives: Mapping[int, Tensor],
         tag: int,
     ):
-        self._client, self._receives, self._tag = client, receives, tag
+        self._layout, self._rank, self._receives, self._tag = layout, rank, receives, tag
         self._sums = {j: torch.empty(SIZE, dtype=torch.uint8) for j in receives}
         values = start(send, destinations, receives, tag)  # on its way meanwhile
         own = torch.frombuffer(bytearray(checksum(send) if destinations else SIZE), dtype=torch.uint8)
@@ -67,11 +69,12 @@ class CheckedExchange:
     def _check(self) -> None:
         for j, buffer in self._receives.items():
             if checksum(buffer) != self._sums[j].numpy().tobytes():
+                sender = self._layout.named(j)
                 raise MessageError(
-                    f"a message from client {j} was damaged on its way: its checksum differs (tag {self._tag})",
-                    where=f"client {self._client}",
-                    fix=f"look at the network between these clients, and at the memory of the hosts of client {j} "
-                    "and of this one",
+                    f"a message from {sender} was damaged on its way: its checksum differs (tag {self._tag})",
+                    where=self._layout.named(self._rank),
+                    fix=f"look at the network between these ranks, and at the memory of the hosts of {sender} and of "
+                    "this one",
                 )
         self._receives = {}  # once is enough
 

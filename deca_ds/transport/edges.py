@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deca_ds.errors import GossipError, MessageError
-from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
-from deca_ds.transport.checksums import Exchange
 from deca_ds.transport.transport import PROBE_TAG, Transport
-from deca_ds.transport.uneven import UnevenTransport
 
 FILE = "edges.json"
 LARGE_BYTES = 2**20
@@ -23,7 +21,7 @@ _ROUND_TRIPS = 3  # of each size; the fastest counts, after one that opens the c
 
 
 def probe_edges(
-    transport: Transport, neighbours: Sequence[int], launch: Launch, layout: ClientLayout, store: JobStore
+    transport: Transport, neighbours: Sequence[int], launch: Launch, store: JobStore
 ) -> list[dict[str, Any]]:
     """Time every edge of the graph; all ranks of all clients call this, each tests its shard's own connections.
 
@@ -37,14 +35,14 @@ def probe_edges(
     is another one than was sent.
     """
     hosts = store.gather(launch, "edges/hosts", launch.host)
-    measured = []
-    for j, partner in _connections(neighbours, layout, launch.rank):
+    measured, layout = [], transport.layout
+    for j, partner in [(other, rank) for other in neighbours for rank in transport.routes.edge(other)]:
         transport.progress.enter(f"testing the edge to client {j}")
         try:
-            figures = _measure(*_ends(transport, j, launch.rank, partner))
+            figures = _measure(transport, partner)
         except MessageError as error:
-            ends = sorted([(transport.client, launch.rank), (j, partner)])
-            places = " and ".join(f"client {client} (rank {rank} on {hosts[rank]})" for client, rank in ends)
+            ends = sorted([launch.rank, partner])
+            places = " and ".join(f"client {layout.client_of(rank)} (rank {rank} on {hosts[rank]})" for rank in ends)
             raise GossipError(
                 f"the edge between {places} does not carry messages: {error.what}",
                 where="edge test at the start",
@@ -75,40 +73,23 @@ def save_edges(edges: list[dict[str, Any]], folder: Path) -> str:
     )
 
 
-def _connections(neighbours: Sequence[int], layout: ClientLayout, rank: int) -> Iterator[tuple[int, int]]:
-    """The neighbours of the rank's client, each with the ranks there whose slices of a large parameter intersect this
-    rank's: with as many ranks, the one of its index."""
-    own, shard = len(layout.ranks_of(layout.client_of(rank))), layout.shard_of(rank)
-    for j in neighbours:
-        theirs = layout.ranks_of(j)
-        for place, partner in enumerate(theirs):
-            if shard * len(theirs) < (place + 1) * own and place * own < (shard + 1) * len(theirs):
-                yield j, partner
-
-
-def _ends(transport: Transport, j: int, rank: int, partner: int) -> tuple[Callable[..., Exchange], int, int]:
-    """How to exchange with the partner, and by which numbers of this end and the other."""
-    if isinstance(transport, UnevenTransport):
-        return transport.between_ranks, rank, partner
-    return transport.exchange, transport.client, j
-
-
-def _measure(exchange: Callable[..., Exchange], own: int, other: int) -> tuple[float, float]:
-    """(round trip in ms of 8 bytes, MB/s of LARGE_BYTES) between two ends."""
-    small, large = _fastest(exchange, own, other, 8), _fastest(exchange, own, other, LARGE_BYTES)
+def _measure(transport: Transport, partner: int) -> tuple[float, float]:
+    """(round trip in ms of 8 bytes, MB/s of LARGE_BYTES) between this rank and that one."""
+    small, large = _fastest(transport, partner, 8), _fastest(transport, partner, LARGE_BYTES)
     return round(1e3 * small, 4), round(2 * LARGE_BYTES / large / 1e6, 1)
 
 
-def _fastest(exchange: Callable[..., Exchange], own: int, other: int, size: int) -> float:
-    """Seconds of the fastest round trip of a message of `size` bytes; the end with the lower number begins."""
-    sent = torch.arange(size, dtype=torch.int64).add_(min(own, other)).to(torch.uint8)
+def _fastest(transport: Transport, partner: int, size: int) -> float:
+    """Seconds of the fastest round trip of a message of `size` bytes; the rank with the lower number begins."""
+    own = transport.rank
+    sent = torch.arange(size, dtype=torch.int64).add_(min(own, partner)).to(torch.uint8)
     received = torch.empty_like(sent)
     seconds = []
     for _ in range(1 + _ROUND_TRIPS):
         started = time.perf_counter()
-        for sends in (own < other, own > other):
-            to, sources = ([other], {}) if sends else ([], {other: received})
-            exchange(sent, to, sources, PROBE_TAG).wait()
+        for sends in (own < partner, own > partner):
+            to, sources = ([partner], {}) if sends else ([], {partner: received})
+            transport.exchange(sent, to, sources, PROBE_TAG).wait()
         seconds.append(time.perf_counter() - started)
         if not torch.equal(sent, received):
             raise MessageError("another message came than should have been sent")

@@ -11,52 +11,66 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deca_ds.errors import GossipError
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
-from deca_ds.transport.transport import PointToPoint, lost, no_answer
+from deca_ds.transport.transport import Transport
 
-_Work = tuple[str, int, dist.Work]  # direction, neighbour, work
+_Work = tuple[str, int, dist.Work]  # direction, peer, work
 
 
-class GlooTransport(PointToPoint):
-    """A gloo group of its own over the ranks of one shard index, apart from the default world.
+class GlooTransport(Transport):
+    """A gloo group of its own over this rank's peers, apart from the default world.
 
     store: reachable by all clients. timeout_s: longest wait for one message. connected: whether to meet the others now;
-    then the constructor is collective over the clients and raises GossipError if one does not come. One client needs no
+    then the constructor is collective over the peers and raises GossipError if one does not come. One client needs no
     group. GLOO_SOCKET_IFNAME picks the network interface.
     """
 
     def __init__(
-        self, store: dist.Store, shard: int, client: int, clients: int, timeout_s: float, *, connected: bool = True
+        self,
+        store: dist.Store,
+        layout: ClientLayout,
+        rank: int,
+        timeout_s: float,
+        members: Members | None = None,
+        *,
+        connected: bool = True,
     ):
-        super().__init__(client, clients)
+        super().__init__(layout, rank, members)
         self.timeout_s = timeout_s
         self._group: dist.ProcessGroupGloo | None = None
-        if clients > 1 and connected:
-            prefixed = dist.PrefixStore(f"gossip/{shard}", store)
-            self._group = self._connect(prefixed, client, clients, timedelta(seconds=timeout_s))
+        if len(self.members) > 1 and connected:
+            self._group = self._connect(self._key(store), self.peers, timedelta(seconds=timeout_s))
 
-    def _connect(self, store: dist.Store, place: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
-        """A group of `size` clients, in which this one is number `place`."""
+    def _key(self, store: dist.Store, number: int | None = None) -> dist.Store:
+        """Where the peers meet. number: of the connections, if these are not the first ones."""
+        group = f"gossip/{self.layout.group_of(self.rank)}"
+        return dist.PrefixStore(group if number is None else f"{group}/{number}", store)
+
+    def _connect(self, store: dist.Store, peers: list[int], timeout: timedelta) -> dist.ProcessGroupGloo:
+        """A group of `peers`, of which this rank is one."""
         try:
-            return dist.ProcessGroupGloo(store, place, size, timeout)
+            return dist.ProcessGroupGloo(store, peers.index(self.rank), len(peers), timeout)
         except RuntimeError as error:
             raise GossipError(
-                f"not all {size} clients joined the gossip group within {timeout.total_seconds():g} s: {error}",
-                where=f"client {self.client}",
-                fix="look at the logs of the other clients; on several networks set GLOO_SOCKET_IFNAME",
+                f"not all {len(peers)} ranks joined the gossip group within {timeout.total_seconds():g} s: {error}",
+                where=self.layout.named(self.rank),
+                fix="look at the output of the other ranks; on several networks set GLOO_SOCKET_IFNAME",
             ) from None
 
     def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> TorchExchange:
-        """See PointToPoint."""
+        """See Transport."""
         return TorchExchange(self, self._start(send, destinations, receives, tag), tag)
 
     def _start(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> list[_Work]:
         works: list[_Work] = []
-        for direction, neighbour, tensor in [
+        peers = self.peers
+        for direction, peer, tensor in [
             *(("from", source, buffer) for source, buffer in receives.items()),
             *(("to", destination, send) for destination in destinations),
         ]:
@@ -64,9 +78,9 @@ class GlooTransport(PointToPoint):
             group: Any = self._group  # its types leave out what it inherits
             start = group.recv if direction == "from" else group.send
             try:
-                works.append((direction, neighbour, start([tensor], self._place(neighbour), tag)))
+                works.append((direction, peer, start([tensor], peers.index(peer), tag)))
             except RuntimeError as error:
-                raise lost(self.client, neighbour, direction, tag, str(error)) from None
+                raise self.lost(peer, direction, tag, str(error)) from None
         self.bytes_sent += send.nbytes * len(destinations)
         return works
 
@@ -89,15 +103,15 @@ class TorchExchange:
         self._error: GossipError | None = None
 
     def _finish(self, progress: Progress) -> None:
-        timeout_s = self._transport.timeout_s
-        for direction, neighbour, work in self._works:
-            progress.wait_for(neighbour)
+        transport, timeout_s = self._transport, self._transport.timeout_s
+        for direction, peer, work in self._works:
+            progress.wait_for(transport.layout.client_of(peer))
             try:
                 work.wait(timedelta(seconds=timeout_s))
             except RuntimeError as error:
-                failed = (self._transport.client, neighbour, direction, self._tag)
+                failed = (peer, direction, self._tag)
                 late = "timed out" in str(error).lower()
-                self._error = no_answer(*failed, timeout_s) if late else lost(*failed, str(error))
+                self._error = transport.no_answer(*failed, timeout_s) if late else transport.lost(*failed, str(error))
                 return
             progress.tick()
         progress.wait_for(None)

@@ -16,8 +16,8 @@ Range = tuple[int, int]  # first and last-plus-one
 
 
 @dataclass(frozen=True)
-class Cut:
-    """One rank's part of an interval of positions. part: of its shard. meets: number of ranks k of another client ->
+class Chunk:
+    """One rank's part of a chunk of a block. part: of its shard. meets: number of ranks k of another client ->
     (rank, ranges of `part`, counted from its start) for each of the k ranks that holds any of it."""
 
     part: slice[int, int, int | None]
@@ -28,7 +28,7 @@ class Cut:
         return self.part.stop - self.part.start
 
 
-def cuts(numels: Sequence[int], ranks: int, rank: int, sizes: Sequence[int], step: int) -> list[Cut]:
+def cuts(numels: Sequence[int], ranks: int, rank: int, sizes: Sequence[int], step: int) -> list[Chunk]:
     """A block, in intervals of `step` positions, as rank `rank` of `ranks` sees it; parts may be empty.
 
     numels: elements of each parameter, in the order of the shards. sizes: of the clients that it meets.
@@ -46,7 +46,7 @@ def cuts(numels: Sequence[int], ranks: int, rank: int, sizes: Sequence[int], ste
             for k, every in clipped.items()
         }
         stop = done + sum(b - a for a, b in mine)
-        found.append(Cut(slice(done, stop), meets))
+        found.append(Chunk(slice(done, stop), meets))
         done = stop
     return found
 

@@ -1,4 +1,4 @@
-"""LocalTransport: clients that are threads of one process, for tests and simulation."""
+"""LocalTransport: ranks that are threads of one process, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from deca_ds.transport.transport import PointToPoint, lost, no_answer
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.transport.transport import Transport
 
 
 class LocalNetwork:
-    """Mailboxes between n clients. timeout_s: how long a receiver waits."""
+    """Mailboxes between all ranks. sizes: number of ranks of each client, or the number of clients of
+    one rank. timeout_s: how long a receiver waits."""
 
-    def __init__(self, clients: int, timeout_s: float = 60.0):
-        self.clients = clients
+    def __init__(self, sizes: int | Sequence[int], timeout_s: float = 60.0):
+        self.layout = ClientLayout.of([1] * sizes if isinstance(sizes, int) else sizes)
         self.timeout_s = timeout_s
         self.arrived = threading.Condition()
         self.mailboxes: dict[tuple[int, int, int], _Mailbox] = defaultdict(_Mailbox)  # (source, destination, tag)
 
-    def transport(self, client: int) -> LocalTransport:
-        """The end of one client."""
-        return LocalTransport(self, client)
+    def transport(self, rank: int) -> LocalTransport:
+        """The end of one rank."""
+        return LocalTransport(self, rank)
 
 
 class _Receive:
@@ -56,25 +58,25 @@ class _Mailbox:
             self._expected.popleft().message = self.messages.popleft()
 
 
-class LocalTransport(PointToPoint):
+class LocalTransport(Transport):
     """A sent tensor is copied at once, so that sending never waits."""
 
-    def __init__(self, network: LocalNetwork, client: int):
-        super().__init__(client, network.clients)
+    def __init__(self, network: LocalNetwork, rank: int):
+        super().__init__(network.layout, rank)
         self._network = network
 
     def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> LocalExchange:
-        """See PointToPoint."""
+        """See Transport."""
         mailboxes = self._network.mailboxes
         with self._network.arrived:
             for j in destinations:
-                mailboxes[self.client, j, tag].put(send.clone())
+                mailboxes[self.rank, j, tag].put(send.clone())
                 self.bytes_sent += send.nbytes
             self._network.arrived.notify_all()
-            expected = {j: (mailboxes[j, self.client, tag].expect(), buffer) for j, buffer in receives.items()}
-        return LocalExchange(self._network, self.client, expected, tag)
+            expected = {j: (mailboxes[j, self.rank, tag].expect(), buffer) for j, buffer in receives.items()}
+        return LocalExchange(self._network, self, expected, tag)
 
     def close(self) -> None:
         """See Transport."""
@@ -83,9 +85,15 @@ class LocalTransport(PointToPoint):
 class LocalExchange:
     """Receives still to come of one LocalTransport.exchange, each with its buffer."""
 
-    def __init__(self, network: LocalNetwork, client: int, expected: dict[int, tuple[_Receive, Tensor]], tag: int):
+    def __init__(
+        self,
+        network: LocalNetwork,
+        transport: LocalTransport,
+        expected: dict[int, tuple[_Receive, Tensor]],
+        tag: int,
+    ):
         self._network = network
-        self._client = client
+        self._transport = transport
         self._expected = expected
         self._tag = tag
 
@@ -98,7 +106,7 @@ class LocalExchange:
         del self._expected[source]
         if (message.shape, message.dtype) != (buffer.shape, buffer.dtype):
             cause = f"got {tuple(message.shape)} {message.dtype}, expected {tuple(buffer.shape)} {buffer.dtype}"
-            raise lost(self._client, source, "from", self._tag, cause)
+            raise self._transport.lost(source, "from", self._tag, cause)
         buffer.copy_(message)
         return True
 
@@ -113,6 +121,8 @@ class LocalExchange:
         deadline = time.monotonic() + timeout_s
         with self._network.arrived:
             for source in list(self._expected):
+                self._transport.note_wait(source)
                 while not self._take(source):
                     if not self._network.arrived.wait(max(0.0, deadline - time.monotonic())):
-                        raise no_answer(self._client, source, "from", self._tag, timeout_s)
+                        raise self._transport.no_answer(source, "from", self._tag, timeout_s)
+        self._transport.progress.wait_for(None)

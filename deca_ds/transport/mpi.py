@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from deca_ds.errors import GossipError
-from deca_ds.transport.transport import PointToPoint, lost, no_answer
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch.members import Members
+from deca_ds.transport.transport import Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,20 +42,22 @@ def _parts(tensor: Tensor) -> list[np.ndarray]:
     return [memory[a : a + MESSAGE_BYTES] for a in range(0, max(1, memory.nbytes), MESSAGE_BYTES)]
 
 
-_Request: TypeAlias = "tuple[str, int, MPI.Request, np.ndarray]"  # direction, neighbour, MPI's handle, memory
+_Request: TypeAlias = "tuple[str, int, MPI.Request, np.ndarray]"  # direction, peer, MPI's handle, memory
 
 
-class MpiTransport(PointToPoint):
-    """On a duplicate of `comm`, whose rank order is the client order.
+class MpiTransport(Transport):
+    """On a duplicate of `comm`, whose ranks are this rank's peers in their order.
 
     timeout_s: longest wait for one message. The constructor is collective over `comm`; it raises GossipError if a
-    client does not come.
+    rank does not come.
     """
 
-    def __init__(self, comm: MPI.Comm, timeout_s: float):
+    def __init__(
+        self, comm: MPI.Comm, layout: ClientLayout, rank: int, timeout_s: float, members: Members | None = None
+    ):
         from mpi4py import MPI  # starts MPI, so not on import of the package
 
-        super().__init__(comm.Get_rank(), comm.Get_size())
+        super().__init__(layout, rank, members)
         self.timeout_s = timeout_s
         self._comm: MPI.Comm | None = self.duplicate(comm, timeout_s)
         self._mpi = MPI
@@ -77,19 +81,20 @@ class MpiTransport(PointToPoint):
     def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> MpiExchange:
-        """See PointToPoint."""
+        """See Transport."""
         assert self._comm is not None, "the transport is closed"
         # Receives first: a message that finds its buffer is not copied twice.
         messages = [("from", source, part) for source, buffer in receives.items() for part in _parts(buffer)]
         messages += [("to", destination, part) for destination in destinations for part in _parts(send)]
         requests: list[_Request] = []
-        for direction, neighbour, part in messages:
+        peers = self.peers
+        for direction, peer, part in messages:
             start = self._comm.Irecv if direction == "from" else self._comm.Isend
             try:
-                requests.append((direction, neighbour, start(part, self._place(neighbour), tag), part))
+                requests.append((direction, peer, start(part, peers.index(peer), tag), part))
             except self._mpi.Exception as error:
                 self._abandoned.extend(requests)
-                raise lost(self.client, neighbour, direction, tag, str(error)) from None
+                raise self.lost(peer, direction, tag, str(error)) from None
         self.bytes_sent += send.nbytes * len(destinations)
         exchange = MpiExchange(self, requests, tag)
         exchange.test()  # MPI moves all that is under way, but only while it is called
@@ -97,15 +102,15 @@ class MpiTransport(PointToPoint):
 
     def completed(self, request: _Request, tag: int) -> bool:
         """Whether a request is through. Raises GossipError if it failed or if its message is too short."""
-        direction, neighbour, handle, part = request
+        direction, peer, handle, part = request
         status = self._mpi.Status()
         try:
             done = handle.Test(status)
             received = status.Get_count(self._mpi.BYTE) if done and direction == "from" else part.nbytes
         except self._mpi.Exception as error:
-            raise lost(self.client, neighbour, direction, tag, str(error)) from None
+            raise self.lost(peer, direction, tag, str(error)) from None
         if received != part.nbytes:
-            raise lost(self.client, neighbour, direction, tag, f"got {received} bytes, expected {part.nbytes}")
+            raise self.lost(peer, direction, tag, f"got {received} bytes, expected {part.nbytes}")
         return done
 
     def abandon(self, requests: list[_Request]) -> None:
@@ -148,11 +153,11 @@ class MpiExchange:
         deadline = time.monotonic() + self._transport.timeout_s
         progress = self._transport.progress
         while self.requests:
-            direction, neighbour, *_ = self.requests[0]
-            progress.wait_for(neighbour)
+            direction, peer, *_ = self.requests[0]
+            self._transport.note_wait(peer)
             if not poll(self._first_done, deadline):
                 self._transport.abandon(self.requests)
-                raise no_answer(self._transport.client, neighbour, direction, self._tag, self._transport.timeout_s)
+                raise self._transport.no_answer(peer, direction, self._tag, self._transport.timeout_s)
             self.requests.pop(0)
             progress.tick()
         progress.wait_for(None)

@@ -17,7 +17,6 @@ from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.intersections import held
 from deca_ds.transport.local import LocalNetwork, LocalTransport
-from deca_ds.transport.uneven import UnevenTransport
 
 # no size divides them, and some ranks hold nothing of some
 SHAPES = {"a": (7, 3), "b": (2,), "c": (1,), "frozen": (13,)}
@@ -88,18 +87,6 @@ class Rank:
             assert values.dtype == expected.dtype and torch.equal(values, expected)
 
 
-def transport(network: LocalNetwork, layout: ClientLayout, rank: int):
-    if layout.even:  # ranks of one index have a network of their own
-        return network[layout.shard_of(rank)].transport(layout.client_of(rank))
-    return UnevenTransport(network[0].transport(rank), layout)
-
-
-def networks(layout: ClientLayout, timeout_s: float = 20.0) -> list[LocalNetwork]:
-    if layout.even:
-        return [LocalNetwork(layout.clients, timeout_s) for _ in range(layout.ranks_per_client)]
-    return [LocalNetwork(sum(layout.sizes), timeout_s)]
-
-
 def in_threads(ranks, body):
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(body, ranks))
@@ -111,11 +98,11 @@ def test_everything_comes_over_whatever_the_sizes(sizes, done, monkeypatch):
     """done: within a block, and between two."""
     monkeypatch.setattr(handover, "_PIECE", 4)
     layout = ClientLayout.of(sizes)
-    network, inside = networks(layout), bool(SCHEDULE.step(done).inner)
+    network, inside = LocalNetwork(sizes, 20.0), bool(SCHEDULE.step(done).inner)
 
     def body(number: int):
         rank = Rank(layout, number, inside and number < sizes[0])
-        way = transport(network, layout, number)
+        way = network.transport(number)
         if rank.client == 0:
             send(way, 1, rank, Progressed(done, True, rank.active))
         else:
@@ -130,14 +117,14 @@ def test_everything_comes_over_whatever_the_sizes(sizes, done, monkeypatch):
 @pytest.mark.parametrize("giver", [1, 2])
 def test_when_the_giver_is_lost_amid_it_another_one_of_another_size_begins_anew(giver):
     """Client 0 is lost after half of its messages; the block that client 3 has opened stays open."""
-    layout = ClientLayout.of((2, 1, 3, 2))
-    before, after = networks(layout, timeout_s=0.3), networks(layout)
+    sizes = (2, 1, 3, 2)
+    layout, before, after = ClientLayout.of(sizes), LocalNetwork(sizes, 0.3), LocalNetwork(sizes, 20.0)
 
     def body(number: int):
         rank = Rank(layout, number, layout.client_of(number) != 3)
         if rank.client == 0:
-            lost = transport(before, layout, number)
-            exchange, started = lost.ranks.exchange, []
+            lost = before.transport(number)
+            exchange, started = lost.exchange, []
 
             def until_it_is_lost(*message):
                 started.append(message)
@@ -145,16 +132,16 @@ def test_when_the_giver_is_lost_amid_it_another_one_of_another_size_begins_anew(
                     raise MessageError("lost")
                 return exchange(*message)
 
-            lost.ranks.exchange = until_it_is_lost
+            lost.exchange = until_it_is_lost
             with pytest.raises(MessageError):
                 send(lost, 3, rank, Progressed(3, False, rank.active))
         elif rank.client == 3:
             with pytest.raises(MessageError, match="no message from rank"):
-                receive(transport(before, layout, number), 0, rank, RULE, SCHEDULE)
-            receive(transport(after, layout, number), giver, rank, RULE, SCHEDULE)
+                receive(before.transport(number), 0, rank, RULE, SCHEDULE)
+            receive(after.transport(number), giver, rank, RULE, SCHEDULE)
             rank.assert_has_the_state_of(giver)
         elif rank.client == giver:
-            send(transport(after, layout, number), 3, rank, Progressed(3, False, rank.active))
+            send(after.transport(number), 3, rank, Progressed(3, False, rank.active))
 
     in_threads(range(8), body)
 
@@ -163,11 +150,11 @@ def test_when_the_giver_is_lost_amid_it_another_one_of_another_size_begins_anew(
 def test_a_damaged_slice_is_noticed_by_whoever_gets_it(sizes, monkeypatch):
     """Of the first client's last rank, an element of the block's masters changes on its way."""
     layout = ClientLayout.of(sizes)
-    network, deliver = networks(layout), LocalTransport._exchange
-    at = sizes[0] - 1 if not layout.even else 0
+    network, deliver = LocalNetwork(sizes, 20.0), LocalTransport._exchange
+    at = sizes[0] - 1
 
     def damaging(self, to_send, destinations, receives, tag):
-        if self.client == at and destinations and to_send.dtype == torch.float32 and to_send.numel() > 1:
+        if self.rank == at and destinations and to_send.dtype == torch.float32 and to_send.numel() > 1:
             to_send = to_send.clone()
             to_send[-1] += to_send[-1] > 10000
         return deliver(self, to_send, destinations, receives, tag)
@@ -176,7 +163,7 @@ def test_a_damaged_slice_is_noticed_by_whoever_gets_it(sizes, monkeypatch):
 
     def body(number: int) -> str:
         rank = Rank(layout, number, number < sizes[0])
-        way = transport(network, layout, number)
+        way = network.transport(number)
         try:
             if rank.client == 0:
                 send(way, 1, rank, Progressed(3, False, rank.active))

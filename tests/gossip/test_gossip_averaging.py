@@ -6,20 +6,22 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import gossip_worker
 import numpy as np
 import pytest
 import torch
-from gossip_worker import NUMEL, STEPS, average, start_values
+from gossip_worker import NUMEL, STEPS, average, mix, start_values
 from rounding import UNIT
 from test_gossip_graphs import KINDS
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
-from deca_ds.gossip.averaging import BufferPool, Gossip
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.buffers import BufferPool
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import WINDOW
+from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.local import LocalNetwork, LocalTransport
-from deca_ds.transport.transport import chunk_tag
+from deca_ds.transport.transport import BARRIER_TAG, GATHER_TAG, REDUCE_TAG, chunk_tag
 
 
 def on_all_clients(n: int, body: Callable[[LocalTransport], object], timeout_s: float = 30.0) -> list:
@@ -47,7 +49,7 @@ def test_terms_are_added_in_ascending_client_order():
     schedule = build_mixing(GossipConfig(graph="complete"), n, seed=0)
 
     def body(transport: LocalTransport) -> torch.Tensor:
-        return Gossip(transport, schedule).start(0, start_values(transport.client)).wait().clone()
+        return mix(Gossip(transport, schedule), 0, start_values(transport.client))
 
     expected = start_values(0) * schedule.weight(0, 0, 0)
     for j in range(1, n):
@@ -68,24 +70,28 @@ def test_own_weight_of_zero_and_directed_matrix(tmp_path):
     values = [1.0, 2.0, 4.0]
 
     def body(transport: LocalTransport) -> list[float]:
-        return Gossip(transport, schedule).start(0, torch.full((2,), values[transport.client])).wait().tolist()
+        return mix(Gossip(transport, schedule), 0, torch.full((2,), values[transport.client])).tolist()
 
     assert on_all_clients(3, body) == [[3.0, 3.0], [2.5, 2.5], [1.5, 1.5]]
 
 
-def test_nobody_to_talk_to_sends_nothing_and_returns_x():
+def test_nobody_to_talk_to_sends_nothing():
     gossip = Gossip(LocalNetwork(3).transport(1), build_mixing(GossipConfig(graph="isolated"), 3, seed=0))
-    x = torch.ones(4)
-    assert gossip.start(0, x).wait() is x
+    averaging = gossip.begin(0)
+    assert not averaging.mixes and not list(averaging.settle())
     assert gossip.bytes_sent == 0 and gossip.wait_seconds == 0.0
+
+
+def parts(gossip: Gossip, numel: int) -> list[slice]:
+    return [chunk.part for chunk in gossip.chunks([numel])]
 
 
 def test_chunks_cover_a_shard_and_follow_chunk_mib():
     schedule = build_mixing(GossipConfig(), 1, seed=0)
     gossip = Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1.0)
-    assert gossip.chunks(600_000) == [slice(0, 262_144), slice(262_144, 524_288), slice(524_288, 600_000)]
-    assert gossip.chunks(0) == []
-    assert Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1e-9).chunks(2) == [slice(0, 1), slice(1, 2)]
+    assert parts(gossip, 600_000) == [slice(0, 262_144), slice(262_144, 524_288), slice(524_288, 600_000)]
+    assert parts(gossip, 0) == []
+    assert parts(Gossip(LocalNetwork(1).transport(0), schedule, chunk_mib=1e-9), 2) == [slice(0, 1), slice(1, 2)]
 
 
 def test_bytes_and_seconds_are_counted():
@@ -93,7 +99,7 @@ def test_bytes_and_seconds_are_counted():
 
     def body(transport: LocalTransport) -> tuple[int, bool]:
         gossip = Gossip(transport, schedule)
-        gossip.start(0, torch.zeros(100)).wait()
+        mix(gossip, 0, torch.zeros(100))
         return gossip.bytes_sent, gossip.wait_seconds > 0
 
     assert on_all_clients(3, body) == [(800, True), (400, True), (400, True)]
@@ -115,20 +121,18 @@ def test_buffers_are_used_again_and_bounded_by_the_window():
     schedule = build_mixing(GossipConfig(graph="ring"), 4, seed=0)
 
     def body(transport: LocalTransport) -> None:
-        gossip = Gossip(transport, schedule)
-        gossip.pool = CountingPool(pinned=False)
+        gossip = Gossip(transport, schedule, chunk_mib=64 * 4 / 2**20)
+        gossip.pool = CountingPool(torch.float32, pinned=False)
         for t in range(20):
-            pending = [gossip.start(t, torch.zeros(numel), c) for c, numel in enumerate((64, 64, 10))]
-            for mix in pending:
-                mix.wait()
-        assert len(gossip.pool._free) <= 6
+            mix(gossip, t, torch.zeros(64 * 6 + 10))
+        assert len(gossip.pool._free) <= 2 * WINDOW
 
     on_all_clients(4, body)
-    assert len(allocated) <= 4 * 3 * 2
+    assert len(allocated) <= 4 * WINDOW * 2
 
 
 def test_a_smaller_free_buffer_makes_room_for_a_larger():
-    pool = BufferPool(pinned=False)
+    pool = BufferPool(torch.float32, pinned=False)
     pool.give_back(torch.empty(4))
     pool.give_back(torch.empty(16))
     assert pool.take(10).numel() == 16
@@ -145,7 +149,7 @@ def test_a_neighbour_that_is_not_finite_is_named(value: float):
         if transport.client == 2:
             x[7] = value
         try:
-            Gossip(transport, schedule).start(3, x).wait()
+            mix(Gossip(transport, schedule), 3, x)
         except GossipError as error:
             return str(error)
         return ""
@@ -159,7 +163,7 @@ def test_a_neighbour_that_is_not_finite_is_named(value: float):
 
 def test_large_finite_values_pass():
     schedule = build_mixing(GossipConfig(graph="ring"), 3, seed=0)
-    mixed = on_all_clients(3, lambda transport: Gossip(transport, schedule).start(0, torch.full((50,), 3e38)).wait())
+    mixed = on_all_clients(3, lambda transport: mix(Gossip(transport, schedule), 0, torch.full((50,), 3e38)))
     assert all(bool(x.isfinite().all()) for x in mixed)
 
 
@@ -167,15 +171,15 @@ def test_a_silent_neighbour_is_named_with_tag_and_timeout():
     schedule = build_mixing(GossipConfig(graph="ring"), 4, seed=0)
     gossip = Gossip(LocalNetwork(4, timeout_s=0.05).transport(2), schedule)
     with pytest.raises(GossipError) as caught:
-        gossip.start(1, torch.zeros(3), 5).wait()
-    assert f"no message from client 1 within 0.05 s (tag {chunk_tag(1, 5)})" in caught.value.what
+        mix(gossip, 1, torch.zeros(3))
+    assert f"no message from rank 1 (client 1) within 0.05 s (tag {chunk_tag(1, 0)})" in caught.value.what
     assert "cluster.timeout_s" in caught.value.fix
 
 
 def test_a_message_of_another_size_is_refused():
     network = LocalNetwork(2)
     network.transport(0).exchange(torch.zeros(4), [1], {}, 9)
-    with pytest.raises(GossipError, match=r"from client 0 failed \(tag 9\).*\(4,\).*\(3,\)"):
+    with pytest.raises(GossipError, match=r"from rank 0 \(client 0\) failed \(tag 9\).*\(4,\).*\(3,\)"):
         network.transport(1).exchange(torch.zeros(4), [], {0: torch.empty(3)}, 9).wait()
 
 
@@ -195,27 +199,25 @@ def test_misuse_is_refused():
         Gossip(LocalNetwork(3).transport(0), schedule)
     network = LocalNetwork(2)
     gossip = Gossip(network.transport(0), schedule)
-    for x in (torch.zeros(2, 2), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(6)[::2]):
+    (chunk,) = gossip.chunks([4])
+    for x in (torch.zeros(2, 2), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(8)[::2], torch.zeros(3)):
         with pytest.raises(ValueError, match="flat float32"):
-            gossip.start(0, x)
-    network.transport(1).exchange(torch.zeros(2), [0], {}, chunk_tag(0, 0))
-    pending = gossip.start(0, torch.zeros(2))
-    pending.wait()
-    with pytest.raises(AssertionError, match="once"):
-        pending.wait()
+            gossip.begin(0).send(chunk, "x", x)
+    with pytest.raises(AssertionError, match="nobody"):
+        gossip.begin(None).send(chunk, "x", torch.zeros(4))
     with pytest.raises(ValueError, match="contiguous"):
-        network.transport(0).all_reduce_sum(torch.zeros(6)[::2])
+        all_reduce_sum(network.transport(0), torch.zeros(6)[::2])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_collectives(n: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deca_ds.transport.transport.REDUCE_PIECE", 7)
+    monkeypatch.setattr("deca_ds.transport.collectives.REDUCE_PIECE", 7)
 
     def body(transport: LocalTransport) -> tuple:
         x = start_values(transport.client)[:40].view(5, 8).clone()
-        transport.all_reduce_sum(x)
-        transport.barrier()
-        gathered = transport.gather_json([transport.client, None, "é"])
+        all_reduce_sum(transport, x)
+        barrier(transport)
+        gathered = gather_json(transport, [transport.client, None, "é"])
         transport.close()
         return x, gathered
 
@@ -231,17 +233,16 @@ def test_what_is_no_json_names_its_sender():
     for length, text, fact in ((3, b"{x}", "client 0 sent no valid JSON"), (-1, b"", "client 0 announced -1 bytes")):
         network = LocalNetwork(2)
         sender = network.transport(0)
-        sender.exchange(torch.tensor([length]), [1], {}, gossip_worker.shared.GATHER_TAG)
-        sender.exchange(torch.tensor(list(text), dtype=torch.uint8), [1], {}, gossip_worker.shared.GATHER_TAG)
+        sender.exchange(torch.tensor([length]), [1], {}, GATHER_TAG)
+        sender.exchange(torch.tensor(list(text), dtype=torch.uint8), [1], {}, GATHER_TAG)
         with pytest.raises(GossipError, match=fact):
-            network.transport(1).gather_json("fine")
+            gather_json(network.transport(1), "fine")
 
 
 def test_tags_fit_mpi_and_tell_chunks_and_averagings_apart():
     tags = {chunk_tag(t, chunk) for t in range(7) for chunk in range(4096)}
     assert len(tags) == 7 * 4096 and min(tags) == 0
-    shared = gossip_worker.shared
-    assert max(tags) < min(shared.REDUCE_TAG, shared.GATHER_TAG, shared.BARRIER_TAG)
-    assert max(shared.REDUCE_TAG, shared.GATHER_TAG, shared.BARRIER_TAG) <= 32767
+    assert max(tags) < min(REDUCE_TAG, GATHER_TAG, BARRIER_TAG)
+    assert max(REDUCE_TAG, GATHER_TAG, BARRIER_TAG) <= 32767
     assert chunk_tag(10**9, 10**6) in tags
     assert NUMEL > 4096 // 4  # the shared checks send more than one message per chunk

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import average
+from gossip_worker import mix
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import ConfigError, GossipError
 from deca_ds.gossip.averaging import Gossip
-from deca_ds.gossip.clip import clipped_weights
+from deca_ds.gossip.clip import Clip, clipped_weights
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.method import check_method
@@ -31,15 +32,10 @@ def clipped(x: torch.Tensor, graph: str, radius: float | None, steps: int = 3) -
     schedule = build_mixing(GossipConfig(graph=graph), CLIENTS, seed=4)
 
     def body(client: int) -> torch.Tensor:
-        gossip = Gossip(network.transport(client), schedule, CHUNK_MIB, clip_radius=radius)
-        own = x[client].clone()
+        clip = None if radius is None else Clip(radius)
+        gossip, own = Gossip(network.transport(client), schedule, CHUNK_MIB, clip=clip), x[client]
         for t in range(steps):
-            parts = gossip.chunks(NUMEL)
-            assert len(parts) <= gossip.window
-            pending = [gossip.start(t, own[part], chunk) for chunk, part in enumerate(parts)]
-            gossip.settle(t)
-            for part, mix in zip(parts, pending, strict=True):
-                own[part] = mix.wait()
+            own = mix(gossip, t, own)
         return own
 
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -57,8 +53,7 @@ def test_clipped_gossip_is_the_papers_equation(graph, radius):
     np.testing.assert_allclose(clipped(x, graph, radius).numpy(), expected, atol=2e-4)
 
 
-def test_a_radius_that_nothing_reaches_changes_no_bit(monkeypatch):
-    monkeypatch.setattr("deca_ds.gossip.averaging._WINDOW", 100)
+def test_a_radius_that_nothing_reaches_changes_no_bit():
     x = torch.randn(CLIENTS, NUMEL, generator=torch.Generator().manual_seed(2))
     assert torch.equal(clipped(x, "ring", 1e9), clipped(x, "ring", None))
 
@@ -97,16 +92,16 @@ def test_rows_of_clipped_weights_sum_to_one(raw, distances, radius):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_poisoned_message_is_refused_by_name_before_anything_of_it_is_used(radius, value):
     network, schedule = LocalNetwork(2, 5.0), build_mixing(GossipConfig(), 2, seed=0)
-    here, there = (Gossip(network.transport(i), schedule, clip_radius=radius) for i in range(2))
+    clip = None if radius is None else Clip(radius)
+    here, there = (Gossip(network.transport(i), schedule, clip=clip) for i in range(2))
     here.transport.progress.enter("gradient", step=412, block="layers 0-1")
     poison = torch.ones(50)
     poison[7] = value
     own = torch.arange(50.0)
-    there.start(3, poison)
-    pending = here.start(3, own)
+    (chunk,) = there.chunks([50])
+    there.begin(3).send(chunk, "x", poison)
     with pytest.raises(GossipError) as caught:
-        here.settle(3)
-        pending.wait()
+        mix(here, 3, own)
     assert "1 of 50 values of client 1 are not finite (averaging 3)" in caught.value.what
     assert caught.value.where == "client 0, gossip, step 412, block layers 0-1"
     assert torch.equal(own, torch.arange(50.0))

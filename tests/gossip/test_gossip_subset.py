@@ -8,6 +8,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from gossip_worker import mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +16,10 @@ from deca_ds.config.schema import ClusterConfig, GossipConfig
 from deca_ds.errors import ConfigError, GossipError
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.transport.local import LocalNetwork, LocalTransport
+from deca_ds.transport.commit import Commit
+from deca_ds.transport.local import LocalNetwork
 
 GRAPHS = ["ring", "complete", "star", "exponential", "one_peer_exponential", "erdos_renyi", "bipartite", "isolated"]
 
@@ -78,14 +81,17 @@ def test_absent_clients_that_join_the_others_are_refused_unless_parts_go_on():
     subset.check_absent(ClusterConfig(clients=3, absent=[1]), star)
 
 
-class Repeating(LocalTransport):
+class Repeating(Commit):
     """Everything that counts for all or for none is found not to count, once, and done again."""
 
-    may_lose_clients = True
+    may_repeat = True
 
-    def together(self, work, *, last=False):
+    def __init__(self, transport):
+        self._transport = transport
+
+    def run(self, work, *, last=False):
         work()
-        self._epoch += 1
+        self._transport.epoch += 1
         return work()
 
 
@@ -94,24 +100,21 @@ def test_an_averaging_that_is_repeated_equals_one_that_is_not(radius):
     network, mixing = LocalNetwork(3), build_mixing(GossipConfig(graph="ring"), 3, seed=0)
     values = [torch.randn(2_500, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
-    def average(transport: LocalTransport) -> tuple[torch.Tensor, int]:
-        gossip = Gossip(transport, mixing, chunk_mib=0.001, clip_radius=radius)
-        x = values[transport.client].clone()
-        under_way = [(part, gossip.start(0, x[part], c)) for c, part in enumerate(gossip.chunks(x.numel()))]
-        assert gossip.settle(0)
-        for part, mix in under_way:
-            x[part] = mix.wait()
-        return x, gossip.bytes_sent
+    def average(client: int, repeats: bool) -> tuple[torch.Tensor, int]:
+        transport = network.transport(client)
+        commit, clip = Repeating(transport) if repeats else None, None if radius is None else Clip(radius)
+        gossip = Gossip(transport, mixing, chunk_mib=0.001, commit=commit, clip=clip)
+        return mix(gossip, 0, values[client]), gossip.bytes_sent
 
-    for kind in (LocalTransport, Repeating):
+    for repeats in (False, True):
         with ThreadPoolExecutor(3) as pool:
-            results = list(pool.map(lambda client, kind=kind: average(kind(network, client)), range(3)))
-        if kind is LocalTransport and radius is None:
+            results = list(pool.map(average, range(3), [repeats] * 3))
+        if not repeats and radius is None:
             # without clipping, `settle` has nothing to do here
             expected = [torch.stack(values).T @ torch.tensor(row, dtype=torch.float32) for row in mixing.matrix(0)]
             for (x, _), y in zip(results, expected, strict=True):
                 torch.testing.assert_close(x, y)
-        if kind is LocalTransport:
+        if not repeats:
             once = results
     for (x, sent), (again, sent_again) in zip(once, results, strict=True):
         assert torch.equal(x, again) and sent_again == 2 * sent
@@ -119,7 +122,8 @@ def test_an_averaging_that_is_repeated_equals_one_that_is_not(radius):
 
 def test_only_own_messages_that_are_not_finite_end_a_client_where_others_go_on():
     network = LocalNetwork(2)
-    gossip = Gossip(Repeating(network, 0), build_mixing(GossipConfig(graph="ring"), 2, seed=0))
+    transport, mixing = network.transport(0), build_mixing(GossipConfig(graph="ring"), 2, seed=0)
+    gossip = Gossip(transport, mixing, commit=Repeating(transport))
     with pytest.raises(GossipError, match="1 of 3 values of client 0 are not finite"):
-        gossip.start(0, torch.tensor([1.0, torch.nan, 2.0]))
+        mix(gossip, 0, torch.tensor([1.0, torch.nan, 2.0]))
     assert not network.mailboxes, "nothing of it was sent"

@@ -23,9 +23,10 @@ from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.build import build
 from deca_ds.training.checkpoints import buffer_name
-from deca_ds.training.connect import connect_transport
+from deca_ds.training.connect import connect_clients
 from deca_ds.training.resume import choose
 from deca_ds.training.start import NewRun, ResumedRun
+from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.guard import guarded
 
 gc.freeze()
@@ -108,14 +109,14 @@ launch = read_launch()
 store = open_job_store(launch, 60)
 with guarded(launch, store) as guard:
     cluster = connect(runs[0][0], launch, store)
-    transport = connect_transport(runs[0][0], cluster, guard)
+    connected = connect_clients(runs[0][0], cluster, guard)
     for config, leave_after, keep in runs:
         start, resumption = NewRun(), None
         if config.run.resume != "never":
             mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
             resumption = choose(config, launch, store, cluster.layout, mixing)
             start = NewRun() if resumption.saved is None else ResumedRun(resumption)
-        trainer = build(config, cluster, transport, guard, start)
+        trainer = build(config, cluster, connected, guard, start)
         if resumption is not None and resumption.step < len(trainer.schedule):
             compare(trainer, resumption)
         if leave_after is not None:
@@ -128,4 +129,4 @@ with guarded(launch, store) as guard:
         for name, _, _, values, low in trainer.client.masters(tuple(kept)):
             assert torch.equal(join(values, low), kept[name]) and (values.numel() == 0 or low.any())
         trainer.metrics.close()
-    transport.barrier()
+    barrier(connected.transport)

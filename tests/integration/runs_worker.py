@@ -16,7 +16,8 @@ from deca_ds.config import load_config
 from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.build import build
-from deca_ds.training.connect import connect_transport
+from deca_ds.training.connect import connect_clients
+from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.guard import guarded
 
 gc.freeze()
@@ -27,9 +28,9 @@ launch = read_launch()
 store = open_job_store(launch, 60)
 with guarded(launch, store) as guard:
     cluster = connect(configs[0], launch, store)
-    transport = connect_transport(configs[0], cluster, guard)
+    connected = connect_clients(configs[0], cluster, guard)
     for config in configs:
-        trainer = build(config, cluster, transport, guard)
+        trainer = build(config, cluster, connected, guard)
         trainer.train()
         trainer.metrics.close()
-    transport.barrier()
+    barrier(connected.transport)

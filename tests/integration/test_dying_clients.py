@@ -94,7 +94,7 @@ def test_clients_die_one_after_the_other_even_the_one_that_speaks_for_the_job(ke
     assert [record["step"] for record in records(job, "evaluation")] == [0, 3, 6, 8]
     assert finished.output.count("client 1 gone; 3 of 4 go on") == 1, finished.output[-4000:]
     assert finished.output.count("clients 0, 1 gone; 2 of 4 go on") == 1
-    assert "a message from client 2 was damaged on its way: its checksum differs" in finished.output
+    assert "a message from rank 2 (client 2) was damaged on its way: its checksum differs" in finished.output
     for client, steps in ((1, 2), (0, 4), (2, 8), (3, 8)):
         lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")
         assert [line["step"] for line in lines] == list(range(1, steps + 1)), "no step is lost or repeated"

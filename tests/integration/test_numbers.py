@@ -153,6 +153,7 @@ SIMULATED = [
     ({"algorithm.method": "diloco", **WHOLE}, "complete", 3),
     ({"gossip.clip_radius": 0.03, "model.init": "random"}, "star", 1),
     ({"model.dtype": "bfloat16"}, "isolated", 1),
+    ({"gossip.wire": "bfloat16"}, "star", 1),
 ]
 
 
@@ -167,7 +168,7 @@ def test_the_simulator_equals_real_processes(overrides, folder, word_files):
     ]
     for arguments, saved in zip(runs, run_all("mpirun", 4, folder, runs), strict=True):
         config = load_config(None, arguments)
-        if config.model.dtype == "bfloat16":
+        if "bfloat16" in (config.model.dtype, config.gossip.wire):
             assert_mostly_simulated(saved.read, arguments)
         else:
             assert_metrics(Path(config.run.output), *assert_simulated(saved.read, arguments))

@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from rich.filesize import decimal
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from deca_ds.cli import main
@@ -39,6 +40,21 @@ def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word
     assert f"masters: exact, {parameters / 2**20:,.1f} MiB" in plan(half, world_size=2)
     dropped = plan(half, "model.masters=rounded")
     assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
+
+
+def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
+    keys += ["cluster.clients=3", "blocks.layers_per_block=null"]
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+
+    def plan(*changes: str) -> str:
+        print_plan(load_config(None, [*keys, *changes]))
+        return " ".join(capsys.readouterr().out.split())
+
+    assert f"float32, 4 bytes a parameter; an averaging of the largest block sends {decimal(4 * parameters)}" in plan()
+    told = plan("gossip.wire=bfloat16", "algorithm.method=gt-adam")
+    assert "bfloat16, 2 bytes a parameter of 2 tensors; " in told and f"sends {decimal(2 * 2 * parameters)}" in told
+    assert "traffic:" not in plan("gossip.graph=isolated")
 
 
 def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):

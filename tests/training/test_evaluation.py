@@ -12,8 +12,8 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score
 from deca_ds.engine.masters import join
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.training.evaluation import Evaluator, _class_scores, average, summarize
+from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork
-from deca_ds.transport.uneven import UnevenTransport
 
 
 def test_language_scores_are_per_token():
@@ -70,17 +70,16 @@ def test_class_scores_equal_those_of_scikit_learn(seed):
 def test_the_mean_model_is_made_in_pieces(sizes, monkeypatch):
     """Of parameters of many pieces, of one element and of none on a rank: the right mean, in few pieces at a time."""
     piece, numels = 12, [101, 1, 30]
-    monkeypatch.setattr("deca_ds.transport.transport.REDUCE_PIECE", piece)
+    monkeypatch.setattr("deca_ds.transport.collectives.REDUCE_PIECE", piece)
     layout, clients = ClientLayout.of(sizes), len(sizes)
-    network = LocalNetwork(sum(sizes), 30)
+    network = LocalNetwork(sizes, 30)
     draw = torch.Generator().manual_seed(0)
     whole = [[torch.randn(numel, generator=draw) for numel in numels] for _ in sizes]
     most, squared, shards = [0] * sum(sizes), [0.0] * sum(sizes), [[] for _ in range(sum(sizes))]
 
     def body(rank: int) -> None:
         client, shard = layout.client_of(rank), layout.shard_of(rank)
-        even = len(set(sizes)) == 1
-        transport = network.transport(rank) if even else UnevenTransport(network.transport(rank), layout)
+        transport = network.transport(rank)
         living: list[weakref.ref] = []
 
         def held(numel: int) -> slice:
@@ -98,7 +97,7 @@ def test_the_mean_model_is_made_in_pieces(sizes, monkeypatch):
         own = [x[held(x.numel())].clone() for x in whole[client]]
         shards[rank] = [torch.zeros_like(values) for values in own]
         cluster = SimpleNamespace(members=range(clients))
-        evaluator = Evaluator(None, cluster, transport, None, 1, 0, True)
+        evaluator = Evaluator(None, cluster, transport, Commit(), None, 1, 0, True)
         parts = [
             (target, lambda elements, values=values: masters(values, elements))
             for target, values in zip(shards[rank], own, strict=True)

@@ -13,36 +13,37 @@ from torch.distributed import PrefixStore
 from deca_ds.launch import read_launch
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.store import open_job_store
+from deca_ds.transport.collectives import barrier
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.mpi import MpiTransport
 from deca_ds.watchdog.guard import guarded
 
-TIMEOUT_S, WORK_S = 2.0, 5.0
+TIMEOUT_S, WORK_S, LAYOUT = 2.0, 5.0, ClientLayout(2, 1)
 
 launch = read_launch()
 store = open_job_store(launch, 60)
 with guarded(launch, store) as guard:
     guard.write_to(Path(sys.argv[1]))
     progress = guard.progress
-    progress.watch(ClientLayout(2, 1), 60.0)
+    progress.watch(LAYOUT, 60.0)
     deadline_s = progress.deadline_s(60.0)
     transports = [
-        MpiTransport(MPI.COMM_WORLD, deadline_s),
-        GlooTransport(PrefixStore("transport", store.store), 0, launch.rank, 2, deadline_s),
+        MpiTransport(MPI.COMM_WORLD, LAYOUT, launch.rank, deadline_s),
+        GlooTransport(PrefixStore("transport", store.store), LAYOUT, launch.rank, deadline_s),
     ]
     for transport in transports:
         transport.progress = progress
-        transport.barrier()
-    progress.watch(ClientLayout(2, 1), TIMEOUT_S)
+        barrier(transport)
+    progress.watch(LAYOUT, TIMEOUT_S)
     for transport in transports:
         if launch.rank == 1:
             for step in range(int(WORK_S / 0.25)):
                 progress.enter("gradient", step=step + 1)
                 time.sleep(0.25)
         progress.enter("the end")
-        transport.barrier()
+        barrier(transport)
         print(f"rank {launch.rank} passed {type(transport).__name__}", flush=True)
     if launch.rank == 1:
         progress.enter("gradient", step=99)
         time.sleep(60)
-    transports[0].barrier()
+    barrier(transports[0])

@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.transport.edges import probe_edges, save_edges
 from deca_ds.transport.local import LocalNetwork
@@ -22,23 +22,13 @@ from deca_ds.transport.transport import PROBE_TAG
 
 def probe(graph: str, clients: int, ranks: int) -> list[list[dict]]:
     """`probe_edges` of all ranks, in threads."""
-    shards, store, layout = (
-        [LocalNetwork(clients, 20.0) for _ in range(ranks)],
-        HashStore(),
-        ClientLayout(clients, ranks),
-    )
+    network, store = LocalNetwork([ranks] * clients, 20.0), HashStore()
     mixing = build_mixing(GossipConfig(graph=graph), clients, seed=0)
 
     def body(rank: int) -> list[dict]:
-        transport = shards[layout.shard_of(rank)].transport(layout.client_of(rank))
+        transport, launch = network.transport(rank), Launch("python", rank, clients * ranks, 0, None)
         job = JobStore(store, None, timedelta(seconds=20))
-        return probe_edges(
-            transport,
-            mixing.neighbours(transport.client),
-            Launch("python", rank, clients * ranks, 0, None),
-            layout,
-            job,
-        )
+        return probe_edges(transport, mixing.neighbours(transport.client), launch, job)
 
     with ThreadPoolExecutor(clients * ranks) as pool:
         return list(pool.map(body, range(clients * ranks)))
@@ -74,5 +64,5 @@ def test_an_edge_that_does_not_carry_messages_is_named_with_both_ends(what):
             network.transport(1).exchange(torch.zeros(8, dtype=torch.uint8), [0], {}, PROBE_TAG)
     launch, job = Launch("python", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=5))
     with pytest.raises(GossipError) as caught:
-        probe_edges(network.transport(0), [1], launch, ClientLayout(2, 1), job)
+        probe_edges(network.transport(0), [1], launch, job)
     assert "edge between client 0 (rank 0 on" in str(caught.value) and "client 1 (rank 1 on far)" in str(caught.value)

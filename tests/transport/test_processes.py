@@ -19,10 +19,12 @@ import torch
 from torch.distributed import TCPStore
 
 from deca_ds.errors import GossipError
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.local import LocalNetwork
 from deca_ds.transport.mpi import MpiTransport, poll
-from deca_ds.transport.transport import PointToPoint
+from deca_ds.transport.transport import Transport
 
 CLIENTS, DEADLINE_S = 3, 120
 WORKER = str(Path(gossip_worker.__file__))
@@ -44,12 +46,12 @@ def local() -> list[dict]:
         result = gossip_worker.checks(transport, lambda: _hold(network, everybody))
         return json.loads(json.dumps(result))
 
-    piece = gossip_worker.shared.REDUCE_PIECE
+    piece = gossip_worker.collectives.REDUCE_PIECE
     try:
         with ThreadPoolExecutor(CLIENTS) as pool:
             return list(pool.map(body, range(CLIENTS)))
     finally:
-        gossip_worker.shared.REDUCE_PIECE = piece
+        gossip_worker.collectives.REDUCE_PIECE = piece
 
 
 def _hold(network: LocalNetwork, everybody: threading.Barrier) -> None:
@@ -82,7 +84,7 @@ def compare(folder: Path, local: list[dict]) -> list[dict]:
     for result, reference in zip(results, local, strict=True):
         for key in reference:
             assert result[key] == reference[key], key
-    assert "no message from client 1 within 0.5 s (tag 99)" in results[0]["silent"]
+    assert "no message from rank 1 (client 1) within 0.5 s (tag 99)" in results[0]["silent"]
     return results
 
 
@@ -114,22 +116,24 @@ def test_mpi_processes_are_bit_identical_to_threads(local: list[dict], tmp_path:
         pytest.skip("no mpirun")
     run_until_done([[mpirun, "--oversubscribe", "-n", str(CLIENTS), sys.executable, WORKER, "mpi", str(tmp_path)]])
     for client, result in enumerate(compare(tmp_path, local)):
-        assert f"from client {(client - 1) % CLIENTS} failed (tag 5): got 8 bytes, expected 12" in result["short"]
+        sender = (client - 1) % CLIENTS
+        said = f"from rank {sender} (client {sender}) failed (tag 5): got 8 bytes, expected 12"
+        assert said in result["short"]
 
 
 def test_one_client_needs_no_gloo_group():
-    transport = GlooTransport(store=None, shard=0, client=0, clients=1, timeout_s=1)
+    transport = GlooTransport(None, ClientLayout(1, 1), 0, timeout_s=1)
     x = torch.tensor([1.5])
-    transport.all_reduce_sum(x)
-    transport.barrier()
-    assert x.item() == 1.5 and transport.gather_json({"a": 1}) == [{"a": 1}]
+    all_reduce_sum(transport, x)
+    barrier(transport)
+    assert x.item() == 1.5 and gather_json(transport, {"a": 1}) == [{"a": 1}]
     transport.close()
 
 
 def test_a_client_that_does_not_join_ends_the_wait():
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=1))
-    with pytest.raises(GossipError, match=r"not all 2 clients joined the gossip group within 0\.5 s"):
-        GlooTransport(store, shard=5, client=0, clients=2, timeout_s=0.5)
+    with pytest.raises(GossipError, match=r"not all 2 ranks joined the gossip group within 0\.5 s"):
+        GlooTransport(store, ClientLayout(2, 1), 0, timeout_s=0.5)
 
 
 def test_importing_the_package_does_not_start_mpi():
@@ -158,7 +162,7 @@ def test_starting_a_message_moves_on_what_is_under_way():
     """MPI does so only while it is called, and between two waits the trainer computes."""
     request = Request()
     transport = MpiTransport.__new__(MpiTransport)  # no MPI in this process
-    PointToPoint.__init__(transport, 0, 2)
+    Transport.__init__(transport, ClientLayout(2, 1), 0)
     transport.timeout_s, transport._abandoned = 5.0, []
     transport._comm = SimpleNamespace(Irecv=lambda *message: request)
     transport._mpi = SimpleNamespace(

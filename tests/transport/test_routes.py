@@ -1,10 +1,10 @@
-"""Clients of different sizes average the same values as clients of one size, bit by bit; in threads."""
+"""Who exchanges what with whom, and that clients of different sizes average what clients of one size do; in threads."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -20,17 +20,22 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.uneven import UnevenGossip
+from deca_ds.gossip.strategies import Mean
 from deca_ds.launch.launcher import ClientLayout, Launch
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
-from deca_ds.transport import transport as shared
+from deca_ds.transport import collectives
+from deca_ds.transport.chunks import exchange_chunk
+from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json, sum_slices
+from deca_ds.transport.commit import Commit
 from deca_ds.transport.edges import probe_edges, save_edges
+from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.intersections import held
 from deca_ds.transport.local import LocalNetwork, LocalTransport
-from deca_ds.transport.uneven import UnevenTransport, torch_between_ranks
+from deca_ds.transport.routes import Routes
 
 NUMELS = [40, 1, 2, 31, 64]  # parameters of fewer elements than ranks, and such that no size divides
 LAYOUTS = [(2, 1, 1), (1, 3, 2), (4, 3, 3), (2, 5, 2)]
@@ -42,12 +47,12 @@ class Ranks:
 
     def __init__(self, sizes: tuple[int, ...], timeout_s: float = 20.0):
         self.layout, self.total = ClientLayout.of(sizes), sum(sizes)
-        self.network = LocalNetwork(self.total, timeout_s)
+        self.network = LocalNetwork(sizes, timeout_s)
         self._meet = [threading.Barrier(size) for size in sizes]
         self._numbers: dict[int, float] = {}
 
-    def transport(self, rank: int) -> UnevenTransport:
-        return UnevenTransport(self.network.transport(rank), self.layout)
+    def transport(self, rank: int) -> LocalTransport:
+        return self.network.transport(rank)
 
     def run(self, body: Callable[[int], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.total) as pool:
@@ -80,21 +85,77 @@ class Ranks:
         return whole
 
 
-def averaged(gossip: Gossip, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+@pytest.mark.parametrize("sizes", [*LAYOUTS, (1, 1, 1), (3, 3)])
+def test_each_rank_hears_what_is_alike_from_one_rank_of_every_other_client_which_knows_it(sizes):
+    layout = ClientLayout.of(sizes)
+    ranks = [Routes(layout, rank) for rank in range(sum(sizes))]
+    for rank, routes in enumerate(ranks):
+        for j in set(range(len(sizes))) - {layout.client_of(rank)}:
+            source = routes.source(j)
+            assert layout.client_of(source) == j and source in routes.peers([j])
+            hears = [other for other in layout.ranks_of(j) if rank in ranks[other].hearers(layout.client_of(rank))]
+            assert hears == [source]
+
+
+@pytest.mark.parametrize("sizes", [*LAYOUTS, (1, 1, 1), (3, 3)])
+def test_slices_of_a_parameter_are_shared_element_by_element(sizes):
+    """Whatever its number of elements, what a rank shares with all ranks of another client is its slice, once."""
+    layout = ClientLayout.of(sizes)
+    for numel in (1, 2, 7, 60):
+        for rank in range(sum(sizes)):
+            mine = elements_of(layout, rank, numel)
+            for j in set(range(len(sizes))) - {layout.client_of(rank)}:
+                shares = Routes(layout, rank).shares(numel, j)
+                found = [mine[part] for _, part in shares]
+                assert [x for part in found for x in part] == mine
+                for (other, _), part in zip(shares, found, strict=True):
+                    assert set(part) <= set(elements_of(layout, other, numel))
+                    assert (rank, part) in [
+                        (back, elements_of(layout, other, numel)[there])
+                        for back, there in Routes(layout, other).shares(numel, layout.client_of(rank))
+                    ]
+
+
+def elements_of(layout: ClientLayout, rank: int, numel: int) -> list[int]:
+    ranks = len(layout.ranks_of(layout.client_of(rank)))
+    return [x for a, b in held([numel], ranks, layout.shard_of(rank)) for x in range(a, b)]
+
+
+def test_between_clients_of_one_size_a_chunk_is_a_slice_of_the_shard_for_the_rank_of_the_same_index():
+    routes = Routes(ClientLayout(3, 2), 3)
+    chunks = routes.chunks([7, 1, 8], 3)  # 3 + 0 + 4 elements
+    assert [chunk.part for chunk in chunks] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert [routes.meets(chunks[2], j) for j in (0, 2)] == [[(1, [(0, 1)])], [(5, [(0, 1)])]]
+    assert (routes.peers([0, 2]), routes.source(2), [*routes.hearers(2)], routes.edge(0)) == ([1, 5], 5, [5], [1])
+
+
+def test_ranks_that_hold_the_same_are_sent_one_message_with_one_checksum(monkeypatch):
+    """Rank 0 holds all of its client's chunk; the ranks of clients 1 and 2 hold a half each, two and two the same."""
+    ranks, started = Ranks((1, 2, 2)), []
+    transport = ranks.transport(0)
+    (chunk,) = transport.routes.chunks([6], 6)
+    exchange = transport.exchange
+    monkeypatch.setattr(transport, "exchange", lambda *message: started.append(message) or exchange(*message))
+    buffers = {j: torch.empty(6) for j in (1, 2)}
+    exchange_chunk(transport, chunk, torch.arange(6.0), [1, 2], buffers, 7)
+    assert [(send.tolist(), to) for send, to, _, _ in started] == [([0, 1, 2], [1, 3]), ([3, 4, 5], [2, 4])]
+    assert [sorted(receives) for _, _, receives, _ in started] == [[1, 2, 3, 4], []]
+
+
+def averaged(gossip: Gossip, tensors: list[torch.Tensor], numels=NUMELS) -> list[torch.Tensor]:
     """STEPS averagings of all tensors, as the trainer does it."""
     tensors = [tensor.clone() for tensor in tensors]
+
+    def take(means: Iterable[Mean]) -> None:
+        for chunk, name, values in means:
+            tensors[int(name)][chunk.part] = values
+
     for t in range(STEPS):
-        under_way, message = [], 0
-        for chunk in gossip.chunks(len(tensors[0])):
-            for tensor in tensors:
-                if len(under_way) == gossip.window:
-                    into, pending = under_way.pop(0)
-                    into.copy_(pending.wait())
-                under_way.append((tensor[chunk], gossip.start(t, tensor[chunk], message)))
-                message += 1
-        gossip.settle(t)
-        for into, pending in under_way:
-            into.copy_(pending.wait())
+        averaging = gossip.begin(t)
+        for chunk in gossip.chunks(numels):
+            for name, tensor in enumerate(tensors):
+                take(averaging.send(chunk, str(name), tensor[chunk.part]))
+        take(averaging.settle())
     return tensors
 
 
@@ -105,32 +166,34 @@ def rounding_of(whole: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("sizes", LAYOUTS)
 @pytest.mark.parametrize("graph", ["ring", "one_peer_exponential", "star"])
-@pytest.mark.parametrize(("travelling", "radius"), [(1, None), (2, None), (1, 5.0)])
-def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, radius):
+@pytest.mark.parametrize(
+    ("travelling", "radius", "wire"),
+    [(1, None, "float32"), (2, None, "float32"), (1, 5.0, "float32"), (2, None, "bfloat16")],
+)
+def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, radius, wire):
     schedule = build_mixing(GossipConfig(graph=graph), len(sizes), seed=4)
     whole = torch.randn(len(sizes), travelling, sum(NUMELS), generator=torch.Generator().manual_seed(0))
     network, ranks = LocalNetwork(len(sizes), 20.0), Ranks(sizes)
 
     def even(client: int) -> tuple[list[torch.Tensor], int]:
-        gossip = Gossip(network.transport(client), schedule, clip_radius=radius)
+        clip = None if radius is None else Clip(radius)
+        gossip = Gossip(network.transport(client), schedule, codec=CODECS[wire], clip=clip)
         return averaged(gossip, list(whole[client])), gossip.bytes_sent
 
-    def uneven(rank: int) -> tuple[list[torch.Tensor], int]:
+    def of_different_sizes(rank: int) -> tuple[list[torch.Tensor], int]:
         client = ranks.layout.client_of(rank)
-        gossip = UnevenGossip(
+        gossip = Gossip(
             ranks.transport(rank),
             schedule,
             16 * 4 / 2**20,  # 16 elements a chunk
-            clip_radius=radius,
-            client_sum=ranks.client_sum(rank),
-            numels=lambda: NUMELS,
-            messages=travelling,
+            codec=CODECS[wire],
+            clip=None if radius is None else Clip(radius, ranks.client_sum(rank)),
         )
         return averaged(gossip, [ranks.shard(rank, x) for x in whole[client]]), gossip.bytes_sent
 
     with ThreadPoolExecutor(len(sizes)) as pool:
         expected = list(pool.map(even, range(len(sizes))))
-    got = ranks.run(uneven)
+    got = ranks.run(of_different_sizes)
     for client, (tensors, sent) in enumerate(expected):
         for place, tensor in enumerate(tensors):
             mixed = ranks.together(client, [shards[place] for shards, _ in got])
@@ -138,21 +201,21 @@ def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, rad
         assert sum(got[rank][1] for rank in ranks.layout.ranks_of(client)) == sent
 
 
-class Surviving(LocalTransport):
+class Without(Commit):
     """Agreement number `at` finds client `dead` gone: `changed`, and all messages are sent again in a new network."""
 
-    may_lose_clients = True
+    may_repeat = True
 
-    def __init__(self, networks: list[LocalNetwork], rank: int, clients: int, dead: int, at: int):
-        super().__init__(networks[0], rank)
-        self.members, self._next, self._dead, self._agreements = Members(clients), networks[1], dead, at
+    def __init__(self, transport: LocalTransport, new: LocalNetwork, dead: int, at: int, changed: Callable[[], None]):
+        self._transport, self._new, self._dead, self._left, self._changed = transport, new, dead, at, changed
 
-    def together(self, work: Callable[[], Any], *, last: bool = False) -> Any:
-        self._agreements -= 1
-        if self._agreements == 0:
-            self._network, self._epoch = self._next, self._epoch + 1
-            self.members.clients = tuple(j for j in self.members.clients if j != self._dead)
-            self.changed()
+    def run(self, work: Callable[[], Any], *, last: bool = False) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            transport = self._transport
+            transport._network, transport.epoch = self._new, transport.epoch + 1
+            transport.members.clients = tuple(j for j in transport.members.clients if j != self._dead)
+            self._changed()
         return work()
 
 
@@ -161,22 +224,20 @@ class Surviving(LocalTransport):
 def test_an_averaging_is_done_again_without_a_client_that_dies_amid_it(sizes, travelling):
     """What has been sent of the second averaging is lost; then the scores of the mean model are without it, too."""
     ranks, dead, numel = Ranks(sizes), 1, sum(NUMELS)
-    networks = [ranks.network, LocalNetwork(ranks.total, 20.0)]
+    new = LocalNetwork(sizes, 20.0)
     schedule = build_mixing(GossipConfig(graph="complete"), len(sizes), seed=4)
     whole = torch.randn(len(sizes), travelling, numel, generator=torch.Generator().manual_seed(0))
 
     def body(rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-        inner = Surviving(networks, rank, len(sizes), dead, at=2)
-        transport = UnevenTransport(inner, ranks.layout)
-        numels = {"numels": lambda: NUMELS, "messages": travelling}
-        gossip = UnevenGossip(transport, schedule, 16 * 4 / 2**20, client_sum=ranks.client_sum(rank), **numels)
+        transport = ranks.transport(rank)
 
         def changed() -> None:
             if transport.client == dead:
                 raise MessageError("dead")
             gossip.schedule = subset.without(schedule, [dead])
 
-        inner.changed = changed
+        commit = Without(transport, new, dead, 2, changed)
+        gossip = Gossip(transport, schedule, 16 * 4 / 2**20, commit=commit, client_sum=ranks.client_sum(rank))
         own = [ranks.shard(rank, x) for x in whole[transport.client]]
         with suppress(MessageError):
             own = averaged(gossip, own)
@@ -198,16 +259,16 @@ def test_an_averaging_is_done_again_without_a_client_that_dies_amid_it(sizes, tr
         assert torch.equal(summed, whole[0, 0] + whole[2, 0])
 
 
-def sum_slice(transport: UnevenTransport, values: torch.Tensor, numel: int) -> torch.Tensor:
+def sum_slice(transport: LocalTransport, values: torch.Tensor, numel: int) -> torch.Tensor:
     """Of one parameter, put together from pieces."""
     return torch.cat(
-        [each for *_, each in transport.sum_slices([numel], [len(values)], lambda _, part: values[part].clone())]
+        [each for *_, each in sum_slices(transport, [numel], [len(values)], lambda _, part: values[part].clone())]
     )
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS)
 def test_collectives(sizes, monkeypatch):
-    monkeypatch.setattr(shared, "REDUCE_PIECE", 20)
+    monkeypatch.setattr(collectives, "REDUCE_PIECE", 20)
     ranks, numel = Ranks(sizes), 101
     whole = torch.randn(len(sizes), numel, generator=torch.Generator().manual_seed(1))
 
@@ -215,10 +276,10 @@ def test_collectives(sizes, monkeypatch):
         transport = ranks.transport(rank)
         client = transport.client
         total, slices = whole[client].clone(), ranks.shard(rank, whole[client], [numel])
-        transport.all_reduce_sum(total)
+        all_reduce_sum(transport, total)
         slices = sum_slice(transport, slices, numel)
-        gathered = transport.gather_json({"client": client})
-        transport.barrier()
+        gathered = gather_json(transport, {"client": client})
+        barrier(transport)
         return total, slices, gathered
 
     expected = torch.zeros(numel)
@@ -235,7 +296,7 @@ def test_collectives(sizes, monkeypatch):
 def test_who_speaks_for_all_is_heard_by_every_leader():
     """What ranks of one client say may differ: a leader hears the leaders."""
     ranks = Ranks((2, 1, 3))
-    heard = ranks.run(lambda rank: ranks.transport(rank).gather_json(rank))
+    heard = ranks.run(lambda rank: gather_json(ranks.transport(rank), rank))
     leaders = [ranks.layout.leader_of(client) for client in range(3)]
     assert all(heard[leader] == leaders for leader in leaders)
 
@@ -248,7 +309,7 @@ def test_every_pair_of_ranks_of_an_edge_is_timed(sizes, tmp_path):
     def body(rank: int):
         job, launch = JobStore(store, None, timedelta(seconds=20)), Launch("python", rank, ranks.total, 0, None)
         transport = ranks.transport(rank)
-        return probe_edges(transport, mixing.neighbours(transport.client), launch, ranks.layout, job)
+        return probe_edges(transport, mixing.neighbours(transport.client), launch, job)
 
     every = ranks.run(body)
     assert all(edges == every[0] for edges in every)
@@ -273,13 +334,11 @@ def test_a_rank_that_does_not_answer_is_named_with_its_client():
     transport = ranks.transport(1)
     transport.progress = progress = Progress()
     with pytest.raises(MessageError, match=r"no message from rank 2 \(client 1\)") as caught:
-        transport.exchange(torch.zeros(1), [], {1: torch.empty(1)}, 7).wait()
+        transport.exchange(torch.zeros(1), [], {2: torch.empty(1)}, 7).wait()
     assert caught.value.where == "rank 1 (client 0)" and "rank 2 (client 1)" in caught.value.fix
-    transport.ranks.progress.wait_for(2)
     assert progress.awaits == 1, "heartbeats name clients"
 
 
 def test_a_rank_that_does_not_join_ends_the_wait():
-    store = HashStore()
-    with pytest.raises(GossipError, match=r"not all 3 ranks joined gossip within 0\.3 s"):
-        torch_between_ranks(store, Launch("python", 0, 3, 0, None), 0.3)
+    with pytest.raises(GossipError, match=r"not all 3 ranks joined the gossip group within 0\.3 s"):
+        GlooTransport(HashStore(), ClientLayout.of((2, 1)), 0, 0.3)

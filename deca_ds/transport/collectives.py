@@ -1,0 +1,159 @@
+"""What all clients do together, once over `Transport.exchange`: results are bit-identical over every transport.
+
+All ranks of all clients call these in the same order. `members` are those that take part, in their order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deca_ds.errors import GossipError
+from deca_ds.transport.checksums import Exchange
+from deca_ds.transport.chunks import exchange_chunk
+from deca_ds.transport.intersections import Chunk
+from deca_ds.transport.transport import BARRIER_TAG, GATHER_TAG, REDUCE_TAG, Transport
+
+REDUCE_PIECE = 2**22  # elements that a sum works on at a time; bounds its buffers
+MAX_JSON_BYTES = 2**28
+
+Result = TypeVar("Result")
+
+
+def all_reduce_sum(transport: Transport, tensor: Tensor) -> None:
+    """Sum over clients, in place. A contiguous CPU tensor, the same on all ranks of a client.
+
+    Each client sums a slice for all: 2 (n-1)/n of the tensor per client travel.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"all_reduce_sum takes a contiguous CPU tensor, got one on {tensor.device}")
+    for _ in _in_stages((None, _reduce(transport, piece)) for piece in tensor.view(-1).split(REDUCE_PIECE)):
+        pass
+
+
+def sum_slices(
+    transport: Transport, numels: Sequence[int], held: Sequence[int], values: Callable[[int, slice], Tensor]
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Sums over clients of parameters of `numels` elements, of which this rank holds slices of `held`: (number of the
+    parameter, elements of the slice, their sum), piece by piece, in order.
+
+    values: makes the own values of a piece, a contiguous CPU tensor, which becomes the sum. A few pieces live at a
+    time: while one is worked on, others travel. All must be taken. Where clients differ in size everybody gets
+    everything: n-1 times its slice is what a rank sends, n/2 times what it sends among clients of one size.
+    """
+
+    def pieces() -> Iterator[tuple[tuple[int, slice, Tensor], Iterator[None]]]:
+        for number, (numel, count) in enumerate(zip(numels, held, strict=True)):
+            if transport.layout.even:
+                for start in range(0, count, REDUCE_PIECE):
+                    elements = slice(start, min(start + REDUCE_PIECE, count))
+                    piece = values(number, elements)
+                    yield (number, elements, piece), _reduce(transport, piece)
+            else:
+                for chunk in transport.routes.chunks([numel], max(1, REDUCE_PIECE // transport.clients)):
+                    piece = values(number, chunk.part)
+                    yield (number, chunk.part, piece), _sum_chunk(transport, chunk, piece)
+
+    return _in_stages(pieces())
+
+
+def gather_json(transport: Transport, value: Any) -> list[Any]:
+    """Every client's JSON-able value, on every rank. The wire format is the length as int64, then the text as UTF-8."""
+    payload = json.dumps(value).encode()
+    if len(payload) > MAX_JSON_BYTES:
+        raise ValueError(f"{len(payload)} bytes of JSON are more than the {MAX_JSON_BYTES} of a gathered value")
+    own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    lengths = {j: torch.empty(1, dtype=torch.int64) for j in _others(transport)}
+    _tell(transport, torch.tensor([own.numel()]), lengths, GATHER_TAG).wait()
+    where = f"client {transport.client}"
+    for j, length in lengths.items():
+        if not 0 < int(length) <= MAX_JSON_BYTES:
+            raise GossipError(f"client {j} announced {int(length)} bytes of JSON", where=where)
+    texts = {j: torch.empty(int(length), dtype=torch.uint8) for j, length in lengths.items()}
+    _tell(transport, own, texts, GATHER_TAG).wait()
+    texts[transport.client] = own
+    return [_parse(j, texts[j], where) for j in transport.members.clients]
+
+
+def barrier(transport: Transport) -> None:
+    """Wait until every client is here: everybody hears from everybody."""
+    heard = {j: torch.empty(1, dtype=torch.uint8) for j in _others(transport)}
+    _tell(transport, torch.zeros(1, dtype=torch.uint8), heard, BARRIER_TAG).wait()
+
+
+def _parse(j: int, text: Tensor, where: str) -> Any:
+    try:
+        return json.loads(text.numpy().tobytes())
+    except ValueError as error:
+        raise GossipError(f"client {j} sent no valid JSON: {error}", where=where) from None
+
+
+def _others(transport: Transport) -> list[int]:
+    return [j for j in transport.members.clients if j != transport.client]
+
+
+def _tell(transport: Transport, own: Tensor, heard: dict[int, Tensor], tag: int) -> Exchange:
+    """Send what is alike on all ranks of this client to every client of `heard`, and hear theirs."""
+    routes = transport.routes
+    hearers = [rank for j in heard for rank in routes.hearers(j)]
+    return transport.exchange(own, hearers, {routes.source(j): buffer for j, buffer in heard.items()}, tag)
+
+
+def _reduce(transport: Transport, piece: Tensor) -> Iterator[None]:
+    """Sum over clients, in place; pauses twice, when messages have been started."""
+    clients, others, routes = transport.members.clients, _others(transport), transport.routes
+    if len(clients) == 1 or piece.numel() == 0:
+        return
+    bounds = [place * piece.numel() // len(clients) for place in range(len(clients) + 1)]
+    slices = dict(zip(clients, [piece[a:b] for a, b in pairwise(bounds)], strict=True))
+    own = slices[transport.client]
+    terms = {j: torch.empty_like(own) for j in others}
+    started = [
+        transport.exchange(slices[j], routes.hearers(j), {routes.source(j): terms[j]}, REDUCE_TAG) for j in others
+    ]
+    yield
+    for exchange in started:
+        exchange.wait()
+    _add_up(transport, terms, own)
+    del terms
+    started = [_tell(transport, own, {j: slices[j] for j in others}, REDUCE_TAG)]
+    yield
+    started[0].wait()
+
+
+def _sum_chunk(transport: Transport, chunk: Chunk, piece: Tensor) -> Iterator[None]:
+    """Sum over clients, in place; pauses when messages have been started."""
+    others = _others(transport)
+    terms = {j: torch.empty_like(piece) for j in others}
+    exchange = exchange_chunk(transport, chunk, piece, others, terms, REDUCE_TAG)
+    yield
+    exchange.wait()
+    _add_up(transport, terms, piece)
+
+
+def _add_up(transport: Transport, terms: dict[int, Tensor], own: Tensor) -> None:
+    """own <- own and `terms`, by client, in the order of `members`."""
+    terms[transport.client] = own.clone()
+    own.zero_()
+    for j in transport.members.clients:
+        own.add_(terms[j])
+
+
+def _in_stages(works: Iterable[tuple[Result, Iterator[None]]]) -> Iterator[Result]:
+    """Run works that pause at most twice, three at a time, each a stage behind the one before it; their results, in
+    order. All clients start messages in the same order so."""
+    under_way: deque[tuple[Result, Iterator[None]] | None] = deque()
+    for work in chain(works, (None, None)):
+        under_way.append(work)
+        for started in reversed(under_way):
+            if started is not None:
+                next(started[1], None)
+        oldest = under_way.popleft() if len(under_way) == 3 else None
+        if oldest is not None:
+            yield oldest[0]
