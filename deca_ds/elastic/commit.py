@@ -7,10 +7,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch.distributed import Store
-
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.progress import EVERYBODY
+from deca_ds.launch.view import View
 from deca_ds.transport.transport import PointToPoint, Result
 
 _SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
@@ -27,22 +26,22 @@ class Question:
 class Surviving(PointToPoint):
     """A transport whose `together` goes on without clients that have died.
 
-    questions: asked with every agreement. news: what the first survivor's leader wants all ranks to know after a death,
-    a short text. changed: called with that text when clients have died and `members` is new; on all survivors alike.
-    store: where the survivors meet anew, if they need a place for it; `changed` may have to put up another one.
-    peers_of: whom a connection joins for a client, by the numbers that `exchange` takes: the client itself, or all of
-    its ranks, as UnevenTransport needs it.
+    announcement: what the leader of the first client of a new view tells the others (see View); the view changes when
+    all that are left have agreed on it. peers_of: whom a connection joins for a client, by the numbers that `exchange`
+    takes: the client itself, or all of its ranks, as UnevenTransport needs it.
     """
 
     may_lose_clients = True
 
     def __init__(self, client: int, clients: int):
         super().__init__(client, clients)
-        self.questions: list[Question] = []
-        self.news: Callable[[], str] = str
-        self.changed: Callable[[str], None] = lambda news: None
-        self.store: Store | None = None
+        self._questions: list[Question] = []
+        self.announcement: Callable[[View], str] = lambda view: ""
         self.peers_of: Callable[[int], Sequence[int]] = lambda client: (client,)
+
+    def also_ask(self, question: Question) -> None:
+        """With every agreement from here on; all ranks ask the same, in the same order."""
+        self._questions.append(question)
 
     @property
     def _peers(self) -> list[int]:
@@ -65,11 +64,11 @@ class Surviving(PointToPoint):
             except MessageError as failed:
                 error = last_error = failed
                 self._give_up()
-            own = [error is None, last, *(question.answer() for question in self.questions)]
+            own = [error is None, last, *(question.answer() for question in self._questions)]
             with self.progress.waiting(EVERYBODY):
                 answers = self._agree(own)
             if answers and answers[0]:
-                for question, all_said_yes in zip(self.questions, answers[2:], strict=True):
+                for question, all_said_yes in zip(self._questions, answers[2:], strict=True):
                     question.heard(all_said_yes)
                 return result
             with self.progress.waiting(EVERYBODY):
@@ -92,7 +91,7 @@ class Surviving(PointToPoint):
 
     @abstractmethod
     def _rebuild(self) -> bool:
-        """Connect those who are left anew, update `members` and tell `changed`; whether there are fewer now."""
+        """Connect those who are left anew, change `membership`; whether there are fewer now."""
 
 
 def bits(answers: Sequence[bool]) -> int:

@@ -11,18 +11,20 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from deca_ds.elastic.agreement import YES, Decision
 from deca_ds.elastic.client import QuorumClient
 from deca_ds.elastic.commit import Surviving, answers_in, bits
 from deca_ds.elastic.reach import Attempts, pairs_apart, vote
 from deca_ds.errors import GossipError
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import EVERYBODY, Progress
+from deca_ds.launch.store_site import StoreSite
+from deca_ds.launch.view import Membership, View
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
 from deca_ds.transport.transport import lost
 
@@ -34,45 +36,49 @@ class ReconnectingGloo(GlooTransport, Surviving):
     """See GlooTransport; `together` outlives dead clients, and those that come back can be let in.
 
     shard, client: what makes this rank's connections, and its number there; 0 and the rank's own number, with
-    layout.ranks_of as peers_of, where they join all ranks (transport/uneven.py). members: what is kept up to date.
-    connected: False for a client that comes back, until it is let in. joining: clients that the last agreement has let
-    in, for `admit`.
+    layout.ranks_of as peers_of, where they join all ranks (transport/uneven.py). site: where the store is in which they
+    meet. membership: what is kept up to date. connected: False for a client that comes back, until it is let in.
     """
 
     def __init__(
         self,
         votes: QuorumClient,
-        store: Store,
+        site: StoreSite,
         shard: int,
         client: int,
-        members: Members,
+        membership: Membership,
+        announcement: Callable[[View], str],
         timeout_s: float,
         *,
         connected: bool = True,
         peers_of: Callable[[int], Sequence[int]] | None = None,
     ):
-        super().__init__(store, shard, client, members.total, timeout_s, connected=False)
-        self.votes, self.store, self._shard = votes, store, shard
-        self.members, self.peers_of = members, peers_of or self.peers_of
-        self.joining: tuple[int, ...] = ()
-        if connected and len(members) > 1:
-            prefixed = PrefixStore(f"gossip/{shard}", store)
+        super().__init__(site.store.store, shard, client, membership.view.total, timeout_s, connected=False)
+        self.votes, self._site, self._shard = votes, site, shard
+        self.membership, self.announcement = membership, announcement
+        self.peers_of = peers_of or self.peers_of
+        self._announced: Decision | None = None  # the last one that counts
+        if connected and len(membership.view) > 1:
+            prefixed = PrefixStore(f"gossip/{shard}", site.store.store)
             self._group = self._connect(prefixed, self._place(client), len(self._peers), timedelta(seconds=timeout_s))
+
+    @property
+    def joining(self) -> tuple[int, ...]:
+        """Clients that the last agreement has let in, for `admit`."""
+        return () if self._announced is None else tuple(client for client, _, _ in self._announced.joining)
 
     def enter(self) -> None:
         """For a client that comes back: wait until the others let it in."""
         with self.progress.waiting(EVERYBODY):
-            decision = self.votes.enter()
-        self.members.clients, self.joining = decision.clients, decision.everybody[len(decision.clients) :]
-        self._announced = decision.number
+            self._announced = self.votes.enter()
 
     def admit(self) -> None:
         """Connect those that are `joining` with the others; all of them call this. `members` says who has come in."""
-        self.members.clients, self.joining = (*self.members.clients, *self.joining), ()
-        self._group = None
+        assert self._announced is not None
+        announced, self._announced, self._group = self._announced, None, None
         with self.progress.waiting(EVERYBODY):
-            self.changed("")
-            if not self._meet(self._announced, Attempts()):
+            self.membership.change(View(announced.number, announced.everybody, self.members.total))
+            if not self._meet(announced.number, Attempts()):
                 self._rebuild()
         self._epoch += 1
 
@@ -91,7 +97,7 @@ class ReconnectingGloo(GlooTransport, Surviving):
         decision = self._vote(bits(answers))
         if decision.clients != self.members.clients:
             return []
-        self.joining, self._announced = decision.everybody[len(decision.clients) :], decision.number
+        self._announced = decision
         return answers_in(decision.yes, len(answers))
 
     def _vote(self, yes: int, news: str = "") -> Decision:
@@ -100,22 +106,20 @@ class ReconnectingGloo(GlooTransport, Surviving):
         return decision
 
     def _rebuild(self) -> bool:
-        before, told, attempts = self.members.clients, True, Attempts()
+        before, attempts = self.members, Attempts()
         while True:
             self._group = None
-            decided = self.votes.clients
-            told, self.members.clients = told and decided == self.members.clients, decided
-            speaks = self.client == self._peers[0] and self._shard == 0
-            decision = self._vote(YES, self.news() if speaks else "")
-            if decision.clients != decided:  # one more: perhaps the one that had something to tell
+            view = View(before.number + 1, self.votes.clients, before.total)
+            speaks = self.client == self.peers_of(view.first)[0] and self._shard == 0
+            decision = self._vote(YES, self.announcement(view) if speaks else "")
+            if decision.clients != view.clients:  # one more: perhaps the one that had something to tell
                 continue
-            if not told:
-                self.changed(decision.news)
-                told = True
+            if view.clients != self.members.clients:
+                self.membership.change(replace(view, number=decision.number, announcement=decision.news))
             if self._meet(decision.number, attempts):
                 break
         self._epoch += 1
-        return self.members.clients != before
+        return self.members != before
 
     def _meet(self, number: int, attempts: Attempts) -> bool:
         """Whether the members, all of them, have met in a new group. number: of the agreement that it follows.
@@ -139,8 +143,7 @@ class ReconnectingGloo(GlooTransport, Surviving):
         """See `_meet`, for this rank."""
         if len(self.members) == 1:
             return True
-        assert self.store is not None
-        store = PrefixStore(f"gossip/{self._shard}/{number}", self.store)
+        store = PrefixStore(f"gossip/{self._shard}/{number}", self._site.store.store)
         # less than the time after which somebody who waits may be taken for one that hangs
         seconds = min(_CONNECT_S, (self.progress.timeout_s or 2 * _CONNECT_S) / 2)
         place, size, met = self._place(self.client), len(self._peers), list[ProcessGroupGloo]()

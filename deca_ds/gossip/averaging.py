@@ -81,6 +81,10 @@ class Gossip:
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)  # elements of a chunk
         self.outputs = Outputs(self.device)
 
+    def average_by(self, schedule: MixingSchedule) -> None:
+        """From now on, or from the next attempt at an averaging that is done again."""
+        self.schedule = schedule
+
     def has_neighbours(self, t: int) -> bool:
         """Whether averaging t joins this client with any other."""
         client = self.transport.client

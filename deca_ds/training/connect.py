@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch.distributed import PrefixStore
 
 from deca_ds.config import Config
@@ -33,7 +35,8 @@ def connect_transport(config: Config, cluster: Cluster, guard: JobGuard, visit: 
     elif survives:
         from mpi4py import MPI
 
-        transport = ReconnectingUlfm(MPI.COMM_WORLD, cluster.layout, cluster.members, timeout_s)
+        announcement = partial(guard.site.announcement, layout=cluster.layout)
+        transport = ReconnectingUlfm(MPI.COMM_WORLD, cluster.layout, cluster.membership, announcement, timeout_s)
     elif cluster.gossip_comm is not None:
         transport = MpiTransport(cluster.gossip_comm, timeout_s)
     else:
@@ -60,16 +63,10 @@ def _voting(
         votes = QuorumClient(
             cluster.launch.rank, cluster.layout, visit.addresses, timeout_s, silence_s, visit.own, visit
         )
-    guard.farewells.append(votes.close)
-    guard.put_out_who_hangs = votes.stalled
-    guard.cut_off, guard.return_s = votes.cut_off, max(guard.return_s, config.cluster.return_s)
-    store, connected = guard.store.store, visit is None
+    who = cluster.membership, partial(guard.site.announcement, layout=cluster.layout)
+    connected = visit is None
     if cluster.layout.even:
-        return ReconnectingGloo(
-            votes, store, cluster.shard, cluster.client, cluster.members, timeout_s, connected=connected
-        )
+        return ReconnectingGloo(votes, guard.site, cluster.shard, cluster.client, *who, timeout_s, connected=connected)
     rank, ranks_of = cluster.launch.rank, cluster.layout.ranks_of
     with all_ranks_join(cluster.launch, timeout_s):
-        return ReconnectingGloo(
-            votes, store, 0, rank, cluster.members, timeout_s, connected=connected, peers_of=ranks_of
-        )
+        return ReconnectingGloo(votes, guard.site, 0, rank, *who, timeout_s, connected=connected, peers_of=ranks_of)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from deca_ds.errors import GossipError, MessageError
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
+from deca_ds.launch.view import Membership, View
 from deca_ds.transport.checksums import CheckedExchange, Exchange
 
 # Tags fit MPI's guaranteed range 0..32767. Messages of one source and tag arrive in the order in which they were sent,
@@ -42,11 +42,15 @@ class Transport(Protocol):
 
     client: int  # own client number
     clients: int  # n
-    members: Members  # those that are left of them; the collectives join these
     may_lose_clients: bool  # whether `together` means more than to run the work
     bytes_sent: int  # payload that this rank has handed to the network so far
     progress: Progress  # what this rank is doing; waits note whom they are for
     checksums: bool  # whether messages carry checksums (checksums.py); the same for all clients
+
+    @property
+    def members(self) -> View:
+        """Those that are in; the collectives join these."""
+        ...
 
     @property
     def epoch(self) -> int:
@@ -118,7 +122,7 @@ class PointToPoint(ABC):
     def __init__(self, client: int, clients: int):
         self.client = client
         self.clients = clients
-        self.members = Members(clients)
+        self.membership = Membership(View.of_all(clients))
         self.bytes_sent = 0
         self.progress = Progress()
         self.checksums = False
@@ -128,6 +132,11 @@ class PointToPoint(ABC):
         if self.checksums and (destinations or receives):
             return CheckedExchange(self._exchange, self.client, send, destinations, receives, tag)
         return self._exchange(send, destinations, receives, tag)
+
+    @property
+    def members(self) -> View:
+        """See Transport."""
+        return self.membership.view
 
     @property
     def epoch(self) -> int:

@@ -60,7 +60,7 @@ class UnevenTransport(PointToPoint):
         super().__init__(layout.client_of(self.rank), layout.clients)
         self.may_lose_clients = ranks.may_lose_clients
         if self.may_lose_clients:
-            self.members = ranks.members
+            self.membership = ranks.membership
         self.shard = layout.shard_of(self.rank)
         self._cut: Cut | None = None
 

@@ -25,6 +25,7 @@ from deca_ds.elastic.server import QuorumServer
 from deca_ds.errors import CutOffError, GossipError, LaunchError, RankLostError
 from deca_ds.launch import store
 from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.view import Membership, View
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -429,13 +430,14 @@ def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
     wait_until_connected(job)
     addresses = {client: each.address for client, each in enumerate(job.coordinators)}
     assert clients_at(addresses[0]) == []  # it has nobody in training yet
-    job.coordinators[0].invitation = {}
+    job.coordinators[0].invite({})
     assert clients_at(addresses[0]) == [0, 1, 2] and clients_at(addresses[1]) == []
     cases = [((5,), 5, 1, True), ((3, 4, 5), 3, 3, True)]
     cases += [((3, 4, 5), 4, 1, False), ((3, 4, 5, 6), 3, 1, False)]  # not the first of its part; the larger part
     cases += [((2, 3), 2, 1, False), ((5,), 5, 4, False)]  # it counts client 2, which is here; it is too small to go on
     for part, client, min_clients, found in cases:
-        looking = Lookout(SimpleNamespace(clients=part, addresses=addresses), client, min_clients)
+        view = Membership(View(1, part, 7))
+        looking = Lookout(view, SimpleNamespace(addresses=addresses), client, min_clients)
         deadline = time.monotonic() + (5 if found else 0.5)
         while time.monotonic() < deadline and not looking.found:
             time.sleep(0.02)

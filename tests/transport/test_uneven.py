@@ -23,9 +23,9 @@ from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.uneven import UnevenGossip
 from deca_ds.launch.launcher import ClientLayout, Launch
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import Membership, View
 from deca_ds.transport import transport as shared
 from deca_ds.transport.edges import probe_edges, save_edges
 from deca_ds.transport.intersections import held
@@ -139,20 +139,21 @@ def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, rad
 
 
 class Surviving(LocalTransport):
-    """Agreement number `at` finds client `dead` gone: `changed`, and all messages are sent again in a new network."""
+    """Agreement number `at` finds client `dead` gone: all messages are sent again in a new network."""
 
     may_lose_clients = True
 
     def __init__(self, networks: list[LocalNetwork], rank: int, clients: int, dead: int, at: int):
         super().__init__(networks[0], rank)
-        self.members, self._next, self._dead, self._agreements = Members(clients), networks[1], dead, at
+        self.membership = Membership(View.of_all(clients))
+        self._next, self._dead, self._agreements = networks[1], dead, at
 
     def together(self, work: Callable[[], Any], *, last: bool = False) -> Any:
         self._agreements -= 1
         if self._agreements == 0:
             self._network, self._epoch = self._next, self._epoch + 1
-            self.members.clients = tuple(j for j in self.members.clients if j != self._dead)
-            self.changed()
+            left = tuple(j for j in self.members.clients if j != self._dead)
+            self.membership.change(View(1, left, self.members.total))
         return work()
 
 
@@ -171,12 +172,12 @@ def test_an_averaging_is_done_again_without_a_client_that_dies_amid_it(sizes, tr
         numels = {"numels": lambda: NUMELS, "messages": travelling}
         gossip = UnevenGossip(transport, schedule, 16 * 4 / 2**20, client_sum=ranks.client_sum(rank), **numels)
 
-        def changed() -> None:
+        def changed(before: View, view: View) -> None:
             if transport.client == dead:
                 raise MessageError("dead")
-            gossip.schedule = subset.without(schedule, [dead])
+            gossip.average_by(subset.without(schedule, view.missing))
 
-        inner.changed = changed
+        inner.membership.subscribe(changed)
         own = [ranks.shard(rank, x) for x in whole[transport.client]]
         with suppress(MessageError):
             own = averaged(gossip, own)

@@ -1,0 +1,58 @@
+"""What becomes of a rank, by what it is to the job and what happens to it: every case."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from torch.distributed import HashStore
+
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import Membership, View
+from deca_ds.watchdog.guard import JobGuard
+from deca_ds.watchdog.role import Elasticity, Event, Role, Then, Visitor, on_event
+from deca_ds.watchdog.stop import StopByCommit
+
+# without cluster.return_s, and with it
+CASES = {
+    (Role.MEMBER, Event.ERROR): (Then.END_THE_JOB, Then.END_THE_JOB),
+    (Role.MEMBER, Event.CUT_OFF): (Then.END_THE_JOB, Then.END_THE_JOB),
+    (Role.MEMBER, Event.HANGS): (Then.END_THE_JOB, Then.END_THE_JOB),
+    (Role.MEMBER, Event.STORE_GONE): (Then.END, Then.END),
+    (Role.MEMBER, Event.STORE_SILENT): (Then.END, Then.END),
+    (Role.VISITOR, Event.ERROR): (Then.END, Then.END),
+    (Role.VISITOR, Event.CUT_OFF): (Then.END, Then.COME_BACK),
+    (Role.VISITOR, Event.HANGS): (Then.END, Then.END),
+    (Role.VISITOR, Event.STORE_GONE): (Then.END, Then.COME_BACK),
+    (Role.VISITOR, Event.STORE_SILENT): (Then.END, Then.COME_BACK),
+    (Role.OUTLIVED, Event.ERROR): (Then.END_THE_CLIENT, Then.END_THE_CLIENT),
+    (Role.OUTLIVED, Event.CUT_OFF): (Then.END_THE_CLIENT, Then.COME_BACK),
+    (Role.OUTLIVED, Event.HANGS): (Then.END_THE_CLIENT, Then.COME_BACK_UNNOTICED),
+    (Role.OUTLIVED, Event.STORE_GONE): (Then.WAIT, Then.WAIT),
+    (Role.OUTLIVED, Event.STORE_SILENT): (Then.END, Then.END),
+}
+
+
+def test_what_becomes_of_a_rank():
+    assert CASES.keys() == {(role, event) for role in Role for event in Event}
+    found = {case: (on_event(*case, returns=False), on_event(*case, returns=True)) for case in CASES}
+    assert found == CASES
+
+
+def test_a_rank_trains_with_others_that_go_on_without_it_once_and_for_good():
+    steps = {(role, becomes) for role in Role for becomes in Role if role.may_become(becomes)}
+    assert steps == {(Role.MEMBER, Role.OUTLIVED), (Role.VISITOR, Role.OUTLIVED)}
+
+
+@pytest.mark.parametrize("visitor", [None, Visitor(host=0)])
+def test_a_guard_refuses_what_its_rank_cannot_become(visitor):
+    guard = JobGuard(Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=20)), visitor)
+    with pytest.raises(RuntimeError, match="of a job that is not elastic"):
+        guard.let_others_go_on()
+    layout = ClientLayout(1, 1)
+    guard.enter_elastic(Elasticity(Membership(View.of_all(1)), layout, StopByCommit()))
+    guard.let_others_go_on()
+    with pytest.raises(RuntimeError, match="OUTLIVED of a job"):
+        guard.let_others_go_on()
+    guard.finish()
