@@ -20,10 +20,8 @@ def agree_on_day(config: Config, launch: Launch, store: JobStore) -> Config:
     if known is None and config.run.resume != "never" and saved.is_file():
         known = load_config(saved).data.date
     every = store.gather(launch, "day", [known, today()])
-    return replace(
-        config,
-        data=replace(config.data, date=next((day for day, _ in every.values() if day), every[launch.first][1])),
-    )
+    day = next((day for day, _ in every.values() if day is not None), every[launch.first][1])
+    return replace(config, data=replace(config.data, date=day))
 
 
 def on_day(config: Config, day: str | None) -> Config:

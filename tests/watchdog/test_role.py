@@ -45,14 +45,31 @@ def test_a_rank_trains_with_others_that_go_on_without_it_once_and_for_good():
     assert steps == {(Role.MEMBER, Role.OUTLIVED), (Role.VISITOR, Role.OUTLIVED)}
 
 
+def guard(visitor: Visitor | None = None) -> JobGuard:
+    return JobGuard(Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=20)), visitor)
+
+
 @pytest.mark.parametrize("visitor", [None, Visitor(host=0)])
 def test_a_guard_refuses_what_its_rank_cannot_become(visitor):
-    guard = JobGuard(Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=20)), visitor)
+    made = guard(visitor)
     with pytest.raises(RuntimeError, match="of a job that is not elastic"):
-        guard.let_others_go_on()
-    layout = ClientLayout(1, 1)
-    guard.enter_elastic(Elasticity(Membership(View.of_all(1)), layout, StopByCommit()))
-    guard.let_others_go_on()
+        made.let_others_go_on()
+    made.enter_elastic(Elasticity(Membership(View.of_all(1)), ClientLayout(1, 1), StopByCommit()))
+    made.let_others_go_on()
     with pytest.raises(RuntimeError, match="OUTLIVED of a job"):
-        guard.let_others_go_on()
-    guard.finish()
+        made.let_others_go_on()
+    made.finish()
+
+
+def test_a_guard_follows_the_view_and_tells_who_is_through():
+    made, membership, stop, told = guard(), Membership(View(0, (0,), 3)), StopByCommit(), []
+    assert list(made.heartbeats.ranks()) == [0]
+    made.enter_elastic(Elasticity(membership, ClientLayout(3, 2), stop))
+    assert list(made.heartbeats.ranks()) == [0], "nobody has agreed on a view yet: what the launcher says"
+    assert made.stop is stop
+    made.on_exit(lambda: told.append("first"))
+    made.on_exit(lambda: told.append("second"))
+    made.finish()
+    assert told == ["first", "second"]
+    membership.change(View(1, (2, 0), 3))
+    assert list(made.heartbeats.ranks()) == [4, 5, 0, 1]
