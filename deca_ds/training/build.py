@@ -77,8 +77,9 @@ def build(
     agent = None
     if elastic is not None:
         written = Agreed(elastic.transport, start.resumed, config.cluster.absent)
-        agent = make_agent(job, elastic, client, gossip, metrics)
+        # before the agent, which tells who has gone: that client may ask to come back at once
         invite_others(job, elastic, attempt, data, vocabulary)
+        agent = make_agent(job, elastic, client, gossip, metrics)
         standing = start.join(job, agent, standing, rule, schedule, metrics)
         guard.let_others_go_on()
     watch = Watch(client, cluster, rule.buffers)
