@@ -83,7 +83,7 @@ SET_FROM_OUTSIDE = {
     },
     "the configuration, while it is being loaded": {"config/paths.py": ["setattr(section, name)"]},
     "parts of one thing that a module is about, which nobody else sets": {
-        "elastic/server.py": ["line.address", "line.known", "line.rank", "line.ready", "line.store"],
+        "elastic/server.py": ["line.address", "line.known", "line.rank", "line.ready", "self._visitors[each].store"],
         "engine/client.py": ["self._state.reached"],
         "gossip/averaging.py": ["gossip.bytes_sent", "pending.weights", "self._gossip.wait_seconds"],
         "transport/local.py": ["self._expected.popleft().message"],

@@ -164,13 +164,14 @@ class QuorumServer:
         if client in self._clients:
             line.send("out", why=f"client {client} is still in the job")
             return
-        line.rank, line.address, line.store = rank, address, self.invitation["store"]
+        line.rank, line.address = rank, address
         self._visitors[rank] = line
         ranks = self._ranks_of([client])
         if all(each in self._visitors for each in ranks):
             self._visits += 1
             visit = f"{self._last.number}.{self._visits}"  # another coordinator's numbers are higher
             for each in ranks:
+                self._visitors[each].store = self.invitation["store"]
                 self._visitors[each].send("invitation", visit=visit, clients=self._clients, **self.invitation)
 
     def _announced(self, yes: int) -> tuple[tuple[int, str, int], ...]:

@@ -314,6 +314,28 @@ def test_the_goodbye_of_who_was_put_out_before_does_not_count(monkeypatch, tmp_p
     assert {each.yes for each in job.vote({0: 1, 1: 0, 2: 1}).values()} == {0}, "its vote is waited for"
 
 
+def test_a_client_waits_for_the_store_that_it_was_invited_to_whenever_its_first_rank_came(tmp_path):
+    job = Job(2, ranks=2)
+    wait_until_connected(job)
+    job.kill(1)
+    assert job.vote({0: 1, 1: 1})[0].clients == (0,)
+    job.coordinators[0].invite(invitation(job))
+    save_addresses(tmp_path, job.votes[0].addresses)
+
+    def visit(rank: int) -> Decision:
+        asked, _ = join_job(Launch("deepspeed", rank, 4, 0, None), job.layout, tmp_path, 10.0, 60.0)
+        return QuorumClient(rank, job.layout, asked.addresses, 20.0, 60.0, asked.own, asked).enter()
+
+    with ThreadPoolExecutor(2) as pool:
+        visits = [pool.submit(visit, 2)]
+        time.sleep(0.3)
+        job.coordinators[0].invite(invitation(job))  # the job moves before the client's other rank comes
+        visits.append(pool.submit(visit, 3))
+        time.sleep(0.5)
+        job.vote({0: YES | OPEN, 1: YES | OPEN})
+        assert {each.result(10).everybody for each in visits} == {(0, 1)}
+
+
 def test_who_waits_to_come_in_learns_of_those_who_came_before_and_of_a_store_that_moved(tmp_path):
     job = Job(4)
     wait_until_connected(job)
