@@ -7,10 +7,10 @@ its own FAILED file; the others learn which rank it was and what kind of failure
 heartbeats and ends waits that last too long (heartbeats.py). It ends this process as well when the store no longer
 answers (store_watch.py).
 
-With cluster.on_failure=continue, from the first step on: a rank that fails tells it on its own output and in
-FAILED_client_NNN and kills itself, as the MPI library expects of the dead. The store may go with its host, until the
-survivors have put up another one. A rank that hangs, or waits too long for others of its client, ends that client; over
-torch the others put it out, too, if its process does not run.
+What becomes of a rank depends on its role (role.py). With cluster.on_failure=continue, from the first step on: a rank
+that fails tells it on its own output and in FAILED_client_NNN and kills itself, as the MPI library expects of the dead.
+The store may go with its host, until the survivors have put up another one. A rank that hangs, or waits too long for
+others of its client, ends that client; over torch the others put it out, too, if its process does not run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ _LINGER_S = 2.0  # the store's host stays until the others have read why the job
 
 class JobGuard:
     """Watches the job for this rank. visitor: of a client that comes back, which is not of the job yet.
-    stop: how the job is told to stop, and where.
+
+    site: where the job's store is. stop: how the job is told to stop, and where.
     """
 
     def __init__(self, launch: Launch, store: JobStore, visitor: Visitor | None = None):
