@@ -46,7 +46,7 @@ from deca_ds.watchdog.failure import FAILURE_CODE, USER_ERROR_CODE, Failure
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
-from deca_ds.watchdog.role import Elasticity, Event, Role, Then, Visitor, on_event
+from deca_ds.watchdog.role import Elasticity, Event, Outcome, Role, Visitor, on_event
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 from deca_ds.watchdog.store_watch import StoreWatch
 from deca_ds.watchdog.survey import Survey
@@ -122,14 +122,14 @@ class JobGuard:
         self._leaving.acquire()
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
         event = self._event(error)
-        match self._then(event):
-            case Then.COME_BACK:
+        match self._outcome(event):
+            case Outcome.COME_BACK:
                 self.come_back(f"was cut off: {error}")
-            case Then.COME_BACK_UNNOTICED:
+            case Outcome.COME_BACK_UNNOTICED:
                 self.come_back(f"hangs: {error}", through=False)
-            case Then.END_THE_CLIENT:
+            case Outcome.END_THE_CLIENT:
                 self._die(whole_message(error) + self._last_seen(error))
-            case Then.END:
+            case Outcome.END:
                 self._leave(self._report(whole_message(error), code))
             case _:
                 self._end_the_job(error, code)
@@ -151,7 +151,7 @@ class JobGuard:
             callback()
         come_back(self._return_s)
 
-    def _then(self, event: Event) -> Then:
+    def _outcome(self, event: Event) -> Outcome:
         return on_event(self._role, event, self._return_s > 0)
 
     def _event(self, error: BaseException) -> Event:
@@ -162,7 +162,7 @@ class JobGuard:
             return Event.HANGS
         # another rank of this client may know already: then what broke here is the connection to that one
         of_a_connection = isinstance(error, (MessageError, RankLostError, RuntimeError))
-        may_be_cut_off = of_a_connection and self._then(Event.CUT_OFF) != self._then(Event.ERROR)
+        may_be_cut_off = of_a_connection and self._outcome(Event.CUT_OFF) != self._outcome(Event.ERROR)
         return Event.CUT_OFF if may_be_cut_off and self._is_cut_off(_CUT_OFF_S) else Event.ERROR
 
     def _is_cut_off(self, within_s: float) -> bool:
@@ -234,7 +234,7 @@ class JobGuard:
             except RuntimeError:
                 if self._finished.is_set():
                     break
-                if self._then(Event.STORE_GONE) is Then.WAIT:
+                if self._outcome(Event.STORE_GONE) is Outcome.WAIT:
                     continue  # the survivors will put up another one
                 self._come_back_to_a_lost_job(Event.STORE_GONE)
                 gone = f"rank {self.site.host} is gone: it ended without a report"
@@ -267,7 +267,7 @@ class JobGuard:
 
     def _come_back_to_a_lost_job(self, event: Event) -> None:
         """Returns if that is not what this rank does."""
-        if self._then(event) is Then.COME_BACK:
+        if self._outcome(event) is Outcome.COME_BACK:
             self._leaving.acquire()
             self.come_back("has lost the job before it was let in")
 

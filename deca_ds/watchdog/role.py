@@ -37,7 +37,7 @@ class Event(Enum):
     STORE_SILENT = auto()
 
 
-class Then(Enum):
+class Outcome(Enum):
     """What a rank does. END_THE_JOB: it tells all ranks, which end with it. END_THE_CLIENT: it dies as the MPI library
     expects it of the dead, and its client with it. END: it ends, and those who notice do as they must. COME_BACK: it
     becomes a new process that tries to join; COME_BACK_UNNOTICED: so that the others take it for dead. WAIT: for the
@@ -51,27 +51,27 @@ class Then(Enum):
     WAIT = auto()
 
 
-def on_event(role: Role, event: Event, returns: bool) -> Then:
+def on_event(role: Role, event: Event, returns: bool) -> Outcome:
     """returns: whether cluster.return_s has a rank that was cut off try to come back."""
     match role, event:
         case Role.MEMBER, Event.STORE_GONE | Event.STORE_SILENT:
-            return Then.END
+            return Outcome.END
         case Role.MEMBER, _:
-            return Then.END_THE_JOB
+            return Outcome.END_THE_JOB
         case Role.VISITOR, Event.CUT_OFF | Event.STORE_GONE | Event.STORE_SILENT if returns:
-            return Then.COME_BACK
+            return Outcome.COME_BACK
         case Role.VISITOR, _:
-            return Then.END
+            return Outcome.END
         case Role.OUTLIVED, Event.CUT_OFF if returns:
-            return Then.COME_BACK
+            return Outcome.COME_BACK
         case Role.OUTLIVED, Event.HANGS if returns:
-            return Then.COME_BACK_UNNOTICED
+            return Outcome.COME_BACK_UNNOTICED
         case Role.OUTLIVED, Event.STORE_GONE:
-            return Then.WAIT
+            return Outcome.WAIT
         case Role.OUTLIVED, Event.STORE_SILENT:
-            return Then.END
+            return Outcome.END
         case _:
-            return Then.END_THE_CLIENT
+            return Outcome.END_THE_CLIENT
 
 
 @dataclass(frozen=True)

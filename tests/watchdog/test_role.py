@@ -11,26 +11,26 @@ from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.view import Membership, View
 from deca_ds.watchdog.guard import JobGuard
-from deca_ds.watchdog.role import Elasticity, Event, Role, Then, Visitor, on_event
+from deca_ds.watchdog.role import Elasticity, Event, Outcome, Role, Visitor, on_event
 from deca_ds.watchdog.stop import StopByCommit
 
 # without cluster.return_s, and with it
 CASES = {
-    (Role.MEMBER, Event.ERROR): (Then.END_THE_JOB, Then.END_THE_JOB),
-    (Role.MEMBER, Event.CUT_OFF): (Then.END_THE_JOB, Then.END_THE_JOB),
-    (Role.MEMBER, Event.HANGS): (Then.END_THE_JOB, Then.END_THE_JOB),
-    (Role.MEMBER, Event.STORE_GONE): (Then.END, Then.END),
-    (Role.MEMBER, Event.STORE_SILENT): (Then.END, Then.END),
-    (Role.VISITOR, Event.ERROR): (Then.END, Then.END),
-    (Role.VISITOR, Event.CUT_OFF): (Then.END, Then.COME_BACK),
-    (Role.VISITOR, Event.HANGS): (Then.END, Then.END),
-    (Role.VISITOR, Event.STORE_GONE): (Then.END, Then.COME_BACK),
-    (Role.VISITOR, Event.STORE_SILENT): (Then.END, Then.COME_BACK),
-    (Role.OUTLIVED, Event.ERROR): (Then.END_THE_CLIENT, Then.END_THE_CLIENT),
-    (Role.OUTLIVED, Event.CUT_OFF): (Then.END_THE_CLIENT, Then.COME_BACK),
-    (Role.OUTLIVED, Event.HANGS): (Then.END_THE_CLIENT, Then.COME_BACK_UNNOTICED),
-    (Role.OUTLIVED, Event.STORE_GONE): (Then.WAIT, Then.WAIT),
-    (Role.OUTLIVED, Event.STORE_SILENT): (Then.END, Then.END),
+    (Role.MEMBER, Event.ERROR): (Outcome.END_THE_JOB, Outcome.END_THE_JOB),
+    (Role.MEMBER, Event.CUT_OFF): (Outcome.END_THE_JOB, Outcome.END_THE_JOB),
+    (Role.MEMBER, Event.HANGS): (Outcome.END_THE_JOB, Outcome.END_THE_JOB),
+    (Role.MEMBER, Event.STORE_GONE): (Outcome.END, Outcome.END),
+    (Role.MEMBER, Event.STORE_SILENT): (Outcome.END, Outcome.END),
+    (Role.VISITOR, Event.ERROR): (Outcome.END, Outcome.END),
+    (Role.VISITOR, Event.CUT_OFF): (Outcome.END, Outcome.COME_BACK),
+    (Role.VISITOR, Event.HANGS): (Outcome.END, Outcome.END),
+    (Role.VISITOR, Event.STORE_GONE): (Outcome.END, Outcome.COME_BACK),
+    (Role.VISITOR, Event.STORE_SILENT): (Outcome.END, Outcome.COME_BACK),
+    (Role.OUTLIVED, Event.ERROR): (Outcome.END_THE_CLIENT, Outcome.END_THE_CLIENT),
+    (Role.OUTLIVED, Event.CUT_OFF): (Outcome.END_THE_CLIENT, Outcome.COME_BACK),
+    (Role.OUTLIVED, Event.HANGS): (Outcome.END_THE_CLIENT, Outcome.COME_BACK_UNNOTICED),
+    (Role.OUTLIVED, Event.STORE_GONE): (Outcome.WAIT, Outcome.WAIT),
+    (Role.OUTLIVED, Event.STORE_SILENT): (Outcome.END, Outcome.END),
 }
 
 
