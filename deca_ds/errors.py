@@ -7,6 +7,7 @@ that message alone; any other exception is a defect of ours and keeps its traceb
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -60,8 +61,17 @@ class StallError(UserError):
     clients: whose ranks these are. idle_s: seconds since any of them, or the rank itself, moved on.
     """
 
-    clients: frozenset[int | None] = frozenset()
-    idle_s = 0.0
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        fix: str | None = None,
+        clients: Iterable[int | None] = (),
+        idle_s: float = 0.0,
+    ):
+        super().__init__(what, where=where, fix=fix)
+        self.clients, self.idle_s = frozenset(clients), idle_s
 
 
 class DivergedError(UserError):

@@ -1,6 +1,8 @@
-"""The rules that keep the code readable: imports point one way, modules stay short, deepspeed stays in engine/."""
+"""The rules that keep the code readable: imports point one way, modules stay short, deepspeed stays in engine/, and an
+object's attributes are its own business."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,98 @@ def test_module(path):
 
 def test_every_part_has_its_rule():
     assert {part_of(path) for path in MODULES} == MAY_IMPORT.keys() | {"__init__"}
+
+
+# Attributes that are set on other objects than self, and why: module -> targets.
+SET_FROM_OUTSIDE = {
+    "objects of libraries, which offer no other way": {
+        "checkpoint/generation.py": ["config._from_model_config", "config.eos_token_id", "setattr(config, name)"],
+        "data/tokens.py": ["plain.post_processor"],
+        "engine/adapters.py": ["a.data", "b.data"],
+        "engine/chunked_loss.py": ["ctx.grads"],
+        "engine/compare_weights.py": ["buffer.data"],
+        "engine/gradients.py": ["parameter.grad"],
+        "engine/internals.py": ["linear.LinearFunctionForZeroStage3"],
+        "engine/load.py": ["part.tie_word_embeddings", "setattr(part, name)"],
+        "engine/masters.py": ["weakref.finalize(self, runtime.cudaHostUnregister, flat.data_ptr()).atexit"],
+        "engine/output_head.py": ["model._modules", "self.linear.forward"],
+        "simulation/stacked.py": ["parameter.data", "parameter.grad"],
+        "tools/supervise.py": ["parser.prog"],
+        "training/terminal.py": ["setattr(sys, name)"],
+    },
+    "the configuration, while it is being loaded": {"config/paths.py": ["setattr(section, name)"]},
+    "parts of one thing that a module is about, which nobody else sets": {
+        "elastic/server.py": ["line.address", "line.known", "line.rank", "line.ready", "self._visitors[each].store"],
+        "engine/client.py": ["self._state.reached"],
+        "gossip/clip.py": ["message.weights"],
+        "gossip/message.py": ["gossip.bytes_sent", "gossip.wait_seconds"],
+        "gossip/strategies.py": ["gossip.wait_seconds", "message.staged"],
+        "transport/local.py": ["self._expected.popleft().message"],
+    },
+    "the state of training, put back": {
+        "elastic/handover.py": ["client.active.local_steps.made"],
+        "training/resume.py": ["block.local_steps.made", "gossip.bytes_sent", "gossip.wait_seconds"],
+    },
+    "one note of progress for two numberings": {"elastic/reconnect_gloo.py": ["progress.moved"]},
+}
+
+
+def set_from_outside(path: Path) -> set[str]:
+    """Attributes that a module sets on anything but self, cls and what the same function has got by calling a class."""
+    return set(_set_in(ast.parse(path.read_text()), {"self", "cls"}))
+
+
+def _set_in(node: ast.AST, own: set[str]) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef):
+        own = own | _made_in(node)
+    for child in ast.iter_child_nodes(node):
+        is_set = isinstance(child, ast.Attribute) and not isinstance(child.ctx, ast.Load)
+        if is_set and not (isinstance(child.value, ast.Name) and child.value.id in own):
+            yield ast.unparse(child)
+        elif isinstance(child, ast.Call) and _name(child.func) in ("setattr", "delattr", "__setattr__"):
+            yield f"setattr({', '.join(map(ast.unparse, child.args[:2]))})"
+        yield from _set_in(child, own)
+
+
+def _made_in(function: ast.FunctionDef) -> set[str]:
+    """Names of what a function makes: those that it binds to what a class, by its capital, returns."""
+    made = set()
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+            continue
+        if _name(node.value.func).lstrip("_")[:1].isupper():
+            made |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return made
+
+
+def _name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def test_no_module_sets_attributes_of_objects_that_are_not_its_own():
+    """Collaborators are given to the constructor, or subscribe."""
+    allowed: dict[str, set[str]] = {}
+    for modules in SET_FROM_OUTSIDE.values():
+        for module, targets in modules.items():
+            allowed.setdefault(module, set()).update(targets)
+    found = {str(path.relative_to(PACKAGE)): set_from_outside(path) for path in MODULES}
+    assert {module: targets for module, targets in found.items() if targets} == allowed
+
+
+def test_attributes_that_are_set_from_outside_are_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "class Made:\n"
+        "    def __init__(self, other):\n"
+        "        self.other, other.me = other, self\n"
+        "        self.other.name = 'x'\n"
+        "def build(given):\n"
+        "    made = Made(given)\n"
+        "    made.done = given.done = True\n"
+        "    for given.place in range(3):\n"
+        "        given.count += 1\n"
+        "    with open('x') as given.file:\n"
+        "        setattr(given, 'text', '')\n"
+    )
+    expected = {"other.me", "self.other.name", "given.done", "given.place", "given.count", "given.file"}
+    assert set_from_outside(path) == expected | {"setattr(given, 'text')"}

@@ -1,1 +1,1 @@
-"""Clients that die and come back: who is in, new connections, and the handover of training's state."""
+"""Clients that die and come back: agreements on who is in, the failure policy, new connections, and the handover."""

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch.distributed import Store
-
 from deca_ds.errors import GossipError, MessageError
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import EVERYBODY, Progress
+from deca_ds.launch.view import View
 from deca_ds.transport.commit import Commit, Result
 
 _SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
@@ -25,26 +23,15 @@ class Question:
     heard: Callable[[bool], None]
 
 
-@dataclass
-class ViewChanges:
-    """What connections that are made anew have to do with the rest of this rank.
-
-    announcement: what the first survivor's leader wants all ranks to know after a death, a short text. on_change:
-    called with that text when clients have died or come in and `members` is new; on all of them alike. store: where
-    they meet, if they need a place for it; `on_change` may have to put up another one.
-    """
-
-    announcement: Callable[[], str] = str
-    on_change: Callable[[str], None] = lambda text: None
-    store: Store | None = None
-
-
 class Reconnecting(Protocol):
-    """A transport whose connections can be made anew without dead clients. changes: whom it tells."""
+    """A transport whose connections can be made anew without dead clients."""
 
-    members: Members
     progress: Progress
-    changes: ViewChanges
+
+    @property
+    def members(self) -> View:
+        """Those that are in."""
+        ...
 
     def give_up(self) -> None:
         """Let those that wait for this rank's messages, or for messages of those who wait, do so no more."""
@@ -55,19 +42,27 @@ class Reconnecting(Protocol):
         ...
 
     def reconnect(self) -> bool:
-        """Connect those who are left anew, update `members` and tell `changes`; whether there are fewer now."""
+        """Connect those who are left anew, change `membership`; whether there are fewer now."""
         ...
 
 
 class SurvivorCommit(Commit):
-    """See Commit; `run` goes on without clients that have died. questions: asked with every agreement."""
+    """See Commit; `run` goes on without clients that have died."""
 
     may_repeat = True
 
     def __init__(self, connections: Reconnecting):
         self._connections = connections
-        self.members, self.changes = connections.members, connections.changes
-        self.questions: list[Question] = []
+        self._questions: list[Question] = []
+
+    @property
+    def members(self) -> View:
+        """Those that are in."""
+        return self._connections.members
+
+    def also_ask(self, question: Question) -> None:
+        """With every agreement from here on; all ranks ask the same, in the same order."""
+        self._questions.append(question)
 
     def run(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Commit. Raises RankLostError if this client has lost a rank, GossipError if messages fail though nobody
@@ -81,11 +76,11 @@ class SurvivorCommit(Commit):
             except MessageError as failed:
                 error = last_error = failed
                 connections.give_up()
-            own = [error is None, last, *(question.answer() for question in self.questions)]
+            own = [error is None, last, *(question.answer() for question in self._questions)]
             with progress.waiting(EVERYBODY):
                 answers = connections.agree(own)
             if answers and answers[0]:
-                for question, all_said_yes in zip(self.questions, answers[2:], strict=True):
+                for question, all_said_yes in zip(self._questions, answers[2:], strict=True):
                     question.heard(all_said_yes)
                 return result
             with progress.waiting(EVERYBODY):

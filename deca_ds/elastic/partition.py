@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from deca_ds.elastic.agreement import JsonConnection
 from deca_ds.elastic.client import QuorumClient
+from deca_ds.launch.view import Membership
 
 _EVERY_S = 3.0
 _TIMES = 3  # in a row that it has to be seen
@@ -31,8 +32,8 @@ class Lookout:
     found: whether there is a part that goes first.
     """
 
-    def __init__(self, votes: QuorumClient, client: int, min_clients: int):
-        self._votes, self._client, self._min_clients = votes, client, min_clients
+    def __init__(self, membership: Membership, votes: QuorumClient, client: int, min_clients: int):
+        self._membership, self._votes, self._client, self._min_clients = membership, votes, client, min_clients
         self.found = False
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -44,13 +45,15 @@ class Lookout:
             self.found = times == _TIMES
 
     def _sees_one_that_goes_first(self) -> bool:
-        part = self._votes.clients
-        if part[0] != self._client:
+        part = self._membership.view
+        if part.first != self._client:
             return False
         lost = [client for client in self._votes.addresses if client not in part]
         others = (clients_at(self._votes.addresses[client]) for client in lost)
         return any(
-            len(other) >= self._min_clients and not set(other) & set(part) and goes_first(other, part)
+            len(other) >= self._min_clients
+            and not set(other).intersection(part.clients)
+            and goes_first(other, part.clients)
             for other in others
         )
 

@@ -1,186 +1,76 @@
-"""What else changes on a rank when clients die or come back: matrices, duties, where the store is, and whose state."""
+"""The failure policy: what the job does about who is in, as a rule of the view and the graph alone."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config.schema import ClusterConfig
-from deca_ds.elastic.commit import Question, SurvivorCommit
-from deca_ds.elastic.handover import Progressed, receive, send
-from deca_ds.elastic.partition import Lookout
-from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
-from deca_ds.engine.client import Client
+from deca_ds.errors import ConfigError
 from deca_ds.gossip import subset
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.launch import Cluster
-from deca_ds.launch.store import JobStore, host_again, join_again
-from deca_ds.watchdog.guard import JobGuard
-from deca_ds.watchdog.stop import StopByCommit
+from deca_ds.launch.view import View
 
 
-class Records(Protocol):
-    """Where the job's records go (training/metrics.py)."""
+class Action(Enum):
+    """CONTINUE: train on. STOP: save a checkpoint after this inner step, and end. REJOIN: the same, and then try for
+    cluster.return_s to join the others."""
 
-    def membership(self, step: int, record: dict[str, Any]) -> None: ...
+    CONTINUE = auto()
+    STOP = auto()
+    REJOIN = auto()
 
-    def job(self, kind: str, step: int, record: dict[str, Any]) -> None: ...
+
+@dataclass(frozen=True)
+class Situation:
+    """view: who is in. parts: its clients in the groups that the graph still joins. larger_part: whether another part
+    of a network that was split is in reach again, and the larger one (partition.py)."""
+
+    view: View
+    parts: Sequence[Sequence[int]]
+    larger_part: bool = False
 
 
-@dataclass
-class Survivors:
-    """Listens to the commit. config: when to stop. rejoinable: over torch, the transport, which lets clients in.
-    mixing: the matrices that the run was started with. invite: over torch, brings what clients that come back are told
-    up to date. lookout: on leaders, with cluster.return_s. returns: whether this client ends its training here to join
-    the others."""
+@dataclass(frozen=True)
+class Verdict:
+    """why: what is told beside who is in; empty where nothing is to be said."""
 
-    config: ClusterConfig
-    cluster: Cluster
-    client: Client
-    commit: SurvivorCommit
-    rejoinable: ReconnectingGloo | None
-    gossip: Gossip
-    mixing: MixingSchedule
-    metrics: Records
-    guard: JobGuard
-    stop: StopByCommit
-    invite: Callable[[], None] | None = None
-    lookout: Lookout | None = None
-    returns: bool = field(default=False, init=False)
-    _hosted: JobStore | None = field(default=None, init=False)
+    action: Action
+    why: str = ""
 
-    def __post_init__(self) -> None:
-        self._before = self.cluster.members.clients
-        self.commit.questions.append(Question(self.stop.answer, self.stop.heard))
-        if self.config.return_s:
-            self.commit.questions.append(Question(self._goes_first, self._heard_of_another))
-        self.commit.changes.announcement, self.commit.changes.on_change = self._news, self._changed
 
-    def begin(self, done: int) -> None:
-        """After `done` inner steps, at the start of this attempt at the run: with those that are there."""
-        if self.cluster.members.missing:
-            self.cluster.progress.enter("starting", step=done)
-            self._regroup(f"{_clients(self.cluster.members.missing)} absent", done + 1)
+def decide(now: Situation, config: ClusterConfig) -> Verdict:
+    """What all ranks do; they see the same situation, so that they come to the same verdict."""
+    view = now.view
+    if now.larger_part:
+        clients = named(sorted(view.clients))
+        return Verdict(Action.REJOIN, f"the larger part of the network is in reach again: {clients} will join it")
+    if len(view) < config.min_clients:
+        action = Action.REJOIN if config.return_s > 0 else Action.STOP
+        return Verdict(action, f"{len(view)} of {view.total} are left, fewer than cluster.min_clients: stopping")
+    if len(now.parts) > 1:
+        torn = f"{' and '.join(map(str, now.parts))} do not reach each other any more"
+        if config.on_partition == "continue":
+            return Verdict(Action.CONTINUE, f"{torn}: each part goes on by itself")
+        return Verdict(Action.STOP, f"{torn}: stopping")
+    return Verdict(Action.CONTINUE)
 
-    def admit(self, standing: Progressed) -> None:
-        """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
-        if self.rejoinable is not None and self.rejoinable.joining:
-            newcomers = self.rejoinable.joining
-            self.cluster.progress.enter("letting a client in")
-            self.rejoinable.admit()
-            for client in newcomers:
-                self.commit.run(partial(self._hand_over, client, standing))
-                if client in self.cluster.members.clients:
-                    record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client), "time": _now()}
-                    self.metrics.job("handover", standing.done, record)
 
-    def enter(self, rule: Rule, schedule: Schedule) -> Progressed:
-        """For a client that comes back: wait until it is let in, and take over where training stands."""
-        assert self.rejoinable is not None
-        self.cluster.progress.enter("waiting to be let in")
-        self.rejoinable.enter()
-        self.cluster.progress.enter("taking over")
-        self.rejoinable.admit()
-        standing = self.commit.run(
-            lambda: receive(self.gossip.transport, self._giver(self.cluster.client), self.client, rule, schedule)
-        )
-        if standing.stopping:
-            self.stop.stop()
-        return standing
-
-    def _goes_first(self) -> bool:
-        """Whether no other part of the network is known to which this one has to come."""
-        return self.lookout is None or not self.lookout.found
-
-    def _heard_of_another(self, all_say_no: bool) -> None:
-        if not all_say_no and not self.returns:
-            self.returns = True
-            self.stop.stop()
-            if self.cluster.is_job_leader:
-                members = _clients(sorted(self.cluster.members.clients))
-                print(f"WARNING: {self.cluster.progress.place}: the larger part of the network is in reach again: "
-                      f"{members} will join it", file=sys.stderr, flush=True)  # fmt: skip
-
-    def _hand_over(self, to: int, standing: Progressed) -> None:
-        if to in self.cluster.members.clients and self.cluster.client == self._giver(to):
-            send(self.gossip.transport, to, self.client, standing)
-
-    def _giver(self, to: int) -> int:
-        """Who gives client `to` its state: the first neighbour that averages with it, else the first member."""
-        mixing, members = self.gossip.schedule, self.cluster.members
-        sources = {j for t in range(mixing.period) for j in mixing.sources(to, t)}
-        return next((client for client in members.clients if client in sources), members.first)
-
-    def _news(self) -> str:
-        """This rank speaks for the survivors: the address of a store, if it has to host one."""
-        if self.cluster.layout.client_of(self.guard.host) in self.cluster.members.clients:
-            return ""
-        self._hosted = self._hosted or host_again(self.guard.store)
-        assert self._hosted.address is not None
-        return "{} {}".format(*self._hosted.address)
-
-    def _changed(self, news: str) -> None:
-        members, cluster, before = self.cluster.members, self.cluster, self._before
-        self._before = members.clients
-        store = None
-        if news:
-            host, port = news.split()
-            own = cluster.is_job_leader and self._hosted is not None
-            store = self._hosted if own else join_again(self.guard.store, (host, int(port)))
-            assert store is not None
-            self.commit.changes.store = store.store
-        ranks = [rank for client in members.clients for rank in cluster.layout.ranks_of(client)]
-        self.guard.survive(ranks, store)
-        back = [client for client in members.clients if client not in before]
-        # the inner step under way is averaged again, or for the first time
-        from_step = cluster.progress.step + (cluster.progress.phase not in ("gradient", "gossip"))
-        self._regroup(f"{_clients(back)} back" if back else f"{_clients(members.missing)} gone", from_step)
-
-    def _regroup(self, who: str, from_step: int) -> None:
-        """Average among `members`, without the missing ones."""
-        members, cluster = self.cluster.members, self.cluster
-        mixing = subset.without(self.mixing, members.missing)
-        parts = subset.parts(mixing, members.clients)
-        gap = subset.spectral_gap(mixing, members.clients)
-        self.gossip.schedule = mixing
-        if self.invite is not None:
-            self.invite()
-        verdict = f"{len(members)} of {members.total} go on, spectral gap {gap:.4g}"
-        if len(members) < self.config.min_clients:
-            self.stop.stop()
-            self.returns = self.config.return_s > 0
-            verdict = f"{len(members)} of {members.total} are left, fewer than cluster.min_clients: stopping"
-        elif len(parts) > 1:
-            verdict = f"{' and '.join(map(str, parts))} do not reach each other any more: "
-            verdict += "each part goes on by itself" if self.config.on_partition == "continue" else "stopping"
-            if self.config.on_partition == "stop":
-                self.stop.stop()
-        if cluster.is_job_leader:
-            print(f"WARNING: {cluster.progress.place}: {who}; {verdict}", file=sys.stderr, flush=True)
-        self.metrics.membership(
-            cluster.progress.step,
-            {
-                "from_step": from_step,
-                "clients": sorted(members.clients),
-                "missing": list(members.missing),
-                "spectral_gap": gap,
-                "parts": parts,
-                "time": _now(),
-            },
+def check_absent(config: ClusterConfig, mixing: MixingSchedule) -> None:
+    """Raise ConfigError where the job would stop as it starts, because the graph does not join those that are there."""
+    there = [client for client in range(mixing.size) if client not in config.absent]
+    parts = subset.parts(subset.without(mixing, config.absent), there)
+    starts = Situation(View(0, tuple(there), mixing.size), parts)
+    if config.absent and decide(starts, config).action is not Action.CONTINUE:
+        raise ConfigError(
+            f"without those of cluster.absent = {list(config.absent)} the graph falls into "
+            f"{' and '.join(map(str, parts))}",
+            where="cluster.absent",
+            fix="choose another graph, or let each part train by itself with cluster.on_partition=continue",
         )
 
 
-def _now() -> float:
-    """Seconds since 1970, to tell apart what happened in one inner step."""
-    return round(time.time(), 3)
-
-
-def _clients(numbers: Sequence[int]) -> str:
-    return f"client{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+def named(clients: Sequence[int]) -> str:
+    """For messages: "client 3" or "clients 3, 4"."""
+    return f"client{'s' * (len(clients) > 1)} {', '.join(map(str, clients))}"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 from torch import Tensor
@@ -18,12 +19,13 @@ from torch.distributed import ProcessGroupGloo
 
 from deca_ds.elastic.agreement import YES, Decision
 from deca_ds.elastic.client import QuorumClient
-from deca_ds.elastic.commit import ViewChanges, answers_in, bits
+from deca_ds.elastic.commit import answers_in, bits
 from deca_ds.elastic.reach import Attempts, pairs_apart, vote
 from deca_ds.errors import GossipError
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import EVERYBODY, Progress
+from deca_ds.launch.store_site import StoreSite
+from deca_ds.launch.view import Membership, View
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
 
 _CONNECT_S = 30.0  # for the survivors, who have just agreed, to meet in a new group
@@ -33,40 +35,46 @@ _LOOK_S = 0.02  # between two looks at whether a client has gone
 class ReconnectingGloo(GlooTransport):
     """See GlooTransport and Reconnecting; clients that come back can be let in.
 
-    members: what is kept up to date. connected: False for a client that comes back, until it is let in. joining:
-    clients that the last agreement has let in, for `admit`.
+    site: where the store is in which they meet. membership: what is kept up to date. announcement: what the leader of
+    the first client of a new view tells the others. connected: False for a client that comes back, until it is let in.
     """
 
     def __init__(
         self,
         votes: QuorumClient,
-        changes: ViewChanges,
+        site: StoreSite,
+        announcement: Callable[[View], str],
         layout: ClientLayout,
         rank: int,
         timeout_s: float,
-        members: Members,
+        membership: Membership,
+        progress: Progress,
+        checksums: bool,
         *,
         connected: bool = True,
     ):
-        assert changes.store is not None, "they need a place to meet"
-        super().__init__(changes.store, layout, rank, timeout_s, members, connected=connected)
-        self.votes, self.changes = votes, changes
-        self.joining: tuple[int, ...] = ()
+        place = layout, rank, timeout_s, membership, progress, checksums
+        super().__init__(site.store.store, *place, connected=connected)
+        self.votes, self._site, self._announcement = votes, site, announcement
+        self._announced: Decision | None = None  # the last one that counts
+
+    @property
+    def joining(self) -> tuple[int, ...]:
+        """Clients that the last agreement has let in, for `admit`."""
+        return () if self._announced is None else tuple(client for client, _, _ in self._announced.joining)
 
     def enter(self) -> None:
         """For a client that comes back: wait until the others let it in."""
         with self.progress.waiting(EVERYBODY):
-            decision = self.votes.enter()
-        self.members.clients, self.joining = decision.clients, decision.everybody[len(decision.clients) :]
-        self._announced = decision.number
+            self._announced = self.votes.enter()
 
     def admit(self) -> None:
         """Connect those that are `joining` with the others; all of them call this. `members` says who has come in."""
-        self.members.clients, self.joining = (*self.members.clients, *self.joining), ()
-        self._group = None
+        assert self._announced is not None
+        announced, self._announced, self._group = self._announced, None, None
         with self.progress.waiting(EVERYBODY):
-            self.changes.on_change("")
-            if not self._meet(self._announced, Attempts()):
+            self.membership.change(View(announced.number, announced.everybody, self.members.total))
+            if not self._meet(announced.number, Attempts()):
                 self.reconnect()
         self.epoch += 1
 
@@ -87,7 +95,7 @@ class ReconnectingGloo(GlooTransport):
         decision = self._vote(bits(answers))
         if decision.clients != self.members.clients:
             return []
-        self.joining, self._announced = decision.everybody[len(decision.clients) :], decision.number
+        self._announced = decision
         return answers_in(decision.yes, len(answers))
 
     def _vote(self, yes: int, news: str = "") -> Decision:
@@ -97,22 +105,20 @@ class ReconnectingGloo(GlooTransport):
 
     def reconnect(self) -> bool:
         """See Reconnecting."""
-        before, told, attempts = self.members.clients, True, Attempts()
+        before, attempts = self.members, Attempts()
         while True:
             self._group = None
-            decided = self.votes.clients
-            told, self.members.clients = told and decided == self.members.clients, decided
-            speaks = self.rank == self.layout.leader_of(decided[0])
-            decision = self._vote(YES, self.changes.announcement() if speaks else "")
-            if decision.clients != decided:  # one more: perhaps the one that had something to tell
+            view = View(before.number + 1, self.votes.clients, before.total)
+            speaks = self.rank == self.layout.leader_of(view.first)
+            decision = self._vote(YES, self._announcement(view) if speaks else "")
+            if decision.clients != view.clients:  # one more: perhaps the one that had something to tell
                 continue
-            if not told:
-                self.changes.on_change(decision.news)
-                told = True
+            if view.clients != self.members.clients:
+                self.membership.change(replace(view, number=decision.number, announcement=decision.news))
             if self._meet(decision.number, attempts):
                 break
         self.epoch += 1
-        return self.members.clients != before
+        return self.members != before
 
     def _meet(self, number: int, attempts: Attempts) -> bool:
         """Whether the members, all of them, have met in a new group. number: of the agreement that it follows.
@@ -136,8 +142,7 @@ class ReconnectingGloo(GlooTransport):
         """See `_meet`, for this rank."""
         if len(self.members) == 1:
             return True
-        assert self.changes.store is not None
-        store = self._key(self.changes.store, number)
+        store = self._key(self._site.store.store, number)
         # less than the time after which somebody who waits may be taken for one that hangs
         seconds = min(_CONNECT_S, (self.progress.timeout_s or 2 * _CONNECT_S) / 2)
         peers, met = self.peers, list[ProcessGroupGloo]()

@@ -7,23 +7,25 @@ or see it later, so one agreement over all ranks of all clients decides whether 
    somebody who has given up; afterwards every request is completed on its own (one that is dropped, or a failing
    Waitall, ends the job later);
 2. shrink the world to those who live. The ranks of a client that has lost one leave, until all clients are whole;
-3. split it anew into one gossip communicator a group of ranks, agree that this has worked, and tell `changes`.
+3. split it anew into one gossip communicator a group of ranks, agree that this has worked, and change the view.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from deca_ds.elastic.commit import ViewChanges, answers_in, bits
+from deca_ds.elastic.commit import answers_in, bits
 from deca_ds.errors import GossipError, RankLostError
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.launch.members import Members
+from deca_ds.launch.progress import Progress
+from deca_ds.launch.view import Membership, View
 from deca_ds.transport.mpi import MpiExchange, MpiTransport, poll
 
 if TYPE_CHECKING:
@@ -36,23 +38,27 @@ _NEWS_BYTES = 256
 class ReconnectingUlfm(MpiTransport):
     """See MpiTransport and Reconnecting.
 
-    world: a communicator of all ranks of the job in rank order. members: what is kept up to date.
+    world: a communicator of all ranks of the job in rank order. membership: what is kept up to date. announcement: what
+    the leader of the first client of a new view tells the others.
     """
 
     def __init__(
         self,
         world: MPI.Comm,
-        changes: ViewChanges,
+        announcement: Callable[[View], str],
         layout: ClientLayout,
         rank: int,
         timeout_s: float,
-        members: Members,
+        membership: Membership,
+        progress: Progress,
+        checksums: bool,
     ):
         self._everybody = self.duplicate(world, timeout_s)
         self._ranks = self._everybody.Get_group()  # of the start: what ranks are numbered by
         self._color = layout.group_of(rank)
-        super().__init__(self._everybody.Split(color=self._color, key=rank), layout, rank, timeout_s, members)
-        self.changes = changes
+        own = self._everybody.Split(color=self._color, key=rank)
+        super().__init__(own, layout, rank, timeout_s, membership, progress, checksums)
+        self._announcement = announcement
         self._exchanges: list[MpiExchange] = []
 
     def _exchange(
@@ -80,21 +86,21 @@ class ReconnectingUlfm(MpiTransport):
     def reconnect(self) -> bool:
         """See Reconnecting."""
         self._end_requests()
-        before = self.members.clients
+        before = self.members
         while True:
             self._everybody = self._everybody.Shrink()
             self._everybody.Set_errhandler(self._mpi.ERRORS_RETURN)
             living = self._living()
-            whole = [c for c in before if all(rank in living for rank in self.layout.ranks_of(c))]
+            whole = [c for c in before.clients if all(rank in living for rank in self.layout.ranks_of(c))]
             if self.client not in whole:
                 lost = sorted(set(self.layout.ranks_of(self.client)) - living)
                 raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
-            self.members.clients = tuple(whole)
+            view = View(before.number + 1, tuple(whole), before.total)
             if len(living) > sum(len(self.layout.ranks_of(c)) for c in whole):
                 continue  # the next shrink waits until these have left
             try:
                 comm = self._everybody.Split(color=self._color, key=self.rank)
-                news = self._tell()
+                news = self._tell(view)
                 through = True
             except self._mpi.Exception:  # one more
                 self._everybody.Revoke()
@@ -104,20 +110,20 @@ class ReconnectingUlfm(MpiTransport):
         comm.Set_errhandler(self._mpi.ERRORS_RETURN)
         self._comm = comm
         self.epoch += 1
-        if self.members.clients != before:
-            self.changes.on_change(news)
-        return self.members.clients != before
+        if view.clients != before.clients:
+            self.membership.change(replace(view, announcement=news))
+        return self.members != before
 
     def _living(self) -> set[int]:
         """The ranks in the shrunk world, as they were numbered at the start."""
         group = self._everybody.Get_group()
         return set(self._mpi.Group.Translate_ranks(group, list(range(group.size)), self._ranks))
 
-    def _tell(self) -> str:
-        """The news of the lowest rank that lives."""
+    def _tell(self, view: View) -> str:
+        """The announcement of the lowest rank that lives."""
         text = bytearray(_NEWS_BYTES)
         if self._everybody.Get_rank() == 0:
-            own = self.changes.announcement().encode()
+            own = self._announcement(view).encode()
             text[: len(own)] = own
         self._everybody.Bcast(text, root=0)
         return text.rstrip(b"\0").decode()

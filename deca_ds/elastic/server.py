@@ -49,7 +49,7 @@ class QuorumServer:
     """Of client `client`. host: address to listen at. timeout_s: for all ranks to come at the start of the job, which
     is that of `clients`. silence_s: after so long without a sign of life a coordinator is lost.
 
-    address: where ranks reach it. invitation: what a returning client has to know; set by the leader.
+    address: where ranks reach it. invitation: what a returning client has to know, once `invite` has been called.
     """
 
     def __init__(
@@ -74,6 +74,10 @@ class QuorumServer:
         self._signed = time.monotonic()  # of the last sign of life
         self._retired = False
         threading.Thread(target=self._serve, daemon=True).start()
+
+    def invite(self, invitation: dict[str, Any]) -> None:
+        """Tell this to clients that come back, from now on. Called by the leader, again whenever it changes."""
+        self.invitation = invitation
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as ready:
@@ -160,13 +164,14 @@ class QuorumServer:
         if client in self._clients:
             line.send("out", why=f"client {client} is still in the job")
             return
-        line.rank, line.address, line.store = rank, address, self.invitation["store"]
+        line.rank, line.address = rank, address
         self._visitors[rank] = line
         ranks = self._ranks_of([client])
         if all(each in self._visitors for each in ranks):
             self._visits += 1
             visit = f"{self._last.number}.{self._visits}"  # another coordinator's numbers are higher
             for each in ranks:
+                self._visitors[each].store = self.invitation["store"]
                 self._visitors[each].send("invitation", visit=visit, clients=self._clients, **self.invitation)
 
     def _announced(self, yes: int) -> tuple[tuple[int, str, int], ...]:

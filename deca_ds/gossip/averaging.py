@@ -74,6 +74,10 @@ class Gossip:
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)  # of a chunk
         self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # of each block so far
 
+    def average_by(self, schedule: MixingSchedule) -> None:
+        """From now on, or from the next attempt at an averaging that is done again."""
+        self.schedule = schedule
+
     def has_neighbours(self, t: int) -> bool:
         """Whether averaging t joins this client with any other."""
         client = self.transport.client

@@ -7,8 +7,6 @@ from collections.abc import Collection, Sequence
 import networkx as nx
 import numpy as np
 
-from deca_ds.config.schema import ClusterConfig
-from deca_ds.errors import ConfigError
 from deca_ds.gossip import weights
 from deca_ds.gossip.schedule import MixingSchedule
 
@@ -33,19 +31,6 @@ def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
         matrices.append(weights.weigh(graph, "metropolis"))
     names = ", ".join(map(str, sorted(missing)))
     return MixingSchedule(f"{mixing.name} without client {names}", mixing.size, tuple(matrices))
-
-
-def check_absent(config: ClusterConfig, mixing: MixingSchedule) -> None:
-    """Raise ConfigError where the graph does not join those that are there at the start, and has to."""
-    there = [client for client in range(mixing.size) if client not in config.absent]
-    found = parts(without(mixing, config.absent), there)
-    if config.absent and config.on_partition == "stop" and len(found) > 1:
-        raise ConfigError(
-            f"without those of cluster.absent = {list(config.absent)} the graph falls into "
-            f"{' and '.join(map(str, found))}",
-            where="cluster.absent",
-            fix="choose another graph, or let each part train by itself with cluster.on_partition=continue",
-        )
 
 
 def parts(mixing: MixingSchedule, clients: Sequence[int]) -> list[list[int]]:

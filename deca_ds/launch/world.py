@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,9 @@ from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch.devices import take_device
 from deca_ds.launch.launcher import MPI_LAUNCHERS, ClientLayout, Launch
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import Membership, View
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -34,8 +35,8 @@ class Cluster:
 
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
     communicator of this rank's group (ClientLayout.group_of), in rank order; None where gossip goes over torch.
-    progress: what this rank is doing. members: the clients that are there. client_store: this client's own, None where
-    its leader does not host one.
+    membership: who is in. progress: what this rank is doing. client_store: this client's own, None where its leader
+    does not host one.
     """
 
     launch: Launch
@@ -43,13 +44,14 @@ class Cluster:
     store: JobStore
     device: torch.device
     gossip_comm: MPI.Comm | None
+    membership: Membership
     progress: Progress = field(default_factory=Progress)
     client_store: Store | None = None
-    members: Members = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "members", Members(self.layout.clients))
-        self.members.clients = self.launch.clients(self.layout)
+    @property
+    def members(self) -> View:
+        """Who is in now."""
+        return self.membership.view
 
     @property
     def client(self) -> int:
@@ -90,11 +92,17 @@ class Cluster:
 
 
 def connect(
-    config: Config, launch: Launch, store: JobStore, progress: Progress | None = None, *, joins: bool = False
+    config: Config,
+    launch: Launch,
+    store: JobStore,
+    progress: Progress | None = None,
+    *,
+    joins: Sequence[int] | None = None,
 ) -> Cluster:
     """Choose the device, build this client's world and the gossip communicator.
 
-    joins: whether this client comes to others that run already, so that its ranks alone are started together.
+    joins: for a client that comes to others that run already, so that its ranks alone are started together: these
+    others.
     progress: the guard's; from here on its watcher ends waits in which nobody moves on for cluster.timeout_s. Without
     it every wait has that deadline of its own.
     Raises ConfigError where the ranks do not fit the clients, LaunchError where the device or transport that is
@@ -109,7 +117,7 @@ def connect(
     progress.enter("connecting")
     client, shard = layout.client_of(launch.rank), layout.shard_of(launch.rank)
     ranks = len(layout.ranks_of(client))
-    together = layout.ranks_of(client) if joins else launch.ranks
+    together = launch.ranks if joins is None else layout.ranks_of(client)
     placement, shared = take_device(config.run.device, launch, layout, store, together)
     if shared is not None and launch.rank == together[0]:
         print(f"WARNING: {shared}", file=sys.stderr, flush=True)
@@ -137,7 +145,8 @@ def connect(
 
         progress.wait_for(EVERYBODY)
         comm = MPI.COMM_WORLD.Split(color=layout.group_of(launch.rank), key=launch.rank)
-    return Cluster(launch, layout, store, device, comm, progress, client_store)
+    membership = Membership(View(0, launch.clients(layout) if joins is None else tuple(joins), layout.clients))
+    return Cluster(launch, layout, store, device, comm, membership, progress, client_store)
 
 
 def choose_transport(wanted: str, launch: Launch) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from deca_ds.config import Config, load_config, save_config
+from deca_ds.config import load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
@@ -45,17 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
         for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
             pass
         seconds = time.perf_counter() - started
-        write(simulation, config, output)
+        write(simulation, output)
     finally:
         release(output)
     report(simulation, seconds)
     return 0
 
 
-def write(simulation: Simulation, config: Config, output: Path) -> None:
+def write(simulation: Simulation, output: Path) -> None:
     """config.yaml, data.json and simulation.jsonl: a line a step and a line an evaluation, all clients in each."""
     output.mkdir(parents=True, exist_ok=True)
-    save_config(config, output / "config.yaml")
+    save_config(simulation.config, output / "config.yaml")
     (output / "data.json").write_text(json.dumps([data.summary for data in simulation.data], indent=2) + "\n")
     lines = [{"kind": "evaluation", **record} for record in simulation.evaluations]
     lines += [{"kind": "step", **record} for record in simulation.steps]

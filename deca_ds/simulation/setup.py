@@ -23,7 +23,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.compare import compare_data
-from deca_ds.training.day import today
+from deca_ds.training.day import on_day, today
 from deca_ds.training.method import build_rule, build_schedule, check_method
 
 
@@ -39,6 +39,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
             where="cluster.absent",
             fix="leave cluster.absent out",
         )
+    config = on_day(config, today())
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in check_model(config, architecture, tokenizer):
@@ -69,7 +70,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
     """Every client's data. In a simulation one process reads all of it, private files too."""
     disable_progress_bars()
-    config.data.date = config.data.date or today()
+    config = on_day(config, today())
     validate_data_config(config, client=None)
     data = load_all(config, tokenizer)
     compare_data([part.summary for part in data], [part.label_names for part in data])

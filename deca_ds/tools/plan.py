@@ -17,6 +17,7 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
+from deca_ds.elastic.policy import check_absent
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
@@ -57,7 +58,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
     check_wait(config.gossip.wait_s, mixing)
-    subset.check_absent(config.cluster, mixing)
+    check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in check_model(config, architecture, tokenizer, weights=False):
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)

@@ -23,6 +23,7 @@ from deca_ds.training.terminal import on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
+from deca_ds.watchdog.role import Visitor
 
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
@@ -71,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return USER_ERROR_CODE
-    with guarded(launch, store) as guard:
-        if visit is not None:
-            guard.visit(visit.invitation["host"])
-            guard.return_s = max(0.0, tries_until() - time.time())
+    visitor = None
+    if visit is not None:
+        visitor = Visitor(visit.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
+    with guarded(launch, store, visitor) as guard:
         if isinstance(config, UserError):
             raise config
         if arguments.dry_run:
@@ -112,6 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()
             trainer.checkpoints.forget(trainer.done)
-        if trainer.survivors is not None and trainer.survivors.returns:
+        if trainer.agent is not None and trainer.agent.returns:
             guard.come_back("is in the smaller part of the network, or alone")
     return 0

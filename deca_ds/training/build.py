@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
@@ -21,12 +21,6 @@ from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.data.checks import tell_files
-from deca_ds.elastic.client import QuorumClient
-from deca_ds.elastic.commit import SurvivorCommit
-from deca_ds.elastic.invitation import Invitation
-from deca_ds.elastic.partition import Lookout
-from deca_ds.elastic.policy import Survivors
-from deca_ds.elastic.rejoin import save_addresses
 from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
@@ -37,12 +31,15 @@ from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch import Cluster
-from deca_ds.launch.compare import digest, software
+from deca_ds.launch.compare import digest
 from deca_ds.launch.progress import SHARED
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.claim import check_held
 from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Connected
+from deca_ds.training.divergence import Watch
+from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule
@@ -51,8 +48,6 @@ from deca_ds.training.prepare import first_of_host, load_shared
 from deca_ds.training.start import Job, NewRun, Start
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
 from deca_ds.watchdog.guard import JobGuard
-from deca_ds.watchdog.lifelines import Lifeline
-from deca_ds.watchdog.stop import StopByCommit
 
 
 def build(
@@ -62,6 +57,7 @@ def build(
     when the others have let it in."""
     start, transport = start or NewRun(), connected.transport
     job = Job(config, cluster, transport, guard, build_mixing(config.gossip, cluster.clients, config.run.seed))
+    elastic = enter_elastic(job, connected)
     architecture, tokenizer = _load_tokenizer(job, start.ranks(cluster))
     data = _load_data(job, architecture, tokenizer)
     vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
@@ -78,14 +74,15 @@ def build(
     standing = start.restore(job, client, rule, schedule, gossip)
     metrics = Metrics(config.logging, cluster, job.output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
-    survivors = None
-    if connected.survivors is not None:
-        written = Agreed(connected.survivors, start.resumed, config.cluster.absent)
-        told = {"attempt": attempt, "tokenizer": vocabulary, "label_names": data.label_names}
-        told |= {"common_evaluation": data.summary["common_evaluation"], "date": config.data.date}
-        survivors = _outlive_others(job, connected, connected.survivors, client, gossip, metrics, told)
-        standing = start.join(job, survivors, standing, rule, schedule, metrics)
+    agent = None
+    if elastic is not None:
+        written = Agreed(elastic.commit, start.resumed, config.cluster.absent)
+        # before the agent, which tells who has gone: that client may ask to come back at once
+        invite_others(job, elastic, attempt, data, vocabulary)
+        agent = make_agent(job, elastic, client, gossip, metrics)
+        standing = start.join(job, agent, standing, rule, schedule, metrics)
         guard.let_others_go_on()
+    watch = Watch(client, cluster, rule.buffers)
     checkpoints = Checkpoints(
         config.checkpoint,
         cluster,
@@ -97,6 +94,7 @@ def build(
         attempt=attempt,
         timeout_s=config.cluster.timeout_s,
         resumed=start.resumed,
+        check=partial(_check_before_saving, watch, job.output),
     )
     batches = training_batches(
         data.train,
@@ -124,10 +122,11 @@ def build(
         metrics=metrics,
         checkpoints=checkpoints,
         stop=guard.stop,
+        watch=watch,
         output=job.output,
         done=standing.done,
         state=standing.state,
-        survivors=survivors,
+        agent=agent,
     )
 
 
@@ -202,38 +201,7 @@ def _make_gossip(job: Job, connected: Connected, client: Client, attempt: int) -
     )
 
 
-def _outlive_others(
-    job: Job,
-    connected: Connected,
-    commit: SurvivorCommit,
-    client: Client,
-    gossip: Gossip,
-    metrics: Metrics,
-    told: dict[str, Any],
-) -> Survivors:
-    """What goes on without clients that have died, and over torch lets them in again. told: see Invitation."""
-    config, cluster, guard = job.config, job.cluster, job.guard
-    stop = guard.stop = StopByCommit()
-    survivors = Survivors(
-        config.cluster, cluster, client, commit, connected.rejoinable, gossip, job.mixing, metrics, guard, stop
-    )
-    assert cluster.client_store is not None, "`connect` opens it"
-    lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
-    guard.farewells.append(lifeline.close)
-    if connected.rejoinable is not None and cluster.is_leader:
-        votes = connected.rejoinable.votes
-        told["software"] = software(config, [matrix.tobytes() for matrix in job.mixing.matrices])
-        survivors.invite = partial(_invite, job, votes, told)
-        survivors.invite()
-        if config.cluster.return_s:
-            survivors.lookout = Lookout(votes, cluster.client, config.cluster.min_clients)
-    return survivors
-
-
-def _invite(job: Job, votes: QuorumClient, told: dict[str, Any]) -> None:
-    """Bring up to date what a client that comes back finds in the folder, and is told by this rank's coordinator."""
-    save_addresses(job.output, votes.addresses)
-    store = job.guard.store.address
-    if votes.own is not None and store is not None:
-        addresses = [(client, *address) for client, address in votes.addresses.items()]
-        votes.own.invitation = Invitation(store, job.guard.host, addresses, **told).text()
+def _check_before_saving(watch: Watch, output: Path) -> None:
+    """Raise an error for a folder that is not ours any more, or a state that must not be saved."""
+    check_held(output)
+    watch.state()

@@ -53,8 +53,6 @@ class Checkpoints:
     for a state that must not be.
     """
 
-    check: Callable[[], None] = staticmethod(lambda: None)
-
     def __init__(
         self,
         config: CheckpointConfig,
@@ -68,11 +66,12 @@ class Checkpoints:
         attempt: int,
         timeout_s: float,
         resumed: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ):
         self._config, self._cluster, self._client = config, cluster, client
         self._schedule, self._gossip, self._written = schedule, gossip, written
         self.folder, self._attempt = folder, attempt
-        self._resumed, self._timeout_s = resumed, timeout_s
+        self._resumed, self._timeout_s, self._check = resumed, timeout_s, check
         self._saved: list[int] = [] if resumed is None else [resumed]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write_under_way: Future[None] | None = None
@@ -89,7 +88,7 @@ class Checkpoints:
         """Copy the state after `done` inner steps and have it written; waits for the write before it, if need be."""
         if done in self._saved:
             return
-        self.check()
+        self._check()
         self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         with contextlib.ExitStack() as unless_copied:

@@ -87,7 +87,7 @@ class Agreed:
         self._begun_by_all: set[int] = set()  # newer ones that they may have written
         self._begun = self._written = self._complete = -1
         self._all_have = False  # at the last agreement
-        commit.questions.append(Question(lambda: self._written == self._begun, self._heard))
+        commit.also_ask(Question(lambda: self._written == self._begun, self._heard))
 
     def begin(self, step: int) -> None:
         """See Written."""

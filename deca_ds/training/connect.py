@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch.distributed import PrefixStore
 
 from deca_ds.config import Config
 from deca_ds.elastic.client import QuorumClient, open_votes
-from deca_ds.elastic.commit import SurvivorCommit, ViewChanges
+from deca_ds.elastic.commit import SurvivorCommit
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
 from deca_ds.elastic.rejoin import Visit
@@ -44,33 +44,34 @@ def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Vi
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
     timeout_s, outlives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
-    place = cluster.layout, cluster.launch.rank, timeout_s, cluster.members
+    place = (
+        cluster.layout,
+        cluster.launch.rank,
+        timeout_s,
+        cluster.membership,
+        cluster.progress,
+        config.gossip.checksums,
+    )
+    announcement = partial(guard.site.announcement, layout=cluster.layout)
     if outlives and cluster.gossip_comm is None:
-        connected = _voting(config, cluster, guard, visit, timeout_s)
+        votes = _open_votes(config, cluster, visit, timeout_s)
+        gloo = ReconnectingGloo(votes, guard.site, announcement, *place, connected=visit is None)
+        connected = Connected(gloo, SurvivorCommit(gloo), gloo)
     elif outlives:
         from mpi4py import MPI
 
-        ulfm = ReconnectingUlfm(MPI.COMM_WORLD, ViewChanges(), *place)
+        ulfm = ReconnectingUlfm(MPI.COMM_WORLD, announcement, *place)
         connected = Connected(ulfm, SurvivorCommit(ulfm))
     elif cluster.gossip_comm is not None:
         connected = Connected(MpiTransport(cluster.gossip_comm, *place))
     else:
         connected = Connected(GlooTransport(PrefixStore("transport", cluster.store.store), *place))
     cluster.progress.wait_for(None)
-    connected.transport.checksums, connected.transport.progress = config.gossip.checksums, cluster.progress
     return connected
 
 
-def _voting(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, timeout_s: float) -> Connected:
+def _open_votes(config: Config, cluster: Cluster, visit: Visit | None, timeout_s: float) -> QuorumClient:
     launch, layout, silence_s = cluster.launch, cluster.layout, config.cluster.timeout_s
     if visit is None:
-        votes = open_votes(launch, layout, cluster.store, timeout_s, silence_s)
-    else:
-        votes = QuorumClient(launch.rank, layout, visit.addresses, timeout_s, silence_s, visit.own, visit)
-    guard.farewells.append(votes.close)
-    guard.put_out_who_hangs = votes.stalled
-    guard.cut_off, guard.return_s = votes.cut_off, max(guard.return_s, config.cluster.return_s)
-    changes = ViewChanges(store=guard.store.store)
-    place = layout, launch.rank, timeout_s, cluster.members
-    gloo = ReconnectingGloo(votes, changes, *place, connected=visit is None)
-    return Connected(gloo, SurvivorCommit(gloo), gloo)
+        return open_votes(launch, layout, cluster.store, timeout_s, silence_s)
+    return QuorumClient(launch.rank, layout, visit.addresses, timeout_s, silence_s, visit.own, visit)

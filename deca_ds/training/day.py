@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
 from deca_ds.config import Config, load_config
@@ -11,15 +12,21 @@ from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 
 
-def agree_on_day(config: Config, launch: Launch, store: JobStore) -> None:
-    """Set data.date where it is null: to that of the run that is resumed, or else to the first rank's day. All ranks
-    that are started together call this."""
+def agree_on_day(config: Config, launch: Launch, store: JobStore) -> Config:
+    """With data.date, where it is null, that of the run that is resumed, or else the first rank's day. All ranks that
+    are started together call this."""
     saved = Path(config.run.output) / SAVED_CONFIG  # where the host of the run's first rank wrote it
     known = config.data.date
     if known is None and config.run.resume != "never" and saved.is_file():
         known = load_config(saved).data.date
     every = store.gather(launch, "day", [known, today()])
-    config.data.date = next((day for day, _ in every.values() if day is not None), every[launch.first][1])
+    day = next((day for day, _ in every.values() if day is not None), every[launch.first][1])
+    return replace(config, data=replace(config.data, date=day))
+
+
+def on_day(config: Config, day: str | None) -> Config:
+    """With data.date, where it is null, `day`."""
+    return replace(config, data=replace(config.data, date=config.data.date or day))
 
 
 def today() -> str:

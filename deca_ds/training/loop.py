@@ -15,8 +15,8 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.checkpoint.slices import save_shards
 from deca_ds.config.schema import Config
+from deca_ds.elastic.agent import ElasticAgent
 from deca_ds.elastic.handover import Progressed
-from deca_ds.elastic.policy import Survivors
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.errors import DivergedError
 from deca_ds.gossip.averaging import Gossip
@@ -48,17 +48,14 @@ class Trainer:
     metrics: Metrics
     checkpoints: Checkpoints
     stop: StopByStore | StopByCommit
+    watch: Watch
     output: Path
     done: int = 0  # inner steps
-    survivors: Survivors | None = None  # where clients may die
+    agent: ElasticAgent | None = None  # where clients may die
     told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
     state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it
 
     _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, if it is made
-
-    def __post_init__(self) -> None:
-        self._watch = Watch(self.client, self.cluster, self.rule.buffers)
-        self.checkpoints.check = self._check
 
     def train(self) -> bool:
         """Run the schedule from where it stands and save the trained shards. All ranks of all clients call this.
@@ -100,8 +97,8 @@ class Trainer:
 
     def _goes_on(self) -> bool:
         """Whether the job is not to stop here; before that, clients that come back are let in."""
-        if self.survivors is not None:
-            self.survivors.admit(Progressed(self.done, not self.stop.may_pass(self.done), self.state))
+        if self.agent is not None:
+            self.agent.let_in(Progressed(self.done, not self.stop.may_pass(self.done), self.state))
         return self.stop.may_pass(self.done)
 
     def _inner_step(self, step: Step) -> None:
@@ -116,7 +113,7 @@ class Trainer:
         batch = next(self.batches) if self._batch is None else self._batch
         stats = inner_step(
             self.client, self.state, self.rule, self.gossip, step, batch, lr, self.config.optimizer,
-            self._watch.gradient, self._make_next_batch,
+            self.watch.gradient, self._make_next_batch,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
@@ -163,7 +160,7 @@ class Trainer:
         }
 
     def _evaluate(self) -> None:
-        self._watch.state()
+        self.watch.state()
         scores = self.evaluator.evaluate()
         job: dict[str, Any] = {key: scores.pop(key) for key in ("mean", "consensus_distance") if key in scores}
         own = scores | {
@@ -174,11 +171,6 @@ class Trainer:
         if self.gossip.skip_log.times:
             own["gossip_skipped"] = {str(j): times for j, times in sorted(self.gossip.skip_log.times.items())}
         self.metrics.evaluation(self.done, own, job)
-
-    def _check(self) -> None:
-        """Before anything is saved."""
-        check_held(self.output)
-        self._watch.state()
 
     def _save(self) -> None:
         """Every rank writes its own slices, a file a block; `deca export` puts them together."""

@@ -14,8 +14,8 @@ from deca_ds.config.paths import check_model_folder, check_writable
 from deca_ds.config.resume import SAVED_CONFIG, check_folder, save_optimizer
 from deca_ds.data import validate_data_config
 from deca_ds.elastic.invitation import Invitation
+from deca_ds.elastic.policy import check_absent
 from deca_ds.elastic.rejoin import Visit
-from deca_ds.gossip import subset
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.launch import ClientLayout, Launch, connect
@@ -25,7 +25,7 @@ from deca_ds.launch.world import check_on_failure
 from deca_ds.training.build import build
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import connect_clients
-from deca_ds.training.day import agree_on_day
+from deca_ds.training.day import agree_on_day, on_day
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import check_method
 from deca_ds.training.resume import choose
@@ -45,7 +45,7 @@ def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobG
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     guard.progress.enter("comparing the ranks")
     compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
-    agree_on_day(config, launch, store)
+    config = agree_on_day(config, launch, store)
     layout = _check(config, launch, guard, mixing)
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
@@ -64,7 +64,7 @@ def _come_back(config: Config, launch: Launch, store: JobStore, guard: JobGuard,
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     invitation = Invitation.read(visit.invitation)
     guard.progress.enter("comparing the ranks")
-    config.data.date = config.data.date or invitation.date
+    config = on_day(config, invitation.date)
     matrices = [matrix.tobytes() for matrix in mixing.matrices]
     invitation.compare_software(config, launch, software(config, matrices))
     own = PrefixStore(f"visit/{invitation.visit}", store.store)
@@ -72,8 +72,7 @@ def _come_back(config: Config, launch: Launch, store: JobStore, guard: JobGuard,
     layout = _check(config, launch, guard, mixing)
     check_writable(Path(config.run.output), "run.output")
     _check_files(config, launch, layout)
-    cluster = connect(config, launch, store, guard.progress, joins=True)
-    cluster.members.clients = tuple(invitation.clients)
+    cluster = connect(config, launch, store, guard.progress, joins=invitation.clients)
     return build(config, cluster, connect_clients(config, cluster, guard, visit), guard, Return(invitation))
 
 
@@ -84,7 +83,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
     guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
     check_wait(config.gossip.wait_s, mixing)
-    subset.check_absent(config.cluster, mixing)
+    check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
     return layout
 

@@ -19,9 +19,9 @@ from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config, save_config
 from deca_ds.config.resume import SAVED_CONFIG, check_new
 from deca_ds.data import ClientData
+from deca_ds.elastic.agent import ElasticAgent
 from deca_ds.elastic.handover import Progressed
 from deca_ds.elastic.invitation import Invitation
-from deca_ds.elastic.policy import Survivors
 from deca_ds.engine.client import Client
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
@@ -85,7 +85,7 @@ class Start(ABC):
 
     @abstractmethod
     def join(
-        self, job: Job, survivors: Survivors, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
+        self, job: Job, agent: ElasticAgent, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
     ) -> Progressed:
         """Where clients may die: become one of those that are in, and go on from where they are."""
 
@@ -118,10 +118,10 @@ class _Together(Start):
             print(save_edges(edges, job.output), file=sys.stderr, flush=True)
 
     def join(
-        self, job: Job, survivors: Survivors, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
+        self, job: Job, agent: ElasticAgent, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
     ) -> Progressed:
         """See Start."""
-        survivors.begin(standing.done)
+        agent.begin(standing.done)
         return standing
 
     @abstractmethod
@@ -211,10 +211,10 @@ class Return(Start):
         return Progressed(0, False, None)
 
     def join(
-        self, job: Job, survivors: Survivors, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
+        self, job: Job, agent: ElasticAgent, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
     ) -> Progressed:
         """See Start. Waits until it is let in, and takes over a neighbour's state."""
-        standing = survivors.enter(rule, schedule)
+        standing = agent.wait_for_admission(rule, schedule)
         for marker in (f"FAILED_client_{job.cluster.client:03d}", "STOPPED"):
             (job.output / marker).unlink(missing_ok=True)
         rewind(job.output, job.cluster, standing.done)  # it may have gone on further than the others

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deca_ds.errors import GossipError
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
+from deca_ds.launch.view import Membership
 from deca_ds.transport.transport import Transport
 
 _Work = tuple[str, int, dist.Work]  # direction, peer, work
@@ -33,11 +33,13 @@ class GlooTransport(Transport):
         layout: ClientLayout,
         rank: int,
         timeout_s: float,
-        members: Members | None = None,
+        membership: Membership | None = None,
+        progress: Progress | None = None,
+        checksums: bool = False,
         *,
         connected: bool = True,
     ):
-        super().__init__(layout, rank, members)
+        super().__init__(layout, rank, membership, progress, checksums)
         self.timeout_s = timeout_s
         self._group: dist.ProcessGroupGloo | None = None
         if len(self.members) > 1 and connected:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from deca_ds.errors import GossipError
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.launch.members import Members
+from deca_ds.launch.progress import Progress
+from deca_ds.launch.view import Membership
 from deca_ds.transport.transport import Transport
 
 if TYPE_CHECKING:
@@ -53,11 +54,18 @@ class MpiTransport(Transport):
     """
 
     def __init__(
-        self, comm: MPI.Comm, layout: ClientLayout, rank: int, timeout_s: float, members: Members | None = None
+        self,
+        comm: MPI.Comm,
+        layout: ClientLayout,
+        rank: int,
+        timeout_s: float,
+        membership: Membership | None = None,
+        progress: Progress | None = None,
+        checksums: bool = False,
     ):
         from mpi4py import MPI  # starts MPI, so not on import of the package
 
-        super().__init__(layout, rank, members)
+        super().__init__(layout, rank, membership, progress, checksums)
         self.timeout_s = timeout_s
         self._comm: MPI.Comm | None = self.duplicate(comm, timeout_s)
         self._mpi = MPI

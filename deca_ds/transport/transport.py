@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deca_ds.errors import MessageError
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
+from deca_ds.launch.view import Membership, View
 from deca_ds.transport.checksums import CheckedExchange, Exchange
 from deca_ds.transport.routes import Routes
 
@@ -33,21 +33,28 @@ def chunk_tag(t: int, chunk: int) -> int:
 class Transport(ABC):
     """One rank's end of the network between clients.
 
-    layout, rank: which rank this is, and of which client. members: the clients that are left; `exchange` reaches their
+    layout, rank: which rank this is, and of which client. membership: who is in; `exchange` reaches their
     ranks of this one's group (ClientLayout.group_of). epoch: how often the connections have been made anew. bytes_sent:
     what this rank has handed to the network so far. progress: what this rank is doing; waits note for which client they
     are. checksums: whether messages carry checksums (checksums.py); the same for all ranks.
     """
 
-    def __init__(self, layout: ClientLayout, rank: int, members: Members | None = None):
+    def __init__(
+        self,
+        layout: ClientLayout,
+        rank: int,
+        membership: Membership | None = None,
+        progress: Progress | None = None,
+        checksums: bool = False,
+    ):
         self.layout, self.rank = layout, rank
         self.client, self.clients = layout.client_of(rank), layout.clients
         self.routes = Routes(layout, rank)
-        self.members = Members(layout.clients) if members is None else members
+        self.membership = Membership(View.of_all(layout.clients)) if membership is None else membership
         self.epoch = 0
         self.bytes_sent = 0
-        self.progress = Progress()
-        self.checksums = False
+        self.progress = progress or Progress()
+        self.checksums = checksums
 
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """Start sending `send` to each rank of `destinations` and receiving from each source rank into its buffer.
@@ -63,6 +70,11 @@ class Transport(ABC):
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> Exchange:
         """See `exchange`; without checksums."""
+
+    @property
+    def members(self) -> View:
+        """Those that are in; the collectives join these."""
+        return self.membership.view
 
     @property
     def peers(self) -> list[int]:

@@ -7,10 +7,10 @@ its own FAILED file; the others learn which rank it was and what kind of failure
 heartbeats and ends waits that last too long (heartbeats.py). It ends this process as well when the store no longer
 answers (store_watch.py).
 
-With cluster.on_failure=continue, from the first step on: a rank that fails tells it on its own output and in
-FAILED_client_NNN and kills itself, as the MPI library expects of the dead. The store may go with its host, until the
-survivors have put up another one. A rank that hangs, or waits too long for others of its client, ends that client; over
-torch the others put it out, too, if its process does not run.
+What becomes of a rank depends on its role (role.py). With cluster.on_failure=continue, from the first step on: a rank
+that fails tells it on its own output and in FAILED_client_NNN and kills itself, as the MPI library expects of the dead.
+The store may go with its host, until the survivors have put up another one. A rank that hangs, or waits too long for
+others of its client, ends that client; over torch the others put it out, too, if its process does not run.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ from deca_ds.errors import (
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.progress import SHARED, Progress
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.store_site import StoreSite
+from deca_ds.launch.view import View
 from deca_ds.watchdog.failure import FAILURE_CODE, USER_ERROR_CODE, Failure
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
+from deca_ds.watchdog.role import Elasticity, Event, Outcome, Role, Visitor, on_event
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 from deca_ds.watchdog.store_watch import StoreWatch
 from deca_ds.watchdog.survey import Survey
@@ -57,28 +60,24 @@ _LINGER_S = 2.0  # the store's host stays until the others have read why the job
 
 
 class JobGuard:
-    """Watches the job for this rank. `store` is the job's, wherever it is now, and `host` the rank that hosts it;
-    `output` is the run's folder, once it is known to be ours to write to; `stop` is how the job is told to stop, and
-    where. farewells: what this rank does when it is through, so that nobody takes its end for a death. return_s:
-    cluster.return_s, where it holds. cut_off: set when the others are out of reach. put_out_who_hangs: called every
-    second while nobody in the job moves on, where the others can do that."""
+    """Watches the job for this rank. visitor: of a client that comes back, which is not of the job yet.
 
-    def __init__(self, launch: Launch, store: JobStore):
+    site: where the job's store is. stop: how the job is told to stop, and where.
+    """
+
+    def __init__(self, launch: Launch, store: JobStore, visitor: Visitor | None = None):
         self.launch = launch
-        self.output: Path | None = None
-        self.heartbeats = Heartbeats(launch, store.progress, gone=launch.absent)
+        self.site = StoreSite(launch, store, launch.first if visitor is None else visitor.host)
+        self.heartbeats = Heartbeats(launch, self._ranks, store.progress)
         self._survey = Survey(self.heartbeats)
         self.stop: StopByStore | StopByCommit = StopByStore(
             launch.rank, launch.world_size, store.timeout.total_seconds()
         )
-        self.store = store
-        self.farewells: list[Callable[[], None]] = []
-        self.return_s, self.cut_off = 0.0, threading.Event()
-        self.put_out_who_hangs: Callable[[], None] | None = None
-        self.host, self._ranks = launch.first, len(launch.ranks)  # ranks that use the store
-        self._outlived = False  # whether the others go on when this rank fails
-        self._visits = False
-        self._abrupt = False  # whether somebody has died
+        self._output: Path | None = None
+        self._role = Role.MEMBER if visitor is None else Role.VISITOR
+        self._return_s = 0.0 if visitor is None else visitor.return_s
+        self._elasticity: Elasticity | None = None
+        self._at_exit: list[Callable[[], None]] = []
         self._parent = os.getppid()
         self._finished = threading.Event()
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
@@ -91,41 +90,51 @@ class JobGuard:
         """Where this rank's main thread notes what it does."""
         return self.heartbeats.progress
 
+    @property
+    def store(self) -> JobStore:
+        """The job's, wherever it is now."""
+        return self.site.store
+
     def write_to(self, output: Path) -> None:
         """The run's folder is known, and ours to write to."""
-        self.output = output
-        self.heartbeats.folder = output / HEARTBEATS
+        self._output = output
+        self.heartbeats.write_to(output / HEARTBEATS)
+
+    def on_exit(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when this rank is through, so that nobody takes its end for a death."""
+        self._at_exit.append(callback)
+
+    def enter_elastic(self, elasticity: Elasticity) -> None:
+        """The ranks of this job are connected so that it can go on without those who fail, as soon as all of them
+        `let_others_go_on`."""
+        self._elasticity = elasticity
+        self.stop, self._return_s = elasticity.stop, max(self._return_s, elasticity.return_s)
+        elasticity.membership.subscribe(self._follow_the_store)
 
     def let_others_go_on(self) -> None:
-        """From now on a failure of this rank ends its own client alone."""
-        self._outlived, self._visits, self._silence.more_s = True, False, _OTHERS_S
-
-    def visit(self, host: int) -> None:
-        """This rank is not of the job yet: until `let_others_go_on` its failure is its own. host: see JobGuard."""
-        self.host, self._visits, self._silence.more_s = host, True, _OTHERS_S
-
-    def survive(self, ranks: Sequence[int], store: JobStore | None) -> None:
-        """Others have died and these are in now. store: another one, which the first of `ranks` hosts, if the host of
-        the old one has died."""
-        self.heartbeats.gone = frozenset(range(self.launch.world_size)) - frozenset(ranks)
-        self._ranks, self._abrupt = len(ranks), True
-        if store is not None:
-            self.host, self.store = ranks[0], store
-            self._silence.close()
-            self._start_watching(_OTHERS_S)
+        """From now on a failure of this rank ends its own client alone. Comes after `enter_elastic`."""
+        if self._elasticity is None or not self._role.may_become(Role.OUTLIVED):
+            raise RuntimeError(f"a {self._role.name} of a job that is not elastic, or goes on already")
+        self._role = Role.OUTLIVED
 
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
         self._leaving.acquire()
-        if self.return_s and (self._outlived or self._visits) and self._is_cut_off(error):
-            self.come_back(f"was cut off: {error}")
-        if self.return_s and self._outlived and isinstance(error, StallError):
-            self.come_back(f"hangs: {error}", through=False)
-        if self._outlived:
-            self._die(whole_message(error) + self._last_seen(error))
         code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
-        if self._visits:
-            self._leave(self._report(whole_message(error), code))
+        event = self._event(error)
+        match self._outcome(event):
+            case Outcome.COME_BACK:
+                self.come_back(f"was cut off: {error}")
+            case Outcome.COME_BACK_UNNOTICED:
+                self.come_back(f"hangs: {error}", through=False)
+            case Outcome.END_THE_CLIENT:
+                self._die(whole_message(error) + self._last_seen(error))
+            case Outcome.END:
+                self._leave(self._report(whole_message(error), code))
+            case _:
+                self._end_the_job(error, code)
+
+    def _end_the_job(self, error: BaseException, code: int) -> None:
         seen = self._last_seen(error)
         report = first = self._report(public_message(error) + seen, code)
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
@@ -133,47 +142,81 @@ class JobGuard:
         self._leave(self._report(whole_message(error) + seen, code) if first == report else first)
 
     def come_back(self, why: str, *, through: bool = True) -> NoReturn:
-        """Become a new process that tries to join the others again. through: see `farewells`."""
+        """Become a new process that tries to join the others again. through: whether the others hear that this rank is
+        through, by `on_exit`."""
         client = self.heartbeats.own().client
         who = "this client" if client is None else f"client {client}"
-        print(f"\nWARNING: {who} {why}; it tries to come back for {self.return_s:.0f} s", file=sys.stderr)
-        for farewell in self.farewells if through else ():
-            farewell()
-        come_back(self.return_s)
+        print(f"\nWARNING: {who} {why}; it tries to come back for {self._return_s:.0f} s", file=sys.stderr)
+        for callback in self._at_exit if through else ():
+            callback()
+        come_back(self._return_s)
 
-    def _is_cut_off(self, error: BaseException) -> bool:
+    def _outcome(self, event: Event) -> Outcome:
+        return on_event(self._role, event, self._return_s > 0)
+
+    def _event(self, error: BaseException) -> Event:
+        """What `error` means for this rank."""
         if isinstance(error, CutOffError):
-            return True
+            return Event.CUT_OFF
+        if isinstance(error, StallError):
+            return Event.HANGS
         # another rank of this client may know already: then what broke here is the connection to that one
         of_a_connection = isinstance(error, (MessageError, RankLostError, RuntimeError))
-        return self._outlived and of_a_connection and self.cut_off.wait(_CUT_OFF_S)
+        may_be_cut_off = of_a_connection and self._outcome(Event.CUT_OFF) != self._outcome(Event.ERROR)
+        return Event.CUT_OFF if may_be_cut_off and self._is_cut_off(_CUT_OFF_S) else Event.ERROR
+
+    def _is_cut_off(self, within_s: float) -> bool:
+        return self._role is Role.OUTLIVED and self._elasticity is not None and self._elasticity.cut_off.wait(within_s)
 
     def finish(self) -> None:
         """Stop watching: every rank is through. The store's host leaves last. After a death, ends this process."""
         self.progress.enter("done")
-        for farewell in self.farewells:
-            farewell()
+        for callback in self._at_exit:
+            callback()
         store = self.store.store
         # one that dies now, all being through, is nobody's concern
-        with contextlib.suppress(RuntimeError) if self._outlived else contextlib.nullcontext():
+        with contextlib.suppress(RuntimeError) if self._role is Role.OUTLIVED else contextlib.nullcontext():
             store.add(_DONE_KEY, 1)
-            if self.launch.rank == self.host:
+            if self.launch.rank == self.site.host:
                 deadline = time.monotonic() + self.store.timeout.total_seconds()
-                while store.add(_DONE_KEY, 0) < self._ranks and time.monotonic() < deadline:
+                while store.add(_DONE_KEY, 0) < len(self._ranks()) and time.monotonic() < deadline:
                     time.sleep(0.05)
         self._finished.set()
         self._thread.join(timeout=2 * _POLL_S)
         self.heartbeats.beat(store, last=True)
-        if self._abrupt:
+        if self._view_has_changed:
             self._end(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
         gc.freeze()  # or the interpreter would look for garbage in everything, several times: a second of each rank
 
-    def _start_watching(self, more_s: float = 0.0) -> None:
-        self._silence = StoreWatch(self.progress, self.store.timeout.total_seconds(), self._no_answer, more_s)
+    @property
+    def _view_has_changed(self) -> bool:
+        """Whether somebody has gone or come since the start."""
+        return self._elasticity is not None and self._elasticity.membership.view.number > 0
+
+    def _ranks(self) -> Sequence[int]:
+        """Those that are in, and use the store."""
+        if self._elasticity is None or not self._view_has_changed:
+            return self.launch.ranks
+        return self._elasticity.membership.view.ranks(self._elasticity.layout)
+
+    def _follow_the_store(self, before: View, view: View) -> None:
+        """See Membership.subscribe: the host of the old store may have gone."""
+        if view.announcement:
+            self.site.move(view.announcement, self._ranks()[0])
+            self._silence.close()
+            self._start_watching()
+
+    def _start_watching(self) -> None:
+        timeout_s = self.store.timeout.total_seconds()
+        self._silence = StoreWatch(self.progress, timeout_s, self._no_answer, self._store_grace_s)
         watch = self._watch if self.launch.world_size > 1 else self._beat
         arguments = self.store, self.store.reconnect(), self._silence
         self._thread = threading.Thread(target=watch, args=arguments, daemon=True)
         self._thread.start()
+
+    def _store_grace_s(self) -> float:
+        """For the others to put up another store."""
+        return 0.0 if self._role is Role.MEMBER else _OTHERS_S
 
     def _beat(self, job: JobStore, store: Store, silence: StoreWatch) -> None:
         """All that there is to do for a single rank."""
@@ -191,11 +234,11 @@ class JobGuard:
             except RuntimeError:
                 if self._finished.is_set():
                     break
-                if self._outlived:
+                if self._outcome(Event.STORE_GONE) is Outcome.WAIT:
                     continue  # the survivors will put up another one
-                self._visit_again()
-                gone = f"rank {self.host} is gone: it ended without a report"
-                gone += ", before this client was let in: join again" if self._visits else ""
+                self._come_back_to_a_lost_job(Event.STORE_GONE)
+                gone = f"rank {self.site.host} is gone: it ended without a report"
+                gone += ", before this client was let in: join again" if self._role is Role.VISITOR else ""
                 report = self._report(gone, FAILURE_CODE)
             except Exception as error:  # without its watcher a rank could wait for ever
                 report = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE)
@@ -207,23 +250,24 @@ class JobGuard:
     def _leave_if_out(self) -> None:
         """The others have put this client out, and the main thread, which may hang, does not come to learn of it."""
         hangs = time.monotonic() - self.progress.moved > (self.progress.timeout_s or 0.0)
-        if hangs and self._outlived and self.cut_off.is_set() and not self._finished.wait(_CUT_OFF_S):
+        if hangs and self._is_cut_off(0.0) and not self._finished.wait(_CUT_OFF_S):
             self.fail(CutOffError("this client is out of the job, and its main thread hangs"))
 
     def _no_answer(self, idle_s: float, silent_s: float) -> None:
         silence = StallError(
             f"no progress for {idle_s:.0f} s, and no answer for {silent_s:.0f} s from the job's store, which rank "
-            f"{self.host} hosts",
+            f"{self.site.host} hosts",
             where=self.progress.place,
-            fix=f"look at rank {self.host}: it is stopped as a process, or its host is out of reach",
+            fix=f"look at rank {self.site.host}: it is stopped as a process, or its host is out of reach",
         )
-        self._visit_again()
+        self._come_back_to_a_lost_job(Event.STORE_SILENT)
         # the main thread may have taken it, to tell the store what that will never hear
         self._leaving.acquire(timeout=_NO_ANSWER_S)
         self._leave(self._report(str(silence), USER_ERROR_CODE))
 
-    def _visit_again(self) -> None:
-        if self._visits and self.return_s:
+    def _come_back_to_a_lost_job(self, event: Event) -> None:
+        """Returns if that is not what this rank does."""
+        if self._outcome(event) is Outcome.COME_BACK:
             self._leaving.acquire()
             self.come_back("has lost the job before it was let in")
 
@@ -237,22 +281,23 @@ class JobGuard:
             return reported
         if not self.heartbeats.beat(store):
             return None
-        if self.launch.rank == self.host:
+        if self.launch.rank == self.site.host:
             self._survey.publish(store)
-        stall = self.heartbeats.stalled(store, own=self._outlived)
+        stall = self.heartbeats.stalled(store, own=self._role is Role.OUTLIVED)
         if stall is None or self._others_see_to(stall):
             return None
         report = self._report(str(stall), USER_ERROR_CODE)
-        return report if self._visits else report.report(store)
+        return report if self._role is Role.VISITOR else report.report(store)
 
     def _others_see_to(self, stall: StallError) -> bool:
         """Whether the job can go on without whoever hangs. Does not return if that is of this rank's client."""
-        if not (self._outlived or self._visits) or stall.idle_s > (self.progress.timeout_s or 0.0) + _OTHERS_S:
+        if self._role is Role.MEMBER or stall.idle_s > (self.progress.timeout_s or 0.0) + _OTHERS_S:
             return False
-        if self._outlived and stall.clients == {self.heartbeats.own().client}:
+        if self._role is Role.OUTLIVED and stall.clients == {self.heartbeats.own().client}:
             self.fail(stall)
-        if self.progress.awaits not in (None, SHARED) and self.put_out_who_hangs is not None:
-            self.put_out_who_hangs()
+        put_out = None if self._elasticity is None else self._elasticity.put_out_who_hangs
+        if self.progress.awaits not in (None, SHARED) and put_out is not None:
+            put_out()
         return True
 
     def _last_seen(self, error: BaseException) -> str:
@@ -269,9 +314,9 @@ class JobGuard:
     def _leave(self, report: Failure) -> None:
         if report.rank == self.launch.rank:
             report.tell(alone=self.launch.world_size == 1)
-        if not self._visits:
-            report.mark(self.output, "FAILED")
-        if self.launch.rank == self.host and self.launch.world_size > 1:
+        if self._role is not Role.VISITOR:
+            report.mark(self._output, "FAILED")
+        if self.launch.rank == self.site.host and self.launch.world_size > 1:
             time.sleep(_LINGER_S)
         self._end(report.code)
 
@@ -280,7 +325,7 @@ class JobGuard:
         client = self.heartbeats.own().client
         report = self._report(message, FAILURE_CODE)
         report.tell(of_client=client)
-        report.mark(self.output, f"FAILED_client_{client:03d}")
+        report.mark(self._output, f"FAILED_client_{client:03d}")
         sys.stdout.flush()
         # not an exit: mpirun lets the others go on after a process that died, and ends them after one that failed
         os.kill(os.getpid(), signal.SIGKILL)
@@ -295,9 +340,9 @@ class JobGuard:
 
 
 @contextlib.contextmanager
-def guarded(launch: Launch, store: JobStore) -> Iterator[JobGuard]:
+def guarded(launch: Launch, store: JobStore, visitor: Visitor | None = None) -> Iterator[JobGuard]:
     """Run the body under a `JobGuard`: any exception in it ends the job, its end is waited for on all ranks."""
-    guard = JobGuard(launch, store)
+    guard = JobGuard(launch, store, visitor)
     try:
         yield guard
     except BaseException as error:

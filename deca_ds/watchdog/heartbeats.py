@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,18 +112,22 @@ class Sightings(dict[int, Sighting]):
 class Heartbeats:
     """This rank's heartbeat, and what it sees of the others'. `beat` and `stalled` belong to the watcher thread.
 
-    folder: run.output/heartbeats, once it may be written to. gone: ranks that are not there, while the others go on.
+    ranks: gives those that are there now.
     """
 
     launch: Launch
+    ranks: Callable[[], Sequence[int]]
     progress: Progress = field(default_factory=Progress)
-    folder: Path | None = None
-    gone: frozenset[int] = frozenset()
     signs: Signs = field(default_factory=Signs)
+    _folder: Path | None = None
     _due: float = 0.0
     _seen: Sightings = field(default_factory=Sightings)
     _told: tuple[bytes, float] = (b"", 0.0)  # what the store's host has told this rank last, and when that came
     _looks: int = 0
+
+    def write_to(self, folder: Path) -> None:
+        """From now on also into `folder`, run.output/heartbeats."""
+        self._folder = folder
 
     def own(self) -> Heartbeat:
         """This rank's heartbeat now."""
@@ -142,12 +146,12 @@ class Heartbeats:
         text = json.dumps(asdict(self.own()))
         if not last:
             store.set(f"heartbeat/{self.launch.rank}", text)
-        if self.folder is not None:
+        if self._folder is not None:
             with suppress(OSError):  # a full disk is for those to report who need it
-                self.folder.mkdir(parents=True, exist_ok=True)
-                partial = self.folder / f".rank_{self.launch.rank:04d}.partial"
+                self._folder.mkdir(parents=True, exist_ok=True)
+                partial = self._folder / f".rank_{self.launch.rank:04d}.partial"
                 partial.write_text(text + "\n")
-                os.replace(partial, self.folder / f"rank_{self.launch.rank:04d}.json")
+                os.replace(partial, self._folder / f"rank_{self.launch.rank:04d}.json")
         return True
 
     def stalled(self, store: Store, *, own: bool = False) -> StallError | None:
@@ -169,29 +173,32 @@ class Heartbeats:
             idle_s = now - max([moved, *(self._seen[rank].moved for rank in awaited if rank in self._seen)])
         if idle_s < timeout_s or (progress.at_work and not self._is_sure()):
             return None
-        stall = self._stall(awaited, now - moved)
-        stall.clients = frozenset(map(self._client, awaited or [self.launch.rank]))
-        stall.idle_s = idle_s
-        return stall
+        return self._stall(awaited, now - moved, idle_s)
 
-    def _stall(self, awaited: list[int], idle_s: float) -> StallError:
+    def _stall(self, awaited: list[int], own_s: float, idle_s: float) -> StallError:
+        """own_s: how long this rank has not moved on; idle_s: it and all that it waits for."""
         progress, seen = self.progress, self._seen
+        clients = {self._client(rank) for rank in awaited or [self.launch.rank]}
         silent = [rank for rank in awaited if rank not in seen or seen[rank].heartbeat.silent_s() > SILENCE_S]
         last = "".join(f"\n    {line}" for line in seen.lines(awaited))
         if progress.at_work and not silent:
             return StallError(
-                f"no progress for {idle_s:.0f} s, and no sign of work: this rank takes no CPU time and no memory, and "
+                f"no progress for {own_s:.0f} s, and no sign of work: this rank takes no CPU time and no memory, and "
                 f"reads and writes nothing{'; nor do those that it may wait for. Last seen:' * bool(last)}{last}",
                 where=progress.place,
                 fix="look at what its main thread does, and at the disks and the network that it uses",
+                clients=clients,
+                idle_s=idle_s,
             )
         here = (progress.phase, progress.step)
         elsewhere = [r for r in awaited if r in seen and (seen[r].heartbeat.phase, seen[r].heartbeat.step) != here]
-        direct = self._ranks(silent or elsewhere or awaited)
+        direct = self._names(silent or elsewhere or awaited)
         return StallError(
-            f"no progress for {idle_s:.0f} s; this rank waits for {direct}. Last seen:{last}",
+            f"no progress for {own_s:.0f} s; this rank waits for {direct}. Last seen:{last}",
             where=progress.place,
             fix=f"look at the output of {direct}; if they are only slow, raise cluster.timeout_s",
+            clients=clients,
+            idle_s=idle_s,
         )
 
     def _is_sure(self) -> bool:
@@ -214,7 +221,7 @@ class Heartbeats:
 
     def _hanging(self, store: Store, now: float) -> StallError | None:
         progress, own = self.progress, self.launch.rank
-        others = set(range(self.launch.world_size)) - self.gone - {own}
+        others = set(self.ranks()) - {own}
         self._seen.look(sorted(others), store, now)
         for rank in others & self._seen.keys():
             other = self._seen[rank]
@@ -224,13 +231,13 @@ class Heartbeats:
             if own in self._named(rank, awaits):
                 if not self._is_sure():
                     return None
-                stall = StallError(
+                return StallError(
                     f"no progress for {now - progress.moved:.0f} s; {other.heartbeat} waits for it",
                     where=progress.place,
                     fix="look at what this rank's main thread does; if it is only slow, raise cluster.timeout_s",
+                    clients={self._client(own)},
+                    idle_s=now - progress.moved,
                 )
-                stall.clients, stall.idle_s = frozenset({self.own().client}), now - progress.moved
-                return stall
         return None
 
     def last_seen(self, store: Store) -> str:
@@ -241,16 +248,16 @@ class Heartbeats:
 
     def _awaited(self, seen: Sightings, store: Store, now: float) -> list[int]:
         """The ranks that this one waits for, nearest first: those that it has named, and those that these wait for."""
-        own, everybody = self.launch.rank, [r for r in range(self.launch.world_size) if r not in self.gone]
+        own, there = self.launch.rank, frozenset(self.ranks())
         found: dict[int, None] = {}
         waits, share = [(own, self.progress.awaits)], False
         while waits:
             if not share and any(awaits == SHARED for _, awaits in waits):
                 share = True
-                seen.look(everybody, store, now)
+                seen.look(sorted(there), store, now)
                 waits += [(rank, SHARED) for rank in seen if seen[rank].heartbeat.awaits == SHARED]
             named = dict.fromkeys(named for rank, awaits in waits for named in self._named(rank, awaits))
-            new = [rank for rank in named if rank != own and rank not in found and rank not in self.gone]
+            new = [rank for rank in named if rank in there and rank != own and rank not in found]
             if new:
                 seen.look(new, store, now)
             found |= dict.fromkeys(new)
@@ -270,7 +277,7 @@ class Heartbeats:
     def _client(self, rank: int) -> int | None:
         return None if self.progress.layout is None else self.progress.layout.client_of(rank)
 
-    def _ranks(self, ranks: list[int]) -> str:
+    def _names(self, ranks: list[int]) -> str:
         hosts = {rank: self._seen[rank].heartbeat.host for rank in ranks if rank in self._seen}
         shown = [f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "") for rank in ranks[:_SHOWN]]
         return ", ".join(shown) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")

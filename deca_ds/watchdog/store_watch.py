@@ -19,13 +19,17 @@ class StoreWatch:
     """A thread that calls `too_long` once neither the store has answered nor this rank moved on for cluster.timeout_s.
 
     timeout_s: that holds until `progress` knows the configuration's. too_long: gets the seconds without progress and
-    those without an answer; the thread ends after it. more_s: seconds that are given beside.
+    those without an answer; the thread ends after it. grace_s: gives the seconds that are granted beside.
     """
 
     def __init__(
-        self, progress: Progress, timeout_s: float, too_long: Callable[[float, float], None], more_s: float = 0.0
+        self,
+        progress: Progress,
+        timeout_s: float,
+        too_long: Callable[[float, float], None],
+        grace_s: Callable[[], float],
     ):
-        self._progress, self._timeout_s, self._too_long, self.more_s = progress, timeout_s, too_long, more_s
+        self._progress, self._timeout_s, self._too_long, self._grace_s = progress, timeout_s, too_long, grace_s
         self._answers = 0
         self._over = threading.Event()
         threading.Thread(target=self._count, daemon=True).start()
@@ -43,6 +47,6 @@ class StoreWatch:
         while not self._over.wait(_LOOK_S):
             silent_s = silent_s + _LOOK_S if self._answers == seen else 0.0
             seen, idle_s = self._answers, time.monotonic() - self._progress.moved
-            if min(silent_s, idle_s) > (self._progress.timeout_s or self._timeout_s) + self.more_s:
+            if min(silent_s, idle_s) > (self._progress.timeout_s or self._timeout_s) + self._grace_s():
                 self._too_long(idle_s, silent_s)
                 return

@@ -31,9 +31,9 @@ class Survey:
         layout, timeout_s, now = own.progress.layout, own.progress.timeout_s, time.monotonic()
         if layout is None or timeout_s is None:
             return
-        members = [rank for rank in range(own.launch.world_size) if rank not in own.gone]
-        self._seen.look(members, store, now)
-        seen = {rank: self._seen[rank] for rank in members if rank in self._seen}
+        there = sorted(own.ranks())
+        self._seen.look(there, store, now)
+        seen = {rank: self._seen[rank] for rank in there if rank in self._seen}
         early_s = look_after_s(timeout_s) / 2  # for it to be there when a rank comes to look
         standing = {rank: one for rank, one in seen.items() if now - one.moved >= early_s}
         if standing:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deca_ds.elastic.commit import Question, SurvivorCommit, ViewChanges, answers_in, bits
+from deca_ds.elastic.commit import Question, SurvivorCommit, answers_in, bits
 from deca_ds.errors import GossipError, MessageError
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import EVERYBODY, Progress
+from deca_ds.launch.view import View
 
 
 class Connections:
@@ -15,7 +15,7 @@ class Connections:
     others they say what this rank does. fewer: whether clients are missing after a death."""
 
     def __init__(self, found: list[bool] | None = None, fewer: bool = True):
-        self.members, self.progress, self.changes = Members(3), Progress(), ViewChanges()
+        self.members, self.progress = View.of_all(3), Progress()
         self.found, self.fewer, self.told = found, fewer, []
 
     def give_up(self):
@@ -48,7 +48,7 @@ def works(connections, *outcomes):
 def test_work_that_is_through_counts_once_and_questions_are_asked_with_it():
     connections, heard = Connections([True, False, False]), []
     commit = SurvivorCommit(connections)
-    commit.questions.append(Question(lambda: True, heard.append))
+    commit.also_ask(Question(lambda: True, heard.append))
     assert commit.run(works(connections, 7), last=True) == 7
     assert connections.told == ["works", [True, True, True]] and heard == [False]
     assert connections.progress.awaits is None

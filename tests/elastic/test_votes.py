@@ -25,6 +25,7 @@ from deca_ds.elastic.server import QuorumServer
 from deca_ds.errors import CutOffError, GossipError, LaunchError, RankLostError
 from deca_ds.launch import store
 from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.view import Membership, View
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -313,6 +314,28 @@ def test_the_goodbye_of_who_was_put_out_before_does_not_count(monkeypatch, tmp_p
     assert {each.yes for each in job.vote({0: 1, 1: 0, 2: 1}).values()} == {0}, "its vote is waited for"
 
 
+def test_a_client_waits_for_the_store_that_it_was_invited_to_whenever_its_first_rank_came(tmp_path):
+    job = Job(2, ranks=2)
+    wait_until_connected(job)
+    job.kill(1)
+    assert job.vote({0: 1, 1: 1})[0].clients == (0,)
+    job.coordinators[0].invite(invitation(job))
+    save_addresses(tmp_path, job.votes[0].addresses)
+
+    def visit(rank: int) -> Decision:
+        asked, _ = join_job(Launch("deepspeed", rank, 4, 0, None), job.layout, tmp_path, 10.0, 60.0)
+        return QuorumClient(rank, job.layout, asked.addresses, 20.0, 60.0, asked.own, asked).enter()
+
+    with ThreadPoolExecutor(2) as pool:
+        visits = [pool.submit(visit, 2)]
+        time.sleep(0.3)
+        job.coordinators[0].invite(invitation(job))  # the job moves before the client's other rank comes
+        visits.append(pool.submit(visit, 3))
+        time.sleep(0.5)
+        job.vote({0: YES | OPEN, 1: YES | OPEN})
+        assert {each.result(10).everybody for each in visits} == {(0, 1)}
+
+
 def test_who_waits_to_come_in_learns_of_those_who_came_before_and_of_a_store_that_moved(tmp_path):
     job = Job(4)
     wait_until_connected(job)
@@ -429,13 +452,14 @@ def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
     wait_until_connected(job)
     addresses = {client: each.address for client, each in enumerate(job.coordinators)}
     assert clients_at(addresses[0]) == []  # it has nobody in training yet
-    job.coordinators[0].invitation = {}
+    job.coordinators[0].invite({})
     assert clients_at(addresses[0]) == [0, 1, 2] and clients_at(addresses[1]) == []
     cases = [((5,), 5, 1, True), ((3, 4, 5), 3, 3, True)]
     cases += [((3, 4, 5), 4, 1, False), ((3, 4, 5, 6), 3, 1, False)]  # not the first of its part; the larger part
     cases += [((2, 3), 2, 1, False), ((5,), 5, 4, False)]  # it counts client 2, which is here; it is too small to go on
     for part, client, min_clients, found in cases:
-        looking = Lookout(SimpleNamespace(clients=part, addresses=addresses), client, min_clients)
+        view = Membership(View(1, part, 7))
+        looking = Lookout(view, SimpleNamespace(addresses=addresses), client, min_clients)
         deadline = time.monotonic() + (5 if found else 0.5)
         while time.monotonic() < deadline and not looking.found:
             time.sleep(0.02)

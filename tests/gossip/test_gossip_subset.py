@@ -12,8 +12,8 @@ from gossip_worker import mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deca_ds.config.schema import ClusterConfig, GossipConfig
-from deca_ds.errors import ConfigError, GossipError
+from deca_ds.config.schema import GossipConfig
+from deca_ds.errors import GossipError
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
@@ -71,14 +71,6 @@ def test_a_star_without_its_centre_falls_apart():
     assert subset.parts(leaf, [0, 1, 3]) == [[0, 1, 3]]
     assert leaf.matrix(0)[1].tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0])
     assert "without client 2" in leaf.summary()
-
-
-def test_absent_clients_that_join_the_others_are_refused_unless_parts_go_on():
-    star, config = build_mixing(GossipConfig(graph="star"), 3, 0), ClusterConfig(clients=3, absent=[0])
-    with pytest.raises(ConfigError, match=r"the graph falls into \[1\] and \[2\]"):
-        subset.check_absent(config, star)
-    subset.check_absent(ClusterConfig(clients=3, absent=[0], on_partition="continue"), star)
-    subset.check_absent(ClusterConfig(clients=3, absent=[1]), star)
 
 
 class Repeating(Commit):

@@ -31,14 +31,14 @@ last, place = deaths.get(read_launch().rank, (0, "never"))
 if "--join" in sys.argv:
     last = 0
 gradient = Client.gradient
-steps, since_return, members, damaged = 0, -1, None, []
+steps, since_return, membership, damaged = 0, -1, None, []
 
 
 def counting_gradient(self, *arguments):
     global steps, since_return
     steps += 1
     assert gc.isenabled(), "garbage is not collected in training"
-    if members is not None and members.missing:
+    if membership is not None and membership.view.missing:
         since_return = 0
         time.sleep(1.0)
     elif since_return >= 0:
@@ -59,8 +59,8 @@ def counting_gradient(self, *arguments):
 
 def dying(exchange):
     def dying_exchange(self, send, destinations, receives, tag):
-        global members
-        members = self.members  # kept up to date, also where nobody is left to exchange with
+        global membership
+        membership = self.membership  # kept up to date, also where nobody is left to exchange with
         if steps == last and place == "damaged" and self.progress.phase == "gossip" and destinations and not damaged:
             damaged.append(send.clone())  # MPI reads it later
             send = damaged[0]

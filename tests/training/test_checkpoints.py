@@ -17,9 +17,9 @@ from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.errors import CheckpointError
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import View
 from deca_ds.training import checkpoints as module
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.completion import StoreCount
@@ -63,7 +63,7 @@ def job(tmp_path: Path):
     def make(world: int = 1, resumed: int | None = None, **config: int):
         store = HashStore()
         cluster = SimpleNamespace(
-            client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=Members(1),
+            client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=View.of_all(1),
             launch=SimpleNamespace(world_size=world), progress=Progress(),
             store=JobStore(store, None, timedelta(seconds=5)),
         )  # fmt: skip

@@ -27,8 +27,7 @@ def agreed(run: Path, todays: list[str], monkeypatch: pytest.MonkeyPatch, *chang
         folder = run if number == 0 else run / "another host"
         config = load_config(None, ["model.path=x", f"run.output={folder}", *changes])
         launch = Launch("python", number, len(todays), 0, None)
-        day.agree_on_day(config, launch, JobStore(store.store, None, store.timeout))
-        return config.data.date
+        return day.agree_on_day(config, launch, JobStore(store.store, None, store.timeout)).data.date
 
     with ThreadPoolExecutor(len(todays)) as pool:
         return list(pool.map(rank, range(len(todays))))

@@ -22,9 +22,9 @@ from deca_ds.checkpoint.slices import rank_folder
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.errors import CheckpointError, DivergedError
-from deca_ds.launch.members import Members
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import View
 from deca_ds.tools.disk import Stored, disk_need, taken
 from deca_ds.training import checkpoints as module
 from deca_ds.training.checkpoints import Checkpoints
@@ -79,7 +79,7 @@ class Job:
         self.folder = folder
         gossip = SimpleNamespace(schedule=SimpleNamespace(matrices=(np.eye(1),)), bytes_sent=0, wait_seconds=0.0)
         cluster = SimpleNamespace(
-            client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=Members(1),
+            client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=View.of_all(1),
             launch=SimpleNamespace(world_size=1), progress=Progress(),
             store=JobStore(HashStore(), None, timedelta(seconds=5)),
         )  # fmt: skip

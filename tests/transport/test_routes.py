@@ -27,6 +27,7 @@ from deca_ds.gossip.strategies import Mean
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import View
 from deca_ds.transport import collectives
 from deca_ds.transport.chunks import exchange_chunk
 from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json, sum_slices
@@ -202,20 +203,20 @@ def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, rad
 
 
 class Without(Commit):
-    """Agreement number `at` finds client `dead` gone: `changed`, and all messages are sent again in a new network."""
+    """Agreement number `at` finds client `dead` gone: all messages are sent again in a new network."""
 
     may_repeat = True
 
-    def __init__(self, transport: LocalTransport, new: LocalNetwork, dead: int, at: int, changed: Callable[[], None]):
-        self._transport, self._new, self._dead, self._left, self._changed = transport, new, dead, at, changed
+    def __init__(self, transport: LocalTransport, new: LocalNetwork, dead: int, at: int):
+        self._transport, self._new, self._dead, self._left = transport, new, dead, at
 
     def run(self, work: Callable[[], Any], *, last: bool = False) -> Any:
         self._left -= 1
         if self._left == 0:
             transport = self._transport
             transport._network, transport.epoch = self._new, transport.epoch + 1
-            transport.members.clients = tuple(j for j in transport.members.clients if j != self._dead)
-            self._changed()
+            left = tuple(j for j in transport.members.clients if j != self._dead)
+            transport.membership.change(View(1, left, transport.clients))
         return work()
 
 
@@ -231,12 +232,13 @@ def test_an_averaging_is_done_again_without_a_client_that_dies_amid_it(sizes, tr
     def body(rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
         transport = ranks.transport(rank)
 
-        def changed() -> None:
+        def changed(before: View, view: View) -> None:
             if transport.client == dead:
                 raise MessageError("dead")
-            gossip.schedule = subset.without(schedule, [dead])
+            gossip.average_by(subset.without(schedule, view.missing))
 
-        commit = Without(transport, new, dead, 2, changed)
+        transport.membership.subscribe(changed)
+        commit = Without(transport, new, dead, 2)
         gossip = Gossip(transport, schedule, 16 * 4 / 2**20, commit=commit, client_sum=ranks.client_sum(rank))
         own = [ranks.shard(rank, x) for x in whole[transport.client]]
         with suppress(MessageError):

@@ -9,17 +9,21 @@ from jobs import free_port
 from deca_ds.errors import DataError, public_message, whole_message
 
 WORKER = """
-import os, sys, time
+import os, sys, threading, time
 from pathlib import Path
 from deca_ds.watchdog.guard import guarded
-from deca_ds.launch.launcher import Launch
+from deca_ds.watchdog.role import Elasticity, Visitor
+from deca_ds.watchdog.stop import StopByCommit
+from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.view import Membership, View
 from deca_ds.errors import ConfigError, DataError
 
 rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 launch = Launch("deepspeed", rank, 3, rank, ("127.0.0.1", port))
-with guarded(launch, open_job_store(launch, 60)) as guard:
-    guard.output = output
+visitor = Visitor(host=0) if what == "visits" else None
+with guarded(launch, open_job_store(launch, 60), visitor) as guard:
+    guard.write_to(output)
     if what == "wait":
         time.sleep(60)
     elif what == "user":
@@ -52,18 +56,17 @@ with guarded(launch, open_job_store(launch, 60)) as guard:
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(7)
     elif what == "out":  # put out by the others, which the main thread does not come to learn of
-        from deca_ds.launch.launcher import ClientLayout
-
+        cut_off = threading.Event()
         guard.progress.watch(ClientLayout(3, 1), 3.0)
+        membership = Membership(View.of_all(3))
+        guard.enter_elastic(Elasticity(membership, ClientLayout(3, 1), StopByCommit(), cut_off=cut_off))
         guard.let_others_go_on()
-        guard.cut_off.set()
+        cut_off.set()
         time.sleep(60)
     elif what == "visits":  # and nobody moves on, nor is anybody put out
         import deca_ds.watchdog.guard as module
-        from deca_ds.launch.launcher import ClientLayout
 
         module._OTHERS_S = 3.0
-        guard.visit(0)
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.progress.wait_for("all")
         time.sleep(60)

@@ -40,12 +40,16 @@ class Job:
         monkeypatch.setattr(time, "time", lambda: self.now)
         self.store = HashStore()
         layout = ClientLayout.of(sizes)
-        self.ranks = [Heartbeats(Launch("deepspeed", rank, 6, rank, None), signs=Taken()) for rank in range(6)]
+        self.there = list(range(6))
+        self.ranks = [self.rank(number) for number in range(6)]
         self.host, self.surveys = host, [Survey(rank) for rank in self.ranks]
         for rank in self.ranks:
             rank.progress.watch(layout, TIMEOUT_S)
             rank.progress.enter("gradient", step=412)
         self.silent: set[int] = set()
+
+    def rank(self, number: int) -> Heartbeats:
+        return Heartbeats(Launch("deepspeed", number, 6, number, None), lambda: self.there, signs=Taken())
 
     def later(self, seconds: int, *working: int) -> None:
         """So many seconds go by, in which the ranks `working` move on and all but the silent ones beat."""
@@ -162,7 +166,7 @@ def test_the_deadline_is_not_used_before_the_ranks_are_known():
 
 
 def test_heartbeats_are_files_too(job, tmp_path):
-    job.ranks[1].folder = tmp_path / heartbeats.FOLDER
+    job.ranks[1].write_to(tmp_path / heartbeats.FOLDER)
     job.later(1)
     job.ranks[1].progress.enter("gossip", block="layers 0-1")
     job.ranks[1].progress.wait_for(2)
@@ -262,8 +266,7 @@ def test_another_host_goes_on_telling_from_a_store_of_its_own(monkeypatch):
         rank.progress.wait_for(EVERYBODY)
     job.later(30)
     job.silent, job.store, job.host = {0, 1}, HashStore(), 2
-    for rank in job.ranks:
-        rank.gone = frozenset({0, 1})
+    job.there = [2, 3, 4, 5]
     asked = []
     monkeypatch.setattr(Heartbeats, "_awaited", lambda *_: asked.append(1) or [])
     job.later(60)
@@ -277,10 +280,10 @@ def test_the_host_knows_what_each_would_see_for_itself(monkeypatch, seed):
     draw = random.Random(seed)
     job = Job(monkeypatch, sizes=draw.choice([(2, 2, 2), (1, 3, 2), (1, 1, 1, 1, 1, 1)]), host=0)
     clients = job.ranks[0].progress.layout.clients
+    job.there = list(range(5 if seed % 3 == 0 else 6))
     for rank in job.ranks:
         rank.progress.enter("anything")
         rank.progress.wait_for(draw.choice([None, EVERYBODY, SHARED, *range(clients)]))
-        rank.gone = frozenset({5}) if seed % 3 == 0 else frozenset()
     job.later(2)
     job.silent = {draw.randrange(1, 5)} if seed % 2 else set()
     for number in draw.sample(range(5), 3):
@@ -294,7 +297,7 @@ def test_the_host_knows_what_each_would_see_for_itself(monkeypatch, seed):
     seen = own._seen
     own.publish(job.store)
     for number, rank in enumerate(job.ranks):
-        if number in job.silent | rank.gone or job.now - seen[number].moved < 5:
+        if number in job.silent or number not in job.there or job.now - seen[number].moved < 5:
             continue
         view = Sightings(seen)
         awaited = rank._awaited(view, job.store, job.now)
@@ -335,7 +338,8 @@ def test_reads_of_the_store_grow_with_the_ranks_and_not_with_their_square(monkey
         monkeypatch.setattr(time, "time", lambda: now)  # noqa: B023
         store = HashStore()
         stores = [Counted(store) for _ in range(total)]
-        ranks = [Heartbeats(Launch("deepspeed", r, total, r, None), signs=Taken()) for r in range(total)]
+        there = range(total)
+        ranks = [Heartbeats(Launch("deepspeed", r, total, r, None), lambda: there, signs=Taken()) for r in there]  # noqa: B023
         survey = Survey(ranks[0])
         for number, rank in enumerate(ranks):
             rank.progress.watch(ClientLayout(total, 1), TIMEOUT_S)

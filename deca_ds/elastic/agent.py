@@ -1,0 +1,158 @@
+"""What a rank does when the view changes: other matrices, what the failure policy says, and the state for newcomers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.config.schema import ClusterConfig
+from deca_ds.elastic.commit import Question, SurvivorCommit
+from deca_ds.elastic.handover import Progressed, receive, send
+from deca_ds.elastic.partition import Lookout
+from deca_ds.elastic.policy import Action, Situation, decide, named
+from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
+from deca_ds.engine.client import Client
+from deca_ds.gossip import subset
+from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.launch import Cluster
+from deca_ds.launch.view import View
+from deca_ds.watchdog.stop import StopByCommit
+
+
+class Records(Protocol):
+    """Where the job's records go (training/metrics.py)."""
+
+    def membership(self, step: int, record: dict[str, Any]) -> None: ...
+
+    def job(self, kind: str, step: int, record: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class ElasticAgent:
+    """Subscribes to the view, and asks with every agreement of the commit. rejoinable: over torch, the transport, which
+    lets clients in. mixing: the matrices that the run was started with. lookout: on leaders, with cluster.return_s.
+    returns: whether this client ends its training here to join the others."""
+
+    config: ClusterConfig
+    cluster: Cluster
+    client: Client
+    commit: SurvivorCommit
+    rejoinable: ReconnectingGloo | None
+    gossip: Gossip
+    mixing: MixingSchedule
+    metrics: Records
+    stop: StopByCommit
+    lookout: Lookout | None = None
+    returns: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.commit.also_ask(Question(self.stop.answer, self.stop.heard))
+        if self.config.return_s:
+            self.commit.also_ask(Question(self._goes_first, self._heard_of_another))
+        self.cluster.membership.subscribe(self._view_changed)
+
+    def begin(self, done: int) -> None:
+        """After `done` inner steps, at the start of this attempt at the run: with those that are there."""
+        if self.cluster.members.missing:
+            self.cluster.progress.enter("starting", step=done)
+            self._regroup(f"{named(self.cluster.members.missing)} absent", done + 1)
+
+    def let_in(self, standing: Progressed) -> None:
+        """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
+        if self.rejoinable is not None and self.rejoinable.joining:
+            newcomers = self.rejoinable.joining
+            self.cluster.progress.enter("letting a client in")
+            self.rejoinable.admit()
+            for client in newcomers:
+                self.commit.run(partial(self._hand_over, client, standing))
+                if client in self.cluster.members:
+                    record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client), "time": _now()}
+                    self.metrics.job("handover", standing.done, record)
+
+    def wait_for_admission(self, rule: Rule, schedule: Schedule) -> Progressed:
+        """For a client that comes back: wait until it is let in, and take over where training stands."""
+        assert self.rejoinable is not None
+        self.cluster.progress.enter("waiting to be let in")
+        self.rejoinable.enter()
+        self.cluster.progress.enter("taking over")
+        self.rejoinable.admit()
+        standing = self.commit.run(
+            lambda: receive(self.gossip.transport, self._giver(self.cluster.client), self.client, rule, schedule)
+        )
+        if standing.stopping:
+            self.stop.stop()
+        return standing
+
+    def _hand_over(self, to: int, standing: Progressed) -> None:
+        if to in self.cluster.members and self.cluster.client == self._giver(to):
+            send(self.gossip.transport, to, self.client, standing)
+
+    def _giver(self, to: int) -> int:
+        """Who gives client `to` its state: the first neighbour that averages with it, else the first member."""
+        mixing, members = self.gossip.schedule, self.cluster.members
+        sources = {j for t in range(mixing.period) for j in mixing.sources(to, t)}
+        return next((client for client in members.clients if client in sources), members.first)
+
+    def _goes_first(self) -> bool:
+        """Whether no other part of the network is known to which this one has to come."""
+        return self.lookout is None or not self.lookout.found
+
+    def _heard_of_another(self, all_say_no: bool) -> None:
+        if not all_say_no and not self.returns:
+            view = self.cluster.members
+            self._warn(self._obey(Situation(view, subset.parts(self.gossip.schedule, view.clients), larger_part=True)))
+
+    def _view_changed(self, before: View, view: View) -> None:
+        back = [client for client in view.clients if client not in before]
+        progress = self.cluster.progress
+        # the inner step under way is averaged again, or for the first time
+        from_step = progress.step + (progress.phase not in ("gradient", "gossip"))
+        self._regroup(f"{named(back)} back" if back else f"{named(view.missing)} gone", from_step)
+
+    def _regroup(self, who: str, from_step: int) -> None:
+        """Average among those who are in, and do what the policy says."""
+        view = self.cluster.members
+        mixing = subset.without(self.mixing, view.missing)
+        parts = subset.parts(mixing, view.clients)
+        gap = subset.spectral_gap(mixing, view.clients)
+        self.gossip.average_by(mixing)
+        why = self._obey(Situation(view, parts))
+        self._warn(f"{who}; {why or f'{len(view)} of {view.total} go on, spectral gap {gap:.4g}'}")
+        self._record(view, parts, gap, from_step)
+
+    def _obey(self, now: Situation) -> str:
+        """Do what the policy says, and return what is to be told."""
+        verdict = decide(now, self.config)
+        if verdict.action is not Action.CONTINUE:
+            self.returns |= verdict.action is Action.REJOIN
+            self.stop.stop()
+        return verdict.why
+
+    def _warn(self, text: str) -> None:
+        if self.cluster.is_job_leader:
+            print(f"WARNING: {self.cluster.progress.place}: {text}", file=sys.stderr, flush=True)
+
+    def _record(self, view: View, parts: Sequence[Sequence[int]], gap: float, from_step: int) -> None:
+        self.metrics.membership(
+            self.cluster.progress.step,
+            {
+                "from_step": from_step,
+                "clients": sorted(view.clients),
+                "missing": list(view.missing),
+                "spectral_gap": gap,
+                "parts": parts,
+                "time": _now(),
+            },
+        )
+
+
+def _now() -> float:
+    """Seconds since 1970, to tell apart what happened in one inner step."""
+    return round(time.time(), 3)

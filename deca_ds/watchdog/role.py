@@ -1,0 +1,99 @@
+"""What a rank is to the job that it fails in, and what becomes of it then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch.view import Membership
+from deca_ds.watchdog.stop import StopByCommit
+
+
+class Role(Enum):
+    """MEMBER: of a job whose ranks all end when one of them fails. VISITOR: a rank of a client that comes back and has
+    not been let in yet, so that its failure is its own. OUTLIVED: the others go on without its client when it fails."""
+
+    MEMBER = auto()
+    VISITOR = auto()
+    OUTLIVED = auto()
+
+    def may_become(self, role: Role) -> bool:
+        """Who trains with others that may go on without it stays so."""
+        return self is not Role.OUTLIVED and role is Role.OUTLIVED
+
+
+class Event(Enum):
+    """What happens to a rank. ERROR: of its own, other than the next two. CUT_OFF: its client is out, or the others are
+    out of its reach. HANGS: its client has stood still for too long. STORE_GONE: the job's store has ended.
+    STORE_SILENT: it has given no answer for too long."""
+
+    ERROR = auto()
+    CUT_OFF = auto()
+    HANGS = auto()
+    STORE_GONE = auto()
+    STORE_SILENT = auto()
+
+
+class Outcome(Enum):
+    """What a rank does. END_THE_JOB: it tells all ranks, which end with it. END_THE_CLIENT: it dies as the MPI library
+    expects it of the dead, and its client with it. END: it ends, and those who notice do as they must. COME_BACK: it
+    becomes a new process that tries to join; COME_BACK_UNNOTICED: so that the others take it for dead. WAIT: for the
+    survivors."""
+
+    END_THE_JOB = auto()
+    END_THE_CLIENT = auto()
+    END = auto()
+    COME_BACK = auto()
+    COME_BACK_UNNOTICED = auto()
+    WAIT = auto()
+
+
+def on_event(role: Role, event: Event, returns: bool) -> Outcome:
+    """returns: whether cluster.return_s has a rank that was cut off try to come back."""
+    match role, event:
+        case Role.MEMBER, Event.STORE_GONE | Event.STORE_SILENT:
+            return Outcome.END
+        case Role.MEMBER, _:
+            return Outcome.END_THE_JOB
+        case Role.VISITOR, Event.CUT_OFF | Event.STORE_GONE | Event.STORE_SILENT if returns:
+            return Outcome.COME_BACK
+        case Role.VISITOR, _:
+            return Outcome.END
+        case Role.OUTLIVED, Event.CUT_OFF if returns:
+            return Outcome.COME_BACK
+        case Role.OUTLIVED, Event.HANGS if returns:
+            return Outcome.COME_BACK_UNNOTICED
+        case Role.OUTLIVED, Event.STORE_GONE:
+            return Outcome.WAIT
+        case Role.OUTLIVED, Event.STORE_SILENT:
+            return Outcome.END
+        case _:
+            return Outcome.END_THE_CLIENT
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Of a client that comes back. host: the rank that hosts the job's store. return_s: for how long it still tries."""
+
+    host: int
+    return_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Elasticity:
+    """What a job has in which clients may go and come.
+
+    membership: who is in. stop: how it is told to stop, and where. return_s: cluster.return_s. cut_off: set when this
+    client is out, or the others are out of its reach. put_out_who_hangs: to be called every second while nobody in the
+    job moves on; None where the others cannot put a client out.
+    """
+
+    membership: Membership
+    layout: ClientLayout
+    stop: StopByCommit
+    return_s: float = 0.0
+    cut_off: threading.Event = field(default_factory=threading.Event)
+    put_out_who_hangs: Callable[[], None] | None = None
