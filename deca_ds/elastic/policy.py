@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config.schema import ClusterConfig
 from deca_ds.elastic.commit import Question, Surviving
-from deca_ds.elastic.handover import Progressed, receive, send
+from deca_ds.elastic.handover import receive, send
 from deca_ds.elastic.partition import Lookout
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
-from deca_ds.engine.client import Client
+from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
@@ -43,7 +41,6 @@ class Survivors:
 
     config: ClusterConfig
     cluster: Cluster
-    client: Client
     transport: Surviving
     gossip: Gossip
     mixing: MixingSchedule
@@ -68,31 +65,28 @@ class Survivors:
             self.cluster.progress.enter("starting", step=done)
             self._regroup(f"{_clients(self.cluster.members.missing)} absent", done + 1)
 
-    def admit(self, standing: Progressed) -> None:
+    def admit(self, state: TrainingState) -> None:
         """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
         if isinstance(self.transport, ReconnectingGloo) and self.transport.joining:
             newcomers = self.transport.joining
             self.cluster.progress.enter("letting a client in")
             self.transport.admit()
             for client in newcomers:
-                self.transport.together(partial(self._hand_over, client, standing))
+                self.transport.together(partial(self._hand_over, client, state))
                 if client in self.cluster.members.clients:
-                    record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client), "time": _now()}
-                    self.metrics.job("handover", standing.done, record)
+                    record = {"from_step": state.done + 1, "to": client, "by": self._giver(client), "time": _now()}
+                    self.metrics.job("handover", state.done, record)
 
-    def enter(self, rule: Rule, schedule: Schedule) -> Progressed:
+    def enter(self, state: TrainingState) -> None:
         """For a client that comes back: wait until it is let in, and take over where training stands."""
         assert isinstance(self.transport, ReconnectingGloo)
         self.cluster.progress.enter("waiting to be let in")
         self.transport.enter()
         self.cluster.progress.enter("taking over")
         self.transport.admit()
-        standing = self.transport.together(
-            lambda: receive(self.gossip.transport, self._giver(self.cluster.client), self.client, rule, schedule)
-        )
-        if standing.stopping:
+        self.transport.together(lambda: receive(self.gossip.transport, self._giver(self.cluster.client), state))
+        if state.stopping:
             self.stop.stop()
-        return standing
 
     def _goes_first(self) -> bool:
         """Whether no other part of the network is known to which this one has to come."""
@@ -107,9 +101,9 @@ class Survivors:
                 print(f"WARNING: {self.cluster.progress.place}: the larger part of the network is in reach again: "
                       f"{members} will join it", file=sys.stderr, flush=True)  # fmt: skip
 
-    def _hand_over(self, to: int, standing: Progressed) -> None:
+    def _hand_over(self, to: int, state: TrainingState) -> None:
         if to in self.cluster.members.clients and self.cluster.client == self._giver(to):
-            send(self.gossip.transport, to, self.client, standing)
+            send(self.gossip.transport, to, state)
 
     def _giver(self, to: int) -> int:
         """Who gives client `to` its state: the first neighbour that averages with it, else the first member."""

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             transport.together(transport.barrier)
-            trainer.checkpoints.forget(trainer.done)
+            trainer.checkpoints.forget()
         if trainer.survivors is not None and trainer.survivors.returns:
             guard.come_back("is in the smaller part of the network, or alone")
     return 0

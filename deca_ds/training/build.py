@@ -32,6 +32,7 @@ from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
+from deca_ds.engine.state import TrainingState
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
@@ -76,7 +77,8 @@ def build(
     start.compare_models(job, client, vocabulary)
     attempt = start.attempt(job, client)
     gossip = _connect_gossip(job, client, attempt)
-    standing = start.restore(job, client, rule, schedule, gossip)
+    state = TrainingState(client, rule, schedule, gossip)
+    start.restore(job, state)
     metrics = Metrics(config.logging, cluster, job.output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
     survivors = None
@@ -85,14 +87,13 @@ def build(
         written = Agreed(way, start.resumed, config.cluster.absent)
         told = {"attempt": attempt, "tokenizer": vocabulary, "label_names": data.label_names}
         told |= {"common_evaluation": data.summary["common_evaluation"], "date": config.data.date}
-        survivors = _outlive_others(job, way, client, gossip, metrics, told)
-        standing = start.join(job, survivors, standing, rule, schedule, metrics)
+        survivors = _outlive_others(job, way, gossip, metrics, told)
+        start.join(job, survivors, state, metrics)
         guard.let_others_go_on()
     checkpoints = Checkpoints(
         config.checkpoint,
         cluster,
-        client,
-        schedule,
+        state,
         gossip,
         written,
         folder=job.output / CHECKPOINTS,
@@ -109,15 +110,13 @@ def build(
         seed=config.run.seed,
         client=cluster.client,
         pad_id=pad_id,
-        start_step=standing.done,
+        start_step=state.done,
     )
     evaluation = config.evaluation
     return Trainer(
         config=config,
         cluster=cluster,
-        client=client,
-        rule=rule,
-        schedule=schedule,
+        state=state,
         gossip=gossip,
         batches=batches,
         evaluator=Evaluator(client, cluster, transport, data, evaluation.batch_size, pad_id, evaluation.mean_model),
@@ -125,8 +124,6 @@ def build(
         checkpoints=checkpoints,
         stop=guard.stop,
         output=job.output,
-        done=standing.done,
-        state=standing.state,
         survivors=survivors,
     )
 
@@ -203,13 +200,11 @@ def _connect_gossip(job: Job, client: Client, attempt: int) -> Gossip:
     )
 
 
-def _outlive_others(
-    job: Job, way: Surviving, client: Client, gossip: Gossip, metrics: Metrics, told: dict[str, Any]
-) -> Survivors:
+def _outlive_others(job: Job, way: Surviving, gossip: Gossip, metrics: Metrics, told: dict[str, Any]) -> Survivors:
     """What goes on without clients that have died, and over torch lets them in again. told: see Invitation."""
     config, cluster, guard = job.config, job.cluster, job.guard
     stop = guard.stop = StopByCommit()
-    survivors = Survivors(config.cluster, cluster, client, way, gossip, job.mixing, metrics, guard, stop)
+    survivors = Survivors(config.cluster, cluster, way, gossip, job.mixing, metrics, guard, stop)
     assert cluster.client_store is not None, "`connect` opens it"
     lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.cluster.timeout_s, guard.fail)
     guard.farewells.append(lifeline.close)
