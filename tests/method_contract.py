@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from itertools import cycle
+from types import ModuleType
 
+import dense_reference
 import numpy as np
 import torch
 from safetensors.torch import load, save
 
+from deca_ds.algorithm.methods import build_rule
 from deca_ds.algorithm.rule import GRADIENT, MASTERS, Rule
 from deca_ds.config.schema import AlgorithmConfig, GossipConfig
 from deca_ds.gossip.schedule import build_mixing
@@ -157,6 +160,28 @@ def a_saved_state_goes_on_as_if_never_interrupted(rule: Rule) -> None:
         resumed = {**load(save(kept)), "grad": torch.full_like(first["theta"], torch.nan)}
         run(rule, resumed, gradient, cycle(matrices_of("ring")), every=every, steps=range(7, STEPS))
         assert torch.equal(resumed["theta"], whole["theta"])
+
+
+def equals_the_dense_reference(
+    method: str, signal: str, graph: str, every: int, reference: ModuleType = dense_reference
+) -> None:
+    start, gradient = problem(seed=1)
+    coefficients = {"a1": 0.8, "a2": 0.95, "b1": 0.7, "b2": 0.9, "eps": 1e-6, "outer_lr": 0.6, "outer_momentum": 0.5}
+    rule = build_rule(method, signal=signal, **coefficients)
+    state = stacked_state(rule, start)
+    run(rule, state, gradient, cycle(matrices_of(graph)), every=every, decay=0.05)
+
+    calls = [0] * CLIENTS
+
+    def in_turn(i: int, x: np.ndarray) -> np.ndarray:
+        calls[i] += 1
+        return gradient(calls[i] - 1, i, x)
+
+    c, matrices = reference.Coefficients(method, signal, **coefficients), cycle(matrices_of(graph))
+    expected = reference.activation(c, start, in_turn, matrices, steps=STEPS, every=every, lr=LR, decay=0.05)
+    moved = np.abs(state["theta"].numpy() - start).max()
+    assert moved > LR
+    np.testing.assert_allclose(state["theta"].numpy(), np.stack([k.x for k in expected]), rtol=0, atol=1e-9)
 
 
 CONTRACT: list[Callable[[Rule], None]] = [

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from itertools import cycle
 
-import numpy as np
 import pytest
 import torch
-from dense_reference import Coefficients, activation
-from method_contract import CLIENTS, CONTRACT, GRAPHS, LR, STEPS, matrices_of, problem, run, stacked_state
+from method_contract import (
+    CLIENTS,
+    CONTRACT,
+    GRAPHS,
+    LR,
+    equals_the_dense_reference,
+    matrices_of,
+    problem,
+    stacked_state,
+)
 
 from deca_ds.algorithm.deca import SIGNALS
 from deca_ds.algorithm.methods import METHODS, build_rule
@@ -34,23 +41,7 @@ def test_a_method_keeps_the_contract(method, signal, promise):
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize(("method", "signal"), EVERY_METHOD)
 def test_a_method_equals_the_dense_reference(method, signal, graph, every):
-    start, gradient = problem(seed=1)
-    coefficients = {"a1": 0.8, "a2": 0.95, "b1": 0.7, "b2": 0.9, "eps": 1e-6, "outer_lr": 0.6, "outer_momentum": 0.5}
-    rule = build_rule(method, signal=signal, **coefficients)
-    state = stacked_state(rule, start)
-    run(rule, state, gradient, cycle(matrices_of(graph)), every=every, decay=0.05)
-
-    calls = [0] * CLIENTS
-
-    def in_turn(i: int, x: np.ndarray) -> np.ndarray:
-        calls[i] += 1
-        return gradient(calls[i] - 1, i, x)
-
-    c = Coefficients(method, signal, **coefficients)
-    expected = activation(c, start, in_turn, cycle(matrices_of(graph)), steps=STEPS, every=every, lr=LR, decay=0.05)
-    moved = np.abs(state["theta"].numpy() - start).max()
-    assert moved > LR
-    np.testing.assert_allclose(state["theta"].numpy(), np.stack([k.x for k in expected]), rtol=0, atol=1e-9)
+    equals_the_dense_reference(method, signal, graph, every)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
