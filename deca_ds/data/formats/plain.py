@@ -119,7 +119,8 @@ TEXT_FORMAT = Format(
         Field(
             ("data.text_columns",),
             Use.RENDERED,
-            "joined by a blank; a text file is one document; blank ones are left out, and rows without another",
+            "joined by a blank; a text file is one document, cut into sequences; blank ones are left out, and rows "
+            "without another",
         ),
     ),
     columns=lambda rules: rules.text_columns,
