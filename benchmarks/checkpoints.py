@@ -41,13 +41,13 @@ def refuse(*_: Any) -> None:
     raise OSError("no hard links")
 
 
-def timed_save(saver: Any, done: int, linked: bool) -> dict[str, float]:
+def timed_save(saver: Any, linked: bool) -> dict[str, float]:
     held = [path.open("rb") for path in saver.folder.rglob("*.safetensors")]  # no inode comes back as another file's
     before = inodes(saver.folder)
     patched = contextlib.nullcontext() if linked else mock.patch.object(os, "link", refuse)
     with patched, contextlib.redirect_stderr(io.StringIO()):
         cpu, started = time.process_time(), time.perf_counter()
-        saver.save(done)
+        saver.save()
         copied = time.perf_counter()
         saver.wait()
         written = time.perf_counter()
@@ -67,6 +67,7 @@ def case(cluster: Any, model_folder: str, layers_per_block: int, keep: int) -> d
     from deca_ds.config.schema import CheckpointConfig
     from deca_ds.engine.client import Client
     from deca_ds.engine.load import load_architecture, load_model
+    from deca_ds.engine.state import TrainingState
     from deca_ds.training.checkpoints import Checkpoints
     from deca_ds.training.completion import StoreCount
 
@@ -76,24 +77,25 @@ def case(cluster: Any, model_folder: str, layers_per_block: int, keep: int) -> d
     blocks = len(client.plan.blocks)
     schedule = Schedule(rounds=-(-(SAVES + keep) // blocks), blocks=blocks, inner_steps=2)
     gossip = SimpleNamespace(schedule=SimpleNamespace(matrices=(np.eye(1),)), bytes_sent=0, wait_seconds=0.0)
+    state = TrainingState(client, DecaRule(), schedule, gossip)
     with tempfile.TemporaryDirectory(dir=os.environ.get("DECA_BENCHMARK_DISK")) as disk:
         savers = {}
         for name in ("written whole", "linked"):
             attempt = f"{layers_per_block}/{keep}/{name}"
             savers[name] = Checkpoints(
-                CheckpointConfig(keep=keep), cluster, client, schedule, gossip, StoreCount(cluster, attempt, 600.0),
+                CheckpointConfig(keep=keep), cluster, state, gossip, StoreCount(cluster, attempt, 600.0),
                 folder=Path(disk) / name, attempt=attempt, timeout_s=600.0,
             )  # fmt: skip
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in savers}
         for step in schedule:
             if step.opens:
-                state = client.open_block(step.block, DecaRule.buffers)
-                for tensor in state.tensors.values():
+                for tensor in client.open_block(step.block, DecaRule.buffers).tensors.values():
                     tensor.normal_()
                 client.write_back()
+                state.done = step.index + 1
                 if step.index // 2 < SAVES + keep:
                     for name, saver in savers.items():
-                        measured = timed_save(saver, step.index + 1, name == "linked")
+                        measured = timed_save(saver, name == "linked")
                         if step.index // 2 >= keep:
                             taken[name].append(measured)
             else:

@@ -1,28 +1,92 @@
-"""Write the keys of docs/configuration.md from the schema: python docs/make_reference.py
+"""Write what the manual says of configuration keys, methods and formats: python docs/make_reference.py
 
-The text above the first section is written by hand; everything below comes from deca_ds/config/schema.py and from the
-ranges in deca_ds/config/checks.py and deca_ds/data/checks.py.
+In docs/configuration.md the text above the first section is written by hand; everything below comes from
+deca_ds/config/schema.py and from the ranges beside the checks. In docs/algorithm.md and docs/formats.md the tables
+between two marks come from the registries.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from deca_ds.config.checks import RANGES
-from deca_ds.config.schema import Config
+from deca_ds.algorithm.methods import METHODS, Method
+from deca_ds.algorithm.rule import GRADIENT
+from deca_ds.config.checks import ONE_OF, RANGES
+from deca_ds.config.schema import AlgorithmConfig, Config
 from deca_ds.data.checks import RANGES as DATA_RANGES
+from deca_ds.data.formats import FORMATS
+from deca_ds.training.method import RANGES as METHOD_RANGES
 
 PAGE = Path(__file__).with_name("configuration.md")
 MARK = "<!-- The rest of this page is written by docs/make_reference.py. -->\n"
 TIED = "\0"  # a space at which no line breaks
 KINDS = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text"}
-RANGE = {key: allowed.partition(":")[0].replace("null", "`null`") for key, _, allowed in (*RANGES, *DATA_RANGES)}
+RANGE = {
+    key: allowed.partition(":")[0].replace("null", "`null`")
+    for key, _, allowed in (*RANGES, *DATA_RANGES, *METHOD_RANGES)
+}
+# of a key that only some methods or formats use, these
+USERS = {
+    f"algorithm.{field.name}": [name for name, method in METHODS.items() if field.name in method.coefficients]
+    for field in fields(AlgorithmConfig)
+}
+USERS = {key: names for key, names in USERS.items() if 0 < len(names) < len(METHODS)}
+USERS |= {
+    f"data.{key}": [name for name, other in FORMATS.items() if key in other.keys]
+    for format in FORMATS.values()
+    for key in format.keys
+}
+PAGES = ("configuration.md", "algorithm.md", "formats.md")
+
+
+def algorithm() -> str:
+    """The whole page, with what is outside the marks as it is on the disk."""
+    head = "| method | what it does | active block's state, bytes per parameter | sent at an averaging |"
+    rows = [
+        f"| `{name}` | {method.about} | {method.rule().bytes_per_parameter} | {_sent(method)} |"
+        for name, method in METHODS.items()
+    ]
+    return _between_marks("algorithm.md", methods=[head, "|---|---|---|---|", *rows])
+
+
+def formats() -> str:
+    """As `algorithm`."""
+    trained = ["| format | a row | carries the loss |", "|---|---|---|"]
+    handled = ["| format | field | what is done with it |", "|---|---|---|"]
+    for format in FORMATS.values():
+        trained.append(f"| `{format.name}` | `{json.dumps(format.sample)}` | {format.trained} |")
+        for prefix, known in (("", format.fields), (f"{format.turns}[].", format.turn_fields)):
+            for field in known:
+                names = ", ".join(f"`{prefix}{name}`" for name in field.names)
+                handled.append(f"| {format.name} | {names} | **{field.use.value}**: {field.note} |")
+    handled.append("| every | any other | not used; named once a run |")
+    return _between_marks("formats.md", trained=trained, fields=handled)
+
+
+def _sent(method: Method) -> str:
+    if method.alone:
+        return "nothing"
+    block = "the adapters" if method.adapters else "the block"
+    return " and ".join([block, *(f"the {name}" for name in method.rule.travels if name != GRADIENT)])
+
+
+def _between_marks(file: str, **tables: Sequence[str]) -> str:
+    text = PAGE.with_name(file).read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        begin, end = f"<!-- {name}: written by docs/make_reference.py -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(begin)
+        old, _, after = rest.partition(end)
+        assert old, f"docs/{file} has no marks for {name}"
+        text = before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after
+    return text
 
 
 def page() -> str:
@@ -43,9 +107,13 @@ def _section(section: Field[Any]) -> str:
 def _entry(key: str, field: Field[Any], section: type) -> str:
     default = "required" if field.default == "???" else f"default `{_default(field)}`"
     values, allowed = _values(get_type_hints(section)[field.name]), RANGE.get(key, "")
-    values = allowed if allowed.startswith("`null`") else ", ".join(filter(None, [values, allowed]))
+    if allowed.startswith(ONE_OF):
+        values = ", ".join(f"`{name}`" for name in allowed.removeprefix(ONE_OF).split(", "))
+    else:
+        values = allowed if allowed.startswith("`null`") else ", ".join(filter(None, [values, allowed]))
+    users = f"; for {' and '.join(f'`{name}`' for name in USERS[key])}" if key in USERS else ""
     see = _link(field.metadata["see"])
-    text = f"- **`{key}`** ({values}; {default}): {field.metadata['meaning']}{see}"
+    text = f"- **`{key}`** ({values}{users}; {default}): {field.metadata['meaning']}{see}"
     text = re.sub(r"`.*?`|\[.*?\]\(", lambda words: words[0].replace(" ", TIED), text)  # code and links stay whole
     filled = textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return filled.replace(TIED, " ") + "\n"
@@ -83,4 +151,5 @@ def _link(see: str | None) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for file, make in zip(PAGES, (page, algorithm, formats), strict=True):
+        PAGE.with_name(file).write_text(make(), encoding="utf-8")

@@ -90,9 +90,9 @@ SET_FROM_OUTSIDE = {
         "gossip/strategies.py": ["gossip.wait_seconds", "message.staged"],
         "transport/local.py": ["self._expected.popleft().message"],
     },
-    "the state of training, put back": {
-        "elastic/handover.py": ["client.active.local_steps.made"],
-        "training/resume.py": ["block.local_steps.made", "gossip.bytes_sent", "gossip.wait_seconds"],
+    "the state of training, moved on and put back": {
+        "engine/state.py": ["self.client.active.local_steps.made", "setattr(self.traffic, key)"],
+        "training/loop.py": ["self.state.done", "self.state.stopping"],
     },
     "one note of progress for two numberings": {"elastic/reconnect_gloo.py": ["progress.moved"]},
 }

@@ -15,6 +15,21 @@ from deca_ds.algorithm.rule import Rule, State
 
 
 @dataclass(frozen=True)
+class GossipAdam(Rule):
+    """Local AdamW steps, of which the parameters are averaged and the moments stay: DECA without a signal.
+
+        theta = theta'                      AdamW (Loshchilov and Hutter, arXiv 1711.05101) where there is no neighbour
+
+    State: m, v.
+    """
+
+    @torch.no_grad()
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """theta becomes theta'."""
+        state["theta"].copy_(mixed)
+
+
+@dataclass(frozen=True)
 class QgAdam(Rule):
     """QG-Adam: Adam whose kept moments follow the direction in which the network moves (Lin et al., arXiv 2102.04761).
 

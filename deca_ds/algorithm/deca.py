@@ -1,4 +1,4 @@
-"""DECA's inner step, and gossip Adam, which is DECA without a signal.
+"""DECA's inner step.
 
 With g the gradient of the active block, r = 0 .. R-1 the inner step since the block became active (arXiv 2606.03209,
 after its openly quoted equations):

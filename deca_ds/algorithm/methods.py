@@ -1,11 +1,14 @@
-"""The methods by name: which rule each runs, and what it asks of blocks, clients and gossip."""
+"""The methods by name: which rule each runs, and what it asks of blocks, clients and gossip.
+
+A row here and a class is all that a method is: checks, the plan, the simulator, tests and the manual's table follow.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any
 
-from deca_ds.algorithm.baselines import DiLoCo, GtAdam, QgAdam
+from deca_ds.algorithm.baselines import DiLoCo, GossipAdam, GtAdam, QgAdam
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.algorithm.rule import Rule
 
@@ -14,34 +17,53 @@ from deca_ds.algorithm.rule import Rule
 class Method:
     """A named way to train.
 
-    rule: its inner step. about: one line for people. fixed: coefficients that its name settles.
-    alone: True where clients must not gossip. whole_model: True or False where the method decides whether there is one
-    block or several; None: both are fine. skips_gossip: gossip must not follow every inner step. adapters: low-rank
-    adapters are that block, and the model under them is frozen.
+    rule: its inner step. about: for the table in docs/algorithm.md. alone: True where clients must not gossip.
+    whole_model: True or False where the method decides whether there is one block or several; None: both are fine.
+    skips_gossip: gossip must not follow every inner step. adapters: low-rank adapters are that block, and the model
+    under them is frozen.
     """
 
     rule: type[Rule]
     about: str
-    fixed: tuple[tuple[str, str], ...] = ()
     alone: bool = False
     whole_model: bool | None = None
     skips_gossip: bool = False
     adapters: bool = False
 
+    @property
+    def coefficients(self) -> frozenset[str]:
+        """The keys of the configuration's section algorithm that its rule takes."""
+        return frozenset(field.name for field in fields(self.rule))
 
-_NO_SIGNAL = (("signal", "none"),)
+
 METHODS: dict[str, Method] = {
-    "deca": Method(DecaRule, "block-wise Adam whose moments take a signal from gossip"),
-    "gossip-adam": Method(DecaRule, "local Adam step, then average: DECA without a signal", _NO_SIGNAL),
-    "local-adam": Method(DecaRule, "gossip-adam with several local steps an averaging", _NO_SIGNAL, skips_gossip=True),
-    "qg-adam": Method(QgAdam, "Adam whose moments follow the network's direction"),
-    "gt-adam": Method(GtAdam, "Adam on tracked gradients, twice the traffic"),
-    "diloco": Method(DiLoCo, "local AdamW steps, then an outer Nesterov step"),
-    "dec-lora": Method(
-        DecaRule, "gossip-adam on low-rank adapters of a frozen model", _NO_SIGNAL, whole_model=True, adapters=True
+    "deca": Method(DecaRule, "block-wise Adam whose moments take h from the averaging; `algorithm.signal` chooses h"),
+    "gossip-adam": Method(GossipAdam, "a local Adam step, then an averaging; no signal; per block, or the whole model"),
+    "local-adam": Method(GossipAdam, "gossip-adam with `gossip.every` >= 2", skips_gossip=True),
+    "qg-adam": Method(QgAdam, "Adam whose moments follow the network's direction (arXiv 2102.04761)"),
+    "gt-adam": Method(GtAdam, "Adam on tracked gradients (arXiv 1602.00591)"),
+    "diloco": Method(
+        DiLoCo, "`gossip.every` local AdamW steps, then an outer Nesterov step (arXiv 2311.08105), on any graph"
     ),
-    "badam": Method(DecaRule, "block-wise Adam without gossip", _NO_SIGNAL, alone=True, whole_model=False),
-    "adamw": Method(DecaRule, "AdamW on all parameters without gossip", _NO_SIGNAL, alone=True, whole_model=True),
+    "dec-lora": Method(
+        GossipAdam,
+        "gossip-adam on low-rank adapters of a frozen model; needs the extra `lora`",
+        whole_model=True,
+        adapters=True,
+    ),
+    "badam": Method(
+        GossipAdam,
+        "block-wise Adam without gossip: `cluster.clients=1` or `gossip.graph=isolated`",
+        alone=True,
+        whole_model=False,
+    ),
+    "adamw": Method(
+        GossipAdam,
+        "AdamW on all parameters without gossip. One client is data-parallel ZeRO-3 over all ranks (the upper "
+        "reference); `gossip.graph=isolated` trains every client alone (the lower one)",
+        alone=True,
+        whole_model=True,
+    ),
 }
 
 
@@ -52,6 +74,6 @@ def build_rule(method: str, **coefficients: float | str) -> Rule:
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    known = {field.name for field in fields(METHODS[method].rule)}
-    taken: dict[str, Any] = {name: value for name, value in coefficients.items() if name in known}
-    return METHODS[method].rule(**(taken | dict(METHODS[method].fixed)))
+    row = METHODS[method]
+    taken: dict[str, Any] = {name: value for name, value in coefficients.items() if name in row.coefficients}
+    return row.rule(**taken)

@@ -24,48 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum, sync
-from deca_ds.engine.masters import join
+from deca_ds.engine.slices import Slice
 from deca_ds.errors import CheckpointError
 
 VERSION = 1
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.blake2b"
 PARTIAL = ".partial"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Elements [start, stop) of the flat parameter (or persistent buffer) `name`, whose full shape is `shape`.
-
-    values: 1-D, stop - start elements, on any device, of the data type to be stored. low: on the host, what makes
-    float32 masters of bfloat16 values; these are stored then.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    values: Tensor
-    low: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Of what is stored."""
-        return self.values.nbytes + (0 if self.low is None else self.low.nbytes)
-
-    def copy(self) -> Slice:
-        """One of its own, on the host."""
-        low = None if self.low is None else _on_host(self.low)
-        return Slice(self.name, self.shape, self.start, self.stop, _on_host(self.values), low)
-
-    def stored(self) -> Tensor:
-        """On the host, in the data type to be stored."""
-        values = self.values.detach().to("cpu")
-        return values if self.low is None else join(values, self.low)
-
-
-def _on_host(held: Tensor) -> Tensor:
-    """A copy."""
-    return held.detach().to("cpu", copy=True)
 
 
 def rank_folder(folder: Path, client: int, rank: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
 
 _LARGEST = 1e30  # of any number: larger ones, times others, are none in float32
+ONE_OF = "one of "  # begins what the value must be, where it is a name in a registry
 LOCK = "LOCK"  # in the output folder: which job has it
 
 # (key, predicate, what the value must be)
@@ -81,11 +82,7 @@ REFUSED_DEEPSPEED_KEYS = {
 def check(config: Config) -> None:
     """Refuse values that are out of range or contradict each other; raises ConfigError naming the key."""
     _check_finite(config, "")
-    for key, allowed, expected in RANGES:
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if not allowed(value):
-            raise ConfigError(f"{key} = {value!r} is out of range", where=key, fix=f"make it {expected}")
+    check_ranges(config, RANGES)
     gossip = config.gossip
     if (gossip.graph == "edge_list") != (gossip.edges is not None):
         raise ConfigError(
@@ -119,6 +116,21 @@ def check(config: Config) -> None:
         )
     if config.deepspeed is not None:
         read_deepspeed_json(Path(config.deepspeed))
+
+
+def check_ranges(config: Config, ranges: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
+    """Raise ConfigError unless every key of `ranges`, which are made as RANGES, has a value that is allowed."""
+    for key, allowed, expected in ranges:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if not allowed(value):
+            what = "is not known" if expected.startswith(ONE_OF) else "is out of range"
+            raise ConfigError(f"{key} = {value!r} {what}", where=key, fix=f"make it {expected}")
+
+
+def one_of(names: Iterable[str]) -> str:
+    """What the value must be, where it is one of the names in a registry."""
+    return ONE_OF + ", ".join(names)
 
 
 def _check_wait(config: Config) -> None:

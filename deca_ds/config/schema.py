@@ -135,25 +135,19 @@ class BlocksConfig:
 class AlgorithmConfig:
     """The method and its inner step; the equations are in deca_ds/algorithm."""
 
-    method: Literal[
-        "deca", "gossip-adam", "local-adam", "qg-adam", "gt-adam", "diloco", "dec-lora", "badam", "adamw"
-    ] = key("deca", "Training method.", "algorithm.md#methods")
+    method: str = key("deca", "Training method.", "algorithm.md#methods")
     rounds: int = key(4, "Number of rounds (T); every block is active once in a round.")
     inner_steps: int = key(48, "Number of consecutive steps for which a block is active (R).")
-    signal: Literal[
-        "none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial"
-    ] = key(
-        "descent",
-        "For `deca`: what gossip tells Adam's moments (block-wise moment approximation).",
-        "algorithm.md#the-signal",
+    signal: str = key(
+        "descent", "What gossip tells Adam's moments (block-wise moment approximation).", "algorithm.md#the-signal"
     )
     a1: float = key(0.9, "Decay of the first moment when it takes in the local gradient.")
     a2: float = key(0.999, "Decay of the second moment when it takes in the local gradient.")
-    b1: float = key(0.9, "For `deca`: the decay of the first moment when it takes in the signal.")
-    b2: float = key(0.99, "For `deca`: the decay of the second moment when it takes in the signal.")
+    b1: float = key(0.9, "Decay of the first moment when it takes in the signal.")
+    b2: float = key(0.99, "Decay of the second moment when it takes in the signal.")
     eps: float = key(1e-8, "Number that Adam adds to the root of the second moment.")
-    outer_lr: float = key(0.7, "For `diloco`: the learning rate of the outer Nesterov step.")
-    outer_momentum: float = key(0.9, "For `diloco`: the momentum of the outer Nesterov step.")
+    outer_lr: float = key(0.7, "Learning rate of the outer Nesterov step.")
+    outer_momentum: float = key(0.9, "Momentum of the outer Nesterov step.")
 
 
 @dataclass
@@ -285,22 +279,17 @@ class DataConfig:
     )
     subset: Optional[str] = key(None, "Configuration name of a hub data set.")
     split: str = key("train", "Split of a hub data set.")
-    format: Literal["text", "alpaca", "messages", "sharegpt", "classification"] = key(
-        "text", "How a row becomes an example.", "formats.md"
-    )
+    format: str = key("text", "How a row becomes an example.", "formats.md")
     column_names: list[str] = key([], "Names for the columns of a CSV or TSV file that has no header.")
-    text_columns: list[str] = key(
-        ["text"], "For `text` and `classification`: the columns that hold the text, joined by a space."
-    )
-    label_column: str = key("label", "For `classification`: the column that holds the label.")
+    text_columns: list[str] = key(["text"], "The columns that hold the text, joined by a space.")
+    label_column: str = key("label", "The column that holds the label.")
     label_names: dict[str, str] = key(
         {},
-        "For `classification`: the word that the model learns to answer for each label; an empty mapping takes the "
-        "labels themselves.",
+        "The word that the model learns to answer for each label; an empty mapping takes the labels themselves.",
     )
     prompt: str = key(
         "{text}\nLabel:",
-        "For `classification`: the prompt, in which the text replaces {text}; the answer follows after a space.",
+        "The prompt, in which the text replaces {text}; the answer follows after a space.",
     )
     partition: Literal["iid", "dirichlet", "key"] = key(
         "iid", "How `data.train` is shared out among the clients.", "data.md#who-gets-what"

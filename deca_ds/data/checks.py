@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from deca_ds.config.checks import RANGES as CONFIG_RANGES
+from deca_ds.config.checks import check_ranges, one_of
 from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config, DataConfig
 from deca_ds.data.files import DOCUMENT, TABLES, Found, kind_of, some
+from deca_ds.data.formats import FORMATS, Format
 from deca_ds.data.sources import HubName, Source, find_sources, look_through
 from deca_ds.errors import ConfigError
 
@@ -28,10 +30,10 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.alpha", lambda x: x > 0, "more than 0"),
     ("data.common_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
     ("data.client_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("data.format", FORMATS.__contains__, one_of(FORMATS)),
     ("data.date", _is_day, "a day, YYYY-MM-DD"),
     ("data.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
 )
-COLUMNS = {"alpaca": ["instruction", "output"], "messages": ["messages"], "sharegpt": ["conversations"]}
 
 
 def validate_data_config(config: Config, client: int | None = None) -> None:
@@ -43,19 +45,16 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
     data = config.data
     if data.cache is not None and not os.path.isdir(data.cache):  # one that is there may have all that is needed
         check_writable(Path(data.cache), "data.cache")
-    for key, allowed, expected in RANGES:
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if not allowed(value):
-            raise ConfigError(f"{key} = {value!r} is out of range", where=key, fix=f"make it {expected}")
-    _check_where_data_comes_from(data, config.cluster.clients)
-    _check_partition(data)
-    _check_format(data)
+    check_ranges(config, RANGES)
+    format = FORMATS[data.format]
+    _check_where_data_comes_from(data, config.cluster.clients, format)
+    _check_partition(data, format)
+    format.check(data)
     sources = find_sources(data.train, "data.train") + find_sources(data.evaluation, "data.evaluation")
     if client is not None:
         for key in ("per_client", "per_client_evaluation"):
             sources += own_sources(data, key, client)
-    _check_columns(data, sources)
+    _check_columns(data, format, sources)
 
 
 def tell_files(data: DataConfig, client: int | None = None) -> list[str]:
@@ -86,14 +85,7 @@ def own_sources(data: DataConfig, key: str, client: int) -> list[Source]:
     return find_sources([entries[client]], f"data.{key}[{client}], of client {client}", hub=False) if entries else []
 
 
-def required_columns(data: DataConfig) -> list[str]:
-    """The columns that every row of the format must have."""
-    if data.format == "classification":
-        return [*data.text_columns, data.label_column]
-    return COLUMNS.get(data.format, list(data.text_columns))
-
-
-def _check_where_data_comes_from(data: DataConfig, clients: int) -> None:
+def _check_where_data_comes_from(data: DataConfig, clients: int, format: Format) -> None:
     if bool(data.train) == bool(data.per_client):
         raise ConfigError(
             "both data.train and data.per_client are given" if data.train else "no training data",
@@ -119,7 +111,7 @@ def _check_where_data_comes_from(data: DataConfig, clients: int) -> None:
         raise ConfigError(
             f"data.common_holdout = {data.common_holdout} {reason}", where="data.common_holdout", fix="set it to 0"
         )
-    if data.per_client and data.format == "classification" and not data.label_names:
+    if data.per_client and format.has_labels and not data.label_names:
         raise ConfigError(
             "private files may hold different labels, and the clients must agree on them without exchanging data",
             where="data.label_names",
@@ -127,7 +119,7 @@ def _check_where_data_comes_from(data: DataConfig, clients: int) -> None:
         )
 
 
-def _check_partition(data: DataConfig) -> None:
+def _check_partition(data: DataConfig, format: Format) -> None:
     if data.per_client and data.partition_column:
         raise ConfigError(
             f"data.partition_column = {data.partition_column!r} with data.per_client: nothing is shared out, and the "
@@ -143,7 +135,7 @@ def _check_partition(data: DataConfig) -> None:
             where="data.partition",
             fix="leave it out",
         )
-    if data.partition_column is None and data.format != "classification":
+    if data.partition_column is None and not format.has_labels:
         raise ConfigError(
             f"data.partition = {data.partition!r} needs a column to skew by",
             where="data.partition_column",
@@ -151,30 +143,16 @@ def _check_partition(data: DataConfig) -> None:
         )
 
 
-def _check_format(data: DataConfig) -> None:
-    if data.format in ("text", "classification") and not data.text_columns:
-        raise ConfigError("no text column", where="data.text_columns", fix="name at least one column")
-    if data.format != "classification":
-        return
-    if "{text}" not in data.prompt:
-        raise ConfigError(f"data.prompt = {data.prompt!r} has no {{text}}", where="data.prompt", fix="put {text} in")
-    if not data.label_column:
-        raise ConfigError("no label column", where="data.label_column", fix="name the column with the labels")
-    if data.label_names and len(set(data.label_names.values())) < 2:
-        raise ConfigError("fewer than two answer words", where="data.label_names", fix="name at least two labels")
-    if not all(str(word).strip() for word in data.label_names.values()):
-        raise ConfigError("an empty answer word", where="data.label_names", fix="give every label a word")
-
-
-def _check_columns(data: DataConfig, sources: Sequence[Source]) -> None:
+def _check_columns(data: DataConfig, format: Format, sources: Sequence[Source]) -> None:
     kinds = {kind_of(source) for source in sources if isinstance(source, Path)}
-    if DOCUMENT in kinds and data.format != "text":
+    if DOCUMENT in kinds and not format.documents:
+        readers = ", ".join(name for name, other in FORMATS.items() if other.documents)
         raise ConfigError(
             f"a .txt file has no columns for data.format = {data.format!r}",
             where="data.format",
-            fix="set data.format=text, or give JSON, CSV, TSV or Parquet files",
+            fix=f"set data.format={readers}, or give JSON, CSV, TSV or Parquet files",
         )
-    if kinds.intersection(TABLES) and data.format in ("messages", "sharegpt"):
+    if kinds.intersection(TABLES) and not format.tables:
         raise ConfigError(
             f"a table has no lists of messages for data.format = {data.format!r}",
             where="data.format",
@@ -184,7 +162,7 @@ def _check_columns(data: DataConfig, sources: Sequence[Source]) -> None:
         return
     if len(set(data.column_names)) < len(data.column_names):
         raise ConfigError("a name stands twice", where="data.column_names", fix="give every column its own name")
-    wanted = required_columns(data) + ([data.partition_column] if data.partition_column else [])
+    wanted = [*format.columns(data)] + ([data.partition_column] if data.partition_column else [])
     missing = [name for name in wanted if name not in data.column_names]
     if missing and kinds and kinds <= set(TABLES):
         raise ConfigError(

@@ -65,7 +65,7 @@ class Preparation:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, client: int, cache: Cache, work: Work):
         validate_data_config(config, client)
         self.config, self.data, self.tokenizer, self.client = config, config.data, tokenizer, client
-        self.cache, self.work = cache, work
+        self.format, self.cache, self.work = FORMATS[config.data.format], cache, work
         self.words: dict[str, str] = {}
         for value, word in self.data.label_names.items():
             label = normal_label(value)
@@ -116,7 +116,7 @@ class Preparation:
         self.folder, self.scratch, self.made = folder, folder.parent, 0
         data, private = self.data, bool(self.data.per_client)
         pool = self._read(self.sources, training=True)
-        if data.format == "classification" and not self.words:
+        if self.format.has_labels and not self.words:
             self.words = {value: value for value in _in_order(pool.unique("answer"))}
             if len(self.words) < 2:
                 raise DataError(
@@ -144,19 +144,19 @@ class Preparation:
             self.tokenizer,
             max_length=data.max_length,
             answers_only=data.answers_only,
-            words=self.words if data.format == "classification" else None,
-            conversations="conversation" in FORMATS[data.format].features,
+            words=self.words if self.format.has_labels else None,
+            conversations="conversation" in self.format.features,
             date=datetime.date.fromisoformat(data.date) if data.date else None,
         )
 
     def _rules(self, *, training: bool) -> ExampleRules:
         data = self.data
-        group = (data.partition_column or (data.label_column if data.format == "classification" else None)) or None
+        group = (data.partition_column or (data.label_column if self.format.has_labels else None)) or None
         return ExampleRules(
             format=data.format,
             text_columns=tuple(data.text_columns),
             label_column=data.label_column,
-            labels=tuple(self.words) if data.format == "classification" else (),
+            labels=tuple(self.words) if self.format.has_labels else (),
             prompt=data.prompt,
             group_column=group if training else None,
             column_names=tuple(data.column_names),
@@ -174,7 +174,7 @@ class Preparation:
         return self._cut_documents(self._read(sources, training=False)) if sources else None
 
     def _cut_documents(self, examples: Dataset) -> Dataset:
-        if self.data.format != "text" or not any(examples.unique("document")):
+        if not self.format.documents or not any(examples.unique("document")):
             return examples
         return self._rows(examples, self.encoder.pieces, PIECES, "cutting documents")
 
@@ -207,7 +207,7 @@ class Preparation:
             train = self._rows(train, partial(pack, max_length=data.max_length), SEQUENCES, "packing", TRAIN)
         own_count = self._encode_evaluation(own, OWN)
         common_count = self._encode_evaluation(common, COMMON)
-        named = data.format == "classification" and data.partition_column in (None, data.label_column)
+        named = self.format.has_labels and data.partition_column in (None, data.label_column)
         labels: Counter[str] = Counter()
         for group, number in sorted(groups.items()):
             labels[self.words[group] if named else group] += number
@@ -236,7 +236,7 @@ class Preparation:
         examples = examples.select(choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=name == OWN)))
         if not len(examples):
             return 0
-        if self.data.format == "classification":
+        if self.format.has_labels:
             self._rows(examples, self.encoder.candidates, CANDIDATES, "tokenising", name, with_indices=True)
             return len(examples)
         return len(self._rows(examples, self.encoder.sequences, SEQUENCES, "tokenising", name))

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config.schema import ClusterConfig
 from deca_ds.elastic.commit import Question, SurvivorCommit
-from deca_ds.elastic.handover import Progressed, receive, send
+from deca_ds.elastic.handover import receive, send
 from deca_ds.elastic.partition import Lookout
 from deca_ds.elastic.policy import Action, Situation, decide, named
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
-from deca_ds.engine.client import Client
+from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
@@ -42,7 +40,6 @@ class ElasticAgent:
 
     config: ClusterConfig
     cluster: Cluster
-    client: Client
     commit: SurvivorCommit
     rejoinable: ReconnectingGloo | None
     gossip: Gossip
@@ -64,35 +61,32 @@ class ElasticAgent:
             self.cluster.progress.enter("starting", step=done)
             self._regroup(f"{named(self.cluster.members.missing)} absent", done + 1)
 
-    def let_in(self, standing: Progressed) -> None:
+    def let_in(self, state: TrainingState) -> None:
         """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
         if self.rejoinable is not None and self.rejoinable.joining:
             newcomers = self.rejoinable.joining
             self.cluster.progress.enter("letting a client in")
             self.rejoinable.admit()
             for client in newcomers:
-                self.commit.run(partial(self._hand_over, client, standing))
+                self.commit.run(partial(self._hand_over, client, state))
                 if client in self.cluster.members:
-                    record = {"from_step": standing.done + 1, "to": client, "by": self._giver(client), "time": _now()}
-                    self.metrics.job("handover", standing.done, record)
+                    record = {"from_step": state.done + 1, "to": client, "by": self._giver(client), "time": _now()}
+                    self.metrics.job("handover", state.done, record)
 
-    def wait_for_admission(self, rule: Rule, schedule: Schedule) -> Progressed:
+    def wait_for_admission(self, state: TrainingState) -> None:
         """For a client that comes back: wait until it is let in, and take over where training stands."""
         assert self.rejoinable is not None
         self.cluster.progress.enter("waiting to be let in")
         self.rejoinable.enter()
         self.cluster.progress.enter("taking over")
         self.rejoinable.admit()
-        standing = self.commit.run(
-            lambda: receive(self.gossip.transport, self._giver(self.cluster.client), self.client, rule, schedule)
-        )
-        if standing.stopping:
+        self.commit.run(lambda: receive(self.gossip.transport, self._giver(self.cluster.client), state))
+        if state.stopping:
             self.stop.stop()
-        return standing
 
-    def _hand_over(self, to: int, standing: Progressed) -> None:
+    def _hand_over(self, to: int, state: TrainingState) -> None:
         if to in self.cluster.members and self.cluster.client == self._giver(to):
-            send(self.gossip.transport, to, self.client, standing)
+            send(self.gossip.transport, to, state)
 
     def _giver(self, to: int) -> int:
         """Who gives client `to` its state: the first neighbour that averages with it, else the first member."""

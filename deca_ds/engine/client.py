@@ -250,7 +250,10 @@ class Client:
             yield name, start, stop, *held
 
     def set_master(self, name: str, values: Tensor) -> None:
-        """Overwrite this rank's slice of a parameter that is not active with float32 masters, or other values."""
+        """Overwrite this rank's slice of a parameter with float32 masters, or other values; of an active one, the
+        block's state, too."""
+        if (active := self._masters().get(name)) is not None:
+            active.copy_(values)
         round_into(internals.shard(self._parameters[name]), values)
         if name in self._low:
             self._low[name].copy_(low_bits(values.float()))

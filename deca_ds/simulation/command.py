@@ -89,9 +89,11 @@ def report(simulation: Simulation, seconds: float) -> None:
 def _contraction(simulation: Simulation) -> str:
     """What averagings did to the disagreement over the active block, beside what the spectral gap says of it."""
     averagings = [step for step in simulation.steps if step["gossip"] and step["spread_before"] > 0]
-    factors = [step["spread_after"] / step["spread_before"] for step in averagings if step["spread_after"] > 0]
-    if simulation.mixing.messages == 0 or not factors:
+    if simulation.mixing.messages == 0 or not averagings:
         return "no averaging changed anything"
+    factors = [step["spread_after"] / step["spread_before"] for step in averagings if step["spread_after"] > 0]
+    if not factors:
+        return "an averaging left nothing of the clients' disagreement"
     measured = math.exp(sum(map(math.log, factors)) / len(factors))  # a period may have averagings that do nothing
     bound = 1 - simulation.mixing.spectral_gap
     return f"an averaging shrank the clients' disagreement to {measured:.3f} of it; the graph's bound is {bound:.3f}"

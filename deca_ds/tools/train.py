@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()
-            trainer.checkpoints.forget(trainer.done)
+            trainer.checkpoints.forget()
         if trainer.agent is not None and trainer.agent.returns:
             guard.come_back("is in the smaller part of the network, or alone")
     return 0

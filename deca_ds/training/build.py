@@ -25,6 +25,7 @@ from deca_ds.engine.adapters import find_adapters
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
+from deca_ds.engine.state import TrainingState
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
@@ -71,7 +72,8 @@ def build(
     start.compare_models(job, client, vocabulary)
     attempt = start.attempt(job, client)
     gossip = _make_gossip(job, connected, client, attempt)
-    standing = start.restore(job, client, rule, schedule, gossip)
+    state = TrainingState(client, rule, schedule, gossip)
+    start.restore(job, state)
     metrics = Metrics(config.logging, cluster, job.output, len(schedule))
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
     agent = None
@@ -79,15 +81,14 @@ def build(
         written = Agreed(elastic.commit, start.resumed, config.cluster.absent)
         # before the agent, which tells who has gone: that client may ask to come back at once
         invite_others(job, elastic, attempt, data, vocabulary)
-        agent = make_agent(job, elastic, client, gossip, metrics)
-        standing = start.join(job, agent, standing, rule, schedule, metrics)
+        agent = make_agent(job, elastic, gossip, metrics)
+        start.join(job, agent, state, metrics)
         guard.let_others_go_on()
     watch = Watch(client, cluster, rule.buffers)
     checkpoints = Checkpoints(
         config.checkpoint,
         cluster,
-        client,
-        schedule,
+        state,
         gossip,
         written,
         folder=job.output / CHECKPOINTS,
@@ -105,15 +106,13 @@ def build(
         seed=config.run.seed,
         client=cluster.client,
         pad_id=pad_id,
-        start_step=standing.done,
+        start_step=state.done,
     )
     evaluation = config.evaluation
     return Trainer(
         config=config,
         cluster=cluster,
-        client=client,
-        rule=rule,
-        schedule=schedule,
+        state=state,
         gossip=gossip,
         batches=batches,
         evaluator=Evaluator(
@@ -124,8 +123,6 @@ def build(
         stop=guard.stop,
         watch=watch,
         output=job.output,
-        done=standing.done,
-        state=standing.state,
         agent=agent,
     )
 

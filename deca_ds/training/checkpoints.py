@@ -1,36 +1,30 @@
 """What a run needs to go on exactly where it was, and how it gets to the disk while training goes on.
 
-A rank's checkpoint holds the model's slices, float32 masters in place of parameters that are masters, rounded, the
-rule's buffers of the active block, and in the manifest its random state and its place in the schedule, in the data and
-in the sequence of mixing matrices. It is copied to the host at the end of an inner step, one copy at a time, and
-written by a thread. The files of blocks that have not been trained since the oldest of the checkpoints that stay are
+A rank's checkpoint holds its part of what deca_ds/engine/state.py lists: tensors in files, a group of them in each, and
+values in the manifest. It is copied to the host at the end of an inner step, one copy at a time, and written by a
+thread. The files of blocks that have not been trained since the oldest of the checkpoints that stay are
 taken over from that one, which goes when the new one is complete: so the newest ones share no file, and damage to one
 of them leaves the others whole.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from deca_ds.algorithm.rule import GRADIENT, MASTERS
-from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.links import Links, link_files
-from deca_ds.checkpoint.slices import Slice, file_name, save_shards
+from deca_ds.checkpoint.slices import file_name, save_shards
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
-from deca_ds.engine.client import Client
+from deca_ds.engine.slices import Slice
+from deca_ds.engine.state import FROZEN, Piece, Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError, DivergedError
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
@@ -39,7 +33,6 @@ from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX
 
 FOLDER = "checkpoints"
-FROZEN, BUFFERS = "frozen", "buffers"
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
 Groups = list[tuple[str, list[Slice]]]
@@ -48,17 +41,16 @@ Groups = list[tuple[str, list[Slice]]]
 class Checkpoints:
     """Saves this rank's part of a run's checkpoints and keeps the newest complete ones.
 
-    written: who has written what. attempt: number of this attempt at the run, the same on all ranks. timeout_s:
-    cluster.timeout_s. resumed: the step that it continued from. check: called before anything is saved; raises an error
-    for a state that must not be.
+    state: what is saved, as it stands. written: who has written what. attempt: number of this attempt at the run, the
+    same on all ranks. timeout_s: cluster.timeout_s. resumed: the step that it continued from. check: called before
+    anything is saved; raises an error for a state that must not be.
     """
 
     def __init__(
         self,
         config: CheckpointConfig,
         cluster: Cluster,
-        client: Client,
-        schedule: Schedule,
+        state: TrainingState,
         gossip: Gossip,
         written: Written,
         *,
@@ -68,8 +60,8 @@ class Checkpoints:
         resumed: int | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        self._config, self._cluster, self._client = config, cluster, client
-        self._schedule, self._gossip, self._written = schedule, gossip, written
+        self._config, self._cluster, self._state = config, cluster, state
+        self._gossip, self._written = gossip, written
         self.folder, self._attempt = folder, attempt
         self._resumed, self._timeout_s, self._check = resumed, timeout_s, check
         self._saved: list[int] = [] if resumed is None else [resumed]
@@ -77,15 +69,16 @@ class Checkpoints:
         self._write_under_way: Future[None] | None = None
         self._told = False  # that there are no hard links
 
-    def after_step(self, done: int) -> None:
+    def after_step(self) -> None:
         """Save if it is time to; raise CheckpointError if the write that is under way has failed."""
         if self._write_under_way is not None and self._write_under_way.done():
             self.wait()
-        if self._config.every and done % self._config.every == 0:
-            self.save(done)
+        if self._config.every and self._state.done % self._config.every == 0:
+            self.save()
 
-    def save(self, done: int) -> None:
-        """Copy the state after `done` inner steps and have it written; waits for the write before it, if need be."""
+    def save(self) -> None:
+        """Copy the state and have it written; waits for the write before it, if need be."""
+        done = self._state.done
         if done in self._saved:
             return
         self._check()
@@ -94,11 +87,11 @@ class Checkpoints:
         with contextlib.ExitStack() as unless_copied:
             unless_copied.callback(self._remove, done)
             links = self._link(done)
-            groups, state = self._groups(links), self._state(done)
+            groups, manifest = self._groups(links), self._manifest()
             unless_copied.pop_all()
         self._saved.append(done)
         self._written.begin(done)
-        self._write_under_way = self._thread.submit(self._write, done, groups, state, links)
+        self._write_under_way = self._thread.submit(self._write, done, groups, manifest, links)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises CheckpointError if it could not be, or stands still."""
@@ -127,18 +120,18 @@ class Checkpoints:
             return next((step for step in reversed(self._saved) if self._complete(step)), None)
         return None
 
-    def wait_for_all(self, done: int) -> None:
-        """Return when all ranks of all clients have written the checkpoint after `done` inner steps, the last one."""
+    def wait_for_all(self) -> None:
+        """Return when all ranks of all clients have written the checkpoint of the state as it stands, the last one."""
         self._cluster.progress.enter("saving a checkpoint", works=True)
         self.wait()
         self._cluster.progress.enter("saving: waiting for all ranks")
-        if done != self._resumed:
-            self._written.wait(done)
+        if self._state.done != self._resumed:
+            self._written.wait(self._state.done)
             self._remove_old()  # what was kept for those who had not written yet
 
-    def forget(self, done: int) -> None:
-        """Remove this rank's part of the checkpoint after `done` inner steps, which nothing goes on from any more."""
-        self._remove(done)
+    def forget(self) -> None:
+        """Remove this rank's part of the checkpoint of the state as it stands, which nothing goes on from any more."""
+        self._remove(self._state.done)
         with contextlib.suppress(OSError):  # there are others
             self.folder.rmdir()
 
@@ -147,8 +140,8 @@ class Checkpoints:
         if len(self._saved) < self._config.keep:
             return Links()
         base, cluster = self._saved[-self._config.keep], self._cluster
-        trained = self._schedule.trained(base, done)
-        labels = [*(block.label for block in self._client.plan.blocks), FROZEN]
+        trained = self._state.schedule.trained(base, done)
+        labels = [*(block.label for block in self._state.client.plan.blocks), FROZEN]
         links = link_files(
             step_folder(self.folder, done),
             step_folder(self.folder, base),
@@ -165,37 +158,25 @@ class Checkpoints:
 
     def _groups(self, links: Links) -> Groups:
         """Copies of all slices that are not in linked files, on the host."""
-        client, cluster = self._client, self._cluster
-        active = {name: (start, stop, tensors) for name, start, stop, tensors in client.block_shards()}
-        groups = [
+        return [
             (label, [] if file_name(index, label) in links.files else [piece.copy() for piece in slices])
-            for index, (label, slices) in enumerate(model_slices(client, cluster))
+            for index, (label, slices) in enumerate(slice_groups(self._state.pieces(), self._cluster))
         ]
-        buffers = {key for _, _, tensors in active.values() for key in tensors} - {MASTERS, GRADIENT}
-        for key in sorted(buffers):
-            pieces = (
-                Slice(buffer_name(key, name), client.shapes[name], start, stop, tensors[key])
-                for name, (start, stop, tensors) in active.items()
-            )
-            groups.append((key, [piece.copy() for piece in pieces]))
-        return groups
 
-    def _state(self, done: int) -> dict[str, Any]:
-        active = self._client.active
+    def _manifest(self) -> dict[str, Any]:
+        """What is neither a tensor nor about its file."""
+        values = (piece for piece in self._state.pieces() if isinstance(piece, Value))
         return {
             "attempt": self._attempt,
             "missing": list(self._cluster.members.missing),
-            "schedule": position(self._schedule, done),
-            "local_steps": None if active is None else list(active.local_steps.made),
             "mixing": mixing_digest(self._gossip.schedule),
-            "random": _random_state(self._client.device),
-            "gossip": {"bytes_sent": self._gossip.bytes_sent, "wait_seconds": self._gossip.wait_seconds},
+            **{value.name: value.get() for value in values if value.scope is not Scope.ATTEMPT},
         }
 
-    def _write(self, done: int, groups: Groups, state: dict[str, Any], links: Links) -> None:
+    def _write(self, done: int, groups: Groups, manifest: dict[str, Any], links: Links) -> None:
         cluster = self._cluster
         self._remove_old()  # by now all ranks have written what this one wrote before
-        state["earlier"] = max((step for step in self._saved if step != done and self._complete(step)), default=None)
+        manifest["earlier"] = max((step for step in self._saved if step != done and self._complete(step)), default=None)
         need = sum(piece.nbytes for _, slices in groups for piece in slices)
         try:
             save_shards(
@@ -206,7 +187,7 @@ class Checkpoints:
                 rank=cluster.shard,
                 ranks=cluster.ranks,
                 step=done,
-                state=state,
+                state=manifest,
                 linked=links.files,
             )
         except CheckpointError as error:
@@ -235,69 +216,25 @@ class Checkpoints:
         return step == self._resumed or self._written.complete(step)
 
 
-def model_slices(client: Client, cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of the model: a group a block, then frozen parameters, then buffers. Of parameters that have
-    masters, these.
+def slice_groups(pieces: Iterable[Piece], cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
+    """This rank's slices of those pieces of the state that are tensors, in a group each.
 
     Raises DivergedError for values that are not finite: the last look at what is to be saved.
     """
-    for block in client.plan.blocks:
-        cluster.progress.tick()
-        yield block.label, _slices(client, block.names)
-    yield FROZEN, _slices(client, client.plan.frozen)
-    yield BUFFERS, _buffer_slices(client, cluster)  # which a forward pass may change: apart from what never does
+    for piece in pieces:
+        if not isinstance(piece, Value):
+            cluster.progress.tick()
+            yield piece.label, _finite(piece.slices(cluster.shard, cluster.ranks))
 
 
-def _slices(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
-    for name, start, stop, values, low in client.masters(names):
+def _finite(slices: Iterable[Slice]) -> Iterator[Slice]:
+    for piece in slices:
         # the sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
-        if not values.sum().isfinite() and not values.isfinite().all():
-            raise DivergedError(f"the model has diverged: {name} is not finite", where="saving", fix=FIX)
-        yield Slice(name, client.shapes[name], start, stop, values, low)
-
-
-def _buffer_slices(client: Client, cluster: Cluster) -> Iterator[Slice]:
-    for name, buffer in client.buffers():
-        start, stop = buffer_range(math.prod(buffer.shape), cluster)
-        yield Slice(name, tuple(buffer.shape), start, stop, buffer.reshape(-1)[start:stop])
-
-
-def buffer_range(numel: int, cluster: Cluster) -> tuple[int, int]:
-    """The part of a persistent buffer of the model that this rank saves; every rank holds the whole buffer."""
-    size = -(-numel // cluster.ranks)
-    return min(numel, cluster.shard * size), min(numel, (cluster.shard + 1) * size)
-
-
-def buffer_name(buffer: str, parameter: str) -> str:
-    """The name of one of the rule's buffers for one parameter, in a checkpoint."""
-    return f"{buffer}/{parameter}"
-
-
-def position(schedule: Schedule, done: int) -> dict[str, int]:
-    """Where a run stands after `done` inner steps: of the step that comes next, what the schedule says about it."""
-    if done == len(schedule):
-        return {"done": done, "of": len(schedule)}
-    step = schedule.step(done)
-    return {"done": done, "of": len(schedule), "round": step.round, "block": step.block, "inner": step.inner}
+        if not piece.values.sum().isfinite() and not piece.values.isfinite().all():
+            raise DivergedError(f"the model has diverged: {piece.name} is not finite", where="saving", fix=FIX)
+        yield piece
 
 
 def mixing_digest(mixing: MixingSchedule) -> str:
     """Tells one sequence of mixing matrices from another."""
     return hashlib.blake2b(b"".join(matrix.tobytes() for matrix in mixing.matrices), digest_size=16).hexdigest()
-
-
-def _random_state(device: torch.device) -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
-
-
-def set_random_state(saved: dict[str, str], device: torch.device) -> None:
-    """Undo what was drawn since `_random_state`, on a device of the same kind."""
-    for kind, text in saved.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if kind == "cpu":
-            torch.set_rng_state(state)
-        elif kind == device.type:
-            torch.cuda.set_rng_state(state, device)

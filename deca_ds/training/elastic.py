@@ -11,7 +11,6 @@ from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.partition import Lookout
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.rejoin import save_addresses
-from deca_ds.engine.client import Client
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.launch.compare import software
 from deca_ds.launch.view import View
@@ -50,7 +49,7 @@ def enter_elastic(job: Job, connected: Connected) -> Elastic | None:
     return elastic
 
 
-def make_agent(job: Job, elastic: Elastic, client: Client, gossip: Gossip, metrics: Metrics) -> ElasticAgent:
+def make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) -> ElasticAgent:
     """What goes on without clients that have died. From here on a rank that dies takes its client along."""
     cluster, config = job.cluster, job.config.cluster
     assert cluster.client_store is not None, "`connect` opens it"
@@ -60,7 +59,7 @@ def make_agent(job: Job, elastic: Elastic, client: Client, gossip: Gossip, metri
     if elastic.rejoinable is not None and cluster.is_leader and config.return_s:
         lookout = Lookout(cluster.membership, elastic.rejoinable.votes, cluster.client, config.min_clients)
     way = elastic.commit, elastic.rejoinable
-    return ElasticAgent(config, cluster, client, *way, gossip, job.mixing, metrics, elastic.stop, lookout)
+    return ElasticAgent(config, cluster, *way, gossip, job.mixing, metrics, elastic.stop, lookout)
 
 
 def invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str) -> None:

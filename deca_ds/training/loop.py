@@ -16,12 +16,12 @@ from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.checkpoint.slices import save_shards
 from deca_ds.config.schema import Config
 from deca_ds.elastic.agent import ElasticAgent
-from deca_ds.elastic.handover import Progressed
 from deca_ds.engine.client import BlockState, Client, GradientStats
+from deca_ds.engine.state import TrainingState, model_pieces
 from deca_ds.errors import DivergedError
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.launch import Cluster
-from deca_ds.training.checkpoints import Checkpoints, model_slices
+from deca_ds.training.checkpoints import Checkpoints, slice_groups
 from deca_ds.training.claim import check_held
 from deca_ds.training.divergence import Watch, with_checkpoint
 from deca_ds.training.evaluation import Evaluator
@@ -39,9 +39,7 @@ class Trainer:
 
     config: Config
     cluster: Cluster
-    client: Client
-    rule: Rule
-    schedule: Schedule
+    state: TrainingState
     gossip: Gossip
     batches: Iterator[list[dict[str, Tensor]]]
     evaluator: Evaluator
@@ -50,10 +48,28 @@ class Trainer:
     stop: StopByStore | StopByCommit
     watch: Watch
     output: Path
-    done: int = 0  # inner steps
     agent: ElasticAgent | None = None  # where clients may die
     told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
-    state: BlockState | None = None  # of the active block, from a step that opens one to a step that closes it
+
+    @property
+    def client(self) -> Client:
+        """See TrainingState."""
+        return self.state.client
+
+    @property
+    def rule(self) -> Rule:
+        """See TrainingState."""
+        return self.state.rule
+
+    @property
+    def schedule(self) -> Schedule:
+        """See TrainingState."""
+        return self.state.schedule
+
+    @property
+    def done(self) -> int:
+        """Inner steps."""
+        return self.state.done
 
     _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, if it is made
 
@@ -72,8 +88,8 @@ class Trainer:
         while self._goes_on():
             is_through = self.done == len(self.schedule)
             if is_through:  # should the evaluation or the saving fail, the next start goes on from here
-                self.checkpoints.save(self.done)
-                self.checkpoints.wait_for_all(self.done)
+                self.checkpoints.save()
+                self.checkpoints.wait_for_all()
             if self._evaluates():
                 self.cluster.progress.enter("evaluation", works=True)
                 self._evaluate()
@@ -85,9 +101,9 @@ class Trainer:
                 self.gossip.drain()
                 return True
             self._inner_step(self.schedule.step(self.done))
-            self.checkpoints.after_step(self.done)
-        self.checkpoints.save(self.done)
-        self.checkpoints.wait_for_all(self.done)
+            self.checkpoints.after_step()
+        self.checkpoints.save()
+        self.checkpoints.wait_for_all()
         self.gossip.drain()
         return False
 
@@ -98,43 +114,42 @@ class Trainer:
     def _goes_on(self) -> bool:
         """Whether the job is not to stop here; before that, clients that come back are let in."""
         if self.agent is not None:
-            self.agent.let_in(Progressed(self.done, not self.stop.may_pass(self.done), self.state))
+            self.state.stopping = not self.stop.may_pass(self.done)
+            self.agent.let_in(self.state)
         return self.stop.may_pass(self.done)
 
     def _inner_step(self, step: Step) -> None:
         block = self.client.plan.blocks[step.block].label
         self.cluster.progress.enter("gradient", step=step.index + 1, block=block, works=True)
         if step.opens:
-            self.state = self.client.open_block(step.block, self.rule.buffers)
-            self.rule.open(self.state.tensors)
-        assert self.state is not None
+            self.rule.open(self.client.open_block(step.block, self.rule.buffers).tensors)
+        block_state = self.client.active
+        assert block_state is not None
         started, waited = time.perf_counter(), self.gossip.wait_seconds
         lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
         batch = next(self.batches) if self._batch is None else self._batch
         stats = inner_step(
-            self.client, self.state, self.rule, self.gossip, step, batch, lr, self.config.optimizer,
+            self.client, block_state, self.rule, self.gossip, step, batch, lr, self.config.optimizer,
             self.watch.gradient, self._make_next_batch,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
         if step.closes:
-            self._tell_untrained(step)
+            self._tell_untrained(step, block_state)
             self.client.close_block()
-            self.state = None
-        self.done = step.index + 1
+        self.state.done = step.index + 1
 
     def _make_next_batch(self, end: Callable[[], None]) -> None:
         """A Boundary: while the last chunks travel, this rank makes the batch of the next inner step."""
         self._batch = next(self.batches)
         end()
 
-    def _tell_untrained(self, step: Step) -> None:
+    def _tell_untrained(self, step: Step, state: BlockState) -> None:
         """Say once for every block what no gradient has reached in its activation: its inner steps are wasted on it."""
-        assert self.state is not None
-        names = self.state.never_reached
+        names = state.never_reached
         if names and self.cluster.is_leader and step.block not in self.told:
             self.told.add(step.block)
-            what = untrained(self.state.block.label, names)
+            what = untrained(state.block.label, names)
             print(f"client {self.cluster.client}, inner step {step.index + 1}: {what}", file=sys.stderr, flush=True)
 
     def _evaluates(self) -> bool:
@@ -176,7 +191,7 @@ class Trainer:
         """Every rank writes its own slices, a file a block; `deca export` puts them together."""
         save_shards(
             self.output / "model",
-            model_slices(self.client, self.cluster),
+            slice_groups(model_pieces(self.client), self.cluster),
             client=self.cluster.client,
             clients=self.cluster.clients,
             rank=self.cluster.shard,

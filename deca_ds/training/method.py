@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
 from deca_ds.algorithm import methods
+from deca_ds.algorithm.deca import SIGNALS
+from deca_ds.algorithm.methods import METHODS, Method
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step, learning_rate
 from deca_ds.config import Config
-from deca_ds.config.schema import OptimizerConfig
+from deca_ds.config.checks import check_ranges, one_of
+from deca_ds.config.schema import AlgorithmConfig, OptimizerConfig
 from deca_ds.engine.adapters import require_peft
 from deca_ds.errors import ConfigError
 
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("algorithm.method", METHODS.__contains__, one_of(METHODS)),
+    ("algorithm.signal", SIGNALS.__contains__, one_of(SIGNALS)),
+)
+
 
 def build_rule(config: Config) -> Rule:
-    """The rule of algorithm.method with its coefficients."""
-    a = config.algorithm
-    return methods.build_rule(
-        a.method,
-        signal=a.signal,
-        a1=a.a1,
-        a2=a.a2,
-        b1=a.b1,
-        b2=a.b2,
-        eps=a.eps,
-        outer_lr=a.outer_lr,
-        outer_momentum=a.outer_momentum,
-    )
+    """The rule of algorithm.method with those keys of the section that it takes."""
+    keys = {field.name: getattr(config.algorithm, field.name) for field in fields(config.algorithm)}
+    return methods.build_rule(**keys)
 
 
 def build_schedule(config: Config, blocks: int) -> Schedule:
@@ -52,8 +54,9 @@ def step_learning_rate(optimizer: OptimizerConfig, step: Step, steps: int) -> fl
 
 
 def check_method(config: Config) -> None:
-    """Raise ConfigError where the method contradicts the blocks, the clients or the gossip."""
-    name, method = config.algorithm.method, methods.METHODS[config.algorithm.method]
+    """Raise ConfigError for a method that there is not, and where it contradicts blocks, clients or gossip."""
+    check_ranges(config, RANGES)
+    name, method = config.algorithm.method, METHODS[config.algorithm.method]
     chosen = f"algorithm.method={name}"
     if method.alone and config.cluster.clients > 1 and (config.gossip.graph != "isolated" or config.gossip.matrix):
         raise ConfigError(
@@ -66,26 +69,29 @@ def check_method(config: Config) -> None:
             f"{chosen} trains {'all adapters' if method.adapters else 'the whole model'} at once, but "
             f"blocks.layers_per_block = {config.blocks.layers_per_block}",
             where="blocks.layers_per_block",
-            fix="set blocks.layers_per_block=null, or algorithm.method=badam for blocks",
+            fix=f"set blocks.layers_per_block=null{_or_instead(method, whole_model=False)}",
         )
     if method.whole_model is False and config.blocks.layers_per_block is None:
         raise ConfigError(
             f"{chosen} trains block by block, but blocks.layers_per_block is null",
             where="blocks.layers_per_block",
-            fix="set it to 1 or more, or algorithm.method=adamw for the whole model",
+            fix=f"set it to 1 or more{_or_instead(method, whole_model=True)}",
         )
     if method.skips_gossip and config.gossip.every < 2:
         raise ConfigError(
             f"{chosen} takes several local steps an averaging, but gossip.every = {config.gossip.every}",
             where="gossip.every",
-            fix="set gossip.every=2 or more, or algorithm.method=gossip-adam",
+            fix=f"set gossip.every=2 or more{_or_instead(method, skips_gossip=False)}",
         )
-    if config.algorithm.signal != "descent" and name != "deca":
-        raise ConfigError(
-            f"algorithm.signal = {config.algorithm.signal!r} belongs to the method deca, not to {name}",
-            where="algorithm.signal",
-            fix="leave it out, or set algorithm.method=deca",
-        )
+    for field in fields(AlgorithmConfig):  # a number may stand there for another run; a word says what is computed
+        value = getattr(config.algorithm, field.name)
+        takers = [other for other, row in METHODS.items() if field.name in row.coefficients]
+        if isinstance(value, str) and takers and name not in takers and value != field.default:
+            raise ConfigError(
+                f"algorithm.{field.name} = {value!r} belongs to {', '.join(takers)}, not to {name}",
+                where=f"algorithm.{field.name}",
+                fix=f"leave it out, or set algorithm.method={takers[0]}",
+            )
     if config.gossip.clip_radius is not None and len(method.rule.travels) > 1:
         raise ConfigError(
             f"{chosen} sends {' and '.join(method.rule.travels)}, for which one gossip.clip_radius cannot be right",
@@ -94,3 +100,10 @@ def check_method(config: Config) -> None:
         )
     if method.adapters:
         require_peft()
+
+
+def _or_instead(method: Method, **changed: Any) -> str:
+    """Names the method that differs in nothing else, if there is one."""
+    wanted = replace(method, about="", **changed)
+    alike = [name for name, other in METHODS.items() if replace(other, about="") == wanted]
+    return f", or algorithm.method={alike[0]}" if alike else ""

@@ -11,32 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import Tensor
 
-from deca_ds.algorithm.rule import GRADIENT, MASTERS, Rule
-from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.slices import rank_folder
 from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
 from deca_ds.config import Config
-from deca_ds.engine.client import BlockState, Client
+from deca_ds.engine.slices import Slice
+from deca_ds.engine.state import Scope, TrainingState, Value, position
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import subset
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch import Cluster, Launch
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.store import JobStore
-from deca_ds.training.checkpoints import (
-    FOLDER,
-    buffer_name,
-    buffer_range,
-    mixing_digest,
-    position,
-    set_random_state,
-)
+from deca_ds.training.checkpoints import FOLDER, mixing_digest
 
 
 @dataclass(frozen=True)
@@ -196,62 +187,51 @@ def save_summaries(output: Path, summaries: Sequence[dict[str, Any]]) -> None:
     (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
 
 
-def restore(
-    resumption: Resumption, cluster: Cluster, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip
-) -> BlockState | None:
-    """Put the saved state back; the active block's, if the checkpoint is from amid one.
+def restore(resumption: Resumption, cluster: Cluster, state: TrainingState) -> None:
+    """Put the saved state back, of a block amid its turn, too.
 
     With another number of ranks each reads the elements that it holds now, from whoever wrote them; the random state is
     then a new one. Raises CheckpointError for a checkpoint of another model or schedule.
     """
-    saved, state = resumption.saved, resumption.state
-    if saved is None or state is None:
-        return None
-    if state["schedule"] != position(schedule, resumption.step):
+    saved, values = resumption.saved, resumption.state
+    if saved is None or values is None:
+        return
+    if values["schedule"] != (here := position(state.schedule, resumption.step)):
         raise CheckpointError(
-            f"the checkpoint stands at {state['schedule']}, where this run has {position(schedule, resumption.step)}",
+            f"the checkpoint stands at {values['schedule']}, where this run has {here}",
             where=str(saved.folder),
             fix="resume with the model that the run was started with",
         )
-    read = _Reader(saved, cluster.client)
-    names = [name for block in client.plan.blocks for name in block.names] + list(client.plan.frozen)
-    for name, start, stop, _ in client.shards(tuple(names)):
-        client.set_master(name, read(name, client.shapes[name], start, stop))
-    for name, buffer in client.buffers():
-        flat = torch.zeros_like(buffer).reshape(-1)
-        start, stop = buffer_range(flat.numel(), cluster)
-        flat[start:stop] = read(name, tuple(buffer.shape), start, stop)
-        dist.all_reduce(flat.view(torch.uint8))  # everybody else's bytes are zero
-        buffer.copy_(flat.view_as(buffer))
-    block = None
-    if state["schedule"].get("inner"):
-        block = client.open_block(state["schedule"]["block"], rule.buffers)
-        for name, start, stop, tensors in client.block_shards():
-            for key in tensors.keys() - {GRADIENT}:
-                stored = name if key == MASTERS else buffer_name(key, name)
-                tensors[key].copy_(read(stored, client.shapes[name], start, stop))
-        block.local_steps.made = list(state["local_steps"])
-    if resumption.same_layout:
-        set_random_state(state["random"], cluster.device)
-        gossip.bytes_sent, gossip.wait_seconds = state["gossip"]["bytes_sent"], state["gossip"]["wait_seconds"]
-    else:
-        torch.manual_seed(torch.initial_seed() + (resumption.step << 32))
-    return block
+    read = _Reader(saved, values, cluster.client)
+    for piece in state.pieces():
+        if not isinstance(piece, Value):
+            for part in piece.slices(cluster.shard, cluster.ranks):
+                part.fill(read.slice(part))
+        elif piece.scope is Scope.RANK and not resumption.same_layout:
+            piece.anew()
+        elif piece.scope is not Scope.ATTEMPT:
+            piece.set(read.value(piece.name))
 
 
 class _Reader:
-    """Reads one client's slices of tensors that must be there, in the shape that they have now."""
+    """Reads what must be there of one client: slices of tensors in the shape that they have now, and values."""
 
-    def __init__(self, saved: ShardedModel, client: int):
-        self._saved, self._client = saved, client
+    def __init__(self, saved: ShardedModel, values: dict[str, Any], client: int):
+        self._saved, self._values, self._client = saved, values, client
         self._names = set(saved.names)
 
-    def __call__(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
-        found = self._saved.shape(name) if name in self._names else None
-        if found != shape:
-            raise CheckpointError(
-                f"{name} has shape {shape}, in the checkpoint {found or 'it is missing'}",
-                where=str(self._saved.folder),
-                fix="resume with the model that the run was started with",
-            )
-        return self._saved.read_range(name, self._client, start, stop)
+    def slice(self, part: Slice) -> Tensor:
+        found = self._saved.shape(part.name) if part.name in self._names else None
+        if found != part.shape:
+            what = f"{part.name} has shape {part.shape}, in the checkpoint {found or 'it is missing'}"
+            raise self._lacks(what, "model")
+        return self._saved.read_range(part.name, self._client, part.start, part.stop)
+
+    def value(self, name: str) -> Any:
+        if name not in self._values:
+            raise self._lacks(f"the value {name!r} is missing in the checkpoint", "version of deca_ds")
+        return self._values[name]
+
+    def _lacks(self, what: str, wanted: str) -> CheckpointError:
+        fix = f"resume with the {wanted} that the run was started with"
+        return CheckpointError(what, where=str(self._saved.folder), fix=fix)

@@ -11,20 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config, save_config
 from deca_ds.config.resume import SAVED_CONFIG, check_new
 from deca_ds.data import ClientData
 from deca_ds.elastic.agent import ElasticAgent
-from deca_ds.elastic.handover import Progressed
 from deca_ds.elastic.invitation import Invitation
 from deca_ds.engine.client import Client
+from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch import Cluster
 from deca_ds.launch.compare import compare_start
@@ -80,14 +76,12 @@ class Start(ABC):
         """The number of this attempt at the run, one for all ranks."""
 
     @abstractmethod
-    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
-        """Where this rank's own files let it go on, which they tell no more of than that."""
+    def restore(self, job: Job, state: TrainingState) -> None:
+        """Bring `state`, which is that of a new run, to where this rank's own files let it go on."""
 
     @abstractmethod
-    def join(
-        self, job: Job, agent: ElasticAgent, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
-    ) -> Progressed:
-        """Where clients may die: become one of those that are in, and go on from where they are."""
+    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
+        """Where clients may die: become one of those that are in, and bring `state` to where they are."""
 
 
 class _Together(Start):
@@ -117,12 +111,9 @@ class _Together(Start):
         if cluster.is_job_leader and edges:
             print(save_edges(edges, job.output), file=sys.stderr, flush=True)
 
-    def join(
-        self, job: Job, agent: ElasticAgent, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
-    ) -> Progressed:
+    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
         """See Start."""
-        agent.begin(standing.done)
-        return standing
+        agent.begin(state.done)
 
     @abstractmethod
     def _take(self, job: Job) -> None:
@@ -143,11 +134,10 @@ class NewRun(_Together):
         digests = {"initial parameters": digest_of_start(client, cluster.layout), "tokenizer": vocabulary}
         compare_start(cluster.launch, cluster.store, digests, cluster.ranks if cluster.layout.even else 1)
 
-    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
+    def restore(self, job: Job, state: TrainingState) -> None:
         """See Start."""
         rewind(job.output, job.cluster, 0)
         job.cluster.progress.enter("starting", works=True)
-        return Progressed(0, False, None)
 
     def _take(self, job: Job) -> None:
         take_for_job(job.output, job.cluster.launch, job.cluster.store, partial(check_new, job.config))
@@ -167,12 +157,11 @@ class ResumedRun(_Together):
     def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
         """See Start. They are what the run has made of them."""
 
-    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
+    def restore(self, job: Job, state: TrainingState) -> None:
         """See Start."""
-        done = self._resumption.step
-        rewind(job.output, job.cluster, done)
+        rewind(job.output, job.cluster, self._resumption.step)
         job.cluster.progress.enter("reading the checkpoint", works=True)
-        return Progressed(done, False, restore(self._resumption, job.cluster, client, rule, schedule, gossip))
+        restore(self._resumption, job.cluster, state)
 
     def _take(self, job: Job) -> None:
         pass
@@ -204,23 +193,18 @@ class Return(Start):
         """See Start. It is the job's."""
         return self._invitation.attempt
 
-    def restore(self, job: Job, client: Client, rule: Rule, schedule: Schedule, gossip: Gossip) -> Progressed:
+    def restore(self, job: Job, state: TrainingState) -> None:
         """See Start."""
-        rewind(job.output, job.cluster, len(schedule))
+        rewind(job.output, job.cluster, len(state.schedule))
         job.cluster.progress.enter("starting", works=True)
-        return Progressed(0, False, None)
 
-    def join(
-        self, job: Job, agent: ElasticAgent, standing: Progressed, rule: Rule, schedule: Schedule, metrics: Metrics
-    ) -> Progressed:
+    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
         """See Start. Waits until it is let in, and takes over a neighbour's state."""
-        standing = agent.wait_for_admission(rule, schedule)
+        agent.wait_for_admission(state)
         for marker in (f"FAILED_client_{job.cluster.client:03d}", "STOPPED"):
             (job.output / marker).unlink(missing_ok=True)
-        rewind(job.output, job.cluster, standing.done)  # it may have gone on further than the others
+        rewind(job.output, job.cluster, state.done)  # it may have gone on further than the others
         metrics.reopen()
-        torch.manual_seed(torch.initial_seed() + (standing.done << 32))
-        return standing
 
 
 def _write_to(job: Job) -> None:

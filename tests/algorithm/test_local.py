@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import Coefficients, activation
-from test_methods import CLIENTS, EVERY_METHOD, LR, NUMEL, STEPS, matrices_of, problem, stacked_state
+from method_contract import CLIENTS, LR, NUMEL, STEPS, matrices_of, problem, stacked_state
+from test_methods import EVERY_METHOD
 
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.algorithm.local import LocalSteps, Run, local_step

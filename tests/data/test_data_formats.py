@@ -2,16 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_samples import answer_of, chats, make_config, targets_of, write_jsonl
+from format_contract import CONTRACT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from deca_ds.config.schema import DataConfig
 from deca_ds.data import load_client_data
 from deca_ds.data.encoding import Encoder
 from deca_ds.data.formats import FORMATS, ExampleRules
@@ -41,27 +40,16 @@ def refuses(tokenizer, tmp_path, format, row, message, **options):
     assert error.value.where.startswith(f"{path}, line 2")
 
 
-def field_table() -> list[str]:
-    """The lines of the table in docs/formats.md."""
-    lines = ["| format | field | what is done with it |", "|---|---|---|"]
-    for format in FORMATS.values():
-        turns = "messages" if format.name == "messages" else "conversations"
-        for prefix, fields in (("", format.fields), (f"{turns}[].", format.turn_fields)):
-            for field in fields:
-                names = ", ".join(f"`{prefix}{name}`" for name in field.names)
-                lines.append(f"| {format.name} | {names} | **{field.use.value}**: {field.note} |")
-    return [*lines, "| every | any other | not used; named once a run |"]
+@pytest.mark.parametrize("promise", CONTRACT, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_format_keeps_the_contract(tokenizer, format, promise):
+    promise(FORMATS[format], tokenizer)
 
 
-def test_the_docs_have_the_table_of_the_code():
-    text = (DOCS / "formats.md").read_text()
-    assert "\n".join(field_table()) in text, "docs/formats.md should have:\n" + "\n".join(field_table())
-    trained = [f"| `{format.name}` | {format.trained} |" for format in FORMATS.values()]
-    assert all(line in text for line in trained), trained
-
-
-def test_every_format_can_be_configured():
-    assert set(FORMATS) == set(get_args(get_type_hints(DataConfig)["format"]))
+def test_a_format_that_there_is_not_is_refused_with_those_that_there_are(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "t"}])
+    with pytest.raises(ConfigError, match=r"data.format = 'json' is not known[\s\S]*one of text, alpaca, messages"):
+        load_client_data(make_config(train=[path], format="json"), tokenizer, 0)
 
 
 @pytest.mark.parametrize("format", ["alpaca", "messages", "sharegpt"])

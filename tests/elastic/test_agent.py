@@ -31,7 +31,6 @@ class Rank:
         self.agent = ElasticAgent(
             ClusterConfig(clients=4, **cluster),
             self.cluster,
-            client=None,
             commit=SimpleNamespace(also_ask=self.questions.append),
             rejoinable=None,
             gossip=SimpleNamespace(average_by=self.average_by, schedule=MIXING),

@@ -24,10 +24,11 @@ from deca_ds.engine import chunked_loss
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
+from deca_ds.engine.state import model_pieces
 from deca_ds.errors import UserError
 from deca_ds.launch import Cluster, connect, read_launch
 from deca_ds.launch.store import open_job_store
-from deca_ds.training.checkpoints import model_slices
+from deca_ds.training.checkpoints import slice_groups
 from deca_ds.watchdog.guard import guarded
 
 POSITIONS = 5  # that have logits together, where the loss goes by chunks
@@ -95,7 +96,7 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
     run = folder / f"run-{cluster.ranks}"
     save_shards(
         run / "model",
-        model_slices(client, cluster),
+        slice_groups(model_pieces(client), cluster),
         client=0,
         clients=1,
         rank=cluster.shard,

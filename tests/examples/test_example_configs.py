@@ -93,6 +93,8 @@ def test_the_hosts_of_the_large_example_fit_its_clients() -> None:
     ("script", "function", "file"),
     [
         ("make_reference.py", "page", "configuration.md"),
+        ("make_reference.py", "algorithm", "algorithm.md"),
+        ("make_reference.py", "formats", "formats.md"),
         ("draw_pictures.py", "idea", "idea.svg"),
         ("draw_pictures.py", "client_states", "client_states.svg"),
     ],

@@ -18,11 +18,11 @@ import torch
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.config import load_config
 from deca_ds.engine.masters import join, rounded
+from deca_ds.engine.state import buffer_name
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.build import build
-from deca_ds.training.checkpoints import buffer_name
 from deca_ds.training.connect import connect_clients
 from deca_ds.training.resume import choose
 from deca_ds.training.start import NewRun, ResumedRun
@@ -79,7 +79,7 @@ def compare(trainer, resumption) -> None:
         for key in set(state) - {"grad"}:
             stored = saved.read(name if key == "theta" else buffer_name(key, name), trainer.cluster.client)
             assert stored.dtype == torch.float32 and torch.equal(state[key], stored.flatten()[start:stop])
-    assert all(tensor.any() for key, tensor in trainer.state.tensors.items() if key != "grad")
+    assert all(tensor.any() for key, tensor in client.active.tensors.items() if key != "grad")
 
 
 def keep_masters(client) -> dict[str, torch.Tensor]:

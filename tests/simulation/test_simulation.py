@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from deca_ds.config import load_config
 from deca_ds.engine.losses import count_targets, token_losses
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import ConfigError
+from deca_ds.simulation.command import _contraction
 from deca_ds.simulation.setup import build
 from deca_ds.simulation.simulate import spread
 
@@ -65,6 +67,19 @@ def test_an_averaging_shrinks_the_spread_at_least_by_the_spectral_gap(keys):
             assert step["spread_after"] <= step["spread_before"] * rho * 1.001
         else:
             assert step["spread_after"] == step["spread_before"] > 0
+
+
+@pytest.mark.parametrize(
+    ("spreads", "told"),
+    [
+        ([(2.0, 1.0), (2.0, 0.25)], "shrank the clients' disagreement to 0.250 of it; the graph's bound is 0.600"),
+        ([(2.0, 0.0), (1.0, 0.0)], "left nothing of the clients' disagreement"),  # two clients that average exactly
+        ([(0.0, 0.0)], "no averaging changed anything"),
+    ],
+)
+def test_what_averagings_did_is_told(spreads, told):
+    steps = [{"gossip": True, "spread_before": before, "spread_after": after} for before, after in spreads]
+    assert told in _contraction(SimpleNamespace(steps=steps, mixing=SimpleNamespace(messages=2, spectral_gap=0.4)))
 
 
 def test_clients_with_and_without_a_neighbour_at_a_step(keys, tmp_path):

@@ -16,6 +16,7 @@ from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
+from deca_ds.engine.state import TrainingState, set_random_state
 from deca_ds.errors import CheckpointError
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
@@ -47,6 +48,9 @@ class OneRank:
             else:
                 yield name, 0, numel, torch.ones(numel, dtype=torch.bfloat16), LOW.get(name)
 
+    def set_master(self, name, values):
+        raise AssertionError("saving changes nothing")
+
     def block_shards(self):
         yield "a", 0, 6, {key: torch.full((6,), self.value) for key in ("theta", "grad", "m", "v")}
 
@@ -71,17 +75,23 @@ def job(tmp_path: Path):
         options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 5.0, "resumed": resumed}
         schedule = Schedule(rounds=2, blocks=2, inner_steps=5)
         written = StoreCount(cluster, 7, 5.0)
-        made = Checkpoints(CheckpointConfig(**config), cluster, client, schedule, gossip, written, **options)
+        state = TrainingState(client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
+        made = Checkpoints(CheckpointConfig(**config), cluster, state, gossip, written, **options)
         return made, client, store
 
     return make
+
+
+def after_step(saver: Checkpoints, done: int) -> None:
+    saver._state.done = done
+    saver.after_step()
 
 
 def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_path: Path) -> None:
     saver, client, _ = job(every=3)
     client.value = 1 / 3
     for done in (1, 2, 3):
-        saver.after_step(done)
+        after_step(saver, done)
     saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [3]
     saved = open_checkpoint(tmp_path / "checkpoints", 3, client=0, rank=0, ranks=1)
@@ -95,21 +105,21 @@ def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_pa
     state = saved.states[0, 0]
     assert state["schedule"] == {"done": 3, "of": 20, "round": 0, "block": 0, "inner": 3}
     torch.manual_seed(99)
-    module.set_random_state(state["random"], torch.device("cpu"))
+    set_random_state(state["random"], torch.device("cpu"))
     drawn = torch.rand(3)
-    module.set_random_state(state["random"], torch.device("cpu"))
+    set_random_state(state["random"], torch.device("cpu"))
     assert torch.equal(torch.rand(3), drawn)
 
 
 def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
     saver, _, store = job(world=2, every=1, keep=2)
     for done in range(1, 5):
-        saver.save(done)
+        after_step(saver, done)
         saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [1, 2, 3, 4]  # the other rank has written none
     for done in range(1, 4):
         store.add(f"checkpoint/7/{done}", 1)
-    saver.save(5)
+    after_step(saver, 5)
     saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [2, 3, 4, 5]
     # what was complete when each was written, for a run that finds none whole
@@ -117,10 +127,10 @@ def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
     assert [saved.states[0, 0]["earlier"] for saved in whole] == [None, 3]
     with pytest.raises(CheckpointError, match="not all ranks have saved step 5"):
         saver._cluster.store = JobStore(store, None, timedelta(seconds=0.2))
-        saver.wait_for_all(5)
+        saver.wait_for_all()
     for done in (4, 5):
         store.add(f"checkpoint/7/{done}", 1)
-    saver.wait_for_all(5)
+    saver.wait_for_all()
     assert steps_in(tmp_path / "checkpoints") == [4, 5]  # what was kept for the other rank has gone
 
 
@@ -136,10 +146,10 @@ def test_training_goes_on_while_one_is_written_and_the_next_waits(job, tmp_path:
 
     monkeypatch.setattr(module, "save_shards", slow)
     client.value = 1.0
-    saver.after_step(1)
+    after_step(saver, 1)
     assert writing.wait(timeout=20)
     client.value = 2.0  # training goes on: what is written is a copy
-    next_one = threading.Thread(target=saver.after_step, args=(2,))
+    next_one = threading.Thread(target=after_step, args=(saver, 2))
     next_one.start()
     next_one.join(timeout=0.2)
     assert next_one.is_alive()
@@ -153,7 +163,7 @@ def test_training_goes_on_while_one_is_written_and_the_next_waits(job, tmp_path:
 
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(job, tmp_path: Path, monkeypatch) -> None:
     saver, _, _ = job(every=2)
-    saver.after_step(2)
+    after_step(saver, 2)
     saver.wait()
     from deca_ds.checkpoint import slices
 
@@ -161,18 +171,19 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(job, tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(slices, "save_file", full)
-    saver.after_step(4)
+    after_step(saver, 4)
     message = r"No space left[\s\S]*takes 0.0 MB, [\d.]+ MB are free[\s\S]*step_00000004[\s\S]*run.resume=require"
     with pytest.raises(CheckpointError, match=message):
         for _ in range(200):
             saver._thread.submit(lambda: None).result()  # until the write is through
-            saver.after_step(5)
+            after_step(saver, 5)
     open_checkpoint(tmp_path / "checkpoints", 2, client=0, rank=0, ranks=1)
     assert not list(step_folder(tmp_path / "checkpoints", 4).rglob("*rank*"))
 
 
 def test_the_checkpoint_that_a_run_went_on_from_is_not_written_again(job, tmp_path: Path) -> None:
     saver, _, _ = job(resumed=6)
-    saver.save(6)
-    saver.wait_for_all(6)
+    saver._state.done = 6
+    saver.save()
+    saver.wait_for_all()
     assert steps_in(tmp_path / "checkpoints") == []

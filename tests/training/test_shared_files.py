@@ -21,6 +21,7 @@ from deca_ds.checkpoint import slices
 from deca_ds.checkpoint.slices import rank_folder
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
+from deca_ds.engine.state import TrainingState
 from deca_ds.errors import CheckpointError, DivergedError
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
@@ -62,6 +63,9 @@ class Trained:
         for name in names:
             yield name, 0, *self.shapes[name], torch.full(self.shapes[name], self.values[name]), None
 
+    def set_master(self, name, values):
+        raise AssertionError("saving changes nothing")
+
     def block_shards(self):
         if self.done < len(self.schedule) and (step := self.schedule.step(self.done)).inner:
             name = f"w{step.block}"
@@ -86,13 +90,18 @@ class Job:
         self.client, self.config = Trained(schedule), CheckpointConfig(**config)
         options = {"folder": folder, "attempt": 1, "timeout_s": 5.0, "resumed": resumed}
         written = StoreCount(cluster, 1, 5.0)
-        self.saver = Checkpoints(self.config, cluster, self.client, schedule, gossip, written, **options)
+        self.state = TrainingState(self.client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
+        self.saver = Checkpoints(self.config, cluster, self.state, gossip, written, **options)
 
     def save(self, *steps: int) -> None:
         for done in steps:
-            self.client.train(done)
-            self.saver.save(done)
+            self.train(done)
+            self.saver.save()
             self.saver.wait()
+
+    def train(self, done: int) -> None:
+        self.client.train(done)
+        self.state.done = done
 
     def open(self, step: int):
         return open_checkpoint(self.folder, step, client=0, rank=0, ranks=1)
@@ -227,7 +236,7 @@ def test_a_run_that_went_on_builds_on_what_it_went_on_from(tmp_path: Path, ranks
     before.saver._cluster.ranks = ranks
     before.save(4)
     job = Job(tmp_path, SCHEDULE, keep=1, resumed=4)
-    job.client.train(4)
+    job.train(4)
     job.saver._remove_old = lambda: None
     job.save(5)
     assert [name[:3] for name in shared(tmp_path, 4, 5)] == (["000", "002", "003", "004"] if links else [])
@@ -248,10 +257,10 @@ def test_what_is_shared_takes_its_room_once(tmp_path: Path) -> None:
 def test_a_state_that_must_not_be_saved_leaves_no_links_behind(tmp_path: Path) -> None:
     job = Job(tmp_path, SCHEDULE, keep=1)
     job.save(1)
-    job.client.train(2)
+    job.train(2)
     job.client.values["w0"] = float("nan")
     with pytest.raises(DivergedError, match="w0 is not finite"):
-        job.saver.save(2)
+        job.saver.save()
     assert steps_in(tmp_path) == [1] and job.saver.newest() == 1
     job.assert_holds(1)
 
@@ -284,10 +293,10 @@ def test_the_disk_that_a_run_is_said_to_need_is_what_it_takes(
     monkeypatch.setattr(module, "save_shards", measured)
     job = Job(tmp_path, schedule, every=every, keep=keep)
     for done in range(1, len(schedule) + 1):
-        job.client.train(done)
-        job.saver.after_step(done)
+        job.train(done)
+        job.saver.after_step()
         job.saver.wait()
-    job.saver.save(len(schedule))  # before the last evaluation; there may be one already
+    job.saver.save()  # before the last evaluation; there may be one already
     job.saver.wait()
     need = disk_need(STORED, schedule, job.config)
     assert need.checkpoints == most

@@ -1,4 +1,4 @@
-"""The data formats. To add one: make a `Format` and list it here, and its name in deca_ds/config/schema.py."""
+"""The data formats. A `Format` that is listed here is all that one is: checks, reading and the manual follow."""
 
 from __future__ import annotations
 

@@ -7,14 +7,12 @@ assistant that are not trained], "wanted": [[turn, field], ...], links that the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from datasets import Features
 
 from deca_ds.data.formats.calls import calls_of, check_links, parse_json, tools_of
 from deca_ds.data.formats.fields import (
-    TEXT,
+    CONVERSATIONS,
     ExampleRules,
     Field,
     Format,
@@ -69,17 +67,24 @@ TURN_REFUSED = (
 
 
 def _messages(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
-    return _conversation(row, "messages", "role", "content", place, unused)
+    return _conversation(row, MESSAGES, _openai_turn, "role", "content", place, unused)
 
 
 def _sharegpt(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
-    return _conversation(row, "conversations", "from", "value", place, unused)
+    return _conversation(row, SHAREGPT, _sharegpt_turn, "from", "value", place, unused)
 
 
 def _conversation(
-    row: Mapping[str, Any], column: str, role_key: str, text_key: str, place: str, unused: set[str]
+    row: Mapping[str, Any],
+    format: Format,
+    reader: Callable[[Mapping[str, Any], str], dict[str, Any]],
+    role_key: str,
+    text_key: str,
+    place: str,
+    unused: set[str],
 ) -> dict[str, Any]:
     refuse_unwanted(row, place, unused)
+    column = format.turns
     turns = value_of(row, column, place)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(
@@ -91,10 +96,8 @@ def _conversation(
     untrained: list[int] = []
     if not missing(row.get("system")):
         messages.append({"role": "system", "content": text_of(row, "system", place)})
-    reader = _openai_turn if column == "messages" else _sharegpt_turn
     for number, turn in enumerate(turns, 1):
         at = f"{place}, message {number}"
-        format = MESSAGES if column == "messages" else SHAREGPT
         unused |= {f"{column}[].{name}" for name in check_fields(turn, format.turn_fields, at)}
         message = reader(turn, at)
         if message["role"] == "system" and not message.get("content"):
@@ -194,9 +197,9 @@ def _is_trained(turn: Mapping[str, Any], role: str, at: str) -> bool:
 
 
 _TRAINED = "the assistant's turns and what ends them"
-_CONVERSATION = Features({"conversation": TEXT})
 MESSAGES = Format(
     name="messages",
+    sample={"messages": [{"role": "user", "content": "2 and 3?"}, {"role": "assistant", "content": "5"}]},
     trained=_TRAINED,
     fields=(Field(("messages",), Use.RENDERED, "turn by turn, by the chat template"), *ROW_FIELDS),
     turn_fields=(
@@ -213,11 +216,15 @@ MESSAGES = Format(
         TURN_SWITCHES,
         *TURN_REFUSED,
     ),
-    features=_CONVERSATION,
+    columns=lambda rules: ("messages",),
+    tables=False,
+    turns="messages",
+    features=CONVERSATIONS,
     example=_messages,
 )
 SHAREGPT = Format(
     name="sharegpt",
+    sample={"conversations": [{"from": "human", "value": "2 and 3?"}, {"from": "gpt", "value": "5"}]},
     trained=_TRAINED,
     fields=(Field(("conversations",), Use.RENDERED, "turn by turn, by the chat template"), *ROW_FIELDS),
     turn_fields=(
@@ -227,6 +234,9 @@ SHAREGPT = Format(
         *TURN_REFUSED,
         Field(("tool_calls", "tool_call_id", "name", *REASONING), Use.REFUSED, "use data.format=messages"),
     ),
-    features=_CONVERSATION,
+    columns=lambda rules: ("conversations",),
+    tables=False,
+    turns="conversations",
+    features=CONVERSATIONS,
     example=_sharegpt,
 )

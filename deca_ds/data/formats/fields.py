@@ -9,16 +9,21 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from datasets import Features, Value
 
+from deca_ds.config.schema import DataConfig
 from deca_ds.errors import DataError
 
 TEXT = Value("string")
+# the columns of examples, by which deca_ds/data/encoding.py tells what to do with them
+TEXTS = Features({"text": TEXT, "document": Value("bool")})  # document: whether the text is a whole file
+PAIRS = Features({"prompt": TEXT, "answer": TEXT})
+CONVERSATIONS = Features({"conversation": TEXT})  # JSON text, see chat.py
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _NO_LABEL = ("nan", "NaN", "NaT", "<NA>", "#N/A")  # what tables write for a missing value and nobody for a class
 _EXACT = 2.0**53  # below it every whole number is a float of its own
@@ -62,20 +67,35 @@ class ExampleRules:
 
 @dataclass(frozen=True)
 class Format:
-    """One data format: its fields, the columns of its examples, and how a row becomes one.
+    """One data format: what a row has to have, what is done with its fields, and how it becomes an example.
 
-    fields, turn_fields: of a row, and of each turn of a conversation. features: columns of the examples, beside those
-    that all formats have. columns: the columns of a row that `rules` name beside `fields`. example: (row, rules, place)
-    -> an example; adds the names of turns' fields that it did not use to the set that it is given.
+    sample: a row, for the manual and for tests. trained: what carries the loss, for the manual. fields: of a row.
+    features: the examples' columns, TEXTS, PAIRS or CONVERSATIONS. example: (row, rules, place) -> an example; adds the
+    names of fields that it did not use, and that `fields` do not tell of, to the set that it is given.
+    columns: those that every row must have, by their names in the configuration. keys: of the section data, those that
+    only formats which name them use; check: raises ConfigError for values of these that cannot work.
+    tables: whether a row of CSV or TSV can be one. has_labels: an answer is a label, one of a few.
+    turns, turn_fields: of a conversation, the column with its turns, and their fields.
     """
 
     name: str
+    sample: Mapping[str, Any]
     trained: str
     fields: tuple[Field, ...]
     features: Features
     example: Callable[[Mapping[str, Any], ExampleRules, str, set[str]], dict[str, Any]]
-    columns: Callable[[ExampleRules], tuple[str, ...]] = lambda rules: ()
+    columns: Callable[[ExampleRules | DataConfig], Sequence[str]]
+    keys: tuple[str, ...] = ()
+    check: Callable[[DataConfig], None] = lambda data: None
+    tables: bool = True
+    has_labels: bool = False
+    turns: str = ""
     turn_fields: tuple[Field, ...] = ()
+
+    @property
+    def documents(self) -> bool:
+        """Whether a whole text file is an example."""
+        return "document" in self.features
 
 
 def check_fields(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Features, Value
-
+from deca_ds.config.schema import DataConfig
 from deca_ds.data.formats.fields import (
-    TEXT,
+    PAIRS,
+    TEXTS,
     ExampleRules,
     Field,
     Format,
@@ -18,7 +18,7 @@ from deca_ds.data.formats.fields import (
     normal_label,
     text_of,
 )
-from deca_ds.errors import DataError
+from deca_ds.errors import ConfigError, DataError
 
 # Stanford Alpaca's prompts; the answer starts on a line of its own, so that no token straddles its beginning.
 ALPACA_WITH_INPUT = (
@@ -94,34 +94,59 @@ def _alpaca(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set
     return {"prompt": template.format(instruction=instruction, input=given), "answer": output}
 
 
-PAIRS = Features({"prompt": TEXT, "answer": TEXT})
+def _check_texts(data: DataConfig) -> None:
+    if not data.text_columns:
+        raise ConfigError("no text column", where="data.text_columns", fix="name at least one column")
+
+
+def _check_labels(data: DataConfig) -> None:
+    _check_texts(data)
+    if "{text}" not in data.prompt:
+        raise ConfigError(f"data.prompt = {data.prompt!r} has no {{text}}", where="data.prompt", fix="put {text} in")
+    if not data.label_column:
+        raise ConfigError("no label column", where="data.label_column", fix="name the column with the labels")
+    if data.label_names and len(set(data.label_names.values())) < 2:
+        raise ConfigError("fewer than two answer words", where="data.label_names", fix="name at least two labels")
+    if not all(str(word).strip() for word in data.label_names.values()):
+        raise ConfigError("an empty answer word", where="data.label_names", fix="give every label a word")
+
+
 TEXT_FORMAT = Format(
     name="text",
+    sample={"text": "The tide comes in."},
     trained="every token",
     fields=(
         Field(
             ("data.text_columns",),
             Use.RENDERED,
-            "joined by a blank; a text file is one document; blank ones are left out, and rows without another",
+            "joined by a blank; a text file is one document, cut into sequences; blank ones are left out, and rows "
+            "without another",
         ),
     ),
     columns=lambda rules: rules.text_columns,
-    features=Features({"text": TEXT, "document": Value("bool")}),
+    keys=("text_columns",),
+    check=_check_texts,
+    features=TEXTS,
     example=_text,
 )
 CLASSIFICATION = Format(
     name="classification",
+    sample={"text": "The tide comes in.", "label": "sea"},
     trained="the label's word and the end token",
     fields=(
         Field(("data.text_columns",), Use.RENDERED, "joined by a blank, in the place of {text} in data.prompt"),
         Field(("data.label_column",), Use.RENDERED, "as its word in data.label_names, after a blank"),
     ),
     columns=lambda rules: (*rules.text_columns, rules.label_column),
+    keys=("text_columns", "label_column", "label_names", "prompt"),
+    check=_check_labels,
+    has_labels=True,
     features=PAIRS,
     example=_classification,
 )
 ALPACA = Format(
     name="alpaca",
+    sample={"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
     trained="the output and the end token",
     fields=(
         Field(("instruction",), Use.RENDERED, "in Stanford Alpaca's prompt"),
@@ -137,6 +162,7 @@ ALPACA = Format(
         NO_MEDIA,
         ROW_WEIGHTS,
     ),
+    columns=lambda rules: ("instruction", "output"),
     features=PAIRS,
     example=_alpaca,
 )

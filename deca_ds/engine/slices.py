@@ -1,0 +1,60 @@
+"""A rank's part of a tensor that all ranks of a client hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deca_ds.engine.masters import join
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, stop) of the flat parameter (or persistent buffer) `name`, whose full shape is `shape`.
+
+    values: 1-D, stop - start elements, on any device. low: on the host, what makes float32 masters of bfloat16 values;
+    these are stored then. write: overwrites what the slice was made from with what is stored; None: `values` are that.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    values: Tensor
+    low: Tensor | None = None
+    write: Callable[[Tensor], None] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is stored."""
+        return self.values.nbytes + (0 if self.low is None else self.low.nbytes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        return self.values.dtype if self.low is None else torch.float32
+
+    def copy(self) -> Slice:
+        """One of its own, on the host."""
+        low = None if self.low is None else _on_host(self.low)
+        return Slice(self.name, self.shape, self.start, self.stop, _on_host(self.values), low)
+
+    def stored(self) -> Tensor:
+        """On the host, in the data type to be stored."""
+        values = self.values.detach().to("cpu")
+        return values if self.low is None else join(values, self.low)
+
+    def fill(self, stored: Tensor) -> None:
+        """Overwrite it with what `stored` gave, on any device."""
+        if self.write is None:
+            self.values.copy_(stored)
+        else:
+            self.write(stored)
+
+
+def _on_host(held: Tensor) -> Tensor:
+    """A copy."""
+    return held.detach().to("cpu", copy=True)
