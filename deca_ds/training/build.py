@@ -37,7 +37,8 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.uneven import UnevenGossip
 from deca_ds.launch import Cluster
-from deca_ds.launch.compare import digest, software
+from deca_ds.launch.compare import software
+from deca_ds.launch.digests import digest
 from deca_ds.launch.progress import SHARED
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
