@@ -82,9 +82,9 @@ def examine(
         at_once(lambda name: agents[name].close(), list(agents))
         if own is not None:
             own.close()
-    mpi = _try_mpi(here, hostfile, [name for name in slots if name in answering], within_s)
-    files = read_environment_files(os.environ)
-    return Facts(hosts, here, remote, port, links, mpi, files, needs, mistake)
+    facts = Facts(hosts, here, remote, port, links, None, read_environment_files(os.environ), needs, mistake)
+    with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
+    return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, within_s))
 
 
 def _look(agent: Host, names: Sequence[str], port: int, within_s: float) -> Sight:
@@ -186,17 +186,17 @@ def _links(
     return {pair: measured[pair] for pair in pairs}
 
 
-def _try_mpi(here: Sight, hostfile: Path | None, answering: Sequence[str], within_s: float) -> MpiTrial | None:
-    """Two processes here, or one on each host; None without mpirun or mpi4py, or where ssh fails already."""
+def _try_mpi(here: Sight, hosts: Sequence[str] | None, within_s: float) -> MpiTrial | None:
+    """Two processes here, or one on each of `hosts`; None without mpirun or mpi4py, or where nothing is to be tried."""
     mpirun = tool("mpirun")
     if mpirun is None or not here["mpi"]:
         return None
     processes, where = 2, ["--oversubscribe"]
-    if hostfile is not None:
-        if "Open MPI" not in here["mpirun"] or len(answering) < 2:
+    if hosts is not None:
+        if "Open MPI" not in here["mpirun"] or len(hosts) < 2:
             return None
-        processes = len(answering)
-        where = ["--host", ",".join(f"{name}:1" for name in answering), "--map-by", "ppr:1:node"]
+        processes = len(hosts)
+        where = ["--host", ",".join(f"{name}:1" for name in hosts), "--map-by", "ppr:1:node"]
     if "Open MPI" not in here["mpirun"]:
         where = []
     trial = subprocess.Popen(

@@ -15,6 +15,7 @@ from deca_ds.tools.doctor.findings import HERE, Finding, State
 
 _STYLES = {State.UNKNOWN: "dim", State.OK: "green", State.WARN: "yellow", State.FAIL: "bold red"}
 _SEEN = 24  # least width of the last column
+_BORDERS = 7  # of the first column and the last
 
 
 def worst(findings: Sequence[Finding]) -> State:
@@ -24,7 +25,7 @@ def worst(findings: Sequence[Finding]) -> State:
 def show(console: Console, facts: Facts, findings: Sequence[Finding]) -> None:
     """Table, then every warning and failure with its fix, then the sum."""
     for hosts in _groups(console.width, _columns(facts, findings)):
-        console.print(_table(hosts, findings))
+        console.print(_table(hosts, findings, console.width))
     _links(console, facts)
     for state in (State.FAIL, State.WARN):
         for finding in (each for each in _merged(findings) if each.state == state):
@@ -61,25 +62,31 @@ def _columns(facts: Facts, findings: Sequence[Finding]) -> list[str]:
 
 def _groups(width: int, columns: Sequence[str]) -> list[list[str]]:
     """The hosts, as many to a table as fit."""
-    room = width - max(map(len, CHECKS)) - _SEEN - 9
+    room = width - max(map(len, CHECKS)) - _SEEN - _BORDERS
     groups: list[list[str]] = [[]]
     left = room
     for column in columns:
-        takes = max(4, len(column)) + 3
-        if groups[-1] and takes > left:
+        if groups[-1] and _wide(column) > left:
             groups.append([])
             left = room
         groups[-1].append(column)
-        left -= takes
+        left -= _wide(column)
     return groups
 
 
-def _table(hosts: Sequence[str], findings: Sequence[Finding]) -> Table:
-    table = Table(expand=False)
-    table.add_column("check", no_wrap=True, min_width=max(map(len, CHECKS)))
+def _wide(host: str) -> int:
+    """Of a column, with its border."""
+    return max(4, len(host)) + 3
+
+
+def _table(hosts: Sequence[str], findings: Sequence[Finding], width: int) -> Table:
+    table = Table()
+    named = max(map(len, CHECKS))
+    table.add_column("check", no_wrap=True, min_width=named)
     for host in hosts:
-        table.add_column(host, no_wrap=True, min_width=max(4, len(host)))
-    table.add_column("seen", no_wrap=True, overflow="ellipsis")
+        table.add_column(host, no_wrap=True, min_width=_wide(host) - 3)
+    left = width - named - sum(_wide(host) for host in hosts) - _BORDERS
+    table.add_column("seen", no_wrap=True, overflow="ellipsis", max_width=max(_SEEN, left))
     for name in CHECKS:
         row = [finding for finding in findings if finding.check == name]
         if not row:
