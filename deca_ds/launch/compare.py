@@ -22,6 +22,7 @@ from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
 from deca_ds.errors import LaunchError
 from deca_ds.launch.digests import code_digest, digest
+from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 
@@ -40,14 +41,14 @@ def compare_software(config: Config, launch: Launch, store: JobStore, matrices: 
     """
     every = store.gather(launch, "fingerprint", {"host": launch.host, **software(config, matrices)})
     hosts = _each(every, "host")
-    _refuse("deca_ds source files", _each(every, "code"), hosts, "install the same deca_ds everywhere")
+    _refuse("deca_ds source files", _each(every, "code"), hosts, look_at_hosts("install the same deca_ds everywhere"))
     if len(set(_each(every, "keys").values())) > 1:
         _refuse_keys(store.gather(launch, "fingerprint/keys", _keys(config, matrices)), hosts)
     for name in LIBRARIES:
         odd = odd_ones(_each(every, name), hosts)
         if odd and not config.cluster.allow_mixed_versions:
             fix = "install the same everywhere, or set cluster.allow_mixed_versions=true if you know them to fit"
-            raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=fix)
+            raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=look_at_hosts(fix))
         if odd and launch.rank == launch.first:
             print("WARNING: " + "; ".join(odd).replace("{}", name), file=sys.stderr, flush=True)
 

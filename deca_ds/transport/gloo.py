@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deca_ds.errors import GossipError
+from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.progress import Progress
 from deca_ds.transport.transport import PointToPoint, lost, no_answer
 
@@ -43,7 +44,7 @@ class GlooTransport(PointToPoint):
             raise GossipError(
                 f"not all {size} clients joined the gossip group within {timeout.total_seconds():g} s: {error}",
                 where=f"client {self.client}",
-                fix="look at the logs of the other clients; on several networks set GLOO_SOCKET_IFNAME",
+                fix=look_at_hosts("look at the logs of the other clients; on several networks set GLOO_SOCKET_IFNAME"),
             ) from None
 
     def _exchange(

@@ -35,6 +35,7 @@ _ALL_PAIRS = 6  # hosts of whom every two are tried, where no configuration name
 _STREAM_S = 0.4  # that a connection is timed
 _LINK_S = 5.0  # for a connection to be made
 _WORLD = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier(); print('size', MPI.COMM_WORLD.size)"
+_MPI_S = 30.0
 _END_S = 5.0  # for mpirun to end what it has started
 
 
@@ -84,7 +85,7 @@ def examine(
             own.close()
     facts = Facts(hosts, here, remote, port, links, None, read_environment_files(os.environ), needs, mistake)
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
-    return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, within_s))
+    return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))
 
 
 def _look(agent: Host, names: Sequence[str], port: int, within_s: float) -> Sight:

@@ -13,7 +13,7 @@ from deca_ds.tools.doctor.sights import Interface
 
 _BRIDGES = ("lo", "docker", "virbr", "veth", "br-", "cni", "flannel", "tailscale")  # not between hosts
 _SKEW_S, _WRONG_S = 2.0, 300.0  # heartbeats show ages of seconds; certificates fail at minutes
-_SLOW = 0.25  # of the median of all connections
+_SLOW, _FEW = 0.1, 3  # of the median of all connections, where there are so many
 _LATE_S = 0.05
 
 
@@ -108,7 +108,8 @@ def port(facts: Facts) -> Iterator[Verdict]:
 @check("links")
 def links(facts: Facts) -> Iterator[Verdict]:
     """Connections between hosts that send each other messages."""
-    usual = median([link["bytes_per_s"] for link in facts.links.values() if "bytes_per_s" in link] or [0.0])
+    speeds = [link["bytes_per_s"] for link in facts.links.values() if "bytes_per_s" in link]
+    usual = median(speeds) if len(speeds) >= _FEW else 0.0
     for (one, other), link in facts.links.items():
         both = f"{one} to {other}"
         if "error" in link:
@@ -137,7 +138,7 @@ def clock(facts: Facts) -> Iterator[Verdict]:
         ahead, error = of.clock.ahead_s, of.clock.error_s
         off = abs(ahead) - error
         if off > _SKEW_S:
-            what = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the clock of here"
+            what = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this machine's clock"
             fix = "switch on time synchronisation (chrony, systemd-timesyncd) there and here"
             yield (fail if off > _WRONG_S else warn)(host, what, fix)
         else:

@@ -37,9 +37,9 @@ class Sight(TypedDict):
     """What one host says. "" and 0: there is none. Sizes in bytes, but -1: without limit.
 
     code: digest of deca_ds there, in the folder code_at. folder: whether the working folder of here is there. gpus:
-    name, driver and memory of each. torch_gpus: how many torch may use, -1: not asked, there are none. names: what names
-    stand for there. variables: of the environment. port: why the port of the store cannot be taken. fabric: InfiniBand
-    or similar devices. memory: free, shared: size of /dev/shm.
+    name, driver and memory of each. torch_gpus: how many torch may use, -1: there are none to ask about. names:
+    what names stand for there. variables: of the environment. port: why the port of the store cannot be taken. fabric:
+    InfiniBand or similar devices. memory: free, shared: size of /dev/shm.
     """
 
     hostname: str
