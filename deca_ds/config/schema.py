@@ -6,24 +6,13 @@ unknown keys and wrong types. `docs/make_reference.py` writes docs/configuration
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
+
+from deca_ds.config.key import key
 
 # OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: RUF009, UP045
-
-
-def key(default: Any, meaning: str, see: str | None = None) -> Any:
-    """A configuration key.
-
-    meaning: one sentence for the reference and for error messages. see: the page in docs/ that tells more, or
-    page.md#section.
-    """
-    metadata = {"meaning": meaning, "see": see}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass

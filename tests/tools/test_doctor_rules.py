@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from jobs import REPOSITORY
 
 from deca_ds.errors import ConfigError
 from deca_ds.tools.doctor.checks import CHECKS, judge
@@ -243,3 +244,9 @@ def test_no_host_is_in_two_connections_at_once():
     assert sorted(pair for group in groups for pair in group) == sorted(pairs) and len(groups) == 3
     for group in groups:
         assert len({host for pair in group for host in pair}) == 2 * len(group)
+
+
+def test_the_manual_has_a_row_for_every_check():
+    page = (REPOSITORY / "docs" / "doctor.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    assert rows == ["check", *CHECKS]
