@@ -81,6 +81,7 @@ BROKEN = [
     ("name", facts(n0=seen(0, names={"n0": ["10.0.0.0"]})), WARN, "n1", "n0 cannot resolve n1", "/etc/hosts there"),
     ("own name", facts(n1=seen(1, names=NO_GLOO_NAME)), FAIL, "n1", "stands for 127.0.1.1", "GLOO_SOCKET_IFNAME"),
     ("own name", facts(n1=seen(1, hostname="x")), FAIL, "n1", "x stands for no address", "GLOO_SOCKET_IFNAME"),
+    ("own name", facts(n1=seen(1, hostname="n0")), WARN, "n1", "has the host name n0, and so has n0", "hostnamectl"),
     ("ssh", facts(n1=silent("ended with 255", "Host key verification failed.")), FAIL, "n1", "host key", "ssh n1"),
     (
         "ssh",

@@ -19,6 +19,7 @@ from deca_ds.tools.doctor.facts import STORE_PORT, Needs
 from deca_ds.tools.doctor.findings import State
 
 FAILED_CODE = 2
+_LONGEST_S = 86400.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hostfile", type=path_argument, help="look at all its hosts, over ssh (default: this machine)"
     )
     parser.add_argument("--config", type=path_argument, help="also look for what this configuration needs on each host")
-    parser.add_argument("--port", type=int, help=f"of the job's store (default MASTER_PORT or {STORE_PORT})")
+    parser.add_argument("--port", help=f"of the job's store (default MASTER_PORT or {STORE_PORT})")
     parser.add_argument(
         "--deadline", type=float, default=60.0, metavar="S", help="give each host S seconds to answer (default 60)"
     )
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the findings; 2 if anything has failed, else 0. Raises UserError for a mistake in the command itself."""
     if arguments.overrides and arguments.config is None:
         raise ConfigError(f"{arguments.overrides[0]!r} changes no configuration", fix="add --config")
+    if not 0 < arguments.deadline <= _LONGEST_S:
+        raise ConfigError(f"--deadline {arguments.deadline:g} is no time", fix=f"give up to {_LONGEST_S:g} seconds")
     slots = read_hostfile(arguments.hostfile) if arguments.hostfile is not None else {socket.gethostname(): 1}
     needs: Needs | None = None
     mistake: UserError | None = None
@@ -51,14 +54,20 @@ def run(arguments: argparse.Namespace) -> int:
             needs = needs_of(config, slots)
         except UserError as error:
             mistake = error
-    port = arguments.port or int(os.environ.get("MASTER_PORT", STORE_PORT))
-    facts = examine(slots, arguments.hostfile, port, arguments.deadline, needs, mistake)
+    port = _port(arguments.port or os.environ.get("MASTER_PORT", str(STORE_PORT)))
+    facts = examine(slots, arguments.hostfile is not None, port, arguments.deadline, needs, mistake)
     findings = judge(facts)
     if arguments.json:
         print(table.as_json(facts, findings))
     else:
         table.show(Console(), facts, findings)
     return FAILED_CODE if table.worst(findings) == State.FAIL else 0
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise ConfigError(f"{text!r} is no port", where="--port or MASTER_PORT", fix="give a number from 1 to 65535")
+    return int(text)
 
 
 def _ranks(config: Config) -> int:

@@ -12,9 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
-from pathlib import Path
 
-from deca_ds.errors import UserError
+from deca_ds.errors import LaunchError, UserError
 from deca_ds.tools.doctor.environment_file import read_environment_files
 from deca_ds.tools.doctor.facts import (
     INTERFACE_VARIABLES,
@@ -41,14 +40,14 @@ _END_S = 5.0  # for mpirun to end what it has started
 
 def examine(
     slots: Mapping[str, int],
-    hostfile: Path | None,
+    remote: bool,
     port: int,
     within_s: float,
     needs: Needs | None = None,
     mistake: UserError | None = None,
 ) -> Facts:
-    """slots: host -> ranks. hostfile: None, where the one host is this machine. within_s: for each host."""
-    remote = hostfile is not None
+    """slots: host -> ranks. remote: whether over ssh; else the one host is this machine. within_s: for each host.
+    Raises LaunchError where not even this machine answers."""
     deadline = time.monotonic() + within_s
     found = resolve(list(slots), within_s / 4) if remote else {}
     agents = {name: Host(name, command(name if remote else None), deadline) for name in slots}
@@ -69,9 +68,12 @@ def examine(
                 return replace(of, fault=str(error), said=getattr(error, "said", ""))
 
         hosts = at_once(look, list(slots))
-        here = hosts[first].sight if own is None else _look(own, list(slots), 0, within_s)
+        try:
+            here = hosts[first].sight if own is None else _look(own, list(slots), 0, within_s)
+        except Unreachable as error:
+            raise _unanswered(error.what) from None
         if here is None:
-            raise OSError(f"no answer from this machine's own python: {hosts[first].fault}: {hosts[first].said}")
+            raise _unanswered(hosts[first].fault)
         answering = {name: agents[name] for name, of in hosts.items() if of.sight is not None}
         if needs is not None:
             hosts = _share(hosts, answering, needs.output)
@@ -86,6 +88,10 @@ def examine(
     facts = Facts(hosts, here, remote, port, links, None, read_environment_files(os.environ), needs, mistake)
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
     return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))
+
+
+def _unanswered(why: str) -> LaunchError:
+    return LaunchError(f"this machine's own python: {why}", where="deca doctor", fix="raise --deadline")
 
 
 def _look(agent: Host, names: Sequence[str], port: int, within_s: float) -> Sight:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from deca_ds.errors import LaunchError
 from deca_ds.launch import digests
 from deca_ds.tools.doctor import agent, links, sights
 
@@ -46,13 +47,23 @@ class Unreachable(Exception):
 
 
 class Host:
-    """One host with its agent. deadline: by `time.monotonic()`, for all that is asked of it."""
+    """One host with its agent. deadline: by `time.monotonic()`, for all that is asked of it. Raises LaunchError without
+    ssh."""
 
     def __init__(self, name: str, command: Sequence[str], deadline: float):
         self.name, self.deadline = name, deadline
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        except OSError as error:
+            fix = "install it (openssh-client); without --hostfile only this machine is looked at"
+            raise LaunchError(f"cannot start {command[0]}: {error.strerror}", where="deca doctor", fix=fix) from None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._said: list[str] = []
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._listen)]

@@ -79,7 +79,7 @@ def name(facts: Facts) -> Iterator[Verdict]:
 
 @check("own name")
 def own_name(facts: Facts) -> Iterator[Verdict]:
-    """Gloo listens at the address of the host's own name, unless it is told an interface."""
+    """Gloo listens at the address of the host's own name, unless told an interface; Open MPI tells hosts by it."""
     for host, sight in facts.seen.items() if len(facts.hosts) > 1 else ():
         own, found = sight["hostname"], sight["names"].get(sight["hostname"], [])
         told = "GLOO_SOCKET_IFNAME" in sight["variables"] or "GLOO_SOCKET_IFNAME" in passed_on(facts)
@@ -91,6 +91,9 @@ def own_name(facts: Facts) -> Iterator[Verdict]:
                 f"its own name {own} {stands} there, so that gloo listens where no other host can reach it",
                 f"give {own} the address of its network in /etc/hosts there, or GLOO_SOCKET_IFNAME to all ranks",
             )
+        elif twins := [other for other, of in facts.seen.items() if of["hostname"] == own and other != host]:
+            what = f"has the host name {own}, and so has {', '.join(twins)}: Open MPI takes them for one host"
+            yield warn(host, what, "give each a name of its own: hostnamectl set-hostname NAME")
         else:
             yield ok(host, own)
 
