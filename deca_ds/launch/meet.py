@@ -3,6 +3,7 @@ named."""
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 from deca_ds.errors import LaunchError
@@ -11,6 +12,7 @@ from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 
 _FIRST_S = 10.0  # that the first rank, which knows who is missing, is ahead of the others
+_POLL_S = 0.05
 _SHOWN = 8
 _HERE, _ALL = "meet/{}", "meet/all"
 
@@ -22,10 +24,7 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
         return
     store.store.set(_HERE.format(launch.rank), launch.host)
     is_first = launch.rank == launch.first
-    keys = [_HERE.format(rank) for rank in launch.ranks] if is_first else [_ALL]
-    try:
-        store.store.wait(keys, timedelta(seconds=meet_s if is_first else meet_s + _FIRST_S))
-    except RuntimeError as error:
+    if not (_all_come(launch, store, meet_s) if is_first else _told(store, meet_s + _FIRST_S)):
         silent = [rank for rank in launch.ranks if not store.store.check([_HERE.format(rank)])]
         raise LaunchError(
             silence(silent, launch, given(), meet_s) if silent else f"rank {launch.first} has met all, but told nobody",
@@ -34,9 +33,29 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
                 "look at the output of those hosts: ssh, the path of python and the working folder must be the same on "
                 "all of them; where ranks are slow to start raise cluster.meet_s"
             ),
-        ) from error
+        )
     if is_first:
         store.store.set(_ALL, "")
+
+
+def _all_come(launch: Launch, store: JobStore, within_s: float) -> bool:
+    """Whether all ranks come. One rank may ask again and again; a wait that ends in vain makes torch print a lot."""
+    deadline = time.monotonic() + within_s
+    keys = [_HERE.format(rank) for rank in launch.ranks]
+    while not store.store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _told(store: JobStore, within_s: float) -> bool:
+    """Whether the first rank tells that all have come."""
+    try:
+        store.store.wait([_ALL], timedelta(seconds=within_s))
+    except RuntimeError:
+        return store.store.check([_ALL])
+    return True
 
 
 def silence(silent: list[int], launch: Launch, given: Given, meet_s: float) -> str:

@@ -27,6 +27,7 @@ from deca_ds.launch.mpi_start import late, starting
 from deca_ds.launch.progress import EVERYBODY, Progress
 
 _ANSWER = timedelta(seconds=30)
+MEETING = "job store"  # name of the thread that makes the store
 _RESOLVES_S = 10.0  # for the name of the first rank's host to become known
 
 
@@ -125,16 +126,19 @@ def open_job_store(launch: Launch, timeout_s: float, meet_s: float | None = None
             address = launch.master
             _resolve(address, "MASTER_ADDR", _RESOLVES_S)
             store = _meet(address, is_host, meeting)
+            store.set_timeout(timeout)
         else:
             address, store = _open_over_mpi(launch, is_host, meeting)
-        store.set_timeout(timeout)
+            store.set_timeout(timeout)
     except RuntimeError as error:
         host, port = launch.master or ("a free port", 0)
         why, fix = (
             str(error).splitlines()[0],
             look_at_hosts(f"check that {given().host(launch.first)} runs and that the hosts reach each other"),
         )
-        if is_host and "EADDRINUSE" in str(error):
+        if "timed out" in why:
+            why = f"nobody has answered within {meeting.total_seconds():g} s"
+        elif is_host and "EADDRINUSE" in str(error):
             why, fix = f"port {port} is in use on this host", "choose another MASTER_PORT (deepspeed --master_port)"
         elif is_host and "EACCES" in str(error):
             why, fix = f"port {port} needs privileges", "choose a MASTER_PORT of 1024 or more (deepspeed --master_port)"
@@ -153,11 +157,12 @@ def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPSto
 
     def make() -> None:
         try:
-            made.put(TCPStore(*address, is_master=is_host, timeout=timeout, wait_for_workers=False))
+            # a client tries twice
+            made.put(TCPStore(*address, is_master=is_host, timeout=timeout / 2, wait_for_workers=False))
         except RuntimeError as error:
             made.put(error)
 
-    threading.Thread(target=make, daemon=True).start()
+    threading.Thread(target=make, name=MEETING, daemon=True).start()
     answered = False  # whether somebody was there, an answer's time ago
     while True:
         try:

@@ -22,12 +22,13 @@ from typing import TypedDict
 from deca_ds.launch.digests import code_digest
 
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
+_LINK_LOCAL = "20"  # a scope in /proc/net/if_inet6
 _MPI = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 _TORCH = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
 
 
 class Interface(TypedDict):
-    """A network interface that is up. addresses: IPv4, as address/bits."""
+    """A network interface that is up. addresses: with their networks, as 10.0.0.1/24."""
 
     name: str
     addresses: list[str]
@@ -164,17 +165,20 @@ def _first_line(text: str) -> str:
 
 
 def _interfaces() -> list[Interface]:
-    found = []
+    found: dict[str, list[str]] = {name: [] for _, name in socket.if_nameindex() if _up(name)}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asks:
-        for _, name in socket.if_nameindex():
+        for name, own in found.items():
             request = struct.pack("256s", name.encode()[:15])
             with contextlib.suppress(OSError):  # without an IPv4 address
                 address = socket.inet_ntoa(fcntl.ioctl(asks, _SIOCGIFADDR, request)[20:24])
                 mask = fcntl.ioctl(asks, _SIOCGIFNETMASK, request)[20:24]
-                bits = bin(int.from_bytes(mask, "big")).count("1")
-                if _up(name):
-                    found.append(Interface(name=name, addresses=[f"{address}/{bits}"]))
-    return found
+                own.append(f"{address}/{bin(int.from_bytes(mask, 'big')).count('1')}")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            address, _, bits, scope, _, name = line.split()
+            if name in found and scope != _LINK_LOCAL:
+                found[name].append(f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))}/{int(bits, 16)}")
+    return [Interface(name=name, addresses=own) for name, own in found.items() if own]
 
 
 def _up(name: str) -> bool:
