@@ -6,16 +6,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from jobs import free_port
 
 from deca_ds.errors import LaunchError
+from deca_ds.launch import meet as module
 from deca_ds.launch.given import Given
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.meet import meet, silence
 from deca_ds.launch.mpi_start import starting
 from deca_ds.launch.store import open_job_store
+from deca_ds.tools import train
 
 
 def test_the_first_rank_names_those_that_do_not_come():
@@ -52,17 +56,48 @@ def test_a_first_rank_that_is_not_there_costs_no_more_than_meeting():
     assert "deca doctor" in str(caught.value) and time.monotonic() - started < 300
 
 
+def in_a_child(does: Callable[[], int | None]) -> int:
+    """The status of a process that does it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = does() or 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (Given(hosts=("n0", "n1")), "meeting the other ranks: host n1: rank 1 did not start within 0.3 s"),
+        (
+            Given(Path("/x/hostz"), ("localhost",), True),
+            "deepspeed was given the hostfile '/x/hostz', which is not there",
+        ),
+    ],
+)
+def test_what_a_rank_says_of_its_launch(given, told, monkeypatch, capfd):
+    monkeypatch.setattr(train, "given", lambda: given)
+    monkeypatch.setattr(module, "given", lambda: given)
+    for key, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(key, str(value))
+    keys = ["model.path=x", "data.train=[x.jsonl]", "cluster.clients=2", "cluster.meet_s=0.3"]
+    status = in_a_child(lambda: train.main(keys))
+    said = capfd.readouterr().err
+    assert os.WEXITSTATUS(status) == 2 and said.count("ERROR") == 1 and told in said
+
+
 def test_mpi_that_waits_for_others_is_ended(capfd):
     launch = Launch("openmpi", 0, 4, 0, None)
     with starting(launch, 60):
         pass
-    child = os.fork()
-    if child == 0:
-        try:
-            with starting(launch, 0.2):
-                time.sleep(60)
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+    def start() -> None:
+        with starting(launch, 0.2):
+            time.sleep(60)
+
+    assert os.WTERMSIG(in_a_child(start)) == signal.SIGKILL
     told = capfd.readouterr().err
     assert "ERROR: rank 0 on" in told and "not all 4 MPI ranks came within 0.2 s" in told and "deca doctor" in told

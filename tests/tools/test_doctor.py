@@ -63,7 +63,7 @@ def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch, capsys):
 def test_one_machine_with_a_configuration(tmp_path, tiny_model, word_files, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(
-        f"run: {{output: runs/x}}\ncluster: {{clients: 2}}\nmodel: {{path: {tiny_model}}}\n"
+        f"run: {{output: runs/x, device: cpu}}\ncluster: {{clients: 2}}\nmodel: {{path: {tiny_model}}}\n"
         f"data: {{per_client: [{word_files[0]}, {word_files[1]}], batch_size: 2, micro_batch_size: 1}}\n"
     )
     code, found, _ = doctor(capsys, "--config", "run.yaml")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from jobs import REPOSITORY
+from rich.console import Console
 
 from deca_ds.errors import ConfigError
 from deca_ds.tools.doctor.checks import CHECKS, judge
@@ -16,6 +18,7 @@ from deca_ds.tools.doctor.facts import Clock, EnvironmentFile, Facts, HostFacts,
 from deca_ds.tools.doctor.findings import HERE, Finding, State
 from deca_ds.tools.doctor.network import chosen
 from deca_ds.tools.doctor.sights import Folder, Interface, Sight
+from deca_ds.tools.doctor.table import show
 
 GIB = 2**30
 FAIL, WARN = State.FAIL, State.WARN
@@ -251,3 +254,14 @@ def test_the_manual_has_a_row_for_every_check():
     page = (REPOSITORY / "docs" / "doctor.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["check", *CHECKS]
+
+
+def test_many_hosts_take_several_tables_of_the_terminals_width():
+    hosts = {f"node{i:02}": host(i) for i in range(12)}
+    these = replace(facts(), hosts=hosts, needs=None)
+    console = Console(width=80, file=io.StringIO())
+    show(console, these, judge(these))
+    printed = console.file.getvalue()
+    rows = [line for line in printed.splitlines() if line.startswith(("│", "┃", "┏"))]
+    assert all(len(line) == 80 for line in rows) and all(printed.count(f"┃ {name} ") == 1 for name in hosts)
+    assert "12 hosts: " in printed
