@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 import pytest
 from jobs import free_port
@@ -80,22 +79,21 @@ def test_one_machine_with_a_configuration(tmp_path, tiny_model, word_files, monk
     assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith(("│", "┏")))
 
 
-def test_a_host_that_hangs_costs_its_deadline(monkeypatch):
-    started = time.monotonic()
+def test_a_host_that_hangs_costs_the_time_of_one_answer():
     for silent in (["sleep", "60"], [sys.executable, "-S", "-c", "import time; time.sleep(60)"]):
-        host = Host("n1", silent, started + 0.2)
-        with pytest.raises(Unreachable, match="no answer in time"):
+        host = Host(silent, 0.2)
+        with pytest.raises(Unreachable, match="no answer within"):
             host.ask("clock")
         with pytest.raises(Unreachable):
             host.ask("clock")
-    dead = Host("n1", ["sh", "-c", "echo why >&2; exit 3"], time.monotonic() + 60)
+    dead = Host(["sh", "-c", "echo why >&2; exit 3"], 60)
     with pytest.raises(Unreachable, match="ended with 3") as caught:
         dead.ask("clock")
     assert caught.value.said == "why"
 
 
 def test_an_agent_ends_with_its_connection_and_takes_its_files_along(tmp_path):
-    host = Host("n1", command(None), time.monotonic() + 60)
+    host = Host(command(None), 60)
     assert host.ask("write", folder=str(tmp_path / "new"), name=".probe")["at"] == str(tmp_path)
     assert host.ask("see", folder=str(tmp_path), names=[".probe", "x"]) == [".probe"]
     with pytest.raises(OSError, match="Cannot assign requested address"):

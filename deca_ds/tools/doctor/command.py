@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=path_argument, help="also look for what this configuration needs on each host")
     parser.add_argument("--port", help=f"of the job's store (default MASTER_PORT or {STORE_PORT})")
     parser.add_argument(
-        "--deadline", type=float, default=60.0, metavar="S", help="give each host S seconds to answer (default 60)"
+        "--deadline", type=float, default=60.0, metavar="S", help="give each host S seconds for an answer (default 60)"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")

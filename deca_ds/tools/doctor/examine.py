@@ -29,12 +29,14 @@ from deca_ds.tools.doctor.hosts import Host, Unreachable, at_once, command, reso
 from deca_ds.tools.doctor.links import Link
 from deca_ds.tools.doctor.sights import Sight, tool
 
+_OWN = ""  # the agent of this machine, beside those of the hosts
 _CLOCK_READINGS = 5  # the quickest one counts
 _ALL_PAIRS = 6  # hosts of whom every two are tried, where no configuration names neighbours
 _STREAM_S = 0.4  # that a connection is timed
 _LINK_S = 5.0  # for a connection to be made
 _WORLD = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier(); print('size', MPI.COMM_WORLD.size)"
 _MPI_S = 30.0
+_TOOLS = 5  # that an agent starts one after the other at most, and one in reserve
 _END_S = 5.0  # for mpirun to end what it has started
 
 
@@ -46,52 +48,45 @@ def examine(
     needs: Needs | None = None,
     mistake: UserError | None = None,
 ) -> Facts:
-    """slots: host -> ranks. remote: whether over ssh; else the one host is this machine. within_s: for each host.
+    """slots: host -> ranks. remote: whether over ssh; else the one host is this machine. within_s: for each answer.
     Raises LaunchError where not even this machine answers."""
-    deadline = time.monotonic() + within_s
+    names = [*slots, *([_OWN] if remote else [])]
+    own = _OWN if remote else names[0]
     found = resolve(list(slots), within_s / 4) if remote else {}
-    agents = {name: Host(name, command(name if remote else None), deadline) for name in slots}
-    own = Host("", command(None), deadline) if remote else None
+    agents = {name: Host(command(None if name == own else name), within_s) for name in names}
     try:
-        first = next(iter(slots))
 
         def look(name: str) -> HostFacts:
-            of = HostFacts(slots=slots[name], addresses=found.get(name))
+            of = HostFacts(slots=slots.get(name, 1), addresses=found.get(name))
+            asked = [path for _, path in needs.paths.get(name, ())] if needs is not None else []
             try:
-                sight = _look(agents[name], list(slots) if remote else [], port if name == first else 0, within_s)
-                wrong = {}
-                if needs is not None:
-                    asked = [path for _, path in needs.paths.get(name, ())]
-                    wrong = agents[name].ask("there", paths=asked)
+                sight = _look(agents[name], list(slots) if remote else [], port if name == names[0] else 0, within_s)
+                wrong = agents[name].ask("there", paths=asked)
                 return replace(of, sight=sight, clock=_clock(agents[name]), wrong_paths=wrong)
             except (Unreachable, OSError) as error:
-                return replace(of, fault=str(error), said=getattr(error, "said", ""))
+                return _silent(of, error)
 
-        hosts = at_once(look, list(slots))
-        try:
-            here = hosts[first].sight if own is None else _look(own, list(slots), 0, within_s)
-        except Unreachable as error:
-            raise _unanswered(error.what) from None
+        hosts = at_once(look, names)
+        here = hosts[own].sight
         if here is None:
-            raise _unanswered(hosts[first].fault)
+            fault = f"this machine's own python: {hosts[own].fault}"
+            raise LaunchError(fault, where="deca doctor", fix="raise --deadline")
+        hosts.pop(_OWN, None)
         answering = {name: agents[name] for name, of in hosts.items() if of.sight is not None}
         if needs is not None:
             hosts = _share(hosts, answering, needs.output)
-        links = {}
-        if len(answering) > 1:
-            pairs = needs.pairs if needs is not None else _pairs(list(slots))
-            links = _links([pair for pair in pairs if set(pair) <= answering.keys()], answering, found)
+        pairs = needs.pairs if needs is not None else _pairs(list(slots))
+        links = _links([pair for pair in pairs if set(pair) <= answering.keys()], answering, found)
     finally:
-        at_once(lambda name: agents[name].close(), list(agents))
-        if own is not None:
-            own.close()
+        at_once(lambda name: agents[name].close(), names)
     facts = Facts(hosts, here, remote, port, links, None, read_environment_files(os.environ), needs, mistake)
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
     return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))
 
 
-def _unanswered(why: str) -> LaunchError:
-    return LaunchError(f"this machine's own python: {why}", where="deca doctor", fix="raise --deadline")
+def _silent(of: HostFacts, error: Unreachable | OSError) -> HostFacts:
+    """What is known of a host that has not answered."""
+    return replace(of, sight=None, fault=str(error), said=getattr(error, "said", ""))
 
 
 def _look(agent: Host, names: Sequence[str], port: int, within_s: float) -> Sight:
@@ -102,7 +97,7 @@ def _look(agent: Host, names: Sequence[str], port: int, within_s: float) -> Sigh
         names=list(names),
         variables=list(INTERFACE_VARIABLES),
         port=port,
-        tool_s=within_s / 3,
+        tool_s=within_s / _TOOLS,
     )
     return sight
 
@@ -126,7 +121,7 @@ def _share(hosts: Mapping[str, HostFacts], agents: Mapping[str, Host], output: s
         try:
             return replace(hosts[name], output=agents[name].ask("write", folder=output, name=names[name]))
         except (Unreachable, OSError) as error:
-            return replace(hosts[name], sight=None, fault=str(error), said=getattr(error, "said", ""))
+            return _silent(hosts[name], error)
 
     found |= at_once(leave, list(agents))
 
@@ -137,7 +132,7 @@ def _share(hosts: Mapping[str, HostFacts], agents: Mapping[str, Host], output: s
         try:
             seen = agents[name].ask("see", folder=folder["at"], names=list(names.values()))
         except (Unreachable, OSError) as error:
-            return replace(found[name], sight=None, fault=str(error), said=getattr(error, "said", ""))
+            return _silent(found[name], error)
         return replace(found[name], sees=frozenset(of for of, file in names.items() if file in seen))
 
     return found | at_once(see, list(agents))

@@ -33,6 +33,7 @@ module.serve({lives_s!r})
 """
 _LOADER = "import sys; exec(eval(sys.stdin.readline()))"
 _LAST_LINES = 5  # of stderr
+_LIVES_S = 3600  # of an agent at most, should its connection not close
 _END_S = 2.0  # for an agent whose input has closed
 
 Result = TypeVar("Result")
@@ -47,11 +48,10 @@ class Unreachable(Exception):
 
 
 class Host:
-    """One host with its agent. deadline: by `time.monotonic()`, for all that is asked of it. Raises LaunchError without
-    ssh."""
+    """One host with its agent. command: starts python. within_s: for each answer. Raises LaunchError without ssh."""
 
-    def __init__(self, name: str, command: Sequence[str], deadline: float):
-        self.name, self.deadline = name, deadline
+    def __init__(self, command: Sequence[str], within_s: float):
+        self._within_s = within_s
         try:
             self._process = subprocess.Popen(
                 command,
@@ -69,18 +69,19 @@ class Host:
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._listen)]
         for reader in self._readers:
             reader.start()
-        self._send(ascii(_agent(max(1, int(deadline - time.monotonic()) + 5))))
+        self._send(ascii(_agent(_LIVES_S)))
 
     def ask(self, question: str, **given: Any) -> Any:
-        """The agent's answer. Raises Unreachable if none comes before the deadline, OSError if it says what went
-        wrong there."""
+        """The agent's answer. Raises Unreachable if none comes in time, after which the agent is gone, and OSError if
+        it says what went wrong."""
         self._send(json.dumps([question, given]))
         try:
-            line = self._answers.get(timeout=max(0.0, self.deadline - time.monotonic()))
+            line = self._answers.get(timeout=self._within_s)
         except queue.Empty:
             self.close()
-            raise Unreachable("no answer in time", self._last_said()) from None
+            raise Unreachable(f"no answer within {self._within_s:g} s", self._last_said()) from None
         if line is None:
+            self._answers.put(None)  # to later questions, too
             raise Unreachable(f"ended with {self._process.wait()}", self._last_said())
         answer = json.loads(line)
         if "error" in answer:
