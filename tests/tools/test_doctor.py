@@ -9,12 +9,13 @@ import pytest
 from jobs import free_port
 
 from deca_ds.cli import main
+from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.doctor import examine
 from deca_ds.tools.doctor.hosts import Host, Unreachable, command
-from deca_ds.tools.doctor.needs import pairs_of
+from deca_ds.tools.doctor.needs import pairs_of, paths_of
 
 SSH = """#!/bin/sh
 while [ "$1" != "${1#-}" ]; do [ "$1" = -o ] && shift; shift; done
@@ -117,3 +118,15 @@ def test_hosts_that_send_each_other_messages():
     assert two == [("a", "b")]
     spread = pairs_of(ClientLayout.of([2] * 4), ring, list("abcdefgh"))
     assert ("c", "d") in spread and ("c", "e") in spread and ("c", "f") not in spread, "shard 0 meets shard 0"
+
+
+def test_names_of_the_hub_are_no_paths_and_clients_files_are_for_their_own_hosts():
+    keys = ["model.path=Qwen/Qwen2.5-0.5B", "model.tokenizer=./tokens", "cluster.clients=2"]
+    train = load_config(None, [*keys, "data.train=[owner/rows:train,rows.jsonl,/d/*.csv]"])
+    everywhere = [("model.tokenizer", "./tokens"), ("data.train", "rows.jsonl"), ("data.train", "/d/*.csv")]
+    assert paths_of(train, ClientLayout.of([1, 1]), ["a", "b"]) == {"a": everywhere, "b": everywhere}
+    apart = paths_of(
+        load_config(None, [*keys, "data.per_client=[x.csv,y.csv]"]), ClientLayout.of([2, 1]), ["a", "b", "c"]
+    )
+    own = {host: [path for key, path in paths if key == "data.per_client"] for host, paths in apart.items()}
+    assert own == {"a": ["x.csv"], "b": ["x.csv"], "c": ["y.csv"]}

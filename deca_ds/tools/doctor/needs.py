@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
+from deca_ds.config.paths import could_be_hub_name
+from deca_ds.data.sources import LOOKS_LIKE_A_PATH
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.load import find_blocks, load_architecture, meta_model
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
@@ -57,7 +59,7 @@ def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> di
     """Host -> (key, path) of what its ranks open. Names of the hub are no paths."""
     everywhere: list[tuple[str, str]] = []
     for key, path in (("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer)):
-        if path is not None and _local(path):
+        if path is not None and (os.path.exists(path) or not could_be_hub_name(path)):
             everywhere.append((key, path))
     for key, path in (
         ("gossip.matrix", config.gossip.matrix),
@@ -66,8 +68,8 @@ def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> di
     ):
         if path is not None:
             everywhere.append((key, path))
-    everywhere += [("data.train", path) for path in config.data.train if _local(path)]
-    everywhere += [("data.evaluation", path) for path in config.data.evaluation if _local(path)]
+    for key, entries in (("data.train", config.data.train), ("data.evaluation", config.data.evaluation)):
+        everywhere += [(key, path) for path in entries if os.path.exists(path) or LOOKS_LIKE_A_PATH.search(path)]
     found = {host: list(everywhere) for host in dict.fromkeys(host_of)}
     for key, paths in (
         ("data.per_client", config.data.per_client),
@@ -77,11 +79,6 @@ def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> di
             for host in dict.fromkeys(host_of[rank] for rank in layout.ranks_of(client)):
                 found[host].append((key, path))
     return found
-
-
-def _local(path: str) -> bool:
-    """Whether it is a path, and no name of the hub; `owner/name` is one where such a folder is here."""
-    return path.startswith(("/", ".", "~")) or Path(path).exists() or path.count("/") > 1 or bool(Path(path).suffix)
 
 
 def pairs_of(layout: ClientLayout, mixing: MixingSchedule, host_of: Sequence[str]) -> list[tuple[str, str]]:

@@ -223,7 +223,9 @@ def there(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _unreadable(path: str) -> str:
-    found = glob.glob(path) if any(sign in path for sign in "*?[") and not os.path.lexists(path) else [path]
+    found = (
+        glob.glob(path, recursive=True) if any(sign in path for sign in "*?[") and not os.path.lexists(path) else [path]
+    )
     if not found or not os.path.exists(found[0]):
         return "is not there"
     return "" if all(os.access(each, os.R_OK) for each in found) else "cannot be read"
