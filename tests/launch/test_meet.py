@@ -81,7 +81,8 @@ def in_a_child(does: Callable[[], int | None]) -> int:
 def test_what_a_rank_says_of_its_launch(given, told, monkeypatch, capfd):
     monkeypatch.setattr(train, "given", lambda: given)
     monkeypatch.setattr(module, "given", lambda: given)
-    for key, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+    ranks = len(given.hosts)
+    for key, value in {"RANK": 0, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(key, str(value))
     keys = ["model.path=x", "data.train=[x.jsonl]", "cluster.clients=2", "cluster.meet_s=0.3"]
     status = in_a_child(lambda: train.main(keys))
