@@ -13,10 +13,11 @@ from deca_ds.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`deca export`, `deca plan`, `deca simulate`, `deca status` and `deca supervise`; returns the exit code."""
+    """All commands but training; returns the exit code."""
     from deca_ds.checkpoint.commands import add_export_arguments, run_export
     from deca_ds.simulation import command as simulation
     from deca_ds.tools import status, supervise
+    from deca_ds.tools.doctor import command as doctor
     from deca_ds.training.terminal import own_streams
 
     own_streams()
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
     plan.set_defaults(command=_plan)
+    examine = commands.add_parser("doctor", help="look at every host, before a job is started on them")
+    doctor.add_arguments(examine)
+    examine.set_defaults(command=doctor.run)
     simulate = commands.add_parser("simulate", help="train all clients of a configuration in this one process")
     simulation.add_arguments(simulate)
     simulate.set_defaults(command=simulation.run)

@@ -23,6 +23,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("run.seed", lambda x: 0 <= x < 2**31, "between 0 and 2147483647"),
     ("cluster.clients", lambda x: x >= 1, "at least 1"),
     ("cluster.timeout_s", lambda x: x > 0, "more than 0"),
+    ("cluster.meet_s", lambda x: x > 0, "more than 0"),
     ("cluster.return_s", lambda x: x >= 0, "0 or more"),
     ("cluster.min_clients", lambda x: x >= 1, "at least 1"),
     ("blocks.layers_per_block", lambda x: x is None or x >= 1, "null or at least 1"),

@@ -1,4 +1,4 @@
-"""What a configuration key consists of."""
+"""How the schema declares a key."""
 
 from __future__ import annotations
 

@@ -54,6 +54,11 @@ def expand_all(config: Config) -> None:
             raise ConfigError(f"{key} = {made!r}: {why}", where=key, fix="write the whole path")
 
 
+def could_be_hub_name(path: str) -> bool:
+    """Whether the hub could have a model of this name."""
+    return _HUB_NAME.fullmatch(path) is not None
+
+
 def look_for(path: str) -> str:
     """Advice about `path`, which is not there."""
     for link in (path, *map(str, Path(path).parents)):
@@ -69,7 +74,7 @@ def check_model_folder(model: ModelConfig) -> None:
             continue
         if os.path.isfile(path):
             raise ModelError(f"{path!r} is a file", where=key, fix="name the folder that holds config.json")
-        if os.path.islink(path) or not _HUB_NAME.fullmatch(path):
+        if os.path.islink(path) or not could_be_hub_name(path):
             raise ModelError(f"there is no folder {path!r}", where=key, fix=look_for(path))
 
 

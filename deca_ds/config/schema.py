@@ -56,6 +56,12 @@ class ClusterConfig:
         "Seconds after which a rank ends the job if neither it nor any rank that it waits for has made progress.",
         "failures.md#no-wait-is-silent-or-endless",
     )
+    meet_s: float = key(
+        60.0,
+        "Seconds that the ranks that have started wait for the others at the start, until the job ends and names the "
+        "hosts that are silent.",
+        "launching.md#hosts-that-do-not-start",
+    )
     on_failure: Literal["stop", "continue"] = key(
         "stop",
         "What the job does when a client dies or hangs during training: `stop`, or `continue` without that client, "

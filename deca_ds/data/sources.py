@@ -30,7 +30,7 @@ from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind
 from deca_ds.data.strict_json import parse
 from deca_ds.errors import DataError
 
-_LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
+LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 
@@ -71,7 +71,7 @@ def look_through(entries: Iterable[str], key: str, *, hub: bool = True) -> tuple
             if not matches:
                 raise DataError(f"no file matches {entry!r}", where=key, fix=look_for(entry))
             add_matches(found, map(Path, matches), entry, key)
-        elif hub and not os.path.islink(entry) and not _LOOKS_LIKE_A_PATH.search(entry):
+        elif hub and not os.path.islink(entry) and not LOOKS_LIKE_A_PATH.search(entry):
             name, _, split = entry.partition(":")
             sources[HubName(name, split or None)] = None
         else:

@@ -6,12 +6,11 @@ versions of a library may compute other bits or wait for other collectives; clus
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from deca_ds.config.paths import KEYS as PATHS
 from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
 from deca_ds.errors import LaunchError
+from deca_ds.launch.digests import code_digest, digest
+from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 
@@ -30,17 +31,7 @@ LIBRARIES = ("Python", *_PACKAGES)  # of these, versions may differ with cluster
 # Keys that may name other places on other hosts, or what only concerns one host. What is found there is compared: the
 # models by their values, data by counts and labels, the mixing matrices and DeepSpeed's JSON by their content.
 _OF_A_HOST = frozenset({*PATHS, "run.device", "run.threads"})
-_DIGEST_BYTES = 8
 _WHERE = "comparison of all ranks at the start"
-
-
-def digest(parts: Iterable[bytes | memoryview]) -> str:
-    """A few characters that tell one content, part after part, from another."""
-    total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for part in parts:
-        total.update(len(part).to_bytes(8, "little"))
-        total.update(part)
-    return total.hexdigest()
 
 
 def compare_software(config: Config, launch: Launch, store: JobStore, matrices: Sequence[bytes]) -> None:
@@ -50,14 +41,14 @@ def compare_software(config: Config, launch: Launch, store: JobStore, matrices: 
     """
     every = store.gather(launch, "fingerprint", {"host": launch.host, **software(config, matrices)})
     hosts = _each(every, "host")
-    _refuse("deca_ds source files", _each(every, "code"), hosts, "install the same deca_ds everywhere")
+    _refuse("deca_ds source files", _each(every, "code"), hosts, look_at_hosts("install the same deca_ds everywhere"))
     if len(set(_each(every, "keys").values())) > 1:
         _refuse_keys(store.gather(launch, "fingerprint/keys", _keys(config, matrices)), hosts)
     for name in LIBRARIES:
         odd = odd_ones(_each(every, name), hosts)
         if odd and not config.cluster.allow_mixed_versions:
             fix = "install the same everywhere, or set cluster.allow_mixed_versions=true if you know them to fit"
-            raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=fix)
+            raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=look_at_hosts(fix))
         if odd and launch.rank == launch.first:
             print("WARNING: " + "; ".join(odd).replace("{}", name), file=sys.stderr, flush=True)
 
@@ -66,7 +57,7 @@ def software(config: Config, matrices: Sequence[bytes]) -> dict[str, str]:
     """Versions and digests of what this rank runs: libraries, "code" and "keys", the configuration's."""
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     keys = json.dumps(_keys(config, matrices)).encode()
-    return {**versions, "code": code_digest(), "keys": digest([keys])}
+    return {**versions, "code": code_digest(Path(deca_ds.__file__).parent), "keys": digest([keys])}
 
 
 def compare_start(launch: Launch, store: JobStore, parts: Mapping[str, str], ranks_per_client: int) -> None:
@@ -99,13 +90,6 @@ def odd_ones(values: Mapping[int, str], hosts: Mapping[int, str]) -> list[str]:
             who = f"rank {whose} has" if len(ranks) == 1 else f"ranks {whose} have"
             named.append(f"{who} {{}} {value}, {others} other{'s' if others > 1 else ''} {majority}")
     return named
-
-
-def code_digest() -> str:
-    """Of the package's own source files."""
-    root = Path(deca_ds.__file__).parent
-    files = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
-    return digest(part for path in files for part in (path.relative_to(root).as_posix().encode(), path.read_bytes()))
 
 
 def _keys(config: Config, matrices: Sequence[bytes]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from deca_ds.errors import LaunchError
+from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 
@@ -102,8 +103,10 @@ def check_devices(devices: Mapping[int, Taken], layout: ClientLayout) -> None:
             raise LaunchError(
                 f"client {client} would compute on GPUs ({_shown(gpus)}) and on CPUs ({_shown(cpus)})",
                 where="run.device",
-                fix="look at nvidia-smi where there is no GPU, and at CUDA_VISIBLE_DEVICES; or set run.device=cpu for "
-                "all of the client's ranks",
+                fix=look_at_hosts(
+                    "look at nvidia-smi where there is no GPU, and at CUDA_VISIBLE_DEVICES; or set run.device=cpu for "
+                    "all of the client's ranks"
+                ),
             )
         for identity, holders in _by_gpu(ranks).items():
             if identity and len(holders) > 1:
@@ -144,7 +147,9 @@ def _usable_gpus(wanted: str, host: str) -> int:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and not gpus:
         raise LaunchError(
-            f"run.device=cuda, but torch sees no GPU on {host}", where="run.device", fix="set run.device=cpu"
+            f"run.device=cuda, but torch sees no GPU on {host}",
+            where="run.device",
+            fix=look_at_hosts("set run.device=cpu, or look at nvidia-smi there"),
         )
     return gpus
 

@@ -21,10 +21,13 @@ from typing import Any
 from torch.distributed import HashStore, Store, TCPStore
 
 from deca_ds.errors import LaunchError
+from deca_ds.launch.given import given, look_at_hosts
 from deca_ds.launch.launcher import Launch
+from deca_ds.launch.mpi_start import late, starting
 from deca_ds.launch.progress import EVERYBODY, Progress
 
 _ANSWER = timedelta(seconds=30)
+MEETING = "job store"  # name of the thread that makes the store
 _RESOLVES_S = 10.0  # for the name of the first rank's host to become known
 
 
@@ -106,12 +109,14 @@ class JobStore:
         return TCPStore(host, int(port), is_master=False, timeout=self.timeout, wait_for_workers=False)
 
 
-def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
+def open_job_store(launch: Launch, timeout_s: float, meet_s: float | None = None) -> JobStore:
     """Host (the first rank) or join the job's store; under MPI rank 0 picks a free port and broadcasts it.
 
-    Raises LaunchError if that rank cannot be reached within `timeout_s` seconds; soon, if its address or port is none.
+    timeout_s: of later waits. Raises LaunchError if that rank cannot be reached within `meet_s` seconds, by default as
+    many; soon, if its address or port is none.
     """
     timeout = timedelta(seconds=timeout_s)
+    meeting = timedelta(seconds=timeout_s if meet_s is None else meet_s)
     if launch.world_size == 1:
         return JobStore(HashStore(), None, timeout)
     is_host = launch.rank == launch.first
@@ -120,16 +125,20 @@ def open_job_store(launch: Launch, timeout_s: float) -> JobStore:
         if launch.master is not None:
             address = launch.master
             _resolve(address, "MASTER_ADDR", _RESOLVES_S)
-            store = _meet(address, is_host, timeout)
+            store = _meet(address, is_host, meeting)
+            store.set_timeout(timeout)
         else:
-            address, store = _open_over_mpi(launch, is_host, timeout)
+            address, store = _open_over_mpi(launch, is_host, meeting)
+            store.set_timeout(timeout)
     except RuntimeError as error:
         host, port = launch.master or ("a free port", 0)
         why, fix = (
             str(error).splitlines()[0],
-            f"check that rank {launch.first} runs and that the hosts reach each other",
+            look_at_hosts(f"check that {given().host(launch.first)} runs and that the hosts reach each other"),
         )
-        if is_host and "EADDRINUSE" in str(error):
+        if "timed out" in why:
+            why = f"nobody has answered within {meeting.total_seconds():g} s"
+        elif is_host and "EADDRINUSE" in str(error):
             why, fix = f"port {port} is in use on this host", "choose another MASTER_PORT (deepspeed --master_port)"
         elif is_host and "EACCES" in str(error):
             why, fix = f"port {port} needs privileges", "choose a MASTER_PORT of 1024 or more (deepspeed --master_port)"
@@ -148,11 +157,12 @@ def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPSto
 
     def make() -> None:
         try:
-            made.put(TCPStore(*address, is_master=is_host, timeout=timeout, wait_for_workers=False))
+            # a client tries twice
+            made.put(TCPStore(*address, is_master=is_host, timeout=timeout / 2, wait_for_workers=False))
         except RuntimeError as error:
             made.put(error)
 
-    threading.Thread(target=make, daemon=True).start()
+    threading.Thread(target=make, name=MEETING, daemon=True).start()
     answered = False  # whether somebody was there, an answer's time ago
     while True:
         try:
@@ -169,25 +179,23 @@ def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPSto
 
 
 def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[tuple[str, int], Store]:
-    from mpi4py import MPI  # importing starts MPI, which only ranks of an MPI launch may do
+    with starting(launch, timeout.total_seconds()):
+        from mpi4py import MPI  # importing starts MPI, which only ranks of an MPI launch may do
 
     world = MPI.COMM_WORLD
     if world.size != launch.world_size:
         raise LaunchError(
             f"{launch.launcher} started {launch.world_size} ranks, but MPI sees {world.size}",
             where="MPI world",
-            fix="mpi4py is built for another MPI than the one that launched the job: use the mpirun of that library",
+            fix=look_at_hosts(
+                "mpi4py is built for another MPI than the one that launched the job: use the mpirun of that library"
+            ),
         )
     arrived = world.Ibarrier()  # the one call of these that can be given a deadline; once all are here, none waits long
     deadline = time.monotonic() + timeout.total_seconds()
     while not arrived.Test():
         if time.monotonic() > deadline:
-            raise LaunchError(
-                f"rank {launch.rank} on {launch.host}: not all {world.size} MPI ranks came within "
-                f"{timeout.total_seconds():g} s",
-                where="MPI world",
-                fix="look for the rank that has not started; mpirun --tag-output says which rank a line is from",
-            )
+            raise late(launch, timeout.total_seconds())
         time.sleep(0.001)
     on_this_host = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_host = on_this_host.size == world.size
@@ -210,7 +218,9 @@ def _reachable_address(launch: Launch) -> str:
         raise LaunchError(
             f"the name of host {launch.host} stands for {address}, which other hosts cannot reach",
             where="job store under MPI",
-            fix="pass the address of rank 0 and a free port: mpirun -x MASTER_ADDR=ADDRESS -x MASTER_PORT=29500 ...",
+            fix=look_at_hosts(
+                "pass the address of rank 0 and a free port: mpirun -x MASTER_ADDR=ADDRESS -x MASTER_PORT=29500 ..."
+            ),
         )
     return address
 
@@ -271,7 +281,7 @@ def _resolve(address: tuple[str, int], whose: str, within_s: float = 0.0) -> tup
                 raise LaunchError(
                     f"{host!r} stands for no address: {error}",
                     where=whose,
-                    fix="look for a typing error, or give the number of the address",
+                    fix=look_at_hosts("look for a typing error, or give the number of the address"),
                 ) from None
         time.sleep(0.5)
     family, *_, best = min(found, key=lambda each: each[0] != socket.AF_INET)

@@ -17,6 +17,8 @@ from deca_ds.config.paths import argument as path_argument
 from deca_ds.elastic.rejoin import join_job
 from deca_ds.errors import UserError
 from deca_ds.launch import ClientLayout, read_launch
+from deca_ds.launch.given import given
+from deca_ds.launch.meet import meet
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.claim import check_held
 from deca_ds.training.terminal import on_stop, own_streams
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = read_launch()
         config: Config | UserError  # the mistake in it, for the guard to tell the other ranks, too
         try:
+            given().check(launch.world_size)
             config = load_config(arguments.config, arguments.overrides)
         except UserError as mistake:
             config = mistake
@@ -62,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 launch, layout, Path(config.run.output), _START_TIMEOUT_S, config.cluster.timeout_s, tries_until()
             )
         else:
-            patience_s = _START_TIMEOUT_S
+            patience_s, meet_s = _START_TIMEOUT_S, _START_S
             if not isinstance(config, UserError):
-                patience_s = max(_START_S, config.cluster.timeout_s)
+                patience_s, meet_s = max(_START_S, config.cluster.timeout_s), config.cluster.meet_s
                 if config.cluster.absent:
                     layout = ClientLayout.of(check_world(config, launch.world_size))
                     launch = launch.without(config.cluster.absent, layout)
-            store = open_job_store(launch, patience_s)
+            store = open_job_store(launch, patience_s, meet_s)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return USER_ERROR_CODE
@@ -78,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with guarded(launch, store, visitor) as guard:
         if isinstance(config, UserError):
             raise config
+        if visit is None:
+            guard.progress.enter("meeting the other ranks")
+            meet(launch, store, config.cluster.meet_s)
         if arguments.dry_run:
             if launch.rank == launch.first:
                 from deca_ds.tools.plan import print_plan

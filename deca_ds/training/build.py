@@ -32,7 +32,7 @@ from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch import Cluster
-from deca_ds.launch.compare import digest
+from deca_ds.launch.digests import digest
 from deca_ds.launch.progress import SHARED
 from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints

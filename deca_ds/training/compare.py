@@ -10,7 +10,7 @@ import torch
 from deca_ds.engine.client import Client
 from deca_ds.errors import DataError
 from deca_ds.launch import ClientLayout
-from deca_ds.launch.compare import digest
+from deca_ds.launch.digests import digest
 from deca_ds.training.model_digest import whole_digest
 
 

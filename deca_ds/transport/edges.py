@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deca_ds.errors import GossipError, MessageError
+from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.transport.transport import PROBE_TAG, Transport
@@ -46,7 +47,9 @@ def probe_edges(
             raise GossipError(
                 f"the edge between {places} does not carry messages: {error.what}",
                 where="edge test at the start",
-                fix="check that these hosts reach each other: firewall, GLOO_SOCKET_IFNAME or MPI's network interface",
+                fix=look_at_hosts(
+                    "check that these hosts reach each other: firewall, GLOO_SOCKET_IFNAME or MPI's network interface"
+                ),
             ) from error
         if j > transport.client:
             measured.append((j, partner, figures))

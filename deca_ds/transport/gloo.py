@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deca_ds.errors import GossipError
+from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.view import Membership
@@ -58,7 +59,7 @@ class GlooTransport(Transport):
             raise GossipError(
                 f"not all {len(peers)} ranks joined the gossip group within {timeout.total_seconds():g} s: {error}",
                 where=self.layout.named(self.rank),
-                fix="look at the output of the other ranks; on several networks set GLOO_SOCKET_IFNAME",
+                fix=look_at_hosts("look at the output of the other ranks; on several networks set GLOO_SOCKET_IFNAME"),
             ) from None
 
     def _exchange(

@@ -68,7 +68,7 @@ def test_another_version_is_refused_or_warned_of(monkeypatch, capsys):
 
 
 def test_other_source_files_are_refused_always(monkeypatch):
-    monkeypatch.setattr(compare, "code_digest", lambda: "old" if here.rank in (1, 3) else "new")
+    monkeypatch.setattr(compare, "code_digest", lambda root: "old" if here.rank in (1, 3) else "new")
     for message in on_all_ranks(software("cluster.allow_mixed_versions=true")):
         assert (
             "ranks 1 on" in message and "3 on" in message and "have deca_ds source files old, 2 others new" in message

@@ -1,0 +1,94 @@
+"""What a configuration wants of the hosts, as the plan knows it: from shapes, without weights or data."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from deca_ds.config import Config
+from deca_ds.config.checks import check_world
+from deca_ds.config.paths import could_be_hub_name
+from deca_ds.data.sources import LOOKS_LIKE_A_PATH
+from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.load import find_blocks, load_architecture, meta_model
+from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.tools.disk import Stored, disk_need
+from deca_ds.tools.doctor.facts import Needs
+from deca_ds.training.method import build_rule, build_schedule, check_method
+
+_PROCESS = 350 * 2**20  # of a rank: the libraries that it has loaded
+
+
+def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
+    """slots: host -> ranks. Raises the UserErrors of a configuration that has no plan, or none for these hosts."""
+    world = sum(slots.values())
+    layout = ClientLayout.of(check_world(config, world))
+    check_method(config)
+    host_of = [host for host, count in slots.items() for _ in range(count)]
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    model = meta_model(config.model, load_architecture(config.model))
+    add_adapters(config, model)
+    plan, rule = find_blocks(config, model), build_rule(config)
+    stored = Stored.of(model, plan, config.model, rule)
+    on_disk = disk_need(stored, build_schedule(config, len(plan.blocks)), config.checkpoint).most
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    numels = [block.numel for block in plan.blocks]
+    held = stored.frozen + width * sum(numels) + rule.bytes_per_parameter * max(numels)
+    disk: dict[str, int] = defaultdict(int)
+    memory: dict[str, int] = defaultdict(int)
+    for rank, host in enumerate(host_of):
+        ranks = len(layout.ranks_of(layout.client_of(rank)))
+        disk[host] += on_disk // ranks
+        memory[host] += held // ranks + _PROCESS
+    return Needs(
+        output=config.run.output,
+        transport=config.cluster.transport,
+        device=config.run.device,
+        mixed_versions=config.cluster.allow_mixed_versions,
+        paths=paths_of(config, layout, host_of),
+        disk=dict(disk),
+        memory=dict(memory),
+        pairs=pairs_of(layout, mixing, host_of),
+    )
+
+
+def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Host -> (key, path) of what its ranks open. Names of the hub are no paths."""
+    everywhere: list[tuple[str, str]] = []
+    for key, path in (("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer)):
+        if path is not None and (os.path.exists(path) or not could_be_hub_name(path)):
+            everywhere.append((key, path))
+    for key, path in (
+        ("gossip.matrix", config.gossip.matrix),
+        ("gossip.edges", config.gossip.edges),
+        ("deepspeed", config.deepspeed),
+    ):
+        if path is not None:
+            everywhere.append((key, path))
+    for key, entries in (("data.train", config.data.train), ("data.evaluation", config.data.evaluation)):
+        everywhere += [(key, path) for path in entries if os.path.exists(path) or LOOKS_LIKE_A_PATH.search(path)]
+    found = {host: list(everywhere) for host in dict.fromkeys(host_of)}
+    for key, paths in (
+        ("data.per_client", config.data.per_client),
+        ("data.per_client_evaluation", config.data.per_client_evaluation),
+    ):
+        for client, path in enumerate(paths[: layout.clients]):
+            for host in dict.fromkeys(host_of[rank] for rank in layout.ranks_of(client)):
+                found[host].append((key, path))
+    return found
+
+
+def pairs_of(layout: ClientLayout, mixing: MixingSchedule, host_of: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of hosts with an edge of the graph between them, with ranks of one client, or with the job's store."""
+    order = {host: place for place, host in enumerate(dict.fromkeys(host_of))}
+    joined = {(host_of[0], host) for host in order}
+    for client in range(layout.clients):
+        joined |= set(combinations(dict.fromkeys(host_of[rank] for rank in layout.ranks_of(client)), 2))
+        for neighbour in mixing.neighbours(client):
+            for rank in layout.ranks_of(client):
+                joined |= {(host_of[rank], host_of[partner]) for partner in layout.partners(rank, neighbour)}
+    ordered = {(one, other) if order[one] < order[other] else (other, one) for one, other in joined}
+    return sorted((pair for pair in ordered if pair[0] != pair[1]), key=lambda pair: (order[pair[0]], order[pair[1]]))

@@ -1,0 +1,120 @@
+"""Checks of what a job takes on each host: files, disk, memory, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.filesize import decimal
+
+from deca_ds.tools.doctor.facts import Facts
+from deca_ds.tools.doctor.findings import HERE, Verdict, check, fail, ok, warn
+
+_SHARED_PER_RANK = 128 * 2**20  # of /dev/shm, for NCCL and DeepSpeed
+_FILES, _FILES_PER_RANK = 512, 16  # open at once: libraries and data, and connections to each other rank
+_UNLIMITED = -1
+
+
+@check("plan")
+def plan(facts: Facts) -> Iterator[Verdict]:
+    """Whether the configuration has a plan at all for these hosts."""
+    host = HERE if facts.remote else next(iter(facts.hosts))
+    if facts.mistake is not None:
+        where = f" ({facts.mistake.where})" if facts.mistake.where else ""
+        yield fail(host, facts.mistake.what + where, facts.mistake.fix or "see deca plan with this configuration")
+    elif facts.needs is not None:
+        yield ok(host, "the configuration fits the hosts")
+
+
+@check("files")
+def files(facts: Facts) -> Iterator[Verdict]:
+    """What the configuration names and ranks on a host read."""
+    if facts.needs is None:
+        return
+    for host in facts.seen:
+        of, wrong = facts.needs.paths.get(host, ()), facts.hosts[host].wrong_paths
+        missing = [f"{key}: {path} {wrong[path]}" for key, path in of if wrong.get(path)]
+        if missing:
+            yield fail(host, "; ".join(missing), "copy it there, or name a folder that all hosts share")
+        else:
+            yield ok(host, f"{len(of)} path{'s' if len(of) != 1 else ''}")
+
+
+@check("output")
+def output(facts: Facts) -> Iterator[Verdict]:
+    """Whether ranks can write run.output, and which hosts share it."""
+    if facts.needs is None:
+        return
+    everybody = {host for host, of in facts.hosts.items() if of.output is not None and not of.output["error"]}
+    for host in facts.seen:
+        of = facts.hosts[host]
+        if of.output is None:
+            continue
+        if of.output["error"]:
+            fix = "name a run.output that every host can write, or mend the mount"
+            yield fail(host, f"cannot write in {of.output['at']}: {of.output['error']}", fix)
+        elif len(everybody) > 1 and 1 < len(of.sees) < len(everybody):
+            what = f"{of.output['at']} is shared with {', '.join(sorted(of.sees - {host}))} only"
+            yield warn(host, what, "let all hosts share run.output, or none: deca export wants all parts in one place")
+        elif len(everybody) > 1:
+            yield ok(host, "shared by all" if len(of.sees) == len(everybody) else "a disk of its own")
+        else:
+            yield ok(host, of.output["at"])
+
+
+@check("disk")
+def disk(facts: Facts) -> Iterator[Verdict]:
+    """Free space at run.output for all who write on one disk."""
+    if facts.needs is None:
+        return
+    for host in facts.seen:
+        of = facts.hosts[host]
+        if of.output is None or of.output["error"]:
+            continue
+        need = sum(facts.needs.disk.get(other, 0) for other in of.sees)
+        free = of.output["free"]
+        if free < need:
+            fix = "make room, lower checkpoint.keep, or name another run.output"
+            yield fail(host, f"{decimal(free)} free at {of.output['at']}, the plan needs {decimal(need)}", fix)
+        else:
+            yield ok(host, f"{decimal(free)} free, {decimal(need)} needed")
+
+
+@check("memory")
+def memory(facts: Facts) -> Iterator[Verdict]:
+    """Free memory of the host, or of its GPUs, against what its ranks hold at least."""
+    for host, sight in facts.seen.items():
+        need = facts.needs.memory.get(host, 0) if facts.needs is not None else 0
+        on_gpus = bool(sight["gpus"]) and not (facts.needs is not None and facts.needs.device == "cpu")
+        free = sum(_gpu_bytes(gpu) for gpu in sight["gpus"]) if on_gpus else sight["memory"]
+        if free and free < need:
+            what = f"{decimal(free)} of {'GPU memory' if on_gpus else 'memory free'}, the ranks there hold at least"
+            yield fail(host, f"{what} {decimal(need)}", "more ranks a client on more hosts, or model.dtype=bfloat16")
+        else:
+            yield ok(host, f"{decimal(free)}" + (f", at least {decimal(need)} needed" if need else " free"))
+
+
+def _gpu_bytes(gpu: str) -> int:
+    """Of a line of nvidia-smi: name, driver, "81559 MiB"."""
+    size = gpu.rsplit(",", 1)[-1].split()
+    return int(size[0]) * 2**20 if len(size) == 2 and size[0].isdigit() else 0
+
+
+@check("limits")
+def limits(facts: Facts) -> Iterator[Verdict]:
+    """/dev/shm, open files, and memory that may be locked where a fabric wants that."""
+    ranks = sum(of.slots for of in facts.hosts.values())
+    for host, sight in facts.seen.items():
+        shared, opened = _SHARED_PER_RANK * facts.hosts[host].slots, _FILES + _FILES_PER_RANK * ranks
+        wrong = []
+        if sight["shared"] < shared:
+            fix = f"give it {decimal(shared)} or more: docker run --shm-size, or remount it with size="
+            wrong.append(
+                warn(host, f"/dev/shm has {decimal(sight['shared'])} for {facts.hosts[host].slots} ranks", fix)
+            )
+        if sight["files"] != _UNLIMITED and sight["files"] < opened:
+            what = f"{sight['files']} files may be open at once, {ranks} ranks may want {opened}"
+            wrong.append(warn(host, what, "raise it: ulimit -n, or nofile in /etc/security/limits.conf"))
+        if sight["fabric"] and sight["locked"] != _UNLIMITED:
+            what = f"{decimal(sight['locked'])} of memory may be locked, and {sight['fabric'][0]} needs more"
+            wrong.append(warn(host, what, "set memlock to unlimited in /etc/security/limits.conf"))
+        yield from wrong or [ok(host, f"{decimal(sight['shared'])} /dev/shm, {sight['files']} open files")]

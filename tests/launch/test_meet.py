@@ -1,0 +1,104 @@
+"""Ranks that do not start are named soon, in the store and before MPI has started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import free_port
+
+from deca_ds.errors import LaunchError
+from deca_ds.launch import meet as module
+from deca_ds.launch.given import Given
+from deca_ds.launch.launcher import Launch
+from deca_ds.launch.meet import meet, silence
+from deca_ds.launch.mpi_start import starting
+from deca_ds.launch.store import open_job_store
+from deca_ds.tools import train
+
+
+def test_the_first_rank_names_those_that_do_not_come():
+    port = free_port()
+    launches = [Launch("deepspeed", rank, 3, 0, ("127.0.0.1", port)) for rank in range(3)]
+    stores = [open_job_store(launch, 600, 20) for launch in launches]
+    with pytest.raises(LaunchError, match=r"ranks 1, 2 did not start within 0.2 s; 1 of 3 ranks are there") as caught:
+        meet(launches[0], stores[0], 0.2)
+    assert "deca doctor --hostfile" in str(caught.value) and "cluster.meet_s" in str(caught.value)
+    threads = [threading.Thread(target=meet, args=(launches[rank], stores[rank], 20)) for rank in (1, 2)]
+    for thread in threads:
+        thread.start()
+    meet(launches[0], stores[0], 20)
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert stores[1].store.timeout.total_seconds() == 600, "later waits have their own time limit"
+
+
+def test_hosts_are_named_where_the_launcher_tells_them():
+    launch = Launch("deepspeed", 0, 6, 0, ("n0", 1))
+    given = Given(hosts=("n0", "n0", "n1", "n1", "n2", "n2"))
+    assert silence([4, 5], launch, given, 60) == (
+        "host n2: ranks 4, 5 did not start within 60 s; 4 of 6 ranks are there"
+    )
+    assert silence([1, 2, 3], launch, given, 60).startswith("hosts n0 (in part), n1: ranks 1, 2, 3 did")
+    assert silence([5], launch, Given(), 60).startswith("rank 5 did not")
+
+
+def test_a_first_rank_that_is_not_there_costs_no_more_than_meeting():
+    started = time.monotonic()
+    with pytest.raises(LaunchError, match="check that rank 0 runs") as caught:
+        open_job_store(Launch("deepspeed", 1, 2, 1, ("127.0.0.1", free_port())), 600, 1)
+    assert "deca doctor" in str(caught.value) and time.monotonic() - started < 300
+
+
+def in_a_child(does: Callable[[], int | None]) -> int:
+    """The status of a process that does it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = does() or 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (Given(hosts=("n0", "n1")), "meeting the other ranks: host n1: rank 1 did not start within 0.3 s"),
+        (
+            Given(Path("/x/hostz"), ("localhost",), True),
+            "deepspeed was given the hostfile '/x/hostz', which is not there",
+        ),
+    ],
+)
+def test_what_a_rank_says_of_its_launch(given, told, monkeypatch, capfd):
+    monkeypatch.setattr(train, "given", lambda: given)
+    monkeypatch.setattr(module, "given", lambda: given)
+    ranks = len(given.hosts)
+    for key, value in {"RANK": 0, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(key, str(value))
+    keys = ["model.path=x", "data.train=[x.jsonl]", "cluster.clients=2", "cluster.meet_s=0.3"]
+    status = in_a_child(lambda: train.main(keys))
+    said = capfd.readouterr().err
+    assert os.WEXITSTATUS(status) == 2 and said.count("ERROR") == 1 and told in said
+
+
+def test_mpi_that_waits_for_others_is_ended(capfd):
+    launch = Launch("openmpi", 0, 4, 0, None)
+    with starting(launch, 60):
+        pass
+
+    def start() -> None:
+        with starting(launch, 0.2):
+            time.sleep(60)
+
+    assert os.WTERMSIG(in_a_child(start)) == signal.SIGKILL
+    told = capfd.readouterr().err
+    assert "ERROR: rank 0 on" in told and "not all 4 MPI ranks came within 0.2 s" in told and "deca doctor" in told

@@ -1,0 +1,132 @@
+"""`deca doctor` as a user runs it: agents on this machine, by themselves or behind an `ssh` that runs them here."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from jobs import free_port
+
+from deca_ds.cli import main
+from deca_ds.config import load_config
+from deca_ds.config.schema import GossipConfig
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.launch.launcher import ClientLayout
+from deca_ds.tools.doctor import examine
+from deca_ds.tools.doctor.hosts import Host, Unreachable, command
+from deca_ds.tools.doctor.needs import pairs_of, paths_of
+
+SSH = """#!/bin/sh
+while [ "$1" != "${1#-}" ]; do [ "$1" = -o ] && shift; shift; done
+host=$1; shift
+[ "$host" = 127.0.0.3 ] && { echo 'root@127.0.0.3: Permission denied (publickey).' >&2; exit 255; }
+echo "a banner of $host"
+exec sh -c "$*"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _without_mpi(monkeypatch):
+    """A world of MPI processes costs more than all the rest, and is not what is tested here."""
+    monkeypatch.setattr(examine, "tool", lambda name: None)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+
+
+def doctor(capsys, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, str]], str]:
+    """Exit code, (check, host) -> finding, and all that was printed."""
+    code = main(["doctor", "--port", str(free_port()), "--json", *arguments])
+    printed = capsys.readouterr().out
+    return code, {(each["check"], each["host"]): each for each in json.loads(printed)["findings"]}, printed
+
+
+def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(SSH)
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("DS_ENV_FILE", ".test_env")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".test_env").write_text("HF_TOKEN=hf_s3cret\n")
+    (tmp_path / "hosts").write_text("".join(f"127.0.0.{i} slots=1\n" for i in (1, 2, 3)))
+    code, found, printed = doctor(capsys, "--hostfile", "hosts")
+    assert code == 2 and "s3cret" not in printed
+    for host in ("127.0.0.1", "127.0.0.2"):
+        for check in ("name", "ssh", "python", "packages", "deca_ds", "clock"):
+            assert found[check, host]["state"] == "ok", found[check, host]
+    assert found["ssh", "127.0.0.3"]["state"] == "fail" and "ssh-copy-id" in found["ssh", "127.0.0.3"]["fix"]
+    (link,) = json.loads(printed)["links"]
+    assert (link["from"], link["to"]) == ("127.0.0.1", "127.0.0.2") and link["bytes_per_s"] > 0 < link["round_trip_s"]
+    assert "HF_TOKEN" in found[".deepspeed_env", "here"]["what"]
+
+
+def test_one_machine_with_a_configuration(tmp_path, tiny_model, word_files, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"run: {{output: runs/x, device: cpu}}\ncluster: {{clients: 2}}\nmodel: {{path: {tiny_model}}}\n"
+        f"data: {{per_client: [{word_files[0]}, {word_files[1]}], batch_size: 2, micro_batch_size: 1}}\n"
+    )
+    code, found, _ = doctor(capsys, "--config", "run.yaml")
+    assert code == 0, found
+    needed = {check: of["what"] for (check, _), of in found.items()}
+    assert needed["files"] == "3 paths" and needed["output"] == str(tmp_path) and needed["disk"].endswith("needed")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"], "nothing is left behind"
+    code, found, _ = doctor(capsys, "--config", "run.yaml", f"data.per_client=[{word_files[0]},gone.jsonl]")
+    wrong = {check: of["what"] for (check, _), of in found.items() if of["state"] == "fail"}
+    assert code == 2 and wrong == {"files": "data.per_client: gone.jsonl is not there"}
+    code = main(["doctor", "--config", "run.yaml", "cluster.ranks=[1]", "--port", str(free_port())])
+    shown = capsys.readouterr().out
+    assert code == 2 and "FAIL plan" in shown and "cluster.ranks" in shown and "fix:" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith(("│", "┏")))
+
+
+def test_a_host_that_hangs_costs_the_time_of_one_answer():
+    for silent in (["sleep", "60"], [sys.executable, "-S", "-c", "import time; time.sleep(60)"]):
+        host = Host(silent, 0.2)
+        with pytest.raises(Unreachable, match="no answer within"):
+            host.ask("clock")
+        with pytest.raises(Unreachable):
+            host.ask("clock")
+    dead = Host(["sh", "-c", "echo why >&2; exit 3"], 60)
+    with pytest.raises(Unreachable, match="ended with 3") as caught:
+        dead.ask("clock")
+    assert caught.value.said == "why"
+
+
+def test_an_agent_ends_with_its_connection_and_takes_its_files_along(tmp_path):
+    host = Host(command(None), 60)
+    assert host.ask("write", folder=str(tmp_path / "new"), name=".probe")["at"] == str(tmp_path)
+    assert host.ask("see", folder=str(tmp_path), names=[".probe", "x"]) == [".probe"]
+    with pytest.raises(OSError, match="Cannot assign requested address"):
+        host.ask("listen", address="192.0.2.77", token="t", within_s=1.0)
+    port = host.ask("listen", address="127.0.0.1", token="right", within_s=30.0)
+    strange = host.ask("measure", address="127.0.0.1", port=port, token="wrong", seconds=0.01, within_s=5.0)
+    assert "lost the connection" in strange["error"]
+    right = host.ask("measure", address="127.0.0.1", port=port, token="right", seconds=0.01, within_s=5.0)
+    assert right["bytes_per_s"] > 0
+    again = host.ask("measure", address="127.0.0.1", port=port, token="right", seconds=0.01, within_s=5.0)
+    assert "error" in again, "a listener takes one visit"
+    host.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_hosts_that_send_each_other_messages():
+    ring = build_mixing(GossipConfig(graph="ring"), 4, 0)
+    apart = pairs_of(ClientLayout.of([1] * 4), ring, ["a", "b", "c", "d"])
+    assert apart == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("c", "d")], "the ring, and the store on a"
+    two = pairs_of(ClientLayout.of([2] * 4), ring, ["a"] * 4 + ["b"] * 4)
+    assert two == [("a", "b")]
+    spread = pairs_of(ClientLayout.of([2] * 4), ring, list("abcdefgh"))
+    assert ("c", "d") in spread and ("c", "e") in spread and ("c", "f") not in spread, "shard 0 meets shard 0"
+
+
+def test_names_of_the_hub_are_no_paths_and_clients_files_are_for_their_own_hosts():
+    keys = ["model.path=Qwen/Qwen2.5-0.5B", "model.tokenizer=./tokens", "cluster.clients=2"]
+    train = load_config(None, [*keys, "data.train=[owner/rows:train,rows.jsonl,/d/*.csv]"])
+    everywhere = [("model.tokenizer", "./tokens"), ("data.train", "rows.jsonl"), ("data.train", "/d/*.csv")]
+    assert paths_of(train, ClientLayout.of([1, 1]), ["a", "b"]) == {"a": everywhere, "b": everywhere}
+    apart = paths_of(
+        load_config(None, [*keys, "data.per_client=[x.csv,y.csv]"]), ClientLayout.of([2, 1]), ["a", "b", "c"]
+    )
+    own = {host: [path for key, path in paths if key == "data.per_client"] for host, paths in apart.items()}
+    assert own == {"a": ["x.csv"], "b": ["x.csv"], "c": ["y.csv"]}
