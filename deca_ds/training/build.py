@@ -48,6 +48,7 @@ from deca_ds.training.method import build_rule, build_schedule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.prepare import first_of_host, load_shared
 from deca_ds.training.start import Job, NewRun, Start
+from deca_ds.training.starts import record_start
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
 from deca_ds.transport.transport import Transport
 from deca_ds.transport.uneven import UnevenTransport
@@ -69,6 +70,9 @@ def build(
     cluster.progress.enter("comparing the data")
     start.open_folder(job, data, vocabulary)
     client = _load_client(job, architecture, tokenizer)
+    if cluster.is_job_leader:
+        versions = software(config, [matrix.tobytes() for matrix in job.mixing.matrices])
+        record_start(job.output, client, cluster, start.resumed or 0, versions)
     schedule, rule = build_schedule(config, len(client.plan.blocks)), build_rule(config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
