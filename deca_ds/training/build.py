@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -71,8 +72,7 @@ def build(
     start.open_folder(job, data, vocabulary)
     client = _load_client(job, architecture, tokenizer)
     if cluster.is_job_leader:
-        versions = software(config, [matrix.tobytes() for matrix in job.mixing.matrices])
-        record_start(job.output, client, cluster, start.resumed or 0, versions)
+        _record_start(job, client, start.resumed or 0)
     schedule, rule = build_schedule(config, len(client.plan.blocks)), build_rule(config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
@@ -182,6 +182,21 @@ def _load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrained
         warn_of_blocks(console, client.plan)
         warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
     return client
+
+
+def _record_start(job: Job, client: Client, done: int) -> None:
+    cluster = job.cluster
+    record_start(
+        job.config,
+        job.mixing,
+        done=done,
+        architecture=type(client.model).__name__,
+        parameters=sum(map(prod, client.shapes.values())),
+        plan=client.plan,
+        ranks=[len(cluster.layout.ranks_of(other)) for other in range(cluster.clients)],
+        transport=cluster.transport,
+        device=cluster.device,
+    )
 
 
 def _connect_gossip(job: Job, client: Client, attempt: int) -> Gossip:

@@ -5,42 +5,59 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import deca_ds
-from deca_ds.engine.client import Client
-from deca_ds.launch import Cluster
+from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.config import Config
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.launch.compare import software
 
 FILE = "starts.json"
 
 
-def record_start(output: Path, client: Client, cluster: Cluster, done: int, software: Mapping[str, str]) -> None:
-    """Add the entry of this start, which goes on after `done` inner steps. software: see launch/compare.py.
+def record_start(
+    config: Config,
+    mixing: MixingSchedule,
+    *,
+    done: int,
+    architecture: str,
+    parameters: int,
+    plan: BlockPlan,
+    ranks: Sequence[int] = (),
+    transport: str = "",
+    device: torch.device | None = None,
+) -> None:
+    """Add the entry of a start that goes on after `done` inner steps, or of a simulation.
 
-    A file that cannot be read is written anew: nothing depends on it.
+    architecture, parameters: the model's class, and how many it has. ranks: of each client. A file that cannot be read
+    is written anew: nothing depends on it.
     """
-    layout = cluster.layout
+    path = Path(config.run.output) / FILE
+    on_gpu = device is not None and device.type == "cuda"
     entry = {
         "step": done,
         "time": round(time.time(), 3),
-        "ranks": [len(layout.ranks_of(client)) for client in range(cluster.clients)],
-        "transport": cluster.transport,
-        "device": torch.cuda.get_device_name(cluster.device) if cluster.device.type == "cuda" else "CPU",
-        "software": {"deca_ds": deca_ds.__version__, **software},
+        "ranks": list(ranks),
+        "transport": transport,
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "software": {
+            "deca_ds": deca_ds.__version__,
+            **software(config, [matrix.tobytes() for matrix in mixing.matrices]),
+        },
         "model": {
-            "architecture": type(client.model).__name__,
-            "parameters": sum(map(prod, client.shapes.values())),
-            "blocks": [[block.label, block.numel] for block in client.plan.blocks],
+            "architecture": architecture,
+            "parameters": parameters,
+            "blocks": [[block.label, block.numel] for block in plan.blocks],
         },
     }
-    partial = output / f".{FILE}.partial"
-    partial.write_text(json.dumps([*_earlier(output / FILE), entry], indent=1) + "\n")
-    os.replace(partial, output / FILE)
+    partial = path.with_name(f".{FILE}.partial")
+    partial.write_text(json.dumps([*_earlier(path), entry], indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def _earlier(path: Path) -> list[Any]:
