@@ -149,13 +149,13 @@ def heat_map(
     colour: str = "var(--heat)",
     step: int = 34,
 ) -> Spec:
-    """A cell each of "column", "row", "share" (0 to 1: how dark it is) and "text". across, down: titles of the axes.
-    shown: what a cell says where the reader points, field -> title."""
+    """A cell each of "column", "row", "share" (0 to 1: how strong its colour is) and "text". across, down: titles of
+    the axes. shown: what a cell says where the reader points, field -> title."""
     x: Spec = {"field": "column", "type": "nominal", "sort": None, "title": across, "scale": {"domain": list(columns)}}
     x["axis"] = {"labelAngle": -40, "ticks": False, "domain": False, "orient": "bottom", "labelLimit": 90}
     y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": down, "scale": {"domain": list(rows)}}
-    y["axis"] = {"ticks": False, "domain": False, "labelLimit": 110}
-    darkness = {"field": "share", "type": "quantitative", "legend": None,
+    y["axis"] = {"ticks": False, "domain": False, "labelLimit": 110, "labelPadding": 6}
+    strength = {"field": "share", "type": "quantitative", "legend": None,
                 "scale": {"domain": [0, 1], "range": [0.03, 0.9], "clamp": True}}  # fmt: skip
     tooltip = [{"field": field, "type": "nominal", "title": title} for field, title in shown.items()]
     return {
@@ -166,7 +166,7 @@ def heat_map(
         "layer": [
             {
                 "mark": {"type": "rect", "color": colour, "stroke": "var(--paper)"},
-                "encoding": {"fillOpacity": darkness},
+                "encoding": {"fillOpacity": strength},
             },
             {
                 "mark": {"type": "text", "fontSize": 11},
@@ -188,7 +188,7 @@ def bars(values: Sequence[Mapping[str, Value]], *, parts: Sequence[str], title: 
         "mark": {"type": "bar", "height": {"band": 0.7}},
         "encoding": {
             "y": {"field": "row", "type": "nominal", "sort": None, "title": None, "scale": {"domain": rows},
-                  "axis": {"ticks": False, "domain": False}},
+                  "axis": {"ticks": False, "domain": False, "labelPadding": 6}},
             "x": {"field": "value", "type": "quantitative", "title": title, "stack": "zero",
                   "axis": {"tickCount": 5}},
             "color": {"field": "part", "type": "nominal", **legend,
@@ -204,14 +204,14 @@ def bars(values: Sequence[Mapping[str, Value]], *, parts: Sequence[str], title: 
 
 
 def timeline(spans: Sequence[Mapping[str, Value]], *, rows: Sequence[str], shown: Mapping[str, str], last: int) -> Spec:
-    """Spans of inner steps, from "from" to "to", one line a "row"; "share" (0 to 1) is how dark a span is."""
+    """Spans of inner steps, from "from" to "to", one line a "row"; "share" (0 to 1) is how strong its colour is."""
     return {
         **_wide(24 * len(rows)),
         "data": {"values": [dict(span) for span in spans]},
         "mark": {"type": "bar", "color": "var(--heat)", "height": {"band": 0.72}, "stroke": "var(--paper)"},
         "encoding": {
             "y": {"field": "row", "type": "nominal", "sort": None, "title": None, "scale": {"domain": list(rows)},
-                  "axis": {"ticks": False, "domain": False, "grid": False}},
+                  "axis": {"ticks": False, "domain": False, "grid": False, "labelPadding": 6}},
             "x": {"field": "from", "type": "quantitative", "title": "inner step", "axis": STEPS,
                   "scale": {"domain": [0, last], "nice": False}},
             "x2": {"field": "to"},

@@ -110,7 +110,7 @@ def partition(run: Run) -> list[Figure]:
             cells[-1] |= {"count": count(n), "part": percent(part)}
     shown = {"row": "client", "column": "label", "count": "training examples", "part": "of the client's"}
     spec = charts.heat_map(cells, across="label", down="", columns=labels, rows=rows, shown=shown)
-    text = "Training examples by client and label; darker: a larger share of the client's own."
+    text = "Training examples by client and label; the stronger the colour, the larger their share of the client's."
     return [Figure("Who has what", text + _cut(every), spec)]
 
 
@@ -173,7 +173,7 @@ def timeline(run: Run) -> list[Figure]:
         for first, last, number, block, value in spans
     ]  # fmt: skip
     shown = {"row": "block", "round": "round", "steps": "inner steps", "loss": "mean loss of the clients"}
-    text = "Which block trains when; darker where the clients' training loss is higher."
+    text = "Which block trains when; the stronger the colour, the higher the clients' training loss."
     if len(every) > len(spans):
         text += f" The first {len(spans)} of {len(every)} turns."
     rows = [block for block in blocks(run) if any(block == span["row"] for span in values)]

@@ -150,7 +150,7 @@ def _library() -> str:
         import vl_convert
     except ImportError as error:
         raise _not_installed() from error
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     assert "</script" not in bundle and "<!--" not in bundle
     return bundle
 

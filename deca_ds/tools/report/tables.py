@@ -128,8 +128,8 @@ def edges(net: Network) -> Table | None:
 
 def happenings(run: Run) -> Table | None:
     """What happened to the job."""
-    rows = [[count(each.step), moment(each.time), each.what] for each in events(run)]
-    return Table("Events", ["inner step", "when", "what"], rows, frozenset({1, 2})) if rows else None
+    rows = [[count(each.step), each.what, moment(each.time)] for each in events(run)]
+    return Table("Events", ["inner step", "what", "when"], rows, frozenset({0, 1, 2})) if rows else None
 
 
 def latecomers(run: Run) -> Table | None:
