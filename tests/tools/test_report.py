@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -144,6 +145,43 @@ def test_torn_lines_and_values_of_other_types_are_left_out(tmp_path):
     assert all(note in made.text for note in run.notes) and "|client 2|" not in made.text
 
 
+JUNK = [
+    None,
+    True,
+    -1,
+    10**400,
+    1.5,
+    "",
+    "x",
+    "\ud800",
+    [],
+    [1],
+    [["a", "b", -1]],
+    {},
+    {"a": {"b": [None]}},
+    float("nan"),
+]
+
+
+def damaged(value, draw):
+    """`value` with some of what is in it missing, or of another type."""
+    if draw.random() < 0.06:
+        return draw.choice(JUNK)
+    if isinstance(value, dict):
+        return {key: damaged(of, draw) for key, of in value.items() if draw.random() > 0.02}
+    return [damaged(of, draw) for of in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_stands_in_the_files_there_is_a_page(tmp_path, seed):
+    draw = random.Random(seed)
+    folder = write_simulation(tmp_path / "run") if seed % 3 == 0 else write_job(tmp_path / "run", clients=seed)
+    for path in folder.rglob("*.json*"):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        path.write_text("\n".join(json.dumps(damaged(json.loads(line), draw)) for line in lines))
+    assert "|DONE|" in report(folder).text
+
+
 def test_a_run_that_has_just_begun_or_was_killed_has_a_page(tmp_path):
     folder = write_job(tmp_path / "job")
     for name in ("DONE", "starts.json", "edges.json", "data.json", "metrics/job.jsonl"):
@@ -152,7 +190,7 @@ def test_a_run_that_has_just_begun_or_was_killed_has_a_page(tmp_path):
     beat = {"rank": 0, "host": "n1", "phase": "gossip", "time": 1.75e9}
     (folder / "heartbeats/rank_0000.json").write_text(json.dumps(beat))
     made = report(folder)
-    assert "|NO END|" in made.text and "last sign of life 2025-06-15 15:06:40 UTC" in made.text
+    assert "|NO END|" in made.text and "last sign of life 2025-06-15 15:06:40 UTC (rank 0, gossip)" in made.text
     for path in folder.glob("metrics/*"):
         path.unlink()
     assert "|NO END|" in report(folder).text

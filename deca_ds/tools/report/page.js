@@ -21,6 +21,14 @@
       }
     });
   }
+  // A finger does not hover: a tap is told as a pointer that has come, and the next one as its leaving.
+  let touched;
+  document.addEventListener("click", ({target, clientX, clientY}) => {
+    if (!matchMedia("(hover: none)").matches) return;
+    touched?.dispatchEvent(new PointerEvent("pointerout", {bubbles: true}));
+    touched = target.closest(".chart") && target;
+    touched?.dispatchEvent(new PointerEvent("pointermove", {bubbles: true, clientX, clientY}));
+  });
   for (const [name, spec] of Object.entries(charts)) {
     const place = document.getElementById(name);
     try {

@@ -60,7 +60,7 @@ def render(runs: Sequence[Run]) -> str:
         "charts": places.script,  # called where all figures have been given their places
     }
     page: str = template.render(**pieces)
-    return page
+    return page.encode("utf-8", "replace").decode()  # JSON may have halves of characters
 
 
 class _Places:
@@ -71,7 +71,7 @@ class _Places:
 
     def of(self, figure: Figure) -> str:
         name = f"chart{len(self._specs)}"
-        self._specs[name] = figure.spec
+        self._specs[name] = {"description": f"{figure.title}. {figure.text}", **figure.spec}
         return name
 
     def script(self) -> str:

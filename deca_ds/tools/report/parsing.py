@@ -3,7 +3,6 @@ another version, or no run's at all."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from deca_ds.tools.report import records
 
 Line = Mapping[str, Any]
+
+_LARGEST = 1e300
 
 
 def of_client(line: Line, client: int) -> dict[str, Any]:
@@ -36,14 +37,12 @@ def steps(lines: Sequence[Line]) -> list[records.Step]:
             step=step,
             round=count(line.get("round")),
             block=str(line.get("block", "")),
-            inner=count(line.get("inner")),
             lr=number(line.get("lr")),
             loss=number(line.get("loss")),
             norm=number(line.get("norm")),
             seconds=number(line.get("seconds")),
             waited=number(line.get("gossip_wait_seconds")),
             tokens=number(line.get("tokens")),
-            skipped=tuple(whole(value) for value in listed(line.get("skipped"))),
         )
     return [found[step] for step in sorted(found)]  # the last one of a step that was done again
 
@@ -89,7 +88,7 @@ def _scores(value: Any) -> records.Scores | None:
     confusion = {
         (str(entry[0]), str(entry[1])): whole(entry[2])
         for entry in listed(value.get("confusion"))
-        if isinstance(entry, list) and len(entry) == 3
+        if isinstance(entry, list) and len(entry) == 3 and whole(entry[2]) > 0
     }
     return records.Scores(
         loss=number(value.get("loss")),
@@ -172,8 +171,8 @@ def share(place: int, entry: Line) -> records.Share:
 
 
 def number(value: Any) -> float | None:
-    """None for what is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """None for what is no finite number, or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         return None
     return value
 

@@ -114,11 +114,11 @@ class _Folder:
             data=[parsing.share(place, entry) for place, entry in enumerate(self._entries("data.json"))],
             end=self._end(),
             lost={
-                int(path.name.rpartition("_")[2]): self._text(path)
+                int(path.name.rpartition("_")[2]): self._message(path)
                 for path in sorted(self.path.glob(f"{FAILED}_client_*"))
                 if path.name.rpartition("_")[2].isdigit()
             },
-            last_sign=dict(self._last_signs()),
+            last_sign=self._last_sign(),
             notes=self.notes,
         )
 
@@ -147,50 +147,55 @@ class _Folder:
 
     def _end(self) -> tuple[str, str] | None:
         names = ended(self.path)
-        return (names[-1], self._text(self.path / names[-1])) if names else None
+        return (names[-1], self._message(self.path / names[-1])) if names else None
 
     def _text(self, path: Path) -> str:
-        return path.read_text(encoding="utf-8", errors="replace").strip()[:_LARGEST_MESSAGE]
+        """Of a file that may be gone by now."""
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            self.notes.append(f"{path.name} cannot be read: {error.strerror or error}")
+            return ""
+
+    def _message(self, path: Path) -> str:
+        return self._text(path).strip()[:_LARGEST_MESSAGE]
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The objects of a JSON Lines file; the last line of a run that was killed may be torn."""
-        path = self.path / name
-        if not path.is_file():
-            return
         bad = 0
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
+        for line in filter(None, self._text(self.path / name).split("\n")):
+            record = _json(line)
             if isinstance(record, dict) and number(record.get("step")) is not None:
                 yield record
             else:
                 bad += 1
         if bad:
-            self.notes.append(
-                f"{name}: {bad} line{'s' if bad > 1 else ''} cannot be read and {'are' if bad > 1 else 'is'} left out"
-            )
+            lines = "1 line cannot be read and is" if bad == 1 else f"{bad} lines cannot be read and are"
+            self.notes.append(f"{name}: {lines} left out")
 
     def _entries(self, name: str) -> list[dict[str, Any]]:
         """The objects of a JSON list."""
-        path = self.path / name
-        if not path.is_file():
-            return []
-        try:
-            read = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        except ValueError:
-            read = None
-        if not isinstance(read, list):
+        text = self._text(self.path / name)
+        read = _json(text)
+        if text and not isinstance(read, list):
             self.notes.append(f"{name} cannot be read and is left out")
-            return []
-        return [entry for entry in read if isinstance(entry, dict)]
+        return [entry for entry in read if isinstance(entry, dict)] if isinstance(read, list) else []
 
-    def _last_signs(self) -> Iterator[tuple[int, tuple[str, float]]]:
-        for path in sorted(self.path.glob("heartbeats/rank_*.json")):
-            try:
-                beat = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            except (OSError, ValueError):  # it is being replaced
-                continue
-            if isinstance(beat, dict) and (time := number(beat.get("time"))) is not None:
-                yield int(number(beat.get("rank")) or 0), (str(beat.get("phase", "")), time)
+    def _last_sign(self) -> tuple[float, str] | None:
+        beats = [_json(self._text(path)) for path in sorted(self.path.glob("heartbeats/rank_*.json"))]
+        signs = [
+            (time, f"rank {beat.get('rank')}, {beat.get('phase')}")
+            for beat in beats
+            if isinstance(beat, dict) and (time := number(beat.get("time"))) is not None
+        ]
+        return max(signs, default=None)
+
+
+def _json(text: str) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

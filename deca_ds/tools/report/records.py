@@ -12,20 +12,17 @@ from typing import Any
 @dataclass(frozen=True)
 class Step:
     """A logged inner step of a client, counted from 1. loss: nats per target token. seconds: of the step, of which it
-    has `waited` for neighbours. sent: bytes since the job's start, by one rank, in a simulation by the client.
-    skipped: neighbours without which it averaged."""
+    has `waited` for neighbours."""
 
     step: int
     round: int | None
     block: str
-    inner: int | None
     lr: float | None
     loss: float | None
     norm: float | None
     seconds: float | None
     waited: float | None
     tokens: float | None
-    skipped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,8 @@ class Share:
 @dataclass(frozen=True)
 class Run:
     """config: section.key -> value. steps, evaluations: by client, ascending by step. end: DONE, STOPPED or FAILED
-    with what it says. lost: client -> why it ended. last_sign: rank -> (what it did, when). notes: what could not be
-    read."""
+    with what it says. lost: client -> why it ended. last_sign: when, since 1970, and which rank did what. notes: what
+    could not be read."""
 
     path: Path
     name: str
@@ -145,7 +142,7 @@ class Run:
     data: Sequence[Share]
     end: tuple[str, str] | None
     lost: Mapping[int, str]
-    last_sign: Mapping[int, tuple[str, float]]
+    last_sign: tuple[float, str] | None
     notes: Sequence[str]
 
     @property

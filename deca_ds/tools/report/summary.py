@@ -72,8 +72,9 @@ def state(run: Run) -> tuple[str, str]:
         return run.end[0], redact(run.end[1])
     if run.simulated:
         return "DONE", f"{run.reached} inner steps, simulated in one process"
-    last = max((time for _, time in run.last_sign.values()), default=None)
-    seen = f"; last sign of life {moment(last)}" if last is not None else ""
+    seen = ""
+    if run.last_sign is not None:
+        seen = f"; last sign of life {moment(run.last_sign[0])} ({run.last_sign[1]})"
     return "NO END", f"the run goes on, or was killed: no marker tells how it ended{seen}"
 
 
