@@ -225,6 +225,20 @@ def test_who_was_there_is_told(tmp_path):
     ]
 
 
+def test_restarts_and_late_neighbours_are_told(tmp_path):
+    folder = write_job(tmp_path / "job")
+    (start,) = json.loads((folder / "starts.json").read_text())
+    again = {**start, "step": 8, "time": start["time"] + 60, "software": {"torch": "2.14.1"}}
+    (folder / "starts.json").write_text(json.dumps([start, again]))
+    own = (folder / "metrics/client_001.jsonl").read_text().splitlines()
+    write_lines(folder / "metrics/client_001.jsonl", [json.loads(line) | {"gossip_skipped": {"2": 5}} for line in own])
+    made = report(folder)
+    assert "|went on from the checkpoint of step 8|2025-06-15 15:07:40 UTC|" in made.text
+    assert "|torch|2.13.0|2.14.1|" in made.text and "|client 1|client 2|5|" in made.text
+    memory = [bar["value"] for bar in points(made.charts["Memory by phase"]) if bar["row"] == "client 0, rank 0"]
+    assert memory == [1, 0.125, 0, 0.125], "since the last start"
+
+
 def test_several_runs_stand_beside_each_other(tmp_path):
     deca = write_job(tmp_path / "one" / "run")
     alone = write_job(tmp_path / "two" / "run", gossip__graph="isolated")
@@ -426,6 +440,10 @@ def test_the_graph_of_another_version_or_without_its_file_is_the_measured_one(tm
     (run,) = read_runs([write_job(tmp_path / "job", gossip__matrix="gone.txt")])
     found = network(run)
     assert [link.ends for link in found.links] == [(0, 1)] and found.gap is None
-    assert "not there" in report(tmp_path / "job").text
+    made = report(tmp_path / "job")
+    assert (
+        "3 clients with the mixing matrix gone.txt trained" in made.text
+        and "is not there to be read again" in made.text
+    )
     (run,) = read_runs([write_job(tmp_path / "new", gossip__shape="torus")])
     assert [link.ends for link in network(run).links] == [(0, 1), (0, 2), (1, 2)]

@@ -9,7 +9,7 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import UserError
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.tools.report.records import Edge, Run
-from deca_ds.tools.report.summary import sent_by_client
+from deca_ds.tools.report.summary import graph_name, sent_by_client
 
 _MOST_CLIENTS = 256  # for whom mixing matrices are made
 
@@ -40,7 +40,7 @@ def network(run: Run) -> Network:
     measured = {tuple(sorted(edge.clients)): edge for edge in run.edges}
     if mixing is None:
         ends = sorted(measured)
-        summary, gap = f"{run.config.get('gossip.graph')}; the graph's file is not there to be read again", None
+        summary, gap = f"{graph_name(run)}: its file is not there to be read again", None
     else:
         ends = sorted({(min(i, j), max(i, j)) for i in range(run.clients) for j in mixing.neighbours(i)})
         summary, gap = mixing.summary(), mixing.spectral_gap

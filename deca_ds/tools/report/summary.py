@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 
 from deca_ds.tools.report.records import Run, Scores, mean
 from deca_ds.tools.report.wording import clients as client_names
@@ -78,6 +79,13 @@ def state(run: Run) -> tuple[str, str]:
     return "NO END", f"the run goes on, or was killed: no marker tells how it ended{seen}"
 
 
+def graph_name(run: Run) -> str:
+    """What joins the clients: a graph, or a file with a mixing matrix."""
+    if matrix := run.config.get("gossip.matrix"):
+        return redact(Path(str(matrix)).name)
+    return str(run.config.get("gossip.graph")).replace("_", " ")
+
+
 def sentences(run: Run) -> list[str]:
     """What was done, for somebody who has not seen the configuration."""
     value, start = run.config.get, run.starts[-1] if run.starts else None
@@ -86,8 +94,10 @@ def sentences(run: Run) -> list[str]:
     if method == "deca":
         method = f"DECA (signal: {value('algorithm.signal')})"
     where = "simulated in one process" if run.simulated else _ranks(run)
-    graph = f"on the {str(value('gossip.graph')).replace('_', ' ')} graph"
-    if value("gossip.graph") == "isolated":
+    graph = f"on the {graph_name(run)} graph"
+    if value("gossip.matrix"):
+        graph = f"with the mixing matrix {graph_name(run)}"
+    elif value("gossip.graph") == "isolated":
         graph = "without gossip"
     who = several(run.clients, "client") + (f" {graph}" if run.clients > 1 else "")
     said = [f"{who} trained {redact(model)} with {method}{f', {where}' if where else ''}."]

@@ -13,6 +13,7 @@ from deca_ds.tools.report.summary import (
     SETS,
     Row,
     events,
+    graph_name,
     late,
     length,
     score_rows,
@@ -212,7 +213,7 @@ def _column(run: Run, net: Network, gap: Gap | None) -> dict[str, str]:
     return {
         "state": state(run)[0],
         "method": str(run.config.get("algorithm.method")),
-        "graph": str(run.config.get("gossip.graph")) if several else NONE,
+        "graph": graph_name(run) if several else NONE,
         "spectral gap": significant(net.gap) if several else NONE,
         "clients": count(run.clients),
         "inner steps": f"{count(run.reached)} of {count(total)}" if total else count(run.reached),
