@@ -19,6 +19,7 @@ from deca_ds.config import load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
+from deca_ds.training.starts import record_start
 from deca_ds.training.tables import print_notes, untrained
 
 if TYPE_CHECKING:
@@ -53,9 +54,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write(simulation: Simulation, output: Path) -> None:
-    """config.yaml, data.json and simulation.jsonl: a line a step and a line an evaluation, all clients in each."""
+    """config.yaml, data.json, starts.json and simulation.jsonl: a line a step and a line an evaluation, all clients in
+    each."""
     output.mkdir(parents=True, exist_ok=True)
     save_config(simulation.config, output / "config.yaml")
+    clients = simulation.clients
+    record_start(
+        simulation.config,
+        simulation.mixing,
+        done=0,
+        architecture=clients.architecture,
+        parameters=clients.values.shape[1],
+        plan=clients.plan,
+    )
     (output / "data.json").write_text(json.dumps([data.summary for data in simulation.data], indent=2) + "\n")
     lines = [{"kind": "evaluation", **record} for record in simulation.evaluations]
     lines += [{"kind": "step", **record} for record in simulation.steps]

@@ -44,6 +44,11 @@ class StackedClients:
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
 
+    @property
+    def architecture(self) -> str:
+        """The class of the models."""
+        return type(self._model).__name__
+
     def _ordered(self, names: Sequence[str]) -> list[str]:
         return sorted(names, key=lambda name: self._parameters[name].dim() < 2)  # stable
 

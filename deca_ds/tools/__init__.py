@@ -1,1 +1,1 @@
-"""The commands: train, plan, status and supervise."""
+"""The commands: train, plan, report, status and supervise."""

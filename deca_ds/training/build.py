@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ from deca_ds.training.method import build_rule, build_schedule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.prepare import first_of_host, load_shared
 from deca_ds.training.start import Job, NewRun, Start
+from deca_ds.training.starts import record_start
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
 from deca_ds.watchdog.guard import JobGuard
 
@@ -65,6 +67,8 @@ def build(
     cluster.progress.enter("comparing the data")
     start.open_folder(job, data, vocabulary)
     client = _load_client(job, architecture, tokenizer)
+    if cluster.is_job_leader:
+        _record_start(job, client, start.resumed or 0)
     schedule, rule = build_schedule(config, len(client.plan.blocks)), build_rule(config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
@@ -174,6 +178,21 @@ def _load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrained
         warn_of_blocks(console, client.plan)
         warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
     return client
+
+
+def _record_start(job: Job, client: Client, done: int) -> None:
+    cluster = job.cluster
+    record_start(
+        job.config,
+        job.mixing,
+        done=done,
+        architecture=type(client.model).__name__,
+        parameters=sum(map(prod, client.shapes.values())),
+        plan=client.plan,
+        ranks=[len(cluster.layout.ranks_of(other)) for other in range(cluster.clients)],
+        transport=cluster.transport,
+        device=cluster.device,
+    )
 
 
 def _make_gossip(job: Job, connected: Connected, client: Client, attempt: int) -> Gossip:

@@ -25,6 +25,7 @@ from deca_ds.transport.commit import Commit
 from deca_ds.transport.transport import Transport
 
 MEAN = "the mean of the clients' models"
+POOLED = ("loss", "accuracy", "macro_f1")  # what clients tell each other of scores on sets of their own
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Evaluator:
                 scores = self._score(self.data.common_evaluation, MEAN, shared=True)
             else:  # private sets, of which a client may have none
                 own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation, MEAN)
-                scores = average(self.commit.run(lambda: gather_json(self.transport, own)))
+                told = None if own is None else {key: own[key] for key in (*POOLED, "examples") if key in own}
+                scores = average(self.commit.run(lambda: gather_json(self.transport, told)))
             self.client.end_scoring()
         distance = (float(total) / len(self.cluster.members)) ** 0.5
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
@@ -134,7 +136,8 @@ def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str], whos
     """Scores from per-row sums. totals: [rows, 2], summed loss in nats and number of target tokens. whose: they are.
 
     Returns loss (nats per target token), perplexity, examples; for classification, where a row is an example with one
-    of the labels as its answer and the likeliest answer counts, also accuracy, macro_f1 and recall by label.
+    of the labels as its answer and the likeliest answer counts, also accuracy, macro_f1, recall by label, and the
+    entries of the confusion matrix that are not 0, as [right label, answer, number of examples].
     Raises DivergedError if any row's loss is not finite: of such losses none is the smallest.
     """
     losses, counts = totals.numpy().T
@@ -167,13 +170,14 @@ def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     if not held:
         return {}
     weights = [summary["examples"] for summary in held]
-    keys = [key for key in ("loss", "accuracy", "macro_f1") if all(key in summary for summary in held)]
+    keys = [key for key in POOLED if all(key in summary for summary in held)]
     pooled = {key: float(np.average([summary[key] for summary in held], weights=weights)) for key in keys}
     return pooled | {"examples": sum(weights)}
 
 
 def _class_scores(truth: np.ndarray, predicted: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, and over the classes that occur in `truth` the recall of each and the mean of their F1 scores."""
+    """Accuracy, over the classes that occur in `truth` the recall of each and the mean of their F1 scores, and who was
+    taken for whom how often."""
     confusion = np.zeros((len(label_names), len(label_names)), dtype=int)
     np.add.at(confusion, (truth, predicted), 1)
     right, actual, answered = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -183,6 +187,7 @@ def _class_scores(truth: np.ndarray, predicted: np.ndarray, label_names: Sequenc
         "accuracy": float(right.sum() / len(truth)),
         "macro_f1": float(f1.mean()),
         "recall": {label_names[index]: float(right[index] / actual[index]) for index in present},
+        "confusion": [[label_names[i], label_names[j], int(confusion[i, j])] for i, j in np.argwhere(confusion)],
     }
 
 

@@ -176,9 +176,12 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.watch.state()
+        started, before = time.perf_counter(), peak_memory_bytes(self.client.device)
         scores = self.evaluator.evaluate()
         job: dict[str, Any] = {key: scores.pop(key) for key in ("mean", "consensus_distance") if key in scores}
         own = scores | {
+            "seconds": time.perf_counter() - started,
+            "peak_memory_bytes_by_rank_before": before,
             "peak_memory_bytes_by_rank": peak_memory_bytes(self.client.device),
             "gossip_bytes_sent": int(self.client.client_sum(self.gossip.bytes_sent)),
             "gossip_wait_seconds": self.gossip.wait_seconds,

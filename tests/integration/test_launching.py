@@ -18,6 +18,8 @@ from jobs import BIN, REPOSITORY, launch, run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.tools.report.reading import read_runs
+from deca_ds.tools.report.summary import length
 
 pytestmark = pytest.mark.multiprocess
 
@@ -95,6 +97,13 @@ def test_every_launcher_runs_the_same_job(config, tmp_path, launcher, ranks, exp
         assert [record["consensus_distance"] >= 0 for record in job] == [True] * 3
         # after the last averaging over the complete graph of two, both clients are the mean model
         assert job[-1]["mean"]["loss"] == pytest.approx(evaluations[-1]["common"]["loss"], rel=1e-4)
+    (read,) = read_runs([run])
+    assert not read.notes and read.end == ("DONE", "12 of 12 inner steps") and length(read) == read.reached == 12
+    assert read.starts[0].ranks == (ranks // clients,) * clients and "torch" in read.starts[0].software
+    after, last = read.evaluations[clients - 1][-1], evaluations[-1]
+    assert after.sent == last["gossip_bytes_sent"] and sum(after.common.confusion.values()) == after.common.examples
+    assert len(after.before) == ranks // clients and all(a <= b for a, b in zip(after.before, after.after, strict=True))
+    assert len(read.edges) == clients - 1 and read.steps[0][-1].waited >= 0 and len(read.data) == clients
 
 
 def test_the_whole_line_to_a_generation(config, tmp_path):

@@ -20,6 +20,7 @@ from deca_ds.errors import ConfigError
 from deca_ds.simulation.command import _contraction
 from deca_ds.simulation.setup import build
 from deca_ds.simulation.simulate import spread
+from deca_ds.tools.report.reading import read_runs
 
 
 @pytest.fixture
@@ -113,6 +114,12 @@ def test_the_command_writes_what_happened(keys, tmp_path, capsys):
         float, re.search(r"disagreement to (\S+) of it; the graph's bound is (\S+)", printed).groups()
     )
     assert measured <= bound + 0.001
+    (report,) = read_runs([tmp_path / "run"])
+    assert not report.notes and [step.loss for step in report.steps[4]] == [
+        line["loss"][4] for line in lines if line["kind"] == "step"
+    ]
+    last = [line for line in lines if line["kind"] == "evaluation"][-1]
+    assert report.starts[0].blocks and report.scores(4, "own")[-1][1].loss == last["clients"][4]["own"]["loss"]
     assert main(["simulate", "--config", str(config), *keys]) == 2
     assert "already used" in capsys.readouterr().err
 

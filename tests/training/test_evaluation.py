@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from deca_ds.engine.masters import join
 from deca_ds.launch.launcher import ClientLayout
@@ -36,6 +36,7 @@ def test_the_likeliest_label_counts():
     scores = summarize(totals, dataset, ["red", "blue"])
     assert scores["accuracy"] == pytest.approx(2 / 3)
     assert scores["recall"] == {"red": 1.0, "blue": 0.5}
+    assert scores["confusion"] == [["red", "red", 1], ["blue", "red", 1], ["blue", "blue", 1]]
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert scores["loss"] == pytest.approx((1.0 + 0.5 + 3.0) / 3), "only the right answers count"
     assert scores["examples"] == 3
@@ -64,6 +65,8 @@ def test_class_scores_equal_those_of_scikit_learn(seed):
         f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
     )
     assert scores["recall"] == pytest.approx({names[k]: value for k, value in zip(present, recall, strict=True)})
+    counts = confusion_matrix(truth, predicted, labels=range(6))
+    assert scores["confusion"] == [[names[i], names[j], counts[i, j]] for i, j in np.argwhere(counts)]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])

@@ -1,0 +1,201 @@
+"""From a run's folder to a `Run`: of a run that goes on, was killed amid a line, or wrote an older version's files.
+
+A line or file that cannot be read is left out and named in `Run.notes`; values of another type count as missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deca_ds.checkpoint.done import FAILED, ended
+from deca_ds.errors import CheckpointError
+from deca_ds.tools.report import parsing
+from deca_ds.tools.report.parsing import number
+from deca_ds.tools.report.records import Evaluation, Run, Step
+
+CONFIG = "config.yaml"
+SIMULATION = "simulation.jsonl"
+_MOST_CLIENTS = 100_000
+_LARGEST_MESSAGE = 20_000  # characters of a marker that are shown
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """One run a folder, with names that tell them apart. Raises CheckpointError for what is no run's folder."""
+    for folder in folders:
+        _check(folder)
+    paths = list(dict.fromkeys(folder.resolve() for folder in folders))
+    return [_Folder(path).read(name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """section.key -> value."""
+    found: dict[str, Any] = {}
+    for section, values in sections.items():
+        if isinstance(values, Mapping):
+            found |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            found[str(section)] = values
+    return found
+
+
+def _check(folder: Path) -> None:
+    if (folder / CONFIG).is_file():
+        return
+    what = f"{str(folder)!r} is no run's folder: it has no {CONFIG}"
+    fix = "name the run.output of a run that has started"
+    if not folder.exists():
+        what = f"there is no folder {str(folder)!r}"
+    elif not folder.is_dir():
+        what = f"{str(folder)!r} is a file"
+    elif within := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+        more = f" and {len(within) - 5} more" if len(within) > 5 else ""
+        fix = f"name the runs in it: {', '.join(within[:5])}{more}"
+    raise CheckpointError(what, where="deca report", fix=fix)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The ends of the paths that tell them apart."""
+    names = []
+    for path in paths:
+        others = [other.parts for other in paths if other != path]
+        length = 1
+        while any(other[-length:] == path.parts[-length:] for other in others):
+            length += 1
+        names.append("/".join(path.parts[-length:]))
+    return names
+
+
+class _Folder:
+    """One run's files; collects what could not be read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.notes: list[str] = []
+
+    def read(self, name: str) -> Run:
+        simulated = (self.path / SIMULATION).is_file()
+        config = self._config()
+        clients = self._clients(config)
+        steps: dict[int, list[Step]] = {}
+        evaluations: dict[int, list[Evaluation]] = {}
+        if simulated:
+            job = list(self._lines(SIMULATION))
+            for client in range(clients):
+                own = [parsing.of_client(line, client) for line in job]
+                steps[client], evaluations[client] = parsing.steps(own), parsing.evaluations(own)
+        else:
+            job = list(self._lines("metrics/job.jsonl"))
+            for path in sorted(self.path.glob("metrics/client_*.jsonl")):
+                if (found := re.search(r"client_(\d+)", path.name)) is not None:
+                    own = list(self._lines(f"metrics/{path.name}"))
+                    steps[int(found[1])], evaluations[int(found[1])] = parsing.steps(own), parsing.evaluations(own)
+        missing = [client for client in range(clients) if client not in steps]
+        if missing:
+            shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            self.notes.append(f"no metrics of client {shown} in this folder: not begun, or written on another host")
+        return Run(
+            path=self.path,
+            name=name,
+            config=config,
+            simulated=simulated,
+            steps=steps,
+            evaluations=evaluations,
+            together=parsing.together(job),
+            memberships=[parsing.membership(line) for line in job if line.get("kind") == "membership"],
+            handovers=[parsing.handover(line) for line in job if line.get("kind") == "handover"],
+            starts=[parsing.start(entry) for entry in self._entries("starts.json")],
+            edges=[edge for entry in self._entries("edges.json") if (edge := parsing.edge(entry)) is not None],
+            data=[parsing.share(place, entry) for place, entry in enumerate(self._entries("data.json"))],
+            end=self._end(),
+            lost={
+                int(path.name.rpartition("_")[2]): self._message(path)
+                for path in sorted(self.path.glob(f"{FAILED}_client_*"))
+                if path.name.rpartition("_")[2].isdigit()
+            },
+            last_sign=self._last_sign(),
+            notes=self.notes,
+        )
+
+    def _config(self) -> dict[str, Any]:
+        try:
+            read = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise CheckpointError(f"cannot read {CONFIG}: {error}", where=str(self.path / CONFIG)) from error
+        if not isinstance(read, dict):
+            raise CheckpointError(
+                f"{CONFIG} holds no configuration",
+                where=str(self.path / CONFIG),
+                fix="name the run.output of a run that has started",
+            )
+        return flatten(read)
+
+    def _clients(self, config: Mapping[str, Any]) -> int:
+        value = config.get("cluster.clients", 1)
+        if not isinstance(value, int) or not 0 < value <= _MOST_CLIENTS:
+            raise CheckpointError(
+                f"cluster.clients = {value!r} is no number of clients",
+                where=str(self.path / CONFIG),
+                fix="name the run.output of a run that has started",
+            )
+        return value
+
+    def _end(self) -> tuple[str, str] | None:
+        names = ended(self.path)
+        return (names[-1], self._message(self.path / names[-1])) if names else None
+
+    def _text(self, path: Path) -> str:
+        """Of a file that may be gone by now."""
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            self.notes.append(f"{path.name} cannot be read: {error.strerror or error}")
+            return ""
+
+    def _message(self, path: Path) -> str:
+        return self._text(path).strip()[:_LARGEST_MESSAGE]
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The objects of a JSON Lines file; the last line of a run that was killed may be torn."""
+        bad = 0
+        for line in filter(None, self._text(self.path / name).split("\n")):
+            record = _json(line)
+            if isinstance(record, dict) and number(record.get("step")) is not None:
+                yield record
+            else:
+                bad += 1
+        if bad:
+            lines = "1 line cannot be read and is" if bad == 1 else f"{bad} lines cannot be read and are"
+            self.notes.append(f"{name}: {lines} left out")
+
+    def _entries(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a JSON list."""
+        text = self._text(self.path / name)
+        read = _json(text)
+        if text and not isinstance(read, list):
+            self.notes.append(f"{name} cannot be read and is left out")
+        return [entry for entry in read if isinstance(entry, dict)] if isinstance(read, list) else []
+
+    def _last_sign(self) -> tuple[float, str] | None:
+        beats = [_json(self._text(path)) for path in sorted(self.path.glob("heartbeats/rank_*.json"))]
+        signs = [
+            (time, f"rank {beat.get('rank')}, {beat.get('phase')}")
+            for beat in beats
+            if isinstance(beat, dict) and (time := number(beat.get("time"))) is not None
+        ]
+        return max(signs, default=None)
+
+
+def _json(text: str) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

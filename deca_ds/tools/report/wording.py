@@ -1,0 +1,135 @@
+"""Numbers and texts for people. What could let somebody in is left out of every text that comes from a run's files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+NONE = "–"  # noqa: RUF001 (a dash in a table)
+HIDDEN = "***"
+_SECRET_KEY = re.compile(r"(token|secret|passw|credential|api_?key|private_?key)(?!i[sz]er|s_per)", re.IGNORECASE)
+_SECRETS = (
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),  # user:password@host
+    (
+        re.compile(r"([?&;][\w.-]*(?:token|secret|passw|credential|signature|key|sig)[\w.-]*=)[^&;\s]+", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
+    (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA)[\w-]{12,}"), HIDDEN),
+    (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
+)
+
+
+def redact(text: str) -> str:
+    """Without passwords in addresses, secrets in queries, and what looks like an access token."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def setting(key: str, value: Any) -> str:
+    """A configuration's value as it could stand in YAML."""
+    if value is not None and value != "" and _SECRET_KEY.search(key.rpartition(".")[2]):
+        return HIDDEN
+    return redact(_plain(value))
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(of)}" for key, of in value.items()) + "}"
+    return str(value)
+
+
+def loss(value: float | None) -> str:
+    """Four digits behind the point, or as many significant ones where that shows nothing."""
+    if value is None:
+        return NONE
+    return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1%}"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """No exponent where people need none."""
+    if value is None:
+        return NONE
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    text = f"{value:.{digits}g}"
+    return f"{value:,.0f}" if "e" in text or abs(value) >= 10**digits else text
+
+
+def count(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def short_count(value: float | None) -> str:
+    """1.2 million."""
+    if value is None:
+        return NONE
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {name}"
+    return count(value)
+
+
+def size(value: float | None) -> str:
+    """Bytes, in powers of ten."""
+    if value is None:
+        return NONE
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}" if value < 1000 * unit else f"{value / unit:,.0f} {name}"
+    return f"{value:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def moment(time: float | None) -> str:
+    """Of seconds since 1970."""
+    if time is None:
+        return NONE
+    try:
+        return datetime.fromtimestamp(time, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return NONE
+
+
+def several(number: int, noun: str) -> str:
+    """3 clients."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def clients(numbers: Sequence[int], shown: int = 8) -> str:
+    """client 1; clients 1, 2 and 4."""
+    if len(numbers) == 1:
+        return f"client {numbers[0]}"
+    if len(numbers) > shown:
+        return f"{len(numbers)} clients"
+    return f"clients {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+
+
+def short(number: int) -> str:
+    """In five characters at most: 1234, 56k, 1.2M."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= 10 * unit or (number >= unit and unit > 10**3):
+            return f"{number / unit:.1f}{name}" if number < 10 * unit else f"{number / unit:.0f}{name}"
+    return str(number)

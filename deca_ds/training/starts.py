@@ -1,0 +1,68 @@
+"""When a run was started, and what it ran on: starts.json in its folder, an entry a start, for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deca_ds
+from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.config import Config
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.launch.compare import software
+
+FILE = "starts.json"
+
+
+def record_start(
+    config: Config,
+    mixing: MixingSchedule,
+    *,
+    done: int,
+    architecture: str,
+    parameters: int,
+    plan: BlockPlan,
+    ranks: Sequence[int] = (),
+    transport: str = "",
+    device: torch.device | None = None,
+) -> None:
+    """Add the entry of a start that goes on after `done` inner steps, or of a simulation.
+
+    architecture, parameters: the model's class, and how many it has. ranks: of each client. A file that cannot be read
+    is written anew: nothing depends on it.
+    """
+    path = Path(config.run.output) / FILE
+    on_gpu = device is not None and device.type == "cuda"
+    entry = {
+        "step": done,
+        "time": round(time.time(), 3),
+        "ranks": list(ranks),
+        "transport": transport,
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "software": {
+            "deca_ds": deca_ds.__version__,
+            **software(config, [matrix.tobytes() for matrix in mixing.matrices]),
+        },
+        "model": {
+            "architecture": architecture,
+            "parameters": parameters,
+            "blocks": [[block.label, block.numel] for block in plan.blocks],
+        },
+    }
+    partial = path.with_name(f".{FILE}.partial")
+    partial.write_text(json.dumps([*_earlier(path), entry], indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _earlier(path: Path) -> list[Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
