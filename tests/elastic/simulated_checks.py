@@ -120,9 +120,10 @@ class Checks:
             raise Violation(f"{process.name} is out though nothing was wrong with it: {process.voter.out}")
 
     def waits(self, process: Process, moved: float) -> None:
-        """Where nobody hangs, nobody waits for long after a death, even if that is not noticed at once."""
+        """Where nobody hangs, nobody waits for long after a death, even if that is not noticed at once; at the start of
+        the job, before the first decision, all wait longer for those who have never come."""
         job = self._job
-        if job.clean and not job.slow and job.now - max(moved, job.struck) > LONG_S:
+        if process.log and job.clean and not job.slow and job.now - max(moved, job.struck) > LONG_S:
             raise Violation(f"{process.name} waits in vain: {process.waits}")
 
     def comes_to_an_end(self, seconds: float = 600.0) -> None:
