@@ -83,7 +83,7 @@ SET_FROM_OUTSIDE = {
     },
     "the configuration, while it is being loaded": {"config/paths.py": ["setattr(section, name)"]},
     "parts of one thing that a module is about, which nobody else sets": {
-        "elastic/server.py": ["line.address", "line.known", "line.rank", "line.ready", "self._visitors[each].store"],
+        "elastic/protocol.py": ["peer.known", "peer.ready", "self._visitors[rank].store"],
         "engine/client.py": ["self._state.reached"],
         "gossip/clip.py": ["message.weights"],
         "gossip/message.py": ["gossip.bytes_sent", "gossip.wait_seconds"],

@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from deca_ds.elastic.agreement import JsonConnection
 from deca_ds.elastic.client import QuorumClient
+from deca_ds.elastic.wire import JsonConnection
 from deca_ds.launch.view import Membership
 
 _EVERY_S = 3.0
@@ -62,7 +62,7 @@ def clients_at(address: tuple[str, int]) -> list[int]:
     """The clients of the coordinator at `address`; none if it is not at work or out of reach."""
     with contextlib.suppress(OSError, KeyError, TypeError), socket.create_connection(address, _CONNECT_S) as connection:
         line = JsonConnection(connection)
-        line.send("who")
+        line.send({"kind": "who"})
         for message in line.receive() or []:
             return [int(client) for client in message["clients"]]
     return []

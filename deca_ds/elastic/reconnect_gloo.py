@@ -1,4 +1,4 @@
-"""ReconnectingGloo: messages over gloo that outlive dead clients, by votes at a coordinator (elastic/server.py).
+"""ReconnectingGloo: messages over gloo that outlive dead clients, by votes at a coordinator (elastic/protocol.py).
 
 Gloo cannot take clients out of a group, nor be told to stop waiting. So a thread waits for each message, the rank looks
 meanwhile whether a client has gone, and after a death the survivors make a new group. What was under way in the old one

@@ -1,4 +1,4 @@
-"""A client that has gone from a job comes back: how its ranks find the coordinator (server.py) and ask."""
+"""A client that has gone from a job comes back: how its ranks find the coordinator (protocol.py) and ask."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deca_ds.elastic.agreement import JsonConnection, is_in_reach
 from deca_ds.elastic.server import QuorumServer
+from deca_ds.elastic.voter import Addresses
+from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import LaunchError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, join_job_store, own_address
 from deca_ds.watchdog.restart import JOIN
 
 FILE = "coordinators.json"
-_CONNECT_S = 5.0
 _PAUSE_S = 3.0  # before asking again
-
-Addresses = dict[int, tuple[str, int]]  # of every client's coordinator
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def join_job(
     launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float, silence_s: float, until: float = 0.0
 ) -> tuple[Visit, JobStore]:
     """Ask those whose addresses lie in `folder`, the run's, to let this rank's client come back; the job's store, too.
-    silence_s: see QuorumServer.
+    silence_s: see Coordinator.
 
     Raises LaunchError if nobody is there who could, or some of those who are in are out of reach, or the client is
     still in, or its ranks do not come within `timeout_s` seconds; before the time `until`, by time.time(), it asks
@@ -72,11 +70,11 @@ def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer
         if other == client:
             continue
         try:
-            connection = socket.create_connection(address, _CONNECT_S)
+            connection = socket.create_connection(address, CONNECT_S)
         except OSError:
             continue
         line = JsonConnection(connection)
-        line.send("join", rank=rank, address=None if own is None else own.address)
+        line.send({"kind": "join", "rank": rank, "address": None if own is None else own.address})
         connection.settimeout(max(0.1, deadline - time.monotonic()))
         for message in line.receive() or []:
             if message["kind"] == "invitation":

@@ -75,7 +75,7 @@ def test_all_ranks_see_the_same_views(tmp_path):
         on_all(*(rank.exchange for rank in ranks))
         assert all(len(rank.seen) == 1 for rank in ranks)
 
-        job.kill(0)
+        job.end(0)
         _, one, two = ranks
         on_all(one.exchange, two.exchange)
         assert one.seen == two.seen and len(one.seen) == 2
@@ -85,7 +85,7 @@ def test_all_ranks_see_the_same_views(tmp_path):
 
         addresses = [(client, *address) for client, address in job.votes[1].addresses.items()]
         told = Invitation(one.site.store.address, 1, addresses, 7, {}, "", [], 0, None)
-        job.coordinators[1].invite(told.text())
+        job.servers[1].invite(told.text())
         save_addresses(tmp_path, job.votes[1].addresses)
         visit, store = join_job(launches[0], job.layout, tmp_path, 10.0, 60.0)
         votes = QuorumClient(0, job.layout, visit.addresses, 20.0, 60.0, visit.own, visit)

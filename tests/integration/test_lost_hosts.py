@@ -20,7 +20,7 @@ from deca_ds.checkpoint.shards import ShardedModel
 pytestmark = pytest.mark.multiprocess
 
 WORKER = str(REPOSITORY / "tests/integration/dying_worker.py")
-STEPS = 128
+STEPS = 192
 
 
 class Started(Hosts):
@@ -74,74 +74,63 @@ def step(folder: Path, client: int) -> int:
     return last
 
 
-@pytest.mark.timeout(700)
-def test_a_network_falls_apart_and_its_smaller_part_comes_back(tiny_model, word_files, tmp_path, hosts):
-    """Host 0 has the coordinator and the job's store. Every host has a disk of its own, as far as the run knows."""
-    apart = 0
+@pytest.mark.timeout(900)
+def test_a_network_falls_apart_and_comes_together(tiny_model, word_files, tmp_path, hosts):
+    """First hosts 1 and 2 do not reach each other, though both reach host 0, which has the coordinator: nobody is lost,
+    but they can average no more, and one of them leaves and comes back. Then host 0, with the coordinator and the job's
+    store, is cut off, and its client comes back. Every host has a disk of its own, as far as the run knows."""
     log = tmp_path / "log"
-    shared = common_keys(tiny_model, word_files)
-    keys = [*shared, "cluster.timeout_s=120", "cluster.min_clients=1", "checkpoint.every=8"]
+    keys = [
+        *("run.device=cpu", "run.threads=1", "cluster.clients=3", "cluster.on_failure=continue"),
+        *("cluster.return_s=300", "cluster.timeout_s=40", "cluster.min_clients=1", "checkpoint.every=8"),
+        *(f"model.path={tiny_model}", f"algorithm.rounds={STEPS // 8}"),
+        *("algorithm.inner_steps=2", "algorithm.eps=1e-2", "optimizer.lr=0.003", "gossip.weights=lazy_metropolis"),
+        *(f"data.train=[{','.join(map(str, word_files))}]", "data.max_length=16", "data.batch_size=4"),
+        *("data.micro_batch_size=4", "logging.progress=false", "evaluation.max_examples=4", "evaluation.every=0"),
+    ]
     processes = [hosts.start(i, tmp_path, *keys) for i in range(3)]
     wait(lambda: step(tmp_path, 1) >= 10, "in training", log)
-    hosts.set_apart(apart, True)
+    hosts.part(1, 2, True)
     split_at = step(tmp_path, 1)
-    for i in (apart, 1):  # both parts go on
+    wait(lambda: step(tmp_path, 1) > split_at + 3, "going on", log, 300)
+    assert "client 1 is out of reach" not in log.read_text(), "client 2 is still trying"
+    hosts.part(1, 2, False)
+    wait(lambda: "client 2 back; 3 of 3 go on" in log.read_text(), "together again", log, 300)
+    wait(lambda: step(tmp_path, 2) > split_at + 3, "going on together", log)
+
+    hosts.set_apart(0, True)
+    split_at = step(tmp_path, 1)
+    for i in (0, 1):  # both parts go on
         wait(lambda i=i: step(tmp_path, i) > split_at + 3, f"going on with client {i}", log)
-    hosts.set_apart(apart, False)
+    hosts.set_apart(0, False)
     wait(lambda: all(process.poll() is not None for process in processes), "done", log, 400)
+
     said = log.read_text()
     assert [process.returncode for process in processes] == [0, 0, 0], said[-5000:]
     assert "clients 1, 2 gone; 1 of 3 go on" in said and "client 0 gone; 2 of 3 go on" in said
     assert "the larger part of the network is in reach again: client 0 will join it" in said
-    jobs = [tmp_path / f"run{i}" / "metrics" / "job.jsonl" for i in range(3)]
-    lost, back = (line for line in lines(jobs[1]) if line["kind"] == "membership")
-    assert (lost["missing"], back["missing"]) == ([apart], [])
-    assert [line["missing"] for line in lines(jobs[apart]) if line["kind"] == "membership"] == [[1, 2]]
+    jobs = [tmp_path / f"run{i}" / "metrics" / "job.jsonl" for i in range(2)]
+    memberships = [[line for line in lines(job) if line["kind"] == "membership"] for job in jobs]
+    apart, again = memberships[0][:2]
+    assert (apart["missing"], again["missing"]) == ([2], [])
+    lost, back = memberships[1][-2:]
+    assert (lost["missing"], back["missing"]) == ([0], [])
+    assert memberships[0][2]["missing"] == [1, 2]
     assert (tmp_path / "run1" / "DONE").read_text() == f"{STEPS} of {STEPS} inner steps\n"
     assert not list(tmp_path.glob("run*/STOPPED")) and not list(tmp_path.glob("run*/FAILED*"))
+
+    assert "client 2 and client 1 cannot reach each other" in said and "client 2 gone; 2 of 3 go on" in said
+    handovers = {line["to"]: line["by"] for job in jobs for line in lines(job) if line["kind"] == "handover"}
 
     # what client 0 trained by itself is gone, from its model, its metrics and its checkpoints
     saved = [ShardedModel(tmp_path / f"run{client}" / "model", [client]) for client in range(3)]
     read = lambda name, client: saved[client].read(name, client)  # noqa: E731
-    assert_simulated(read, keys, {apart: lost["from_step"]}, {apart: (back["from_step"] - 1, 1)})
-    own = [line["step"] for line in lines(jobs[apart].with_name("client_000.jsonl")) if line["kind"] == "step"]
+    deaths = {0: lost["from_step"], 2: apart["from_step"]}
+    returns = {0: (back["from_step"] - 1, handovers[0]), 2: (again["from_step"] - 1, handovers[2])}
+    assert_simulated(read, keys, deaths, returns)
+    own = [line["step"] for line in lines(jobs[0].with_name("client_000.jsonl")) if line["kind"] == "step"]
     alone = own.index(back["from_step"])
     assert own == sorted(own) and own[alone:] == list(range(back["from_step"], STEPS + 1))
-
-
-@pytest.mark.timeout(700)
-def test_of_two_clients_that_do_not_reach_each_other_one_leaves_and_comes_back(tiny_model, word_files, tmp_path, hosts):
-    """Both reach host 0, which has the coordinator: nobody is lost, but they can average no more."""
-    log = tmp_path / "log"
-    keys = [*common_keys(tiny_model, word_files), "cluster.timeout_s=20", "cluster.min_clients=2"]
-    processes = [hosts.start(i, tmp_path, *keys) for i in range(3)]
-    wait(lambda: step(tmp_path, 1) >= 10, "in training", log)
-    hosts.part(1, 2, True)
-    split_at = step(tmp_path, 0)
-    wait(lambda: step(tmp_path, 0) > split_at + 3, "going on", log)
-    assert "client 1 is out of reach" not in log.read_text(), "it is still trying"
-    hosts.part(1, 2, False)
-    wait(lambda: all(process.poll() is not None for process in processes), "done", log, 400)
-    said = log.read_text()
-    assert [process.returncode for process in processes] == [0, 0, 0], said[-5000:]
-    assert "client 2 and client 1 cannot reach each other" in said and "client 2 gone; 2 of 3 go on" in said
-    records = lines(tmp_path / "run0" / "metrics" / "job.jsonl")
-    lost, back = (line for line in records if line["kind"] == "membership")
-    assert (lost["missing"], back["missing"]) == ([2], [])
-    by = next(line["by"] for line in records if line["kind"] == "handover")
-    saved = [ShardedModel(tmp_path / f"run{client}" / "model", [client]) for client in range(3)]
-    read = lambda name, client: saved[client].read(name, client)  # noqa: E731
-    assert_simulated(read, keys, {2: lost["from_step"]}, {2: (back["from_step"] - 1, by)})
-
-
-def common_keys(model: Path, files: list[Path]) -> list[str]:
-    return [
-        *("run.device=cpu", "run.threads=1", "cluster.clients=3", "cluster.on_failure=continue"),
-        *("cluster.return_s=300", f"model.path={model}", "algorithm.rounds=16"),
-        *("algorithm.inner_steps=2", "algorithm.eps=1e-2", "optimizer.lr=0.003", "gossip.weights=lazy_metropolis"),
-        *(f"data.train=[{','.join(map(str, files))}]", "data.max_length=16", "data.batch_size=4"),
-        *("data.micro_batch_size=4", "logging.progress=false", "evaluation.max_examples=4", "evaluation.every=0"),
-    ]
 
 
 def lines(path: Path) -> list[dict]:

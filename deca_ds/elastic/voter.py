@@ -1,0 +1,134 @@
+"""A rank's part in the membership protocol (protocol.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from deca_ds.elastic.agreement import Decision
+from deca_ds.elastic.protocol import ALIVE_S, GRACE_S, Message
+from deca_ds.errors import CutOffError, UserError
+
+Addresses = dict[int, tuple[str, int]]  # of every client's coordinator
+Effects = list[Message | Decision | UserError]  # to send, in this order; what has been decided; why this client is out
+
+_SILENT_S = 3 * ALIVE_S  # a coordinator that is not at work and gives no sign of life for so long hangs
+
+
+class Voter:
+    """Of rank `rank`. addresses: of the coordinators of those that are in. timeout_s: for all ranks to come at the
+    start of the job. silence_s: see Coordinator. visits: of a client that comes back, whose coordinator it has asked,
+    with a connection to it.
+
+    coordinator: the client to whose coordinator this rank has a connection or needs one; None when it is out, for the
+    reason `out`. deadline: when the connection counts as lost if nothing comes. last: the last decision. interrupted:
+    whether the next decision will not be a yes.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        addresses: Mapping[int, tuple[str, int]],
+        timeout_s: float,
+        silence_s: float,
+        visits: int | None = None,
+    ):
+        self._rank, self._timeout_s, self._silence_s = rank, timeout_s, silence_s
+        self.addresses: Addresses = dict(addresses)
+        self.last = Decision(0, 0, "", tuple(addresses))
+        self.coordinator: int | None = self.last.clients[0] if visits is None else visits
+        self.deadline, self.interrupted = math.inf, False
+        self.out: UserError | None = None
+        self._waits = visits is not None  # to be let in
+        self._welcome = visits is not None  # the coordinator is at work
+        self._signed: float | None = None  # when it gave the last sign of life
+        self._lost: list[int] = []  # clients whose coordinators are out of reach
+        self._ballot: Message | None = None  # until it is decided
+
+    def connected(self, now: float) -> Effects:
+        """There is a connection to `coordinator`."""
+        self.deadline = now + (2 * GRACE_S if self.last.number or self._lost else self._timeout_s)
+        return [{"kind": "hello", "rank": self._rank, "last": asdict(self.last), "lost": list(self._lost)}]
+
+    def ended(self, now: float) -> Effects:
+        """The connection to `coordinator` cannot be made, has ended, or `deadline` is over."""
+        assert self.coordinator is not None
+        if not self._welcome and now >= self.deadline and self._signed is not None and now - self._signed < _SILENT_S:
+            what = f"client {self.coordinator} has not lost the coordinator that this rank has lost: it is cut off"
+            return self._end(CutOffError(what, where=f"rank {self._rank}", fix="look at the network"))
+        if self._waits:
+            what = "the coordinator is lost before this client came in"
+            return self._end(CutOffError(what, fix="start it again"))
+        self._lost.append(self.coordinator)
+        self.interrupted, self._welcome, self._signed, self.deadline = True, False, None, math.inf
+        left = [client for client in self.last.everybody if client not in self._lost]
+        if not left:
+            fix = "look at the network, and at whether this process was stopped for long"
+            return self._end(CutOffError("no other client is in reach", where=f"rank {self._rank}", fix=fix))
+        self.coordinator = left[0]
+        return []
+
+    def heard(self, message: Message, now: float) -> Effects:
+        """A message of `coordinator` has come. Raises KeyError, TypeError or ValueError if it makes no sense."""
+        kind, effects = message["kind"], Effects()
+        self._signed = now
+        if kind == "out":
+            return self._end(
+                CutOffError(f"this client is out of the job: {message['why']}", where=f"rank {self._rank}")
+            )
+        if kind == "welcome":
+            self._welcome = True
+            effects += [self._ballot] if self._ballot else []
+        elif kind == "interrupt":
+            self.interrupted = True
+        elif kind == "addresses":
+            self.addresses |= {client: (host, port) for client, host, port in message["addresses"]}
+        elif kind == "decision":
+            effects += self._decided(Decision.read(message))
+        if self._welcome and not self._waits:
+            self.deadline = now + self._silence_s
+        return effects
+
+    def ready(self) -> Effects:
+        """This client, which comes back, only waits to be let in."""
+        return self._said({"kind": "ready"})
+
+    def vote(self, yes: int, news: str) -> Effects:
+        """Answers, a bit each, and a short text."""
+        if self.out is not None:
+            return [self.out]
+        self._ballot = {"kind": "vote", "number": self.last.number + 1, "yes": yes, "news": news}
+        return self._said(self._ballot)
+
+    def stalled(self) -> Effects:
+        """Nobody in the job moves on. Who waits for messages stops that, and votes; then it is said."""
+        if self._ballot is None:
+            self.interrupted = True
+            return []
+        return self._said({"kind": "stalled", "number": self._ballot["number"]})
+
+    def leave(self, why: str) -> Effects:
+        """This client leaves."""
+        return self._said({"kind": "leave", "why": why})
+
+    def goodbye(self) -> Effects:
+        """This rank is through."""
+        return self._said({"kind": "goodbye"})
+
+    def _said(self, message: Message) -> Effects:
+        """To a coordinator at work: a vote is sent again to the next one, else it has lost this client anyway."""
+        return [message] if self._welcome and self.out is None else []
+
+    def _decided(self, decision: Decision) -> Effects:
+        if decision.number <= self.last.number:
+            return []
+        self.last, self._ballot, self._waits, self.interrupted = decision, None, False, False
+        for client, host, port in decision.joining:
+            self.addresses[client] = host, port
+            self._lost = [lost for lost in self._lost if lost != client]
+        return [decision]
+
+    def _end(self, why: UserError) -> Effects:
+        self.coordinator, self.out, self.interrupted = None, why, True
+        return [why]

@@ -1,0 +1,53 @@
+"""The protocol's messages on a socket (protocol.py): lines of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from typing import Any
+
+from deca_ds.watchdog.lifelines import keep_alive
+
+_MOST_BYTES = 2**20  # of a message
+CONNECT_S = 5.0
+
+
+def is_in_reach(address: tuple[str, int]) -> bool:
+    """Whether somebody can be connected to at `address`."""
+    with contextlib.suppress(OSError), socket.create_connection(address, CONNECT_S):
+        return True
+    return False
+
+
+class JsonConnection:
+    """A connection that carries lines of JSON."""
+
+    def __init__(self, connection: socket.socket):
+        keep_alive(connection)
+        self.connection = connection
+        self._text = bytearray()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """A message that the system does not take is noticed at the end of the connection."""
+        with contextlib.suppress(OSError):
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Messages, after waiting for some bytes; None at the end of the connection, or if they make no sense."""
+        try:
+            more = self.connection.recv(_MOST_BYTES)
+            self._text += more
+            *lines, rest = self._text.split(b"\n")
+            if not more or len(rest) > _MOST_BYTES:
+                return None
+            self._text = rest
+            messages = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return None
+        return messages if all(isinstance(message, dict) for message in messages) else None
+
+    def end(self) -> None:
+        """End the connection for both sides; whoever waits in `receive` gets None."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
