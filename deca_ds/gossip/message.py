@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -34,20 +34,24 @@ class Message:
 
     def start(self) -> None:
         """Send and receive; does nothing the second time, unless the transport's connections are new since then."""
-        averaging, gossip, x = self._averaging, self._averaging.gossip, self.x
+        averaging, gossip = self._averaging, self._averaging.gossip
         transport, client, t = gossip.transport, gossip.transport.client, self._averaging.t
         if self._connections == transport.epoch:
             return
-        self._connections = transport.epoch
         self._exchange, self._received = None, False
         self._mean: Tensor | None = None
         self.buffers = {}
         self.staged: Tensor | None = None
         self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*gossip.schedule.sources(client, t), client)}
         sources, destinations = averaging.partners()
-        if not sources and not destinations:
-            return
-        transport.progress.enter("gossip")
+        if sources or destinations:
+            transport.progress.enter("gossip")
+            averaging.before_sending(self)
+            self._send(sources, destinations)
+        self._connections = transport.epoch
+
+    def _send(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        averaging, gossip, x = self._averaging, self._averaging.gossip, self.x
         self.buffers = {j: gossip.pool.take(x.numel()) for j in sources}
         send = x
         if x.device.type == "cuda" or averaging.outlived or not gossip.codec.exact:
@@ -55,7 +59,7 @@ class Message:
             send = self.staged[: x.numel()]
             gossip.codec.encode(x, send)  # synchronous: the network reads host memory
         gossip.bytes_sent += send.nbytes * len(destinations)
-        self._exchange = averaging.exchange(self, send, destinations, chunk_tag(t, self._number))
+        self._exchange = averaging.exchange(self, send, destinations, chunk_tag(averaging.t, self._number))
 
     def leave_out(self, skipped: Collection[int]) -> None:
         """Average without these neighbours; their buffers are no longer this chunk's."""

@@ -83,6 +83,9 @@ class Averaging(ABC):
         terms = {j: buffer[: message.chunk.numel] for j, buffer in message.buffers.items()}
         return exchange_chunk(self.gossip.transport, message.chunk, send, destinations, terms, tag)
 
+    def before_sending(self, message: Message) -> None:  # noqa: B027, most have nothing to do
+        """Called for each message, when it is about to be sent to anybody."""
+
     def refusal(self, what: str, j: int) -> DivergedMessageError:
         """The error of a message of client j that must not be averaged."""
         transport = self.gossip.transport
@@ -164,14 +167,16 @@ class Committed(Whole):
         self._broken: MessageError | None = None  # what stops the sending, for the commit
 
     def _start(self, message: Message) -> None:
-        self.gossip.transport.progress.enter("gossip")
-        message.refuse_not_finite()  # before it is sent: a client that has diverged ends by itself
-        if self._broken is None:
+        if self._broken is None:  # else it only comes to the commit, without a sign of moving on
             try:
                 message.start()
                 self._make_room()
             except MessageError as error:
                 self._broken = error
+
+    def before_sending(self, message: Message) -> None:
+        """See Averaging. A client that has diverged ends by itself."""
+        message.refuse_not_finite()
 
     def _make_room(self) -> None:
         """The means of chunks take less than what they are made of."""

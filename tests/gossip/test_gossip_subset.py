@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.errors import GossipError
+from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import subset
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.gossip.strategies import WINDOW
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork
 
@@ -119,3 +120,18 @@ def test_only_own_messages_that_are_not_finite_end_a_client_where_others_go_on()
     with pytest.raises(GossipError, match="1 of 3 values of client 0 are not finite"):
         mix(gossip, 0, torch.tensor([1.0, torch.nan, 2.0]))
     assert not network.mailboxes, "nothing of it was sent"
+
+
+def test_after_a_message_has_failed_a_rank_comes_to_the_commit_without_a_sign_of_moving_on():
+    """Those who put out a client that hangs measure how long nobody has moved on."""
+    transport, mixing = LocalNetwork(2, 0.05).transport(0), build_mixing(GossipConfig(graph="ring"), 2, seed=0)
+    gossip, x = Gossip(transport, mixing, 4 * 8 / 2**20, commit=Repeating(transport)), torch.zeros(8 * (WINDOW + 3))
+    averaging, chunks = gossip.begin(0), gossip.chunks([x.numel()])
+    for chunk in chunks[: WINDOW + 1]:  # the last one makes room: client 1 does not answer
+        averaging.send(chunk, "x", x[chunk.part])
+    moved, sent = transport.progress.moved, gossip.bytes_sent
+    for chunk in chunks[WINDOW + 1 :]:
+        averaging.send(chunk, "x", x[chunk.part])
+    assert (transport.progress.moved, gossip.bytes_sent) == (moved, sent)
+    with pytest.raises(MessageError, match="no message from rank 1"):
+        averaging.settle()
