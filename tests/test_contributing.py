@@ -7,16 +7,19 @@ import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 import format_contract
 import method_contract
 import pytest
+import torch
 from data.data_samples import make_byte_tokenizer, make_config, write_jsonl
 
 from deca_ds.algorithm.methods import METHODS, build_rule
 from deca_ds.config.schema import Config
 from deca_ds.data import load_client_data
 from deca_ds.data.formats import FORMATS
+from deca_ds.gossip.codec import CODECS
 from deca_ds.training.method import build_rule as rule_of
 from deca_ds.training.method import check_method
 
@@ -83,3 +86,27 @@ def test_adding_a_data_format(monkeypatch, tmp_path) -> None:
     assert format.sample["question"] in tokenizer.decode(data.train[0]["input_ids"])
     table = runpy.run_path(str(REPOSITORY / "docs/make_reference.py"))["formats"]()
     assert f"| `{name}` |" in table and f"| {name} | `question` |" in table
+
+
+def test_adding_a_codec(monkeypatch) -> None:
+    ((file, text),) = patched("Adding a codec").items()
+    changed = load(file, text, monkeypatch).CODECS
+    (name,) = changed.keys() - CODECS.keys()
+    codec, x = changed[name], torch.linspace(-3, 3, 50)
+    coded = codec.coded(x)
+    assert codec.bytes == 2 and coded.dtype == torch.float32 and torch.equal(codec.coded(coded), coded)
+    assert 0 < (coded - x).abs().max() <= 3 * 2**-11
+    monkeypatch.setitem(CODECS, name, codec)
+    config = Config()
+    config.gossip.wire = name
+    check_method(config)
+
+
+def test_adding_a_failure_policy(monkeypatch) -> None:
+    texts = patched("Adding a failure policy")
+    modules = {file: load(file, text, monkeypatch) for file, text in texts.items() if not file.startswith("tests/")}
+    tests = load("tests/elastic/test_policy.py", texts["tests/elastic/test_policy.py"], monkeypatch)
+    assert tests.decide is modules["deca_ds/elastic/policy.py"].decide
+    tests.test_a_majority_goes_on()
+    values = get_args(get_type_hints(modules["deca_ds/config/schema.py"].ClusterConfig)["on_partition"])
+    assert values == ("stop", "continue", "majority")

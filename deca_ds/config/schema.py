@@ -238,7 +238,7 @@ class GossipConfig:
         "until `cluster.timeout_s` ends the job.",
         "failures.md#when-a-client-is-late",
     )
-    wire: Literal["float32", "bfloat16"] = key(
+    wire: str = key(
         "float32",
         "Data type in which values travel; `bfloat16` halves the traffic and keeps the mean of the clients, which then "
         "agree to 8 bits of mantissa at best.",

@@ -16,10 +16,12 @@ from deca_ds.config.checks import check_ranges, one_of
 from deca_ds.config.schema import AlgorithmConfig, OptimizerConfig
 from deca_ds.engine.adapters import require_peft
 from deca_ds.errors import ConfigError
+from deca_ds.gossip.codec import CODECS
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("algorithm.method", METHODS.__contains__, one_of(METHODS)),
     ("algorithm.signal", SIGNALS.__contains__, one_of(SIGNALS)),
+    ("gossip.wire", CODECS.__contains__, one_of(CODECS)),
 )
 
 
@@ -54,7 +56,7 @@ def step_learning_rate(optimizer: OptimizerConfig, step: Step, steps: int) -> fl
 
 
 def check_method(config: Config) -> None:
-    """Raise ConfigError for a method that there is not, and where it contradicts blocks, clients or gossip."""
+    """Raise ConfigError for a method or codec that there is not, and where it contradicts blocks, clients or gossip."""
     check_ranges(config, RANGES)
     name, method = config.algorithm.method, METHODS[config.algorithm.method]
     chosen = f"algorithm.method={name}"

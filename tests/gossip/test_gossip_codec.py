@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,14 +15,15 @@ from hypothesis import strategies as st
 from rounding import UNIT
 from torch.distributed import HashStore, PrefixStore, Store
 
-from deca_ds.config.schema import GossipConfig
-from deca_ds.errors import GossipError
+from deca_ds.config.schema import Config, GossipConfig
+from deca_ds.errors import ConfigError, GossipError
 from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.simulation.simulate import Simulation
+from deca_ds.training.method import check_method
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork, LocalTransport
 
@@ -35,8 +35,11 @@ def values(scale: float = 1.0) -> torch.Tensor:
     return scale * torch.randn(CLIENTS, NUMEL, generator=torch.Generator().manual_seed(7))
 
 
-def test_the_schema_offers_every_codec():
-    assert set(get_args(get_type_hints(GossipConfig)["wire"])) == set(CODECS)
+def test_every_codec_can_be_chosen_and_no_other():
+    for wire in CODECS:
+        check_method(Config(gossip=GossipConfig(wire=wire)))
+    with pytest.raises(ConfigError, match=r"(?s)gossip\.wire = 'float8'.*one of float32, bfloat16"):
+        check_method(Config(gossip=GossipConfig(wire="float8")))
 
 
 @every_codec
