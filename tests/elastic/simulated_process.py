@@ -87,7 +87,7 @@ class Process:
         self.job.end(self)
 
     def together(self, what: tuple[Any, ...], bit: int = 0) -> Iterator[tuple[Any, ...]]:
-        """Surviving.together"""
+        """SurvivorCommit.run"""
         while True:
             if what == ("handover", self.client) and self.members == (self.client,):  # nobody is left to take over from
                 self.job.kill(self)
