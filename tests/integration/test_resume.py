@@ -24,7 +24,13 @@ from deca_ds.training.method import build_rule, build_schedule
 
 pytestmark = pytest.mark.multiprocess
 
-CLOCKS = ("seconds", "tokens_per_second", "gossip_wait_seconds", "peak_memory_bytes_by_rank")
+CLOCKS = (
+    "seconds",
+    "tokens_per_second",
+    "gossip_wait_seconds",
+    "peak_memory_bytes_by_rank",
+    "peak_memory_bytes_by_rank_before",
+)
 
 
 @pytest.fixture(scope="module")
