@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
@@ -26,7 +25,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from deca_ds.algorithm.blocks import BlockPlan, find_layers, parameter_shapes, split_into_blocks
+from deca_ds.algorithm.blocks import BlockPlan, split_into_blocks
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.paths import check_model_folder
@@ -187,7 +186,7 @@ def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedMode
     del zero_init
     if given is not None:
         given.compare(model, _own_slice)
-    internals.keep_whole(expert_lists(model) if dist.get_world_size() > 1 else layers(model))
+    internals.keep_whole(expert_lists(model))
     add_adapters(config, model)
     return_freed_memory()
     if config.model.gradient_checkpointing:
@@ -208,19 +207,6 @@ def expert_lists(model: nn.Module) -> list[nn.Module]:
     owners = [name.rpartition(".")[0] for name in inner]
     # a list in a list, as layers of layers are, is no single module's choice
     return [model.get_submodule(name) for name in dict.fromkeys(owners) if name not in lists]
-
-
-def layers(model: nn.Module) -> list[nn.Module]:
-    """The modules in the model's lists of layers.
-
-    With one rank nothing travels when parameters are gathered, and they take no memory: then gathering by layer leaves
-    out DeepSpeed's hooks at every module inside.
-    """
-    try:
-        lists = find_layers(model, parameter_shapes(model))
-    except ValueError:
-        return []
-    return [layer for name in lists for layer in model.get_submodule(name).children()]
 
 
 def _own_slice(parameter: nn.Parameter) -> Slice:
