@@ -69,10 +69,10 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
             open_job_store(rank(0, "127.0.0.1", port), 20)
         with pytest.raises(LaunchError, match=rf"a program listens there that is not the job's store\n.*={port}\n"):
             open_job_store(rank(1, "127.0.0.1", port), 5)
-        # torch aborts an interpreter that ends while it still tries to connect
-        for thread in threading.enumerate():
-            if thread.name == stores.MEETING:
-                thread.join(60)
+    # torch aborts an interpreter that ends while it still tries to connect
+    for thread in threading.enumerate():
+        if thread.name == stores.MEETING:
+            thread.join(60)
 
 
 @pytest.mark.parametrize("address", ["no-such-host.invalid", "", "1.2.3.999", "a b", "x" * 70, "::g"])
