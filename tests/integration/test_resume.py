@@ -192,21 +192,22 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
 
     victim = next(step_folder(checkpoints, newest).rglob("000_*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
-    during = at_step(run, newest + 5, lambda supervisor: supervisor.send_signal(signal.SIGTERM))
+    during = at_step(run, newest + 3, lambda supervisor: supervisor.send_signal(signal.SIGTERM))
     stopped = launch("supervised", 2, arguments, during=during)  # which tells mpirun by SIGUSR1
     assert stopped.code == 0, stopped.output[-4000:]
     assert stopped.output.count(f"removed, step {newest}: rank") == 1
     assert f"going on after inner step {newest - 7} of 48" in stopped.output
     last = steps_in(checkpoints)[-1]
-    assert (run / "STOPPED").read_text() == f"{last} of 48 inner steps\n" and last >= newest + 5
+    assert (run / "STOPPED").read_text() == f"{last} of 48 inner steps\n" and last >= newest + 3
 
-    stopped = launch("deepspeed", 2, arguments, during=at_step(run, last + 5, terminate_launch_process))
+    stopped = launch("deepspeed", 2, arguments, during=at_step(run, last + 3, terminate_launch_process))
     assert f"going on after inner step {last} of 48" in stopped.output, stopped.output[-4000:]
     assert "ERROR" not in stopped.output and not (run / "FAILED").exists()
     assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of 48 inner steps\n"
 
     last = steps_in(checkpoints)[-1]
-    done = launch("supervised", 2, arguments, during=at_step(run, last + 9, kill_rank_1))
+    # a busy machine stops late: the last step to be killed at is one before the end
+    done = launch("supervised", 2, arguments, during=at_step(run, min(last + 8, 46), kill_rank_1))
     assert done.code == 0, done.output[-4000:]
     assert done.output.count("Starting it again") == 1 and done.output.count("going on after inner step") == 2
     assert (run / "DONE").exists() and not (run / "STOPPED").exists()
