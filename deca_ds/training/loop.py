@@ -50,6 +50,7 @@ class Trainer:
     output: Path
     agent: ElasticAgent | None = None  # where clients may die
     told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
+    _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, if it is made
 
     @property
     def client(self) -> Client:
@@ -70,8 +71,6 @@ class Trainer:
     def done(self) -> int:
         """Inner steps."""
         return self.state.done
-
-    _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, if it is made
 
     def train(self) -> bool:
         """Run the schedule from where it stands and save the trained shards. All ranks of all clients call this.
