@@ -10,6 +10,7 @@ import base64
 import binascii
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Given:
             return
         if self.hostfile.is_file():
             read_hostfile(self.hostfile)
-        elif set(self.hosts) == {"localhost"}:
+        elif str(self.hostfile) != os.devnull and set(self.hosts) == {"localhost"}:
             raise LaunchError(
                 f"deepspeed was given the hostfile {str(self.hostfile)!r}, which is not there, and so started "
                 f"{ranks} rank{'s' if ranks > 1 else ''} on this host alone",

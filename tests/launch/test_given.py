@@ -53,6 +53,7 @@ def test_a_hostfile_that_deepspeed_did_not_find_is_told(tmp_path):
     with pytest.raises(LaunchError, match=r"hostfile '.*hostz', which is not there, and so started 1 rank on"):
         missing.check(1)
     Given.of([started({"n0": [0], "n1": [0]}), runner]).check(2)  # removed since it was read
+    Given.of([LOCAL, Command([*RUNNER, "--hostfile", "/dev/null", "train.py"], "/")]).check(1)  # meant to be none
     (tmp_path / "hostz").write_text("n0 slots=4x\n")
     with pytest.raises(LaunchError, match=r"'n0 slots=4x' is no host(.|\n)*hostz:1"):
         missing.check(1)
