@@ -9,7 +9,8 @@ from pathlib import Path
 from deca_ds.errors import LaunchError
 from deca_ds.launch.launcher import ClientLayout
 
-_ENTRY = re.compile(r"(\S+)\s+slots=(\d{1,6})(\s+max[_-]slots=\d+)?\s*(#.*)?", re.ASCII)
+# a host's name is visible ASCII: `deepspeed` reads others in part
+_ENTRY = re.compile(r"([!-~]+)\s+slots=(\d{1,6})(\s+max[_-]slots=\d+)?\s*(#.*)?", re.ASCII)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -19,7 +20,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     Raises LaunchError that names the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(
             f"cannot read the hostfile: {error}", where=str(path), fix="give it a readable file"

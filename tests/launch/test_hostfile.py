@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from deepspeed.launcher.runner import _parse_hostfile
+from deepspeed.launcher.runner import fetch_hostfile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,8 @@ LINES = st.lists(
 @example(content=b"a slots=4x\n")
 @example(content=b"a slots=2\na slots=2\n")
 @example(content="a slots=\u0663\n".encode())
+@example(content=b"\0\xc2\xa0 slots=1")
+@example(content=b"a slots=1 # one\x1cb slots=1")
 def test_any_hostfile(tmp_path, content):
     path = tmp_path / "hosts"
     path.write_bytes(content)
@@ -32,7 +34,7 @@ def test_any_hostfile(tmp_path, content):
     except LaunchError as error:
         assert str(path) in str(error)
         return
-    assert slots == dict(_parse_hostfile(content.decode().splitlines()))
+    assert slots == dict(fetch_hostfile(str(path)))
     assert all(count > 0 for count in slots.values())
 
 
