@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ablation import RESULTS, finished, load_studies
+from ablation import BENCHMARKS, STUDIES, finished, load_studies
 from summary import (
     Interval,
     Measure,
@@ -33,7 +33,7 @@ HEAD = """# The ablation's tables
 
     python examples/ablation/report.py
 
-made this file from runs.jsonl; what the studies are is in examples/ablation/studies.yaml. Losses are nats per target
+made this file from runs.jsonl; what the studies are is in examples/ablation/ablation.yaml. Losses are nats per target
 token on the common evaluation set, after the last step: the mean over the clients, and that of the mean model. Every
 row has its own best learning rate, found on seed 0 by the clients' loss; seed 0 is one of the reported seeds, and the
 set is the reported one. +- is the half-width of a 95 % interval over the seeds (Student's t; three seeds, so it is
@@ -55,16 +55,18 @@ ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the ablation's tables and plots from its runs.")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--studies", choices=STUDIES, default=STUDIES[0])
+    parser.add_argument("--results", type=Path, help="default: benchmarks/STUDIES")
     parser.add_argument("--no-plots", action="store_true")
     arguments = parser.parse_args()
-    runs = finished(arguments.results / "runs.jsonl")
-    studies = list(summarize(load_studies(), runs))
-    (arguments.results / "tables.md").write_text(tables(studies, runs))
+    results = arguments.results or BENCHMARKS / arguments.studies
+    runs = finished(results / "runs.jsonl")
+    studies = list(summarize(load_studies(arguments.studies), runs))
+    (results / "tables.md").write_text(tables(studies, runs))
     if not arguments.no_plots:
         from plots import draw
 
-        draw(studies, arguments.results)
+        draw(studies, results)
 
 
 def tables(studies: Studies, runs: Mapping[str, Run]) -> str:
