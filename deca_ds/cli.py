@@ -48,7 +48,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 
 
 def _export(parser: argparse.ArgumentParser) -> Run:
-    from deca_ds.checkpoint.commands import add_export_arguments, run_export
+    from deca_ds.tools.export import add_export_arguments, run_export
 
     add_export_arguments(parser)
     return run_export
