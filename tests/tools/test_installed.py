@@ -8,7 +8,9 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 
+import deca_ds
 from deca_ds.tools.supervise import Supervisor
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,6 +44,10 @@ def test_an_installed_wheel_trains_and_has_its_files(tmp_path):
     keys += ["data.max_examples=40", "data.max_length=64", "data.batch_size=4", "data.micro_batch_size=4"]
     said = subprocess.run([deca, "train", "run.output=run", *keys], **run).stdout
     assert "done: run" in said and (tmp_path / "run/DONE").is_file()
+
+
+def test_the_citation_has_the_version():
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == deca_ds.__version__
 
 
 @pytest.mark.parametrize(
