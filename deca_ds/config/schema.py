@@ -364,7 +364,10 @@ class LoggingConfig:
 
     every: int = key(1, "Inner steps between two lines of the metrics.")
     tensorboard: bool = key(False, "Also write TensorBoard event files, which needs the extra `tensorboard`.")
-    progress: bool = key(True, "Show a progress bar on rank 0.")
+    progress: bool = key(
+        True, "Show on rank 0's stderr how far the run is: a bar on a terminal, else lines.", "output.md#while-it-runs"
+    )
+    progress_s: float = key(30.0, "Seconds between two such lines.")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.claim import check_held
+from deca_ds.training.summary import evaluations, next_commands, print_summary
 from deca_ds.training.terminal import on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import guarded
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             without = f" without client {', '.join(map(str, members.missing))}" if members.missing else ""
             if finished:
                 mark_done(trainer.output, steps, members.missing)
-                print(f"done{without}: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
+                print_summary(evaluations(trainer.output, trainer.cluster.client))
+                print(f"done{without}: {trainer.output}\n{next_commands(trainer.output)}", flush=True)
             else:
                 mark_stopped(trainer.output, steps, members.missing)
                 how = "the same command with run.resume=require"
