@@ -35,7 +35,7 @@ def training_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: t
 
     With output_router_logits in the model's configuration, the router's auxiliary loss is part of it, as transformers
     computes it for this micro-batch, weighted by the micro-batch's share of the targets. Large logits are computed for
-    some positions at a time; where most positions have no target, such as in prompts, those have none.
+    some positions at a time.
     """
     head = _chunking(model, batch)
     if head is None:
@@ -101,12 +101,9 @@ def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]
 
 
 def _chunking(model: nn.Module, batch: Mapping[str, Tensor]) -> OutputHead | None:
-    """The model's head where its logits for the batch are too many to be held together, or most of them are for
-    positions without a target: then they are not computed."""
+    """The model's head where its logits for the batch are too many to be held together."""
     head = find_head(model)
-    positions = batch["labels"].numel()
-    all_of_them = positions < 2 * count_targets(batch)
-    return None if head is None or (all_of_them and positions <= positions_at_a_time(head)) else head
+    return None if head is None or batch["labels"].numel() <= positions_at_a_time(head) else head
 
 
 def _predicted(labels: Tensor) -> Tensor:

@@ -126,26 +126,6 @@ def test_no_operation_makes_logits_of_more_positions_than_wanted(chunked):
     assert parts.rows == POSITIONS
 
 
-def test_positions_without_a_target_have_no_logits_where_most_have_none():
-    model = build(CONFIGS["llama"])
-    head = model.get_output_embeddings()
-    few = ROWS | {"labels": ROWS["labels"].clone()}
-    few["labels"][:, :6] = -100
-    targets = int((few["labels"][:, 1:] != -100).sum())
-    assert 2 * targets < few["labels"].numel()
-    with Largest(head) as largest:
-        loss, gradients, _, losses, _ = compute(model, few)
-    assert largest.rows == targets
-    model.zero_grad()
-    logits = model(input_ids=few["input_ids"], attention_mask=few["attention_mask"]).logits[:, :-1]
-    own = nn.functional.cross_entropy(logits.flatten(0, 1), few["labels"][:, 1:].flatten(), reduction="none")
-    own.sum().div(TARGETS).backward()
-    torch.testing.assert_close(loss, own.detach().sum() / TARGETS, rtol=1e-6, atol=0)
-    torch.testing.assert_close(losses.flatten(), own.detach(), rtol=0, atol=2e-6)
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("make", "trained"),
     [
