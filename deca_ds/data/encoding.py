@@ -18,7 +18,7 @@ from deca_ds.data.tokens import Spanning
 from deca_ds.errors import DataError
 
 IGNORED = -100  # the label of a token that carries no loss
-_ENCODING_VERSION = 5  # raise it when the same example gives other tokens: encoded examples are cached
+_ENCODING_VERSION = 6  # raise it when the same example gives other tokens: encoded examples are cached
 
 _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "targets": Value("int32")}
 SEQUENCES = Features(_TOKENS | {"cut": Value("bool")})
