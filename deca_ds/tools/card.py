@@ -7,15 +7,16 @@ same export has the same card, byte for byte.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from deca_ds.tools.report.reading import CONFIG, read_runs
-from deca_ds.tools.report.records import Run, Scores
-from deca_ds.tools.report.summary import MEAN_MODEL, Row, length, score_rows
+from deca_ds.tools.report.records import Run
+from deca_ds.tools.report.summary import Row, length, score_rows
 from deca_ds.tools.report.wording import count, percent, several, significant
+from deca_ds.training.summary import MEAN_MODEL
 
 NAME = "README.md"
 _PAPER = "[arXiv 2606.03209](https://arxiv.org/abs/2606.03209)"
@@ -138,27 +139,11 @@ def _score_table(row: Row) -> str:
     return _table(("score", "before", after), rows)
 
 
-def _loss(scores: Scores) -> Any:
-    return scores.loss
-
-
-def _accuracy(scores: Scores) -> Any:
-    return scores.accuracy
-
-
-def _macro_f1(scores: Scores) -> Any:
-    return scores.macro_f1
-
-
-def _examples(scores: Scores) -> Any:
-    return scores.examples
-
-
 _SCORES = (
-    ("loss (nats per target token)", _loss, significant),
-    ("accuracy", _accuracy, percent),
-    ("macro-F1", _macro_f1, significant),
-    ("examples", _examples, count),
+    ("loss (nats per target token)", attrgetter("loss"), significant),
+    ("accuracy", attrgetter("accuracy"), percent),
+    ("macro-F1", attrgetter("macro_f1"), significant),
+    ("examples", attrgetter("examples"), count),
 )
 
 

@@ -29,10 +29,9 @@ from rich.text import Text
 
 from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended
 from deca_ds.config.paths import argument as path_argument
-from deca_ds.config.resume import SAVED_CONFIG
+from deca_ds.config.resume import SAVED_CONFIG, STARTS
 from deca_ds.errors import CheckpointError
 from deca_ds.training.pace import duration
-from deca_ds.training.starts import FILE as STARTS
 from deca_ds.watchdog.failure import FAILURE_CODE
 from deca_ds.watchdog.heartbeats import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
 

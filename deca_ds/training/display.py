@@ -88,8 +88,8 @@ class Display:
         """How far the run is, in words."""
         if self._pace is None:
             return [f"starting: {self._beat().doing}"]
-        if self._scored is not None:
-            what, done, rows = self._scored
+        if (scored := self._scored) is not None:  # read once: the main thread goes on
+            what, done, rows = scored
             now = [f"step {self._done} of {self._steps}", f"evaluation, {what}: {done} of {rows} sequences"]
         else:
             now = [f"step {self._done} of {self._steps} ({self._done / max(1, self._steps):.0%})", *self._training()]
@@ -131,11 +131,8 @@ class Display:
         grid = Table.grid(padding=(0, 1), expand=True)
         for ratio in (None, 1, None, None):
             grid.add_column(ratio=ratio, no_wrap=True)
-        if self._scored is None:
-            name, done, total = "training", self._done, self._steps
-        else:
-            what, done, total = self._scored
-            name = f"evaluation, {what}"
+        what, done, total = self._scored or ("", self._done, self._steps)
+        name = f"evaluation, {what}" if what else "training"
         left = " ".join(self._left())
         grid.add_row(Text(name, "bold"), ProgressBar(max(1, total), done), f"{done}/{total}", left)
         return Group(grid, Text(", ".join([*self._training(), *self._still()]), "dim"))

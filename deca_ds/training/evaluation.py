@@ -20,6 +20,7 @@ from deca_ds.engine.masters import round_into
 from deca_ds.errors import DivergedError
 from deca_ds.launch import Cluster
 from deca_ds.training.divergence import FIX
+from deca_ds.training.summary import MEAN_MODEL, SETS
 from deca_ds.transport.collectives import all_reduce_sum, gather_json, sum_slices
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.transport import Transport
@@ -27,7 +28,6 @@ from deca_ds.transport.transport import Transport
 MEAN = "the mean of the clients' models"
 POOLED = ("loss", "accuracy", "macro_f1")
 TOLD = (*POOLED, "examples")  # what clients tell each other of scores on sets of their own
-SETS = ("own", "common")
 JOB_SCORES = ("consensus_distance", "mean", "clients")  # of all clients together
 
 
@@ -61,9 +61,9 @@ class Evaluator:
     def _evaluate(self) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         if self.data.own_evaluation is not None:
-            scores["own"] = self._score(self.data.own_evaluation, "own set")
+            scores["own"] = self._score(self.data.own_evaluation, SETS["own"])
         if self.data.common_evaluation is not None:
-            scores["common"] = self._score(self.data.common_evaluation, "common set")
+            scores["common"] = self._score(self.data.common_evaluation, SETS["common"])
         if self.mean_model and len(self.cluster.members) > 1:
             scores |= self._score_mean_model()
             sets = {name: scores[name] for name in SETS if name in scores}
@@ -88,10 +88,10 @@ class Evaluator:
             squared = self.client.client_sum(self.commit.run(lambda: self._average(shards, numels)))
             total = self.commit.run(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
             if self.data.common_evaluation is not None:
-                scores = self._score(self.data.common_evaluation, "mean model", MEAN, shared=True)
+                scores = self._score(self.data.common_evaluation, MEAN_MODEL, MEAN, shared=True)
             else:  # private sets, of which a client may have none
                 held = self.data.own_evaluation
-                own = None if held is None else self._score(held, "mean model, own set", MEAN)
+                own = None if held is None else self._score(held, f"{MEAN_MODEL}, {SETS['own']}", MEAN)
                 told = None if own is None else {key: own[key] for key in TOLD if key in own}
                 scores = average(self.commit.run(lambda: gather_json(self.transport, told)))
             self.client.end_scoring()

@@ -10,7 +10,10 @@ _MEMORY = 20  # steps, of which loss and speed are the mean
 
 
 class Pace:
-    """Of one rank. left: inner steps of each block, by its index, and evaluations that are still to come."""
+    """Of one rank. left: inner steps of each block, by its index, and evaluations that are still to come.
+
+    One thread notes, another one may ask: what is asked for is computed from copies, which are made in one go.
+    """
 
     def __init__(self, left: Counter[int], evaluations: int):
         self._left, self._evaluations = left, evaluations
@@ -35,23 +38,25 @@ class Pace:
     @property
     def loss(self) -> float | None:
         """Nats per target token, the mean of the last steps."""
-        return sum(self._losses) / len(self._losses) if self._losses else None
+        losses = list(self._losses)
+        return sum(losses) / len(losses) if losses else None
 
     @property
     def tokens_per_second(self) -> float | None:
         """Of this rank's client, over the last steps."""
-        seconds = sum(seconds for _, seconds in self._speeds)
-        return sum(tokens for tokens, _ in self._speeds) / seconds if seconds else None
+        speeds = list(self._speeds)
+        seconds = sum(seconds for _, seconds in speeds)
+        return sum(tokens for tokens, _ in speeds) / seconds if seconds else None
 
     @property
     def left_s(self) -> float | None:
         """Seconds until the run's end; None before the first step. A block that has not been trained yet is taken to
         be as fast as the others are."""
-        if not self._block_s:
+        known = {block: mean for block, (mean, _) in dict(self._block_s).items()}
+        if not known:
             return None
-        known = {block: mean for block, (mean, _) in self._block_s.items()}
         other = sum(known.values()) / len(known)
-        steps = sum(count * known.get(block, other) for block, count in self._left.items())
+        steps = sum(count * known.get(block, other) for block, count in dict(self._left).items())
         return steps + self._evaluations * self._evaluation_s
 
 

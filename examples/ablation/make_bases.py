@@ -8,7 +8,7 @@ Reads the training files of AG News and SST-2 (FOLDER/ag_news, FOLDER/sst2), wit
     sentiment.tsv   SST-2's training file
     small, medium   models of 1.3 and 5.8 million parameters that have read both, as Hugging Face folders
 
-The same seed, libraries and processor give the same models. On one thread `small` takes about 8 minutes, `medium` 25.
+The same seed, libraries and processor give the same models. `small` took ten minutes on one thread of a busy machine.
 """
 
 from __future__ import annotations

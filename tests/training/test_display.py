@@ -1,6 +1,7 @@
 """What a run shows of itself on a terminal and without one."""
 
 import io
+import sys
 import threading
 import time
 
@@ -85,3 +86,32 @@ def test_the_bar_tells_the_same_and_fits_the_terminal(width):
     shown.scored("common set", 5, 10)
     console.print(shown.picture())
     assert "5/10" in console.file.getvalue()
+
+
+def test_who_shows_may_ask_while_the_run_goes_on():
+    """What is noted between two of the thread's steps must not break what it is about to say."""
+    shown = begun(display())
+    closed, failures = threading.Event(), []
+
+    def look():
+        try:
+            while not closed.is_set():
+                shown.facts()
+                shown.picture()
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for step in range(3000):
+            shown.step(step, step, RECORD)
+            shown.scored("own set", 1, 2)
+            shown.evaluated(1.0, None)
+    finally:
+        closed.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not failures
