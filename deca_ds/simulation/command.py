@@ -34,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went."""
-    from deca_ds.simulation.setup import build
+    from deca_ds.simulation.setup import build, check
 
     config = load_config(arguments.config, arguments.overrides)
+    check(config)
     output = Path(config.run.output)
     take(output, partial(check_output, config))
     try:

@@ -9,11 +9,12 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
 from deca_ds.config import Config
-from deca_ds.config.checks import check_world
+from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
@@ -52,7 +53,6 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     if world_size is None and config.cluster.ranks is not None:
         world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
-    check_folder(config)
     check_method(config)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
@@ -121,6 +121,19 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         )
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+    _check_output(console, config)
+
+
+def _check_output(console: Console, config: Config) -> None:
+    """Last, so that it hides nothing else. A folder that is used refuses a run, not the plan of the next one."""
+    if config.run.resume == "never" and is_used(Path(config.run.output)):
+        console.print(
+            f"[bold]WARNING[/bold]: the output folder '{escape(config.run.output)}' is already used, and a new run is "
+            "refused there: name another one in run.output, or set run.resume=require to continue that run",
+            highlight=False,
+        )
+    else:
+        check_folder(config)
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
