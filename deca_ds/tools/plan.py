@@ -32,6 +32,7 @@ from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.training.compare import compare_data
+from deca_ds.training.doubts import doubts
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
@@ -60,8 +61,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    for warning in check_model(config, architecture, tokenizer, weights=False):
-        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
+        console.print(f"[bold]WARNING[/bold]: {escape(warning)}", highlight=False)
     model = meta_model(config.model, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
