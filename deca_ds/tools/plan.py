@@ -33,7 +33,7 @@ from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.training.compare import compare_data
-from deca_ds.training.doubts import doubts
+from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
@@ -109,6 +109,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
         f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
     )
+    for warning in doubts_of_length(config, len(schedule)):
+        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     stored = Stored.of(model, plan, config.model, build_rule(config))
     _print_disk(console, disk_need(stored, schedule, config.checkpoint), config)
     if ranks is None:

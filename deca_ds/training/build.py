@@ -42,7 +42,7 @@ from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Connected
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
-from deca_ds.training.doubts import doubts
+from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
@@ -76,6 +76,8 @@ def build(
     if cluster.is_job_leader:
         _record_start(job, client, start.resumed or 0)
     schedule, rule = build_schedule(config, len(client.plan.blocks)), build_rule(config)
+    for warning in doubts_of_length(config, len(schedule)) if cluster.is_job_leader else ():
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(next(one_row))

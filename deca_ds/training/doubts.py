@@ -91,6 +91,22 @@ def doubts(config: Config) -> list[str]:
     return [*_unread(config), *_backslashes(config)]
 
 
+def doubts_of_length(config: Config, steps: int) -> list[str]:
+    """Warnings, a line each, of what a run of so many inner steps never comes to."""
+    never = {
+        "optimizer.warmup_steps": "the learning rate never comes to optimizer.lr",
+        "logging.every": "the metrics have no step",
+        "evaluation.every": "the models are scored before the first and after the last step only",
+        "checkpoint.every": "no checkpoint is saved unless the job is told to stop",
+    }
+    given = flat(config)
+    return [
+        f"{key} = {given[key]}, but the run has {steps} inner steps: {what}"
+        for key, what in never.items()
+        if given[key] > steps
+    ]
+
+
 def _unread(config: Config) -> Iterator[str]:
     usual, given = flat(Config()), flat(config)
     for key, (is_read, reason) in READ.items():

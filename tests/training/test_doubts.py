@@ -6,7 +6,7 @@ from deca_ds.config import load_config
 from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
 from deca_ds.training.day import today
-from deca_ds.training.doubts import READ, doubts
+from deca_ds.training.doubts import READ, doubts, doubts_of_length
 
 DILOCO, CLASSES = ["algorithm.method=diloco", "gossip.every=4"], ["data.format=classification"]
 CONTINUE, HUB = ["cluster.on_failure=continue"], ["data.train=owner/name"]
@@ -105,3 +105,11 @@ def test_a_backslash_that_yaml_has_left_as_it_is(told, text, doubted):
     assert [line.split(" = ")[0] for line in told(*CLASSES, f"data.prompt={text}")] == ["data.prompt"] * doubted
     names = f"data.label_names={{1: {text.replace('{text}', '')}, 2: b}}"
     assert [line.split(" = ")[0] for line in told(*CLASSES, names)] == ["data.label_names.1"] * doubted
+
+
+def test_what_a_run_is_too_short_for_is_told():
+    keys = ["optimizer.warmup_steps", "logging.every", "evaluation.every", "checkpoint.every"]
+    config = load_config(None, ["model.path=x", *(f"{key}=12" for key in keys)])
+    assert doubts_of_length(config, 12) == []
+    told = doubts_of_length(config, 11)
+    assert [line.split(" = 12, but the run has 11 inner steps: ")[0] for line in told] == keys
