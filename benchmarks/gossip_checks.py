@@ -27,7 +27,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.transport.checksums import checksum
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 NUMEL, REPETITIONS, WARM_UP = 2**24, 15, 2
 
@@ -37,8 +37,7 @@ class ThereAlready(Transport):
     changes, so that their checksums are known by where they are."""
 
     def __init__(self, checksums: bool = False):
-        super().__init__(ClientLayout(3, 1), 0)
-        self.checksums = checksums
+        super().__init__(Endpoint(ClientLayout(3, 1), 0, timeout_s=60, checksums=checksums))
         self._values: dict[int, Tensor] = {}  # the last message of each neighbour
         self._known: dict[int, bytes] = {}
 

@@ -44,7 +44,7 @@ from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.checksums import checksum
 from deca_ds.transport.collectives import barrier, gather_json
 from deca_ds.transport.gloo import GlooTransport
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 WARM_UP, BUDGET_MIB, MOST, TIMEOUT_S = 3, 1024, 60, 60.0
 RAW_TAG = 32_000
@@ -63,13 +63,13 @@ def mpi_ends() -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
         requests += [comm.Isend(x.numpy(), j, RAW_TAG) for j in buffers]
         MPI.Request.Waitall(requests)
 
-    return MpiTransport(MPI.COMM_WORLD, ClientLayout(comm.size, 1), comm.rank, TIMEOUT_S), raw
+    return MpiTransport(MPI.COMM_WORLD, Endpoint(ClientLayout(comm.size, 1), comm.rank, TIMEOUT_S)), raw
 
 
 def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
     """See mpi_ends."""
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
-    transport = GlooTransport(store, ClientLayout(ranks, 1), rank, TIMEOUT_S)
+    transport = GlooTransport(store, Endpoint(ClientLayout(ranks, 1), rank, TIMEOUT_S))
     group = transport._group
 
     def raw(x: Tensor, buffers: dict[int, Tensor]) -> None:

@@ -25,6 +25,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.mpi import MpiTransport
+from deca_ds.transport.transport import Endpoint
 
 WARM_UP, REPETITIONS, WAIT_S = 5, 60, 60.0
 
@@ -52,7 +53,8 @@ def average(gossip: Gossip, t: int, x: torch.Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     world = MPI.COMM_WORLD
-    transport, store = MpiTransport(world, ClientLayout(world.size, 1), world.rank, timeout_s=60), open_store(world)
+    transport = MpiTransport(world, Endpoint(ClientLayout(world.size, 1), world.rank, timeout_s=60))
+    store = open_store(world)
     schedule = build_mixing(GossipConfig(), world.size, seed=0)
     ready = Gossip(transport, schedule, 4.0, stragglers=LateExchange(transport, PrefixStore("late", store), WAIT_S))
     kinds = {"waits for all": Gossip(transport, schedule, 4.0), "gossip.wait_s": ready}

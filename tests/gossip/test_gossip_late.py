@@ -31,6 +31,7 @@ from deca_ds.gossip.weights import weigh
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
 from deca_ds.transport.local import LocalNetwork, LocalTransport
+from deca_ds.transport.transport import Endpoint
 
 NUMEL, CHUNK_MIB = 1000, 0.001  # four chunks
 
@@ -274,7 +275,7 @@ class Failing:
 
 
 def test_a_message_over_torch_that_fails_in_the_background_is_an_error_and_no_wait_of_this_rank():
-    transport = GlooTransport(None, ClientLayout(2, 1), 0, timeout_s=1, connected=False)
+    transport = GlooTransport(None, Endpoint(ClientLayout(2, 1), 0, timeout_s=1), connected=False)
     transport.progress.wait_for(2)
     exchange = TorchExchange(transport, [("from", 1, Failing())], tag=7)
     with pytest.raises(GossipError, match=r"a message from rank 1 .client 1. failed \(tag 7\): Connection closed"):

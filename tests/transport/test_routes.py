@@ -37,6 +37,7 @@ from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.intersections import held
 from deca_ds.transport.local import LocalNetwork, LocalTransport
 from deca_ds.transport.routes import Routes
+from deca_ds.transport.transport import Endpoint
 
 NUMELS = [40, 1, 2, 31, 64]  # parameters of fewer elements than ranks, and such that no size divides
 LAYOUTS = [(2, 1, 1), (1, 3, 2), (4, 3, 3), (2, 5, 2)]
@@ -343,4 +344,4 @@ def test_a_rank_that_does_not_answer_is_named_with_its_client():
 
 def test_a_rank_that_does_not_join_ends_the_wait():
     with pytest.raises(GossipError, match=r"not all 3 ranks joined the gossip group within 0\.3 s"):
-        GlooTransport(HashStore(), ClientLayout.of((2, 1)), 0, 0.3)
+        GlooTransport(HashStore(), Endpoint(ClientLayout.of((2, 1)), 0, 0.3))
