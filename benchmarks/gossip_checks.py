@@ -21,9 +21,10 @@ from torch import Tensor
 
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.transport.checksums import checksum
@@ -63,7 +64,7 @@ class ThereAlready(Transport):
 
 
 def average(gossip: Gossip, x: Tensor) -> None:
-    averaging = gossip.begin(0)
+    averaging = begin(gossip, 0)
     for chunk in gossip.chunks([NUMEL]):
         averaging.send(chunk, "x", x[chunk.part])
     deque(averaging.settle(), maxlen=0)

@@ -37,9 +37,10 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.mean import weighted_mean
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.checksums import checksum
 from deca_ds.transport.collectives import barrier, gather_json
@@ -83,7 +84,7 @@ def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[T
 
 def average(gossip: Gossip, t: int, x: Tensor) -> None:
     """As training/step.py does it, without the arithmetic of a method."""
-    averaging = gossip.begin(t)
+    averaging = begin(gossip, t)
     for chunk in gossip.chunks([x.numel()]):
         averaging.send(chunk, "x", x[chunk.part])
     deque(averaging.settle(), maxlen=0)

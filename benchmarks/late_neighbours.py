@@ -20,9 +20,10 @@ from mpi4py import MPI
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.mpi import MpiTransport
 from deca_ds.transport.transport import Endpoint
@@ -42,7 +43,7 @@ def open_store(world: MPI.Intracomm) -> Store:
 def average(gossip: Gossip, t: int, x: torch.Tensor) -> float:
     """Seconds."""
     started = time.perf_counter()
-    averaging = gossip.begin(t)
+    averaging = begin(gossip, t)
     for chunk in gossip.chunks([x.numel()]):
         averaging.send(chunk, "x", x[chunk.part])
     deque(averaging.settle(), maxlen=0)

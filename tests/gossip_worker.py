@@ -16,10 +16,11 @@ import torch
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.averaging import Mean
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.strategies import Mean
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport import collectives
 from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
@@ -40,7 +41,7 @@ def digest(x: torch.Tensor) -> str:
 
 def mix(gossip: Gossip, t: int, x: torch.Tensor) -> torch.Tensor:
     """What averaging t makes of the shard of a block that is one parameter, as the trainer does it."""
-    averaging, mixed = gossip.begin(t), x.clone()
+    averaging, mixed = begin(gossip, t), x.clone()
 
     def take(means: Iterable[Mean]) -> None:
         for chunk, _, values in means:

@@ -19,11 +19,12 @@ from torch.distributed import HashStore
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import subset
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.averaging import Mean
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.strategies import Mean
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
@@ -153,7 +154,7 @@ def averaged(gossip: Gossip, tensors: list[torch.Tensor], numels=NUMELS) -> list
             tensors[int(name)][chunk.part] = values
 
     for t in range(STEPS):
-        averaging = gossip.begin(t)
+        averaging = begin(gossip, t)
         for chunk in gossip.chunks(numels):
             for name, tensor in enumerate(tensors):
                 take(averaging.send(chunk, str(name), tensor[chunk.part]))
