@@ -262,13 +262,18 @@ def check_output(config: Config) -> Path:
     killed there, has put in. Raises ConfigError if it does, or cannot be made."""
     output = Path(config.run.output)
     check_writable(output, "run.output")
-    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
+    if is_used(output):
         raise ConfigError(
             f"the output folder {str(output)!r} is already used",
             where="run.output",
             fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
         )
     return output
+
+
+def is_used(output: Path) -> bool:
+    """Whether the folder holds more than the word of a job that has just come to it."""
+    return output.is_dir() and any(path.name != LOCK for path in output.iterdir())
 
 
 def _check_finite(section: Any, prefix: str) -> None:

@@ -32,7 +32,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Device that computes; `auto` takes `cuda` where torch sees a GPU and `cpu` elsewhere."
     )
-    threads: Optional[int] = key(None, "CPU threads of each rank; `null` divides the host's cores by its ranks.")
+    threads: Optional[int] = key(None, "CPU threads of a rank; `null`: `OMP_NUM_THREADS`, or its share of the cores.")
 
 
 @dataclass

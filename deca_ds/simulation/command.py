@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from deca_ds.config import load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
+from deca_ds.training.doubts import doubts
 from deca_ds.training.starts import record_start
 from deca_ds.training.tables import print_notes, untrained
 
@@ -34,9 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went."""
-    from deca_ds.simulation.setup import build
+    from deca_ds.simulation.setup import build, check
 
     config = load_config(arguments.config, arguments.overrides)
+    check(config)
+    for warning in doubts(config):
+        print(f"WARNING: {warning}", file=sys.stderr)
     output = Path(config.run.output)
     take(output, partial(check_output, config))
     try:

@@ -42,6 +42,7 @@ from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Connected
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
+from deca_ds.training.doubts import doubts
 from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
@@ -154,7 +155,7 @@ def _load_tokenizer(job: Job, ranks: Sequence[int]) -> tuple[PretrainedConfig, P
         architecture, tokenizer = load_architecture(model), load_tokenizer(model)
         cluster.progress.enter("checking the model", works=True, awaits=SHARED)
         warnings = check_model(job.config, architecture, tokenizer)
-    for warning in warnings if cluster.is_job_leader else ():
+    for warning in [*doubts(job.config), *warnings] if cluster.is_job_leader else ():
         print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     return architecture, tokenizer
 
