@@ -101,7 +101,10 @@ SET_FROM_OUTSIDE = {
         "simulation/stacked.py": ["parameter.data", "parameter.grad"],
         "training/terminal.py": ["setattr(sys, name)"],
     },
-    "the configuration, while it is being loaded": {"config/paths.py": ["setattr(section, name)"]},
+    "the configuration, while it is being loaded": {
+        "config/load.py": ["config.algorithm.rounds"],
+        "config/paths.py": ["setattr(section, name)"],
+    },
     "parts of one thing that a module is about, which nobody else sets": {
         "elastic/protocol.py": ["peer.known", "peer.ready", "self._visitors[rank].store"],
         "engine/client.py": ["self._state.reached"],

@@ -68,6 +68,7 @@ def write(simulation: Simulation, output: Path) -> None:
         simulation.config,
         simulation.mixing,
         done=0,
+        rounds=simulation.schedule.rounds,
         architecture=clients.architecture,
         parameters=clients.values.shape[1],
         plan=clients.plan,

@@ -62,9 +62,9 @@ def make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) -> 
     return ElasticAgent(config, cluster, *way, gossip, job.mixing, metrics, elastic.stop, lookout)
 
 
-def invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str) -> None:
+def invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str, rounds: int) -> None:
     """Over torch: keep up to date what a client that comes back finds in the folder, and what this client's coordinator
-    tells it. vocabulary: digest of the tokenizer's."""
+    tells it. vocabulary: digest of the tokenizer's. rounds: of the run."""
     config, guard = job.config, job.guard
     if elastic.rejoinable is None or not job.cluster.is_leader:
         return
@@ -75,6 +75,7 @@ def invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vo
         "tokenizer": vocabulary,
         "label_names": data.label_names,
         "common_evaluation": data.summary["common_evaluation"],
+        "rounds": rounds,
         "date": config.data.date,
     }
 

@@ -84,7 +84,7 @@ def test_all_ranks_see_the_same_views(tmp_path):
         assert one.site.host == two.site.host == 1 and gone.announcement == "{} {}".format(*two.site.store.address)
 
         addresses = [(client, *address) for client, address in job.votes[1].addresses.items()]
-        told = Invitation(one.site.store.address, 1, addresses, 7, {}, "", [], 0, None)
+        told = Invitation(one.site.store.address, 1, addresses, 7, {}, "", [], 0, 4, None)
         job.servers[1].invite(told.text())
         save_addresses(tmp_path, job.votes[1].addresses)
         visit, store = join_job(launches[0], job.layout, tmp_path, 10.0, 60.0)
