@@ -19,7 +19,7 @@ from deca_ds.engine.masters import rounded
 from deca_ds.errors import ConfigError
 from deca_ds.simulation.command import _contraction
 from deca_ds.simulation.setup import build
-from deca_ds.simulation.simulate import spread
+from deca_ds.simulation.simulate import SPREAD_COLUMNS, spread
 from deca_ds.tools.report.reading import read_runs
 
 
@@ -68,6 +68,14 @@ def test_an_averaging_shrinks_the_spread_at_least_by_the_spectral_gap(keys):
             assert step["spread_after"] <= step["spread_before"] * rho * 1.001
         else:
             assert step["spread_after"] == step["spread_before"] > 0
+
+
+@pytest.mark.parametrize("columns", [3, SPREAD_COLUMNS, 2 * SPREAD_COLUMNS + 1])
+def test_the_spread_of_close_parameters_is_exact(columns):
+    x = 1 + 1e-6 * torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
+    exact = x.numpy().astype(np.float64)
+    expected = np.sqrt(((exact - exact.mean(axis=0)) ** 2).sum() / 5)
+    assert spread(x) == pytest.approx(expected, rel=1e-12) and expected > 0
 
 
 @pytest.mark.parametrize(
