@@ -192,6 +192,15 @@ def test_the_figures(tmp_path):
     assert names == {path.name for path in RESULTS.glob("*.png")}, "run python examples/ablation/report.py"
 
 
+def test_the_figure_of_accuracies_needs_both_brackets(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    from plots import draw
+
+    found = [rows[name] for name in ("first", "second", "half lost", "never", "adamw, alone")]
+    assert draw([("methods, ring", "news", found)], tmp_path) == []
+    assert draw([("methods, ring", "news", [*found, rows["adamw, all data"]])], tmp_path) == [tmp_path / "accuracy.png"]
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "plots", raising=False)
