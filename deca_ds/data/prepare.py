@@ -154,23 +154,28 @@ class Preparation:
                 )
             self.encoder = self._encoder()
         pool = self._cut_documents(pool)
-        pool = pool.select(choose(len(pool), data.max_examples, self._seed(_Draw.MAX_EXAMPLES, own=private)))
+        pool = self._select(pool, choose(len(pool), data.max_examples, self._seed(_Draw.MAX_EXAMPLES, own=private)))
         kept, common = hold_out(len(pool), data.common_holdout, self._seed(_Draw.COMMON_HOLDOUT))
-        examples = pool.select(kept)
+        examples = self._select(pool, kept)
         if not private:
-            examples = examples.select(self._partition(examples)[self.client])
+            examples = self._select(examples, self._partition(examples)[self.client])
         own = self._read_evaluation(self.own_sources)
         if own is None:
             kept, held = hold_out(len(examples), data.client_holdout, self._seed(_Draw.CLIENT_HOLDOUT, own=True))
-            examples, own = examples.select(kept), examples.select(held)
+            examples, own = self._select(examples, kept), self._select(examples, held)
         shared = self._read_evaluation(self.common_sources)
-        shared = pool.select(common) if shared is None else shared
+        shared = self._select(pool, common) if shared is None else shared
         return Examples(examples, self._some(own, own=True), self._some(shared))
 
     def _some(self, examples: Dataset, *, own: bool = False) -> Dataset:
         """Those of an evaluation set that are scored."""
         limit = self.config.evaluation.max_examples
-        return examples.select(choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=own)))
+        return self._select(examples, choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=own)))
+
+    def _select(self, dataset: Dataset, indices: Indices) -> Dataset:
+        """These rows; which ones they are lies in a file."""
+        self.made += 1
+        return dataset.select(indices, indices_cache_file_name=str(self.scratch / f"{self.made}.indices.arrow"))
 
     def _encoder(self) -> Encoder:
         data = self.data
@@ -229,7 +234,7 @@ class Preparation:
         count, data = len(examples), self.data
         if data.packing:  # neighbours in a file are often alike: pack examples in a random order
             order = np.random.default_rng(self._seed(_Draw.PACKING, own=True)).permutation(count)
-            examples = examples.select(order)
+            examples = self._select(examples, order)
         train = self._rows(examples, self.encoder.sequences, SEQUENCES, "tokenising", None if data.packing else TRAIN)
         if not len(train):
             reason = f"none of its {count} examples has a token to learn" if count else "it got no examples"

@@ -28,8 +28,8 @@ from deca_ds.engine.output_head import find_head
 from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.theory import agreement, slow_mixing
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
@@ -76,7 +76,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
-    console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
+    console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
     if mixing.messages:
         console.print(_traffic(config, plan), highlight=False)
     if config.cluster.absent:
@@ -218,10 +218,3 @@ def _traffic(config: Config, plan: BlockPlan) -> str:
         f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
         f"sends {decimal(largest)} from a client to each neighbour"
     )
-
-
-def _agreement(mixing: MixingSchedule) -> str:
-    needed = averagings_to_agree(mixing)
-    if needed == float("inf"):
-        return "clients never agree"
-    return f"a disagreement shrinks by 2.7 in {needed:.3g} averaging{'s' if needed != 1 else ''} at most"
