@@ -32,7 +32,6 @@ from deca_ds.launch import Cluster
 from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX
 
-FOLDER = "checkpoints"
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
 Groups = list[tuple[str, list[Slice]]]

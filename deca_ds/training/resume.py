@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.slices import MANIFEST, PARTIAL, rank_folder
-from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
+from deca_ds.checkpoint.steps import FOLDER, open_checkpoint, remove_part, step_folder, steps_in
 from deca_ds.config import Config
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import Scope, TrainingState, Value
@@ -27,7 +27,7 @@ from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch import Cluster, Launch
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.store import JobStore
-from deca_ds.training.checkpoints import FOLDER, mixing_digest
+from deca_ds.training.checkpoints import mixing_digest
 
 
 @dataclass(frozen=True)

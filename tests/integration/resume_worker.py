@@ -19,7 +19,7 @@ from deca_ds.checkpoint.done import mark_done
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.config import load_config
 from deca_ds.engine.masters import join, rounded
-from deca_ds.engine.state import buffer_name
+from deca_ds.engine.slices import buffer_name
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store
