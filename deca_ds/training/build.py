@@ -19,6 +19,7 @@ from deca_ds.algorithm.blocks import fused_parameters
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
+from deca_ds.checkpoint.steps import FOLDER as CHECKPOINTS
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.data.checks import tell_files
@@ -35,7 +36,6 @@ from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch import Cluster
 from deca_ds.launch.digests import digest
 from deca_ds.launch.progress import SHARED
-from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.claim import check_held
 from deca_ds.training.completion import Agreed, StoreCount, Written

@@ -1,4 +1,5 @@
-"""How long a run is: in rounds, in epochs of the clients' data, in sequences and in tokens."""
+"""How long a run is: in rounds, in epochs of the clients' data, in sequences and in tokens; and going on with another
+length than it had."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
+from deca_ds.engine.state import position
+from deca_ds.errors import CheckpointError, ConfigError
 
 ANY_ROUNDS = 2  # stands for what algorithm.epochs comes to, where it makes no difference: more take no more disk
 MANY_TIMES = 30  # over a client's data: far more than the few that fine-tuning takes
@@ -58,3 +61,58 @@ def _shorter(schedule: Schedule, passes: float) -> str:
     if schedule.rounds > 1 and passes / schedule.rounds <= MANY_TIMES:
         return "Lower algorithm.rounds, or set algorithm.epochs instead"
     return f"One round is {passes / schedule.rounds:.3g} times: lower algorithm.inner_steps, or data.batch_size"
+
+
+def check_place(schedule: Schedule, saved: Mapping[str, int]) -> None:
+    """Raise a UserError unless a run with this schedule comes to the state that was saved, maybe by one of another
+    length. saved: see `position`."""
+    done = saved["done"]
+    if done > len(schedule):
+        raise too_short(done, len(schedule), "inner steps")
+    here = position(schedule, done)
+    if saved["of"] % (schedule.blocks * schedule.inner_steps) == 0 and _same_place(saved, here):
+        return
+    if schedule.blocks == 1 and saved["of"] != len(schedule):
+        raise one_block()
+    raise CheckpointError(
+        f"the checkpoint stands at {dict(saved)}, where this run has {here}",
+        where="run.resume",
+        fix="resume with the model that the run was started with",
+    )
+
+
+def _same_place(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """At the end of a run no block is open, as at the start of a turn."""
+    if "inner" in one and "inner" in other:
+        return all(one[key] == other[key] for key in ("done", "round", "block", "inner"))
+    return one["done"] == other["done"] and not one.get("inner") and not other.get("inner")
+
+
+def too_short(done: int, wanted: int, unit: str) -> ConfigError:
+    """Of a run that has done more than is wanted."""
+    return ConfigError(
+        f"the run has done {done} {unit}, more than the {wanted} that it is to have",
+        where="algorithm.rounds, algorithm.epochs",
+        fix="a run that goes on may get longer: raise it, or name a new folder in run.output",
+    )
+
+
+def one_block() -> CheckpointError:
+    """Why no longer run goes on from the end of one whose only block was active all the time, and none ends earlier."""
+    return CheckpointError(
+        "a run of one block cannot get another length at its end: the block stays active, with the method's state, "
+        "until that comes",
+        where="algorithm.rounds, algorithm.epochs",
+        fix="start a new run from the exported model (deca export), in a new folder",
+    )
+
+
+def tell_other_length(config: Config, schedule: Schedule, saved: Mapping[str, int]) -> str:
+    """For the user of a run that goes on from `saved` with another length than it had there."""
+    what = f"the run is {len(schedule)} inner steps long instead of {saved['of']}"
+    if config.optimizer.schedule == "constant":
+        return what
+    return (
+        f"WARNING: {what}, and so optimizer.schedule={config.optimizer.schedule} has another course: from step "
+        f"{saved['done'] + 1} on the learning rate is that of the new length, before it was that of the old one"
+    )

@@ -199,4 +199,5 @@ class Trainer:
             rank=self.cluster.shard,
             ranks=self.cluster.ranks,
             step=len(self.schedule),
+            state=self.checkpoints.manifest(),  # so that the run can be made longer
         )
