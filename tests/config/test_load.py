@@ -194,7 +194,7 @@ def test_output_folder_is_never_used_twice(tmp_path):
         ('{"zero_optimization": {"offload_param": {"device": "nvme"}}}', "'nvme'"),
         ('{"zero_optimization": 3}', "is a JSON object"),
         ("[1]", "is a JSON object"),
-        ('{"a": 1,\n}', "line 2"),
+        ('{"a": 1\n"b"}', "line 2"),
     ],
 )
 def test_deepspeed_json_is_checked_before_anything_starts(tmp_path, content, message):
