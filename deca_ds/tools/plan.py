@@ -20,6 +20,7 @@ from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
+from deca_ds.data.prepare import check_tokenizer
 from deca_ds.elastic.policy import check_absent
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.check_model import check_model
@@ -37,6 +38,7 @@ from deca_ds.training.compare import compare_data
 from deca_ds.training.doubts import doubts
 from deca_ds.training.length import ANY_ROUNDS, count_rounds, tell_length
 from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
@@ -58,6 +60,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
     check_method(config)
+    check_logging(config.logging)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
@@ -95,6 +98,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     summaries: list[dict[str, Any]] = []
     if config.data.per_client:
+        check_tokenizer(config, tokenizer)
         console.print("data: one path per client; each client's ranks open their own only")
     else:
         data = load_all(config, tokenizer)

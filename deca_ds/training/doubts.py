@@ -74,7 +74,6 @@ READ: dict[str, Rule] = {
         "data.per_client_evaluation takes its place",
     ),
     "data.column_names": (_from_tables, "there is no CSV or TSV file"),
-    "data.date": (lambda config: "conversation" in FORMATS[config.data.format].features, _format),
     "data.split": (_from_hub, "there is no data set of the hub"),
     "data.subset": (_from_hub, "there is no data set of the hub"),
     "gossip.edge_probability": (lambda config: config.gossip.graph == "erdos_renyi", "the graph is not erdos_renyi"),

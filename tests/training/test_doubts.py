@@ -5,6 +5,7 @@ import pytest
 from deca_ds.config import load_config
 from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
+from deca_ds.training.day import today
 from deca_ds.training.doubts import READ, doubts
 
 DILOCO, CLASSES = ["algorithm.method=diloco", "gossip.every=4"], ["data.format=classification"]
@@ -30,7 +31,6 @@ CASES = [
     ("data.answers_only=false", ["data.format=alpaca"]),
     ("data.client_holdout=0.2", []),
     ("data.column_names=[text]", ["data.train={csv}"]),
-    ("data.date='2026-01-01'", ["data.format=messages"]),
     ("data.label_column=class", CLASSES),
     ("data.label_names={0: a, 1: b}", CLASSES),
     ("data.prompt='{text} is'", CLASSES),
@@ -82,6 +82,10 @@ def test_a_value_that_nothing_reads_is_told(told, assigned, read):
     if key not in ALWAYS:
         (doubt,) = (line for line in told(assigned, *WITHOUT.get(key, [])) if line.startswith(f"{key} = "))
         assert "has no effect: " in doubt
+
+
+def test_what_a_start_adds_is_not_told_as_the_user_s(told):
+    assert told(f"data.date='{today()}'") == []
 
 
 def test_every_rule_has_its_case():
