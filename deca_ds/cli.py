@@ -134,7 +134,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "cache": ("show how much room prepared data take, and remove old ones", _cache),
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
-    "export": ("make a Hugging Face model of a finished run", _export),
+    "export": ("make a Hugging Face model of a run, or of a checkpoint", _export),
     "plan": ("check a configuration and show blocks, graph, data and steps", _plan),
     "report": ("make one HTML file of what one or several runs did", _report),
     "simulate": ("train all clients of a configuration in this one process", _simulate),

@@ -27,7 +27,7 @@ from torch import Tensor
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.engine.client import Client
-from deca_ds.engine.slices import Slice
+from deca_ds.engine.slices import Slice, buffer_name
 
 FROZEN, BUFFERS = "frozen", "buffers"
 
@@ -169,11 +169,6 @@ def _join(tensor: Tensor, start: int, stop: int, part: Tensor) -> None:
     flat[start:stop] = part
     dist.all_reduce(flat.view(torch.uint8))  # everybody else's bytes are zero
     tensor.copy_(flat.view_as(tensor))
-
-
-def buffer_name(buffer: str, parameter: str) -> str:
-    """The name of one of the rule's buffers for one parameter, in a checkpoint."""
-    return f"{buffer}/{parameter}"
 
 
 def position(schedule: Schedule, done: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,10 +23,13 @@ from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
 from deca_ds.training.doubts import doubts
 from deca_ds.training.starts import record_start
+from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 from deca_ds.training.tables import print_notes, untrained
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
+
+SCORES = {"loss": "loss", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +72,7 @@ def write(simulation: Simulation, output: Path) -> None:
         simulation.config,
         simulation.mixing,
         done=0,
+        rounds=simulation.schedule.rounds,
         architecture=clients.architecture,
         parameters=clients.values.shape[1],
         plan=clients.plan,
@@ -81,15 +86,20 @@ def write(simulation: Simulation, output: Path) -> None:
 
 def report(simulation: Simulation, seconds: float) -> None:
     """A table of the evaluations, and what travelled."""
-    table = Table(title=f"{simulation.config.algorithm.method}, {simulation.mixing.summary()}")
-    for column in ("inner steps", "own loss", "common loss", "mean model", "consensus distance"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"{simulation.config.algorithm.method}, {simulation.mixing.summary()}",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, title_justify="left",
+    )  # fmt: skip
+    for column in ("inner steps", "score", *SETS.values(), MEAN_MODEL, "consensus distance"):
+        table.add_column(column.replace(" ", "\n"), justify="right")
     for record in simulation.evaluations:
-        losses = [
-            [scores[kind]["loss"] for scores in record["clients"] if kind in scores] for kind in ("own", "common")
-        ]
-        mean = f"{record['mean']['loss']:.4f}" if record.get("mean") else "-"
-        table.add_row(str(record["step"]), *map(_range, losses), mean, f"{record['consensus_distance']:.4g}")
+        models = [[scores[kind] for scores in record["clients"] if kind in scores] for kind in SETS]
+        models.append([record["mean"]] if record.get("mean") else [])
+        step, distance = str(record["step"]), f"{record['consensus_distance']:.4g}"
+        for key, name in SCORES.items():
+            if key == "loss" or any(key in scores for group in models for scores in group):
+                table.add_row(step, name, *(_scores(group, key) for group in models), distance)
+                step = distance = ""
     console = Console()
     console.print(table)
     console.print(_contraction(simulation))
@@ -117,8 +127,13 @@ def _contraction(simulation: Simulation) -> str:
     )
 
 
-def _range(values: Sequence[float]) -> str:
-    if not values:
+def _scores(models: Sequence[Scores], key: str) -> str:
+    found = [scores[key] for scores in models if key in scores]
+    if not found:
         return "-"
+    return _range(found) if key == "loss" else f"{_range([100 * share for share in found], digits=1)} %"
+
+
+def _range(values: Sequence[float], digits: int = 4) -> str:
     low, high = min(values), max(values)
-    return f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"
+    return f"{low:.{digits}f}" if low == high else f"{low:.{digits}f} to {high:.{digits}f}"

@@ -25,6 +25,7 @@ from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.compare import compare_data
 from deca_ds.training.day import on_day, today
+from deca_ds.training.length import count_rounds
 from deca_ds.training.method import build_rule, build_schedule, check_method
 
 
@@ -50,11 +51,12 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     check_causal(model, one_row["input_ids"][0])
     add_adapters(config, model)
     plan = find_blocks(config, model)
+    rounds = count_rounds(config, len(plan.blocks), [len(part.train) for part in data])
     return Simulation(
         config=config,
         clients=StackedClients(model, plan, config.cluster.clients),
         rule=build_rule(config),
-        schedule=build_schedule(config, len(plan.blocks)),
+        schedule=build_schedule(config, len(plan.blocks), rounds),
         mixing=mixing,
         data=data,
         pad_id=pad_id,

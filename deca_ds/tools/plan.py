@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import disable_progress_bars
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
+from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
@@ -34,6 +36,7 @@ from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.training.compare import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
+from deca_ds.training.length import ANY_ROUNDS, count_rounds, tell_length
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
@@ -93,6 +96,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         weight_scale=scale,
     ):
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    summaries: list[dict[str, Any]] = []
     if config.data.per_client:
         check_tokenizer(config, tokenizer)
         console.print("data: one path per client; each client's ranks open their own only")
@@ -104,13 +108,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         compare_data(summaries, [part.label_names for part in data])
         console.print(data_table(summaries))
         print_notes(data[0].notes)
-    schedule = build_schedule(config, len(plan.blocks))
-    console.print(
-        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
-        f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
-    )
-    for warning in doubts_of_length(config, len(schedule)):
-        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    schedule = _schedule(console, config, len(plan.blocks), summaries)
     stored = Stored.of(model, plan, config.model, build_rule(config))
     _print_disk(console, disk_need(stored, schedule, config.checkpoint), config)
     if ranks is None:
@@ -141,6 +139,26 @@ def _check_output(console: Console, config: Config) -> None:
         )
     else:
         check_folder(config)
+
+
+def _schedule(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:
+    """Print how long the run is. summaries: of all clients' data; none where nobody has opened the files."""
+    algorithm, batch = config.algorithm, config.data.batch_size
+    if summaries or algorithm.rounds is not None:
+        rounds = count_rounds(config, blocks, [each["train"] for each in summaries])
+        steps = f"{rounds} rounds x {blocks} blocks x {algorithm.inner_steps} inner steps = "
+        steps += f"{rounds * blocks * algorithm.inner_steps}"
+    else:
+        rounds = ANY_ROUNDS
+        steps = f"algorithm.epochs={algorithm.epochs:g} of what the clients' files hold, in whole rounds of {blocks} "
+        steps += f"blocks x {algorithm.inner_steps} inner steps"
+    console.print(f"steps: {steps}, {batch} sequences per client and step", highlight=False)
+    schedule = build_schedule(config, blocks, rounds)
+    if summaries or algorithm.rounds is not None:
+        warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
+        for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
+            console.print(line, highlight=False, markup=False)
+    return schedule
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:

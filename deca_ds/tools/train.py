@@ -28,6 +28,7 @@ from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 from deca_ds.watchdog.role import Visitor
 
+_LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
 
@@ -96,6 +97,11 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         gc.freeze()  # what has been imported stays; no collection needs to look at it again
         gc.enable()  # deca_ds/launchers/train.py has disabled it
         trainer = start(config, launch, store, guard, visit)
+        if trainer is None:
+            if launch.rank == launch.first:
+                print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
+                      f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
+            return 0
         on_stop(guard.stop.ask)
         finished = trainer.train()
         guard.progress.enter("the end")

@@ -22,17 +22,16 @@ from typing import Any
 from deca_ds.checkpoint.links import Links, link_files
 from deca_ds.checkpoint.slices import file_name, save_shards
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
-from deca_ds.config.schema import CheckpointConfig
+from deca_ds.config.watching import CheckpointConfig
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import FROZEN, Piece, Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError, DivergedError
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch import Cluster
 from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX
 
-FOLDER = "checkpoints"
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
 Groups = list[tuple[str, list[Slice]]]
@@ -87,7 +86,7 @@ class Checkpoints:
         with contextlib.ExitStack() as unless_copied:
             unless_copied.callback(self._remove, done)
             links = self._link(done)
-            groups, manifest = self._groups(links), self._manifest()
+            groups, manifest = self._groups(links), self.manifest()
             unless_copied.pop_all()
         self._saved.append(done)
         self._written.begin(done)
@@ -130,8 +129,9 @@ class Checkpoints:
             self._remove_old()  # what was kept for those who had not written yet
 
     def forget(self) -> None:
-        """Remove this rank's part of the checkpoint of the state as it stands, which nothing goes on from any more."""
-        self._remove(self._state.done)
+        """Remove this rank's part of what this attempt has saved, and of what it went on from: the run is through."""
+        for step in self._saved:
+            self._remove(step)
         with contextlib.suppress(OSError):  # there are others
             self.folder.rmdir()
 
@@ -163,8 +163,8 @@ class Checkpoints:
             for index, (label, slices) in enumerate(slice_groups(self._state.pieces(), self._cluster))
         ]
 
-    def _manifest(self) -> dict[str, Any]:
-        """What is neither a tensor nor about its file."""
+    def manifest(self) -> dict[str, Any]:
+        """What of the state as it stands is neither a tensor nor about its file."""
         values = (piece for piece in self._state.pieces() if isinstance(piece, Value))
         return {
             "attempt": self._attempt,

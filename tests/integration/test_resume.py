@@ -122,16 +122,21 @@ def crashed_and_moved(keys, folder):
         {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": "saving"},
         {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": None},
         {"keys": keys("whole"), "leave_after": None},
+        {"keys": keys("long", **{"algorithm.rounds": 2}), "leave_after": None},
+        {"keys": keys("prolonged"), "leave_after": "done"},
+        {"keys": keys("prolonged", **{"run.resume": "auto"}), "leave_after": None},
+        {"keys": keys("prolonged", **{"run.resume": "auto", "algorithm.rounds": 2}), "leave_after": "done"},
     ]
-    work(folder, 2, runs)
+    assert work(folder, 2, runs).count("nothing left to do") == 2, "on both ranks, once"
     return folder
 
 
-def work(folder: Path, ranks: int, runs: list[dict]) -> None:
+def work(folder: Path, ranks: int, runs: list[dict]) -> str:
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
     finished = launch("mpirun", ranks, [str(listed)], script="tests/integration/resume_worker.py")
     assert finished.code == 0, finished.output[-4000:]
+    return finished.output
 
 
 def test_a_run_left_amid_a_block_equals_an_uninterrupted_one(crashed_and_moved):
@@ -144,7 +149,7 @@ def test_its_checkpoints_cost_what_was_trained_and_take_the_disk_that_is_planned
     config = load_config(run / "config.yaml", [])
     model = meta_model(config.model, load_architecture(config.model))
     plan, rule = find_blocks(config, model), build_rule(config)
-    stored, schedule = Stored.of(model, plan, config.model, rule), build_schedule(config, len(plan.blocks))
+    stored, schedule = Stored.of(model, plan, config.model, rule), build_schedule(config, len(plan.blocks), rounds=2)
     last = 30, 32
     assert tuple(steps_in(run / "checkpoints")) == last
     folders = [run / "model", *(step_folder(run / "checkpoints", step) for step in last)]
@@ -177,6 +182,15 @@ def test_another_number_of_ranks_goes_on(crashed_and_moved):
 def test_a_run_that_fails_at_its_last_evaluation_or_in_saving_loses_nothing(crashed_and_moved):
     """No checkpoints were asked for; the third start only evaluates and saves."""
     assert_equal(crashed_and_moved / "unevaluated", crashed_and_moved / "whole")
+
+
+def test_a_finished_run_that_gets_longer_equals_one_that_had_that_length_from_the_start(crashed_and_moved):
+    """Which has dropout, and no checkpoint is left of the shorter run."""
+    run = crashed_and_moved / "prolonged"
+    assert_equal(run, crashed_and_moved / "long")
+    assert (run / "DONE").read_text() == "32 of 32 inner steps\n" and not (run / "checkpoints").exists()
+    assert load_config(run / "config.yaml").algorithm.rounds == 2
+    assert [start["rounds"] for start in json.loads((run / "starts.json").read_text())] == [1, 2]
 
 
 def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and_moved):

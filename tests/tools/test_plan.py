@@ -81,6 +81,26 @@ def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word
     assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
 
 
+def test_the_length_is_told_in_rounds_epochs_and_tokens(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=2", "data.batch_size=4"]
+    shared, own = f"data.train=[{word_files[0]}]", f"data.per_client=[{word_files[0]},{word_files[1]}]"
+
+    def plan(*changes: str) -> str:
+        print_plan(load_config(None, [*keys, *changes]))
+        return " ".join(capsys.readouterr().out.split())
+
+    told = plan(shared, "algorithm.epochs=9")
+    rounds, blocks = map(int, re.search(r"steps: (\d+) rounds x (\d+) blocks x 48 inner steps = ", told).groups())
+    epochs, asked = re.search(r"length: (\S+) epochs \((\S+), in whole rounds of \S+, ", told).groups()
+    assert (
+        asked == "algorithm.epochs=9" and float(epochs) >= 9 and f"{2 * 4 * 48 * rounds * blocks:,} sequences" in told
+    )
+    assert "WARNING: client" in plan(shared, "algorithm.rounds=500")
+    told = plan(own, "algorithm.epochs=9")
+    assert f"steps: algorithm.epochs=9 of what the clients' files hold, in whole rounds of {blocks} blocks" in told
+    assert "length:" not in told and "disk: " in told
+
+
 def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, tmp_path, capsys):
     keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
     keys += ["cluster.clients=3", "blocks.layers_per_block=null"]
