@@ -199,6 +199,14 @@ def check_world(config: Config, world_size: int) -> list[int]:
     Raises ConfigError where they do not fit cluster.clients or cluster.ranks, or a client's batch not its ranks.
     """
     clients, ranks = config.cluster.clients, config.cluster.ranks
+    if world_size == 1 < clients:
+        raise ConfigError(
+            f"one rank is launched for {clients} clients",
+            where="the launcher, cluster.clients",
+            fix=f"start a rank or more for each, as `deepspeed --num_accelerators {clients} launchers/train.py ...` or "
+            f"`mpirun -n {clients} ...` does; one process trains all of them in `deca simulate`, or one alone with "
+            "cluster.clients=1",
+        )
     if ranks is None:
         if world_size % clients:
             raise ConfigError(
