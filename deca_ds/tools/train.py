@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shlex
 import sys
 import time
 import warnings
@@ -21,7 +22,7 @@ from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.claim import check_held
-from deca_ds.training.summary import evaluations, next_commands, print_summary
+from deca_ds.training.summary import BEST, NEWEST, evaluations, next_commands, print_summary
 from deca_ds.training.terminal import on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import guarded
@@ -118,15 +119,21 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             if finished:
                 mark_done(trainer.output, steps, members.missing)
                 print_summary(evaluations(trainer.output, trainer.cluster.client))
-                print(f"done{without}: {trainer.output}\n{next_commands(trainer.output)}", flush=True)
+                commands = next_commands(trainer.output, best=config.checkpoint.best)
+                print(f"done{without}: {trainer.output}\n{commands}", flush=True)
             else:
+                steps += trainer.stopped_early
                 mark_stopped(trainer.output, steps, members.missing)
                 how = "the same command with run.resume=require"
+                if trainer.stopped_early:
+                    how += " evaluation.patience=0"
                 if set(members.missing) - set(config.cluster.absent):
                     how += ", from the newest checkpoint that all clients wrote"
                     if trainer.cluster.transport == "torch":
                         how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
+                which = BEST if config.checkpoint.best else NEWEST
+                print(f"  deca export {shlex.quote(str(trainer.output))} MODEL --checkpoint {which}", flush=True)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()
             trainer.checkpoints.forget()
