@@ -23,13 +23,15 @@ from deca_ds.launch.meet import meet
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.claim import check_held
 from deca_ds.training.summary import BEST, NEWEST, evaluations, next_commands, print_summary
-from deca_ds.training.terminal import on_stop, own_streams
+from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 from deca_ds.watchdog.role import Visitor
+from deca_ds.watchdog.stop import forget_request
 
 _LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
+_INTERRUPTED = "interrupted: the job saves a checkpoint and stops after this inner step; Ctrl-C again ends it at once"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
 
@@ -107,6 +109,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
                       f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
             return 0
         on_stop(guard.stop.ask)
+        on_interrupt(guard.stop.ask, _INTERRUPTED if launch.rank == launch.first else "")
         finished = trainer.train()
         guard.progress.enter("the end")
         members = trainer.cluster.members
@@ -134,6 +137,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
                 print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
                 which = BEST if config.checkpoint.best else NEWEST
                 print(f"  deca export {shlex.quote(str(trainer.output))} MODEL --checkpoint {which}", flush=True)
+            forget_request(trainer.output)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()
             trainer.checkpoints.forget()

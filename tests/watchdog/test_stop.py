@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from deca_ds.errors import LaunchError
-from deca_ds.watchdog.stop import StopByStore
+from deca_ds.launch.launcher import Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.watchdog.guard import guarded
+from deca_ds.watchdog.stop import StopByStore, request_stop
 
 
 class Job:
@@ -89,3 +93,15 @@ def test_ranks_that_never_agree_are_told_of() -> None:
     stop.look(store)
     with pytest.raises(LaunchError, match="did not agree"):
         stop.may_pass(1)
+
+
+def test_a_rank_hears_what_is_asked_in_the_run_s_folder(tmp_path):
+    launch = Launch("python", 0, 1, 0, None)
+    with guarded(launch, JobStore(HashStore(), None, timedelta(seconds=5))) as guard:
+        guard.write_to(tmp_path)
+        assert guard.stop.may_pass(0)
+        request_stop(tmp_path)
+        deadline = time.monotonic() + 20
+        while guard.stop.may_pass(1) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not guard.stop.may_pass(1)
