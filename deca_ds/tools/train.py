@@ -134,9 +134,11 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
                     how += ", from the newest checkpoint that all clients wrote"
                     if trainer.cluster.transport == "torch":
                         how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
-                print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
+                print(f"stopped after {steps}{without}; to go on: {how}")
                 which = BEST if config.checkpoint.best else NEWEST
-                print(f"  deca export {shlex.quote(str(trainer.output))} MODEL --checkpoint {which}", flush=True)
+                print(
+                    f"  deca export {shlex.quote(str(trainer.output))} MODEL --checkpoint {which}    the model as it is"
+                )
             forget_request(trainer.output)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()
