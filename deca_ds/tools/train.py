@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shlex
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.claim import check_held
-from deca_ds.training.summary import BEST, NEWEST, evaluations, next_commands, print_summary
+from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
 from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import guarded
@@ -134,11 +133,8 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
                     how += ", from the newest checkpoint that all clients wrote"
                     if trainer.cluster.transport == "torch":
                         how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
-                print(f"stopped after {steps}{without}; to go on: {how}")
-                which = BEST if config.checkpoint.best else NEWEST
-                print(
-                    f"  deca export {shlex.quote(str(trainer.output))} MODEL --checkpoint {which}    the model as it is"
-                )
+                commands = stopped_commands(trainer.output, best=config.checkpoint.best)
+                print(f"stopped after {steps}{without}; to go on: {how}\n{commands}", flush=True)
             forget_request(trainer.output)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()

@@ -103,6 +103,12 @@ def next_commands(run: Path, *, best: bool = False) -> str:
     )
 
 
+def stopped_commands(run: Path, *, best: bool) -> str:
+    """What to do with a run that has stopped, beside going on. best: as for `next_commands`."""
+    which = BEST if best else NEWEST
+    return f"  deca export {shlex.quote(str(run))} MODEL --checkpoint {which}    its {which} model so far"
+
+
 def _table(before: Evaluation, after: Evaluation) -> Table:
     sets = [name for name in SETS if any(name in each for each in after.clients.values())]
     mean_set = sets[-1]  # the common set, or the own ones pooled
