@@ -111,6 +111,13 @@ def _status(parser: argparse.ArgumentParser) -> Run:
     return status.run
 
 
+def _stop(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools import stop
+
+    stop.add_arguments(parser)
+    return stop.run
+
+
 def _supervise(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools import supervise
 
@@ -139,6 +146,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "report": ("make one HTML file of what one or several runs did", _report),
     "simulate": ("train all clients of a configuration in this one process", _simulate),
     "status": ("show what every rank of a run is doing", _status),
+    "stop": ("have a job save a checkpoint and stop, from any host that sees its folder", _stop),
     "supervise": ("start a job again when it ends before its run does", _supervise),
     "where": ("print the folder of train.py, for launchers that start a file", _where),
 }

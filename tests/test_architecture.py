@@ -114,7 +114,7 @@ SET_FROM_OUTSIDE = {
     },
     "the state of training, moved on and put back": {
         "engine/state.py": ["self.client.active.local_steps.made", "setattr(self.traffic, key)"],
-        "training/loop.py": ["self.state.done", "self.state.stopping"],
+        "training/loop.py": ["self.state.best", "self.state.done", "self.state.stopping"],
     },
     "one note of progress for two numberings": {"elastic/reconnect_gloo.py": ["progress.moved"]},
 }

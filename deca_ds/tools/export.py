@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,7 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from deca_ds.checkpoint.done import missing_clients
 from deca_ds.config.paths import argument as path_argument
-from deca_ds.errors import ConfigError
+from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -29,7 +31,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=_checkpoint,
         metavar="STEP",
-        help="export the checkpoint after STEP inner steps, or the newest one (newest), in place of the trained model",
+        help="export a checkpoint in place of the trained model: the one after STEP inner steps, the newest one "
+        "(newest), or that of the evaluation with the lowest loss (best)",
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="data type of the weights; default: the model's"
@@ -67,7 +70,8 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
         repository.check()
     missing, step = missing_clients(args.run) if args.client is None else [], None
     if args.checkpoint is not None:
-        saved = find_checkpoint(args.run / FOLDER, None if args.checkpoint == NEWEST else args.checkpoint, args.client)
+        wanted = _best_step(args.run) if args.checkpoint == BEST else args.checkpoint
+        saved = find_checkpoint(args.run / FOLDER, None if wanted == NEWEST else wanted, args.client)
         step, missing = saved.step, sorted(set(range(saved.clients_of_run)) - set(saved.clients))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
@@ -99,9 +103,20 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
 
 
 def _checkpoint(text: str) -> int | str:
-    if text != NEWEST and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of inner steps nor {NEWEST!r}")
-    return text if text == NEWEST else int(text)
+    if text not in (BEST, NEWEST) and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of inner steps nor {BEST!r} or {NEWEST!r}")
+    return int(text) if text.isdecimal() else text
+
+
+def _best_step(run: Path) -> int:
+    client = min((int(path.stem.removeprefix("client_")) for path in run.glob("metrics/client_*.jsonl")), default=0)
+    best = best_of(evaluations(run, client))
+    if best is None or not best.step:
+        found = "no evaluation found a loss" if best is None else "the model was best before its first inner step"
+        raise CheckpointError(
+            f"there is no best checkpoint: {found}", where=str(run / "metrics"), fix="export another checkpoint"
+        )
+    return best.step
 
 
 def parse_size(text: str) -> int:

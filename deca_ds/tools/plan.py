@@ -166,6 +166,7 @@ def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
     every, clients = config.checkpoint.every, config.cluster.clients
     how = f"every {every} inner steps, keep {config.checkpoint.keep}"
     how = how if every else "one, at the end or when told to stop"
+    how += ", and the best" * config.checkpoint.best
     console.print(
         f"disk: {decimal(need.most)} a client at most, {decimal(clients * need.most)} in all; of a client the trained "
         f"model takes {decimal(need.model)}, checkpoints ({how}) up to {decimal(need.checkpoints)}",

@@ -59,7 +59,9 @@ def _blocks(output: Path, starts: list[dict[str, Any]]) -> list[Any]:
 
 def _unreadable(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"cannot tell how long the run is: {why}", where=str(path), fix="bring the file back, or set algorithm.rounds"
+        f"cannot tell how long the run is: {why}",
+        where=str(path),
+        fix="bring the file back; a run that has not finished takes algorithm.rounds, too",
     )
 
 

@@ -145,6 +145,23 @@ def test_of_a_stopped_run_the_newest_whole_checkpoint_is_exported(tmp_path: Path
     assert "mean of 1 client (without 1, gone before the end), after 8 inner steps" in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_is_that_of_the_evaluation_with_the_lowest_loss(tmp_path, make_run, capsys) -> None:
+    run, trained = make_run("llama")
+    states = [model_state(trained[0])]
+    save_checkpoint(run, 8, states)
+    save_checkpoint(run, 12, [{name: tensor + 1 for name, tensor in states[0].items()}])
+
+    def scored(**losses: float) -> int:
+        lines = [{"kind": "evaluation", "step": int(at[1:]), "own": {"loss": loss}} for at, loss in losses.items()]
+        (run / "metrics").mkdir(exist_ok=True)
+        (run / "metrics/client_000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return main(["export", str(run), str(tmp_path / "out"), "--checkpoint", "best"])
+
+    assert scored(_0=0.1, _8=0.5) == 2 and "best before its first inner step" in capsys.readouterr().err
+    assert scored(_0=3.0, _8=0.5, _12=0.5) == 0
+    assert_same(reload_state(tmp_path / "out"), states[0])
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"), [("9", r"no checkpoint after inner step 9[\s\S]*those after inner step 8, 12"),
                             ("12", "not from one attempt")]

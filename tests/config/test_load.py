@@ -94,6 +94,11 @@ def test_contradictions():
     refused("gossip.wait_s = 2 with cluster.on_failure=continue", "gossip.wait_s=2", "cluster.on_failure=continue")
     refused("gossip.wait_s = 60, .* cluster.timeout_s = 60", "gossip.wait_s=60", "cluster.timeout_s=60")
     refused("algorithm.rounds = 2 with algorithm.epochs = 3", "algorithm.rounds=2", "algorithm.epochs=3")
+    alone = "evaluation.mean_model=false"
+    refused("evaluation.patience = 2, but evaluation.every = 0", "evaluation.patience=2")
+    refused("checkpoint.best = True, but evaluation.every = 0", "checkpoint.best=true")
+    refused("no client knows", "checkpoint.best=true", "evaluation.every=5", alone, "cluster.clients=2")
+    load_config(None, [*BASE, "checkpoint.best=true", "evaluation.every=5", alone])
     refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
 
 

@@ -54,10 +54,10 @@ def leave(trainer, where: int | str) -> None:
         trainer.stop = LeaveAfter(where)
         return
 
-    def fail() -> None:
+    def fail(*arguments) -> float | None:
         if trainer.done == len(trainer.schedule):
             raise Left
-        evaluate()
+        return evaluate(*arguments)
 
     evaluate, name = trainer._evaluate, {"evaluation": "_evaluate", "saving": "_save"}[where]
     setattr(trainer, name, fail)
@@ -128,6 +128,8 @@ with guarded(launch, store) as guard:
         kept = keep_masters(trainer.client) if keep else {}
         try:
             trainer.train()
+            if trainer.stopped_early:
+                print(trainer.stopped_early, flush=True)
         except Left:
             trainer.checkpoints.wait()
         if leave_after == "done":
