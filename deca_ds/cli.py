@@ -45,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _chat(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools.chat import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 def _data(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools.data import command
 
@@ -124,6 +131,7 @@ def _print_where(_: argparse.Namespace) -> int:
 
 # name: what it does, and what gives its parser the arguments
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
+    "chat": ("ask one or several models, and read their answers side by side", _chat),
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
     "export": ("make a Hugging Face model of a finished run", _export),
