@@ -52,6 +52,13 @@ def _cache(parser: argparse.ArgumentParser) -> Run:
     return cache.run
 
 
+def _chat(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools.chat import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 def _data(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools.data import command
 
@@ -139,6 +146,7 @@ def _print_where(_: argparse.Namespace) -> int:
 # name: what it does, and what gives its parser the arguments
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "cache": ("show how much room prepared data take, and remove old ones", _cache),
+    "chat": ("ask one or several models, and read their answers side by side", _chat),
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
     "export": ("make a Hugging Face model of a run, or of a checkpoint", _export),

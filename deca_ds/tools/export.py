@@ -17,8 +17,6 @@ from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-NEWEST = "newest"
-
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run_export` reads."""
