@@ -1,0 +1,210 @@
+"""The plan's numbers for a configuration: memory of every block's turn, traffic and work of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+from transformers import PretrainedConfig
+
+from deca_ds.algorithm.blocks import BlockPlan, parameter_shapes
+from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.config import Config
+from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.dry_pass import DryModel, PassMemory
+from deca_ds.engine.load import find_blocks, meta_model, zero3_config
+from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.planning.gathered import peak_gathered
+from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
+from deca_ds.planning.roofline import Work, pass_flops
+from deca_ds.training.method import build_rule, build_schedule
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A block's turn on the rank that holds most. index: of the block."""
+
+    index: int
+    label: str
+    numel: int
+    parts: tuple[Part, ...]
+
+    def at_most(self, where: Place) -> int:
+        return peak(self.parts, where)[1]
+
+
+class Estimate:
+    """Of a configuration whose clients have `ranks` ranks at least.
+
+    Passes are run without values for the first two and the last two blocks; what they take is linear between, as
+    layers are alike.
+    """
+
+    def __init__(self, config: Config, architecture: PretrainedConfig, mixing: MixingSchedule, ranks: int, gpu: bool):
+        self.config, self.ranks, self.mixing, self.gpu = config, ranks, mixing, gpu
+        model = meta_model(config.model, architecture)
+        add_adapters(config, model)
+        self.plan: BlockPlan = find_blocks(config, model)
+        self.rule: Rule = build_rule(config)
+        self.schedule: Schedule = build_schedule(config, len(self.plan.blocks))
+        self._numels = {name: prod(shape) for name, shape in parameter_shapes(model).items()}
+        self._shapes = parameter_shapes(model)
+        self._buffers = sum(buffer.nbytes for buffer in model.buffers())
+        self._dry = DryModel(config, architecture)
+        text = architecture.get_text_config()
+        self._attention = (getattr(text, "num_hidden_layers", 0) or 0) * (getattr(text, "hidden_size", 0) or 0)
+        outputs = model.get_output_embeddings()
+        tied = outputs is not None and outputs.weight is model.get_input_embeddings().weight
+        looked_up = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+        rows = {name for name, parameter in model.named_parameters() if id(parameter) in looked_up}
+        self._multiplied = {
+            name: size
+            for name, size in self._numels.items()
+            if len(self._shapes[name]) > 1 and (tied or name not in rows)
+        }
+        self.turns = self._turns()
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of the model."""
+        return 2 if self.config.model.dtype == "bfloat16" else _FLOAT32
+
+    @property
+    def neighbours(self) -> int:
+        """The most that a client has in an averaging."""
+        clients = range(self.config.cluster.clients)
+        return max(
+            (
+                max(len(self.mixing.sources(client, t)), len(self.mixing.destinations(client, t)))
+                for client in clients
+                for t in range(self.mixing.period)
+            ),
+            default=0,
+        )
+
+    @property
+    def worst(self) -> Turn:
+        """The turn that takes most where it computes."""
+        return max(self.turns, key=lambda turn: turn.at_most("gpu" if self.gpu else "host"))
+
+    def rows(self) -> int:
+        """Sequences of a rank's pass."""
+        data = self.config.data
+        return max(1, min(data.micro_batch_size, data.batch_size // self.ranks))
+
+    def message_bytes(self, numel: int) -> int:
+        """What one averaging of a block sends from a client to each neighbour."""
+        return CODECS[self.config.gossip.wire].bytes * len(self.rule.travels) * numel
+
+    def averagings_a_step(self) -> float:
+        steps = self.schedule.activation_steps
+        return ceil(steps / self.config.gossip.every) / steps
+
+    def work(self, index: int, tokens: float, spans: bool) -> Work:
+        """Of an inner step over `tokens` of the client with this block active."""
+        block = self.plan.blocks[index]
+        of_block = set(block.names)
+        first = next((k for k, call in enumerate(self._dry.calls) if not of_block.isdisjoint(call)), 0)
+        above = {name for call in self._dry.calls[first:] for name in call} - of_block
+        multiplied = self._multiplied
+        part = sum(multiplied.get(name, 0) for name in of_block)
+        over = sum(multiplied.get(name, 0) for name in above)
+        length = self.config.data.max_length
+        scores = 2.0 * self._attention * length  # of two products of causal attention, half of each
+        again = self.config.model.gradient_checkpointing
+        total = sum(multiplied.values())
+        share = (part + over) / total if total else 0.0
+        flops = pass_flops(total, over, part, scores, scores * share, tokens / self.ranks, again)
+        k, w = self.ranks, self.width
+        passes = max(1, ceil(self.config.data.batch_size / self.ranks / self.rows()))
+        every = sum(self._numels.values())
+        back = block.numel + sum(self._numels[name] for name in above)
+        read = w * passes * (every + back * (2 if again else 1))
+        optimizer = 3 * self.rule.bytes_per_parameter * block.numel / k
+        received = read * (k - 1) / k + 4 * passes * block.numel * (k - 1) / k
+        sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
+        return Work(flops, read + optimizer, received, spans, sent, 2 * sent / k)
+
+    def _turns(self) -> list[Turn]:
+        length, rows = self.config.data.max_length, self.rows()
+        scoring = self._dry.scoring(self.config.evaluation.batch_size, length)
+        blocks = self.plan.blocks
+        known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})
+        measured = {index: self._dry.training(blocks[index].names, rows, length) for index in known}
+        zero = zero3_config(self.config)["zero_optimization"]
+        offload = (zero.get("offload_param") or {}).get("device", "none") != "none" and self.gpu
+        largest = max(sum(self._numels[name] for name in call) for call in self._dry.calls)
+        gossip = self.config.gossip
+        late, committed = gossip.wait_s is not None, self.config.cluster.on_failure == "continue"
+        shape = Shape(
+            ranks=self.ranks,
+            gpu=self.gpu,
+            width=self.width,
+            trained=sum(block.numel for block in blocks),
+            frozen=sum(self._numels[name] for name in self.plan.frozen),
+            buffers=self._buffers,
+            state_bytes=self.rule.bytes_per_parameter,
+            low_halves=self.width == 2 and self.config.model.masters == "exact",
+            offload=offload,
+            neighbours=self.neighbours,
+            travels=len(self.rule.travels),
+            wire=CODECS[gossip.wire].bytes,
+            chunk=max(1, int(gossip.chunk_mib * 2**20) // _FLOAT32),
+            whole=late or committed or gossip.clip_radius is not None,
+            kept=committed,
+            copied=self.gpu or late or gossip.wire != "float32",
+            mean_model=self.config.evaluation.mean_model and self.config.cluster.clients > 1,
+        )
+        calls, sizes = self._dry.calls, self._numels
+        gathered = {index: peak_gathered(calls, sizes, set(blocks[index].names), zero) for index in known}
+        return [
+            Turn(
+                index,
+                block.label,
+                block.numel,
+                tuple(
+                    parts(
+                        shape,
+                        block.numel,
+                        PassMemory(
+                            *(_between(index, {k: getattr(m, field) for k, m in measured.items()}) for field in _FIELDS)
+                        ),
+                        _between(index, gathered),
+                        scoring,
+                        largest,
+                    )
+                ),
+            )
+            for index, block in enumerate(blocks)
+        ]
+
+
+_FIELDS = ("saved", "forward", "loss", "backward")
+
+
+def _between(index: int, known: dict[int, int]) -> int:
+    """On the line between the known values around."""
+    low = max(place for place in known if place <= index)
+    high = min(place for place in known if place >= index)
+    share = 0.0 if low == high else (index - low) / (high - low)
+    return round(known[low] + share * (known[high] - known[low]))
+
+
+def as_json(turns: Sequence[Turn]) -> list[dict[str, object]]:
+    """Every block's turn: parts, and totals by moment and place."""
+    return [
+        {
+            "block": turn.index,
+            "label": turn.label,
+            "parameters": turn.numel,
+            "parts": [vars(part) | {"when": list(part.when)} for part in turn.parts],
+            "gpu": totals(turn.parts, "gpu"),
+            "host": totals(turn.parts, "host"),
+        }
+        for turn in turns
+    ]
