@@ -21,9 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     own_streams()
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="deca", description="Tools for DECA runs. Train with launchers/train.py.")
+    if given[:1] == ["train"]:  # whose keys and options may stand in any order, which no subcommand's can
+        from deca_ds.launchers.train import main as train
+
+        return train(given[1:], "deca train")
+    parser = argparse.ArgumentParser(prog="deca", description="Train with DECA, and tools for its runs.")
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
     commands = parser.add_subparsers(required=True)
+    commands.add_parser("train", help="train; started on every rank by a launcher, or by itself as one client")
     for name, (about, prepare) in _COMMANDS.items():
         command = commands.add_parser(name, help=about)
         if name in given:
@@ -40,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _data(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools.data import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 def _doctor(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools.doctor import command
 
@@ -48,7 +60,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 
 
 def _export(parser: argparse.ArgumentParser) -> Run:
-    from deca_ds.checkpoint.commands import add_export_arguments, run_export
+    from deca_ds.tools.export import add_export_arguments, run_export
 
     add_export_arguments(parser)
     return run_export
@@ -99,8 +111,20 @@ def _supervise(parser: argparse.ArgumentParser) -> Run:
     return supervise.run
 
 
+def _where(parser: argparse.ArgumentParser) -> Run:
+    return _print_where
+
+
+def _print_where(_: argparse.Namespace) -> int:
+    import deca_ds.launchers
+
+    print(*deca_ds.launchers.__path__)
+    return 0
+
+
 # name: what it does, and what gives its parser the arguments
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
+    "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
     "export": ("make a Hugging Face model of a finished run", _export),
     "plan": ("check a configuration and show blocks, graph, data and steps", _plan),
@@ -108,6 +132,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "simulate": ("train all clients of a configuration in this one process", _simulate),
     "status": ("show what every rank of a run is doing", _status),
     "supervise": ("start a job again when it ends before its run does", _supervise),
+    "where": ("print the folder of train.py, for launchers that start a file", _where),
 }
 
 

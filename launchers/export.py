@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from deca_ds.checkpoint.commands import add_export_arguments, run_export
 from deca_ds.errors import UserError
+from deca_ds.tools.export import add_export_arguments, run_export
 from deca_ds.training.terminal import own_streams
 
 

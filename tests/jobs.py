@@ -49,7 +49,7 @@ def run_command(
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        preloaded.ADDRESS: _server().address,
+        preloaded.ADDRESS: preloaded_server().address,
         **env,
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -76,7 +76,8 @@ def run_command(
 
 
 @cache
-def _server() -> preloaded.Server:
+def preloaded_server() -> preloaded.Server:
+    """This test process's own."""
     folder = tempfile.TemporaryDirectory(prefix="deca", ignore_cleanup_errors=True)
     server = preloaded.Server(Path(folder.name))
     atexit.register(folder.cleanup)

@@ -26,7 +26,8 @@ MAY_IMPORT = {
 MAY_IMPORT["training"] = {*MAY_IMPORT["elastic"], "data", "checkpoint", "elastic"}
 MAY_IMPORT["simulation"] = {"config", "algorithm", "data", "gossip", "engine", "training"}
 MAY_IMPORT["tools"] = {*MAY_IMPORT["training"] - {"transport"}, "training"}
-MAY_IMPORT["cli"] = {"config", "checkpoint", "simulation", "tools", "training"}
+MAY_IMPORT["launchers"] = {"tools", "training"}
+MAY_IMPORT["cli"] = {"launchers", "config", "checkpoint", "simulation", "tools", "training"}
 
 
 def part_of(path: Path) -> str:
@@ -78,7 +79,6 @@ SET_FROM_OUTSIDE = {
         "engine/masters.py": ["weakref.finalize(self, runtime.cudaHostUnregister, flat.data_ptr()).atexit"],
         "engine/output_head.py": ["model._modules", "self.linear.forward"],
         "simulation/stacked.py": ["parameter.data", "parameter.grad"],
-        "tools/supervise.py": ["parser.prog"],
         "training/terminal.py": ["setattr(sys, name)"],
     },
     "the configuration, while it is being loaded": {"config/paths.py": ["setattr(section, name)"]},

@@ -99,11 +99,11 @@ def learning_rate(
     """Learning rate of inner step `index` of `total`.
 
     Linear from peak / warmup_steps to `peak` over the warm-up, then constant, or falling along a line or half a cosine
-    to peak * final_ratio at the last step.
+    to peak * final_ratio one step after the last, so that no step is spent on a rate of 0.
     """
     if index < warmup_steps:
         return peak * (index + 1) / warmup_steps
-    progress = (index - warmup_steps) / max(1, total - 1 - warmup_steps)
+    progress = (index - warmup_steps) / max(1, total - warmup_steps)
     if schedule == "constant":
         return peak
     if schedule == "linear":

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -35,6 +36,14 @@ from deca_ds.errors import CheckpointError
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.partial")
 
 Progress = Callable[[int, int], None]
+
+
+class Card(Protocol):
+    """Writes the export's README.md."""
+
+    def text(self, *, parameters: int, dtype: str, chat: bool) -> str:
+        """Of a model with so many parameters of this type. chat: whether its tokenizer has a chat template."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ def export_model(
     max_shard_bytes: int = 500_000_000,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    card: Card | None = None,
 ) -> ExportReport:
     """Write the model of one client, or the mean of all clients, as a directory that `from_pretrained` loads.
 
@@ -72,7 +82,7 @@ def export_model(
     are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: that of the model
     which was trained. Where it was bfloat16 with exact masters, float32 writes these.
     max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
-    done, bytes in all) after each tensor.
+    done, bytes in all) after each tensor. card: what the export's README.md says; None: there is none.
     The mean leaves out the clients that DONE names as missing. A run that is not marked DONE is exported if its sharded
     state is complete; the report then says so.
     Raises CheckpointError if `output` exists, the run is incomplete or damaged, a parameter is not finite or any check
@@ -89,6 +99,7 @@ def export_model(
     model = empty_model(run / "hf", trust_remote_code=trust_remote_code)
     compare_shapes(saved, stored_shapes(model))
     stream = _Stream(saved, model, client, getattr(torch, dtype) if dtype else None)
+    parameters = sum(t.numel() for t in model.parameters())
 
     partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")  # no other export's, on any host
     try:
@@ -100,6 +111,10 @@ def export_model(
         reload_model(partial, trust_remote_code=trust_remote_code)
         tokenizer = reload_tokenizer(partial, trust_remote_code=trust_remote_code)
         stops = adapt_saved(partial, tokenizer) if tokenizer is not None else None
+        if card is not None:
+            chat = tokenizer is not None and bool(tokenizer.chat_template)
+            said = card.text(parameters=parameters, dtype=_label(stream.dtype), chat=chat)
+            (partial / "README.md").write_text(said, encoding="utf-8")
         written = sum((partial / name).stat().st_size for name in files)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
@@ -113,7 +128,6 @@ def export_model(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    parameters = sum(t.numel() for t in model.parameters())
     seconds = time.monotonic() - started
     names = f" (without {', '.join(map(str, missing))}, gone before the end)" if missing and client is None else ""
     return ExportReport(

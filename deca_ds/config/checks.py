@@ -58,6 +58,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("checkpoint.every", lambda x: x >= 0, "at least 0"),
     ("checkpoint.keep", lambda x: x >= 1, "at least 1"),
     ("logging.every", lambda x: x >= 1, "at least 1"),
+    ("logging.progress_s", lambda x: x > 0, "more than 0"),
 )
 
 # DeepSpeed keys that the trainer sets itself or that would break block-wise training, with the reason.

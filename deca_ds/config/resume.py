@@ -13,7 +13,7 @@ from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
 
-SAVED_CONFIG = "config.yaml"
+SAVED_CONFIG, STARTS = "config.yaml", "starts.json"  # in a run's folder
 # What changes no more than the rounding of what is trained. The number of ranks launched is no key and may change, too.
 MAY_CHANGE = (
     "run.output",

@@ -184,7 +184,9 @@ class OptimizerConfig:
     )
     warmup_steps: int = key(0, "Inner steps at the start of the run in which the learning rate rises linearly from 0.")
     final_lr_ratio: float = key(
-        0.0, "Final learning rate of the schedules `linear` and `cosine`, as a multiple of `optimizer.lr`."
+        0.0,
+        "What the schedules `linear` and `cosine` fall to, as a multiple of `optimizer.lr`; they come to it one step "
+        "after the last, so that no step is spent on a rate of 0.",
     )
     weight_decay: float = key(
         0.0,
@@ -364,7 +366,10 @@ class LoggingConfig:
 
     every: int = key(1, "Inner steps between two lines of the metrics.")
     tensorboard: bool = key(False, "Also write TensorBoard event files, which needs the extra `tensorboard`.")
-    progress: bool = key(True, "Show a progress bar on rank 0.")
+    progress: bool = key(
+        True, "Show on rank 0's stderr how far the run is: a bar on a terminal, else lines.", "output.md#while-it-runs"
+    )
+    progress_s: float = key(30.0, "Seconds between two such lines.")
 
 
 @dataclass

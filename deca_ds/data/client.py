@@ -23,8 +23,9 @@ class ClientData:
     train: input_ids and labels (-100 where there is no loss), a sequence a row. own_evaluation, common_evaluation: the
     same columns, for classification a row for each example and answer word with the columns example, candidate and
     label. label_names: classification's answer words in the order of label and candidate. summary: counts, for JSON.
-    content: the same where all of these are. notes: what the user should know of the files; they may name what only
-    this client may see.
+    lengths: [tokens of a training example before it is cut, how many examples have so many], ascending. content: the
+    same where all of these are. notes: what the user should know of the files; they may name what only this client may
+    see.
     """
 
     train: Dataset
@@ -32,6 +33,7 @@ class ClientData:
     common_evaluation: Dataset | None
     label_names: list[str]
     summary: dict[str, Any]
+    lengths: list[list[int]]
     content: str
     notes: list[str] = field(default_factory=list)
 
@@ -57,7 +59,7 @@ def read_client_data(folder: Path) -> ClientData:
 
 
 def _columns(table: Dataset) -> list[str]:
-    return [name for name in table.column_names if name not in ("targets", "cut")]
+    return [name for name in table.column_names if name not in ("targets", "length")]
 
 
 def load_client_data(

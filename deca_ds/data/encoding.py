@@ -18,10 +18,10 @@ from deca_ds.data.tokens import Spanning
 from deca_ds.errors import DataError
 
 IGNORED = -100  # the label of a token that carries no loss
-_ENCODING_VERSION = 5  # raise it when the same example gives other tokens: encoded examples are cached
+_ENCODING_VERSION = 6  # raise it when the same example gives other tokens: encoded examples are cached
 
 _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "targets": Value("int32")}
-SEQUENCES = Features(_TOKENS | {"cut": Value("bool")})
+SEQUENCES = Features(_TOKENS | {"length": Value("int32")})
 CANDIDATES = Features(_TOKENS | {name: Value("int32") for name in ("example", "candidate", "label")})
 PIECES = Features({name: Value("string") for name in ("text", "group")} | {"ids": List(Value("int32"))})
 
@@ -96,7 +96,8 @@ class Encoder:
     def sequences(self, batch: Batch) -> Batch:
         """A batched map to SEQUENCES; examples without a single token to predict are left out.
 
-        targets: number of tokens with a loss; the first token of a sequence is never predicted. cut: tokens were lost.
+        targets: number of tokens with a loss; the first token of a sequence is never predicted. length: tokens before
+        the sequence was cut.
         """
         if "conversation" in batch:
             encoded = self._conversations(batch["conversation"], batch["place"])
@@ -197,7 +198,7 @@ class Encoder:
         ids, answer = ids[: self.max_length], answer[: self.max_length]
         labels = ids if all(answer) else [token if kept else IGNORED for token, kept in zip(ids, answer, strict=True)]
         targets = len(labels[1:]) - labels[1:].count(IGNORED)
-        return {"input_ids": ids, "labels": labels, "targets": targets, "cut": len(ids) < len(one.ids)}
+        return {"input_ids": ids, "labels": labels, "targets": targets, "length": len(one.ids)}
 
 
 def pack(batch: Batch, max_length: int) -> Batch:
@@ -207,14 +208,14 @@ def pack(batch: Batch, max_length: int) -> Batch:
     Attention is not separated: a token also sees the sequences packed before its own, with an EOS between.
     """
     rows: list[dict[str, Any]] = []
-    for ids, labels, targets, cut in zip(*(batch[name] for name in SEQUENCES), strict=True):
+    for ids, labels, targets, length in zip(*(batch[name] for name in SEQUENCES), strict=True):
         labels = [IGNORED, *labels[1:]]
         if rows and len(rows[-1]["input_ids"]) + len(ids) <= max_length:
             row = rows[-1]
             row["input_ids"], row["labels"] = row["input_ids"] + ids, row["labels"] + labels
-            row["targets"], row["cut"] = row["targets"] + targets, row["cut"] or cut
+            row["targets"], row["length"] = row["targets"] + targets, row["length"] + length
         else:
-            rows.append({"input_ids": ids, "labels": labels, "targets": targets, "cut": cut})
+            rows.append({"input_ids": ids, "labels": labels, "targets": targets, "length": length})
     return _columns(rows, SEQUENCES)
 
 

@@ -35,6 +35,7 @@ from deca_ds.data.words import (
     mask,
     match,
     split,
+    with_content,
 )
 from deca_ds.errors import DataError
 
@@ -274,12 +275,17 @@ class _Finder:
     def _end(self, turn: int, before: str, after: str, number: int, form: Form) -> int:
         """Where the turn has ended in `after`, what the template writes between its last text and the next."""
         last = turn == len(self.messages) - 1
-        alone = after if last else self._after(number, self.messages[: turn + 1], form)
+        ended = self.messages[: turn + 1]
+        alone = after if last else self._after(number, ended, form)
+        if alone is None:  # some templates want a content of the last turn alone
+            alone = self._after(number, with_content(ended), form)
         if alone is None:  # some templates write no conversation without a user's turn
-            alone = self._after(number, [_PROBE, *self.messages[: turn + 1]], form)
+            alone = self._after(number, [_PROBE, *ended], form)
         following = self._after(number, [*self.messages, _PROBE], form) if last else after
         if alone is None:  # it does not write such a conversation: up to its first special token
             special = next((end for end in self.ending.finditer(after) if not end[0].isspace()), None)
+            if special is None and after.strip() and self.slots[number].field == "tool call":
+                raise self._unclear("writes no conversation that ends with these tool calls")
             return special.end() if special else 0
         if following is None or following.startswith(alone):
             return len(alone)

@@ -10,7 +10,7 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -55,15 +55,34 @@ class _Draw(IntEnum):
     MAX_EXAMPLES, COMMON_HOLDOUT, PARTITION, CLIENT_HOLDOUT, EVALUATION, PACKING = range(6)
 
 
+@dataclass(frozen=True)
+class Examples:
+    """What one client trains on and is scored on, before it becomes tokens: the format's columns, "group" and, but for
+    pieces of documents, "place"."""
+
+    train: Dataset
+    own: Dataset
+    common: Dataset
+
+
 class Preparation:
     """What one client needs, from its files to an entry of the cache: TRAIN, OWN and COMMON, each a table with a row a
     sequence, and notes that are ClientData's other fields.
 
-    Raises ConfigError and DataError, see the modules.
+    first: read so many rows of each source and no more. Raises ConfigError and DataError, see the modules.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, client: int, cache: Cache, work: Work):
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        client: int,
+        cache: Cache,
+        work: Work,
+        first: int | None = None,
+    ):
         validate_data_config(config, client)
+        self.first = first
         self.config, self.data, self.tokenizer, self.client = config, config.data, tokenizer, client
         self.format, self.cache, self.work = FORMATS[config.data.format], cache, work
         self.words: dict[str, str] = {}
@@ -111,9 +130,18 @@ class Preparation:
 
         return self.cache.entry("tokens", parts, make)
 
+    def examples(self, scratch: Path) -> Examples:
+        """Read, partitioned and held out. scratch: a folder that has to be there as long as they are."""
+        self.encoder = self._encoder()
+        return self._examples(scratch)
+
     def _make(self, folder: Path) -> dict[str, Any]:
         """Write the tables into `folder`; returns the notes."""
-        self.folder, self.scratch, self.made = folder, folder.parent, 0
+        self.folder = folder
+        return self._encode(self._examples(folder.parent))
+
+    def _examples(self, scratch: Path) -> Examples:
+        self.scratch, self.made = scratch, 0
         data, private = self.data, bool(self.data.per_client)
         pool = self._read(self.sources, training=True)
         if self.format.has_labels and not self.words:
@@ -136,7 +164,13 @@ class Preparation:
             kept, held = hold_out(len(examples), data.client_holdout, self._seed(_Draw.CLIENT_HOLDOUT, own=True))
             examples, own = examples.select(kept), examples.select(held)
         shared = self._read_evaluation(self.common_sources)
-        return self._encode(examples, own, pool.select(common) if shared is None else shared)
+        shared = pool.select(common) if shared is None else shared
+        return Examples(examples, self._some(own, own=True), self._some(shared))
+
+    def _some(self, examples: Dataset, *, own: bool = False) -> Dataset:
+        """Those of an evaluation set that are scored."""
+        limit = self.config.evaluation.max_examples
+        return examples.select(choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=own)))
 
     def _encoder(self) -> Encoder:
         data = self.data
@@ -162,6 +196,7 @@ class Preparation:
             column_names=tuple(data.column_names),
             subset=data.subset,
             split=data.split,
+            first=self.first,
         )
 
     def _read(self, sources: Sequence[Source], *, training: bool) -> Dataset:
@@ -187,7 +222,8 @@ class Preparation:
             return by_key(groups, clients)
         return dirichlet(groups, clients, self.data.alpha, seed, minimum=2 if self.data.client_holdout > 0 else 1)
 
-    def _encode(self, examples: Dataset, own: Dataset, common: Dataset) -> dict[str, Any]:
+    def _encode(self, of_client: Examples) -> dict[str, Any]:
+        examples = of_client.train
         groups = {one["values"]: one["counts"] for one in pc.value_counts(_column(examples, "group")).to_pylist()}
         groups.pop("", None)
         count, data = len(examples), self.data
@@ -202,11 +238,13 @@ class Preparation:
                 where="data.per_client" if data.per_client else "data.train",
                 fix="give more data or fewer cluster.clients; check data.max_length and that answers are not empty",
             )
-        dropped, cut = count - len(train), pc.sum(_column(train, "cut")).as_py()
+        dropped, length = count - len(train), _column(train, "length")
+        cut = pc.sum(pc.greater(length, pc.list_value_length(_column(train, "input_ids")))).as_py()
+        lengths = sorted([one["values"], one["counts"]] for one in pc.value_counts(length).to_pylist())
         if data.packing:
             train = self._rows(train, partial(pack, max_length=data.max_length), SEQUENCES, "packing", TRAIN)
-        own_count = self._encode_evaluation(own, OWN)
-        common_count = self._encode_evaluation(common, COMMON)
+        own_count = self._encode_evaluation(of_client.own, OWN)
+        common_count = self._encode_evaluation(of_client.common, COMMON)
         named = self.format.has_labels and data.partition_column in (None, data.label_column)
         labels: Counter[str] = Counter()
         for group, number in sorted(groups.items()):
@@ -226,14 +264,13 @@ class Preparation:
         return {
             "label_names": self.encoder.label_names,
             "summary": summary,
+            "lengths": lengths,
             "content": self._content(),
             "notes": self._notes(train),
         }
 
     def _encode_evaluation(self, examples: Dataset, name: str) -> int:
         """Write the table `name`, unless it has no rows; returns its number of examples."""
-        limit = self.config.evaluation.max_examples
-        examples = examples.select(choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=name == OWN)))
         if not len(examples):
             return 0
         if self.format.has_labels:

@@ -145,18 +145,18 @@ def _arguments_as_text(messages: Messages) -> Messages:
     ]
 
 
-def _with_content(messages: Messages) -> Messages:
+def with_content(messages: Messages) -> Messages:
     """For templates that want every turn to have a content."""
     return [{"content": "", **turn} for turn in messages]
 
 
 def _with_content_and_arguments_as_text(messages: Messages) -> Messages:
-    return _arguments_as_text(_with_content(messages))
+    return _arguments_as_text(with_content(messages))
 
 
 FORMS: tuple[Form, ...] = (
     _as_is,
-    _with_content,
+    with_content,
     _content_as_parts,
     _arguments_as_text,
     _with_content_and_arguments_as_text,

@@ -67,8 +67,9 @@ class JobStore:
     def _get(self, key: str, launch: Launch, parts: dict[int, str]) -> bytes:
         try:
             with self.progress.waiting(EVERYBODY if len(parts) == len(launch.ranks) else None):
-                while self.progress.timeout_s is not None and not self._comes(key):
-                    pass  # the watcher knows how long
+                while self.progress.timeout_s is not None:  # the watcher knows how long
+                    if self._comes(key):
+                        break
                 return self.store.get(key)
         except RuntimeError as error:
             missing = [rank for rank, part in parts.items() if not self.store.check([part])]

@@ -1,1 +1,1 @@
-"""The commands: train, plan, report, status and supervise."""
+"""The commands: train, plan, data, doctor, report, status and supervise."""

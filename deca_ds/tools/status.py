@@ -1,35 +1,139 @@
-"""`deca status RUN`: where every rank of a run is, from the heartbeats in its folder."""
+"""`deca status RUN [--watch]`: where every rank of a run is, from the heartbeats in its folder, and how the run is.
+
+    exit code 0   it is done, or all ranks give signs of life
+    exit code 1   it has failed
+    exit code 2   there is no run, or it cannot be read
+    exit code 3   it was told to stop, and can go on
+    exit code 4   it has not ended, but ranks give no sign of life
+
+With --watch the code is that of the run's end: the watch ends with the run, or when no rank gives a sign of life.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from deca_ds.checkpoint.done import ended
+from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended
 from deca_ds.config.paths import argument as path_argument
-from deca_ds.config.resume import SAVED_CONFIG
+from deca_ds.config.resume import SAVED_CONFIG, STARTS
 from deca_ds.errors import CheckpointError
+from deca_ds.training.pace import duration
+from deca_ds.watchdog.failure import FAILURE_CODE
 from deca_ds.watchdog.heartbeats import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
+
+WELL, STOPPED_CODE, SILENT_CODE = 0, 3, 4
+_LOOK_S = 1.0
+_TAIL = 1 << 16  # bytes at the end of a metrics file
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run is. beats: of the ranks that write on this host's disks. markers: of its end. losses: by client, that
+    of its last step, as far as its metrics are here."""
+
+    folder: Path
+    beats: Sequence[Heartbeat]
+    markers: Sequence[str]
+    losses: dict[int, float]
+
+    @property
+    def silent(self) -> list[Heartbeat]:
+        """Ranks of a run that has not ended, and that give no sign of life."""
+        return [] if self.markers else [beat for beat in self.beats if beat.silent_s() > SILENCE_S]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to watch."""
+        return bool(self.markers) or len(self.silent) == len(self.beats)
+
+    @property
+    def code(self) -> int:
+        """See the module's text."""
+        codes = {DONE: WELL, STOPPED: STOPPED_CODE, FAILED: FAILURE_CODE}
+        if self.markers:
+            return codes[self.markers[0]]
+        return SILENT_CODE if self.silent else WELL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=path_argument, help="the run's output folder")
+    parser.add_argument("--watch", action="store_true", help="go on showing it until the run ends")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table and how the run ended, if it has."""
-    console = Console()
-    console.print(status_table(arguments.run))
-    for name in ended(arguments.run):
-        console.print(f"{name}: {(arguments.run / name).read_text(errors='replace').strip()}", markup=False)
-    return 0
+    """Print the table and how the run ended, if it has; returns the exit code of the module's text."""
+    folder, console = arguments.run, Console()
+    state = look(folder)
+    if arguments.watch and not state.is_over:
+        if sys.stdout.isatty():
+            with Live(console=console, auto_refresh=False) as live:
+                state = watch(folder, lambda state: live.update(_picture(state), refresh=True))
+            return state.code
+        state = watch(folder)
+    console.print(_picture(state))
+    return state.code
 
 
-def status_table(folder: Path) -> Table:
-    """A line a rank that writes on this host's disks. Raises CheckpointError for a folder that is no run's."""
+def watch(
+    folder: Path, show: Callable[[State], None] = lambda state: None, sleep: Callable[[float], None] = time.sleep
+) -> State:
+    """Look again and again until the run is over; returns what was seen last. show: called with each look."""
+    while True:
+        state = look(folder)
+        show(state)
+        if state.is_over:
+            return state
+        sleep(_LOOK_S)
+
+
+def look(folder: Path) -> State:
+    """How the run is. Raises CheckpointError for a folder that is no run's."""
+    markers = ended(folder)  # before the heartbeats, which stop then
+    beats = _beats(folder)
+    clients = {beat.client for beat in beats if beat.client is not None}
+    losses = {client: _last_loss(folder / "metrics" / f"client_{client:03d}.jsonl") for client in clients}
+    return State(folder, beats, markers, {client: loss for client, loss in losses.items() if loss is not None})
+
+
+def status_table(state: State) -> Table:
+    """A line a rank."""
+    table = Table(title=str(state.folder), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+    for column in ("rank", "host", "client", "phase", "step", "loss", "last progress"):
+        justify: Any = "left" if column in ("host", "phase") else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column in ("rank", "step", "loss"))
+    silent = set(map(id, state.silent))
+    for beat in state.beats:
+        client, loss = ("", "") if beat.client is None else (str(beat.client), state.losses.get(beat.client, ""))
+        doing = Text(beat.doing)
+        if id(beat) in silent:
+            doing.append(f"\nstale: no sign of life for {duration(beat.silent_s())}", "bold red")
+        shown = f"{loss:.3f}" if isinstance(loss, float) else loss
+        step = str(beat.step or "")
+        table.add_row(str(beat.rank), beat.host, client, doing, step, shown, f"{duration(beat.age_s())} ago")
+    return table
+
+
+def _picture(state: State) -> Group:
+    ends = (Text(f"{name}: {(state.folder / name).read_text(errors='replace').strip()}") for name in state.markers)
+    lost = "no rank gives a sign of life, and the run has not ended: it was killed, or this host is cut off"
+    return Group(status_table(state), *ends, *([Text(lost)] if state.is_over and not state.markers else []))
+
+
+def _beats(folder: Path) -> list[Heartbeat]:
     if not (folder / FOLDER).is_dir():
         run_without = (folder / SAVED_CONFIG).is_file()
         raise CheckpointError(
@@ -37,18 +141,22 @@ def status_table(folder: Path) -> Table:
             where=str(folder / FOLDER),
             fix="name the run.output of a run that has started; without a shared file system, ask on each host",
         )
-    has_ended = bool(ended(folder))
-    table = Table(title=str(folder))
-    for column in ("rank", "host", "client", "phase", "step", "last progress", ""):
-        table.add_column(column, justify="left" if column in ("host", "phase", "") else "right")
-    for heartbeat in read_heartbeats(folder):
-        client = "" if heartbeat.client is None else str(heartbeat.client)
-        where = (heartbeat.doing, str(heartbeat.step or ""), f"{heartbeat.age_s():.0f} s ago")
-        table.add_row(str(heartbeat.rank), heartbeat.host, client, *where, "" if has_ended else _mark(heartbeat))
-    return table
+    try:
+        ranks = sum(json.loads((folder / STARTS).read_text())[-1]["ranks"])
+    except (OSError, ValueError, LookupError, TypeError):  # on another host, or being written; or a run of a rank alone
+        ranks = 0
+    return [beat for beat in read_heartbeats(folder) if beat.rank < (ranks or beat.rank + 1)]  # earlier starts had more
 
 
-def _mark(heartbeat: Heartbeat) -> str:
-    if heartbeat.silent_s() > SILENCE_S:
-        return f"stale: no sign of life for {heartbeat.silent_s():.0f} s"
-    return ""
+def _last_loss(path: Path) -> float | None:
+    """Of the last inner step in a file of metrics."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if line.startswith(b'{"kind": "step"') and line.endswith(b"}"):
+            return float(json.loads(line)["loss"])
+    return None

@@ -74,17 +74,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _configuration(command: Sequence[str]) -> Config:
     """Of the job, read from its command line."""
-    script = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
+    script = _script(command)
     if script is None:
         raise LaunchError(
             f"no training script in {' '.join(command)!r}",
             where="deca supervise",
             fix="give it the whole command: deca supervise mpirun -n 8 python launchers/train.py --config ...",
         )
-    parser = train_parser()
-    parser.prog = command[script]
-    arguments = parser.parse_intermixed_args(command[script + 1 :])
+    arguments = train_parser(command[script]).parse_intermixed_args(command[script + 1 :])
     return load_config(arguments.config, arguments.overrides)
+
+
+def _script(command: Sequence[str]) -> int | None:
+    """Where the trainer's own arguments begin, less one: at the training script, or at the second word of `deca train`.
+    None where a command line has neither."""
+    for place, word in enumerate(command):
+        if word.endswith(".py"):
+            return place
+        if Path(word).name == "deca" and command[place + 1 : place + 2] == ["train"]:
+            return place + 1
+    return None
 
 
 def _check_resumes(config: Config) -> None:
@@ -195,16 +204,23 @@ class Supervisor:
 
     def _ranks(self, pid: int) -> list[psutil.Process]:
         """Process `pid` and those that were started from it, on this host, as far as they run the training script."""
-        script = next(word for word in self.command if word.endswith(".py"))
         found = []
         with contextlib.suppress(psutil.Error):
             for process in (top := psutil.Process(pid), *top.children(recursive=True)):
                 with contextlib.suppress(psutil.Error, ValueError):  # one that has just ended
                     interpreter, *words = process.cmdline()
-                    run = next((word for word in words if not word.startswith("-")), None)
-                    if Path(interpreter).name.startswith("python") and run == script:
+                    if Path(interpreter).name.startswith("python") and self._runs_trainer(words):
                         found.append(process)
         return found
+
+    def _runs_trainer(self, words: Sequence[str]) -> bool:
+        """Whether an interpreter with these arguments runs what the job's command names."""
+        place, of = _script(self.command), next((place for place, word in enumerate(words) if word[:1] != "-"), None)
+        if place is None or of is None:
+            return False
+        if self.command[place] == "train":
+            return _script(words) == of + 1
+        return words[of] == self.command[place]
 
     @staticmethod
     def _say(what: str) -> None:

@@ -21,6 +21,7 @@ from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.claim import check_held
+from deca_ds.training.summary import evaluations, next_commands, print_summary
 from deca_ds.training.terminal import on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import guarded
@@ -31,8 +32,11 @@ _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no conf
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip.")
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    """program: its name in messages; None: the script's."""
+    parser = argparse.ArgumentParser(
+        prog=program, description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip."
+    )
     parser.add_argument("--config", type=path_argument, help="YAML file with the run's configuration")
     parser.add_argument(JOIN, action="store_true", help="return to a running job that goes on without this client")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
@@ -42,10 +46,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run one rank of the job; returns the exit code. Failures end the process inside (see watchdog/guard.py)."""
     own_streams()
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = parser(program).parse_intermixed_args(argv)
     # DeepSpeed still calls collectives by names that newer versions of torch have renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deca_ds.training.setup import start
 
         gc.freeze()  # what has been imported stays; no collection needs to look at it again
-        gc.enable()  # launchers/train.py has disabled it
+        gc.enable()  # deca_ds/launchers/train.py has disabled it
         trainer = start(config, launch, store, guard, visit)
         on_stop(guard.stop.ask)
         finished = trainer.train()
@@ -107,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             without = f" without client {', '.join(map(str, members.missing))}" if members.missing else ""
             if finished:
                 mark_done(trainer.output, steps, members.missing)
-                print(f"done{without}: {trainer.output}; export with: deca export {trainer.output} OUTPUT", flush=True)
+                print_summary(evaluations(trainer.output, trainer.cluster.client))
+                print(f"done{without}: {trainer.output}\n{next_commands(trainer.output)}", flush=True)
             else:
                 mark_stopped(trainer.output, steps, members.missing)
                 how = "the same command with run.resume=require"

@@ -40,12 +40,14 @@ from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.claim import check_held
 from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Connected
+from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
 from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule, build_schedule
 from deca_ds.training.metrics import Metrics
+from deca_ds.training.pace import pace_from
 from deca_ds.training.prepare import first_of_host, load_shared
 from deca_ds.training.start import Job, NewRun, Start
 from deca_ds.training.starts import record_start
@@ -59,6 +61,9 @@ def build(
     """Everything that `Trainer` needs; all ranks call this. start: None is a new run. A client that comes back returns
     when the others have let it in."""
     start, transport = start or NewRun(), connected.transport
+    display = Display(config.logging, guard.heartbeats.own)
+    if cluster.is_job_leader:
+        display.show()
     job = Job(config, cluster, transport, guard, build_mixing(config.gossip, cluster.clients, config.run.seed))
     elastic = enter_elastic(job, connected)
     architecture, tokenizer = _load_tokenizer(job, start.ranks(cluster))
@@ -78,7 +83,7 @@ def build(
     gossip = _make_gossip(job, connected, client, attempt)
     state = TrainingState(client, rule, schedule, gossip)
     start.restore(job, state)
-    metrics = Metrics(config.logging, cluster, job.output, len(schedule))
+    metrics = Metrics(config.logging, cluster, job.output, schedule, display)
     written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
     agent = None
     if elastic is not None:
@@ -113,6 +118,7 @@ def build(
         start_step=state.done,
     )
     evaluation = config.evaluation
+    display.begin(schedule, state.done, pace_from(schedule, state.done, evaluation.every))
     return Trainer(
         config=config,
         cluster=cluster,
@@ -120,7 +126,15 @@ def build(
         gossip=gossip,
         batches=batches,
         evaluator=Evaluator(
-            client, cluster, transport, gossip.commit, data, evaluation.batch_size, pad_id, evaluation.mean_model
+            client,
+            cluster,
+            transport,
+            gossip.commit,
+            data,
+            evaluation.batch_size,
+            pad_id,
+            evaluation.mean_model,
+            display.scored,
         ),
         metrics=metrics,
         checkpoints=checkpoints,

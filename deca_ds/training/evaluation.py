@@ -20,12 +20,15 @@ from deca_ds.engine.masters import round_into
 from deca_ds.errors import DivergedError
 from deca_ds.launch import Cluster
 from deca_ds.training.divergence import FIX
+from deca_ds.training.summary import MEAN_MODEL, SETS
 from deca_ds.transport.collectives import all_reduce_sum, gather_json, sum_slices
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.transport import Transport
 
 MEAN = "the mean of the clients' models"
-POOLED = ("loss", "accuracy", "macro_f1")  # what clients tell each other of scores on sets of their own
+POOLED = ("loss", "accuracy", "macro_f1")
+TOLD = (*POOLED, "examples")  # what clients tell each other of scores on sets of their own
+JOB_SCORES = ("consensus_distance", "mean", "clients")  # of all clients together
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,11 @@ class Evaluator:
     batch_size: int
     pad_id: int
     mean_model: bool
+    scored: Callable[[str, int, int], None] = lambda what, done, rows: None
 
     def evaluate(self) -> dict[str, Any]:
-        """All scores that there are sets for: {"own": ..., "common": ..., "mean": ..., "consensus_distance": ...}.
+        """All scores that there are sets for: {"own": ..., "common": ..., "mean": ..., "consensus_distance": ...}. With
+        the mean model come "clients", by number: what each of them has found on its own and on the common set.
 
         Waits for the other clients only if the mean model is to be scored. If one of them dies meanwhile, all is scored
         again with those that are left.
@@ -56,11 +61,15 @@ class Evaluator:
     def _evaluate(self) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         if self.data.own_evaluation is not None:
-            scores["own"] = self._score(self.data.own_evaluation)
+            scores["own"] = self._score(self.data.own_evaluation, SETS["own"])
         if self.data.common_evaluation is not None:
-            scores["common"] = self._score(self.data.common_evaluation)
+            scores["common"] = self._score(self.data.common_evaluation, SETS["common"])
         if self.mean_model and len(self.cluster.members) > 1:
             scores |= self._score_mean_model()
+            sets = {name: scores[name] for name in SETS if name in scores}
+            told = {name: {key: found[key] for key in TOLD if key in found} for name, found in sets.items()}
+            every = self.commit.run(lambda: gather_json(self.transport, told))
+            scores["clients"] = dict(zip(map(str, self.cluster.members.clients), every, strict=True))
         self.client.end_scoring()
         return scores
 
@@ -79,10 +88,11 @@ class Evaluator:
             squared = self.client.client_sum(self.commit.run(lambda: self._average(shards, numels)))
             total = self.commit.run(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
             if self.data.common_evaluation is not None:
-                scores = self._score(self.data.common_evaluation, MEAN, shared=True)
+                scores = self._score(self.data.common_evaluation, MEAN_MODEL, MEAN, shared=True)
             else:  # private sets, of which a client may have none
-                own = None if self.data.own_evaluation is None else self._score(self.data.own_evaluation, MEAN)
-                told = None if own is None else {key: own[key] for key in (*POOLED, "examples") if key in own}
+                held = self.data.own_evaluation
+                own = None if held is None else self._score(held, f"{MEAN_MODEL}, {SETS['own']}", MEAN)
+                told = None if own is None else {key: own[key] for key in TOLD if key in own}
                 scores = average(self.commit.run(lambda: gather_json(self.transport, told)))
             self.client.end_scoring()
         distance = (float(total) / len(self.cluster.members)) ** 0.5
@@ -103,9 +113,9 @@ class Evaluator:
             round_into(shard[elements], mean)
         return squared
 
-    def _score(self, dataset: Dataset, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
-        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it. whose: the
-        model's, for an error's message; this client's if it is left out."""
+    def _score(self, dataset: Dataset, what: str, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
+        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it. what: it
+        is, for who watches. whose: the model's, for an error's message; this client's if it is left out."""
         rank, ranks = self.cluster.shard, self.cluster.ranks
         if shared:
             members, layout = self.cluster.members, self.cluster.layout
@@ -113,8 +123,9 @@ class Evaluator:
             rank, ranks = sum(sizes[: members.place(self.cluster.client)]) + rank, sum(sizes)
         totals = torch.zeros(len(dataset), 2, dtype=torch.float64)  # loss and target tokens of every row
         batches = evaluation_batches(dataset, batch_size=self.batch_size, rank=rank, ranks=ranks, pad_id=self.pad_id)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             self.cluster.progress.tick()
+            self.scored(what, min(number * self.batch_size * ranks, len(dataset)), len(dataset))
             losses, counts = self.client.score(batch)
             kept = batch["row"] >= 0  # the rest fills up so that all ranks run as many forward passes
             totals[batch["row"][kept]] = torch.stack([losses[kept].double(), counts[kept].double()], dim=1)

@@ -24,9 +24,10 @@ from deca_ds.launch import Cluster
 from deca_ds.training.checkpoints import Checkpoints, slice_groups
 from deca_ds.training.claim import check_held
 from deca_ds.training.divergence import Watch, with_checkpoint
-from deca_ds.training.evaluation import Evaluator
+from deca_ds.training.evaluation import JOB_SCORES, Evaluator
 from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
+from deca_ds.training.pace import evaluates
 from deca_ds.training.step import inner_step
 from deca_ds.training.tables import untrained
 from deca_ds.transport.collectives import barrier
@@ -132,7 +133,7 @@ class Trainer:
             self.watch.gradient, self._make_next_batch,
         )  # fmt: skip
         seconds = time.perf_counter() - started
-        self.metrics.step(step.index, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
+        self.metrics.step(step, self._record(step, stats, lr, seconds, self.gossip.wait_seconds - waited))
         if step.closes:
             self._tell_untrained(step, block_state)
             self.client.close_block()
@@ -152,8 +153,7 @@ class Trainer:
             print(f"client {self.cluster.client}, inner step {step.index + 1}: {what}", file=sys.stderr, flush=True)
 
     def _evaluates(self) -> bool:
-        every = self.config.evaluation.every
-        return self.done in (0, len(self.schedule)) or (every > 0 and self.done % every == 0)
+        return evaluates(self.done, len(self.schedule), self.config.evaluation.every)
 
     def _record(self, step: Step, stats: GradientStats, lr: float, seconds: float, waited: float) -> dict[str, Any]:
         skipped = self.gossip.skip_log.skipped if step.gossip is not None else []
@@ -177,7 +177,7 @@ class Trainer:
         self.watch.state()
         started, before = time.perf_counter(), peak_memory_bytes(self.client.device)
         scores = self.evaluator.evaluate()
-        job: dict[str, Any] = {key: scores.pop(key) for key in ("mean", "consensus_distance") if key in scores}
+        job: dict[str, Any] = {key: scores.pop(key) for key in JOB_SCORES if key in scores}
         own = scores | {
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes_by_rank_before": before,

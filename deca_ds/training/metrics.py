@@ -1,4 +1,4 @@
-"""What a run reports: a JSON line per step and evaluation, TensorBoard events if wanted, a progress bar on rank 0.
+"""What a run reports: a JSON line per step and evaluation, TensorBoard events if wanted, and what people see of it.
 
 Every client's leader writes its own file, so that nobody waits for anybody to log. Rank 0 also writes what concerns all
 clients, to job.jsonl.
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.config.schema import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch import Cluster
+from deca_ds.training.display import Display
+from deca_ds.training.summary import Evaluation
 
 
 class JsonLines:
@@ -51,9 +52,9 @@ class JsonLines:
 
 
 class Metrics:
-    """This rank's part of the reporting; every method may be called on every rank."""
+    """This rank's part of the reporting; every method may be called on every rank. display: of the client's leader."""
 
-    def __init__(self, config: LoggingConfig, cluster: Cluster, output: Path, steps: int):
+    def __init__(self, config: LoggingConfig, cluster: Cluster, output: Path, schedule: Schedule, display: Display):
         name = f"client_{cluster.client:03d}"
         self._lines = JsonLines(output / "metrics" / f"{name}.jsonl") if cluster.is_leader else None
         self._cluster, self._job_path = cluster, output / "metrics" / "job.jsonl"
@@ -61,31 +62,22 @@ class Metrics:
         self._board = None
         if config.tensorboard and cluster.is_leader:
             self._board = _summary_writer(output / "tensorboard" / name)
-        self._every = config.every
-        self._progress = None
-        if config.progress and cluster.is_job_leader:
-            self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._progress.add_task("training", total=steps, note="")
-            self._progress.start()
+        self._every, self._steps, self._display = config.every, len(schedule), display
 
-    def step(self, index: int, record: dict[str, Any]) -> None:
+    def step(self, step: Step, record: dict[str, Any]) -> None:
         """Log one inner step of this client; every logging.every-th is written."""
-        if self._progress is not None:
-            note = f"round {record['round']}, {record['block']}: loss {record['loss']:.4f}"
-            self._progress.update(self._task, completed=index + 1, note=note)
-        if (index + 1) % self._every == 0:
-            self._write(self._lines, "step", index + 1, record)
+        done = step.index + 1
+        self._display.step(done, step.block, record)
+        if done % self._every == 0:
+            self._write(self._lines, "step", done, record)
 
     def evaluation(self, steps_done: int, own: dict[str, Any], job: dict[str, Any]) -> None:
         """Log an evaluation after `steps_done` steps. own: of this client. job: of all clients together."""
         self._write(self._lines, "evaluation", steps_done, own)
+        self._display.evaluated(own["seconds"], job.get("consensus_distance"))
+        if self._cluster.is_job_leader:
+            scores = Evaluation.of(steps_done, self._cluster.client, own, job)
+            print(scores.line(self._steps, own["seconds"]), file=sys.stderr, flush=True)
         if job:
             self.job("evaluation", steps_done, job)
 
@@ -94,6 +86,7 @@ class Metrics:
         one now that speaks for the job."""
         if self._job is None and self._cluster.is_job_leader:
             self._job = JsonLines(self._job_path)
+            self._display.show()
         self.job("membership", step, record)
 
     def job(self, kind: str, step: int, record: dict[str, Any]) -> None:
@@ -107,8 +100,7 @@ class Metrics:
             self._lines.reopen()
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._display.close()
         for sink in (self._lines, self._job, self._board):
             if sink is not None:
                 sink.close()

@@ -14,10 +14,9 @@ import torch
 import deca_ds
 from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.config import Config
+from deca_ds.config.resume import STARTS
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch.compare import software
-
-FILE = "starts.json"
 
 
 def record_start(
@@ -37,7 +36,7 @@ def record_start(
     architecture, parameters: the model's class, and how many it has. ranks: of each client. A file that cannot be read
     is written anew: nothing depends on it.
     """
-    path = Path(config.run.output) / FILE
+    path = Path(config.run.output) / STARTS
     on_gpu = device is not None and device.type == "cuda"
     entry = {
         "step": done,
@@ -55,7 +54,7 @@ def record_start(
             "blocks": [[block.label, block.numel] for block in plan.blocks],
         },
     }
-    partial = path.with_name(f".{FILE}.partial")
+    partial = path.with_name(f".{STARTS}.partial")
     partial.write_text(json.dumps([*_earlier(path), entry], indent=1) + "\n")
     os.replace(partial, path)
 

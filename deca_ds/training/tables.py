@@ -6,26 +6,29 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 from deca_ds.algorithm.blocks import BlockPlan
 
 
-def data_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """What each client trains on. summaries: `ClientData.summary` of every client."""
+def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
+    """What each client trains on, and with labels how many examples of each. summaries: `ClientData.summary` of every
+    client."""
     table = Table(title="data of each client")
     for column in ("client", "train", "left out", "cut", "own eval", "common eval", "target tokens"):
         table.add_column(column, justify="right")
-    table.add_column("examples by label")
+    labels = Table(title="training examples by label", box=None)  # beside the numbers they would be a word a line
+    labels.add_column("client", justify="right")
+    labels.add_column("label and examples")
     numbers = ("client", "train", "dropped", "cut", "own_evaluation", "common_evaluation", "target_tokens")
     for summary in summaries:
-        labels = sorted(summary["labels"].items(), key=lambda item: -item[1])
-        table.add_row(
-            *(str(summary[key]) for key in numbers),
-            ", ".join(f"{label} {count}" for label, count in labels),
-        )
-    return table
+        table.add_row(*(str(summary[key]) for key in numbers))
+        if summary["labels"]:
+            counts = sorted(summary["labels"].items(), key=lambda item: -item[1])
+            labels.add_row(str(summary["client"]), escape(", ".join(f"{label} {count}" for label, count in counts)))
+    return Group(table, labels) if labels.row_count else Group(table)
 
 
 def print_notes(notes: Sequence[str], client: int | None = None) -> None:

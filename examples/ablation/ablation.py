@@ -1,10 +1,14 @@
-"""The ablation: every variant of studies.yaml at its own best learning rate, on real data, in the simulator.
+"""The ablation: every variant of a file of studies at its own best learning rate, on real data, in the simulator.
 
     python examples/ablation/ablation.py --data FOLDER [--study NAME ...] [--workers N]
     python examples/ablation/report.py
 
-A line a run is appended to benchmarks/ablation/runs.jsonl. What stands there is not run again, so an interrupted
-ablation goes on where it stopped; a run that several studies ask for is run once.
+    python examples/ablation/make_bases.py --data FOLDER --out bases
+    python examples/ablation/ablation.py --studies learnable --data FOLDER --bases bases
+    python examples/ablation/report.py --studies learnable
+
+A line a run is appended to runs.jsonl in benchmarks/ablation or benchmarks/learnable. What stands there is not run
+again, so an interrupted ablation goes on where it stopped; a run that several studies ask for is run once.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parents[1] / "benchmarks" / "ablation"
+BENCHMARKS = HERE.parents[1] / "benchmarks"
+STUDIES = ("ablation", "learnable")  # files here, and folders of results in benchmarks/
 MAX_EXTENSIONS = 5  # of the grid, each by a factor of 2
 
 Keys = dict[str, Any]
@@ -41,10 +46,10 @@ class Variant:
     keys: Keys
 
 
-def load_studies(data: Path | str = "DATA") -> dict[str, Any]:
-    """studies.yaml, with ${data} replaced."""
+def load_studies(name: str = "ablation") -> dict[str, Any]:
+    """NAME.yaml; DATA and BASES stand for the folders, so that no key of a run depends on where they are."""
     return OmegaConf.to_container(
-        OmegaConf.merge(OmegaConf.load(HERE / "studies.yaml"), {"data": str(data)}), resolve=True
+        OmegaConf.merge(OmegaConf.load(HERE / f"{name}.yaml"), {"data": "DATA", "bases": "BASES"}), resolve=True
     )  # type: ignore[return-value]
 
 
@@ -83,8 +88,8 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
 class Runner:
     """Runs variants in one process; data sets stay loaded."""
 
-    def __init__(self, data: Path, results: Path, tune: dict[str, Any]):
-        self.data, self.path, self.tune = data, results / "runs.jsonl", tune
+    def __init__(self, folders: Mapping[str, Path], results: Path, tune: dict[str, Any]):
+        self.folders, self.path, self.tune = folders, results / "runs.jsonl", tune
         self._loaded: dict[str, Any] = {}
 
     def run(self, variant: Variant) -> str:
@@ -120,7 +125,10 @@ class Runner:
                 return "[" + ",".join(map(place, value)) + "]"
             if isinstance(value, dict):
                 return "{" + ", ".join(f"{key}: {word}" for key, word in value.items()) + "}"
-            return "null" if value is None else str(value).replace("DATA", str(self.data))
+            text = "null" if value is None else str(value)
+            for name, folder in self.folders.items():
+                text = text.replace(name, str(folder))
+            return text
 
         config = load_config(None, [f"{key}={place(value)}" for key, value in keys.items()])
         parts = {
@@ -165,12 +173,12 @@ class Runner:
 _runner: Runner
 
 
-def _start(data: Path, results: Path, tune: dict[str, Any]) -> None:
+def _start(folders: Mapping[str, Path], results: Path, tune: dict[str, Any]) -> None:
     global _runner
     import torch
 
     torch.set_num_threads(1)
-    _runner = Runner(data, results, tune)
+    _runner = Runner(folders, results, tune)
 
 
 def _run(variant: Variant) -> str:
@@ -182,19 +190,23 @@ def _run(variant: Variant) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the ablation.")
+    parser.add_argument("--studies", choices=STUDIES, default=STUDIES[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with stories260k/, ag_news/, ...")
+    parser.add_argument("--bases", type=Path, default=Path("bases"), help="what make_bases.py has made")
     parser.add_argument("--study", nargs="*", help="only these studies")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="default: benchmarks/STUDIES")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
-    studies = load_studies()
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    studies = load_studies(arguments.studies)
+    folders = {"DATA": arguments.data.resolve(), "BASES": arguments.bases.resolve()}
+    results = arguments.results or BENCHMARKS / arguments.studies
+    results.mkdir(parents=True, exist_ok=True)
     rows = list(variants(studies, arguments.study))
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(
-        arguments.workers, _start, (arguments.data.resolve(), arguments.results, studies["tune"])
+        arguments.workers, _start, (folders, results, studies["tune"])
     ) as pool:
         for done, line in enumerate(pool.imap_unordered(_run, rows), start=1):
             print(f"[{done}/{len(rows)}, {time.perf_counter() - started:.0f} s] {line}", flush=True)

@@ -1,7 +1,8 @@
 """Tables and plots of the ablation, from its raw runs.
 
-python examples/ablation/report.py             benchmarks/ablation/tables.md and plots
-python examples/ablation/report.py --no-plots  tables only; needs no matplotlib
+python examples/ablation/report.py                      benchmarks/ablation/tables.md and plots
+python examples/ablation/report.py --no-plots           tables only; needs no matplotlib
+python examples/ablation/report.py --studies learnable  benchmarks/learnable/tables.md
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ablation import RESULTS, finished, load_studies
+from ablation import BENCHMARKS, STUDIES, finished, load_studies
 from summary import (
     Interval,
     Measure,
@@ -29,19 +31,19 @@ from summary import (
     summarize,
 )
 
-HEAD = """# The ablation's tables
+HEAD = """# The tables of the studies {name}
 
-    python examples/ablation/report.py
+    python examples/ablation/report.py --studies {name}
 
-made this file from runs.jsonl; what the studies are is in examples/ablation/studies.yaml. Losses are nats per target
+made this file from runs.jsonl; what the studies are is in examples/ablation/{name}.yaml. Losses are nats per target
 token on the common evaluation set, after the last step: the mean over the clients, and that of the mean model. Every
-row has its own best learning rate, found on seed 0 by the clients' loss; seed 0 is one of the reported seeds, and the
-set is the reported one. +- is the half-width of a 95 % interval over the seeds (Student's t; three seeds, so it is
-wide). "against the first" is the row minus the first one, seed by seed: the same common set, graph and (but where the
-study changes alpha) split of the data; bold where the interval excludes 0. "same sign" counts the seeds whose
-difference has the sign of the mean difference. No correction is made for the number of comparisons: of twenty true
-zeros, one would be bold. A learning rate with a * is the smallest or the largest that was tried, after extensions of
-the grid: the row could be better yet.
+row has its own best learning rate, found on seed {tuned} by the clients' loss; seeds {seeds} are reported, on the same
+set. +- is the half-width of a 95 % interval over these seeds (Student's t: with few seeds it is wide). "against the
+first" is the row minus the first one, seed by seed: the same common set, graph and (but where the study changes alpha)
+split of the data; bold where the interval excludes 0. "same sign" counts the seeds whose difference has the sign of the
+mean difference. No correction is made for the number of comparisons: of twenty true zeros, one would be bold. A
+learning rate with a * is the smallest or the largest that was tried, after extensions of the grid: the row could be
+better yet.
 
 A seed draws its own Erdos-Renyi graph, so MB sent and contraction are means over the seeds. Contraction is what an
 averaging leaves of the clients' disagreement; the bound is 1 - spectral gap, for graphs that stay the same (a period
@@ -55,16 +57,25 @@ ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the ablation's tables and plots from its runs.")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--studies", choices=STUDIES, default=STUDIES[0])
+    parser.add_argument("--results", type=Path, help="default: benchmarks/STUDIES")
     parser.add_argument("--no-plots", action="store_true")
     arguments = parser.parse_args()
-    runs = finished(arguments.results / "runs.jsonl")
-    studies = list(summarize(load_studies(), runs))
-    (arguments.results / "tables.md").write_text(tables(studies, runs))
+    results = arguments.results or BENCHMARKS / arguments.studies
+    if not (results / "runs.jsonl").is_file():
+        parser.error(f"there are no runs in {results}: ablation.py --studies {arguments.studies} makes them")
+    runs, wanted = finished(results / "runs.jsonl"), load_studies(arguments.studies)
+    studies = list(summarize(wanted, runs))
+    (results / "tables.md").write_text(head(arguments.studies, wanted["tune"]) + tables(studies, runs))
     if not arguments.no_plots:
         from plots import draw
 
-        draw(studies, arguments.results)
+        draw(studies, results)
+
+
+def head(name: str, tune: Mapping[str, Any]) -> str:
+    """What the tables say. name: of the file of studies. tune: its part of that name."""
+    return HEAD.format(name=name, tuned=tune["tuning_seed"], seeds=", ".join(map(str, tune["seeds"]))) + "\n"
 
 
 def tables(studies: Studies, runs: Mapping[str, Run]) -> str:
@@ -72,7 +83,7 @@ def tables(studies: Studies, runs: Mapping[str, Run]) -> str:
     reported = {run["key"] for _, _, rows in studies for row in rows for run in row.runs}
     hours = sum(run["cpu_seconds"] for run in runs.values()) / 3600
     cost = f"{len(runs)} runs took {hours:.1f} CPU hours; {len(reported)} of them are reported, the others tuned.\n"
-    parts = [HEAD, cost, _ordering_table(studies), _signal_table(studies)]
+    parts = [cost, _ordering_table(studies), _signal_table(studies)]
     for study, dataset, rows in studies:
         parts.append(f"## {study}, {dataset}\n\n" + _table(rows))
     return "\n".join(parts)

@@ -107,7 +107,7 @@ def clients_mean(key: str) -> Measure:
 
 
 def summarize(studies: Mapping[str, Any], runs: Mapping[str, Run]) -> Iterator[tuple[str, str, list[Row]]]:
-    """(study, data set, rows) in the order of studies.yaml. runs: by key, see ablation.finished."""
+    """(study, data set, rows) in the order of ablation.yaml. runs: by key, see ablation.finished."""
     rows: dict[tuple[str, str], list[Row]] = {}
     for variant in variants(dict(studies)):
         rows.setdefault((variant.study, variant.dataset), []).append(_row(variant, studies["tune"], runs))

@@ -1,8 +1,10 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_scheduler
 
 from deca_ds.algorithm.schedule import Schedule, learning_rate
 
@@ -65,10 +67,25 @@ def test_a_step_outside_the_run_is_refused():
 def test_learning_rates():
     constant = [learning_rate(i, 10, peak=2.0, warmup_steps=4) for i in range(10)]
     assert constant == [0.5, 1.0, 1.5, 2.0] + [2.0] * 6
-    linear = [learning_rate(i, 11, peak=1.0, schedule="linear", final_ratio=0.5) for i in range(11)]
-    assert linear[0] == 1.0 and linear[-1] == 0.5 and math.isclose(linear[5], 0.75)
-    cosine = [learning_rate(i, 11, peak=1.0, schedule="cosine") for i in range(11)]
-    assert cosine[0] == 1.0 and math.isclose(cosine[5], 0.5) and abs(cosine[-1]) < 1e-12
+    linear = [learning_rate(i, 10, peak=1.0, schedule="linear", final_ratio=0.5) for i in range(11)]
+    assert linear[0] == 1.0 and linear[10] == 0.5 and math.isclose(linear[5], 0.75)
+    cosine = [learning_rate(i, 10, peak=1.0, schedule="cosine") for i in range(11)]
+    assert cosine[0] == 1.0 and math.isclose(cosine[5], 0.5) and abs(cosine[10]) < 1e-12
     assert learning_rate(0, 1, peak=1.0, schedule="linear") == 1.0
     with pytest.raises(ValueError, match="'step'"):
         learning_rate(0, 10, peak=1.0, schedule="step")
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_every_step_has_the_learning_rate_that_transformers_gives_and_none_is_wasted(warmup):
+    """After the warm-up, which begins at 0 there."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for name in ("linear", "cosine"):
+        scheduler = get_scheduler(name, torch.optim.SGD([parameter], lr=0.5), warmup, 11)
+        for index in range(11):
+            ours = learning_rate(index, 11, peak=0.5, schedule=name, warmup_steps=warmup)
+            assert ours > 0
+            if index >= warmup:
+                assert math.isclose(ours, scheduler.get_last_lr()[0], rel_tol=1e-12)
+            scheduler.optimizer.step()
+            scheduler.step()

@@ -18,11 +18,11 @@ from saved_states import CONFIGS, model_state, save_clients
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deca_ds.checkpoint import export as export_module
-from deca_ds.checkpoint.commands import parse_size
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.slices import rank_folder
 from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.tools.export import parse_size
 
 MakeRun = Callable[..., tuple[Path, list[PreTrainedModel]]]
 LAUNCHER = Path(__file__).parents[2] / "launchers" / "export.py"

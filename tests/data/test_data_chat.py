@@ -181,6 +181,15 @@ def test_tool_calls():
     assert targets(MISTRAL, turns, tools=TOOLS) == [f"[TOOL_CALLS]{call}</s>", "b</s>"]
     call = '<think>\n\n</think>\n\n<call>look {"where": "a \\"b\\"\\n", "n": 3}</call><|im_end|>\n'
     assert targets(QWEN3, turns[:2]) == [call], "a template that wants a content gets an empty one"
+    learned = targets(QWEN3, turns)[0]
+    assert learned == call.removeprefix("<think>\n\n</think>\n\n"), "the content is wanted of the last turn alone"
+    ends = QWEN3.replace(
+        "<|im_end|>\n' }}{%- endif %}{%- endfor %}",
+        "<|im_end|>\n' }}{%- if loop.last and m.tool_calls %}"
+        "{{ raise_exception('no answer') }}{%- endif %}{%- endif %}{%- endfor %}",
+    )
+    assert ends != QWEN3
+    refused(ends, turns, "writes no conversation that ends with these tool calls")
     refused(CHATML, turns, "does not write the tool call of a turn of the assistant: 'look'")
     refused(CHATML, [user("a"), assistant("b")], r"does not write the tools \(look\)", tools=TOOLS)
     without_id = [*turns[:2], {"role": "tool", "content": "x"}]

@@ -30,9 +30,9 @@ def pairs(*examples):
 def test_text_is_learned_whole(tokenizer):
     (row,) = rows(Encoder(tokenizer, max_length=9).sequences({"text": ["hello"]}))
     assert tokenizer.decode(row["input_ids"]) == "hello" + EOS
-    assert row["labels"] == row["input_ids"] and row["targets"] == 5 and not row["cut"]
+    assert row["labels"] == row["input_ids"] and row["targets"] == 5 and row["length"] == len(row["input_ids"])
     (row,) = rows(Encoder(tokenizer, max_length=3).sequences({"text": ["hello"]}))
-    assert tokenizer.decode(row["input_ids"]) == "hel" and row["cut"]
+    assert tokenizer.decode(row["input_ids"]) == "hel" and row["length"] > len(row["input_ids"])
 
 
 def test_special_tokens_follow_the_tokenizer():
@@ -78,7 +78,7 @@ def test_answers_carry_the_loss(tokenizer):
 def test_cutting(tokenizer, prompt, answer, kept, learned):
     (row,) = rows(Encoder(tokenizer, max_length=8).sequences(pairs((prompt, answer))))
     assert tokenizer.decode(row["input_ids"]) == kept
-    assert answer_of(tokenizer, row) == learned and row["cut"]
+    assert answer_of(tokenizer, row) == learned and row["length"] > len(row["input_ids"])
 
 
 @given(st.text("xy", max_size=30), st.text("ab", max_size=30), st.integers(2, 20), st.booleans())
@@ -91,7 +91,7 @@ def test_cutting_always_keeps_an_answer(prompt, answer, max_length, bos):
     (row,) = found
     assert len(row["input_ids"]) <= max_length and row["targets"] >= 1
     assert not bos or row["input_ids"][0] == 1
-    assert row["cut"] == (len(prompt) + len(answer) + 1 + bos > max_length)
+    assert row["length"] == len(prompt) + len(answer) + 1 + bos
     assert set(answer_of(tokenizer, row)) <= set("ab" + EOS)
 
 
@@ -117,7 +117,7 @@ def test_a_long_conversation_keeps_its_first_answer(tokenizer):
     chat = [{"role": "user", "content": "x" * 100}, *CHAT[2:]]
     (row,) = rows(Encoder(tokenizer, max_length=30, conversations=True).sequences(chats(chat)))
     assert tokenizer.decode(row["input_ids"]) == "ser><assistant>yo</assistant><"
-    assert answer_of(tokenizer, row) == "yo</assistant>" and row["cut"]
+    assert answer_of(tokenizer, row) == "yo</assistant>" and row["length"] > len(row["input_ids"])
 
 
 def test_a_template_that_marks_answers_is_believed(tokenizer):

@@ -81,7 +81,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(make):
 def test_data_with_a_token_that_the_model_lacks_is_refused():
     def sequences(*ids):
         rows = {"input_ids": [[1, 2], list(ids)], "labels": [[1, 2], list(ids)]}
-        return Dataset.from_dict(rows | {"targets": [1, 1], "cut": [False, False]}, features=SEQUENCES)
+        return Dataset.from_dict(rows | {"targets": [1, 1], "length": [2, 2]}, features=SEQUENCES)
 
     architecture = LlamaConfig(vocab_size=50)
     check_token_ids(architecture, sequences(49, 3), None)

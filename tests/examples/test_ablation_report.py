@@ -177,11 +177,28 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         import plots  # noqa: F401
 
 
+def test_the_head_says_which_seeds_are_tuned_on_and_reported():
+    from ablation import load_studies
+    from report import head
+
+    text = head("learnable", load_studies("learnable")["tune"])
+    assert "found on seed 0 by" in text and "seeds 1, 2, 3, 4, 5 are reported" in text and "{" not in text
+
+
+def test_without_runs_the_command_that_makes_them_is_named(tmp_path, monkeypatch, capsys):
+    from report import main
+
+    monkeypatch.setattr(sys, "argv", ["report.py", "--studies", "learnable", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "ablation.py --studies learnable makes them" in capsys.readouterr().err
+
+
 def test_the_tables_in_the_repository_are_made_from_its_runs():
     from ablation import finished, load_studies
-    from report import tables
+    from report import head, tables
     from summary import summarize
 
-    runs = finished(RESULTS / "runs.jsonl")
-    made = tables(list(summarize(load_studies(), runs)), runs)
+    runs, studies = finished(RESULTS / "runs.jsonl"), load_studies()
+    made = head("ablation", studies["tune"]) + tables(list(summarize(studies, runs)), runs)
     assert made == (RESULTS / "tables.md").read_text(), "run python examples/ablation/report.py"

@@ -307,20 +307,6 @@ def test_ranks_end_when_their_launcher_is_killed(config, tmp_path):
         job.wait()
 
 
-@pytest.mark.skipif(shutil.which("pdsh") is None or shutil.which("sshd") is None, reason="needs pdsh and sshd")
-def test_pdsh_to_this_host_by_ssh(config, tmp_path):
-    """`deepspeed --hostfile hosts` as on a cluster, where this machine lets itself in by ssh without a password."""
-    probe = subprocess.run(["ssh", "-o", "BatchMode=yes", "localhost", "true"], capture_output=True, timeout=20)
-    if probe.returncode:
-        pytest.skip("ssh to localhost needs a password")
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("localhost slots=2\n127.0.0.1 slots=2\n")
-    start = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--master_addr", "127.0.0.1"]
-    finished = run_command([*start, str(REPOSITORY / "launchers/train.py"), "--config", str(config)])
-    assert finished.code == 0, finished.output[-4000:]
-    assert (tmp_path / "run" / "DONE").exists()
-
-
 def _wait(condition, seconds: float, log: Path) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

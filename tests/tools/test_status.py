@@ -1,4 +1,5 @@
-"""`deca status`: a table of heartbeats, stale ones marked, and clear words for a folder that is no run's."""
+"""`deca status`: a table of heartbeats, stale ones marked, exit codes that tell the truth, and clear words for a folder
+that is no run's."""
 
 from __future__ import annotations
 
@@ -6,25 +7,90 @@ import json
 import time
 from dataclasses import asdict
 
+import pytest
+
 from deca_ds.cli import main
+from deca_ds.tools.status import look, watch
 from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat
+
+
+def beat(run, rank, silent_s=0.0, host=None, awaits=None, phase="gossip"):
+    (run / FOLDER).mkdir(exist_ok=True)
+    note = Heartbeat(rank, host or f"n{rank}", rank, phase, 412000, "layers 0-1", awaits, 3.0, time.time() - silent_s)
+    (run / FOLDER / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(note)))
 
 
 def test_the_table_marks_who_gives_no_sign_of_life(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    folder = tmp_path / FOLDER
-    folder.mkdir()
-    for rank, silent_s, awaits in ((0, 0.0, 1), (1, 90.0, None)):
-        beat = Heartbeat(rank, f"n{rank}", rank, "gossip", 412, "layers 0-1", awaits, 3.0, time.time() - silent_s)
-        (folder / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(beat)))
-    assert main(["status", str(tmp_path)]) == 0
+    beat(tmp_path, 0, awaits=1)
+    beat(tmp_path, 1, silent_s=3700.0)
+    assert main(["status", str(tmp_path)]) == 4
     table = capsys.readouterr().out
-    assert "gossip, waiting for client 1" in table and table.count("412") == 2 and table.count("stale") == 1
-    assert "no sign of life for 9" in table
-    (tmp_path / "FAILED").write_text("rank 1 on n1\nout of memory\n")
-    assert main(["status", str(tmp_path)]) == 0
+    assert "gossip, waiting for client 1" in table and table.count("412000") == 2 and table.count("stale") == 1
+    assert "no sign of life for 1:01:4" in table and "has not ended" not in table
+    beat(tmp_path, 0, silent_s=90.0)
+    assert main(["status", str(tmp_path), "--watch"]) == 4, "nobody is left to be watched"
+    assert "no rank gives a sign of life" in capsys.readouterr().out
+    (tmp_path / "FAILED").write_text("rank 1 on n1\nout of [b]memory\n")
+    assert main(["status", str(tmp_path)]) == 1
     ended = capsys.readouterr().out
-    assert "out of memory" in ended and "stale" not in ended, "a run that has ended is not stale"
+    assert "out of [b]memory" in ended and "stale" not in ended, "a run that has ended is not stale"
+
+
+@pytest.mark.parametrize(("marker", "code"), [("DONE", 0), ("STOPPED", 3), ("FAILED", 1), (None, 0)])
+def test_the_exit_code_is_how_the_run_is(tmp_path, marker, code, capsys):
+    beat(tmp_path, 0, silent_s=90.0 if marker else 0.0)
+    if marker:
+        (tmp_path / marker).write_text("words\n")
+    assert main(["status", str(tmp_path)]) == code
+    assert ("words" in capsys.readouterr().out) == bool(marker)
+
+
+def test_every_column_is_readable_at_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    host = "trainer-worker-0.deca-headless.research-namespace.svc"
+    beat(tmp_path, 0, host=host, awaits=117, phase="saving a checkpoint: waiting for all ranks")
+    beat(tmp_path, 1023, silent_s=100_000)
+    (tmp_path / "metrics").mkdir()
+    lines = [
+        {"kind": "step", "step": 1, "loss": 9.0},
+        {"kind": "step", "step": 2, "loss": 12.34567},
+        {"kind": "evaluation"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "step", "step": 3, "lo'
+    (tmp_path / "metrics" / "client_000.jsonl").write_text(text)
+    main(["status", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80 and "…" not in said
+    words = set(said.split())
+    assert {"rank", "host", "client", "phase", "step", "loss", "1023", "412000", "12.346"} <= words
+    cells = [line for line in said.splitlines()]
+    start = next(line for line in cells if line.startswith("rank")).index("host")
+    assert host in "".join(line[start:].split(" ")[0] for line in cells), "a long name goes on below, whole"
+
+
+def test_ranks_of_an_earlier_larger_start_are_no_longer_of_the_run(tmp_path):
+    beat(tmp_path, 0)
+    beat(tmp_path, 1, silent_s=90.0)
+    assert look(tmp_path).code == 4
+    (tmp_path / "starts.json").write_text(json.dumps([{"ranks": [1, 1]}, {"ranks": [1]}]))
+    assert look(tmp_path).code == 0
+
+
+@pytest.mark.parametrize(("marker", "code"), [("DONE", 0), ("STOPPED", 3), ("FAILED", 1), (None, 4)])
+def test_a_watch_ends_with_the_run(tmp_path, marker, code):
+    beat(tmp_path, 0)
+    beat(tmp_path, 1, silent_s=90.0)  # one that is gone does not end the watch: the run may go on, or say why it ends
+    seen = []
+
+    def later(seconds):
+        if len(seen) == 3:
+            beat(tmp_path, 0, silent_s=0.0 if marker else 90.0)
+            if marker:
+                (tmp_path / marker).write_text("words\n")
+
+    assert watch(tmp_path, seen.append, later).code == code
+    assert len(seen) == 4
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):

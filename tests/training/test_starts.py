@@ -3,25 +3,26 @@
 import json
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
+from deca_ds.config.resume import STARTS
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.training.starts import FILE, record_start
+from deca_ds.training.starts import record_start
 
 
 def test_every_start_has_its_entry(tmp_path):
     plan = BlockPlan((Block("embeddings", ("e",), 6), Block("layers 0-1", ("w",), 4)), frozen=("f",))
     config = Config()
     config.run.output = str(tmp_path)
-    (tmp_path / FILE).write_text("[{torn")
+    (tmp_path / STARTS).write_text("[{torn")
     for done in (0, 12):
         record_start(
             config, build_mixing(GossipConfig(), 2, 0), done=done, architecture="Linear", parameters=15, plan=plan,
             ranks=[2, 1], transport="torch",
         )  # fmt: skip
-    first, second = json.loads((tmp_path / FILE).read_text())
+    first, second = json.loads((tmp_path / STARTS).read_text())
     assert (first["step"], second["step"]) == (0, 12) and first["time"] <= second["time"]
     assert first["ranks"] == [2, 1] and first["device"] == "CPU" and first["transport"] == "torch"
     assert {"deca_ds", "Python", "torch", "deepspeed", "transformers"} <= first["software"].keys()
     model = {"architecture": "Linear", "parameters": 15, "blocks": [["embeddings", 6], ["layers 0-1", 4]]}
     assert first["model"] == model
-    assert [path.name for path in tmp_path.iterdir()] == [FILE], "nothing in part is left"
+    assert [path.name for path in tmp_path.iterdir()] == [STARTS], "nothing in part is left"

@@ -21,8 +21,11 @@ def shown(table) -> str:
 
 def test_data_table_has_a_row_per_client_with_its_labels():
     keys = {"train": 5, "dropped": 7, "cut": 33, "own_evaluation": 1, "common_evaluation": 2, "target_tokens": 50}
-    text = shown(data_table([{"client": 0, **keys, "labels": {"a": 1, "b": 4}}, {"client": 1, **keys, "labels": {}}]))
-    assert "b 4, a 1" in text and text.count("50") == 2
+    text = shown(
+        data_table([{"client": 0, **keys, "labels": {"a [b]": 1, "b": 4}}, {"client": 1, **keys, "labels": {}}])
+    )
+    assert "b 4, a [b] 1" in text and text.count("50") == 2
+    assert "by label" not in shown(data_table([{"client": 1, **keys, "labels": {}}]))
     assert "left out" in text and text.count("33") == 2, "what is lost is told"
 
 

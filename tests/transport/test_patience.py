@@ -6,7 +6,7 @@ import pytest
 from jobs import BIN, run_command
 from preloaded import python
 
-from deca_ds.tools.status import status_table
+from deca_ds.tools.status import look
 
 WORKER = str(Path(__file__).with_name("patience_worker.py"))
 
@@ -24,4 +24,4 @@ def test_patience_with_a_client_at_work_and_none_with_a_stalled_one(tmp_path):
     assert marker.startswith("rank 0 on ") and "the end" in marker.splitlines()[0]
     assert "waits for rank 1 on" in marker and "(client 1): gradient, step 99, " in marker
     assert finished.output.count("no progress for") == 1
-    assert [cell for cell in status_table(tmp_path).columns[3].cells][1] == "gradient"
+    assert look(tmp_path).beats[1].doing == "gradient"

@@ -52,7 +52,8 @@ class Field:
 
 @dataclass(frozen=True)
 class ExampleRules:
-    """How rows become examples; the part of DataConfig that reading depends on."""
+    """How rows become examples; the part of DataConfig that reading depends on. first: read so many rows of each source
+    and no more; None reads all."""
 
     format: str
     text_columns: tuple[str, ...] = ("text",)
@@ -63,6 +64,7 @@ class ExampleRules:
     column_names: tuple[str, ...] = ()
     subset: str | None = None
     split: str = "train"
+    first: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from deca_ds.tools.report.wording import (
     significant,
     size,
 )
+from deca_ds.training.summary import MEAN_MODEL
 
-MEAN_MODEL = "mean model"
 SETS = {"common": "the common evaluation set", "own": "each client's own evaluation set"}
 
 

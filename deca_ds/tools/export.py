@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deca_ds.checkpoint.done import missing_clients
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +36,28 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that came with the model; only if you trust it"
     )
+    parser.add_argument("--base-model", metavar="OWNER/NAME", help="the trained model's name on the hub, for the card")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to this model repository of the hub")
+    parser.add_argument("--public", action="store_true", help="with --push: let everybody read it; default: private")
 
 
-def run_export(args: argparse.Namespace) -> int:
-    """Export with a progress bar and print a summary; returns the exit status 0. Raises UserError."""
+def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
+    """Export with a progress bar, print a summary, and push where asked; returns the exit status 0. Raises UserError.
+
+    api: the hub; None: the one that the hub library is set up for.
+    """
+    from huggingface_hub import HfApi
+
     from deca_ds.checkpoint.export import export_model  # transformers' models: seconds that `--help` need not wait for
+    from deca_ds.tools.card import Card
+    from deca_ds.tools.push import Repository
 
+    if args.public and not args.push:
+        raise ConfigError("--public says who may read what is pushed", where="--public", fix="add --push OWNER/NAME")
+    repository = Repository(args.push, api or HfApi(), public=args.public) if args.push else None
+    if repository is not None:
+        repository.check()
+    missing = missing_clients(args.run) if args.client is None else []
     console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as bar:
@@ -49,6 +70,7 @@ def run_export(args: argparse.Namespace) -> int:
             max_shard_bytes=parse_size(args.max_shard_size),
             trust_remote_code=args.trust_remote_code,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            card=Card(args.run, args.client, missing, args.base_model),
         )
     files = "1 file" if report.files == 1 else f"{report.files} files"
     size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {files}"
@@ -58,6 +80,9 @@ def run_export(args: argparse.Namespace) -> int:
         console.print(f"note: {report.stops}")
     if report.note:
         console.print(f"note: {report.note}; its saved model is complete")
+    if repository is not None:
+        console.print(f"pushing to {repository.name} ({'public' if repository.public else 'private'})")
+        console.print(f"pushed: {repository.fill(report.output)}")
     return 0
 
 

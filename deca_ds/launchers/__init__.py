@@ -1,0 +1,1 @@
+"""The file that launchers start on every rank."""

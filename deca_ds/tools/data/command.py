@@ -1,0 +1,67 @@
+"""`deca data RUN.yaml`: its arguments, and from them to what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from deca_ds.config.paths import argument as path_argument
+from deca_ds.errors import ConfigError, DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=path_argument, metavar="RUN.yaml", help="file with the run's configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
+    parser.add_argument("--client", type=int, metavar="N", help="look at this client's data only, and at its files")
+    parser.add_argument(
+        "--examples", type=int, default=2, metavar="K", help="show so many sequences of each client (default 2)"
+    )
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="read the first N rows of each file and no more (default: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, texts in full")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print it. Raises UserErrors, the data's own among them."""
+    from deca_ds.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    clients = config.cluster.clients
+    if arguments.client is not None and not 0 <= arguments.client < clients:
+        raise ConfigError(
+            f"there is no client {arguments.client}",
+            where="--client",
+            fix="set it to 0, the only one" if clients == 1 else f"name one from 0 to {clients - 1}",
+        )
+    if arguments.examples < 0:
+        raise ConfigError(f"--examples {arguments.examples} is no number of them", fix="give 0 or more")
+    if arguments.sample is not None and arguments.sample < 1:
+        raise ConfigError(f"--sample {arguments.sample} is no number of rows", fix="give 1 or more")
+
+    from datasets import disable_progress_bars
+    from rich.console import Console
+
+    from deca_ds.engine.load import load_tokenizer
+    from deca_ds.tools.data.as_json import as_json
+    from deca_ds.tools.data.look import look
+    from deca_ds.tools.data.show import show
+
+    disable_progress_bars()
+    tokenizer = load_tokenizer(config.model)
+    with tempfile.TemporaryDirectory(prefix="deca_ds-data-") as scratch:
+        try:
+            found = look(config, tokenizer, Path(scratch), arguments.client, arguments.sample, arguments.examples)
+        except DataError as error:
+            if arguments.sample is None:
+                raise
+            what = f"{error.what} (in the first {arguments.sample} rows of each file)"
+            raise DataError(
+                what, where=error.where, fix=f"{error.fix or 'look at the row'}; or a larger --sample"
+            ) from error
+    if arguments.json:
+        print(as_json(found))
+    else:
+        show(Console(), found)
+    return 0

@@ -1,0 +1,143 @@
+"""How far the run is, on the job leader's stderr: a bar that moves on a terminal, else a line every so many seconds.
+
+The main thread only notes what it has done; a thread that wakes up a few times a second, or more rarely, shows it. What
+is shown is of this rank's client.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.config.schema import LoggingConfig
+from deca_ds.training.pace import Pace, duration
+from deca_ds.watchdog.heartbeats import Heartbeat
+
+_PER_SECOND = 4.0  # pictures of the bar
+_STILL_S = 20.0  # a rank that has not moved on for so long shows at what
+
+
+class Display:
+    """What one rank shows of the run once it is told to. beat: this rank's heartbeat as it stands."""
+
+    def __init__(self, config: LoggingConfig, beat: Callable[[], Heartbeat]):
+        self._config, self._beat = config, beat
+        self._rounds = self._steps = self._done = 0
+        self._place = self._distance = ""
+        self._pace: Pace | None = None
+        self._scored: tuple[str, int, int] | None = None  # in an evaluation: set, rows done, rows
+        self._marked = time.monotonic()
+        self._live: Live | None = None
+        self._closed = threading.Event()
+        self._shown = False
+
+    def show(self) -> None:
+        """From now on, unless it does already. A terminal gets a bar when training begins."""
+        if self._shown or not self._config.progress:
+            return
+        self._shown = True
+        if not _moves(sys.stderr):
+            threading.Thread(target=self._print_lines, name="progress", daemon=True).start()
+        elif self._pace is not None:
+            self._start_bar()
+
+    def begin(self, schedule: Schedule, done: int, pace: Pace) -> None:
+        """Training begins, after `done` inner steps."""
+        self._rounds, self._steps, self._done, self._pace = schedule.rounds, len(schedule), done, pace
+        self._marked = time.monotonic()
+        if self._shown and _moves(sys.stderr):
+            self._start_bar()
+
+    def step(self, done: int, block: int, record: Mapping[str, Any]) -> None:
+        """The `done`-th inner step, on the block of that index, is done. record: its metrics."""
+        now = time.monotonic()
+        if self._pace is not None:
+            self._pace.step(block, now - self._marked, record["loss"], record["tokens"])
+        self._done, self._marked = done, now
+        self._place = f"round {record['round'] + 1} of {self._rounds}, block {record['block']}"
+
+    def scored(self, what: str, done: int, rows: int) -> None:
+        """`done` of the `rows` rows of the set `what` have been scored."""
+        self._scored = what, done, rows
+
+    def evaluated(self, seconds: float, distance: float | None) -> None:
+        """An evaluation is done. distance: consensus distance."""
+        if self._pace is not None:
+            self._pace.evaluated(seconds)
+        if distance is not None:
+            self._distance = f"consensus distance {distance:.3g}"
+        self._scored, self._marked = None, time.monotonic()
+
+    def close(self) -> None:
+        """Show nothing more; the bar stays as it is."""
+        self._closed.set()
+        if self._live is not None:
+            self._live.stop()
+
+    def facts(self) -> list[str]:
+        """How far the run is, in words."""
+        if self._pace is None:
+            return [f"starting: {self._beat().doing}"]
+        if (scored := self._scored) is not None:  # read once: the main thread goes on
+            what, done, rows = scored
+            now = [f"step {self._done} of {self._steps}", f"evaluation, {what}: {done} of {rows} sequences"]
+        else:
+            now = [f"step {self._done} of {self._steps} ({self._done / max(1, self._steps):.0%})", *self._training()]
+        return [*now, *self._left(), *self._still()]
+
+    def _training(self) -> Iterable[str]:
+        pace = self._pace
+        if self._place:
+            yield self._place
+        if pace is not None and pace.loss is not None:
+            yield f"loss {pace.loss:.4f}"
+        if pace is not None and pace.tokens_per_second is not None:
+            yield f"{pace.tokens_per_second:,.0f} tokens/s"
+        if self._distance:
+            yield self._distance
+
+    def _left(self) -> Iterable[str]:
+        left = None if self._pace is None else self._pace.left_s
+        return () if left is None else (f"{duration(left)} left",)
+
+    def _still(self) -> Iterable[str]:
+        beat = self._beat()
+        if beat.idle_s > _STILL_S:
+            yield f"for {duration(beat.idle_s)} at: {beat.doing}"
+
+    def _print_lines(self) -> None:
+        while not self._closed.wait(self._config.progress_s):
+            print(", ".join(self.facts()), file=sys.stderr, flush=True)
+
+    def _start_bar(self) -> None:
+        if self._live is None:
+            console = Console(stderr=True)
+            self._live = Live(console=console, refresh_per_second=_PER_SECOND, get_renderable=self.picture)
+            self._live.start()
+            console.show_cursor(True)  # a run that fails ends without a word to the terminal
+
+    def picture(self) -> RenderableType:
+        """The bar, and below it what else there is to tell."""
+        grid = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None, None):
+            grid.add_column(ratio=ratio, no_wrap=True)
+        what, done, total = self._scored or ("", self._done, self._steps)
+        name = f"evaluation, {what}" if what else "training"
+        left = " ".join(self._left())
+        grid.add_row(Text(name, "bold"), ProgressBar(max(1, total), done), f"{done}/{total}", left)
+        return Group(grid, Text(", ".join([*self._training(), *self._still()]), "dim"))
+
+
+def _moves(stream: Any) -> bool:
+    """Whether what is written there can be overwritten."""
+    return bool(stream.isatty()) and not Console(file=stream).is_dumb_terminal

@@ -1,0 +1,143 @@
+"""Scores in words: a line for an evaluation, and at the end of a run a table of before and after."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Scores = Mapping[str, Any]  # loss, and accuracy of classification
+SETS = {"own": "own set", "common": "common set"}
+MEAN_MODEL = "mean model"
+_SHARES = ("accuracy",)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """After `step` inner steps. clients: by number, the scores on the sets that there are, "own" and "common". mean: of
+    the mean model, on the common set or, without one, pooled over the clients' own; empty if it was not scored."""
+
+    step: int
+    clients: Mapping[int, Mapping[str, Scores]]
+    mean: Scores
+    distance: float | None = None
+
+    @classmethod
+    def of(cls, step: int, client: int, own: Mapping[str, Any], job: Mapping[str, Any]) -> Evaluation:
+        """From the metrics of a client and of the job, which has none where clients tell each other no scores."""
+        mine = {client: {name: own[name] for name in SETS if name in own}}
+        told = {int(number): sets for number, sets in job.get("clients", {}).items()}
+        return cls(step, dict(sorted((mine | told).items())), job.get("mean", {}), job.get("consensus_distance"))
+
+    def line(self, steps: int, seconds: float) -> str:
+        """For a log. steps: of the run."""
+        parts = []
+        for name, title in SETS.items():
+            scores = [sets[name] for sets in self.clients.values() if name in sets]
+            if scores:
+                who = "clients" if len(scores) > 1 else f"client {next(iter(self.clients))}"
+                parts.append(f"{title}, {who}: {_ranges(scores)}")
+        if self.mean:
+            parts.append(f"{MEAN_MODEL}: {_ranges([self.mean])}")
+        if self.distance is not None:
+            parts.append(f"consensus distance {self.distance:.3g}")
+        return (
+            f"evaluation after step {self.step} of {steps} ({seconds:.1f} s): {'; '.join(parts) or 'no set to score'}"
+        )
+
+    @property
+    def loss(self) -> float | None:
+        """What evaluations are compared by: of the mean model, else the mean over clients, on the common set if there
+        is one."""
+        if self.mean:
+            return float(self.mean["loss"])
+        for name in reversed(SETS):
+            losses = [sets[name]["loss"] for sets in self.clients.values() if name in sets]
+            if losses:
+                return float(sum(losses) / len(losses))
+        return None
+
+
+def evaluations(run: Path, client: int) -> list[Evaluation]:
+    """Those in the run's metrics, as far as they are on this host: of `client`, and what all told each other."""
+    job = {line["step"]: line for line in _lines(run / "metrics" / "job.jsonl")}
+    own = {line["step"]: line for line in _lines(run / "metrics" / f"client_{client:03d}.jsonl")}
+    return [Evaluation.of(step, client, own[step], job.get(step, {})) for step in sorted(own)]
+
+
+def print_summary(found: Sequence[Evaluation]) -> None:
+    """A table of the first and the last evaluation, and which of all was the best."""
+    console = Console(color_system=None, highlight=False)  # mpirun shows its ranks a terminal, also into a file
+    if not found or found[-1].loss is None:
+        return
+    console.print(_table(found[0], found[-1]))
+    best = min((each for each in found if each.loss is not None), key=lambda each: each.loss or 0.0)
+    last = found[-1].step
+    where = "the last one" if best.step == last else f"after step {best.step} of {last}"
+    by = MEAN_MODEL if best.mean else "clients, on average" if len(best.clients) > 1 else "client"
+    console.print(f"best evaluation: {where}; loss of the {by}: {_number('loss', best.loss or 0.0)}")
+
+
+def next_commands(run: Path) -> str:
+    """What to do with a run that is done, a line each."""
+    folder = shlex.quote(str(run))
+    return (
+        f"  deca report {folder}          a page of what happened\n"
+        f"  deca export {folder} MODEL    the mean model as a folder for from_pretrained"
+    )
+
+
+def _table(before: Evaluation, after: Evaluation) -> Table:
+    sets = [name for name in SETS if any(name in each for each in after.clients.values())]
+    mean_set = sets[-1]  # the common set, or the own ones pooled
+    table = Table(
+        title=f"scores before and after: step {before.step} -> {after.step}",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, title_justify="left",
+    )  # fmt: skip
+    table.add_column("model", no_wrap=True)
+    columns = []
+    for name in sets:
+        for key in ("loss", *_SHARES):
+            if any(key in each.get(name, {}) for each in after.clients.values()):
+                columns.append((name, key))
+                table.add_column(f"{SETS[name]}\n{key}", justify="right", no_wrap=True)
+    for client, scores in after.clients.items():
+        earlier = before.clients.get(client, {})
+        table.add_row(f"client {client}", *(_change(earlier.get(n, {}), scores.get(n, {}), key) for n, key in columns))
+    if after.mean:
+        means = (_change(before.mean, after.mean, key) if name == mean_set else "" for name, key in columns)
+        table.add_row(MEAN_MODEL, *means)
+    return table
+
+
+def _change(before: Scores, after: Scores, key: str) -> str:
+    return " -> ".join(_number(key, scores[key]) if key in scores else "?" for scores in (before, after))
+
+
+def _ranges(scores: Sequence[Scores]) -> str:
+    known = [key for key in ("loss", *_SHARES) if key in scores[0]]
+    return ", ".join(f"{key} {_range(key, [each[key] for each in scores])}" for key in known)
+
+
+def _range(key: str, values: Sequence[float]) -> str:
+    low, high = _number(key, min(values)), _number(key, max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _number(key: str, value: float) -> str:
+    return f"{value:.1%}" if key in _SHARES else f"{value:.3f}" if value < 100 else f"{value:.4g}"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if '"kind": "evaluation"' in line:
+                    yield json.loads(line)

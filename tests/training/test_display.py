@@ -1,0 +1,117 @@
+"""What a run shows of itself on a terminal and without one."""
+
+import io
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.config.schema import LoggingConfig
+from deca_ds.training.display import Display
+from deca_ds.training.pace import pace_from
+from deca_ds.watchdog.heartbeats import Heartbeat
+
+
+def display(idle_s: float = 0.0, **keys) -> Display:
+    return Display(
+        LoggingConfig(**keys),
+        lambda: Heartbeat(0, "n0", 0, "gossip", 3, "layers 0-1", 1, idle_s, time.time()),
+    )
+
+
+def begun(shown: Display) -> Display:
+    schedule = Schedule(rounds=2, blocks=3, inner_steps=4)
+    shown.begin(schedule, 0, pace_from(schedule, 0, every=0))
+    return shown
+
+
+RECORD = {"round": 0, "block": "layers 0-1", "loss": 2.5, "tokens": 100}
+
+
+def test_the_start_the_steps_and_the_evaluations_are_told():
+    shown = display()
+    assert shown.facts() == ["starting: gossip, waiting for client 1"]
+    begun(shown).scored("own set", 8, 20)
+    assert shown.facts() == ["step 0 of 24", "evaluation, own set: 8 of 20 sequences"]
+    shown.evaluated(1.0, 0.25)
+    shown.step(1, 0, RECORD)
+    told = ", ".join(shown.facts())
+    assert told.startswith("step 1 of 24 (4%), round 1 of 2, block layers 0-1, loss 2.5000, ")
+    assert "tokens/s" in told and "consensus distance 0.25" in told and told.endswith(" left")
+
+
+def test_who_stands_still_says_what_it_waits_for():
+    assert begun(display(idle_s=90)).facts()[-1] == "for 1:30 at: gossip, waiting for client 1"
+
+
+def test_without_a_terminal_lines_come_by_themselves(monkeypatch):
+    written = threading.Event()
+
+    class Log(io.StringIO):
+        def flush(self):
+            written.set()
+
+    log = Log()
+    monkeypatch.setattr("sys.stderr", log)
+    shown = begun(display(progress_s=0.01))
+    shown.show()
+    shown.step(1, 0, RECORD)
+    written.clear()
+    assert written.wait(30)
+    shown.close()
+    assert "step 1 of 24" in log.getvalue() and "\x1b" not in log.getvalue() and "\r" not in log.getvalue()
+
+
+def test_switched_off_nothing_is_shown(monkeypatch):
+    before = threading.active_count()
+    shown = display(progress=False, progress_s=0.001)
+    shown.show()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_bar_tells_the_same_and_fits_the_terminal(width):
+    shown = begun(display())
+    shown.step(1, 0, RECORD)
+    shown.evaluated(1.0, 0.25)
+    console = Console(width=width, file=io.StringIO())
+    console.print(shown.picture())
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for fact in ("1/24", "left", "round 1 of 2", "loss 2.5000", "tokens/s", "consensus distance"):
+        assert fact in " ".join(text.split())
+    shown.scored("common set", 5, 10)
+    console.print(shown.picture())
+    assert "5/10" in console.file.getvalue()
+
+
+def test_who_shows_may_ask_while_the_run_goes_on():
+    """What is noted between two of the thread's steps must not break what it is about to say."""
+    shown = begun(display())
+    closed, failures = threading.Event(), []
+
+    def look():
+        try:
+            while not closed.is_set():
+                shown.facts()
+                shown.picture()
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for step in range(3000):
+            shown.step(step, step, RECORD)
+            shown.scored("own set", 1, 2)
+            shown.evaluated(1.0, None)
+    finally:
+        closed.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not failures
