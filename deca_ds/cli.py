@@ -71,6 +71,7 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--hostfile", type=path_argument, help="the hostfile of deepspeed or mpirun: show which client gets which hosts"
     )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
     return _print_plan
 
@@ -79,7 +80,8 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     from deca_ds.config import load_config
     from deca_ds.tools.plan import print_plan
 
-    print_plan(load_config(arguments.config, arguments.overrides), hostfile=arguments.hostfile)
+    config = load_config(arguments.config, arguments.overrides)
+    print_plan(config, hostfile=arguments.hostfile, as_json=arguments.json)
     return 0
 
 
@@ -127,7 +129,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
     "export": ("make a Hugging Face model of a finished run", _export),
-    "plan": ("check a configuration and show blocks, graph, data and steps", _plan),
+    "plan": ("check a configuration and show blocks, graph, data, steps and memory", _plan),
     "report": ("make one HTML file of what one or several runs did", _report),
     "simulate": ("train all clients of a configuration in this one process", _simulate),
     "status": ("show what every rank of a run is doing", _status),

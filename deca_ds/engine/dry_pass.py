@@ -6,6 +6,7 @@ GPU. Nothing of the model is loaded, and parameters count as nothing here: ZeRO-
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from deca_ds.config.schema import Config
 from deca_ds.engine.adapters import add_adapters
@@ -27,6 +28,10 @@ from deca_ds.engine.losses import losses_of
 from deca_ds.engine.output_head import OutputHead, find_head
 
 _TRACEABLE = ("eager", "sdpa")  # implementations of attention that run without values; others take what sdpa takes
+
+
+class NotWithoutValues(Exception):
+    """The model's forward pass asks for values, or torch cannot tell an operation's shapes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class PassMemory:
 
 
 class DryModel:
-    """The model of a configuration without values.
+    """The model of a configuration without values. Its methods raise NotWithoutValues.
 
     calls: in the order of the forward pass, the names of the parameters that ZeRO-3 gathers together.
     """
@@ -54,26 +59,29 @@ class DryModel:
             options["attn_implementation"] = config.model.attention if known else "sdpa"
         found = find_head(meta_model(config.model, architecture))
         self._mode = FakeTensorMode()
-        with self._mode:
+        with _without_values(self._mode):
             self._model = AutoModelForCausalLM.from_config(architecture, **options)
             add_adapters(config, self._model)
         self._model.requires_grad_(False)
-        if config.model.gradient_checkpointing:
-            self._model.activation_checkpointing_enable({"use_reentrant": False})
-            self._model.disable_input_require_grads()
+        self._packed = config.data.packing
+        self._configured = config.model.gradient_checkpointing
         self._head = None if found is None else OutputHead(self._model.get_output_embeddings(), found.switches)
         self.calls: list[tuple[str, ...]] = []
         self._record_calls()
 
-    def training(self, trained: Iterable[str], rows: int, length: int) -> PassMemory:
-        """A forward and a backward pass of `rows` sequences of `length` tokens; trained: names of parameters."""
+    def training(self, trained: Iterable[str], rows: int, length: int, checkpointing: bool | None = None) -> PassMemory:
+        """A forward and a backward pass of `rows` sequences of `length` tokens; trained: names of parameters.
+
+        checkpointing: of gradients; None: as configured.
+        """
+        self._checkpoint(self._configured if checkpointing is None else checkpointing)
         parameters = dict(self._model.named_parameters())
         active = [parameters[name] for name in trained]
         self._require(active, True)
         drop = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in active]
         self._model.train()
         try:
-            with self._mode, self._allocated() as allocated:
+            with self._allocated(rows) as allocated:
                 peaks: list[int] = []
                 saved: list[int] = []
 
@@ -98,7 +106,7 @@ class DryModel:
     def scoring(self, rows: int, length: int) -> int:
         """The most bytes at a time while an evaluation scores `rows` sequences of `length` tokens."""
         self._model.eval()
-        with self._mode, self._allocated() as allocated:
+        with self._allocated(rows) as allocated:
             self._loss(rows, length, lambda *_: None)
             return allocated.take_peak()
 
@@ -131,15 +139,51 @@ class DryModel:
         for hook in hooks:
             hook.remove()
 
+    def _checkpoint(self, wanted: bool) -> None:
+        if wanted == self._model.is_activation_checkpointing:
+            return
+        if wanted:
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
+            self._model.disable_input_require_grads()
+        else:
+            self._model.activation_checkpointing_disable()
+
     def _require(self, parameters: Sequence[nn.Parameter], gradient: bool) -> None:
         for parameter in parameters:
             parameter.requires_grad_(gradient)
 
     @contextmanager
-    def _allocated(self) -> Iterator[_Allocated]:
+    def _allocated(self, rows: int) -> Iterator[_Allocated]:
         own = (*self._model.parameters(), *self._model.buffers())
-        with _Allocated(tensor.untyped_storage() for tensor in own) as allocated:
+        padded = rows > 1 and not self._packed  # rows of different lengths
+        storages = (tensor.untyped_storage() for tensor in own)
+        with _without_values(self._mode), _masks(padded), _Allocated(storages) as allocated:
             yield allocated
+
+
+@contextmanager
+def _without_values(mode: FakeTensorMode) -> Iterator[None]:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it prints tracebacks of what is raised here
+    was, logger.disabled = logger.disabled, True
+    try:
+        with mode:
+            yield
+    except RuntimeError as error:
+        raise NotWithoutValues(str(error)) from error
+    finally:
+        logger.disabled = was
+
+
+@contextmanager
+def _masks(padded: bool) -> Iterator[None]:
+    """Have transformers make a mask of the size of attention's scores where rows are padded, and none where not."""
+    was = masking_utils.is_tracing, masking_utils.fast_all
+    masking_utils.is_tracing = lambda *_: False
+    masking_utils.fast_all = lambda _: not padded  # type: ignore[assignment, return-value]  # its truth is what is asked
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing, masking_utils.fast_all = was
 
 
 class _Allocated(TorchDispatchMode):
@@ -149,7 +193,7 @@ class _Allocated(TorchDispatchMode):
     """
 
     def __init__(self, beside: Iterable[UntypedStorage]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without types
         self._known: dict[int, object] = {id(storage): storage for storage in beside}
         self.level = self._peak = 0
 
@@ -161,13 +205,17 @@ class _Allocated(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.add_.Tensor:
+            return args[0]  # nothing to allocate; adding gradients up piece by piece has thousands
         result = func(*args, **(kwargs or {}))
+        # autograd adds up the gradients of a parameter that has several uses in place, but not those of fake tensors
+        in_place = func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() >= 0
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(tensor.untyped_storage(), to_peak=not in_place)
         return result
 
-    def _count(self, storage: UntypedStorage) -> None:
+    def _count(self, storage: UntypedStorage, to_peak: bool) -> None:
         key, size = id(storage), storage.nbytes()
         if key in self._known:
             return
@@ -178,7 +226,8 @@ class _Allocated(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, freed)
         self.level += size
-        self._peak = max(self._peak, self.level)
+        if to_peak:
+            self._peak = max(self._peak, self.level)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

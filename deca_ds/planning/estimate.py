@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import ceil, prod
 
 from transformers import PretrainedConfig
@@ -13,7 +14,7 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
-from deca_ds.engine.dry_pass import DryModel, PassMemory
+from deca_ds.engine.dry_pass import DryModel, NotWithoutValues, PassMemory
 from deca_ds.engine.load import find_blocks, meta_model, zero3_config
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import MixingSchedule
@@ -46,28 +47,45 @@ class Estimate:
     """
 
     def __init__(self, config: Config, architecture: PretrainedConfig, mixing: MixingSchedule, ranks: int, gpu: bool):
-        self.config, self.ranks, self.mixing, self.gpu = config, ranks, mixing, gpu
-        model = meta_model(config.model, architecture)
-        add_adapters(config, model)
-        self.plan: BlockPlan = find_blocks(config, model)
+        self.config, self.architecture, self.mixing, self.ranks, self.gpu = config, architecture, mixing, ranks, gpu
+        self.model = meta_model(config.model, architecture)
+        add_adapters(config, self.model)
+        self.plan: BlockPlan = find_blocks(config, self.model)
         self.rule: Rule = build_rule(config)
         self.schedule: Schedule = build_schedule(config, len(self.plan.blocks))
-        self._numels = {name: prod(shape) for name, shape in parameter_shapes(model).items()}
-        self._shapes = parameter_shapes(model)
-        self._buffers = sum(buffer.nbytes for buffer in model.buffers())
-        self._dry = DryModel(config, architecture)
-        text = architecture.get_text_config()
-        self._attention = (getattr(text, "num_hidden_layers", 0) or 0) * (getattr(text, "hidden_size", 0) or 0)
-        outputs = model.get_output_embeddings()
-        tied = outputs is not None and outputs.weight is model.get_input_embeddings().weight
-        looked_up = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-        rows = {name for name, parameter in model.named_parameters() if id(parameter) in looked_up}
-        self._multiplied = {
-            name: size
-            for name, size in self._numels.items()
-            if len(self._shapes[name]) > 1 and (tied or name not in rows)
-        }
-        self.turns = self._turns()
+        self._shapes = parameter_shapes(self.model)
+        self._numels = {name: prod(shape) for name, shape in self._shapes.items()}
+
+    @cached_property
+    def turns(self) -> list[Turn]:
+        """Of all blocks, in model order."""
+        return self._turns()
+
+    @cached_property
+    def _dry(self) -> DryModel | None:
+        """None: the model does not run without values."""
+        try:
+            return DryModel(self.config, self.architecture)
+        except NotWithoutValues:
+            return None
+
+    @property
+    def passes_are_known(self) -> bool:
+        """Whether what passes take is part of the turns."""
+        return self._dry is not None
+
+    @cached_property
+    def _calls(self) -> Sequence[Sequence[str]]:
+        """Of the modules in a forward pass; where that is not known, block by block."""
+        return self._dry.calls if self._dry is not None else [block.names for block in self.plan.blocks]
+
+    def other_activations(self) -> int | None:
+        """Bytes that the worst turn would keep for the backward pass with gradient checkpointing the other way."""
+        if self._dry is None or not self.model.supports_gradient_checkpointing:
+            return None
+        names = self.plan.blocks[self.worst.index].names
+        other = not self.config.model.gradient_checkpointing
+        return self._dry.training(names, self.rows, self.config.data.max_length, checkpointing=other).saved
 
     @property
     def width(self) -> int:
@@ -92,6 +110,7 @@ class Estimate:
         """The turn that takes most where it computes."""
         return max(self.turns, key=lambda turn: turn.at_most("gpu" if self.gpu else "host"))
 
+    @property
     def rows(self) -> int:
         """Sequences of a rank's pass."""
         data = self.config.data
@@ -109,19 +128,21 @@ class Estimate:
         """Of an inner step over `tokens` of the client with this block active."""
         block = self.plan.blocks[index]
         of_block = set(block.names)
-        first = next((k for k, call in enumerate(self._dry.calls) if not of_block.isdisjoint(call)), 0)
-        above = {name for call in self._dry.calls[first:] for name in call} - of_block
-        multiplied = self._multiplied
+        first = next((k for k, call in enumerate(self._calls) if not of_block.isdisjoint(call)), 0)
+        above = {name for call in self._calls[first:] for name in call} - of_block
+        multiplied = self._multiplied()
         part = sum(multiplied.get(name, 0) for name in of_block)
         over = sum(multiplied.get(name, 0) for name in above)
         length = self.config.data.max_length
-        scores = 2.0 * self._attention * length  # of two products of causal attention, half of each
+        text = self.architecture.get_text_config()
+        layers, hidden = getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
+        scores = 2.0 * layers * hidden * length  # of two products of causal attention, half of each
         again = self.config.model.gradient_checkpointing
         total = sum(multiplied.values())
         share = (part + over) / total if total else 0.0
         flops = pass_flops(total, over, part, scores, scores * share, tokens / self.ranks, again)
         k, w = self.ranks, self.width
-        passes = max(1, ceil(self.config.data.batch_size / self.ranks / self.rows()))
+        passes = max(1, ceil(self.config.data.batch_size / self.ranks / self.rows))
         every = sum(self._numels.values())
         back = block.numel + sum(self._numels[name] for name in above)
         read = w * passes * (every + back * (2 if again else 1))
@@ -130,15 +151,27 @@ class Estimate:
         sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
         return Work(flops, read + optimizer, received, spans, sent, 2 * sent / k)
 
+    def _multiplied(self) -> dict[str, int]:
+        """Elements of the matrices that every token is multiplied with, by name."""
+        outputs, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        tied = outputs is not None and outputs.weight is inputs.weight
+        looked_up = set() if tied else {id(parameter) for parameter in inputs.parameters()}
+        named = self.model.named_parameters()
+        return {name: self._numels[name] for name, p in named if p.ndim > 1 and id(p) not in looked_up}
+
     def _turns(self) -> list[Turn]:
-        length, rows = self.config.data.max_length, self.rows()
-        scoring = self._dry.scoring(self.config.evaluation.batch_size, length)
+        length, rows = self.config.data.max_length, self.rows
+        dry = self._dry
+        scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
         blocks = self.plan.blocks
         known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})
-        measured = {index: self._dry.training(blocks[index].names, rows, length) for index in known}
+        measured = {
+            index: PassMemory(0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length)
+            for index in known
+        }
         zero = zero3_config(self.config)["zero_optimization"]
         offload = (zero.get("offload_param") or {}).get("device", "none") != "none" and self.gpu
-        largest = max(sum(self._numels[name] for name in call) for call in self._dry.calls)
+        largest = max(sum(self._numels[name] for name in call) for call in self._calls)
         gossip = self.config.gossip
         late, committed = gossip.wait_s is not None, self.config.cluster.on_failure == "continue"
         shape = Shape(
@@ -147,7 +180,7 @@ class Estimate:
             width=self.width,
             trained=sum(block.numel for block in blocks),
             frozen=sum(self._numels[name] for name in self.plan.frozen),
-            buffers=self._buffers,
+            buffers=sum(buffer.nbytes for buffer in self.model.buffers()),
             state_bytes=self.rule.bytes_per_parameter,
             low_halves=self.width == 2 and self.config.model.masters == "exact",
             offload=offload,
@@ -160,7 +193,7 @@ class Estimate:
             copied=self.gpu or late or gossip.wire != "float32",
             mean_model=self.config.evaluation.mean_model and self.config.cluster.clients > 1,
         )
-        calls, sizes = self._dry.calls, self._numels
+        calls, sizes = self._calls, self._numels
         gathered = {index: peak_gathered(calls, sizes, set(blocks[index].names), zero) for index in known}
         return [
             Turn(
@@ -195,16 +228,22 @@ def _between(index: int, known: dict[int, int]) -> int:
     return round(known[low] + share * (known[high] - known[low]))
 
 
-def as_json(turns: Sequence[Turn]) -> list[dict[str, object]]:
-    """Every block's turn: parts, and totals by moment and place."""
-    return [
-        {
-            "block": turn.index,
-            "label": turn.label,
-            "parameters": turn.numel,
-            "parts": [vars(part) | {"when": list(part.when)} for part in turn.parts],
-            "gpu": totals(turn.parts, "gpu"),
-            "host": totals(turn.parts, "host"),
-        }
-        for turn in turns
-    ]
+def memory_json(estimate: Estimate) -> dict[str, object]:
+    """Every block's turn: parts, and totals by moment and place; all in bytes."""
+    return {
+        "ranks_per_client": estimate.ranks,
+        "device": "gpu" if estimate.gpu else "cpu",
+        "fullest_block": estimate.worst.index,
+        "passes_are_known": estimate.passes_are_known,
+        "blocks": [
+            {
+                "block": turn.index,
+                "label": turn.label,
+                "parameters": turn.numel,
+                "parts": [asdict(part) for part in turn.parts],
+                "gpu": totals(turn.parts, "gpu"),
+                "host": totals(turn.parts, "host"),
+            }
+            for turn in estimate.turns
+        ],
+    }

@@ -14,6 +14,8 @@ Place = Literal["gpu", "host"]
 MOMENTS = ("rest", "forward", "loss", "backward", "gossip", "evaluation", "mean model", "checkpoint")
 PASSES = ("forward", "loss", "backward")
 
+ACTIVATIONS = "activations kept for backward"
+
 BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together
 PROCESS = 470_000_000  # host memory of a process with its libraries, measured: benchmarks/results/client_memory.json
 CONTEXT = 1 << 30  # assumed: a GPU's context and the workspaces of cuBLAS and NCCL
@@ -62,21 +64,21 @@ class Shape:
 def parts(shape: Shape, block: int, passes: PassMemory, gathered: int, scoring: int, largest_call: int) -> list[Part]:
     """While a block of `block` elements is active. gathered, largest_call: elements that ZeRO-3 has gathered at a time
     in a training pass, and at least in an evaluation. scoring: bytes of an evaluation's pass."""
-    k, device = shape.ranks, "gpu" if shape.gpu else "host"
+    k = shape.ranks
     near: Place = "gpu" if shape.gpu else "host"
     shard = _share(block, k)
     model = shape.width * _share(shape.trained + shape.frozen, k)
     low = 2 * _share(shape.trained, k) if shape.low_halves else 0
     found = [
-        Part("model's shard", model, "host" if shape.offload else near),
-        Part("model's buffers", shape.buffers, near),
-        Part("active block: masters, gradient, moments", shape.state_bytes * shard, near),
+        Part("model shard", model, "host" if shape.offload else near),
+        Part("model buffers", shape.buffers, near),
+        Part("active block: float32 state", shape.state_bytes * shard, near),
         Part("low halves of masters", low, "host"),
-        Part("activations kept for the backward pass", passes.saved, near, PASSES),
+        Part(ACTIVATIONS, passes.saved, near, PASSES),
         Part("temporaries of the forward pass", passes.forward - passes.saved, near, ("forward",)),
         Part("logits, loss and their gradients", passes.loss - passes.saved, near, ("loss",)),
         Part("gradients and temporaries", max(0, passes.backward - passes.saved), near, ("backward",)),
-        Part("evaluation: activations and logits", scoring, near, ("evaluation", "mean model")),
+        Part("evaluation: activations, logits", scoring, near, ("evaluation", "mean model")),
     ]
     if k > 1 or shape.offload:
         found += [
@@ -90,12 +92,12 @@ def parts(shape: Shape, block: int, passes: PassMemory, gathered: int, scoring: 
     found += _gossip(shape, shard, near)
     if shape.mean_model:
         pieces = _PIECE * (1 + shape.neighbours)
-        found.append(Part("mean model: own values and pieces", model + pieces, "host", ("mean model",)))
+        found.append(Part("mean model: copy and pieces", model + pieces, "host", ("mean model",)))
     written = shape.state_bytes * shard + shape.width * _share(shape.trained, k) + low
-    found.append(Part("checkpoint: copies of what is written", written, "host", ("checkpoint",)))
+    found.append(Part("checkpoint: copies to write", written, "host", ("checkpoint",)))
     found.append(Part("process", PROCESS, "host"))
-    if device == "gpu":
-        found.append(Part("context and libraries (assumed)", CONTEXT, "gpu"))
+    if shape.gpu:
+        found.append(Part("CUDA and its libraries (assumed)", CONTEXT, "gpu"))
     return [part for part in found if part.bytes]
 
 

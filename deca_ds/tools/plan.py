@@ -1,9 +1,11 @@
-"""What a run would do: blocks, graph, data and steps, without loading weights or starting anything."""
+"""What a run would do: blocks, graph, data, steps and memory, without loading weights or starting anything."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -18,33 +20,37 @@ from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.elastic.policy import check_absent
-from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.check_model import check_model
-from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
+from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
 from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
+from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
+from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
+from deca_ds.tools.plan_tables import print_memory
 from deca_ds.training.compare import compare_data
-from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.method import build_rule, check_method
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
 
-def print_plan(config: Config, world_size: int | None = None, hostfile: Path | None = None) -> None:
+def print_plan(
+    config: Config, world_size: int | None = None, hostfile: Path | None = None, *, as_json: bool = False
+) -> None:
     """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would.
 
     world_size: ranks launched, or None where the plan is made by a process of its own. hostfile: what the launcher will
     get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is
-    checked, because each client's files are for its own ranks to open.
+    checked, because each client's files are for its own ranks to open. as_json: print numbers for programs instead.
     """
-    console = Console()
+    console = Console(quiet=as_json)
     disable_progress_bars()
     slots = None if hostfile is None else read_hostfile(hostfile)
     if slots is not None:
@@ -62,10 +68,9 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in check_model(config, architecture, tokenizer, weights=False):
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
-    model = meta_model(config.model, architecture)
-    add_adapters(config, model)
-    plan = find_blocks(config, model)
-    console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
+    estimate = Estimate(config, architecture, mixing, min(ranks) if ranks else 1, computes_on_gpu(config.run.device))
+    model, plan, schedule = estimate.model, estimate.plan, estimate.schedule
+    console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
     warn_of_blocks(console, plan)
     warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
     if config.model.dtype == "bfloat16":
@@ -99,13 +104,13 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         compare_data(summaries, [part.label_names for part in data])
         console.print(data_table(summaries))
         print_notes(data[0].notes)
-    schedule = build_schedule(config, len(plan.blocks))
     console.print(
         f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
         f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
     )
-    stored = Stored.of(model, plan, config.model, build_rule(config))
-    _print_disk(console, disk_need(stored, schedule, config.checkpoint), config)
+    disk = disk_need(Stored.of(model, plan, config.model, estimate.rule), schedule, config.checkpoint)
+    print_memory(console, estimate)
+    _print_disk(console, disk, config)
     if ranks is None:
         console.print(
             f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
@@ -121,6 +126,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         )
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+    if as_json:
+        print(json.dumps({"memory": memory_json(estimate), "disk": asdict(disk)}, indent=1))
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
