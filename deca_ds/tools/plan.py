@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
+from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import check_folder
@@ -32,10 +33,11 @@ from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.planning.estimate import Estimate, memory_json
+from deca_ds.planning.traffic import Length, Traffic, length, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import print_memory
 from deca_ds.training.compare import compare_data
-from deca_ds.training.method import build_rule, check_method
+from deca_ds.training.method import check_method
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
@@ -78,8 +80,9 @@ def print_plan(
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
+    sent = traffic([estimate.message_bytes(block.numel) for block in plan.blocks], schedule, mixing)
     if mixing.messages:
-        console.print(_traffic(config, plan), highlight=False)
+        console.print(_traffic(config, estimate, sent), highlight=False)
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
         gap = subset.spectral_gap(without, [c for c in range(clients) if c not in config.cluster.absent])
@@ -94,6 +97,7 @@ def print_plan(
         weight_scale=scale,
     ):
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    examples: list[int] = []
     if config.data.per_client:
         console.print("data: one path per client; each client's ranks open their own only")
     else:
@@ -102,12 +106,11 @@ def print_plan(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         summaries = [part.summary for part in data]
         compare_data(summaries, [part.label_names for part in data])
+        examples = [summary["train"] for summary in summaries]
         console.print(data_table(summaries))
         print_notes(data[0].notes)
-    console.print(
-        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
-        f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
-    )
+    run_length = length(schedule, config.data.batch_size, config.data.max_length, examples)
+    console.print(_length(config, schedule, run_length), highlight=False)
     disk = disk_need(Stored.of(model, plan, config.model, estimate.rule), schedule, config.checkpoint)
     print_memory(console, estimate)
     _print_disk(console, disk, config)
@@ -127,7 +130,13 @@ def print_plan(
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
     if as_json:
-        print(json.dumps({"memory": memory_json(estimate), "disk": asdict(disk)}, indent=1))
+        told = {
+            "memory": memory_json(estimate),
+            "traffic": asdict(sent),
+            "length": asdict(run_length),
+            "disk": asdict(disk),
+        }
+        print(json.dumps(told, indent=1))
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
@@ -184,15 +193,28 @@ def _all_logits(config: Config, model: PreTrainedModel) -> str:
     )
 
 
-def _traffic(config: Config, plan: BlockPlan) -> str:
-    """What an averaging sends."""
-    tensors, codec = len(build_rule(config).travels), CODECS[config.gossip.wire]
-    largest = codec.bytes * tensors * max(block.numel for block in plan.blocks)
+def _traffic(config: Config, estimate: Estimate, sent: Traffic) -> str:
+    """What averagings send."""
+    tensors, codec = len(estimate.rule.travels), CODECS[config.gossip.wire]
     each = f" of {tensors} tensors" if tensors > 1 else ""
     return (
         f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
-        f"sends {decimal(largest)} from a client to each neighbour"
+        f"sends {decimal(sent.averaging)} from a client to each neighbour; on average a step sends "
+        f"{decimal(round(sent.edge))} over an edge and {decimal(round(sent.client))} from a client, the run "
+        f"{decimal(round(sent.run_client))} from a client and {decimal(round(sent.run))} in all"
     )
+
+
+def _length(config: Config, schedule: Schedule, of: Length) -> str:
+    """How long the run is."""
+    told = (
+        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
+        f"{of.steps}, {config.data.batch_size} sequences per client and step: {of.sequences:,} sequences"
+    )
+    if of.epochs is not None:
+        few, many = (f"{epochs:,.1f}" for epochs in of.epochs)
+        told += f" ({few if few == many else f'{few} to {many}'} epochs)"
+    return f"{told}, at most {of.tokens:,} tokens a client"
 
 
 def _agreement(mixing: MixingSchedule) -> str:

@@ -24,7 +24,7 @@ def memory_table(turn: Turn, estimate: Estimate) -> Table:
     """Of one block's turn, a row a part. Memory of the GPU has a column of its own where there is one."""
     k = estimate.ranks
     table = Table(
-        title=f"memory of a rank, {k} ranks a client, block {turn.index} ({turn.label}) active",
+        title=f"memory of a rank, {k} rank{'s' if k > 1 else ''} a client, block {turn.index} ({turn.label}) active",
         show_footer=True,
     )
     places: tuple[Place, ...] = ("gpu", "host") if estimate.gpu else ("host",)

@@ -30,6 +30,8 @@ def test_memory_is_told_by_part_in_80_columns_and_as_json(tiny_model, word_files
     for where in ("gpu", "host"):
         assert decimal(max(fullest[where].values())) in table
     assert numbers["disk"]["model"] > 0
+    assert decimal(numbers["traffic"]["averaging"]) in told and decimal(round(numbers["traffic"]["run"])) in told
+    assert f"{numbers['length']['tokens']:,} tokens" in " ".join(told.split())
 
 
 def test_a_model_that_does_not_run_without_values_still_has_a_plan(tiny_model, word_files, tmp_path, capsys):
