@@ -71,6 +71,10 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--hostfile", type=path_argument, help="the hostfile of deepspeed or mpirun: show which client gets which hosts"
     )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="whether it fits, and the time of a step: H100, A100, RTX4090, ..."
+    )
+    parser.add_argument("--net", metavar="RATE", help="with --gpu: of the network between hosts, in bits a second: 10G")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
     return _print_plan
@@ -81,7 +85,8 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     from deca_ds.tools.plan import print_plan
 
     config = load_config(arguments.config, arguments.overrides)
-    print_plan(config, hostfile=arguments.hostfile, as_json=arguments.json)
+    told = {"gpu": arguments.gpu, "net": arguments.net, "as_json": arguments.json}
+    print_plan(config, hostfile=arguments.hostfile, **told)
     return 0
 
 

@@ -64,17 +64,23 @@ class DryModel:
             add_adapters(config, self._model)
         self._model.requires_grad_(False)
         self._packed = config.data.packing
-        self._configured = config.model.gradient_checkpointing
+        self._known: dict[tuple[tuple[str, ...], int, int, bool], PassMemory] = {}
         self._head = None if found is None else OutputHead(self._model.get_output_embeddings(), found.switches)
         self.calls: list[tuple[str, ...]] = []
         self._record_calls()
 
-    def training(self, trained: Iterable[str], rows: int, length: int, checkpointing: bool | None = None) -> PassMemory:
+    def training(self, trained: Sequence[str], rows: int, length: int, checkpointing: bool = False) -> PassMemory:
         """A forward and a backward pass of `rows` sequences of `length` tokens; trained: names of parameters.
 
-        checkpointing: of gradients; None: as configured.
+        checkpointing: of gradients, whatever is configured.
         """
-        self._checkpoint(self._configured if checkpointing is None else checkpointing)
+        asked = (tuple(trained), rows, length, checkpointing)
+        if asked not in self._known:
+            self._checkpoint(checkpointing)
+            self._known[asked] = self._passes(trained, rows, length)
+        return self._known[asked]
+
+    def _passes(self, trained: Sequence[str], rows: int, length: int) -> PassMemory:
         parameters = dict(self._model.named_parameters())
         active = [parameters[name] for name in trained]
         self._require(active, True)

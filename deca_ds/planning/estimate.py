@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from math import ceil, prod
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -20,7 +21,7 @@ from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.planning.gathered import peak_gathered
 from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
-from deca_ds.planning.roofline import Work, pass_flops
+from deca_ds.planning.roofline import Gpu, StepTime, Work, pass_flops, step_time
 from deca_ds.training.method import build_rule, build_schedule
 
 _FLOAT32 = 4
@@ -69,6 +70,13 @@ class Estimate:
         except NotWithoutValues:
             return None
 
+    def changed(self, config: Config, ranks: int) -> Estimate:
+        """Of another configuration of the same model; passes that are known are not run again."""
+        other = Estimate(config, self.architecture, self.mixing, ranks, self.gpu)
+        if config.model.dtype == self.config.model.dtype:
+            other._dry = self._dry
+        return other
+
     @property
     def passes_are_known(self) -> bool:
         """Whether what passes take is part of the turns."""
@@ -85,7 +93,7 @@ class Estimate:
             return None
         names = self.plan.blocks[self.worst.index].names
         other = not self.config.model.gradient_checkpointing
-        return self._dry.training(names, self.rows, self.config.data.max_length, checkpointing=other).saved
+        return self._dry.training(names, self.rows, self.config.data.max_length, other).saved
 
     @property
     def width(self) -> int:
@@ -124,13 +132,21 @@ class Estimate:
         steps = self.schedule.activation_steps
         return ceil(steps / self.config.gossip.every) / steps
 
-    def work(self, index: int, tokens: float, spans: bool) -> Work:
-        """Of an inner step over `tokens` of the client with this block active."""
+    def step_times(self, gpu: Gpu, net: float | None, spans: bool, sharing: float) -> StepTime:
+        """The mean over blocks, of full sequences. net: bytes a second between hosts. spans: a client spans hosts.
+        sharing: clients that one host's network serves; half a client where one spans two hosts."""
+        blocks = range(len(self.plan.blocks))
+        times = [step_time(self._work(index, spans, sharing), gpu, net, self.config.model.dtype) for index in blocks]
+        return StepTime(*(sum(getattr(time, part.name) for time in times) / len(times) for part in fields(StepTime)))
+
+    def _work(self, index: int, spans: bool, sharing: float) -> Work:
+        """Of a rank in an inner step with this block active."""
+        tokens = self.config.data.batch_size * self.config.data.max_length
         block = self.plan.blocks[index]
         of_block = set(block.names)
         first = next((k for k, call in enumerate(self._calls) if not of_block.isdisjoint(call)), 0)
         above = {name for call in self._calls[first:] for name in call} - of_block
-        multiplied = self._multiplied()
+        multiplied = self._multiplied
         part = sum(multiplied.get(name, 0) for name in of_block)
         over = sum(multiplied.get(name, 0) for name in above)
         length = self.config.data.max_length
@@ -149,28 +165,45 @@ class Estimate:
         optimizer = 3 * self.rule.bytes_per_parameter * block.numel / k
         received = read * (k - 1) / k + 4 * passes * block.numel * (k - 1) / k
         sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
-        return Work(flops, read + optimizer, received, spans, sent, 2 * sent / k)
+        fetched = read / k if self._offload else 0.0
+        return Work(flops, read + optimizer, received, fetched, spans, sent * sharing, 2 * sent / k)
 
+    @cached_property
+    def _zero(self) -> Mapping[str, Any]:
+        section: Mapping[str, Any] = zero3_config(self.config)["zero_optimization"]
+        return section
+
+    @property
+    def _offload(self) -> bool:
+        """Whether the model's shard is on the host of a GPU."""
+        return self.gpu and (self._zero.get("offload_param") or {}).get("device", "none") != "none"
+
+    @cached_property
     def _multiplied(self) -> dict[str, int]:
         """Elements of the matrices that every token is multiplied with, by name."""
         outputs, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         tied = outputs is not None and outputs.weight is inputs.weight
         looked_up = set() if tied else {id(parameter) for parameter in inputs.parameters()}
-        named = self.model.named_parameters()
-        return {name: self._numels[name] for name, p in named if p.ndim > 1 and id(p) not in looked_up}
+        text = self.architecture.get_text_config()
+        chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim > 1 and id(parameter) not in looked_up:
+                found[name] = self._numels[name]
+                if parameter.ndim == 3 and chosen is not None:  # of all experts, of which a token takes some
+                    found[name] = found[name] * chosen // parameter.shape[0]
+        return found
 
     def _turns(self) -> list[Turn]:
         length, rows = self.config.data.max_length, self.rows
-        dry = self._dry
+        dry, again = self._dry, self.config.model.gradient_checkpointing
         scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
         blocks = self.plan.blocks
         known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})
         measured = {
-            index: PassMemory(0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length)
+            index: PassMemory(0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length, again)
             for index in known
         }
-        zero = zero3_config(self.config)["zero_optimization"]
-        offload = (zero.get("offload_param") or {}).get("device", "none") != "none" and self.gpu
         largest = max(sum(self._numels[name] for name in call) for call in self._calls)
         gossip = self.config.gossip
         late, committed = gossip.wait_s is not None, self.config.cluster.on_failure == "continue"
@@ -183,7 +216,7 @@ class Estimate:
             buffers=sum(buffer.nbytes for buffer in self.model.buffers()),
             state_bytes=self.rule.bytes_per_parameter,
             low_halves=self.width == 2 and self.config.model.masters == "exact",
-            offload=offload,
+            offload=self._offload,
             neighbours=self.neighbours,
             travels=len(self.rule.travels),
             wire=CODECS[gossip.wire].bytes,
@@ -194,7 +227,7 @@ class Estimate:
             mean_model=self.config.evaluation.mean_model and self.config.cluster.clients > 1,
         )
         calls, sizes = self._calls, self._numels
-        gathered = {index: peak_gathered(calls, sizes, set(blocks[index].names), zero) for index in known}
+        gathered = {index: peak_gathered(calls, sizes, set(blocks[index].names), self._zero) for index in known}
         return [
             Turn(
                 index,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from deca_ds.elastic.policy import check_absent
 from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
+from deca_ds.errors import ConfigError
 from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
@@ -33,9 +35,10 @@ from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.planning.estimate import Estimate, memory_json
+from deca_ds.planning.roofline import find_gpu, read_rate
 from deca_ds.planning.traffic import Length, Traffic, length, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
-from deca_ds.tools.plan_tables import print_memory
+from deca_ds.tools.plan_tables import print_fit, print_memory, print_times
 from deca_ds.training.compare import compare_data
 from deca_ds.training.method import check_method
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
@@ -44,15 +47,26 @@ _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the f
 
 
 def print_plan(
-    config: Config, world_size: int | None = None, hostfile: Path | None = None, *, as_json: bool = False
+    config: Config,
+    world_size: int | None = None,
+    hostfile: Path | None = None,
+    *,
+    gpu: str | None = None,
+    net: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would.
 
     world_size: ranks launched, or None where the plan is made by a process of its own. hostfile: what the launcher will
     get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is
-    checked, because each client's files are for its own ranks to open. as_json: print numbers for programs instead.
+    checked, because each client's files are for its own ranks to open. gpu, net: tell the time on such
+    GPUs, with a network of that rate in bits a second. as_json: print numbers for programs instead.
     """
     console = Console(quiet=as_json)
+    name, card = (None, None) if gpu is None else find_gpu(gpu)
+    rate = None if net is None else read_rate(net)
+    if card is None and rate is not None:
+        raise ConfigError("--net tells nothing without a GPU", where="--net", fix="add --gpu")
     disable_progress_bars()
     slots = None if hostfile is None else read_hostfile(hostfile)
     if slots is not None:
@@ -70,7 +84,9 @@ def print_plan(
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in check_model(config, architecture, tokenizer, weights=False):
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
-    estimate = Estimate(config, architecture, mixing, min(ranks) if ranks else 1, computes_on_gpu(config.run.device))
+    estimate = Estimate(
+        config, architecture, mixing, min(ranks) if ranks else 1, card is not None or computes_on_gpu(config.run.device)
+    )
     model, plan, schedule = estimate.model, estimate.plan, estimate.schedule
     console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
     warn_of_blocks(console, plan)
@@ -113,6 +129,12 @@ def print_plan(
     console.print(_length(config, schedule, run_length), highlight=False)
     disk = disk_need(Stored.of(model, plan, config.model, estimate.rule), schedule, config.checkpoint)
     print_memory(console, estimate)
+    time = None
+    if name is not None and card is not None:
+        print_fit(console, estimate, name, card)
+        hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
+        time = estimate.step_times(card, rate, *_on_hosts(hosts))
+        print_times(console, estimate, name, card, rate, time)
     _print_disk(console, disk, config)
     if ranks is None:
         console.print(
@@ -135,6 +157,7 @@ def print_plan(
             "traffic": asdict(sent),
             "length": asdict(run_length),
             "disk": asdict(disk),
+            "seconds_of_a_step": None if time is None else asdict(time) | {"step": time.step},
         }
         print(json.dumps(told, indent=1))
 
@@ -173,6 +196,18 @@ def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
                 "Order the hosts, or choose their slots, so that clients begin and end with hosts",
                 highlight=False,
             )
+
+
+def _on_hosts(hosts: Sequence[Sequence[str]] | None) -> tuple[bool, float]:
+    """Whether a client spans hosts, and how many clients' messages one host's network carries; without a hostfile,
+    every client has a host of its own."""
+    if hosts is None:
+        return False, 1.0
+    carried: dict[str, float] = defaultdict(float)
+    for names in hosts:
+        for name in names:
+            carried[name] += 1 / len(names)
+    return any(len(names) > 1 for names in hosts), max(carried.values())
 
 
 def _masters(masters: str, plan: BlockPlan, ranks: int) -> str:

@@ -57,7 +57,7 @@ def test_a_block_keeps_what_comes_after_it_and_checkpointing_little_of_it():
     first, last = (dry.training(of_layer[k], ROWS, LENGTH) for k in (0, 1))
     assert first.saved > 1.5 * last.saved
     assert dry.training(of_layer[0], ROWS, LENGTH, checkpointing=True).saved < 0.5 * first.saved
-    assert dry.training(of_layer[0], ROWS, LENGTH) == first  # back to what is configured
+    assert dry.training(of_layer[0], ROWS, LENGTH) == first  # as before
 
 
 def test_the_gradients_of_a_tied_matrix_are_two_at_a_time():

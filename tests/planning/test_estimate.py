@@ -110,3 +110,16 @@ def test_json_has_every_blocks_turn():
     assert worst["gpu"]["loss"] == sum(
         part["bytes"] for part in worst["parts"] if part["where"] == "gpu" and "loss" in part["when"]
     )
+
+
+def test_a_step_takes_the_work_of_its_passes_and_messages():
+    found = estimate(1, True, "data.batch_size=2", "model.dtype=bfloat16")
+    work = [found._work(index, False, 1.0) for index in range(6)]
+    layer, head = 4 * 64 * 64 + 3 * 64 * 96, 512 * 64
+    matrices, tokens, scores = 4 * layer + head, 2 * LENGTH, 2 * 4 * 64 * LENGTH
+    assert work[5].flops == pytest.approx(tokens * (2 * matrices + scores + 4 * head + 2 * scores * head / matrices))
+    assert work[0].flops == pytest.approx(tokens * (4 * matrices + 3 * scores))  # looking embeddings up is no product
+    assert work[1].gathered == 0.0 and work[1].messages == 2 * 4 * (layer + 2 * 64)
+    spread = estimate(2, True, "data.batch_size=2", "model.dtype=bfloat16")._work(1, True, 0.5)
+    assert spread.flops == pytest.approx(work[1].flops / 2) and spread.messages == work[1].messages / 2
+    assert spread.gathered > 2 * sum(prod(p.shape) for p in found.model.parameters()) / 2
