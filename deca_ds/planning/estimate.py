@@ -194,24 +194,20 @@ class Estimate:
                     found[name] = found[name] * chosen // parameter.shape[0]
         return found
 
-    def _turns(self) -> list[Turn]:
-        length, rows = self.config.data.max_length, self.rows
-        dry, again = self._dry, self.config.model.gradient_checkpointing
-        scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
-        blocks = self.plan.blocks
-        known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})
-        measured = {
-            index: PassMemory(0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length, again)
-            for index in known
-        }
-        largest = max(sum(self._numels[name] for name in call) for call in self._calls)
+    def at_rest(self, where: Place) -> int:
+        """Bytes between steps while the largest block is active: a lower bound that needs no pass."""
+        largest = max(block.numel for block in self.plan.blocks)
+        return totals(parts(self._shape, largest, PassMemory(0, 0, 0, 0), 0, 0, 0), where)["rest"]
+
+    @cached_property
+    def _shape(self) -> Shape:
         gossip = self.config.gossip
         late, committed = gossip.wait_s is not None, self.config.cluster.on_failure == "continue"
-        shape = Shape(
+        return Shape(
             ranks=self.ranks,
             gpu=self.gpu,
             width=self.width,
-            trained=sum(block.numel for block in blocks),
+            trained=sum(block.numel for block in self.plan.blocks),
             frozen=sum(self._numels[name] for name in self.plan.frozen),
             buffers=sum(buffer.nbytes for buffer in self.model.buffers()),
             state_bytes=self.rule.bytes_per_parameter,
@@ -226,6 +222,18 @@ class Estimate:
             copied=self.gpu or late or gossip.wire != "float32",
             mean_model=self.config.evaluation.mean_model and self.config.cluster.clients > 1,
         )
+
+    def _turns(self) -> list[Turn]:
+        length, rows = self.config.data.max_length, self.rows
+        dry, again = self._dry, self.config.model.gradient_checkpointing
+        scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
+        blocks = self.plan.blocks
+        known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})
+        measured = {
+            index: PassMemory(0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length, again)
+            for index in known
+        }
+        largest = max(sum(self._numels[name] for name in call) for call in self._calls)
         calls, sizes = self._calls, self._numels
         gathered = {index: peak_gathered(calls, sizes, set(blocks[index].names), self._zero) for index in known}
         return [
@@ -235,7 +243,7 @@ class Estimate:
                 block.numel,
                 tuple(
                     parts(
-                        shape,
+                        self._shape,
                         block.numel,
                         PassMemory(
                             *(_between(index, {k: getattr(m, field) for k, m in measured.items()}) for field in _FIELDS)
