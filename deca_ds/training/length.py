@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deca_ds.algorithm.schedule import Schedule
@@ -31,17 +32,41 @@ def count_rounds(config: Config, blocks: int, rows: Sequence[int]) -> int:
     return max(1, math.ceil(algorithm.epochs * sum(rows) / in_a_round - _ROUNDING))
 
 
+@dataclass(frozen=True)
+class Length:
+    """Of a run. sequences: of all clients, with repetition. passes: by client, how often it goes over its data. tokens,
+    epochs: of all clients. Empty or None where the data are not known."""
+
+    rounds: int
+    steps: int
+    sequences: int
+    passes: dict[int, float]
+    tokens: int | None
+    epochs: float | None
+
+
+def length_of(config: Config, schedule: Schedule, summaries: Sequence[Mapping[str, Any]]) -> Length:
+    """summaries: `ClientData.summary` of every client, or none."""
+    steps, drawn = len(schedule), len(schedule) * config.data.batch_size
+    passes = {each["client"]: drawn / each["train"] for each in summaries}
+    sequences = config.cluster.clients * drawn
+    if not summaries:
+        return Length(schedule.rounds, steps, sequences, passes, None, None)
+    tokens = sum(round(passes[each["client"]] * each["train_tokens"]) for each in summaries)
+    epochs = sequences / sum(each["train"] for each in summaries)
+    return Length(schedule.rounds, steps, sequences, passes, tokens, epochs)
+
+
 def tell_length(config: Config, schedule: Schedule, summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines for the user: the run's length in epochs, sequences and tokens, and a warning where a client goes over its
     data very often. summaries: `ClientData.summary` of every client."""
-    drawn = len(schedule) * config.data.batch_size
-    passes = {each["client"]: drawn / each["train"] for each in summaries}
-    tokens = sum(round(passes[each["client"]] * each["train_tokens"]) for each in summaries)
-    epochs = len(summaries) * drawn / sum(each["train"] for each in summaries)
+    length = length_of(config, schedule, summaries)
+    passes, epochs = length.passes, length.epochs
+    assert epochs is not None
     asked = ""
     if config.algorithm.epochs is not None:
         asked = f" (algorithm.epochs={config.algorithm.epochs:g}, in whole rounds of {epochs / schedule.rounds:.3g})"
-    line = f"length: {epochs:.3g} epochs{asked}, {len(summaries) * drawn:,} sequences, about {tokens:,} tokens"
+    line = f"length: {epochs:.3g} epochs{asked}, {length.sequences:,} sequences, about {length.tokens:,} tokens"
     fewest, most = min(passes.values()), max(passes.values())
     if len(passes) > 1:
         often = f"{most:.3g}" if f"{fewest:.3g}" == f"{most:.3g}" else f"{fewest:.3g} to {most:.3g}"

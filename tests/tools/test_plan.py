@@ -15,6 +15,12 @@ from deca_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from deca_ds.tools.plan import print_plan
 
 
+@pytest.fixture(autouse=True)
+def without_memory(monkeypatch):
+    """Which takes half a second a plan, and has tests of its own."""
+    monkeypatch.setattr("deca_ds.tools.plan.print_memory", lambda *_: None)
+
+
 def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
     keys = [f"run.output={tmp_path / 'run'}", "model.path=/nowhere", "cluster.clients=3", "gossip.wait_s=2"]
     keys.append(f"data.train=[{word_files[0]}]")
