@@ -186,3 +186,11 @@ def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_p
     assert code == 2 and "3 ranks cannot be divided among 2 clients" in told
     code, told = plan("a: 3\n")
     assert code == 2 and "'a: 3' is no host" in told and f"{tmp_path / 'hosts'}:1" in told
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate", "doctor"])
+def test_keys_and_options_come_in_any_order(command, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("optimizer:\n  lr: 0.1\n")
+    assert main([command, "model.path=x", "--config", str(config), "optimizer.rate=3"]) == 2
+    assert "optimizer.rate" in "".join(capsys.readouterr())
