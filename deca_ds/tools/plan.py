@@ -32,6 +32,7 @@ from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.training.compare import compare_data
 from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
@@ -54,6 +55,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     ranks = check_world(config, world_size) if world_size else None
     check_folder(config)
     check_method(config)
+    check_logging(config.logging)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)

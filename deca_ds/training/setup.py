@@ -28,6 +28,7 @@ from deca_ds.training.connect import connect_clients
 from deca_ds.training.day import agree_on_day, on_day
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import check_method
+from deca_ds.training.metrics import check_logging
 from deca_ds.training.resume import choose
 from deca_ds.training.start import NewRun, ResumedRun, Return, Start
 from deca_ds.watchdog.guard import JobGuard
@@ -82,6 +83,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
     layout = ClientLayout.of(check_world(config, launch.world_size))
     guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
+    check_logging(config.logging)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
