@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,41 @@ class JsonLines:
         self._file.close()
 
 
+class Log:
+    """One file of the metrics, and its numbers as TensorBoard events in the folder `events`; None: in none."""
+
+    def __init__(self, path: Path, events: Path | None):
+        self._lines = JsonLines(path)
+        self._board = None
+        if events is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(events))
+
+    def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        """Append a line. Raises CheckpointError where it cannot be written."""
+        self._lines.write({"kind": kind, "step": step, **record})
+        if self._board is not None:
+            for key, value in _numbers(record):
+                self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def reopen(self) -> None:
+        """After the file of this name has become another one."""
+        self._lines.reopen()
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
 class Metrics:
     """This rank's part of the reporting; every method may be called on every rank. display: of the client's leader."""
 
     def __init__(self, config: LoggingConfig, cluster: Cluster, output: Path, schedule: Schedule, display: Display):
-        name = f"client_{cluster.client:03d}"
-        self._lines = JsonLines(output / "metrics" / f"{name}.jsonl") if cluster.is_leader else None
-        self._cluster, self._job_path = cluster, output / "metrics" / "job.jsonl"
-        self._job = JsonLines(self._job_path) if cluster.is_job_leader else None
-        self._board = None
-        if config.tensorboard and cluster.is_leader:
-            self._board = _summary_writer(output / "tensorboard" / name)
+        self._cluster, self._output, self._tensorboard = cluster, output, config.tensorboard
+        self._own = self._open(f"client_{cluster.client:03d}") if cluster.is_leader else None
+        self._job = self._open("job") if cluster.is_job_leader else None
         self._every, self._steps, self._display = config.every, len(schedule), display
 
     def step(self, step: Step, record: dict[str, Any]) -> None:
@@ -69,11 +94,11 @@ class Metrics:
         done = step.index + 1
         self._display.step(done, step.block, record)
         if done % self._every == 0:
-            self._write(self._lines, "step", done, record)
+            self._write(self._own, "step", done, record)
 
     def evaluation(self, steps_done: int, own: dict[str, Any], job: dict[str, Any]) -> None:
         """Log an evaluation after `steps_done` steps. own: of this client. job: of all clients together."""
-        self._write(self._lines, "evaluation", steps_done, own)
+        self._write(self._own, "evaluation", steps_done, own)
         self._display.evaluated(own["seconds"], job.get("consensus_distance"))
         if self._cluster.is_job_leader:
             scores = Evaluation.of(steps_done, self._cluster.client, own, job)
@@ -85,32 +110,43 @@ class Metrics:
         """Log who is left after a death, while inner step `step` or what follows it is under way; this rank may be the
         one now that speaks for the job."""
         if self._job is None and self._cluster.is_job_leader:
-            self._job = JsonLines(self._job_path)
+            self._job = self._open("job")
             self._display.show()
         self.job("membership", step, record)
 
     def job(self, kind: str, step: int, record: dict[str, Any]) -> None:
         """Log what concerns all clients, if this rank is the one that does."""
-        if self._job is not None:
-            self._job.write({"kind": kind, "step": step, **record})
+        self._write(self._job, kind, step, record)
 
     def reopen(self) -> None:
         """After this client's lines have been rewound."""
-        if self._lines is not None:
-            self._lines.reopen()
+        if self._own is not None:
+            self._own.reopen()
 
     def close(self) -> None:
         self._display.close()
-        for sink in (self._lines, self._job, self._board):
-            if sink is not None:
-                sink.close()
+        for log in (self._own, self._job):
+            if log is not None:
+                log.close()
 
-    def _write(self, lines: JsonLines | None, kind: str, step: int, record: dict[str, Any]) -> None:
-        if lines is not None:
-            lines.write({"kind": kind, "step": step, **record})
-        if self._board is not None:
-            for key, value in _numbers(record):
-                self._board.add_scalar(f"{kind}/{key}", value, step)
+    def _open(self, name: str) -> Log:
+        events = self._output / "tensorboard" / name if self._tensorboard else None
+        return Log(self._output / "metrics" / f"{name}.jsonl", events)
+
+    @staticmethod
+    def _write(log: Log | None, kind: str, step: int, record: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(kind, step, record)
+
+
+def check_logging(config: LoggingConfig) -> None:
+    """Raise ConfigError for what the logging needs and is not installed."""
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "logging.tensorboard=true, but TensorBoard is not installed",
+            where="logging.tensorboard",
+            fix="pip install 'deca_ds[tensorboard]', or leave it off",
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> list[int]:
@@ -123,25 +159,6 @@ def peak_memory_bytes(device: torch.device) -> list[int]:
     every[dist.get_rank()] = own
     dist.all_reduce(every)
     return every.tolist()
-
-
-def check_logging(config: LoggingConfig) -> None:
-    """Raise ConfigError where TensorBoard, an optional extra, is wanted and cannot be imported."""
-    if config.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(
-                f"logging.tensorboard=true, but TensorBoard cannot be imported: {error}",
-                where="logging.tensorboard",
-                fix="pip install 'deca_ds[tensorboard]' on every host, or leave it off",
-            ) from error
-
-
-def _summary_writer(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,24 @@ if TYPE_CHECKING:
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
 _KEY = "job/failed"
+_LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited")
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether gloo or NCCL says by it that the process at the other end is gone."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def lost_connection(error: BaseException, others: str) -> str:
+    """What that means, for people. others: the ranks of which one is at the other end."""
+    whose = others if "," not in others else f"one of {others}"
+    cause = " ".join(str(error).split())
+    return (
+        f"the connection to {whose} broke off: {'that rank' if whose != others else 'it'} was killed, or its host is "
+        "out of reach\n"
+        "  fix:   look at the end of its output, and on its host for the out-of-memory killer (dmesg)\n"
+        f"  seen:  {type(error).__name__}: {cause}"
+    )
 
 
 @dataclass(frozen=True)

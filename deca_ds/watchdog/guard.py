@@ -42,7 +42,13 @@ from deca_ds.launch.progress import SHARED, Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
-from deca_ds.watchdog.failure import FAILURE_CODE, USER_ERROR_CODE, Failure
+from deca_ds.watchdog.failure import (
+    FAILURE_CODE,
+    USER_ERROR_CODE,
+    Failure,
+    is_lost_connection,
+    lost_connection,
+)
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
@@ -136,10 +142,14 @@ class JobGuard:
 
     def _end_the_job(self, error: BaseException, code: int) -> None:
         seen = self._last_seen(error)
-        report = first = self._report(public_message(error) + seen, code)
+        public, whole = public_message(error), whole_message(error)
+        others = self.heartbeats.awaited_itself(self.store.store) if is_lost_connection(error) else ""
+        if others:  # the traceback would be of whom it hit, not of whom it is about
+            public = whole = lost_connection(error, others)
+        report = first = self._report(public + seen, code)
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
             first = report.report(self.store.store)
-        self._leave(self._report(whole_message(error) + seen, code) if first == report else first)
+        self._leave(self._report(whole + seen, code) if first == report else first)
 
     def come_back(self, why: str, *, through: bool = True) -> NoReturn:
         """Become a new process that tries to join the others again. through: whether the others hear that this rank is

@@ -194,7 +194,7 @@ class Heartbeats:
             )
         here = (progress.phase, progress.step)
         elsewhere = [r for r in awaited if r in seen and (seen[r].heartbeat.phase, seen[r].heartbeat.step) != here]
-        direct = self._names(silent or elsewhere or awaited)
+        direct = self._names(silent or elsewhere or awaited, seen)
         return StallError(
             f"no progress for {own_s:.0f} s; this rank waits for {direct}. Last seen:{last}",
             where=progress.place,
@@ -242,6 +242,15 @@ class Heartbeats:
                 )
         return None
 
+    def awaited_itself(self, store: Store) -> str:
+        """For a message: the ranks that this one waits for by itself, with their hosts; empty if there are none."""
+        own, there = self.launch.rank, frozenset(self.ranks())
+        named = [rank for rank in self._named(own, self.progress.awaits) if rank in there and rank != own]
+        seen = Sightings()  # as in last_seen
+        with suppress(RuntimeError):  # the store is gone; then they are without their hosts
+            seen.look(named, store, time.monotonic())
+        return self._names(list(dict.fromkeys(named)), seen)
+
     def last_seen(self, store: Store) -> str:
         """For a message: where the ranks are that this rank has to do with, a line each; empty if it is alone."""
         seen = Sightings()  # those of this object belong to the watcher thread
@@ -279,8 +288,8 @@ class Heartbeats:
     def _client(self, rank: int) -> int | None:
         return None if self.progress.layout is None else self.progress.layout.client_of(rank)
 
-    def _names(self, ranks: list[int]) -> str:
-        hosts = {rank: self._seen[rank].heartbeat.host for rank in ranks if rank in self._seen}
+    def _names(self, ranks: list[int], seen: Sightings) -> str:
+        hosts = {rank: seen[rank].heartbeat.host for rank in ranks if rank in seen}
         shown = [f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "") for rank in ranks[:_SHOWN]]
         return ", ".join(shown) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
 

@@ -112,7 +112,7 @@ def test_the_whole_line_to_a_generation(config, tmp_path):
     finished = launch("mpirun", 4, ["--config", str(config), *overrides])
     assert finished.code == 0, finished.output[-4000:]
     run = tmp_path / "run"
-    assert list((run / "tensorboard" / "client_001").glob("events*"))
+    assert all(list((run / "tensorboard" / name).glob("events*")) for name in ("client_001", "job"))
     saved = ShardedModel(run / "model")
     for name, command, arguments, expected in [
         ("mean", python("launchers/export.py"), [], saved.mean),

@@ -1,14 +1,24 @@
 """How one rank's failure ends another rank, with processes that know nothing but the job's store."""
 
+import json
 import os
 import subprocess
+import time
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from jobs import free_port, preloaded_server
 from preloaded import ADDRESS, python
+from torch.distributed import HashStore
 
-from deca_ds.errors import DataError, public_message, whole_message
+from deca_ds.errors import ConfigError, DataError, public_message, whole_message
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection
+from deca_ds.watchdog.guard import JobGuard
+from deca_ds.watchdog.heartbeats import Heartbeat
 
 WORKER = str(Path(__file__).with_name("guard_worker.py"))
 
@@ -64,6 +74,42 @@ def test_what_may_quote_data_stays_with_its_rank(tmp_path):
     assert "secret" in outputs[2] and "secret" not in outputs[0] + outputs[1]
     shared = public_message(DataError("row 3 says 'secret'")) + public_message(KeyError("secret"))
     assert "secret" not in shared and "DataError" in shared and "KeyError" in shared
+
+
+GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(GLOO), "the connection to rank 1 on n1 broke off: it was killed"),
+        (RuntimeError("a defect"), "Traceback"),
+        (ConfigError("Broken pipe"), "Broken pipe"),
+    ],
+)
+def test_a_connection_that_broke_is_told_as_what_it_means(error, words, monkeypatch):
+    """To all ranks, by the name of who is at the other end, and not by the traceback of whom it hit."""
+    store, left = HashStore(), []
+    made = JobGuard(Launch("deepspeed", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=20)))
+    made.progress.watch(ClientLayout(1, 2), 60.0)
+    store.set("heartbeat/1", json.dumps(asdict(Heartbeat(1, "n1", 0, "gradient", 3, "", None, 0.1, time.time()))))
+    monkeypatch.setattr(made, "_leave", left.append)
+    try:
+        raise error
+    except Exception as caught:
+        made.fail(caught)
+    (told,) = left
+    assert words in told.message and told.code == (2 if isinstance(error, ConfigError) else 1)
+    if words.startswith("the connection"):
+        assert "Traceback" not in told.message and GLOO in told.message and "dmesg" in told.message
+        assert Failure.reported(store).message == told.message
+    made._finished.set()
+
+
+def test_one_of_several_ranks_may_be_at_the_other_end():
+    assert is_lost_connection(RuntimeError("Read error: Connection reset by peer"))
+    said = lost_connection(RuntimeError(GLOO), "rank 1 on n0, rank 3 on n1")
+    assert said.startswith("the connection to one of rank 1 on n0, rank 3 on n1 broke off: that rank was killed")
 
 
 def test_an_interrupt_is_one_line_without_a_traceback():

@@ -109,6 +109,17 @@ def test_the_rank_that_keeps_silent_is_named_within_a_client(job):
     assert "rank 3 on" in job.ranks[2].last_seen(job.store)
 
 
+def test_who_is_awaited_by_a_rank_itself_is_named_with_the_host(job):
+    """In a collective the others of its client, in a gossip also those that it exchanges with; not whom these await."""
+    job.later(2, *range(6))
+    host = job.ranks[0].launch.host
+    assert job.ranks[2].awaited_itself(job.store) == f"rank 3 on {host}"
+    job.ranks[3].progress.wait_for(2)
+    job.ranks[2].progress.wait_for(0)
+    assert set(job.ranks[2].awaited_itself(job.store).split(", ")) == {f"rank {rank} on {host}" for rank in (0, 3)}
+    assert job.ranks[2].awaited_itself(HashStore()).count(" on ") == 0, "a store that knows of nobody"
+
+
 def test_who_keeps_silent_passes_no_patience_on(job):
     job.ranks[3].progress.wait_for(2)
     job.later(2, *range(6))
