@@ -111,5 +111,6 @@ class Transport(ABC):
         return MessageError(
             f"a message {direction} {self.layout.named(peer)} failed (tag {tag}): {cause}",
             where=self.layout.named(self.rank),
-            fix=f"look at the log of {self.layout.named(peer)}: it has stopped, or runs another configuration",
+            fix=f"look at the end of the output of {self.layout.named(peer)}: it was killed (dmesg tells of the "
+            "out-of-memory killer), its host is out of reach, or it runs another configuration",
         )
