@@ -45,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _cache(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools import cache
+
+    cache.add_arguments(parser)
+    return cache.run
+
+
 def _data(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools.data import command
 
@@ -131,6 +138,7 @@ def _print_where(_: argparse.Namespace) -> int:
 
 # name: what it does, and what gives its parser the arguments
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
+    "cache": ("show how much room prepared data take, and remove old ones", _cache),
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
     "export": ("make a Hugging Face model of a run, or of a checkpoint", _export),

@@ -219,6 +219,14 @@ def check_world(config: Config, world_size: int) -> list[int]:
     Raises ConfigError where they do not fit cluster.clients or cluster.ranks, or a client's batch not its ranks.
     """
     clients, ranks = config.cluster.clients, config.cluster.ranks
+    if world_size == 1 < clients:
+        raise ConfigError(
+            f"one rank is launched for {clients} clients",
+            where="the launcher, cluster.clients",
+            fix=f"start a rank or more for each, as `deepspeed --num_accelerators {clients} launchers/train.py ...` or "
+            f"`mpirun -n {clients} ...` does; one process trains all of them in `deca simulate`, or one alone with "
+            "cluster.clients=1",
+        )
     if ranks is None:
         if world_size % clients:
             raise ConfigError(
@@ -290,13 +298,18 @@ def check_output(config: Config) -> Path:
     killed there, has put in. Raises ConfigError if it does, or cannot be made."""
     output = Path(config.run.output)
     check_writable(output, "run.output")
-    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
+    if is_used(output):
         raise ConfigError(
             f"the output folder {str(output)!r} is already used",
             where="run.output",
             fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
         )
     return output
+
+
+def is_used(output: Path) -> bool:
+    """Whether the folder holds more than the word of a job that has just come to it."""
+    return output.is_dir() and any(path.name != LOCK for path in output.iterdir())
 
 
 def _check_finite(section: Any, prefix: str) -> None:

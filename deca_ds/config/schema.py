@@ -33,7 +33,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Device that computes; `auto` takes `cuda` where torch sees a GPU and `cpu` elsewhere."
     )
-    threads: Optional[int] = key(None, "CPU threads of each rank; `null` divides the host's cores by its ranks.")
+    threads: Optional[int] = key(None, "CPU threads of a rank; `null`: `OMP_NUM_THREADS`, or its share of the cores.")
 
 
 @dataclass
@@ -163,7 +163,7 @@ class AlgorithmConfig:
     b2: float = key(0.99, "Decay of the second moment when it takes in the signal.")
     eps: float = key(1e-8, "Number that Adam adds to the root of the second moment.")
     outer_lr: float = key(0.7, "Learning rate of the outer Nesterov step.")
-    outer_momentum: float = key(0.9, "Momentum of the outer Nesterov step.")
+    outer_momentum: float = key(0.9, "Momentum of the outer step.")
 
 
 @dataclass

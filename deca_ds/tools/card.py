@@ -30,7 +30,7 @@ class Card:
     """Of the model that an export makes of the run in `folder`: of one client, or of the mean model (client None).
 
     missing: clients that the mean leaves out. base_model: name on the hub of the model that was trained, if it may be
-    told. step: of the checkpoint that is exported; else the run's last. chat: whether the tokenizer has a chat
+    told. step: of the checkpoint that is exported, else the run's last. chat: whether the tokenizer has a chat
     template. A folder without the run's configuration gives a card without the training. Raises CheckpointError for a
     configuration that cannot be read.
     """

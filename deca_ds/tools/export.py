@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -57,7 +56,7 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
     """
     from huggingface_hub import HfApi
 
-    from deca_ds.checkpoint.export import export_model  # transformers' models: seconds that `--help` need not wait for
+    from deca_ds.checkpoint.export import export_model
     from deca_ds.checkpoint.steps import FOLDER, find_checkpoint
     from deca_ds.tools.card import Card
     from deca_ds.tools.push import Repository
@@ -120,6 +119,8 @@ def _best_step(run: Path) -> int:
 
 def parse_size(text: str) -> int:
     """Bytes of "500MB", "2GB", "1GiB". Raises ConfigError for anything else and for less than a byte."""
+    from accelerate.utils import convert_file_size_to_int
+
     try:
         size: int = convert_file_size_to_int(text.upper())  # a small b would mean bits
     except (ValueError, OverflowError):

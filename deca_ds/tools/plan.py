@@ -10,15 +10,17 @@ from typing import Any
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
-from deca_ds.config.checks import check_world
+from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
+from deca_ds.data.prepare import check_tokenizer
 from deca_ds.elastic.policy import check_absent
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.check_model import check_model
@@ -27,14 +29,16 @@ from deca_ds.engine.output_head import find_head
 from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.theory import agreement, slow_mixing
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.training.compare import compare_data
+from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, count_rounds, tell_length
 from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
@@ -55,16 +59,16 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     if world_size is None and config.cluster.ranks is not None:
         world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
-    check_folder(config)
     check_method(config)
+    check_logging(config.logging)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    for warning in check_model(config, architecture, tokenizer, weights=False):
-        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
+        console.print(f"[bold]WARNING[/bold]: {escape(warning)}", highlight=False)
     model = meta_model(config.model, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
@@ -75,7 +79,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
-    console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
+    console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
     if mixing.messages:
         console.print(_traffic(config, plan), highlight=False)
     if config.cluster.absent:
@@ -94,6 +98,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     summaries: list[dict[str, Any]] = []
     if config.data.per_client:
+        check_tokenizer(config, tokenizer)
         console.print("data: one path per client; each client's ranks open their own only")
     else:
         data = load_all(config, tokenizer)
@@ -121,6 +126,19 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         )
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+    _check_output(console, config)
+
+
+def _check_output(console: Console, config: Config) -> None:
+    """Last, so that it hides nothing else. A folder that is used refuses a run, not the plan of the next one."""
+    if config.run.resume == "never" and is_used(Path(config.run.output)):
+        console.print(
+            f"[bold]WARNING[/bold]: the output folder '{escape(config.run.output)}' is already used, and a new run is "
+            "refused there: name another one in run.output, or set run.resume=require to continue that run",
+            highlight=False,
+        )
+    else:
+        check_folder(config)
 
 
 def _schedule(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:
@@ -136,8 +154,10 @@ def _schedule(console: Console, config: Config, blocks: int, summaries: Sequence
         steps += f"blocks x {algorithm.inner_steps} inner steps"
     console.print(f"steps: {steps}, {batch} sequences per client and step", highlight=False)
     schedule = build_schedule(config, blocks, rounds)
-    for line in tell_length(config, schedule, summaries) if summaries else ():
-        console.print(line, highlight=False, markup=False)
+    if summaries or algorithm.rounds is not None:
+        warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
+        for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
+            console.print(line, highlight=False, markup=False)
     return schedule
 
 
@@ -205,10 +225,3 @@ def _traffic(config: Config, plan: BlockPlan) -> str:
         f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
         f"sends {decimal(largest)} from a client to each neighbour"
     )
-
-
-def _agreement(mixing: MixingSchedule) -> str:
-    needed = averagings_to_agree(mixing)
-    if needed == float("inf"):
-        return "clients never agree"
-    return f"a disagreement shrinks by 2.7 in {needed:.3g} averaging{'s' if needed != 1 else ''} at most"

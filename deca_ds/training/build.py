@@ -28,9 +28,9 @@ from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.engine.state import TrainingState
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch import Cluster
@@ -42,6 +42,7 @@ from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Connected
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
+from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
@@ -75,6 +76,8 @@ def build(
     schedule, rule = start.schedule(job, len(client.plan.blocks)), build_rule(config)
     if cluster.is_job_leader:
         _record_start(job, client, start.resumed or 0, schedule.rounds)
+        for warning in doubts_of_length(config, len(schedule)):
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(next(one_row))
@@ -154,7 +157,7 @@ def _load_tokenizer(job: Job, ranks: Sequence[int]) -> tuple[PretrainedConfig, P
         architecture, tokenizer = load_architecture(model), load_tokenizer(model)
         cluster.progress.enter("checking the model", works=True, awaits=SHARED)
         warnings = check_model(job.config, architecture, tokenizer)
-    for warning in warnings if cluster.is_job_leader else ():
+    for warning in [*doubts(job.config), *warnings] if cluster.is_job_leader else ():
         print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     return architecture, tokenizer
 

@@ -11,7 +11,7 @@ from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.partition import Lookout
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.rejoin import save_addresses
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.compare import software
 from deca_ds.launch.view import View
 from deca_ds.training.connect import Connected

@@ -31,6 +31,7 @@ from deca_ds.training.day import agree_on_day, on_day
 from deca_ds.training.finished import look_at_run
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import check_method
+from deca_ds.training.metrics import check_logging
 from deca_ds.training.resume import choose, keep_model
 from deca_ds.training.start import NewRun, ResumedRun, Return, Start
 from deca_ds.watchdog.guard import JobGuard
@@ -47,18 +48,25 @@ def start(
     return _come_back(config, launch, store, guard, visit)
 
 
-def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer | None:
+def check_together(
+    config: Config, launch: Launch, store: JobStore, guard: JobGuard
+) -> tuple[Config, ClientLayout, MixingSchedule]:
+    """All of a start's checks before the ranks connect, but whether run.output is used; every rank checks the files of
+    its own host. All ranks call this. Gives the configuration its day. Raises UserErrors."""
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     guard.progress.enter("comparing the ranks")
     compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
     config = agree_on_day(config, launch, store)
     layout = _check(config, launch, guard, mixing)
+    _check_files(config, launch, layout)
+    return config, layout, mixing
+
+
+def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer | None:
+    config, layout, mixing = check_together(config, launch, store, guard)
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
         check_folder(config)
-    else:
-        check_writable(Path(config.run.output), "run.output")
-    _check_files(config, launch, layout)
     begins: Start | None = NewRun()
     if config.run.resume != "never":
         begins = resume(config, launch, store, guard, layout, mixing)
@@ -78,7 +86,6 @@ def _come_back(config: Config, launch: Launch, store: JobStore, guard: JobGuard,
     own = PrefixStore(f"visit/{invitation.visit}", store.store)
     store = JobStore(own, store.address, store.timeout, guard.progress)
     layout = _check(config, launch, guard, mixing)
-    check_writable(Path(config.run.output), "run.output")
     _check_files(config, launch, layout)
     cluster = connect(config, launch, store, guard.progress, joins=invitation.clients)
     return build(config, cluster, connect_clients(config, cluster, guard, visit), guard, Return(invitation))
@@ -90,6 +97,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
     layout = ClientLayout.of(check_world(config, launch.world_size))
     guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
+    check_logging(config.logging)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
@@ -99,6 +107,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
 def _check_files(config: Config, launch: Launch, layout: ClientLayout) -> None:
     check_model_folder(config.model)
     validate_data_config(config, client=layout.client_of(launch.rank))
+    check_writable(Path(config.run.output), "run.output")
 
 
 def resume(

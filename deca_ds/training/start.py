@@ -24,6 +24,7 @@ from deca_ds.engine.client import Client
 from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip.theory import agreement
 from deca_ds.launch import Cluster
 from deca_ds.launch.compare import compare_start
 from deca_ds.training.claim import take_for_job
@@ -166,7 +167,8 @@ class NewRun(_Together):
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
         save_config(job.config, job.output / SAVED_CONFIG)
         save_summaries(job.output, summaries)
-        Console(stderr=True).print(data_table(summaries), job.mixing.summary())
+        told = f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}"
+        Console(stderr=True).print(data_table(summaries), told)
 
 
 class ResumedRun(_Together):
