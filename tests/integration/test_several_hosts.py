@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +112,20 @@ def test_ctrl_c_under_pdsh_ends_every_process_of_every_host(cluster):
     assert not cluster.left()
     assert (cluster.of("n0") / output.name / "STOPPED").exists()
     assert not (cluster.of("n0") / output.name / "DONE").exists()
+
+
+def test_deca_stop_ends_a_job_whose_launcher_was_killed(cluster):
+    """SIGKILL, of deepspeed and pdsh: the ranks notice nothing and train on."""
+    command, output = job(cluster, "asked", {"n0": 1, "n1": 1}, sizes=(1, 1), **{"algorithm.inner_steps": 100_000})
+
+    def during(process: subprocess.Popen) -> None:
+        in_training(cluster, "n1", output, 1)(process)
+        os.killpg(process.pid, signal.SIGKILL)
+
+    cluster.run("n0", command, during=during)
+    stopped = cluster.run("n0", ["deca", "stop", output])
+    assert stopped.code == 0 and "STOPPED: " in stopped.output, stopped.output[-4000:]
+    assert not cluster.left()
 
 
 def test_mpirun_across_hosts_and_a_rank_that_is_killed(cluster):
