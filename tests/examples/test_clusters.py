@@ -174,6 +174,9 @@ def test_kubernetes_the_launcher_has_succeeded_only_where_the_run_is_done(slurm,
         if does == "stop":
             os.kill(process.pid, signal.SIGTERM)
 
+    deca, _, *command = shlex.split(script.partition("&")[0].replace("\\\n", ""))
+    assert deca == "deca"
+    supervise._check_resumes(supervise._configuration(command))
     path = os.pathsep.join(map(str, (slurm.bin, BIN, os.environ["PATH"])))
     finished = run_command(["bash", "-c", script], cwd=folder, during=during, PATH=path, DECA=does)
     assert finished.code == code, finished.output
