@@ -62,8 +62,8 @@ def _notes(estimate: Estimate) -> Iterator[str]:
         )
     where = "the CUDA allocator" if estimate.gpu else "glibc's heap"
     yield (
-        f"Not in the table: what {where} keeps of freed memory (on CPUs 3 to 16 % of the peak was measured), and cached "
-        "pages of the data"
+        f"Not in the table: what {where} keeps of freed memory (on CPUs 3 to 16 % of the peak was measured), and "
+        "cached pages of the data"
     )
     if not estimate.gpu:
         yield "The table is for computing on CPUs; --gpu NAME or run.device=cuda shows it for GPUs"
