@@ -21,21 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     own_streams()
     given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] == ["train"]:  # whose keys and options may stand in any order, which no subcommand's can
+    if given[:1] == ["train"]:  # which takes its launcher's arguments, too
         from deca_ds.launchers.train import main as train
 
         return train(given[1:], "deca train")
-    parser = argparse.ArgumentParser(prog="deca", description="Train with DECA, and tools for its runs.")
-    parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
-    commands = parser.add_subparsers(required=True)
-    commands.add_parser("train", help="train; started on every rank by a launcher, or by itself as one client")
-    for name, (about, prepare) in _COMMANDS.items():
-        command = commands.add_parser(name, help=about)
-        if name in given:
-            command.set_defaults(command=prepare(command))
-    arguments = parser.parse_args(given)
+    if not given or given[0] not in _COMMANDS:
+        _overview().parse_args(given)  # which exits: with help, the version or a mistake
+    about, prepare = _COMMANDS[given[0]]
+    parser = argparse.ArgumentParser(prog=f"deca {given[0]}", description=f"{about[0].upper()}{about[1:]}.")
+    run = prepare(parser)
+    # in any order, save where all that follows is another program's command
+    is_wrapper = any(action.nargs == argparse.REMAINDER for action in parser._actions)
+    arguments = parser.parse_args(given[1:]) if is_wrapper else parser.parse_intermixed_args(given[1:])
     try:
-        run: Run = arguments.command
         return run(arguments)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
@@ -43,6 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nERROR: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _overview() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deca", description="Train with DECA, and tools for its runs.")
+    parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
+    commands = parser.add_subparsers(required=True)
+    commands.add_parser("train", help="train; started on every rank by a launcher, or by itself as one client")
+    for name, (about, _) in _COMMANDS.items():
+        commands.add_parser(name, help=about)
+    return parser
+
+
+def _cache(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools import cache
+
+    cache.add_arguments(parser)
+    return cache.run
+
+
+def _chat(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools.chat import command
+
+    command.add_arguments(parser)
+    return command.run
 
 
 def _data(parser: argparse.ArgumentParser) -> Run:
@@ -111,6 +133,13 @@ def _status(parser: argparse.ArgumentParser) -> Run:
     return status.run
 
 
+def _stop(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools import stop
+
+    stop.add_arguments(parser)
+    return stop.run
+
+
 def _supervise(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools import supervise
 
@@ -131,13 +160,16 @@ def _print_where(_: argparse.Namespace) -> int:
 
 # name: what it does, and what gives its parser the arguments
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
+    "cache": ("show how much room prepared data take, and remove old ones", _cache),
+    "chat": ("ask one or several models, and read their answers side by side", _chat),
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
-    "export": ("make a Hugging Face model of a finished run", _export),
+    "export": ("make a Hugging Face model of a run, or of a checkpoint", _export),
     "plan": ("check a configuration and show blocks, graph, data, steps and memory", _plan),
     "report": ("make one HTML file of what one or several runs did", _report),
     "simulate": ("train all clients of a configuration in this one process", _simulate),
     "status": ("show what every rank of a run is doing", _status),
+    "stop": ("have a job save a checkpoint and stop, from any host that sees its folder", _stop),
     "supervise": ("start a job again when it ends before its run does", _supervise),
     "where": ("print the folder of train.py, for launchers that start a file", _where),
 }

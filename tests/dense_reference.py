@@ -83,7 +83,7 @@ def activation(
     zero = lambda: np.zeros(numel)  # noqa: E731
     clients = [SimpleNamespace(x=theta[i].copy(), m=zero(), v=zero(), s=zero(), g=zero(), b=zero()) for i in range(n)]
     for client in clients:
-        client.anchor, client.made = client.x.copy(), zero()
+        client.anchor, client.y, client.made = client.x.copy(), client.x.copy(), zero()
     for r in range(steps):
         for i, k in enumerate(clients):
             g = gradient(i, k.x)
@@ -112,6 +112,8 @@ def activation(
                 k.b = c.outer_momentum * k.b + delta
                 k.x = k.anchor - c.outer_lr * (delta + c.outer_momentum * k.b)
                 k.anchor = k.x.copy()
+            elif c.method == "gasloc" and has_neighbour:
+                k.x, k.y = mixed[i] + c.outer_momentum * (k.half - k.y), k.half
             else:
                 k.x = mixed[i]
             if c.method == "qg-adam":

@@ -137,3 +137,32 @@ class DiLoCo(Rule):
         momentum.mul_(self.outer_momentum).add_(delta)
         anchor.sub_(delta.add_(momentum, alpha=self.outer_momentum), alpha=self.outer_lr)
         state["theta"].copy_(anchor)
+
+
+@dataclass(frozen=True)
+class GasLoC(Rule):
+    """Local AdamW steps between two averagings, then an averaging with momentum on where the local steps ended
+    (Cagnasso, Belilovsky, Oyallon, arXiv 2606.11081, after a public summary of its equations).
+
+        y      = theta_half                             after every s-th inner step
+        theta  = theta' + mu (y - y_previous)           theta' = sum_j w_ij y_j;  y_previous = y
+
+    with mu the outer momentum; y_previous starts at theta. The paper's outer learning rate is 1 here, and its gossip
+    step times the graph's Laplacian is I - W. The clients' mean then makes DiLoCo's outer step with outer_lr 1 on
+    every graph. A step without a neighbour is an inner step. State: m, v, previous. Adam's moments live on.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ("m", "v", "previous")
+    outer_momentum: float = 0.9
+
+    @torch.no_grad()
+    def open(self, state: State) -> None:
+        """See Rule."""
+        state["previous"].copy_(state["theta"])
+
+    @torch.no_grad()
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """The averaging with momentum; state["grad"] is still y."""
+        theta, y, previous = state["theta"], state["grad"], state["previous"]
+        torch.sub(y, previous, out=theta).mul_(self.outer_momentum).add_(mixed)
+        previous.copy_(y)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import partial
@@ -26,7 +26,7 @@ import xxhash
 from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
-from deca_ds.config.schema import Config
+from deca_ds.config.schema import Config, DataConfig
 from deca_ds.data.cache import Cache, Entry
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.encoding import CANDIDATES, IGNORED, PIECES, SEQUENCES, Batch, Encoder, pack
@@ -34,7 +34,7 @@ from deca_ds.data.examples import check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import look_of, normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
-from deca_ds.data.rows import BATCH, Work, encode_rows
+from deca_ds.data.rows import BATCH, Work, column, encode_rows
 from deca_ds.data.sources import Source, find_sources
 from deca_ds.errors import ConfigError, DataError
 
@@ -85,15 +85,7 @@ class Preparation:
         self.first = first
         self.config, self.data, self.tokenizer, self.client = config, config.data, tokenizer, client
         self.format, self.cache, self.work = FORMATS[config.data.format], cache, work
-        self.words: dict[str, str] = {}
-        for value, word in self.data.label_names.items():
-            label = normal_label(value)
-            if self.words.setdefault(label, str(word)) != str(word):
-                raise ConfigError(
-                    f"the label {label!r} has two words: {self.words[label]!r} and {str(word)!r}",
-                    where="data.label_names",
-                    fix="1, 1.0 and '1 ' are one label: name it once",
-                )
+        self.words = _words(self.data)
         self.unused: set[str] = set()
         data, private = config.data, bool(config.data.per_client)
         self.sources = own_sources(data, "per_client", client) if private else find_sources(data.train, "data.train")
@@ -103,12 +95,6 @@ class Preparation:
     def entry(self) -> Entry:
         """The entry, made unless it is there."""
         self.encoder = self._encoder()
-        if self.data.packing and not self.encoder.eos:
-            raise DataError(
-                "the tokenizer has no end-of-text token to put between packed examples",
-                where="data.packing",
-                fix="set eos_token in the tokenizer's tokenizer_config.json, or data.packing=false",
-            )
         rules = self._rules(training=True)
         sources = [*self.sources, *self.own_sources, *self.common_sources]
         content = contents(sources, rules, self.cache)
@@ -154,34 +140,31 @@ class Preparation:
                 )
             self.encoder = self._encoder()
         pool = self._cut_documents(pool)
-        pool = pool.select(choose(len(pool), data.max_examples, self._seed(_Draw.MAX_EXAMPLES, own=private)))
+        pool = self._select(pool, choose(len(pool), data.max_examples, self._seed(_Draw.MAX_EXAMPLES, own=private)))
         kept, common = hold_out(len(pool), data.common_holdout, self._seed(_Draw.COMMON_HOLDOUT))
-        examples = pool.select(kept)
+        examples = self._select(pool, kept)
         if not private:
-            examples = examples.select(self._partition(examples)[self.client])
+            examples = self._select(examples, self._partition(examples)[self.client])
         own = self._read_evaluation(self.own_sources)
         if own is None:
             kept, held = hold_out(len(examples), data.client_holdout, self._seed(_Draw.CLIENT_HOLDOUT, own=True))
-            examples, own = examples.select(kept), examples.select(held)
+            examples, own = self._select(examples, kept), self._select(examples, held)
         shared = self._read_evaluation(self.common_sources)
-        shared = pool.select(common) if shared is None else shared
+        shared = self._select(pool, common) if shared is None else shared
         return Examples(examples, self._some(own, own=True), self._some(shared))
 
     def _some(self, examples: Dataset, *, own: bool = False) -> Dataset:
         """Those of an evaluation set that are scored."""
         limit = self.config.evaluation.max_examples
-        return examples.select(choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=own)))
+        return self._select(examples, choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=own)))
+
+    def _select(self, dataset: Dataset, indices: Indices) -> Dataset:
+        """These rows; which ones they are lies in a file."""
+        self.made += 1
+        return dataset.select(indices, indices_cache_file_name=str(self.scratch / f"{self.made}.indices.arrow"))
 
     def _encoder(self) -> Encoder:
-        data = self.data
-        return Encoder(
-            self.tokenizer,
-            max_length=data.max_length,
-            answers_only=data.answers_only,
-            words=self.words if self.format.has_labels else None,
-            conversations="conversation" in self.format.features,
-            date=datetime.date.fromisoformat(data.date) if data.date else None,
-        )
+        return _make_encoder(self.data, self.tokenizer, self.words)
 
     def _rules(self, *, training: bool) -> ExampleRules:
         data = self.data
@@ -217,19 +200,19 @@ class Preparation:
         clients, seed = self.config.cluster.clients, self._seed(_Draw.PARTITION)
         if self.data.partition == "iid":
             return iid(len(examples), clients, seed)
-        groups = _codes(_column(examples, "group"))
+        groups = _codes(column(examples, "group"))
         if self.data.partition == "key":
             return by_key(groups, clients)
         return dirichlet(groups, clients, self.data.alpha, seed, minimum=2 if self.data.client_holdout > 0 else 1)
 
     def _encode(self, of_client: Examples) -> dict[str, Any]:
         examples = of_client.train
-        groups = {one["values"]: one["counts"] for one in pc.value_counts(_column(examples, "group")).to_pylist()}
+        groups = {one["values"]: one["counts"] for one in pc.value_counts(column(examples, "group")).to_pylist()}
         groups.pop("", None)
         count, data = len(examples), self.data
         if data.packing:  # neighbours in a file are often alike: pack examples in a random order
             order = np.random.default_rng(self._seed(_Draw.PACKING, own=True)).permutation(count)
-            examples = examples.select(order)
+            examples = self._select(examples, order)
         train = self._rows(examples, self.encoder.sequences, SEQUENCES, "tokenising", None if data.packing else TRAIN)
         if not len(train):
             reason = f"none of its {count} examples has a token to learn" if count else "it got no examples"
@@ -238,8 +221,8 @@ class Preparation:
                 where="data.per_client" if data.per_client else "data.train",
                 fix="give more data or fewer cluster.clients; check data.max_length and that answers are not empty",
             )
-        dropped, length = count - len(train), _column(train, "length")
-        cut = pc.sum(pc.greater(length, pc.list_value_length(_column(train, "input_ids")))).as_py()
+        dropped, length = count - len(train), column(train, "length")
+        cut = pc.sum(pc.greater(length, pc.list_value_length(column(train, "input_ids")))).as_py()
         lengths = sorted([one["values"], one["counts"]] for one in pc.value_counts(length).to_pylist())
         if data.packing:
             train = self._rows(train, partial(pack, max_length=data.max_length), SEQUENCES, "packing", TRAIN)
@@ -257,8 +240,8 @@ class Preparation:
             "cut": cut,
             "own_evaluation": own_count,
             "common_evaluation": common_count,
-            "train_tokens": pc.sum(pc.list_value_length(_column(train, "input_ids"))).as_py(),
-            "target_tokens": pc.sum(_column(train, "targets")).as_py(),
+            "train_tokens": pc.sum(pc.list_value_length(column(train, "input_ids"))).as_py(),
+            "target_tokens": pc.sum(column(train, "targets")).as_py(),
             "labels": dict(labels),
         }
         return {
@@ -301,9 +284,9 @@ class Preparation:
             total.update(path.name.encode())
             for batch in Dataset.from_file(str(path)).with_format("arrow").iter(BATCH):
                 for name in ("input_ids", "labels"):
-                    column = batch.column(name).combine_chunks()
-                    total.update(column.value_lengths().to_numpy())
-                    total.update(column.flatten().to_numpy())
+                    part = batch.column(name).combine_chunks()
+                    total.update(part.value_lengths().to_numpy())
+                    total.update(part.flatten().to_numpy())
         return total.hexdigest()
 
     def _notes(self, train: Dataset) -> list[str]:
@@ -333,8 +316,42 @@ class Preparation:
         return [self.config.run.seed, int(draw), *([self.client + 1] if own else [])]
 
 
-def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
-    return dataset.with_format("arrow")[name][:]
+def check_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise the errors that a preparation would without any row: of chat template, end token and label_names."""
+    _make_encoder(config.data, tokenizer, _words(config.data))
+
+
+def _words(data: DataConfig) -> dict[str, str]:
+    """label -> answer word, as the configuration names them."""
+    words: dict[str, str] = {}
+    for value, word in data.label_names.items():
+        label = normal_label(value)
+        if words.setdefault(label, str(word)) != str(word):
+            raise ConfigError(
+                f"the label {label!r} has two words: {words[label]!r} and {str(word)!r}",
+                where="data.label_names",
+                fix="1, 1.0 and '1 ' are one label: name it once",
+            )
+    return words
+
+
+def _make_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase, words: Mapping[str, str]) -> Encoder:
+    format = FORMATS[data.format]
+    encoder = Encoder(
+        tokenizer,
+        max_length=data.max_length,
+        answers_only=data.answers_only,
+        words=words if format.has_labels else None,
+        conversations="conversation" in format.features,
+        date=datetime.date.fromisoformat(data.date) if data.date else None,
+    )
+    if data.packing and not encoder.eos:
+        raise DataError(
+            "the tokenizer has no end-of-text token to put between packed examples",
+            where="data.packing",
+            fix="set eos_token in the tokenizer's tokenizer_config.json, or data.packing=false",
+        )
+    return encoder
 
 
 def _codes(groups: pa.ChunkedArray) -> npt.NDArray[np.int64]:

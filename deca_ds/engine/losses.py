@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deca_ds.engine.chunked_loss import chunked_loss, chunked_losses, positions_at_a_time
+from deca_ds.engine.chunked_loss import chunked_loss, chunked_losses
 from deca_ds.engine.output_head import OutputHead, find_head
 from deca_ds.errors import ModelError
 
@@ -21,10 +21,10 @@ _ROUNDING = 1e-3  # relative; what another order of summing may make in float32
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every next token in nats, zero where labels are -100, and the others' mask: [batch, length-1].
 
-    batch: input_ids, attention_mask and labels, int64 [batch, length]. Without gradients, the logits that are held at a
-    time are bounded, as in training.
+    batch: input_ids, attention_mask and labels, int64 [batch, length]. Without gradients, positions without a target
+    have no logits and those of the others are bounded, as in training.
     """
-    head = None if torch.is_grad_enabled() else _chunking(model, batch)
+    head = None if torch.is_grad_enabled() else find_head(model)
     if head is None:
         return losses_of(model(**_inputs(batch, device)).logits, batch["labels"].to(device))
     return _chunked_losses(model, head, batch, device)
@@ -34,10 +34,11 @@ def training_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: t
     """A micro-batch's part of the mean loss over `targets` tokens: the parts of all micro-batches add up to it.
 
     With output_router_logits in the model's configuration, the router's auxiliary loss is part of it, as transformers
-    computes it for this micro-batch, weighted by the micro-batch's share of the targets. Large logits are computed for
-    some positions at a time.
+    computes it for this micro-batch, weighted by the micro-batch's share of the targets. A model that is body and head
+    computes logits for some positions with a target at a time. That is so whatever the rows are: the ranks of a client
+    have different ones, and must reduce gradients in one order.
     """
-    head = _chunking(model, batch)
+    head = find_head(model)
     if head is None:
         outputs = model(**_inputs(batch, device))
         loss = losses_of(outputs.logits, batch["labels"].to(device))[0].sum() / targets
@@ -98,12 +99,6 @@ def _differ(one: float, other: float) -> bool:
 def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-
-
-def _chunking(model: nn.Module, batch: Mapping[str, Tensor]) -> OutputHead | None:
-    """The model's head where its logits for the batch are too many to be held together."""
-    head = find_head(model)
-    return None if head is None or batch["labels"].numel() <= positions_at_a_time(head) else head
 
 
 def _predicted(labels: Tensor) -> Tensor:

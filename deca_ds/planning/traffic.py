@@ -1,4 +1,4 @@
-"""What gossip sends, and how long a run is, from its schedule and its graph."""
+"""What gossip sends, from the schedule of a run and its graph."""
 
 from __future__ import annotations
 
@@ -36,21 +36,3 @@ def traffic(bytes_of_blocks: Sequence[int], schedule: Schedule, mixing: MixingSc
     ]
     busiest = edge * max(degrees)
     return Traffic(max(bytes_of_blocks), edge / steps, busiest / steps, busiest, edge * sum(degrees))
-
-
-@dataclass(frozen=True)
-class Length:
-    """Of the run of one client. sequences: that it trains on, with repetition. tokens: at most. epochs: of the client
-    with the most and of the one with the fewest examples; None where they are not known."""
-
-    steps: int
-    sequences: int
-    tokens: int
-    epochs: tuple[float, float] | None
-
-
-def length(schedule: Schedule, batch_size: int, max_length: int, examples: Sequence[int]) -> Length:
-    """batch_size: sequences of a step. max_length: tokens of a sequence. examples: of each client, if known."""
-    sequences = len(schedule) * batch_size
-    epochs = (sequences / max(examples), sequences / min(examples)) if examples and min(examples) else None
-    return Length(len(schedule), sequences, sequences * max_length, epochs)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -19,11 +21,15 @@ from deca_ds.config import load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
+from deca_ds.training.doubts import doubts
 from deca_ds.training.starts import record_start
+from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 from deca_ds.training.tables import print_notes, untrained
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
+
+SCORES = {"loss": "loss", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went."""
-    from deca_ds.simulation.setup import build
+    from deca_ds.simulation.setup import build, check
 
     config = load_config(arguments.config, arguments.overrides)
+    check(config)
+    for warning in doubts(config):
+        print(f"WARNING: {warning}", file=sys.stderr)
     output = Path(config.run.output)
     take(output, partial(check_output, config))
     try:
@@ -63,6 +72,7 @@ def write(simulation: Simulation, output: Path) -> None:
         simulation.config,
         simulation.mixing,
         done=0,
+        rounds=simulation.schedule.rounds,
         architecture=clients.architecture,
         parameters=clients.values.shape[1],
         plan=clients.plan,
@@ -76,15 +86,20 @@ def write(simulation: Simulation, output: Path) -> None:
 
 def report(simulation: Simulation, seconds: float) -> None:
     """A table of the evaluations, and what travelled."""
-    table = Table(title=f"{simulation.config.algorithm.method}, {simulation.mixing.summary()}")
-    for column in ("inner steps", "own loss", "common loss", "mean model", "consensus distance"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"{simulation.config.algorithm.method}, {simulation.mixing.summary()}",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, title_justify="left",
+    )  # fmt: skip
+    for column in ("inner steps", "score", *SETS.values(), MEAN_MODEL, "consensus distance"):
+        table.add_column(column.replace(" ", "\n"), justify="right")
     for record in simulation.evaluations:
-        losses = [
-            [scores[kind]["loss"] for scores in record["clients"] if kind in scores] for kind in ("own", "common")
-        ]
-        mean = f"{record['mean']['loss']:.4f}" if record.get("mean") else "-"
-        table.add_row(str(record["step"]), *map(_range, losses), mean, f"{record['consensus_distance']:.4g}")
+        models = [[scores[kind] for scores in record["clients"] if kind in scores] for kind in SETS]
+        models.append([record["mean"]] if record.get("mean") else [])
+        step, distance = str(record["step"]), f"{record['consensus_distance']:.4g}"
+        for key, name in SCORES.items():
+            if key == "loss" or any(key in scores for group in models for scores in group):
+                table.add_row(step, name, *(_scores(group, key) for group in models), distance)
+                step = distance = ""
     console = Console()
     console.print(table)
     console.print(_contraction(simulation))
@@ -101,17 +116,24 @@ def _contraction(simulation: Simulation) -> str:
     """What averagings did to the disagreement over the active block, beside what the spectral gap says of it."""
     averagings = [step for step in simulation.steps if step["gossip"] and step["spread_before"] > 0]
     if simulation.mixing.messages == 0 or not averagings:
-        return "no averaging changed anything"
+        return "no averaging changed anything: the clients do not gossip, or were the same before each of them"
     factors = [step["spread_after"] / step["spread_before"] for step in averagings if step["spread_after"] > 0]
     if not factors:
-        return "an averaging left nothing of the clients' disagreement"
+        return "after every averaging all clients had the same block"
     measured = math.exp(sum(map(math.log, factors)) / len(factors))  # a period may have averagings that do nothing
     bound = 1 - simulation.mixing.spectral_gap
-    return f"an averaging shrank the clients' disagreement to {measured:.3f} of it; the graph's bound is {bound:.3f}"
+    return (
+        f"an averaging left {measured:.1%} of the distance between the clients' models; at most {bound:.1%} by theory"
+    )
 
 
-def _range(values: Sequence[float]) -> str:
-    if not values:
+def _scores(models: Sequence[Scores], key: str) -> str:
+    found = [scores[key] for scores in models if key in scores]
+    if not found:
         return "-"
+    return _range(found) if key == "loss" else f"{_range([100 * share for share in found], digits=1)} %"
+
+
+def _range(values: Sequence[float], digits: int = 4) -> str:
     low, high = min(values), max(values)
-    return f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"
+    return f"{low:.{digits}f}" if low == high else f"{low:.{digits}f} to {high:.{digits}f}"

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
-from deca_ds.config.checks import check_world
+from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
+from deca_ds.data.prepare import check_tokenizer
 from deca_ds.elastic.policy import check_absent
 from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
@@ -29,18 +32,21 @@ from deca_ds.errors import ConfigError
 from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.theory import agreement, slow_mixing
 from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.roofline import find_gpu, read_rate
-from deca_ds.planning.traffic import Length, Traffic, length, traffic
+from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import print_fit, print_memory, print_times
 from deca_ds.training.compare import compare_data
-from deca_ds.training.method import check_method
+from deca_ds.training.doubts import doubts, doubts_of_length
+from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
+from deca_ds.training.method import build_schedule, check_method
+from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
@@ -74,20 +80,19 @@ def print_plan(
     if world_size is None and config.cluster.ranks is not None:
         world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
-    check_folder(config)
     check_method(config)
+    check_logging(config.logging)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    for warning in check_model(config, architecture, tokenizer, weights=False):
-        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
-    estimate = Estimate(
-        config, architecture, mixing, min(ranks) if ranks else 1, card is not None or computes_on_gpu(config.run.device)
-    )
-    model, plan, schedule = estimate.model, estimate.plan, estimate.schedule
+    for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
+        console.print(f"[bold]WARNING[/bold]: {escape(warning)}", highlight=False)
+    on_gpu = card is not None or computes_on_gpu(config.run.device)
+    estimate = Estimate(config, architecture, mixing, min(ranks) if ranks else 1, on_gpu)
+    model, plan = estimate.model, estimate.plan
     console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
     warn_of_blocks(console, plan)
     warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
@@ -95,10 +100,7 @@ def print_plan(
         console.print(_rounded(plan, estimate.ranks), highlight=False)
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
-    console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
-    sent = traffic([estimate.message_bytes(block.numel) for block in plan.blocks], schedule, mixing)
-    if mixing.messages:
-        console.print(_traffic(config, estimate, sent), highlight=False)
+    console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
         gap = subset.spectral_gap(without, [c for c in range(clients) if c not in config.cluster.absent])
@@ -113,8 +115,9 @@ def print_plan(
         weight_scale=scale,
     ):
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
-    examples: list[int] = []
+    summaries: list[dict[str, Any]] = []
     if config.data.per_client:
+        check_tokenizer(config, tokenizer)
         console.print("data: one path per client; each client's ranks open their own only")
     else:
         data = load_all(config, tokenizer)
@@ -122,12 +125,13 @@ def print_plan(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         summaries = [part.summary for part in data]
         compare_data(summaries, [part.label_names for part in data])
-        examples = [summary["train"] for summary in summaries]
         console.print(data_table(summaries))
         print_notes(data[0].notes)
-    run_length = length(schedule, config.data.batch_size, config.data.max_length, examples)
-    console.print(_length(config, schedule, run_length), highlight=False)
-    disk = disk_need(Stored.of(model, plan, config.model, estimate.rule), schedule, config.checkpoint)
+    rounds_are_known = bool(summaries) or config.algorithm.rounds is not None
+    schedule = _schedule(console, config, len(plan.blocks), summaries)
+    sent = traffic([estimate.message_bytes(block.numel) for block in plan.blocks], schedule, mixing)
+    if mixing.messages:
+        console.print(_traffic(config, estimate, sent, rounds_are_known), highlight=False)
     print_memory(console, estimate)
     time = None
     if name is not None and card is not None:
@@ -135,6 +139,7 @@ def print_plan(
         hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
         time = estimate.step_times(card, rate, *_on_hosts(hosts))
         print_times(console, estimate, name, card, rate, time)
+    disk = disk_need(Stored.of(model, plan, config.model, estimate.rule), schedule, config.checkpoint)
     _print_disk(console, disk, config)
     if ranks is None:
         console.print(
@@ -151,15 +156,48 @@ def print_plan(
         )
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+    _check_output(console, config)
     if as_json:
         told = {
             "memory": memory_json(estimate),
-            "traffic": asdict(sent),
-            "length": asdict(run_length),
+            "traffic": {k: v for k, v in asdict(sent).items() if rounds_are_known or not k.startswith("run")},
+            "length": asdict(length_of(config, schedule, summaries)) if rounds_are_known else None,
             "disk": asdict(disk),
             "seconds_of_a_step": None if time is None else asdict(time) | {"step": time.step},
         }
         print(json.dumps(told, indent=1))
+
+
+def _check_output(console: Console, config: Config) -> None:
+    """Last, so that it hides nothing else. A folder that is used refuses a run, not the plan of the next one."""
+    if config.run.resume == "never" and is_used(Path(config.run.output)):
+        console.print(
+            f"[bold]WARNING[/bold]: the output folder '{escape(config.run.output)}' is already used, and a new run is "
+            "refused there: name another one in run.output, or set run.resume=require to continue that run",
+            highlight=False,
+        )
+    else:
+        check_folder(config)
+
+
+def _schedule(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:
+    """Print how long the run is. summaries: of all clients' data; none where nobody has opened the files."""
+    algorithm, batch = config.algorithm, config.data.batch_size
+    if summaries or algorithm.rounds is not None:
+        rounds = count_rounds(config, blocks, [each["train"] for each in summaries])
+        steps = f"{rounds} rounds x {blocks} blocks x {algorithm.inner_steps} inner steps = "
+        steps += f"{rounds * blocks * algorithm.inner_steps}"
+    else:
+        rounds = ANY_ROUNDS
+        steps = f"algorithm.epochs={algorithm.epochs:g} of what the clients' files hold, in whole rounds of {blocks} "
+        steps += f"blocks x {algorithm.inner_steps} inner steps"
+    console.print(f"steps: {steps}, {batch} sequences per client and step", highlight=False)
+    schedule = build_schedule(config, blocks, rounds)
+    if summaries or algorithm.rounds is not None:
+        warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
+        for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
+            console.print(line, highlight=False, markup=False)
+    return schedule
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
@@ -167,6 +205,7 @@ def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
     every, clients = config.checkpoint.every, config.cluster.clients
     how = f"every {every} inner steps, keep {config.checkpoint.keep}"
     how = how if every else "one, at the end or when told to stop"
+    how += ", and the best" * config.checkpoint.best
     console.print(
         f"disk: {decimal(need.most)} a client at most, {decimal(clients * need.most)} in all; of a client the trained "
         f"model takes {decimal(need.model)}, checkpoints ({how}) up to {decimal(need.checkpoints)}",
@@ -228,32 +267,15 @@ def _all_logits(config: Config, model: PreTrainedModel) -> str:
     )
 
 
-def _traffic(config: Config, estimate: Estimate, sent: Traffic) -> str:
+def _traffic(config: Config, estimate: Estimate, sent: Traffic, rounds_are_known: bool) -> str:
     """What averagings send."""
     tensors, codec = len(estimate.rule.travels), CODECS[config.gossip.wire]
     each = f" of {tensors} tensors" if tensors > 1 else ""
-    return (
+    told = (
         f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
         f"sends {decimal(sent.averaging)} from a client to each neighbour; on average a step sends "
-        f"{decimal(round(sent.edge))} over an edge and {decimal(round(sent.client))} from a client, the run "
-        f"{decimal(round(sent.run_client))} from a client and {decimal(round(sent.run))} in all"
+        f"{decimal(round(sent.edge))} over an edge and {decimal(round(sent.client))} from a client"
     )
-
-
-def _length(config: Config, schedule: Schedule, of: Length) -> str:
-    """How long the run is."""
-    told = (
-        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
-        f"{of.steps}, {config.data.batch_size} sequences per client and step: {of.sequences:,} sequences"
-    )
-    if of.epochs is not None:
-        few, many = (f"{epochs:,.1f}" for epochs in of.epochs)
-        told += f" ({few if few == many else f'{few} to {many}'} epochs)"
-    return f"{told}, at most {of.tokens:,} tokens a client"
-
-
-def _agreement(mixing: MixingSchedule) -> str:
-    needed = averagings_to_agree(mixing)
-    if needed == float("inf"):
-        return "clients never agree"
-    return f"a disagreement shrinks by 2.7 in {needed:.3g} averaging{'s' if needed != 1 else ''} at most"
+    if rounds_are_known:
+        told += f", the run {decimal(round(sent.run_client))} from a client and {decimal(round(sent.run))} in all"
+    return told

@@ -16,18 +16,21 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.elastic.rejoin import join_job
 from deca_ds.errors import UserError
-from deca_ds.launch import ClientLayout, read_launch
+from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
-from deca_ds.launch.store import open_job_store
+from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.training.claim import check_held
-from deca_ds.training.summary import evaluations, next_commands, print_summary
-from deca_ds.training.terminal import on_stop, own_streams
+from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
+from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
-from deca_ds.watchdog.guard import guarded
+from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 from deca_ds.watchdog.role import Visitor
+from deca_ds.watchdog.stop import forget_request
 
+_LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
+_INTERRUPTED = "interrupted: the job saves a checkpoint and stops after this inner step; Ctrl-C again ends it at once"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
 
@@ -89,17 +92,20 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             guard.progress.enter("meeting the other ranks")
             meet(launch, store, config.cluster.meet_s)
         if arguments.dry_run:
-            if launch.rank == launch.first:
-                from deca_ds.tools.plan import print_plan
-
-                print_plan(config, launch.world_size if launch.launcher != "python" else None)
+            _plan(config, launch, store, guard)
             return 0
         from deca_ds.training.setup import start
 
         gc.freeze()  # what has been imported stays; no collection needs to look at it again
         gc.enable()  # deca_ds/launchers/train.py has disabled it
         trainer = start(config, launch, store, guard, visit)
+        if trainer is None:
+            if launch.rank == launch.first:
+                print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
+                      f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
+            return 0
         on_stop(guard.stop.ask)
+        on_interrupt(guard.stop.ask, _INTERRUPTED if launch.rank == launch.first else "")
         finished = trainer.train()
         guard.progress.enter("the end")
         members = trainer.cluster.members
@@ -112,18 +118,41 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             if finished:
                 mark_done(trainer.output, steps, members.missing)
                 print_summary(evaluations(trainer.output, trainer.cluster.client))
-                print(f"done{without}: {trainer.output}\n{next_commands(trainer.output)}", flush=True)
+                commands = next_commands(trainer.output, best=config.checkpoint.best)
+                print(f"done{without}: {trainer.output}\n{commands}", flush=True)
             else:
+                steps += trainer.stopped_early
                 mark_stopped(trainer.output, steps, members.missing)
                 how = "the same command with run.resume=require"
+                if trainer.stopped_early:
+                    how += " evaluation.patience=0"
                 if set(members.missing) - set(config.cluster.absent):
                     how += ", from the newest checkpoint that all clients wrote"
                     if trainer.cluster.transport == "torch":
                         how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
-                print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
+                commands = stopped_commands(trainer.output, best=config.checkpoint.best)
+                print(f"stopped after {steps}{without}; to go on: {how}\n{commands}", flush=True)
+            forget_request(trainer.output)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()
             trainer.checkpoints.forget()
         if trainer.agent is not None and trainer.agent.returns:
             guard.come_back("is in the smaller part of the network, or alone")
     return 0
+
+
+def _plan(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> None:
+    """Check on every rank what a start checks there, then print the plan on the first. A plain python start is no
+    launch: how many ranks there will be, and where, is not known."""
+    from deca_ds.tools.plan import print_plan
+
+    if launch.launcher == "python":
+        print_plan(config)
+        return
+    from deca_ds.training.setup import check_together
+
+    config, _, _ = check_together(config, launch, store, guard)
+    store.gather(launch, "plan/checked", None)
+    if launch.rank == launch.first:
+        guard.progress.enter("making the plan", works=True)
+        print_plan(config, launch.world_size)

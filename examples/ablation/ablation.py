@@ -161,6 +161,8 @@ class Runner:
             "contraction": sum(contractions) / len(contractions) if contractions else None,
             "spectral_gap": simulation.mixing.spectral_gap,
             "bytes_sent_by_a_client": 4 * sum(simulation.sent) / len(simulation.sent),
+            "state_bytes": simulation.rule.bytes_per_parameter
+            * max(block.numel for block in simulation.clients.plan.blocks),
             "steps": len(simulation.steps),
             "cpu_seconds": time.process_time() - started,
         }

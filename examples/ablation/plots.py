@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from summary import CENTRAL, LOCAL, Row, Studies, clients_loss
+from summary import CENTRAL, LOCAL, Measure, Row, Studies, clients_loss, clients_mean, mean_model
 
 try:
     import matplotlib
@@ -46,6 +46,9 @@ def draw(studies: Studies, folder: Path) -> list[Path]:
         rows = found.get((study, "news"), [])
         if len(rows) > 2:
             written.append(_curves(study, rows, label, place, folder))
+    ring = found.get(("methods, ring", "news"), [])
+    if {LOCAL, CENTRAL} < {row.name for row in ring}:
+        written.append(_accuracies(ring, folder / "accuracy.png"))
     if len(found.get(("graphs", "news"), [])) > 2:
         written.append(_graphs(found[("graphs", "news")], folder))
     if any(len(found.get(("traffic", dataset), [])) > 1 for dataset in ("news", "tasks")):
@@ -110,6 +113,34 @@ def _traffic(found: dict[tuple[str, str], list[Row]], folder: Path) -> Path:
     return _save(figure, folder / "traffic.png")
 
 
+def _accuracies(rows: list[Row], path: Path) -> Path:
+    """A line a method, the best at the top, between its brackets: the clients' accuracy and their mean model's, and
+    what it costs."""
+    accuracy = clients_mean("accuracy")
+    named = {row.name: row for row in rows}
+    ranked = sorted((row for row in rows if row.name not in (LOCAL, CENTRAL)), key=lambda row: _mean(row, accuracy))
+    figure, axis = plt.subplots(figsize=(8.6, 1.3 + 0.3 * len(ranked)), layout="constrained")
+    for name, style in ((LOCAL, "--"), (CENTRAL, ":")):
+        axis.axvline(100 * _mean(named[name], accuracy), color="0.3", linestyle=style, label=name)
+    for place, row in enumerate(ranked):
+        interval = row.interval(accuracy)
+        assert interval is not None
+        half = None if interval.half is None else 100 * interval.half
+        color = "C3" if row.name.startswith("deca") else "C0"
+        axis.errorbar(100 * interval.mean, place, xerr=half, fmt="o", ms=5, capsize=2, color=color, zorder=3)
+        axis.scatter([100 * value for value in row.values(accuracy)], [place] * len(row.runs), s=6, color="0.6")
+        axis.plot(100 * _mean(row, mean_model("accuracy")), place, "D", ms=5, mfc="none", color=color)
+        cost = f"{(row.average(SENT) or 0) / 1e6:.0f} MB sent, {(row.average('state_bytes') or 0) / 1e6:.0f} MB state"
+        axis.annotate(cost, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.3")
+    axis.plot([], [], "o", color="0.4", label="clients, mean and 95 % interval over seeds")
+    axis.plot([], [], "D", mfc="none", color="0.4", label="their mean model")
+    axis.set_yticks(range(len(ranked)), [row.name for row in ranked])
+    axis.set_ylim(-0.6, len(ranked) - 0.4)
+    axis.set_xlabel("accuracy on the common set, %")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
 def _dots(study: str, panels: dict[str, list[Row]], folder: Path) -> Path:
     """A line a variant, the best at the top."""
     height = 1.0 + 0.28 * max(map(len, panels.values()))
@@ -152,8 +183,8 @@ def _point(axis: Axes, x: float, y: float, row: Row, *, across: bool, color: str
     axis.errorbar(x, y, **{"xerr" if across else "yerr": half}, fmt=marker, ms=4, capsize=2, color=color, zorder=2)
 
 
-def _mean(row: Row) -> float:
-    interval = row.interval(clients_loss)
+def _mean(row: Row, measure: Measure = clients_loss) -> float:
+    interval = row.interval(measure)
     assert interval is not None
     return interval.mean
 

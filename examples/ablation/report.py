@@ -23,7 +23,7 @@ from summary import (
     agreeing,
     clients_loss,
     clients_mean,
-    difference,
+    corrected,
     differences,
     gap_closed,
     mean_model,
@@ -40,10 +40,10 @@ token on the common evaluation set, after the last step: the mean over the clien
 row has its own best learning rate, found on seed {tuned} by the clients' loss; seeds {seeds} are reported, on the same
 set. +- is the half-width of a 95 % interval over these seeds (Student's t: with few seeds it is wide). "against the
 first" is the row minus the first one, seed by seed: the same common set, graph and (but where the study changes alpha)
-split of the data; bold where the interval excludes 0. "same sign" counts the seeds whose difference has the sign of the
-mean difference. No correction is made for the number of comparisons: of twenty true zeros, one would be bold. A
-learning rate with a * is the smallest or the largest that was tried, after extensions of the grid: the row could be
-better yet.
+split of the data. p is that of the paired t test, corrected for the number of comparisons in its column (Holm): bold
+where it is below 0.05. The intervals are not corrected. "same sign" counts the seeds whose difference has the sign of
+the mean difference. A learning rate with a * is the smallest or the largest that was tried, after extensions of the
+grid: the row could be better yet. State: masters, gradient and what the method keeps, of the largest block, in float32.
 
 A seed draws its own Erdos-Renyi graph, so MB sent and contraction are means over the seeds. Contraction is what an
 averaging leaves of the clients' disagreement; the bound is 1 - spectral gap, for graphs that stay the same (a period
@@ -52,6 +52,7 @@ of one-peer exponential makes an exact mean, its single averagings have no such 
 """
 
 
+LEVEL = 0.05
 ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
 
 
@@ -93,85 +94,126 @@ def _ordering_table(studies: Studies) -> str:
     """The paper's ordering, where all three have run: the loss that each step down the ordering adds."""
     lines = ["## The paper's ordering: DECA, no BMA, trivial BMA", ""]
     lines += ["| study | data | no BMA minus DECA | trivial minus no BMA | trivial minus DECA |", "|---" * 5 + "|"]
+    places, changes = [], []
     for study, dataset, rows in studies:
         named = {row.name: row for row in rows if row.runs}
-        if not named.keys() >= set(ORDERING):
-            continue
-        deca, without, trivial = (named[name] for name in ORDERING)
-        steps = (_difference(without, deca), _difference(trivial, without), _difference(trivial, deca))
-        lines.append(f"| {study} | {dataset} | {' | '.join(steps)} |")
+        if named.keys() >= set(ORDERING):
+            deca, without, trivial = (named[name] for name in ORDERING)
+            places.append((study, dataset))
+            pairs = ((without, deca), (trivial, without), (trivial, deca))
+            changes.append([differences(row, reference) for row, reference in pairs])
+    columns = [_differences(column) for column in zip(*changes, strict=True)]
+    for place, *steps in zip(places, *columns, strict=True):
+        lines.append(f"| {' | '.join([*place, *steps])} |")
     return "\n".join(lines) + "\n"
 
 
 def _signal_table(studies: Studies) -> str:
     """DECA's default signal against none, in every setting that has both."""
+    pairs = list(pairs_without_signal(studies))
     lines = ["## The signal: gossip-adam minus deca (descent), in every setting that has both", ""]
-    lines += [
-        "| study | data | setting | clients' loss | seeds where deca is lower | mean model's loss |",
-        "|---" * 6 + "|",
-    ]
-    for study, dataset, deca, without in pairs_without_signal(studies):
+    titles = ("clients' loss", "clients' accuracy, points", "mean model's loss", "seeds where deca's loss is lower")
+    lines += [f"| study | data | setting | {' | '.join(titles)} |", "|---" * 7 + "|"]
+    columns = []
+    for measure, scale in ((clients_loss, 1), (clients_mean("accuracy"), 100), (mean_model("loss"), 1)):
+        columns.append(_differences([differences(without, deca, measure) for *_, deca, without in pairs], scale))
+    for (study, dataset, deca, without), *scores in zip(pairs, *columns, strict=True):
         values = differences(without, deca)
         lower = f"{sum(value > 0 for value in values)} of {len(values)}" if any(values) else "the same bits"
-        scores = (_difference(without, deca), lower, _difference(without, deca, mean_model("loss")))
-        lines.append(f"| {study} | {dataset} | {deca.name} | {' | '.join(scores)} |")
+        lines.append(f"| {' | '.join([study, dataset, deca.name, *scores, lower])} |")
     return "\n".join(lines) + "\n"
 
 
 def _table(rows: Sequence[Row]) -> str:
-    scored = any(row.values(clients_mean("accuracy")) for row in rows)
-    closes = any(gap_closed(row, rows, clients_loss) for row in rows)
-    columns = ["", "lr", "steps", "samples a client", "MB sent a client", "clients' loss", "against the first"]
-    columns += ["same sign"]
-    columns += ["mean model", "consensus distance", "contraction: bound, measured"]
-    columns += ["clients' accuracy, %", "macro-F1, %", "mean model's accuracy, %"] if scored else []
-    columns += ["share of the gap closed: loss"] + (["accuracy"] if scored else []) if closes else []
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    for row in rows:
-        unfinished = "not finished" if row.tried else "not run"
-        cells = _cells(row, rows, scored, closes) if row.runs else [unfinished]
-        cells += [""] * (len(columns) - 1 - len(cells))
+    """Cost and loss; below it, for classification, who answers how often rightly."""
+    losses = {name: cells for name, cells in _loss_columns(rows).items() if any(cells)}
+    accuracies = {name: cells for name, cells in _accuracy_columns(rows).items() if any(cells)}
+    return _markdown(rows, losses) + ("\n" + _markdown(rows, accuracies) if accuracies else "")
+
+
+def _markdown(rows: Sequence[Row], columns: Mapping[str, Sequence[str]]) -> str:
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for place, row in enumerate(rows):
+        cells = [column[place] for column in columns.values()]
+        if not row.runs:
+            cells = ["not finished" if row.tried else "not run", *[""] * (len(cells) - 1)]
+        elif row.diverged:
+            every = math.isinf(min(row.tried.values()))
+            at = "every learning rate" if every else f"{row.diverged} of {len(row.runs)} seeds"
+            cells = [f"{row.lr:g}, diverged at {at}", *[""] * (len(cells) - 1)]
         lines.append(f"| {' | '.join([row.name, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row, rows: Sequence[Row], scored: bool, closes: bool) -> list[str]:
-    if row.diverged:
-        at = (
-            "every learning rate" if math.isinf(min(row.tried.values())) else f"{row.diverged} of {len(row.runs)} seeds"
-        )
-        return [f"{row.lr:g}", f"diverged at {at}"]
-    steps, sent, contraction = row.runs[0]["steps"], row.average("bytes_sent_by_a_client"), row.average("contraction")
-    changes = differences(row, rows[0]) if row is not rows[0] else []
-    cells = [
-        f"{row.lr:g}" + ("*" if row.at_the_end else ""),
-        str(steps),
-        str(steps * row.variant.keys["data.batch_size"]),
-        f"{sent / 1e6:.0f}",
-        _shown(row.interval(clients_loss)),
-        _difference(row, rows[0]),
-        f"{agreeing(changes)} of {len(changes)}" if any(changes) else "the same bits" if changes else "",
-        _shown(row.interval(mean_model("loss"))),
-        _shown(row.interval(lambda run: run["consensus_distance"]), digits=2),
-    ]
-    bound = "-" if row.bound is None else f"{row.bound:.3f}"
-    cells += [f"{bound}, {contraction:.3f}" if contraction is not None and sent else ""]
-    if scored:
-        for measure in (clients_mean("accuracy"), clients_mean("macro_f1"), mean_model("accuracy")):
-            cells.append(_shown(row.interval(measure), digits=1, scale=100))
-    if closes:
-        cells.append(_shown(gap_closed(row, rows, clients_loss), digits=2))
-        if scored:
-            cells.append(_shown(gap_closed(row, rows, clients_mean("accuracy")), digits=2))
+def _loss_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    changes = [_changes(row, rows[0]) for row in rows]
+    steps = [row.runs[0]["steps"] if row.runs else 0 for row in rows]
+    return {
+        "lr": ["" if row.lr is None else f"{row.lr:g}" + ("*" if row.at_the_end else "") for row in rows],
+        "steps": list(map(str, steps)),
+        "samples a client": [str(n * row.variant.keys["data.batch_size"]) for n, row in zip(steps, rows, strict=True)],
+        "MB sent a client": [_average(row, "bytes_sent_by_a_client", 1e-6) for row in rows],
+        "state, MB": [_average(row, "state_bytes", 1e-6, digits=1) for row in rows],
+        "clients' loss": _column(rows, clients_loss),
+        "against the first": _differences(changes),
+        "p": _p_values(changes),
+        "same sign": [_signs(each) for each in changes],
+        "mean model": _column(rows, mean_model("loss")),
+        "consensus distance": _column(rows, lambda run: run["consensus_distance"], digits=2),
+        "contraction: bound, measured": [_contraction(row) for row in rows],
+        "share of the gap closed": [_shown(gap_closed(row, rows, clients_loss), digits=2) for row in rows],
+    }
+
+
+def _accuracy_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    accuracy = clients_mean("accuracy")
+    changes = [_changes(row, rows[0], accuracy) for row in rows]
+    return {
+        "clients' accuracy, %": _column(rows, accuracy, digits=1, scale=100),
+        "against the first, points": _differences(changes, scale=100),
+        "p": _p_values(changes),
+        "macro-F1, %": _column(rows, clients_mean("macro_f1"), digits=1, scale=100),
+        "mean model's accuracy, %": _column(rows, mean_model("accuracy"), digits=1, scale=100),
+        "share of the gap closed": [_shown(gap_closed(row, rows, accuracy), digits=2) for row in rows],
+    }
+
+
+def _changes(row: Row, first: Row, measure: Measure = clients_loss) -> list[float]:
+    return [] if row is first else differences(row, first, measure)
+
+
+def _column(rows: Sequence[Row], measure: Measure, *, digits: int = 3, scale: float = 1) -> list[str]:
+    return [_shown(row.interval(measure), digits=digits, scale=scale) for row in rows]
+
+
+def _differences(changes: Sequence[Sequence[float]], scale: float = 1) -> list[str]:
+    """An interval for each comparison of a column, bold where its corrected p is below 0.05."""
+    digits = 1 if scale == 100 else 3
+    cells = []
+    for values, p in zip(changes, corrected(changes), strict=True):
+        text = _shown(Interval.of(values) if values else None, sign=True, digits=digits, scale=scale)
+        cells.append(f"**{text}**" if p is not None and p < LEVEL else text)
     return cells
 
 
-def _difference(row: Row, reference: Row, measure: Measure = clients_loss) -> str:
-    if row is reference:
+def _p_values(changes: Sequence[Sequence[float]]) -> list[str]:
+    return ["" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in corrected(changes)]
+
+
+def _signs(values: Sequence[float]) -> str:
+    return f"{agreeing(values)} of {len(values)}" if any(values) else "the same bits" if values else ""
+
+
+def _average(row: Row, key: str, scale: float, digits: int = 0) -> str:
+    value = row.average(key)
+    return "" if value is None else f"{value * scale:.{digits}f}"
+
+
+def _contraction(row: Row) -> str:
+    measured = row.average("contraction")
+    if measured is None or not row.average("bytes_sent_by_a_client"):
         return ""
-    interval = difference(row, reference, measure)
-    text = _shown(interval, sign=True)
-    return f"**{text}**" if interval is not None and interval.excludes_zero else text
+    return f"{'-' if row.bound is None else f'{row.bound:.3f}'}, {measured:.3f}"
 
 
 def _shown(interval: Interval | None, *, digits: int = 3, scale: float = 1, sign: bool = False) -> str:

@@ -14,6 +14,7 @@ from method_contract import (
     equals_the_dense_reference,
     matrices_of,
     problem,
+    run,
     stacked_state,
 )
 
@@ -59,6 +60,21 @@ def test_the_mean_of_the_trackers_is_that_of_the_gradients(graph):
             rule.accept(state, name, torch.tensor(w) @ state[name])
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_mean_of_gasloc_makes_diloco_s_outer_step(graph):
+    """With gradients that do not depend on where a client is, and an outer learning rate of 1."""
+    start, gradient = problem(seed=6)
+    states = {}
+    for method in ("gasloc", "diloco"):
+        rule = build_rule(method, outer_lr=1.0, outer_momentum=0.5)
+        states[method] = stacked_state(rule, start)
+        run(rule, states[method], lambda r, i, x: gradient(r, i, start[i]), cycle(matrices_of(graph)), every=3)
+    means = {method: state["theta"].mean(0) for method, state in states.items()}
+    torch.testing.assert_close(means["gasloc"], means["diloco"], rtol=0, atol=1e-12)
+    assert (means["gasloc"] - torch.tensor(start[0])).abs().max() > 12 * LR, "no momentum"
+    assert (states["gasloc"]["theta"] - states["diloco"]["theta"]).abs().max() > LR
+
+
 def test_a_rule_takes_its_own_coefficients_from_the_configuration():
     config = Config()
     config.algorithm.outer_lr, config.algorithm.b1, config.algorithm.a1 = 0.1, 0.2, 0.3
@@ -68,6 +84,7 @@ def test_a_rule_takes_its_own_coefficients_from_the_configuration():
         taken[config.algorithm.method] = {key: getattr(rule, key, None) for key in ("outer_lr", "b1", "a1")}
     assert taken["deca"] == {"outer_lr": None, "b1": 0.2, "a1": 0.3}
     assert taken["diloco"] == {"outer_lr": 0.1, "b1": None, "a1": 0.3}
+    assert taken["gasloc"] == {"outer_lr": None, "b1": None, "a1": 0.3}
     assert taken["adamw"] == {"outer_lr": None, "b1": None, "a1": 0.3}
     with pytest.raises(ValueError, match=r"'adam'.*gossip-adam"):
         build_rule("adam")

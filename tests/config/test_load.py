@@ -31,6 +31,20 @@ def test_file_then_dotlist_then_saved_and_read_back(tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
 
 
+def test_how_long_a_run_is_is_said_once(tmp_path):
+    def length(*overrides):
+        config = load_config(file, [*BASE, *overrides])
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+        return config.algorithm.rounds, config.algorithm.epochs
+
+    file = None
+    assert length() == (4, None) and length("algorithm.epochs=0.5") == (None, 0.5)
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm: {rounds: 7}\n")
+    assert length() == (7, None) and length("algorithm.rounds=null", "algorithm.epochs=2") == (None, 2.0)
+
+
 def test_unknown_keys_suggest_the_right_one():
     assert "did you mean optimizer.lr?" in refused(r"optimizer\.lrr = 1", "optimizer.lrr=1")
     assert "did you mean optimizer?" in refused("optimzer", "optimzer.lr=1")
@@ -63,6 +77,8 @@ def test_wrong_types_and_choices_name_the_value():
         "gossip.chunk_mib=0",
         "data.max_length=1",
         "run.threads=0",
+        "algorithm.rounds=0",
+        "algorithm.epochs=0",
         "run.seed=-1",
         "logging.every=0",
         "blocks.layers_per_block=0",
@@ -77,6 +93,12 @@ def test_contradictions():
     refused("gossip.graph = 'ring' with gossip.edges = 'e.txt'", "gossip.edges=e.txt")
     refused("gossip.wait_s = 2 with cluster.on_failure=continue", "gossip.wait_s=2", "cluster.on_failure=continue")
     refused("gossip.wait_s = 60, .* cluster.timeout_s = 60", "gossip.wait_s=60", "cluster.timeout_s=60")
+    refused("algorithm.rounds = 2 with algorithm.epochs = 3", "algorithm.rounds=2", "algorithm.epochs=3")
+    alone = "evaluation.mean_model=false"
+    refused("evaluation.patience = 2, but evaluation.every = 0", "evaluation.patience=2")
+    refused("checkpoint.best = True, but evaluation.every = 0", "checkpoint.best=true")
+    refused("no client knows", "checkpoint.best=true", "evaluation.every=5", alone, "cluster.clients=2")
+    load_config(None, [*BASE, "checkpoint.best=true", "evaluation.every=5", alone])
     refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
 
 
@@ -108,6 +130,8 @@ def test_no_argument_makes_a_traceback(text):
 def test_world_size():
     config = load_config(None, [*BASE, "cluster.clients=3", "data.batch_size=8", "data.micro_batch_size=2"])
     assert check_world(config, 6) == [2, 2, 2]
+    with pytest.raises(ConfigError, match=r"one rank is launched for 3 clients[\s\S]*deepspeed --num_accelerators 3 "):
+        check_world(config, 1)
     with pytest.raises(ConfigError, match="7 ranks cannot be divided among 3 clients"):
         check_world(config, 7)
     with pytest.raises(ConfigError, match=r"data\.batch_size = 8 cannot be split over the 3 ranks of client 0"):
@@ -177,7 +201,7 @@ def test_output_folder_is_never_used_twice(tmp_path):
         ('{"zero_optimization": {"offload_param": {"device": "nvme"}}}', "'nvme'"),
         ('{"zero_optimization": 3}', "is a JSON object"),
         ("[1]", "is a JSON object"),
-        ('{"a": 1,\n}', "line 2"),
+        ('{"a": 1\n"b"}', "line 2"),
     ],
 )
 def test_deepspeed_json_is_checked_before_anything_starts(tmp_path, content, message):

@@ -31,12 +31,12 @@ from deca_ds.launch.store import open_job_store
 from deca_ds.training.checkpoints import slice_groups
 from deca_ds.watchdog.guard import guarded
 
-POSITIONS = 5  # that have logits together, where the loss goes by chunks
+POSITIONS = 5  # that have logits together, where chunks are small
 
 
 @contextmanager
-def by_chunks(client: Client) -> Iterator[list[int]]:
-    """The loss goes by chunks; yields a list that has an entry for every call of the head."""
+def small_chunks(client: Client) -> Iterator[list[int]]:
+    """The loss goes by chunks of few positions; yields a list that has an entry for every call of the head."""
     head = client.model.get_output_embeddings()
     usual = chunked_loss.LOGITS_BYTES
     calls: list[int] = []
@@ -76,7 +76,7 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
         stats = client.gradient([batch])
         if index in (0, len(client.plan.blocks) - 1) and config.model.dtype == "float32":
             gradient, score = state.grad.clone(), client.score(batch)[0]
-            with by_chunks(client) as calls:
+            with small_chunks(client) as calls:
                 chunked = client.gradient([batch])
                 assert torch.allclose(client.score(batch)[0], score, rtol=1e-6), block.names
             client.end_scoring()

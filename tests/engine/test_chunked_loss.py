@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from deca_ds.engine import chunked_loss
+from deca_ds.engine import chunked_loss, losses
 from deca_ds.engine.losses import check_own_loss, token_losses, training_loss
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ModelError
@@ -57,6 +57,13 @@ def chunked(monkeypatch):
     return switch
 
 
+def compute_whole(model, batch=ROWS):
+    """The same as `compute`, with all logits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "find_head", lambda _: None)
+        return compute(model, batch)
+
+
 def compute(model, batch=ROWS):
     """Loss, gradients and how often each came, losses of tokens, mask."""
     model.zero_grad()
@@ -73,9 +80,9 @@ def compute(model, batch=ROWS):
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        losses, mask = token_losses(model, batch, CPU)
+        by_token, mask = token_losses(model, batch, CPU)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, came, losses, mask
+    return loss.detach(), gradients, came, by_token, mask
 
 
 class Largest(TorchDispatchMode):
@@ -100,13 +107,13 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", HEADS)
 def test_equals_the_loss_of_all_logits_in_training_and_evaluation(name, chunked):
     model = build(HEADS[name])
-    loss, gradients, came, losses, mask = compute(model)
+    loss, gradients, came, by_token, mask = compute_whole(model)
     chunked(model)
     by_chunks, same_gradients, came_by_chunks, same_losses, same_mask = compute(model)
     assert came_by_chunks == came and set(came.values()) == {1}
     torch.testing.assert_close(by_chunks, loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(same_losses, losses, rtol=0, atol=2e-6)
+    torch.testing.assert_close(same_losses, by_token, rtol=0, atol=2e-6)
     assert torch.equal(same_mask, mask)
     check_own_loss(model.eval(), ROWS, CPU)
 
@@ -118,12 +125,22 @@ def test_no_operation_makes_logits_of_more_positions_than_wanted(chunked):
         parameter.requires_grad_(False)
     model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     with Largest(head) as whole:
-        compute(model)
+        compute_whole(model)
     chunked(model)
     with Largest(head) as parts:
         compute(model)
     assert whole.rows >= ROWS["labels"].numel() - len(ROWS["labels"])
     assert parts.rows == POSITIONS
+
+
+def test_positions_without_a_target_have_no_logits():
+    model = build(CONFIGS["llama"])
+    few = ROWS | {"labels": ROWS["labels"].clone()}
+    few["labels"][:, :6] = -100
+    targets = int((few["labels"][:, 1:] != -100).sum())
+    with Largest(model.get_output_embeddings()) as largest:
+        compute(model, few)
+    assert largest.rows == targets
 
 
 @pytest.mark.parametrize(
@@ -140,7 +157,7 @@ def test_gradients_of_one_block(make, trained, chunked):
     model = build(make)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
-    _, gradients, came, *_ = compute(model)
+    _, gradients, came, *_ = compute_whole(model)
     chunked(model)
     _, same_gradients, came_by_chunks, *_ = compute(model)
     assert came_by_chunks == came
@@ -151,8 +168,8 @@ def test_nothing_to_train_and_no_targets(chunked):
     model = build(CONFIGS["llama"])
     chunked(model)
     nothing = ROWS | {"labels": torch.full_like(ROWS["labels"], -100)}
-    loss, gradients, _, losses, mask = compute(model, nothing)
-    assert float(loss) == 0 and not losses.any() and not mask.any()
+    loss, gradients, _, by_token, mask = compute(model, nothing)
+    assert float(loss) == 0 and not by_token.any() and not mask.any()
     assert all(not gradient.any() for gradient in gradients.values())
     assert len(gradients) == len(list(model.parameters()))
     for parameter in model.parameters():
@@ -161,9 +178,9 @@ def test_nothing_to_train_and_no_targets(chunked):
 
 
 def test_gradients_in_bfloat16_are_as_exact_as_those_of_all_logits(chunked):
-    exact = compute(build(CONFIGS["llama"], torch.bfloat16).float())[1]
+    exact = compute_whole(build(CONFIGS["llama"], torch.bfloat16).float())[1]
     model = build(CONFIGS["llama"], torch.bfloat16)
-    whole = compute(model)[1]
+    whole = compute_whole(model)[1]
     chunked(model)
     parts = compute(model)[1]
 

@@ -43,10 +43,11 @@ def rows():
     runs = {}
 
     def add(keys, lr, seed, loss):
-        score = {"loss": loss, "accuracy": None if loss is None else 1 - loss, "macro_f1": 0.5}
-        record = {"loss": loss, "clients": [score, score], "mean": score, "consensus_distance": 0.1, "steps": 10}
+        score = {"loss": loss, "accuracy": 1 - (loss or 0), "macro_f1": 0.5}
+        scores = {"clients": [], "mean": None} if loss is None else {"clients": [score, score], "mean": score}
+        record = {"loss": loss, **scores, "consensus_distance": 0.1, "steps": 10}
         record |= {"contraction": 0.4 - 0.1 * seed, "spectral_gap": 0.5 + 0.1 * seed, "cpu_seconds": 36.0}
-        record["bytes_sent_by_a_client"] = 3e6 * (1 + seed)
+        record["bytes_sent_by_a_client"], record["state_bytes"] = 3e6 * (1 + seed), 2e6
         key = run_key(BASE | keys | {"lr": lr, "run.seed": seed})
         runs[key] = record | {"key": key}
 
@@ -88,6 +89,21 @@ def test_means_and_intervals(rows):
     assert gap_closed(rows["second"], [rows["first"], rows["second"]], clients_loss) is None
 
 
+def test_p_values_are_corrected_for_the_number_of_comparisons(rows):
+    from scipy.stats import ttest_1samp
+    from summary import corrected
+
+    some = [[0.1, 0.2, 0.3], [0.3, -0.1, 0.2], [1.0, 1.1, 0.9]]
+    one, other, small = (ttest_1samp(values, 0).pvalue for values in some)
+    assert small < one < other and 3 * small < 2 * one < other
+    expected = [2 * one, None, other, 3 * small, None]
+    assert corrected([some[0], [], some[1], some[2], [0.0, 0.0, 0.0]]) == pytest.approx(expected)
+    # a larger p is never corrected below a smaller one
+    assert corrected([some[0], some[0]]) == pytest.approx([2 * one, 2 * one])
+    assert corrected([[0.5, 0.5], [0.3]]) == [0.0, None] and corrected([]) == []
+    assert corrected([some[1], some[1]]) == pytest.approx([min(1.0, 2 * other)] * 2)
+
+
 def test_what_depends_on_the_seeds_graph_is_a_mean_over_the_seeds(rows):
     from dataclasses import replace
 
@@ -125,15 +141,21 @@ def test_the_table(rows):
 
     runs = {run["key"]: run for row in rows.values() for run in row.runs} | {"superseded": {"cpu_seconds": 3600.0}}
     table = tables([("methods", "news", list(rows.values()))], runs)
-    first = "| first | 2 | 10 | 40 | 6 | 0.400 +- 0.248 |  |  | 0.400 +- 0.248 | 0.10 +- 0.00 | 0.400, 0.300 |"
+    first = "| first | 2 | 10 | 40 | 6 | 2.0 | 0.400 +- 0.248 |  |  |  | 0.400 +- 0.248 | 0.10 +- 0.00 | 0.400, 0.300 |"
     assert first in table
-    assert "| **+0.600 +- 0.000** | 3 of 3 |" in table
+    assert "| **+0.600 +- 0.000** | < 0.001 | 3 of 3 |" in table
+    # three comparisons: 0.2 +- 0.248 has p 0.074, the largest of them, which stays as it is
+    assert "| +0.200 +- 0.248 | 0.074 | 3 of 3 |" in table
+    assert "| first | 60.0 +- 24.8 |  |  | 50.0 +- 0.0 | 60.0 +- 24.8 |" in table
+    assert "| second | 40.0 +- 49.7 | -20.0 +- 24.8 | 0.074 |" in table
     assert "| later | not finished |" in table and "| never | not run |" in table
-    assert "| lost | 1 | diverged at every learning rate |" in table
-    assert "| half lost | 1 | diverged at 1 of 3 seeds |" in table
+    assert "| lost | 1, diverged at every learning rate |" in table
+    assert "| half lost | 1, diverged at 1 of 3 seeds |" in table
     assert f"{len(runs)} runs took 1.2 CPU hours; {len(runs) - 1} of them are reported" in table  # 18 x 36 s + 1 h
-    width = {line.count("|") for line in table.partition("## methods")[2].splitlines() if line.startswith("|")}
-    assert len(width) == 1, "a row has other columns than the head"
+    _, losses, accuracies = table.partition("## methods")[2].split("\n\n")
+    for part in (losses, accuracies):
+        width = {line.count("|") for line in part.strip().splitlines()}
+        assert len(width) == 1, "a row has other columns than the head"
 
 
 def test_equal_runs_are_said_to_be_equal(rows):
@@ -168,6 +190,15 @@ def test_the_figures(tmp_path):
     assert {"methods.png", "graphs.png", "traffic.png", "heterogeneity.png"} <= names
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
     assert names == {path.name for path in RESULTS.glob("*.png")}, "run python examples/ablation/report.py"
+
+
+def test_the_figure_of_accuracies_needs_both_brackets(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    from plots import draw
+
+    found = [rows[name] for name in ("first", "second", "half lost", "never", "adamw, alone")]
+    assert draw([("methods, ring", "news", found)], tmp_path) == []
+    assert draw([("methods, ring", "news", [*found, rows["adamw, all data"]])], tmp_path) == [tmp_path / "accuracy.png"]
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

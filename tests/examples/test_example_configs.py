@@ -16,6 +16,7 @@ from deca_ds.config.schema import Config
 from deca_ds.data import validate_data_config
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.tools.train import parser
+from deca_ds.training.doubts import doubts
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS_OF_EXAMPLES = ("examples", "examples/demo", "examples/recipes")
@@ -79,6 +80,7 @@ def test_example_loads_and_is_free_of_contradictions(path: Path) -> None:
     ranks = list(config.cluster.ranks or [1] * config.cluster.clients)
     assert check_world(config, sum(ranks)) == ranks
     assert not config.model.trust_remote_code
+    assert config.data.per_client or not doubts(config)
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("ds_configs/*.json")), ids=name)

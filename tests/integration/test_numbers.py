@@ -109,6 +109,7 @@ CASES = {
         ({"algorithm.method": "qg-adam", **SMOOTH, **WHOLE}, "one_peer_exponential", 1),
         ({"algorithm.method": "gt-adam", **WHOLE}, "one_peer_exponential", 1),
         ({"algorithm.method": "diloco", **WHOLE}, "complete", 4),
+        ({"algorithm.method": "gasloc"}, "star", 2),
         ({"algorithm.method": "badam"}, "isolated", 1),
         ({"algorithm.method": "adamw", **WHOLE}, "isolated", 1),
     ],

@@ -1,11 +1,11 @@
-"""Traffic and length of runs, by hand and against what the schedule and the graph say step by step."""
+"""Traffic of runs against what the schedule and the graph say step by step."""
 
 import pytest
 
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.planning.traffic import length, traffic
+from deca_ds.planning.traffic import traffic
 
 
 @pytest.mark.parametrize(("graph", "clients"), [("ring", 4), ("star", 5), ("one_peer_exponential", 4), ("isolated", 3)])
@@ -27,10 +27,3 @@ def test_traffic_is_the_sum_over_all_steps(graph, clients, blocks, every):
     assert found.run == pytest.approx(sum(sent), rel=0.02)
     assert found.run_client == pytest.approx(max(sent), rel=0.02)
     assert found.client == pytest.approx(found.run_client / len(schedule))
-
-
-def test_length_counts_sequences_tokens_and_epochs():
-    schedule = Schedule(rounds=2, blocks=3, inner_steps=5)
-    found = length(schedule, batch_size=8, max_length=100, examples=[60, 120])
-    assert (found.steps, found.sequences, found.tokens, found.epochs) == (30, 240, 24_000, (2.0, 4.0))
-    assert length(schedule, 8, 100, []).epochs is None

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
-from deca_ds.errors import ConfigError
+from deca_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from deca_ds.tools.plan import print_plan
 
 
@@ -32,6 +33,44 @@ def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
         print_plan(load_config(None, [*keys, f"gossip.matrix={directed}"]))
 
 
+def test_a_folder_that_is_used_is_told_last_and_hides_no_mistake(tiny_model, word_files, tmp_path, capsys):
+    (tmp_path / "DONE").touch()
+    keys = [f"run.output={tmp_path}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
+    for mistake, message in (("algorithm.method=adamm", "is not known"), ("data.train=x.jsonl", "no such file")):
+        with pytest.raises((ConfigError, DataError), match=message):
+            print_plan(load_config(None, [*keys, mistake]))
+    capsys.readouterr()
+    print_plan(load_config(None, keys))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "steps:" in told and re.search(
+        r"WARNING: the output folder '.*' is already used, .*run.resume=require", told
+    )
+    with pytest.raises(CheckpointError, match="no run to continue"):
+        print_plan(load_config(None, [*keys, "run.resume=require"]))
+
+
+CLASSES = ["data.format=classification"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.format=messages"], "the tokenizer has no chat template"),
+        (
+            ["data.format=classification", "data.label_names={0: w1, 1: W1 w2 w3, 2: w3}", "data.max_length=4"],
+            "too many",
+        ),
+        (["data.format=classification", "data.label_names={1: w1, '1.0': w2}"], "the label '1' has two words"),
+        (["logging.tensorboard=true"], "TensorBoard cannot be imported"),
+    ],
+)
+def test_what_needs_no_rows_is_told_of_files_that_nobody_opens(tiny_model, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=2"]
+    with pytest.raises(UserError, match=message):
+        print_plan(load_config(None, [*keys, "data.per_client=[/there/a.jsonl,/there/b.jsonl]", *changes]))
+
+
 def test_rounded_masters_are_told_with_the_memory_of_exact_ones(tiny_model, word_files, tmp_path, capsys):
     keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
@@ -46,6 +85,26 @@ def test_rounded_masters_are_told_with_the_memory_of_exact_ones(tiny_model, word
         told = plan(half, rounded, world_size=ranks)
         assert "masters: rounded, what a block's turn changes" in told
         assert f"model.masters=exact takes {decimal(2 * parameters // ranks)} of host memory per rank" in told
+
+
+def test_the_length_is_told_in_rounds_epochs_and_tokens(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=2", "data.batch_size=4"]
+    shared, own = f"data.train=[{word_files[0]}]", f"data.per_client=[{word_files[0]},{word_files[1]}]"
+
+    def plan(*changes: str) -> str:
+        print_plan(load_config(None, [*keys, *changes]))
+        return " ".join(capsys.readouterr().out.split())
+
+    told = plan(shared, "algorithm.epochs=9")
+    rounds, blocks = map(int, re.search(r"steps: (\d+) rounds x (\d+) blocks x 48 inner steps = ", told).groups())
+    epochs, asked = re.search(r"length: (\S+) epochs \((\S+), in whole rounds of \S+, ", told).groups()
+    assert (
+        asked == "algorithm.epochs=9" and float(epochs) >= 9 and f"{2 * 4 * 48 * rounds * blocks:,} sequences" in told
+    )
+    assert "WARNING: client" in plan(shared, "algorithm.rounds=500")
+    told = plan(own, "algorithm.epochs=9")
+    assert f"steps: algorithm.epochs=9 of what the clients' files hold, in whole rounds of {blocks} blocks" in told
+    assert "length:" not in told and "disk: " in told
 
 
 def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, tmp_path, capsys):
@@ -127,3 +186,11 @@ def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_p
     assert code == 2 and "3 ranks cannot be divided among 2 clients" in told
     code, told = plan("a: 3\n")
     assert code == 2 and "'a: 3' is no host" in told and f"{tmp_path / 'hosts'}:1" in told
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate", "doctor"])
+def test_keys_and_options_come_in_any_order(command, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("optimizer:\n  lr: 0.1\n")
+    assert main([command, "model.path=x", "--config", str(config), "optimizer.rate=3"]) == 2
+    assert "optimizer.rate" in "".join(capsys.readouterr())
