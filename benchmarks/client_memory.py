@@ -12,7 +12,8 @@ one thread a rank. Each case is a job of its own, of one or two ranks. All figur
     peak      the most during a step (the second one); to be there: what is at rest, and what torch has allocated above
               it at the worst moment, by kind
 
-`unexplained` is what is left of either, over all of it. glibc keeps pieces below 32 MiB that were freed, for the next
+`unexplained` is what is left of either, over all of it; `estimated` is what `deca plan` says, and `error` its distance
+from what was measured, as a share. glibc keeps pieces below 32 MiB that were freed, for the next
 ones: `freed` is what it gives back when it is asked after that step. Prints a line a block and writes
 benchmarks/results/client_memory.json.
 """
@@ -53,19 +54,6 @@ KINDS = {
     "gradients of linear layers and embeddings": ("embedding_dense_backward", "linearthatsaveswhatisneededbackward"),
 }  # fmt: skip
 OTHERS = "activations, logits; of several ranks also gathered parameters and buckets of gradients"
-
-
-def resident(name: str = "VmRSS") -> int:
-    """Of this process, in bytes; VmHWM: its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def peak_of(action: Callable[[], object]) -> int:
-    """Peak resident memory during the action."""
-    Path("/proc/self/clear_refs").write_text("5")
-    action()
-    return resident("VmHWM")
 
 
 def allocated_at_peak(action: Callable[[], object]) -> dict[str, int]:
@@ -110,6 +98,8 @@ def kind(names: tuple[str, ...]) -> str:
 def measure(places: dict[int, bool], overrides: list[str]) -> dict[str, Any]:
     import torch
     from one_client import lonely_step, one_client, random_batch
+    from resident import at_rest as planned_at_rest
+    from resident import estimate_of, in_step, peak_of, resident
 
     from deca_ds.algorithm.methods import build_rule
     from deca_ds.engine.heap import return_freed_memory
@@ -148,6 +138,13 @@ def measure(places: dict[int, bool], overrides: list[str]) -> dict[str, Any]:
             result["blocks"][client.plan.blocks[place].label] = found
             del state
             client.close_block()
+        plan = estimate_of(SHAPE, LENGTH, result["ranks"], [*OVERRIDES, *overrides])
+        for place in places:
+            turn, found = plan.turns[place], result["blocks"][plan.turns[place].label]
+            for name, estimated in (("at_rest", planned_at_rest(turn)), ("peak", in_step(turn))):
+                if name in found:
+                    error = round(estimated / found[name]["bytes"] - 1, 4)
+                    found[name] |= {"estimated": estimated, "error": error}
         for place in (place for place, steps in places.items() if steps):  # last: a profile takes memory, too
             found = result["blocks"][client.plan.blocks[place].label]["peak"]
             state = client.open_block(place, rule.buffers)

@@ -3,8 +3,11 @@
     python benchmarks/memory.py
 
 Each case is a process of its own, on the CPU in float32, on the same random Llama of about 110 million parameters and
-the same short batch, so that activations hardly count. A figure is the process's peak resident memory (ru_maxrss) minus
-its peak after the imports and the connection. DECA trains every block once, one step each, with blocks of one layer.
+the same short batch, so that activations hardly count. A figure is the peak resident memory of the process minus what
+it is after a step of a tiny model, so that no library is in it. DECA trains every block once, one step each, with
+blocks of one layer. `estimated` is what `deca plan` says, and `error` its distance from what was measured, as a share.
+glibc keeps pieces that were freed, of which the plan knows nothing: `freed` is what it gives back when asked for them,
+and `error_without_freed` is the distance from the rest.
 Prints a line a case and writes benchmarks/results/memory.json.
 """
 
@@ -12,20 +15,23 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apart import REPOSITORY, run_apart
+
+if TYPE_CHECKING:
+    from deca_ds.config import Config
 
 DEADLINE_S = 400
 ROWS, LENGTH = 1, 64
 SHAPE = dict(
     vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
 )  # fmt: skip
+TINY = SHAPE | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 SMALL = SHAPE | dict(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4)
 LEAN = f"deepspeed={REPOSITORY / 'ds_configs' / 'zero3_lean.json'}"
 WARM_UP_SWITCHES, SWITCHES = 40, 200
@@ -43,30 +49,44 @@ CASES: dict[str, tuple[str, int, list[str], dict[str, str]]] = {
 }
 
 
-def peak() -> int:
-    """Peak resident memory of this process so far, in bytes (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def adamw() -> dict[str, Any]:
     """Three steps of torch's AdamW on the whole model: parameters, gradients and two moments, 16 bytes a parameter."""
     import torch
+    from resident import peak_of
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    before = peak()
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
-    for _ in range(3):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": parameters, "bytes": peak() - before}
+    def train(shape: dict[str, Any]) -> int:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return sum(p.numel() for p in model.parameters())
+
+    train(TINY)
+    before = settled()
+    parameters = 0
+
+    def measured() -> None:
+        nonlocal parameters
+        parameters = train(SHAPE)
+
+    return {"bytes": peak_of(measured) - before, "parameters": parameters}
+
+
+def settled() -> int:
+    """Resident bytes without what was freed."""
+    import gc
+
+    from resident import resident
+
+    from deca_ds.engine.heap import return_freed_memory
+
+    gc.collect()
+    return_freed_memory()
+    return resident()
 
 
 def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
@@ -74,38 +94,58 @@ def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
     import gc
     import math
 
-    import deepspeed  # noqa: F401  part of the imports
     import torch
     from one_client import lonely_step, one_client
+    from resident import estimate_of, in_step, peak_of, resident
 
     from deca_ds.algorithm.deca import DecaRule
+    from deca_ds.engine.client import Client
+    from deca_ds.engine.heap import return_freed_memory
 
-    shape = SMALL if kind == "switches" else SHAPE
+    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    keys = ["data.micro_batch_size=1", *overrides]
     with one_client() as make:
-        before = peak()
-        config, client = make(shape, ["data.micro_batch_size=1", *overrides])
-        ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
-        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        step = lonely_step(config, client, DecaRule(), batch)
 
-        def train(switches: int) -> dict[str, int]:
+        def train(client: Client, config: Config, switches: int) -> None:
+            step = lonely_step(config, client, DecaRule(), batch)
             for switch in range(switches):
                 state = client.open_block(switch % len(client.plan.blocks), DecaRule.buffers)
                 step(state)
                 client.close_block()
                 del state
+
+        def live() -> dict[str, int]:
             gc.collect()
             tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
             return {"resident_bytes": resident(), "live_tensors": tensors}
 
+        config, client = make(TINY, keys)
+        train(client, config, 1)
+        del client
+        before = settled()
+        config, client = make(SMALL if kind == "switches" else SHAPE, keys)
         size = {"parameters": sum(map(math.prod, client.shapes.values()))}
         if kind == "switches":
-            return size | {"before": train(WARM_UP_SWITCHES), "after": train(SWITCHES), "switches": SWITCHES}
+            train(client, config, WARM_UP_SWITCHES)
+            warm = live()
+            train(client, config, SWITCHES)
+            return size | {"before": warm, "after": live(), "switches": SWITCHES}
         blocks = [sum(math.prod(client.shapes[name]) for name in block.names) for block in client.plan.blocks]
         started = time.process_time()
-        train(len(blocks))
+        most = peak_of(lambda: train(client, config, len(blocks))) - before
         seconds = time.process_time() - started
-        return size | {"largest_block": max(blocks), "bytes": peak() - before, "cpu_seconds": seconds}
+        gc.collect()
+        freed = resident()
+        return_freed_memory()
+        freed -= resident()
+        estimate = estimate_of(SHAPE, LENGTH, torch.distributed.get_world_size(), overrides)
+        planned = max(in_step(turn) for turn in estimate.turns)
+        error, without_freed = round(planned / most - 1, 3), round(planned / (most - freed) - 1, 3)
+        return size | {
+            "largest_block": max(blocks), "bytes": most, "freed": freed, "estimated": planned, "error": error,
+            "error_without_freed": without_freed, "cpu_seconds": seconds,
+        }  # fmt: skip
 
 
 def run(kind: str, ranks: int, overrides: list[str], extra: dict[str, str]) -> dict[str, Any]:

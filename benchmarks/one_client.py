@@ -54,6 +54,7 @@ def random_batch(shape: dict[str, Any], rows: int, length: int) -> dict[str, Ten
 
 def lonely_step(config: Config, client: Client, rule: Rule, batch: dict[str, Tensor]) -> Callable[[BlockState], float]:
     """The trainer's inner step of a client without neighbours, which returns the loss; learning rate 1e-4."""
-    gossip = Gossip(LocalNetwork(1).transport(0), build_mixing(GossipConfig(), 1, 0))
+    of_one = LocalNetwork([torch.distributed.get_world_size()]).transport(torch.distributed.get_rank())
+    gossip = Gossip(of_one, build_mixing(GossipConfig(), 1, 0))
     first = Schedule(rounds=1, blocks=len(client.plan.blocks), inner_steps=1).step(0)
     return lambda state: inner_step(client, state, rule, gossip, first, [batch], 1e-4, config.optimizer).loss

@@ -80,7 +80,8 @@ def measure(client: Client, block: int, device: torch.device) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH), generator=generator).to(device)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    gossip = Gossip(LocalNetwork(1).transport(0), build_mixing(GossipConfig(), 1, 0), GossipConfig().chunk_mib, device)
+    of_one = LocalNetwork([dist.get_world_size()]).transport(dist.get_rank())
+    gossip = Gossip(of_one, build_mixing(GossipConfig(), 1, 0), GossipConfig().chunk_mib, device)
     first = Schedule(rounds=1, blocks=len(client.plan.blocks), inner_steps=1).step(0)
     options = load_config(None, ["model.path=x"]).optimizer
     state = client.open_block(block, DecaRule.buffers)

@@ -96,8 +96,8 @@ def print_plan(
     console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
     warn_of_blocks(console, plan)
     warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
-    if config.model.dtype == "bfloat16":
-        console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
+    if config.model.dtype == "bfloat16" and config.model.masters == "rounded":
+        console.print(_rounded(plan, estimate.ranks), highlight=False)
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
     console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
@@ -249,13 +249,13 @@ def _on_hosts(hosts: Sequence[Sequence[str]] | None) -> tuple[bool, float]:
     return any(len(names) > 1 for names in hosts), max(carried.values())
 
 
-def _masters(masters: str, plan: BlockPlan, ranks: int) -> str:
-    """What the float32 masters of a bfloat16 model cost, or what it costs not to have them."""
-    mib = 2 * sum(block.numel for block in plan.blocks) / ranks / 2**20
-    if masters == "exact":
-        return f"masters: exact, {mib:,.1f} MiB of host memory per rank"
-    lost = "what a block's turn changes by less than half a bfloat16's last place is lost when it ends"
-    return f"masters: rounded, {lost}; model.masters=exact takes {mib:,.1f} MiB of host memory per rank"
+def _rounded(plan: BlockPlan, ranks: int) -> str:
+    """What it costs a bfloat16 model not to have exact masters, and what these would take."""
+    exact = 2 * sum(block.numel for block in plan.blocks) // ranks
+    return (
+        "masters: rounded, what a block's turn changes by less than half a bfloat16's last place is lost when it ends; "
+        f"model.masters=exact takes {decimal(exact)} of host memory per rank"
+    )
 
 
 def _all_logits(config: Config, model: PreTrainedModel) -> str:

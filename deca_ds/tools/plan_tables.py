@@ -60,11 +60,11 @@ def _notes(estimate: Estimate) -> Iterator[str]:
             f"activations: {decimal(kept)} kept for backward; model.gradient_checkpointing={word} would keep "
             f"{decimal(other)}"
         )
-    where = "the CUDA allocator" if estimate.gpu else "glibc's heap"
-    yield (
-        f"Not in the table: what {where} keeps of freed memory (on CPUs 3 to 16 % of the peak was measured), and "
-        "cached pages of the data"
-    )
+    if estimate.gpu:
+        kept_freed = "what CUDA's allocator keeps of freed memory, which was never measured"
+    else:
+        kept_freed = "what glibc keeps of freed memory: 3 to 16 % of the peak with one rank, up to half with two"
+    yield f"Not in the table: {kept_freed}; and cached pages of the data"
     if not estimate.gpu:
         yield "The table is for computing on CPUs; --gpu NAME or run.device=cuda shows it for GPUs"
 

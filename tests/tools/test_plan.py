@@ -71,7 +71,7 @@ def test_what_needs_no_rows_is_told_of_files_that_nobody_opens(tiny_model, tmp_p
         print_plan(load_config(None, [*keys, "data.per_client=[/there/a.jsonl,/there/b.jsonl]", *changes]))
 
 
-def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
+def test_rounded_masters_are_told_with_the_memory_of_exact_ones(tiny_model, word_files, tmp_path, capsys):
     keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
 
@@ -79,12 +79,12 @@ def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word
         print_plan(load_config(None, [*keys, *changes]), world_size)
         return " ".join(capsys.readouterr().out.split())
 
-    assert "masters:" not in plan()
-    half = "model.dtype=bfloat16"
-    assert f"masters: exact, {2 * parameters / 2**20:,.1f} MiB of host memory per rank" in plan(half)
-    assert f"masters: exact, {parameters / 2**20:,.1f} MiB" in plan(half, world_size=2)
-    dropped = plan(half, "model.masters=rounded")
-    assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
+    half, rounded = "model.dtype=bfloat16", "model.masters=rounded"
+    assert "masters:" not in plan() and "masters:" not in plan(half)  # exact ones are in the table of memory
+    for ranks in (1, 2):
+        told = plan(half, rounded, world_size=ranks)
+        assert "masters: rounded, what a block's turn changes" in told
+        assert f"model.masters=exact takes {decimal(2 * parameters // ranks)} of host memory per rank" in told
 
 
 def test_the_length_is_told_in_rounds_epochs_and_tokens(tiny_model, word_files, tmp_path, capsys):
