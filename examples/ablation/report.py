@@ -2,7 +2,7 @@
 
 python examples/ablation/report.py                      benchmarks/ablation/tables.md and plots
 python examples/ablation/report.py --no-plots           tables only; needs no matplotlib
-python examples/ablation/report.py --studies learnable  benchmarks/learnable/tables.md
+python examples/ablation/report.py --studies learnable  benchmarks/learnable/tables.md, and the table in README.md
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ of one-peer exponential makes an exact mean, its single averagings have no such 
 """
 
 
+README, FIRST = BENCHMARKS.parent / "README.md", "methods, ring"  # the study whose table stands there
+MARKS = ("<!-- accuracies, by examples/ablation/report.py -->", "<!-- end of accuracies -->")
 LEVEL = 0.05
 ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
 
@@ -68,10 +70,19 @@ def main() -> None:
     runs, wanted = finished(results / "runs.jsonl"), load_studies(arguments.studies)
     studies = list(summarize(wanted, runs))
     (results / "tables.md").write_text(head(arguments.studies, wanted["tune"]) + tables(studies, runs))
+    if results == BENCHMARKS / "learnable":
+        README.write_text(between_marks(README.read_text(), first_screen(studies)))
     if not arguments.no_plots:
         from plots import draw
 
         draw(studies, results)
+
+
+def between_marks(page: str, table: str) -> str:
+    """The README with that table in its place."""
+    before, _, rest = page.partition(f"{MARKS[0]}\n")
+    _, _, after = rest.partition(f"{MARKS[1]}\n")
+    return f"{before}{MARKS[0]}\n\n{table}\n{MARKS[1]}\n{after}"
 
 
 def head(name: str, tune: Mapping[str, Any]) -> str:
@@ -91,20 +102,24 @@ def tables(studies: Studies, runs: Mapping[str, Run]) -> str:
 
 
 def _ordering_table(studies: Studies) -> str:
-    """The paper's ordering, where all three have run: the loss that each step down the ordering adds."""
+    """The paper's ordering, where all three have run: what each step down the ordering adds."""
     lines = ["## The paper's ordering: DECA, no BMA, trivial BMA", ""]
-    lines += ["| study | data | no BMA minus DECA | trivial minus no BMA | trivial minus DECA |", "|---" * 5 + "|"]
-    places, changes = [], []
+    lines += [
+        "| study | data | score | no BMA minus DECA | trivial minus no BMA | trivial minus DECA |",
+        "|---" * 6 + "|",
+    ]
+    settings = []
     for study, dataset, rows in studies:
         named = {row.name: row for row in rows if row.runs}
         if named.keys() >= set(ORDERING):
             deca, without, trivial = (named[name] for name in ORDERING)
-            places.append((study, dataset))
-            pairs = ((without, deca), (trivial, without), (trivial, deca))
-            changes.append([differences(row, reference) for row, reference in pairs])
-    columns = [_differences(column) for column in zip(*changes, strict=True)]
-    for place, *steps in zip(places, *columns, strict=True):
-        lines.append(f"| {' | '.join([*place, *steps])} |")
+            settings.append((study, dataset, ((without, deca), (trivial, without), (trivial, deca))))
+    for score, measure, scale in (("loss", clients_loss, 1), ("accuracy, points", clients_mean("accuracy"), 100)):
+        changes = [[differences(row, other, measure) for row, other in pairs] for *_, pairs in settings]
+        columns = [_differences(column, scale) for column in zip(*changes, strict=True)]
+        for (study, dataset, _), *steps in zip(settings, *columns, strict=True):
+            if any(steps):
+                lines.append(f"| {' | '.join([study, dataset, score, *steps])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -122,6 +137,25 @@ def _signal_table(studies: Studies) -> str:
         lower = f"{sum(value > 0 for value in values)} of {len(values)}" if any(values) else "the same bits"
         lines.append(f"| {' | '.join([study, dataset, deca.name, *scores, lower])} |")
     return "\n".join(lines) + "\n"
+
+
+def first_screen(studies: Studies) -> str:
+    """The README's table of FIRST, as far as it has run: how often the clients answer rightly, and what it costs."""
+    rows = next((rows for study, _, rows in studies if study == FIRST), [])
+    if not rows:
+        return ""
+    accuracy = _accuracy_columns(rows)
+    losses = _loss_columns(rows)
+    columns = {
+        "accuracy of the clients, %": accuracy["clients' accuracy, %"],
+        "minus DECA's, points": accuracy["against the first, points"],
+        "of their mean model, %": accuracy["mean model's accuracy, %"],
+        "share of the gap closed": accuracy["share of the gap closed"],
+        "MB sent": losses["MB sent a client"],
+        "MB state": losses["state, MB"],
+    }
+    done = [place for place, row in enumerate(rows) if row.runs]
+    return _markdown([rows[at] for at in done], {name: [cells[at] for at in done] for name, cells in columns.items()})
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -158,6 +158,18 @@ def test_the_table(rows):
         assert len(width) == 1, "a row has other columns than the head"
 
 
+def test_the_readme_has_the_rows_that_have_run(rows):
+    from report import FIRST, MARKS, between_marks, first_screen
+
+    table = first_screen([(FIRST, "news", list(rows.values()))])
+    assert "| first | 60.0 +- 24.8 |  | 60.0 +- 24.8 | 0.75 +- 0.00 | 6 | 2.0 |" in table
+    assert "| adamw, alone | 0.0 +- 24.8 | **-60.0 +- 0.0** |" in table
+    assert "never" not in table and "later" not in table
+    page = f"before\n{MARKS[0]}\n\nold\n\n{MARKS[1]}\nafter\n"
+    assert between_marks(page, table) == f"before\n{MARKS[0]}\n\n{table}\n{MARKS[1]}\nafter\n"
+    assert first_screen([("another", "news", list(rows.values()))]) == ""
+
+
 def test_equal_runs_are_said_to_be_equal(rows):
     from dataclasses import replace
 
@@ -175,7 +187,8 @@ def test_the_papers_ordering(rows):
     three = [rows["first"], rows["second"], rows["adamw, alone"]]
     named = [replace(row, variant=replace(row.variant, name=name)) for row, name in zip(three, ORDERING, strict=True)]
     table = tables([("methods", "news", named), ("blocks", "news", three)], {})
-    assert "| methods | news | +0.200 +- 0.248 | **+0.400 +- 0.248** | **+0.600 +- 0.000** |" in table
+    assert "| methods | news | loss | +0.200 +- 0.248 | **+0.400 +- 0.248** | **+0.600 +- 0.000** |" in table
+    assert "| methods | news | accuracy, points | -20.0 +- 24.8 | **-40.0 +- 24.8** | **-60.0 +- 0.0** |" in table
     assert "| blocks | news | +" not in table
 
 
