@@ -27,7 +27,7 @@ from deca_ds.config import load_config
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.engine.client import BlockState, Client
 from deca_ds.engine.load import load_architecture, load_model
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.transport.checksums import checksum
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 NUMEL, REPETITIONS, WARM_UP = 2**24, 15, 2
 
@@ -37,8 +38,7 @@ class ThereAlready(Transport):
     changes, so that their checksums are known by where they are."""
 
     def __init__(self, checksums: bool = False):
-        super().__init__(ClientLayout(3, 1), 0)
-        self.checksums = checksums
+        super().__init__(Endpoint(ClientLayout(3, 1), 0, timeout_s=60, checksums=checksums))
         self._values: dict[int, Tensor] = {}  # the last message of each neighbour
         self._known: dict[int, bytes] = {}
 
@@ -64,7 +64,7 @@ class ThereAlready(Transport):
 
 
 def average(gossip: Gossip, x: Tensor) -> None:
-    averaging = gossip.begin(0)
+    averaging = begin(gossip, 0)
     for chunk in gossip.chunks([NUMEL]):
         averaging.send(chunk, "x", x[chunk.part])
     deque(averaging.settle(), maxlen=0)

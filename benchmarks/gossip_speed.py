@@ -37,14 +37,15 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.mean import weighted_mean
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.checksums import checksum
 from deca_ds.transport.collectives import barrier, gather_json
 from deca_ds.transport.gloo import GlooTransport
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 WARM_UP, BUDGET_MIB, MOST, TIMEOUT_S = 3, 1024, 60, 60.0
 RAW_TAG = 32_000
@@ -63,13 +64,13 @@ def mpi_ends() -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
         requests += [comm.Isend(x.numpy(), j, RAW_TAG) for j in buffers]
         MPI.Request.Waitall(requests)
 
-    return MpiTransport(MPI.COMM_WORLD, ClientLayout(comm.size, 1), comm.rank, TIMEOUT_S), raw
+    return MpiTransport(MPI.COMM_WORLD, Endpoint(ClientLayout(comm.size, 1), comm.rank, TIMEOUT_S)), raw
 
 
 def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
     """See mpi_ends."""
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
-    transport = GlooTransport(store, ClientLayout(ranks, 1), rank, TIMEOUT_S)
+    transport = GlooTransport(store, Endpoint(ClientLayout(ranks, 1), rank, TIMEOUT_S))
     group = transport._group
 
     def raw(x: Tensor, buffers: dict[int, Tensor]) -> None:
@@ -83,7 +84,7 @@ def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[T
 
 def average(gossip: Gossip, t: int, x: Tensor) -> None:
     """As training/step.py does it, without the arithmetic of a method."""
-    averaging = gossip.begin(t)
+    averaging = begin(gossip, t)
     for chunk in gossip.chunks([x.numel()]):
         averaging.send(chunk, "x", x[chunk.part])
     deque(averaging.settle(), maxlen=0)

@@ -20,11 +20,13 @@ from mpi4py import MPI
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.mpi import MpiTransport
+from deca_ds.transport.transport import Endpoint
 
 WARM_UP, REPETITIONS, WAIT_S = 5, 60, 60.0
 
@@ -41,7 +43,7 @@ def open_store(world: MPI.Intracomm) -> Store:
 def average(gossip: Gossip, t: int, x: torch.Tensor) -> float:
     """Seconds."""
     started = time.perf_counter()
-    averaging = gossip.begin(t)
+    averaging = begin(gossip, t)
     for chunk in gossip.chunks([x.numel()]):
         averaging.send(chunk, "x", x[chunk.part])
     deque(averaging.settle(), maxlen=0)
@@ -52,7 +54,8 @@ def average(gossip: Gossip, t: int, x: torch.Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     world = MPI.COMM_WORLD
-    transport, store = MpiTransport(world, ClientLayout(world.size, 1), world.rank, timeout_s=60), open_store(world)
+    transport = MpiTransport(world, Endpoint(ClientLayout(world.size, 1), world.rank, timeout_s=60))
+    store = open_store(world)
     schedule = build_mixing(GossipConfig(), world.size, seed=0)
     ready = Gossip(transport, schedule, 4.0, stragglers=LateExchange(transport, PrefixStore("late", store), WAIT_S))
     kinds = {"waits for all": Gossip(transport, schedule, 4.0), "gossip.wait_s": ready}

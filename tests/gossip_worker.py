@@ -16,14 +16,15 @@ import torch
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.averaging import Mean
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.strategies import Mean
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport import collectives
 from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 GRAPHS = ["ring", "one_peer_exponential", "erdos_renyi"]
 NUMEL, CHUNK_MIB, STEPS = 10_007, 0.01, 9
@@ -40,7 +41,7 @@ def digest(x: torch.Tensor) -> str:
 
 def mix(gossip: Gossip, t: int, x: torch.Tensor) -> torch.Tensor:
     """What averaging t makes of the shard of a block that is one parameter, as the trainer does it."""
-    averaging, mixed = gossip.begin(t), x.clone()
+    averaging, mixed = begin(gossip, t), x.clone()
 
     def take(means: Iterable[Mean]) -> None:
         for chunk, _, values in means:
@@ -112,9 +113,9 @@ def run_mpi(folder: Path) -> None:
     mpi.MESSAGE_BYTES = 4096  # so that chunks travel in several messages
     world = MPI.COMM_WORLD
     layout = ClientLayout(world.size, 1)
-    transport = mpi.MpiTransport(world, layout, world.rank, timeout_s=60)
+    transport = mpi.MpiTransport(world, Endpoint(layout, world.rank, timeout_s=60))
     # A message shorter than its buffer must not pass for a whole one.
-    other = mpi.MpiTransport(world, layout, world.rank, timeout_s=60)
+    other = mpi.MpiTransport(world, Endpoint(layout, world.rank, timeout_s=60))
     short = ""
     try:
         buffers = {(other.client - 1) % other.clients: torch.empty(3)}
@@ -141,7 +142,7 @@ def run_torch(folder: Path, client: int, clients: int, port: int) -> None:
         store.set(f"hold/{holds}/{client}", "here")
         store.wait([f"hold/{holds}/{j}" for j in range(clients)])
 
-    transport = GlooTransport(store, ClientLayout(clients, 1), client, timeout_s=60)
+    transport = GlooTransport(store, Endpoint(ClientLayout(clients, 1), client, timeout_s=60))
     result = checks(transport, hold)
     (folder / f"{client}.json").write_text(json.dumps(result))
     transport.close()

@@ -27,7 +27,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("cluster.return_s", lambda x: x >= 0, "0 or more"),
     ("cluster.min_clients", lambda x: x >= 1, "at least 1"),
     ("blocks.layers_per_block", lambda x: x is None or x >= 1, "null or at least 1"),
-    ("algorithm.rounds", lambda x: x >= 1, "at least 1"),
+    ("algorithm.rounds", lambda x: x is None or x >= 1, "null or at least 1"),
+    ("algorithm.epochs", lambda x: x is None or x > 0, "null or more than 0"),
     ("algorithm.inner_steps", lambda x: x >= 1, "at least 1"),
     ("algorithm.a1", lambda x: 0 <= x < 1, "in [0, 1)"),
     ("algorithm.a2", lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -85,6 +86,13 @@ def check(config: Config) -> None:
     """Refuse values that are out of range or contradict each other; raises ConfigError naming the key."""
     _check_finite(config, "")
     check_ranges(config, RANGES)
+    rounds, epochs = config.algorithm.rounds, config.algorithm.epochs
+    if rounds is not None and epochs is not None:
+        raise ConfigError(
+            f"algorithm.rounds = {rounds} with algorithm.epochs = {epochs:g}",
+            where="algorithm.rounds, algorithm.epochs",
+            fix="say how long the run is in one of the two, and set the other to null",
+        )
     gossip = config.gossip
     if (gossip.graph == "edge_list") != (gossip.edges is not None):
         raise ConfigError(
@@ -262,13 +270,18 @@ def check_output(config: Config) -> Path:
     killed there, has put in. Raises ConfigError if it does, or cannot be made."""
     output = Path(config.run.output)
     check_writable(output, "run.output")
-    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
+    if is_used(output):
         raise ConfigError(
             f"the output folder {str(output)!r} is already used",
             where="run.output",
             fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
         )
     return output
+
+
+def is_used(output: Path) -> bool:
+    """Whether the folder holds more than the word of a job that has just come to it."""
+    return output.is_dir() and any(path.name != LOCK for path in output.iterdir())
 
 
 def _check_finite(section: Any, prefix: str) -> None:

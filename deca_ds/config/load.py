@@ -19,12 +19,14 @@ from deca_ds.config.schema import Config
 from deca_ds.config.written import check_argument, check_file, in_type, keys_of
 from deca_ds.errors import ConfigError
 
+_ROUNDS = 4  # of a run of which nobody says how long it is
+
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file, then `a.b=value` overrides; typed, checked and read-only.
 
-    Raises ConfigError with the file or argument, the key and the value for anything unknown, of the wrong type, missing
-    or contradictory.
+    Of algorithm.rounds and algorithm.epochs just one is set then. Raises ConfigError with the file or argument, the key
+    and the value for anything unknown, of the wrong type, missing or contradictory.
     """
     config = OmegaConf.structured(Config)
     if path is not None:
@@ -38,6 +40,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         config = _merge(config, override, source)
     try:
         OmegaConf.resolve(config)
+        if config.algorithm.rounds is None and config.algorithm.epochs is None:
+            config.algorithm.rounds = _ROUNDS
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(

@@ -24,7 +24,7 @@ KEYS = (
     "data.cache",
     "deepspeed",
 )
-# of the Hugging Face hub: `model` or `owner/model`
+# of the Hugging Face hub: `name` or `owner/name`
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
@@ -55,7 +55,7 @@ def expand_all(config: Config) -> None:
 
 
 def could_be_hub_name(path: str) -> bool:
-    """Whether the hub could have a model of this name."""
+    """Whether the hub could have a model or a data set of this name."""
     return _HUB_NAME.fullmatch(path) is not None
 
 

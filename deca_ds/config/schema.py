@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Optional
 
 from deca_ds.config.key import key
+from deca_ds.config.watching import CheckpointConfig, EvaluationConfig, LoggingConfig
 
 # OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: RUF009, UP045
@@ -32,7 +33,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Device that computes; `auto` takes `cuda` where torch sees a GPU and `cpu` elsewhere."
     )
-    threads: Optional[int] = key(None, "CPU threads of each rank; `null` divides the host's cores by its ranks.")
+    threads: Optional[int] = key(None, "CPU threads of a rank; `null`: `OMP_NUM_THREADS`, or its share of the cores.")
 
 
 @dataclass
@@ -142,7 +143,16 @@ class AlgorithmConfig:
     """The method and its inner step; the equations are in deca_ds/algorithm."""
 
     method: str = key("deca", "Training method.", "algorithm.md#methods")
-    rounds: int = key(4, "Number of rounds (T); every block is active once in a round.")
+    rounds: Optional[int] = key(
+        None,
+        "Number of rounds (T), in each of which every block is active once; `null` takes 4, or what `algorithm.epochs` "
+        "comes to.",
+    )
+    epochs: Optional[float] = key(
+        None,
+        "Instead of `algorithm.rounds`: how often the clients go over their data, rounded up to whole rounds.",
+        "algorithm.md#length",
+    )
     inner_steps: int = key(48, "Number of consecutive steps for which a block is active (R).")
     signal: str = key(
         "descent", "What gossip tells Adam's moments (block-wise moment approximation).", "algorithm.md#the-signal"
@@ -334,42 +344,6 @@ class DataConfig:
     micro_batch_size: int = key(
         4, "Sequences per rank and forward pass; gradient accumulation makes up the rest of the batch."
     )
-
-
-@dataclass
-class EvaluationConfig:
-    """When the models are scored, and on how many examples."""
-
-    every: int = key(0, "Inner steps between evaluations; 0 evaluates only before the first and after the last step.")
-    batch_size: int = key(8, "Sequences per rank and forward pass.")
-    max_examples: Optional[int] = key(
-        512, "Largest number of examples of each evaluation set, chosen with `run.seed`; `null` uses all."
-    )
-    mean_model: bool = key(
-        True, "Also score the mean of all clients' models, for which every client computes a part.", "data.md#privacy"
-    )
-
-
-@dataclass
-class CheckpointConfig:
-    """When the run saves its state, so that it can be resumed. A job that is told to stop saves it in any case."""
-
-    every: int = key(
-        0, "Inner steps between checkpoints; 0 saves one only when the job is told to stop.", "checkpoints.md"
-    )
-    keep: int = key(2, "Number of complete checkpoints that stay on the disk, the newest ones.")
-
-
-@dataclass
-class LoggingConfig:
-    """What the run logs beside the JSON Lines in `metrics/`, which it always writes."""
-
-    every: int = key(1, "Inner steps between two lines of the metrics.")
-    tensorboard: bool = key(False, "Also write TensorBoard event files, which needs the extra `tensorboard`.")
-    progress: bool = key(
-        True, "Show on rank 0's stderr how far the run is: a bar on a terminal, else lines.", "output.md#while-it-runs"
-    )
-    progress_s: float = key(30.0, "Seconds between two such lines.")
 
 
 @dataclass

@@ -54,7 +54,9 @@ def check_file(text: str, path: str) -> None:
 
 
 def check_argument(key: str, text: str) -> None:
-    """The same for `text`, the value of `key` on the command line, which has no comments and no lines to be folded."""
+    """The same for `text`, the value of `key` on the command line, which has no comments and no lines to be folded, and
+    for a key that goes on below a value."""
+    _check_depth(key, text)
     for node, message, fix in _look_through(text, key):
         quoted = fix.startswith(_QUOTES) and node.value == text and "'" not in text
         raise ConfigError(
@@ -62,6 +64,22 @@ def check_argument(key: str, text: str) -> None:
             where=f"command line, {f'{key}={text}'!r}",
             fix=f"put it in quotes that the shell leaves alone: '{key}=\"{text}\"'" if quoted else fix,
         )
+
+
+def _check_depth(key: str, text: str) -> None:
+    parts = _parts(key)
+    for depth in range(1, len(parts)):
+        above, below = ".".join(parts[:depth]), ".".join(parts[depth:])
+        kind = _without_none(_kind_of(above))
+        if kind is None or is_dataclass(kind) or (get_origin(kind) is dict and depth == len(parts) - 1):
+            continue
+        if get_origin(kind) is dict:
+            what = f"{above} has a single value for a name, and a name with a dot is written in braces"
+            fix = f"{above}={{{below}: {text}}}"
+        else:
+            what = f"{above} is {_SHAPES[_shape(kind)]}, and has no names below it"
+            fix = f"{above}={_EXAMPLES[yaml.SequenceNode] if get_origin(kind) is list else 'value'}"
+        raise ConfigError(f"{key}: {what}", where=f"command line, {f'{key}={text}'!r}", fix=f"write '{fix}'")
 
 
 def in_type(tree: Any, kind: Any = Config) -> Any:
@@ -109,9 +127,13 @@ def _is_text(kind: Any) -> bool:
     return kind in (str, list[str]) or set(get_args(kind)) == {str, type(None)}
 
 
+def _parts(key: str) -> list[str]:
+    return [part for part in re.split(r"[.\[\]]+", key) if part]
+
+
 def _kind_of(key: str) -> Any:
     kind: Any = Config
-    for part in filter(None, re.split(r"[.\[\]]+", key)):
+    for part in _parts(key):
         if is_dataclass(kind):
             kind = _kinds(kind).get(part)
         else:
@@ -120,9 +142,8 @@ def _kind_of(key: str) -> Any:
 
 
 def _changed(loader: _Loader, node: yaml.Node, kind: Any, key: str) -> _Changed:
-    optional = type(None) in get_args(kind) and get_origin(kind) in (Union, types.UnionType)
-    if optional:
-        kind = next(each for each in get_args(kind) if each is not type(None))
+    given_kind, kind = kind, _without_none(kind)
+    optional = kind is not given_kind
     if kind is None:  # no key of the schema: that is told elsewhere
         return
     made_by, wanted = get_origin(kind), _shape(kind)
@@ -164,8 +185,18 @@ def _changed_in_mapping(loader: _Loader, node: yaml.MappingNode, kind: Any, key:
             if text in names or value in names:  # YAML takes 1 and 1.0 for one name
                 yield name, f"{key} names {text!r} twice", "leave one of them out"
             names |= {text, value}
+        if is_dataclass(kind) and "." in text and _kind_of(inner := f"{key}.{text}".lstrip(".")) is not None:
+            nested = functools.reduce(lambda below, part: f"{{{part}: {below}}}", reversed(_parts(inner)), "...")
+            yield name, f"{text}: in a file a dot does not part names", f"write {nested[1:-1]}"
         child_kind = get_args(kind)[1] if get_origin(kind) is dict else kinds.get(text)
         yield from _changed(loader, child, child_kind, f"{key}.{text}".lstrip("."))
+
+
+def _without_none(kind: Any) -> Any:
+    """X of Optional[X]; any other kind as it is."""
+    if type(None) in get_args(kind) and get_origin(kind) in (Union, types.UnionType):
+        return next(each for each in get_args(kind) if each is not type(None))
+    return kind
 
 
 def _shape(kind: Any) -> type[yaml.Node]:

@@ -8,7 +8,7 @@ done with, as a JSON list.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, Features
 
 from deca_ds.data.cache import Cache
-from deca_ds.data.files import DOCUMENT, kind_of
+from deca_ds.data.files import DOCUMENT, TABLES, kind_of
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import TEXT, check_fields, label_of
 from deca_ds.data.rows import BATCH, Work, batches_of, write_rows
@@ -25,6 +25,7 @@ from deca_ds.data.sources import HubName, Source, load_hub, read_rows
 from deca_ds.errors import DataError
 
 _VERSION = 5  # raise it when a row's example changes: examples are kept in the cache
+_SHOWN = 40  # characters of a column's name: where a header is missing, these are texts
 _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
 
@@ -82,7 +83,9 @@ def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterato
         else:
             rows = read_rows(source, rules.column_names)
         document = not isinstance(source, HubName) and kind_of(source) == DOCUMENT
-        for place, row in islice(rows, rules.first):
+        for number, (place, row) in enumerate(islice(rows, rules.first)):
+            if number == 0 and not document:
+                _check_columns(row, named, source, rules, place)
             unused = check_fields(row, format.fields, place, named)
             example = format.example(row, whole if document else rules, place, unused)
             if document:
@@ -93,6 +96,23 @@ def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterato
     if empty:
         names = (source.name if isinstance(source, HubName) else str(source) for source in sources)
         raise DataError("no examples", where=", ".join(names), fix="name files with at least one row")
+
+
+def _check_columns(
+    row: Mapping[str, Any], named: Sequence[str], source: Source, rules: ExampleRules, place: str
+) -> None:
+    """Raise DataError if a source's first row lacks a column: then it is the configuration that does not fit."""
+    if not (absent := [name for name in named if name not in row]):
+        return
+    keys = [f"data.{key}" for key in FORMATS[rules.format].keys if key.endswith(("_column", "_columns"))]
+    if absent == [rules.group_column] and rules.group_column != rules.label_column:
+        keys = ["data.partition_column"]
+    fix = f"name it in {' or '.join(keys)}, or choose" if keys else "rename the columns, or choose"
+    fix += " the data.format that fits the file"
+    if isinstance(source, Path) and kind_of(source) in TABLES and not rules.column_names:
+        place, fix = str(source), f"if the file has no header, list its columns in data.column_names; else {fix}"
+    there = ", ".join(str(name)[:_SHOWN] for name in row) or "none"
+    raise DataError(f"no column {absent[0]!r}; there are: {there}", where=place, fix=fix)
 
 
 def _content(source: Source, rules: ExampleRules, cache: Cache) -> str:

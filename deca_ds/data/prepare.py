@@ -34,7 +34,7 @@ from deca_ds.data.examples import check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import look_of, normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
-from deca_ds.data.rows import BATCH, Work, encode_rows
+from deca_ds.data.rows import BATCH, Work, column, encode_rows
 from deca_ds.data.sources import Source, find_sources
 from deca_ds.errors import ConfigError, DataError
 
@@ -217,14 +217,14 @@ class Preparation:
         clients, seed = self.config.cluster.clients, self._seed(_Draw.PARTITION)
         if self.data.partition == "iid":
             return iid(len(examples), clients, seed)
-        groups = _codes(_column(examples, "group"))
+        groups = _codes(column(examples, "group"))
         if self.data.partition == "key":
             return by_key(groups, clients)
         return dirichlet(groups, clients, self.data.alpha, seed, minimum=2 if self.data.client_holdout > 0 else 1)
 
     def _encode(self, of_client: Examples) -> dict[str, Any]:
         examples = of_client.train
-        groups = {one["values"]: one["counts"] for one in pc.value_counts(_column(examples, "group")).to_pylist()}
+        groups = {one["values"]: one["counts"] for one in pc.value_counts(column(examples, "group")).to_pylist()}
         groups.pop("", None)
         count, data = len(examples), self.data
         if data.packing:  # neighbours in a file are often alike: pack examples in a random order
@@ -238,8 +238,8 @@ class Preparation:
                 where="data.per_client" if data.per_client else "data.train",
                 fix="give more data or fewer cluster.clients; check data.max_length and that answers are not empty",
             )
-        dropped, length = count - len(train), _column(train, "length")
-        cut = pc.sum(pc.greater(length, pc.list_value_length(_column(train, "input_ids")))).as_py()
+        dropped, length = count - len(train), column(train, "length")
+        cut = pc.sum(pc.greater(length, pc.list_value_length(column(train, "input_ids")))).as_py()
         lengths = sorted([one["values"], one["counts"]] for one in pc.value_counts(length).to_pylist())
         if data.packing:
             train = self._rows(train, partial(pack, max_length=data.max_length), SEQUENCES, "packing", TRAIN)
@@ -257,8 +257,8 @@ class Preparation:
             "cut": cut,
             "own_evaluation": own_count,
             "common_evaluation": common_count,
-            "train_tokens": pc.sum(pc.list_value_length(_column(train, "input_ids"))).as_py(),
-            "target_tokens": pc.sum(_column(train, "targets")).as_py(),
+            "train_tokens": pc.sum(pc.list_value_length(column(train, "input_ids"))).as_py(),
+            "target_tokens": pc.sum(column(train, "targets")).as_py(),
             "labels": dict(labels),
         }
         return {
@@ -301,9 +301,9 @@ class Preparation:
             total.update(path.name.encode())
             for batch in Dataset.from_file(str(path)).with_format("arrow").iter(BATCH):
                 for name in ("input_ids", "labels"):
-                    column = batch.column(name).combine_chunks()
-                    total.update(column.value_lengths().to_numpy())
-                    total.update(column.flatten().to_numpy())
+                    part = batch.column(name).combine_chunks()
+                    total.update(part.value_lengths().to_numpy())
+                    total.update(part.flatten().to_numpy())
         return total.hexdigest()
 
     def _notes(self, train: Dataset) -> list[str]:
@@ -331,10 +331,6 @@ class Preparation:
 
     def _seed(self, draw: _Draw, *, own: bool = False) -> list[int]:
         return [self.config.run.seed, int(draw), *([self.client + 1] if own else [])]
-
-
-def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
-    return dataset.with_format("arrow")[name][:]
 
 
 def _codes(groups: pa.ChunkedArray) -> npt.NDArray[np.int64]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
-from deca_ds.config.paths import look_for
+from deca_ds.config.paths import could_be_hub_name, look_for
 from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind_of
 from deca_ds.data.strict_json import parse
 from deca_ds.errors import DataError
@@ -71,13 +71,20 @@ def look_through(entries: Iterable[str], key: str, *, hub: bool = True) -> tuple
             if not matches:
                 raise DataError(f"no file matches {entry!r}", where=key, fix=look_for(entry))
             add_matches(found, map(Path, matches), entry, key)
-        elif hub and not os.path.islink(entry) and not LOOKS_LIKE_A_PATH.search(entry):
-            name, _, split = entry.partition(":")
-            sources[HubName(name, split or None)] = None
+        elif hub and (named := _hub_name(entry)) is not None:
+            sources[named] = None
         else:
             raise DataError(f"no such file or folder: {entry!r}", where=key, fix=look_for(entry))
         sources |= dict.fromkeys(found.files)
     return list(sources), found
+
+
+def _hub_name(entry: str) -> HubName | None:
+    """What is no path, and could be the name of a data set."""
+    name, _, split = entry.partition(":")
+    if os.path.islink(entry) or LOOKS_LIKE_A_PATH.search(entry) or not could_be_hub_name(name):
+        return None
+    return HubName(name, split or None)
 
 
 def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -115,9 +122,10 @@ def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
     except Exception as error:  # the hub client raises its own, the HTTP library's and the builder's errors alike
         reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
         raise DataError(
-            f"cannot load {name.name!r} from the Hugging Face hub: {type(error).__name__}: {reason}",
+            f"there is no file or folder {name.name!r} in {Path.cwd()}, and it cannot be loaded from the Hugging Face "
+            f"hub: {type(error).__name__}: {reason}",
             where=f"data.train or data.evaluation (subset {subset}, split {split})",
-            fix="check the name, data.subset, data.split and the network, or give the path of a local file",
+            fix="check the path; or, for a data set of the hub, its name, data.subset, data.split and the network",
         ) from error
 
 

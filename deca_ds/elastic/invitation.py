@@ -17,7 +17,8 @@ class Invitation:
     """store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host
     and port. attempt: number of this attempt at the run.
     software: see fingerprint.software. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
-    data, equal for all clients. date: data.date. clients: who is in. visit: tells this visit from all others."""
+    data, equal for all clients. rounds: of the run. date: data.date. clients: who is in. visit: tells this visit from
+    all others."""
 
     store: tuple[str, int]
     host: int
@@ -27,6 +28,7 @@ class Invitation:
     tokenizer: str
     label_names: Sequence[str]
     common_evaluation: int
+    rounds: int
     date: str | None
     clients: Sequence[int] = ()
     visit: str = ""

@@ -22,11 +22,11 @@ from deca_ds.elastic.client import QuorumClient
 from deca_ds.elastic.commit import answers_in, bits
 from deca_ds.elastic.reach import Attempts, pairs_apart, vote
 from deca_ds.errors import GossipError
-from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store_site import StoreSite
-from deca_ds.launch.view import Membership, View
+from deca_ds.launch.view import View
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
+from deca_ds.transport.transport import Endpoint
 
 _CONNECT_S = 30.0  # for the survivors, who have just agreed, to meet in a new group
 _LOOK_S = 0.02  # between two looks at whether a client has gone
@@ -35,8 +35,9 @@ _LOOK_S = 0.02  # between two looks at whether a client has gone
 class ReconnectingGloo(GlooTransport):
     """See GlooTransport and Reconnecting; clients that come back can be let in.
 
-    site: where the store is in which they meet. membership: what is kept up to date. announcement: what the leader of
-    the first client of a new view tells the others. connected: False for a client that comes back, until it is let in.
+    site: where the store is in which they meet. announcement: what the leader of the first client of a new view tells
+    the others. connected: False for a client that comes back, until it is let in. It keeps the end's membership up to
+    date.
     """
 
     def __init__(
@@ -44,17 +45,11 @@ class ReconnectingGloo(GlooTransport):
         votes: QuorumClient,
         site: StoreSite,
         announcement: Callable[[View], str],
-        layout: ClientLayout,
-        rank: int,
-        timeout_s: float,
-        membership: Membership,
-        progress: Progress,
-        checksums: bool,
+        end: Endpoint,
         *,
         connected: bool = True,
     ):
-        place = layout, rank, timeout_s, membership, progress, checksums
-        super().__init__(site.store.store, *place, connected=connected)
+        super().__init__(site.store.store, end, connected=connected)
         self.votes, self._site, self._announcement = votes, site, announcement
         self._announced: Decision | None = None  # the last one that counts
 

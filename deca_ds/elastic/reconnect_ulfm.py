@@ -23,10 +23,9 @@ from torch import Tensor
 
 from deca_ds.elastic.commit import answers_in, bits
 from deca_ds.errors import GossipError, RankLostError
-from deca_ds.launch.launcher import ClientLayout
-from deca_ds.launch.progress import Progress
-from deca_ds.launch.view import Membership, View
+from deca_ds.launch.view import View
 from deca_ds.transport.mpi import MpiExchange, MpiTransport, poll
+from deca_ds.transport.transport import Endpoint
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,26 +37,21 @@ _NEWS_BYTES = 256
 class ReconnectingUlfm(MpiTransport):
     """See MpiTransport and Reconnecting.
 
-    world: a communicator of all ranks of the job in rank order. membership: what is kept up to date. announcement: what
-    the leader of the first client of a new view tells the others.
+    world: a communicator of all ranks of the job in rank order. announcement: what the leader of the first client of a
+    new view tells the others. It keeps the end's membership up to date.
     """
 
     def __init__(
         self,
         world: MPI.Comm,
         announcement: Callable[[View], str],
-        layout: ClientLayout,
-        rank: int,
-        timeout_s: float,
-        membership: Membership,
-        progress: Progress,
-        checksums: bool,
+        end: Endpoint,
     ):
-        self._everybody = self.duplicate(world, timeout_s)
+        self._everybody = self.duplicate(world, end.timeout_s)
         self._ranks = self._everybody.Get_group()  # of the start: what ranks are numbered by
-        self._color = layout.group_of(rank)
-        own = self._everybody.Split(color=self._color, key=rank)
-        super().__init__(own, layout, rank, timeout_s, membership, progress, checksums)
+        self._color = end.layout.group_of(end.rank)
+        own = self._everybody.Split(color=self._color, key=end.rank)
+        super().__init__(own, end)
         self._announcement = announcement
         self._exchanges: list[MpiExchange] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import cast
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deca_ds.config.schema import Config
+from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine.load import given_weights, meta_model
 from deca_ds.errors import DataError, ModelError
 
@@ -22,12 +23,14 @@ def check_model(
 ) -> list[str]:
     """Warnings, a line each. Raises ModelError for what cannot be trained, or not as the user means it.
 
-    weights: whether to match the names and shapes in the weight files, too, where model.init wants them.
+    weights: whether to match the names and shapes in the weight files, too, where model.init wants them; without them
+    no model is to be loaded on this host, and a package for model.attention that it lacks is a warning.
     """
     _refuse_quantised(architecture)
     _refuse_layerdrop(architecture)
     model = meta_model(config.model, architecture)
-    warnings = _check_positions(config, model) + _check_vocabulary(model, tokenizer)
+    warnings = _check_attention(config.model, architecture, needed=weights)
+    warnings += _check_positions(config, model) + _check_vocabulary(model, tokenizer)
     if weights and config.model.init == "pretrained":
         warnings += given_weights(config.model, architecture).notes
     return warnings
@@ -70,6 +73,22 @@ def _refuse_layerdrop(architecture: PretrainedConfig) -> None:
                 where="the model's config.json",
                 fix=f"set {key} to 0.0 there",
             )
+
+
+def _check_attention(model: ModelConfig, architecture: PretrainedConfig, *, needed: bool) -> list[str]:
+    """transformers knows which attention there is, and what each needs, once a model is built with it."""
+    if not model.attention:
+        return []
+    try:
+        meta_model(model, copy.deepcopy(architecture), attn_implementation=model.attention)
+    except ModelError as error:
+        reason = error.__cause__
+        told = f"model.attention = {model.attention!r}: {' '.join(str(reason).split())}"
+        if isinstance(reason, ImportError) and not needed:
+            return [f"on this host {told}"]
+        fix = "install what it needs on every host" if isinstance(reason, ImportError) else "name another one"
+        raise ModelError(told, where="model.attention", fix=f"{fix}, or leave the key out") from reason
+    return []
 
 
 def position_limit(model: PreTrainedModel) -> tuple[int | None, bool]:

@@ -88,13 +88,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
 
 
-def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrainedModel:
-    """The model's modules on the meta device: shapes without memory."""
+def meta_model(model: ModelConfig, architecture: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model's modules on the meta device: shapes without memory. options: of transformers."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(), _explained(model.path, "model.path", _BAD_FILE):
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
-            architecture, dtype=DTYPES[model.dtype], trust_remote_code=model.trust_remote_code
+            architecture, dtype=DTYPES[model.dtype], trust_remote_code=model.trust_remote_code, **options
         )
     built.tie_weights()
     return built

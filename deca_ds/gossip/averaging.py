@@ -1,107 +1,189 @@
-"""Gossip: the weighted mean x_i <- sum_j W_ij x_j of flat float32 shards, chunk by chunk.
-
-    averaging = gossip.begin(t)
-    for chunk in gossip.chunks(numels):
-        local step on shard[chunk.part]
-        absorb(averaging.send(chunk, "theta", shard[chunk.part]))
-    absorb(averaging.settle())
-
-Chunks travel while later ones are computed. How an averaging goes on is a strategy (strategies.py): windowed, or whole,
-because its weights, late neighbours or a commit concern all chunks together. What goes over the wire is a codec
-(codec.py). A damaged message is not averaged, and a mean is handed on only if all values that it is made of are finite.
-"""
+"""An averaging and its messages, whatever its strategy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from deca_ds.errors import GossipError
-from deca_ds.gossip.buffers import BufferPool, Outputs
-from deca_ds.gossip.clip import Clip
-from deca_ds.gossip.codec import CODECS, Codec
-from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.gossip.skip_log import SkipLog
-from deca_ds.gossip.stragglers import LateExchange
-from deca_ds.gossip.strategies import Averaging, Committed, NotNow, Whole, Windowed, WithoutLate
-from deca_ds.transport.commit import Commit
+from deca_ds.errors import DivergedMessageError
+from deca_ds.gossip.gossip import Gossip
+from deca_ds.gossip.late import without
+from deca_ds.gossip.mean import not_finite, weighted_mean
+from deca_ds.transport.checksums import Exchange
+from deca_ds.transport.chunks import exchange_chunk
 from deca_ds.transport.intersections import Chunk
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import chunk_tag
 
 
-class Gossip:
-    """Mixes this rank's shards with what the ranks of neighbouring clients hold of the same parameters.
+class Mean(NamedTuple):
+    """What `send` was given, averaged. values: float32 on the device of what was sent, valid until the next one."""
 
-    chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
-    codec: what goes over the wire. commit: where clients may die, what an averaging counts for all survivors by.
-    stragglers: where late neighbours are left out; not both. clip: where neighbours are clipped. skip_log: who was
-    late, by client_sum, the sum of a number over the client's ranks; told on stderr if this rank reports.
-    wait_seconds: spent waiting for messages so far. bytes_sent: of parameters, by this rank to neighbours. Raises
-    GossipError if the schedule is for another number of clients than the transport joins.
+    chunk: Chunk
+    name: str
+    values: Tensor
+
+
+class Averaging(ABC):
+    """Averaging t of this rank. All ranks of all clients send the same chunks in the same order, and settle.
+
+    mixes: whether this client averages with anybody; after `settle` whether it has. outlived: whether messages may
+    outlive the averaging, so that what is sent has to be a copy.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        schedule: MixingSchedule,
-        chunk_mib: float = 4.0,
-        device: torch.device | str = "cpu",
-        *,
-        codec: Codec = CODECS["float32"],
-        commit: Commit | None = None,
-        clip: Clip | None = None,
-        stragglers: LateExchange | None = None,
-        client_sum: Callable[[float], float] = float,
-        reports: bool = False,
-    ):
-        if schedule.size != transport.clients:
-            raise GossipError(
-                f"the mixing schedule is for {schedule.size} clients, but {transport.clients} are connected",
-                where=f"client {transport.client}",
-                fix="start as many clients as cluster.clients says",
+    outlived = False
+
+    def __init__(self, gossip: Gossip, t: int):
+        self.gossip, self.t = gossip, t
+        self.mixes = gossip.has_neighbours(t)
+        self._sent = 0
+
+    @abstractmethod
+    def send(self, chunk: Chunk, name: str, x: Tensor) -> list[Mean]:
+        """Send `x`, flat float32, this rank's part of a chunk; means that had to be made to make room, oldest first.
+
+        `x` must not change before its mean is here. name: for the caller, which of several tensors it is. On a GPU the
+        call waits until `x` is computed and copied to the host, but not for its messages.
+        """
+
+    @abstractmethod
+    def settle(self) -> Iterator[Mean]:
+        """All has been sent: the means that are left, in order; none if this client has averaged with nobody.
+
+        All ranks of all clients call this, also those whose shard is empty. Raises GossipError if a neighbour does not
+        answer or has sent a value that is not finite, naming it.
+        """
+
+    def partners(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The clients that messages come from, and those that they go to."""
+        client, schedule = self.gossip.transport.client, self.gossip.schedule
+        return schedule.sources(client, self.t), schedule.destinations(client, self.t)
+
+    def exchange(self, message: Message, send: Tensor, destinations: Sequence[int], tag: int) -> Exchange:
+        """Start what is coming to and going from a message's buffers."""
+        terms = {j: buffer[: message.chunk.numel] for j, buffer in message.buffers.items()}
+        return exchange_chunk(self.gossip.transport, message.chunk, send, destinations, terms, tag)
+
+    def before_sending(self, message: Message) -> None:  # noqa: B027, most have nothing to do
+        """Called for each message, when it is about to be sent to anybody."""
+
+    def refusal(self, what: str, j: int) -> DivergedMessageError:
+        """The error of a message of client j that must not be averaged."""
+        transport = self.gossip.transport
+        return DivergedMessageError(
+            f"{what} (averaging {self.t})",
+            where=f"client {transport.client}, {transport.progress.place}",
+            fix=f"the training of client {j} has diverged: lower optimizer.lr or look at its data",
+        )
+
+    def _message(self, chunk: Chunk, name: str, x: Tensor) -> Message:
+        device, right = self.gossip.device, (chunk.numel,)
+        if x.shape != right or x.dtype != torch.float32 or x.device.type != device.type or not x.is_contiguous():
+            raise ValueError(
+                f"expected a flat float32 tensor {right} on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        self.transport = transport
-        self.schedule = schedule
-        self.device = torch.device(device)
-        self.codec = codec
-        self.commit = commit or Commit()
-        self.wait_seconds, self.bytes_sent = 0.0, 0
-        self.pool = BufferPool(codec.dtype, pinned=self.device.type == "cuda")
-        self.outputs = Outputs(self.device)
-        self.skip_log = SkipLog(transport, client_sum, reports)
-        self._clip, self._stragglers = clip, stragglers
-        self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)  # of a chunk
-        self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # of each block so far
+        self._sent += 1
+        return Message(self, chunk, name, x, self._sent - 1)
 
-    def average_by(self, schedule: MixingSchedule) -> None:
-        """From now on, or from the next attempt at an averaging that is done again."""
-        self.schedule = schedule
 
-    def has_neighbours(self, t: int) -> bool:
-        """Whether averaging t joins this client with any other."""
-        client = self.transport.client
-        return bool(self.schedule.sources(client, t) or self.schedule.destinations(client, t))
+class Message:
+    """One chunk under way: what is sent, what comes, and the mean of it. Made by Averaging.send.
 
-    def chunks(self, numels: Sequence[int]) -> list[Chunk]:
-        """A block of parameters of `numels` elements, in the order of its shard, as parts of the shard of at most
-        chunk_mib each. Where clients differ in size, parts may be empty."""
-        block = tuple(numels)
-        if block not in self._chunks:
-            self._chunks[block] = self.transport.routes.chunks(block, self._chunk_elements)
-        return self._chunks[block]
+    x: the own values, which do not change before the mean is made. number: in the averaging.
 
-    def begin(self, t: int | None) -> Averaging:
-        """Averaging t, of which nothing is sent yet; None: none at this step. One goes on at a time."""
-        if t is None:
-            return NotNow()
-        if self.commit.may_repeat:
-            return Committed(self, t, self._clip, self.commit)
-        if self._stragglers is not None:
-            return WithoutLate(self, t, self._clip, self._stragglers)
-        return Whole(self, t, self._clip) if self._clip is not None else Windowed(self, t)
+    buffers: of what each source sends, by client; staged: of what this rank sends, if not `x` itself. weights: j ->
+    w_ij, also of this client.
+    """
 
-    def drain(self) -> None:
-        """Wait until no message is under way that nobody waits for. All clients call this before they part."""
-        if self._stragglers is not None:
-            self._stragglers.drain()
+    def __init__(self, averaging: Averaging, chunk: Chunk, name: str, x: Tensor, number: int):
+        self.chunk, self.name, self.x = chunk, name, x.detach()
+        self._averaging, self._number = averaging, number
+        self._exchange: Exchange | None = None  # None: not started, or nobody to talk to
+        self._connections = -1  # what Transport.epoch was at the start
+        self.buffers: dict[int, Tensor] = {}
+
+    def start(self) -> None:
+        """Send and receive; does nothing the second time, unless the transport's connections are new since then."""
+        averaging, gossip = self._averaging, self._averaging.gossip
+        transport, client, t = gossip.transport, gossip.transport.client, self._averaging.t
+        if self._connections == transport.epoch:
+            return
+        self._exchange, self._received = None, False
+        self._mean: Tensor | None = None
+        self.buffers = {}
+        self.staged: Tensor | None = None
+        self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*gossip.schedule.sources(client, t), client)}
+        sources, destinations = averaging.partners()
+        if sources or destinations:
+            transport.progress.enter("gossip")
+            averaging.before_sending(self)
+            self._send(sources, destinations)
+        self._connections = transport.epoch
+
+    def _send(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        averaging, gossip, x = self._averaging, self._averaging.gossip, self.x
+        self.buffers = {j: gossip.pool.take(x.numel()) for j in sources}
+        send = x
+        if x.device.type == "cuda" or averaging.outlived or not gossip.codec.exact:
+            self.staged = gossip.pool.take(x.numel())
+            send = self.staged[: x.numel()]
+            gossip.codec.encode(x, send)  # synchronous: the network reads host memory
+        gossip.bytes_sent += send.nbytes * len(destinations)
+        self._exchange = averaging.exchange(self, send, destinations, chunk_tag(averaging.t, self._number))
+
+    def leave_out(self, skipped: Collection[int]) -> None:
+        """Average without these neighbours; their buffers are no longer this chunk's."""
+        for j in skipped:
+            self.buffers.pop(j, None)
+        self.weights = without(self.weights, self._averaging.gossip.transport.client, skipped)
+
+    def receive(self) -> None:
+        """Wait for the messages; does nothing the second time. Raises GossipError if one is missing or damaged."""
+        if self._exchange is None or self._received:
+            return
+        gossip, started = self._averaging.gossip, time.perf_counter()
+        self._exchange.wait()
+        self._received = True
+        gossip.wait_seconds += time.perf_counter() - started
+        gossip.transport.progress.tick()
+
+    def terms(self) -> dict[int, Tensor]:
+        """By client, what sources have sent and what they have received from this one: float32 on the device of x."""
+        gossip, numel = self._averaging.gossip, self.x.numel()
+        wires = {j: buffer[:numel].to(self.x.device, non_blocking=True) for j, buffer in self.buffers.items()}
+        own = gossip.codec.coded(self.x)
+        return {j: gossip.codec.decode(wire) for j, wire in wires.items()} | {gossip.transport.client: own}
+
+    def mean(self, place: int = 0) -> Tensor:
+        """sum_j W_ij x_j, float32, on the device of x, by a codec as codec.py says. Kept until the connections are new.
+
+        Terms are added in ascending client order, the own one in its place, so that the result does not depend on the
+        transport. place: of the buffer that it is kept in. With nobody to talk to it is x itself. Raises GossipError
+        if a neighbour does not answer or has sent a value that is not finite, naming it; then x is what it was.
+        """
+        if self._exchange is None:
+            return self.x
+        if self._mean is not None:
+            return self._mean
+        self.receive()
+        gossip, terms = self._averaging.gossip, self.terms()
+        mean = gossip.outputs.at(place, self.x.numel())
+        if not weighted_mean(terms, self.weights, mean):
+            self.refuse_not_finite()
+        if not gossip.codec.exact:
+            mean.add_(self.x - terms[gossip.transport.client])
+        for buffer in (*self.buffers.values(), *([] if self.staged is None else [self.staged])):
+            gossip.pool.give_back(buffer)
+        self._mean = mean
+        return mean
+
+    def refuse_not_finite(self) -> None:
+        """Raise GossipError, naming the client, if any of the received values or of the own ones is not finite."""
+        for j, term in self.terms().items():
+            bad = not_finite(term)
+            if bad:
+                raise self._averaging.refusal(f"{bad} of {term.numel()} values of client {j} are not finite", j)

@@ -15,45 +15,26 @@ sum to 1 any more and clipping moves the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deca_ds.algorithm.norms import squared_norm
 
-if TYPE_CHECKING:
-    from deca_ds.gossip.message import Message
-    from deca_ds.gossip.strategies import Averaging
 
-
+@dataclass(frozen=True)
 class Clip:
-    """Gives the messages of an averaging the weights that clip. radius: tau. client_sum: of a number over the ranks of
-    this client, all of which call `reweigh`, also those whose shard is empty."""
+    """radius: tau. client_sum: of a number over the ranks of this client, all of which call `distances`, also those
+    whose shard is empty."""
 
-    def __init__(self, radius: float, client_sum: Callable[[float], float] = float):
-        self.radius, self._client_sum = radius, client_sum
+    radius: float
+    client_sum: Callable[[float], float] = float
 
-    def reweigh(self, averaging: Averaging, messages: Sequence[Message]) -> None:
-        """Receives all of them. Raises GossipError if a neighbour is not at a finite distance."""
-        client, sources = averaging.gossip.transport.client, averaging.gossip.schedule.sources
-        squares: dict[int, float] = dict.fromkeys(sources(client, averaging.t), 0.0)
-        for message in messages:
-            message.receive()
-            terms = message.terms()
-            for j in terms.keys() - {client}:
-                squares[j] += squared_distance(terms[j], terms[client])
-        if not all(map(math.isfinite, squares.values())):
-            for message in messages:
-                message.refuse_not_finite()
-        distances = {j: self._client_sum(square) ** 0.5 for j, square in squares.items()}
-        for j, distance in distances.items():
-            if not math.isfinite(distance):
-                raise averaging.refusal(f"the block of client {j} is not at a finite distance", j)
-        for message in messages:
-            near = {j: distances[j] for j in message.buffers}
-            message.weights = clipped_weights(message.weights, client, near, self.radius)
+    def distances(self, squares: Mapping[int, float]) -> dict[int, float]:
+        """j -> |x_j - x_i|_2 of every neighbour. squares: of this rank's shard."""
+        return {j: self.client_sum(square) ** 0.5 for j, square in squares.items()}
 
 
 def clipped_weights(

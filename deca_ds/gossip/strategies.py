@@ -11,98 +11,33 @@ shard of the block.
 
 from __future__ import annotations
 
+import math
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from deca_ds.errors import DivergedMessageError, MessageError
-from deca_ds.gossip.clip import Clip
-from deca_ds.gossip.message import Message
+from deca_ds.errors import MessageError
+from deca_ds.gossip.averaging import Averaging, Mean, Message
+from deca_ds.gossip.clip import Clip, clipped_weights, squared_distance
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.transport.checksums import Exchange
-from deca_ds.transport.chunks import exchange_chunk
-from deca_ds.transport.commit import Commit
 from deca_ds.transport.intersections import Chunk
-
-if TYPE_CHECKING:
-    from deca_ds.gossip.averaging import Gossip
 
 WINDOW = 4  # chunks under way at a time: bounds the receive buffers
 
 
-class Mean(NamedTuple):
-    """What `send` was given, averaged. values: float32 on the device of what was sent, valid until the next one."""
-
-    chunk: Chunk
-    name: str
-    values: Tensor
-
-
-class Averaging(ABC):
-    """Averaging t of this rank. All ranks of all clients send the same chunks in the same order, and settle.
-
-    mixes: whether this client averages with anybody; after `settle` whether it has. outlived: whether messages may
-    outlive the averaging, so that what is sent has to be a copy.
-    """
-
-    outlived = False
-
-    def __init__(self, gossip: Gossip, t: int):
-        self.gossip, self.t = gossip, t
-        self.mixes = gossip.has_neighbours(t)
-        self._sent = 0
-
-    @abstractmethod
-    def send(self, chunk: Chunk, name: str, x: Tensor) -> list[Mean]:
-        """Send `x`, flat float32, this rank's part of a chunk; means that had to be made to make room, oldest first.
-
-        `x` must not change before its mean is here. name: for the caller, which of several tensors it is. On a GPU the
-        call waits until `x` is computed and copied to the host, but not for its messages.
-        """
-
-    @abstractmethod
-    def settle(self) -> Iterator[Mean]:
-        """All has been sent: the means that are left, in order; none if this client has averaged with nobody.
-
-        All ranks of all clients call this, also those whose shard is empty. Raises GossipError if a neighbour does not
-        answer or has sent a value that is not finite, naming it.
-        """
-
-    def partners(self) -> tuple[Sequence[int], Sequence[int]]:
-        """The clients that messages come from, and those that they go to."""
-        client, schedule = self.gossip.transport.client, self.gossip.schedule
-        return schedule.sources(client, self.t), schedule.destinations(client, self.t)
-
-    def exchange(self, message: Message, send: Tensor, destinations: Sequence[int], tag: int) -> Exchange:
-        """Start what is coming to and going from a message's buffers."""
-        terms = {j: buffer[: message.chunk.numel] for j, buffer in message.buffers.items()}
-        return exchange_chunk(self.gossip.transport, message.chunk, send, destinations, terms, tag)
-
-    def before_sending(self, message: Message) -> None:  # noqa: B027, most have nothing to do
-        """Called for each message, when it is about to be sent to anybody."""
-
-    def refusal(self, what: str, j: int) -> DivergedMessageError:
-        """The error of a message of client j that must not be averaged."""
-        transport = self.gossip.transport
-        return DivergedMessageError(
-            f"{what} (averaging {self.t})",
-            where=f"client {transport.client}, {transport.progress.place}",
-            fix=f"the training of client {j} has diverged: lower optimizer.lr or look at its data",
-        )
-
-    def _message(self, chunk: Chunk, name: str, x: Tensor) -> Message:
-        device, right = self.gossip.device, (chunk.numel,)
-        if x.shape != right or x.dtype != torch.float32 or x.device.type != device.type or not x.is_contiguous():
-            raise ValueError(
-                f"expected a flat float32 tensor {right} on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
-        self._sent += 1
-        return Message(self, chunk, name, x, self._sent - 1)
+def begin(gossip: Gossip, t: int | None) -> Averaging:
+    """Averaging t, of which nothing is sent yet; None: none at this step. One goes on at a time."""
+    if t is None:
+        return NotNow()
+    if gossip.commit.may_repeat:
+        return Committed(gossip, t)
+    if gossip.stragglers is not None:
+        return WithoutLate(gossip, t, gossip.stragglers)
+    return Windowed(gossip, t) if gossip.clip is None else Whole(gossip, t)
 
 
 class Windowed(Averaging):
@@ -132,9 +67,9 @@ class Windowed(Averaging):
 class Whole(Averaging):
     """Means are made when everything is here."""
 
-    def __init__(self, gossip: Gossip, t: int, clip: Clip | None):
+    def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
-        self._clip, self._messages = clip, list[Message]()
+        self._clip, self._messages = gossip.clip, list[Message]()
 
     def send(self, chunk: Chunk, name: str, x: Tensor) -> list[Mean]:
         """See Averaging."""
@@ -147,12 +82,32 @@ class Whole(Averaging):
         """See Averaging. What all ranks agree on is agreed on when it returns, before the first mean is taken."""
         self._complete()
         if self._clip is not None:
-            self._clip.reweigh(self, self._messages)
+            self._reweigh(self._clip)
         messages = self._messages if self.mixes else []
         return (Mean(message.chunk, message.name, message.mean()) for message in messages)
 
     def _start(self, message: Message) -> None:
         message.start()
+
+    def _reweigh(self, clip: Clip) -> None:
+        """Give the messages the weights that clip."""
+        client, sources = self.gossip.transport.client, self.gossip.schedule.sources
+        squares = dict.fromkeys(sources(client, self.t), 0.0)
+        for message in self._messages:
+            message.receive()
+            terms = message.terms()
+            for j in terms.keys() - {client}:
+                squares[j] += squared_distance(terms[j], terms[client])
+        if not all(map(math.isfinite, squares.values())):
+            for message in self._messages:
+                message.refuse_not_finite()
+        distances = clip.distances(squares)
+        for j, distance in distances.items():
+            if not math.isfinite(distance):
+                raise self.refusal(f"the block of client {j} is not at a finite distance", j)
+        for message in self._messages:
+            near = {j: distances[j] for j in message.buffers}
+            message.weights = clipped_weights(message.weights, client, near, clip.radius)
 
     def _complete(self) -> None:
         """Have everything here that the weights depend on, and know with whom this client averages."""
@@ -161,9 +116,8 @@ class Whole(Averaging):
 class Committed(Whole):
     """All is received by all survivors, or again without the dead; then the schedule and the neighbours may be new."""
 
-    def __init__(self, gossip: Gossip, t: int, clip: Clip | None, commit: Commit):
-        super().__init__(gossip, t, clip)
-        self._commit = commit
+    def __init__(self, gossip: Gossip, t: int):
+        super().__init__(gossip, t)
         self._broken: MessageError | None = None  # what stops the sending, for the commit
 
     def _start(self, message: Message) -> None:
@@ -186,7 +140,7 @@ class Committed(Whole):
 
     def _complete(self) -> None:
         # also where nobody is left to send: more than messages is agreed on
-        self._commit.run(self._receive, last=True)
+        self.gossip.commit.run(self._receive, last=True)
         self.mixes = self.gossip.has_neighbours(self.t)
 
     def _receive(self) -> None:
@@ -208,8 +162,8 @@ class WithoutLate(Whole):
 
     outlived = True
 
-    def __init__(self, gossip: Gossip, t: int, clip: Clip | None, stragglers: LateExchange):
-        super().__init__(gossip, t, clip)
+    def __init__(self, gossip: Gossip, t: int, stragglers: LateExchange):
+        super().__init__(gossip, t)
         self._stragglers = stragglers
 
     def partners(self) -> tuple[Sequence[int], Sequence[int]]:

@@ -91,6 +91,15 @@ def place(every: Mapping[int, Seen], rank: int) -> Placement:
     return Placement(device, local_rank, max(1, int(own.cores, 16).bit_count() // sharing))
 
 
+def take_threads(wanted: int | None, placement: Placement, environ: Mapping[str, str] = os.environ) -> None:
+    """Have torch compute with run.threads; where that is None with OMP_NUM_THREADS, which torch has read; and without
+    either with this rank's share of the cores. torchrun sets OMP_NUM_THREADS=1 where the user has set nothing."""
+    given = environ.get("OMP_NUM_THREADS")
+    by_torchrun = given == "1" and "TORCHELASTIC_RUN_ID" in environ
+    if wanted is not None or not given or by_torchrun:
+        torch.set_num_threads(wanted or placement.threads)
+
+
 def check_devices(devices: Mapping[int, Taken], layout: ClientLayout) -> None:
     """Raise LaunchError where two ranks of one client have one GPU, or devices of different types."""
     of_client: dict[int, dict[int, Taken]] = defaultdict(dict)

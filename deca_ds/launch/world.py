@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore, Store
 from deca_ds.config.checks import check_world
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError, LaunchError
-from deca_ds.launch.devices import take_device
+from deca_ds.launch.devices import take_device, take_threads
 from deca_ds.launch.launcher import MPI_LAUNCHERS, ClientLayout, Launch
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store import JobStore
@@ -122,7 +122,7 @@ def connect(
     if shared is not None and launch.rank == together[0]:
         print(f"WARNING: {shared}", file=sys.stderr, flush=True)
     device = placement.device
-    torch.set_num_threads(config.run.threads or placement.threads)
+    take_threads(config.run.threads, placement)
     key = f"client/{client}/store"
     # hosted by the client itself: what happens to other clients does not concern its collectives
     client_store = store.publish_server(key) if shard == 0 else store.join_server(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from deca_ds.config import load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
+from deca_ds.training.doubts import doubts
 from deca_ds.training.starts import record_start
 from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 from deca_ds.training.tables import print_notes, untrained
@@ -38,9 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went."""
-    from deca_ds.simulation.setup import build
+    from deca_ds.simulation.setup import build, check
 
     config = load_config(arguments.config, arguments.overrides)
+    check(config)
+    for warning in doubts(config):
+        print(f"WARNING: {warning}", file=sys.stderr)
     output = Path(config.run.output)
     take(output, partial(check_output, config))
     try:
@@ -67,6 +72,7 @@ def write(simulation: Simulation, output: Path) -> None:
         simulation.config,
         simulation.mixing,
         done=0,
+        rounds=simulation.schedule.rounds,
         architecture=clients.architecture,
         parameters=clients.values.shape[1],
         plan=clients.plan,

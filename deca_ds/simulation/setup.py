@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
+from deca_ds.config.paths import check_model_folder
 from deca_ds.data import ClientData, evaluation_batches, load_all, validate_data_config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.causality import check_causal
@@ -19,11 +20,12 @@ from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_archite
 from deca_ds.engine.losses import check_own_loss
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
-from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.compare import compare_data
 from deca_ds.training.day import on_day, today
+from deca_ds.training.length import count_rounds
 from deca_ds.training.method import build_rule, build_schedule, check_method
 
 
@@ -32,15 +34,8 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
 
     data: what `load_data` gave for the same data section, model and seed, where it is used again. Raises UserErrors.
     """
-    check_method(config)
-    if config.cluster.absent:
-        raise ConfigError(
-            f"a simulation has all clients from the start, but cluster.absent = {list(config.cluster.absent)}",
-            where="cluster.absent",
-            fix="leave cluster.absent out",
-        )
+    mixing = check(config)
     config = on_day(config, today())
-    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in check_model(config, architecture, tokenizer):
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -56,22 +51,38 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     check_causal(model, one_row["input_ids"][0])
     add_adapters(config, model)
     plan = find_blocks(config, model)
+    rounds = count_rounds(config, len(plan.blocks), [len(part.train) for part in data])
     return Simulation(
         config=config,
         clients=StackedClients(model, plan, config.cluster.clients),
         rule=build_rule(config),
-        schedule=build_schedule(config, len(plan.blocks)),
+        schedule=build_schedule(config, len(plan.blocks), rounds),
         mixing=mixing,
         data=data,
         pad_id=pad_id,
     )
 
 
+def check(config: Config) -> MixingSchedule:
+    """What is to be known before anything is loaded. Raises UserErrors."""
+    check_method(config)
+    if config.cluster.absent:
+        raise ConfigError(
+            f"a simulation has all clients from the start, but cluster.absent = {list(config.cluster.absent)}",
+            where="cluster.absent",
+            fix="leave cluster.absent out",
+        )
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    check_model_folder(config.model)
+    for client in range(config.cluster.clients if config.data.per_client else 1):
+        validate_data_config(config, client)
+    return mixing
+
+
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
     """Every client's data. In a simulation one process reads all of it, private files too."""
     disable_progress_bars()
     config = on_day(config, today())
-    validate_data_config(config, client=None)
     data = load_all(config, tokenizer)
     compare_data([part.summary for part in data], [part.label_names for part in data])
     return data

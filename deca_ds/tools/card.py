@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from deca_ds.tools.report.reading import CONFIG, read_runs
 from deca_ds.tools.report.records import Run
-from deca_ds.tools.report.summary import Row, length, score_rows
+from deca_ds.tools.report.summary import Row, length, rounds_of, score_rows
 from deca_ds.tools.report.wording import count, percent, several, significant
 from deca_ds.training.summary import MEAN_MODEL
 
@@ -100,7 +100,7 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
     blocks = len(run.starts[-1].blocks) if run.starts else 0
     if blocks:
         yield "parameters trained at a time", f"1 of {several(blocks, 'block')}" if blocks > 1 else "all of the block"
-    yield "rounds, inner steps per block", f"{value('algorithm.rounds')}, {value('algorithm.inner_steps')}"
+    yield "rounds, inner steps per block", f"{rounds_of(run)}, {value('algorithm.inner_steps')}"
     total = length(run)
     yield "inner steps", f"{count(run.reached)} of {count(total)}" if total else count(run.reached)
     yield "sequences per client and step", f"{value('data.batch_size')}, of at most {value('data.max_length')} tokens"

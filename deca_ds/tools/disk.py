@@ -15,7 +15,8 @@ from torch import nn
 from deca_ds.algorithm.blocks import BlockPlan, parameter_shapes
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
-from deca_ds.config.schema import CheckpointConfig, ModelConfig
+from deca_ds.config.schema import ModelConfig
+from deca_ds.config.watching import CheckpointConfig
 from deca_ds.training.checkpoints import FOLDER
 
 _FLOAT32 = 4

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from transformers import PreTrainedModel
 
 from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
+from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
-from deca_ds.config.checks import check_world
+from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
@@ -31,6 +34,8 @@ from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.training.compare import compare_data
+from deca_ds.training.doubts import doubts
+from deca_ds.training.length import ANY_ROUNDS, count_rounds, tell_length
 from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
@@ -52,7 +57,6 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     if world_size is None and config.cluster.ranks is not None:
         world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
-    check_folder(config)
     check_method(config)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
@@ -60,8 +64,8 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    for warning in check_model(config, architecture, tokenizer, weights=False):
-        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
+        console.print(f"[bold]WARNING[/bold]: {escape(warning)}", highlight=False)
     model = meta_model(config.model, architecture)
     add_adapters(config, model)
     plan = find_blocks(config, model)
@@ -89,6 +93,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         weight_scale=scale,
     ):
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    summaries: list[dict[str, Any]] = []
     if config.data.per_client:
         console.print("data: one path per client; each client's ranks open their own only")
     else:
@@ -99,11 +104,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         compare_data(summaries, [part.label_names for part in data])
         console.print(data_table(summaries))
         print_notes(data[0].notes)
-    schedule = build_schedule(config, len(plan.blocks))
-    console.print(
-        f"steps: {schedule.rounds} rounds x {schedule.blocks} blocks x {schedule.inner_steps} inner steps = "
-        f"{len(schedule)}, {config.data.batch_size} sequences per client and step"
-    )
+    schedule = _schedule(console, config, len(plan.blocks), summaries)
     stored = Stored.of(model, plan, config.model, build_rule(config))
     _print_disk(console, disk_need(stored, schedule, config.checkpoint), config)
     if ranks is None:
@@ -121,6 +122,37 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         )
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+    _check_output(console, config)
+
+
+def _check_output(console: Console, config: Config) -> None:
+    """Last, so that it hides nothing else. A folder that is used refuses a run, not the plan of the next one."""
+    if config.run.resume == "never" and is_used(Path(config.run.output)):
+        console.print(
+            f"[bold]WARNING[/bold]: the output folder '{escape(config.run.output)}' is already used, and a new run is "
+            "refused there: name another one in run.output, or set run.resume=require to continue that run",
+            highlight=False,
+        )
+    else:
+        check_folder(config)
+
+
+def _schedule(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:
+    """Print how long the run is. summaries: of all clients' data; none where nobody has opened the files."""
+    algorithm, batch = config.algorithm, config.data.batch_size
+    if summaries or algorithm.rounds is not None:
+        rounds = count_rounds(config, blocks, [each["train"] for each in summaries])
+        steps = f"{rounds} rounds x {blocks} blocks x {algorithm.inner_steps} inner steps = "
+        steps += f"{rounds * blocks * algorithm.inner_steps}"
+    else:
+        rounds = ANY_ROUNDS
+        steps = f"algorithm.epochs={algorithm.epochs:g} of what the clients' files hold, in whole rounds of {blocks} "
+        steps += f"blocks x {algorithm.inner_steps} inner steps"
+    console.print(f"steps: {steps}, {batch} sequences per client and step", highlight=False)
+    schedule = build_schedule(config, blocks, rounds)
+    for line in tell_length(config, schedule, summaries) if summaries else ():
+        console.print(line, highlight=False, markup=False)
+    return schedule
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:

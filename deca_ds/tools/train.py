@@ -16,15 +16,15 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.elastic.rejoin import join_job
 from deca_ds.errors import UserError
-from deca_ds.launch import ClientLayout, read_launch
+from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
-from deca_ds.launch.store import open_job_store
+from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.training.claim import check_held
 from deca_ds.training.summary import evaluations, next_commands, print_summary
 from deca_ds.training.terminal import on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
-from deca_ds.watchdog.guard import guarded
+from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 from deca_ds.watchdog.role import Visitor
 
@@ -89,10 +89,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             guard.progress.enter("meeting the other ranks")
             meet(launch, store, config.cluster.meet_s)
         if arguments.dry_run:
-            if launch.rank == launch.first:
-                from deca_ds.tools.plan import print_plan
-
-                print_plan(config, launch.world_size if launch.launcher != "python" else None)
+            _plan(config, launch, store, guard)
             return 0
         from deca_ds.training.setup import start
 
@@ -127,3 +124,20 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         if trainer.agent is not None and trainer.agent.returns:
             guard.come_back("is in the smaller part of the network, or alone")
     return 0
+
+
+def _plan(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> None:
+    """Check on every rank what a start checks there, then print the plan on the first. A plain python start is no
+    launch: how many ranks there will be, and where, is not known."""
+    from deca_ds.tools.plan import print_plan
+
+    if launch.launcher == "python":
+        print_plan(config)
+        return
+    from deca_ds.training.setup import check_together
+
+    config, _, _ = check_together(config, launch, store, guard)
+    store.gather(launch, "plan/checked", None)
+    if launch.rank == launch.first:
+        guard.progress.enter("making the plan", works=True)
+        print_plan(config, launch.world_size)

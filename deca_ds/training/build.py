@@ -27,9 +27,9 @@ from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.engine.state import TrainingState
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch import Cluster
@@ -42,10 +42,11 @@ from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Connected
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
+from deca_ds.training.doubts import doubts
 from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
-from deca_ds.training.method import build_rule, build_schedule
+from deca_ds.training.method import build_rule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.pace import pace_from
 from deca_ds.training.prepare import first_of_host, load_shared
@@ -72,9 +73,9 @@ def build(
     cluster.progress.enter("comparing the data")
     start.open_folder(job, data, vocabulary)
     client = _load_client(job, architecture, tokenizer)
+    schedule, rule = start.schedule(job, len(client.plan.blocks)), build_rule(config)
     if cluster.is_job_leader:
-        _record_start(job, client, start.resumed or 0)
-    schedule, rule = build_schedule(config, len(client.plan.blocks)), build_rule(config)
+        _record_start(job, client, start.resumed or 0, schedule.rounds)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(next(one_row))
@@ -89,7 +90,7 @@ def build(
     if elastic is not None:
         written = Agreed(elastic.commit, start.resumed, config.cluster.absent)
         # before the agent, which tells who has gone: that client may ask to come back at once
-        invite_others(job, elastic, attempt, data, vocabulary)
+        invite_others(job, elastic, attempt, data, vocabulary, schedule.rounds)
         agent = make_agent(job, elastic, gossip, metrics)
         start.join(job, agent, state, metrics)
         guard.let_others_go_on()
@@ -154,7 +155,7 @@ def _load_tokenizer(job: Job, ranks: Sequence[int]) -> tuple[PretrainedConfig, P
         architecture, tokenizer = load_architecture(model), load_tokenizer(model)
         cluster.progress.enter("checking the model", works=True, awaits=SHARED)
         warnings = check_model(job.config, architecture, tokenizer)
-    for warning in warnings if cluster.is_job_leader else ():
+    for warning in [*doubts(job.config), *warnings] if cluster.is_job_leader else ():
         print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     return architecture, tokenizer
 
@@ -194,12 +195,13 @@ def _load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrained
     return client
 
 
-def _record_start(job: Job, client: Client, done: int) -> None:
+def _record_start(job: Job, client: Client, done: int, rounds: int) -> None:
     cluster = job.cluster
     record_start(
         job.config,
         job.mixing,
         done=done,
+        rounds=rounds,
         architecture=type(client.model).__name__,
         parameters=sum(map(prod, client.shapes.values())),
         plan=client.plan,

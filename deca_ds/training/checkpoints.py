@@ -22,11 +22,11 @@ from typing import Any
 from deca_ds.checkpoint.links import Links, link_files
 from deca_ds.checkpoint.slices import file_name, save_shards
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
-from deca_ds.config.schema import CheckpointConfig
+from deca_ds.config.watching import CheckpointConfig
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import FROZEN, Piece, Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError, DivergedError
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch import Cluster
 from deca_ds.training.completion import Written

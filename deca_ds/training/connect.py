@@ -18,7 +18,7 @@ from deca_ds.launch.progress import EVERYBODY
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.mpi import MpiTransport
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 from deca_ds.watchdog.guard import JobGuard
 
 
@@ -44,7 +44,7 @@ def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Vi
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
     timeout_s, outlives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
-    place = (
+    end = Endpoint(
         cluster.layout,
         cluster.launch.rank,
         timeout_s,
@@ -55,17 +55,17 @@ def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Vi
     announcement = partial(guard.site.announcement, layout=cluster.layout)
     if outlives and cluster.gossip_comm is None:
         votes = _open_votes(config, cluster, visit, timeout_s)
-        gloo = ReconnectingGloo(votes, guard.site, announcement, *place, connected=visit is None)
+        gloo = ReconnectingGloo(votes, guard.site, announcement, end, connected=visit is None)
         connected = Connected(gloo, SurvivorCommit(gloo), gloo)
     elif outlives:
         from mpi4py import MPI
 
-        ulfm = ReconnectingUlfm(MPI.COMM_WORLD, announcement, *place)
+        ulfm = ReconnectingUlfm(MPI.COMM_WORLD, announcement, end)
         connected = Connected(ulfm, SurvivorCommit(ulfm))
     elif cluster.gossip_comm is not None:
-        connected = Connected(MpiTransport(cluster.gossip_comm, *place))
+        connected = Connected(MpiTransport(cluster.gossip_comm, end))
     else:
-        connected = Connected(GlooTransport(PrefixStore("transport", cluster.store.store), *place))
+        connected = Connected(GlooTransport(PrefixStore("transport", cluster.store.store), end))
     cluster.progress.wait_for(None)
     return connected
 

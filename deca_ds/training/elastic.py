@@ -11,7 +11,7 @@ from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.partition import Lookout
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.rejoin import save_addresses
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.compare import software
 from deca_ds.launch.view import View
 from deca_ds.training.connect import Connected
@@ -62,9 +62,9 @@ def make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) -> 
     return ElasticAgent(config, cluster, *way, gossip, job.mixing, metrics, elastic.stop, lookout)
 
 
-def invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str) -> None:
+def invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str, rounds: int) -> None:
     """Over torch: keep up to date what a client that comes back finds in the folder, and what this client's coordinator
-    tells it. vocabulary: digest of the tokenizer's."""
+    tells it. vocabulary: digest of the tokenizer's. rounds: of the run."""
     config, guard = job.config, job.guard
     if elastic.rejoinable is None or not job.cluster.is_leader:
         return
@@ -75,6 +75,7 @@ def invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vo
         "tokenizer": vocabulary,
         "label_names": data.label_names,
         "common_evaluation": data.summary["common_evaluation"],
+        "rounds": rounds,
         "date": config.data.date,
     }
 

@@ -31,10 +31,10 @@ def build_rule(config: Config) -> Rule:
     return methods.build_rule(**keys)
 
 
-def build_schedule(config: Config, blocks: int) -> Schedule:
-    """Which block is active when, and when it gossips."""
+def build_schedule(config: Config, blocks: int, rounds: int) -> Schedule:
+    """Which block is active when, and when it gossips. rounds: see `count_rounds` of length.py."""
     return Schedule(
-        rounds=config.algorithm.rounds,
+        rounds=rounds,
         blocks=blocks,
         inner_steps=config.algorithm.inner_steps,
         gossip_every=config.gossip.every,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from deca_ds.algorithm.schedule import Schedule, Step
-from deca_ds.config.schema import LoggingConfig
+from deca_ds.config.watching import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch import Cluster
 from deca_ds.training.display import Display

@@ -41,18 +41,25 @@ def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visi
     return _come_back(config, launch, store, guard, visit)
 
 
-def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
+def check_together(
+    config: Config, launch: Launch, store: JobStore, guard: JobGuard
+) -> tuple[Config, ClientLayout, MixingSchedule]:
+    """All of a start's checks before the ranks connect, but whether run.output is used; every rank checks the files of
+    its own host. All ranks call this. Gives the configuration its day. Raises UserErrors."""
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     guard.progress.enter("comparing the ranks")
     compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
     config = agree_on_day(config, launch, store)
     layout = _check(config, launch, guard, mixing)
+    _check_files(config, launch, layout)
+    return config, layout, mixing
+
+
+def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
+    config, layout, mixing = check_together(config, launch, store, guard)
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
         check_folder(config)
-    else:
-        check_writable(Path(config.run.output), "run.output")
-    _check_files(config, launch, layout)
     begins: Start = NewRun()
     if config.run.resume != "never":
         begins = _resume(config, launch, store, guard, layout, mixing)
@@ -70,7 +77,6 @@ def _come_back(config: Config, launch: Launch, store: JobStore, guard: JobGuard,
     own = PrefixStore(f"visit/{invitation.visit}", store.store)
     store = JobStore(own, store.address, store.timeout, guard.progress)
     layout = _check(config, launch, guard, mixing)
-    check_writable(Path(config.run.output), "run.output")
     _check_files(config, launch, layout)
     cluster = connect(config, launch, store, guard.progress, joins=invitation.clients)
     return build(config, cluster, connect_clients(config, cluster, guard, visit), guard, Return(invitation))
@@ -91,6 +97,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
 def _check_files(config: Config, launch: Launch, layout: ClientLayout) -> None:
     check_model_folder(config.model)
     validate_data_config(config, client=layout.client_of(launch.rank))
+    check_writable(Path(config.run.output), "run.output")
 
 
 def _resume(

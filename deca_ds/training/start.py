@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config, save_config
 from deca_ds.config.resume import SAVED_CONFIG, check_new
 from deca_ds.data import ClientData
@@ -26,6 +27,8 @@ from deca_ds.launch import Cluster
 from deca_ds.launch.compare import compare_start
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare import compare_data, digest_of_start
+from deca_ds.training.length import count_rounds, tell_length
+from deca_ds.training.method import build_schedule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.tables import data_table, print_notes
@@ -68,6 +71,10 @@ class Start(ABC):
         tokenizer's. Raises UserErrors, before anything is written."""
 
     @abstractmethod
+    def schedule(self, job: Job, blocks: int) -> Schedule:
+        """What the run trains when, and so how long it is, which the first rank tells. blocks: of the model."""
+
+    @abstractmethod
     def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
         """Raise LaunchError unless all clients start from the same model."""
 
@@ -87,6 +94,9 @@ class Start(ABC):
 class _Together(Start):
     """All ranks start at once."""
 
+    def __init__(self) -> None:
+        self._summaries: list[dict[str, Any]] = []  # of the clients' data
+
     def ranks(self, cluster: Cluster) -> Sequence[int]:
         """See Start."""
         return cluster.launch.ranks
@@ -99,7 +109,7 @@ class _Together(Start):
     def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
         """See Start. The edges of the graph are tested, too."""
         cluster, transport = job.cluster, job.transport
-        summaries = gather_json(transport, data.summary)
+        self._summaries = summaries = gather_json(transport, data.summary)
         compare_data(summaries, gather_json(transport, data.label_names))
         neighbours = subset.without(job.mixing, cluster.members.missing).neighbours(cluster.client)
         edges = probe_edges(transport, neighbours, cluster.launch, cluster.store)
@@ -110,6 +120,14 @@ class _Together(Start):
         _tell_notes(job, data)
         if cluster.is_job_leader and edges:
             print(save_edges(edges, job.output), file=sys.stderr, flush=True)
+
+    def schedule(self, job: Job, blocks: int) -> Schedule:
+        """See Start."""
+        rounds = count_rounds(job.config, blocks, [summary["train"] for summary in self._summaries])
+        schedule = build_schedule(job.config, blocks, rounds)
+        for line in tell_length(job.config, schedule, self._summaries) if job.cluster.is_job_leader else ():
+            print(line, file=sys.stderr, flush=True)
+        return schedule
 
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
         """See Start."""
@@ -152,6 +170,7 @@ class ResumedRun(_Together):
     """From a checkpoint, in the folder that has been taken when it was chosen."""
 
     def __init__(self, resumption: Resumption):
+        super().__init__()
         self._resumption, self.resumed = resumption, resumption.step
 
     def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
@@ -185,6 +204,10 @@ class Return(Start):
         self._invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
         _write_to(job)
         _tell_notes(job, data)
+
+    def schedule(self, job: Job, blocks: int) -> Schedule:
+        """See Start. It is the job's."""
+        return build_schedule(job.config, blocks, self._invitation.rounds)
 
     def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
         """See Start. It takes over a neighbour's."""

@@ -24,6 +24,7 @@ def record_start(
     mixing: MixingSchedule,
     *,
     done: int,
+    rounds: int,
     architecture: str,
     parameters: int,
     plan: BlockPlan,
@@ -31,7 +32,7 @@ def record_start(
     transport: str = "",
     device: torch.device | None = None,
 ) -> None:
-    """Add the entry of a start that goes on after `done` inner steps, or of a simulation.
+    """Add the entry of a start that goes on after `done` inner steps of `rounds` rounds, or of a simulation.
 
     architecture, parameters: the model's class, and how many it has. ranks: of each client. A file that cannot be read
     is written anew: nothing depends on it.
@@ -40,6 +41,8 @@ def record_start(
     on_gpu = device is not None and device.type == "cuda"
     entry = {
         "step": done,
+        "rounds": rounds,
+        "epochs": config.algorithm.epochs,
         "time": round(time.time(), 3),
         "ranks": list(ranks),
         "transport": transport,

@@ -12,8 +12,9 @@ from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Step
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
-from deca_ds.gossip.averaging import Gossip
-from deca_ds.gossip.strategies import Mean
+from deca_ds.gossip.averaging import Mean
+from deca_ds.gossip.gossip import Gossip
+from deca_ds.gossip.strategies import begin
 
 # Ends an averaging of which everything has been sent, by calling what it is given, once and before anybody looks at the
 # model, the block's state or what gossip counts. Between, the last chunks travel.
@@ -45,7 +46,7 @@ def inner_step(
     """
     stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     check(step, stats)
-    averaging = gossip.begin(step.gossip)
+    averaging = begin(gossip, step.gossip)
 
     def accept(means: Iterable[Mean]) -> None:
         for chunk, name, values in means:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from deca_ds.errors import GossipError
 from deca_ds.launch.given import look_at_hosts
-from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
-from deca_ds.launch.view import Membership
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 _Work = tuple[str, int, dist.Work]  # direction, peer, work
 
@@ -23,28 +21,22 @@ _Work = tuple[str, int, dist.Work]  # direction, peer, work
 class GlooTransport(Transport):
     """A gloo group of its own over this rank's peers, apart from the default world.
 
-    store: reachable by all clients. timeout_s: longest wait for one message. connected: whether to meet the others now;
-    then the constructor is collective over the peers and raises GossipError if one does not come. One client needs no
-    group. GLOO_SOCKET_IFNAME picks the network interface.
+    store: reachable by all clients. connected: whether to meet the others now; then the constructor is collective over
+    the peers and raises GossipError if one does not come. One client needs no group. GLOO_SOCKET_IFNAME picks the
+    network interface.
     """
 
     def __init__(
         self,
         store: dist.Store,
-        layout: ClientLayout,
-        rank: int,
-        timeout_s: float,
-        membership: Membership | None = None,
-        progress: Progress | None = None,
-        checksums: bool = False,
+        end: Endpoint,
         *,
         connected: bool = True,
     ):
-        super().__init__(layout, rank, membership, progress, checksums)
-        self.timeout_s = timeout_s
+        super().__init__(end)
         self._group: dist.ProcessGroupGloo | None = None
         if len(self.members) > 1 and connected:
-            self._group = self._connect(self._key(store), self.peers, timedelta(seconds=timeout_s))
+            self._group = self._connect(self._key(store), self.peers, timedelta(seconds=self.timeout_s))
 
     def _key(self, store: dist.Store, number: int | None = None) -> dist.Store:
         """Where the peers meet. number: of the connections, if these are not the first ones."""
@@ -106,15 +98,15 @@ class TorchExchange:
         self._error: GossipError | None = None
 
     def _finish(self, progress: Progress) -> None:
-        transport, timeout_s = self._transport, self._transport.timeout_s
+        transport = self._transport
         for direction, peer, work in self._works:
             progress.wait_for(transport.layout.client_of(peer))
             try:
-                work.wait(timedelta(seconds=timeout_s))
+                work.wait(timedelta(seconds=transport.timeout_s))
             except RuntimeError as error:
                 failed = (peer, direction, self._tag)
                 late = "timed out" in str(error).lower()
-                self._error = transport.no_answer(*failed, timeout_s) if late else transport.lost(*failed, str(error))
+                self._error = transport.no_answer(*failed) if late else transport.lost(*failed, str(error))
                 return
             progress.tick()
         progress.wait_for(None)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 
 class LocalNetwork:
@@ -62,7 +62,7 @@ class LocalTransport(Transport):
     """A sent tensor is copied at once, so that sending never waits."""
 
     def __init__(self, network: LocalNetwork, rank: int):
-        super().__init__(network.layout, rank)
+        super().__init__(Endpoint(network.layout, rank, network.timeout_s))
         self._network = network
 
     def _exchange(
@@ -117,12 +117,11 @@ class LocalExchange:
 
     def wait(self) -> None:
         """See Exchange."""
-        timeout_s = self._network.timeout_s
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + self._transport.timeout_s
         with self._network.arrived:
             for source in list(self._expected):
                 self._transport.note_wait(source)
                 while not self._take(source):
                     if not self._network.arrived.wait(max(0.0, deadline - time.monotonic())):
-                        raise self._transport.no_answer(source, "from", self._tag, timeout_s)
+                        raise self._transport.no_answer(source, "from", self._tag)
         self._transport.progress.wait_for(None)

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from deca_ds.errors import GossipError
-from deca_ds.launch.launcher import ClientLayout
-from deca_ds.launch.progress import Progress
-from deca_ds.launch.view import Membership
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -49,25 +46,14 @@ _Request: TypeAlias = "tuple[str, int, MPI.Request, np.ndarray]"  # direction, p
 class MpiTransport(Transport):
     """On a duplicate of `comm`, whose ranks are this rank's peers in their order.
 
-    timeout_s: longest wait for one message. The constructor is collective over `comm`; it raises GossipError if a
-    rank does not come.
+    The constructor is collective over `comm`; it raises GossipError if a rank does not come.
     """
 
-    def __init__(
-        self,
-        comm: MPI.Comm,
-        layout: ClientLayout,
-        rank: int,
-        timeout_s: float,
-        membership: Membership | None = None,
-        progress: Progress | None = None,
-        checksums: bool = False,
-    ):
+    def __init__(self, comm: MPI.Comm, end: Endpoint):
         from mpi4py import MPI  # starts MPI, so not on import of the package
 
-        super().__init__(layout, rank, membership, progress, checksums)
-        self.timeout_s = timeout_s
-        self._comm: MPI.Comm | None = self.duplicate(comm, timeout_s)
+        super().__init__(end)
+        self._comm: MPI.Comm | None = self.duplicate(comm, end.timeout_s)
         self._mpi = MPI
         self._abandoned: list[_Request] = []  # they still belong to MPI, so their memory has to stay
 
@@ -165,7 +151,7 @@ class MpiExchange:
             self._transport.note_wait(peer)
             if not poll(self._first_done, deadline):
                 self._transport.abandon(self.requests)
-                raise self._transport.no_answer(peer, direction, self._tag, self._transport.timeout_s)
+                raise self._transport.no_answer(peer, direction, self._tag)
             self.requests.pop(0)
             progress.tick()
         progress.wait_for(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -30,31 +31,39 @@ def chunk_tag(t: int, chunk: int) -> int:
     return (t % _STEP_TAGS) * _CHUNK_TAGS + chunk % _CHUNK_TAGS
 
 
-class Transport(ABC):
-    """One rank's end of the network between clients.
+@dataclass(frozen=True)
+class Endpoint:
+    """One rank's end of the network between clients, whatever carries the messages.
 
-    layout, rank: which rank this is, and of which client. membership: who is in; `exchange` reaches their
-    ranks of this one's group (ClientLayout.group_of). epoch: how often the connections have been made anew. bytes_sent:
-    what this rank has handed to the network so far. progress: what this rank is doing; waits note for which client they
-    are. checksums: whether messages carry checksums (checksums.py); the same for all ranks.
+    layout, rank: which rank this is, and of which client. timeout_s: longest wait for one message. membership: who is
+    in; None: all, for good. progress: what this rank is doing; waits note for which client they are. checksums: whether
+    messages carry checksums (checksums.py); the same for all ranks.
     """
 
-    def __init__(
-        self,
-        layout: ClientLayout,
-        rank: int,
-        membership: Membership | None = None,
-        progress: Progress | None = None,
-        checksums: bool = False,
-    ):
-        self.layout, self.rank = layout, rank
-        self.client, self.clients = layout.client_of(rank), layout.clients
-        self.routes = Routes(layout, rank)
-        self.membership = Membership(View.of_all(layout.clients)) if membership is None else membership
+    layout: ClientLayout
+    rank: int
+    timeout_s: float
+    membership: Membership | None = None
+    progress: Progress | None = None
+    checksums: bool = False
+
+
+class Transport(ABC):
+    """Carries the messages of one end, to and from the ranks of its group (ClientLayout.group_of) whose clients are in.
+
+    epoch: how often the connections have been made anew. bytes_sent: what this rank has handed to the network so far.
+    """
+
+    def __init__(self, end: Endpoint):
+        layout = end.layout
+        self.layout, self.rank, self.timeout_s = layout, end.rank, end.timeout_s
+        self.client, self.clients = layout.client_of(end.rank), layout.clients
+        self.routes = Routes(layout, end.rank)
+        self.membership = Membership(View.of_all(layout.clients)) if end.membership is None else end.membership
         self.epoch = 0
         self.bytes_sent = 0
-        self.progress = progress or Progress()
-        self.checksums = checksums
+        self.progress = end.progress or Progress()
+        self.checksums = end.checksums
 
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """Start sending `send` to each rank of `destinations` and receiving from each source rank into its buffer.
@@ -89,10 +98,10 @@ class Transport(ABC):
     def close(self) -> None:
         """Give the connections back. May be called twice."""
 
-    def no_answer(self, peer: int, direction: str, tag: int, timeout_s: float) -> MessageError:
+    def no_answer(self, peer: int, direction: str, tag: int) -> MessageError:
         """The error of a message that did not get through. direction: "from" or "to" the peer."""
         return MessageError(
-            f"no message {direction} {self.layout.named(peer)} within {timeout_s:g} s (tag {tag})",
+            f"no message {direction} {self.layout.named(peer)} within {self.timeout_s:g} s (tag {tag})",
             where=self.layout.named(self.rank),
             fix=f"look at the log of {self.layout.named(peer)}; if it is only slow, raise cluster.timeout_s",
         )

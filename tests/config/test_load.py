@@ -31,6 +31,20 @@ def test_file_then_dotlist_then_saved_and_read_back(tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
 
 
+def test_how_long_a_run_is_is_said_once(tmp_path):
+    def length(*overrides):
+        config = load_config(file, [*BASE, *overrides])
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+        return config.algorithm.rounds, config.algorithm.epochs
+
+    file = None
+    assert length() == (4, None) and length("algorithm.epochs=0.5") == (None, 0.5)
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm: {rounds: 7}\n")
+    assert length() == (7, None) and length("algorithm.rounds=null", "algorithm.epochs=2") == (None, 2.0)
+
+
 def test_unknown_keys_suggest_the_right_one():
     assert "did you mean optimizer.lr?" in refused(r"optimizer\.lrr = 1", "optimizer.lrr=1")
     assert "did you mean optimizer?" in refused("optimzer", "optimzer.lr=1")
@@ -63,6 +77,8 @@ def test_wrong_types_and_choices_name_the_value():
         "gossip.chunk_mib=0",
         "data.max_length=1",
         "run.threads=0",
+        "algorithm.rounds=0",
+        "algorithm.epochs=0",
         "run.seed=-1",
         "logging.every=0",
         "blocks.layers_per_block=0",
@@ -77,6 +93,7 @@ def test_contradictions():
     refused("gossip.graph = 'ring' with gossip.edges = 'e.txt'", "gossip.edges=e.txt")
     refused("gossip.wait_s = 2 with cluster.on_failure=continue", "gossip.wait_s=2", "cluster.on_failure=continue")
     refused("gossip.wait_s = 60, .* cluster.timeout_s = 60", "gossip.wait_s=60", "cluster.timeout_s=60")
+    refused("algorithm.rounds = 2 with algorithm.epochs = 3", "algorithm.rounds=2", "algorithm.epochs=3")
     refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
 
 

@@ -96,6 +96,38 @@ def test_the_command_line_replaces_a_mapping_or_adds_to_it(tmp_path):
     assert load(tmp_path, file, "data={packing: true}").data.label_names == {"1": "a", "2": "b"}
 
 
+@pytest.mark.parametrize(
+    ("argument", "message", "fix"),
+    [
+        ("optimizer.lr.x=3", "optimizer.lr is a single value", "'optimizer.lr=value'"),
+        ("model.attention.x=3", "model.attention is a single value", "'model.attention=value'"),
+        ("data.train.0=x", "data.train is a list", "'data.train=[value]'"),
+        ("cluster.ranks[0]=3", "cluster.ranks is a list", "'cluster.ranks=[value]'"),
+        ("data.label_names.x.y=3", "data.label_names has a single value for a name", "'data.label_names={x.y: 3}'"),
+    ],
+)
+def test_a_key_that_goes_on_below_a_value(tmp_path, argument, message, fix):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "", argument)
+    assert message in caught.value.what and argument in caught.value.where and fix in caught.value.fix
+    if "{" in fix:  # what the fix says is understood
+        assert load(tmp_path, "", fix.strip("'")).data.label_names == {"x.y": "3"}
+
+
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [
+        ("data.train", "data: {train: ...}"),
+        ("optimizer.lr", "optimizer: {lr: ...}"),
+        ("data.label_names.a", "data: {label_names: {a: ...}}"),
+    ],
+)
+def test_a_key_with_a_dot_in_a_file(tmp_path, key, written):
+    with pytest.raises(ConfigError, match="in a file a dot does not part names") as caught:
+        load(tmp_path, f"{key}: 1")
+    assert caught.value.fix == f"write {written}" and caught.value.where.endswith("line 1")
+
+
 @pytest.mark.parametrize("text", ["data: {label_names: {1: a, '1': b}}", "data: {packing: true, packing: false}"])
 def test_a_name_that_stands_twice_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match=r"twice|duplicate"):

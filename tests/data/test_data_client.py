@@ -186,6 +186,40 @@ def test_a_missing_partition_column_names_the_line(tokenizer, tmp_path):
         load_client_data(make_config(train=[path], partition="key", partition_column="kind"), tokenizer, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "options", "message", "fix"),
+    [
+        ("a.csv", "classification", {}, "no column 'text'; there are: sports, Two goals", "in data.column_names; else"),
+        ("a.tsv", "text", {}, "no column 'text'", "no header, list its columns in data.column_names"),
+        ("a.csv", "alpaca", {}, "no column 'instruction'", "data.column_names; else rename the columns"),
+        ("a.jsonl", "text", {}, "no column 'text'", "name it in data.text_columns, or choose"),
+        (
+            "a.jsonl",
+            "classification",
+            {"text_columns": ["sports"]},
+            "no column 'label'",
+            "data.text_columns or data.label",
+        ),
+        ("a.jsonl", "sharegpt", {}, "no column 'conversations'", "rename the columns, or choose the data.format"),
+        (
+            *("a.jsonl", "text", {"text_columns": ["sports"], "partition": "key", "partition_column": "k"}),
+            *("no column 'k'", "name it in data.partition_column"),
+        ),
+    ],
+)
+def test_a_source_that_does_not_fit_names_the_keys(tokenizer, tmp_path, name, format, options, message, fix):
+    lines = [["sports", "Two goals " + "and more " * 9], ["world", "A treaty"]]
+    if name.endswith("jsonl"):
+        write_jsonl(tmp_path / name, [dict([line]) for line in lines])
+    else:
+        part = "," if name.endswith("csv") else "\t"
+        (tmp_path / name).write_text("".join(part.join(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=message) as error:
+        load_client_data(make_config(train=[tmp_path / name], format=format, **options), tokenizer, 0)
+    assert fix in error.value.fix and error.value.where.startswith(str(tmp_path / name))
+    assert len(error.value.what) < 120, "the texts of a row that is taken for names are cut"
+
+
 def test_files_with_different_columns_and_odd_texts_go_together(tokenizer, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(["caf\u00e9 \u00e2\u20ac\u2122", "half \ud83d escape"]))
     write_jsonl(tmp_path / "b.jsonl", [{"text": "x", "meta": {"k": 1}}, {"text": "y", "meta": "z"}])

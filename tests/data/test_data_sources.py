@@ -116,7 +116,8 @@ def test_entries_become_files_in_order_each_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "entry", ["/" + "n" * 300, "./nothing", "/no/where", "no.json", "no/such/thing", "~/nothing.csv"]
+    "entry",
+    ["/" + "n" * 300, "./nothing", "/no/where", "no.json", "no/such/thing", "~/nothing.csv", "my data"],
 )
 def test_a_missing_path_is_no_hub_name(entry):
     with pytest.raises(DataError, match=r"(?s)no such file.*data\.train"):
@@ -155,7 +156,9 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmore")
 
     monkeypatch.setattr(sources, "load_dataset", load)
-    with pytest.raises(DataError, match=r"(?s)'owner/name'.*ConnectionError: Couldn't reach.*data\.subset"):
+    with pytest.raises(
+        DataError, match=r"(?s)no file or folder 'owner/name' in /.*ConnectionError: Couldn't reach.*data\.subset"
+    ):
         load_hub(HubName("owner/name"), None, "train")
 
 

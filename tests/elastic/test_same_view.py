@@ -16,11 +16,11 @@ from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.rejoin import join_job, save_addresses
 from deca_ds.launch.launcher import Launch
-from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import Membership, View
 from deca_ds.transport.collectives import barrier
+from deca_ds.transport.transport import Endpoint
 
 pytestmark = pytest.mark.timeout(60)
 CLIENTS = 3
@@ -35,8 +35,8 @@ class Rank:
         self.seen = [self.membership.view]
         self.membership.subscribe(self._see)
         announcement = partial(self.site.announcement, layout=job.layout)
-        place = job.layout, launch.rank, 20.0, self.membership, Progress(), False
-        self.transport = ReconnectingGloo(votes, self.site, announcement, *place, connected=not visits)
+        end = Endpoint(job.layout, launch.rank, 20.0, self.membership)
+        self.transport = ReconnectingGloo(votes, self.site, announcement, end, connected=not visits)
         self.commit = SurvivorCommit(self.transport)
 
     def _see(self, before: View, view: View) -> None:
@@ -84,7 +84,7 @@ def test_all_ranks_see_the_same_views(tmp_path):
         assert one.site.host == two.site.host == 1 and gone.announcement == "{} {}".format(*two.site.store.address)
 
         addresses = [(client, *address) for client, address in job.votes[1].addresses.items()]
-        told = Invitation(one.site.store.address, 1, addresses, 7, {}, "", [], 0, None)
+        told = Invitation(one.site.store.address, 1, addresses, 7, {}, "", [], 0, 4, None)
         job.servers[1].invite(told.text())
         save_addresses(tmp_path, job.votes[1].addresses)
         visit, store = join_job(launches[0], job.layout, tmp_path, 10.0, 60.0)

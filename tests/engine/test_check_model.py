@@ -61,6 +61,36 @@ def test_models_without_positions_take_any_length(make, name):
     assert check(make(CONFIGS[name]()), **{"data.max_length": 5000}) == []
 
 
+SHORT = {"data.max_length": 8}
+
+
+def test_attention_that_there_is_not_is_told_by_its_key(make):
+    folder = make(CONFIGS["llama"]())
+    assert (
+        check(folder, **{"model.attention": "sdpa", **SHORT})
+        == check(folder, **{"model.attention": "eager", **SHORT})
+        == []
+    )
+    with pytest.raises(ModelError, match=r"(?s)model.attention = 'flash'.*flash_attention_2.*name another") as caught:
+        check(folder, **{"model.attention": "flash"})
+    assert caught.value.where == "model.attention"
+
+
+def test_attention_that_this_host_lacks_a_package_for(make, monkeypatch):
+    """The plan may be made where no model is to run."""
+    folder = make(CONFIGS["llama"]())
+    monkeypatch.setattr(LlamaForCausalLM, "_flash_attn_can_dispatch", lack, raising=True)
+    (warning,) = check(folder, **{"model.attention": "flash_attention_2", **SHORT})
+    assert "on this host model.attention = 'flash_attention_2': no package" in warning
+    config = load_config(None, [f"model.path={folder}", "model.attention=flash_attention_2"])
+    with pytest.raises(ModelError, match=r"no package[\s\S]*install what it needs on every host"):
+        check_model(config, load_architecture(config.model), AutoTokenizer.from_pretrained(folder))
+
+
+def lack(*_, **__):
+    raise ImportError("no package")
+
+
 def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(make):
     options = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1)
     folder = make(LlamaConfig(**options, vocab_size=48))

@@ -16,6 +16,7 @@ from deca_ds.config.schema import Config
 from deca_ds.data import validate_data_config
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.tools.train import parser
+from deca_ds.training.doubts import doubts
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted({*(REPOSITORY / "examples").glob("*.yaml"), *(REPOSITORY / "examples/demo").glob("*.yaml")})
@@ -77,6 +78,7 @@ def test_example_loads_and_is_free_of_contradictions(path: Path) -> None:
     build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     assert set(check_world(config, config.cluster.clients)) == {1}
     assert not config.model.trust_remote_code
+    assert config.data.per_client or not doubts(config)
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("ds_configs/*.json")), ids=name)

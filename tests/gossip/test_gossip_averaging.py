@@ -15,10 +15,10 @@ from test_gossip_graphs import KINDS
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.buffers import BufferPool
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.strategies import WINDOW
+from deca_ds.gossip.strategies import WINDOW, begin
 from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.local import LocalNetwork, LocalTransport
 from deca_ds.transport.transport import BARRIER_TAG, GATHER_TAG, REDUCE_TAG, chunk_tag
@@ -77,7 +77,7 @@ def test_own_weight_of_zero_and_directed_matrix(tmp_path):
 
 def test_nobody_to_talk_to_sends_nothing():
     gossip = Gossip(LocalNetwork(3).transport(1), build_mixing(GossipConfig(graph="isolated"), 3, seed=0))
-    averaging = gossip.begin(0)
+    averaging = begin(gossip, 0)
     assert not averaging.mixes and not list(averaging.settle())
     assert gossip.bytes_sent == 0 and gossip.wait_seconds == 0.0
 
@@ -202,9 +202,9 @@ def test_misuse_is_refused():
     (chunk,) = gossip.chunks([4])
     for x in (torch.zeros(2, 2), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(8)[::2], torch.zeros(3)):
         with pytest.raises(ValueError, match="flat float32"):
-            gossip.begin(0).send(chunk, "x", x)
+            begin(gossip, 0).send(chunk, "x", x)
     with pytest.raises(AssertionError, match="nobody"):
-        gossip.begin(None).send(chunk, "x", torch.zeros(4))
+        begin(gossip, None).send(chunk, "x", torch.zeros(4))
     with pytest.raises(ValueError, match="contiguous"):
         all_reduce_sum(network.transport(0), torch.zeros(6)[::2])
 

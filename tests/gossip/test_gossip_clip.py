@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import ConfigError, GossipError
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip, clipped_weights
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import begin
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.method import check_method
 from deca_ds.transport.local import LocalNetwork
@@ -99,7 +100,7 @@ def test_a_poisoned_message_is_refused_by_name_before_anything_of_it_is_used(rad
     poison[7] = value
     own = torch.arange(50.0)
     (chunk,) = there.chunks([50])
-    there.begin(3).send(chunk, "x", poison)
+    begin(there, 3).send(chunk, "x", poison)
     with pytest.raises(GossipError) as caught:
         mix(here, 3, own)
     assert "1 of 50 values of client 1 are not finite (averaging 3)" in caught.value.what

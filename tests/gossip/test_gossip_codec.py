@@ -17,11 +17,12 @@ from torch.distributed import HashStore, PrefixStore, Store
 
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.errors import ConfigError, GossipError
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip.strategies import begin
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.method import check_method
 from deca_ds.transport.commit import Commit
@@ -118,7 +119,7 @@ def test_a_value_that_a_codec_cannot_hold_is_refused_by_name():
     there, here = (Gossip(network.transport(i), schedule, codec=CODECS["bfloat16"]) for i in range(2))
     large = torch.ones(50)
     large[3] = torch.finfo(torch.float32).max
-    there.begin(0).send(there.chunks([50])[0], "x", large)
+    begin(there, 0).send(there.chunks([50])[0], "x", large)
     with pytest.raises(GossipError, match="1 of 50 values of client 0 are not finite"):
         mix(here, 0, torch.ones(50))
 

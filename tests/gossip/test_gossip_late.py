@@ -20,9 +20,9 @@ from torch.distributed import HashStore, PrefixStore
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import ConfigError, GossipError
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision, check_wait, without
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.skip_log import SkipLog
@@ -31,6 +31,7 @@ from deca_ds.gossip.weights import weigh
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
 from deca_ds.transport.local import LocalNetwork, LocalTransport
+from deca_ds.transport.transport import Endpoint
 
 NUMEL, CHUNK_MIB = 1000, 0.001  # four chunks
 
@@ -198,7 +199,7 @@ def test_a_client_that_stops_for_a_while_is_left_out_and_comes_back(radius: floa
     for gossip in ends:
         # the pool has all its buffers back: those of the messages that were thrown away, too
         assert len(gossip.pool._free) <= 2 * 4 * (2 + 1)
-        assert not any(gossip._stragglers._stray.values()) and not any(gossip._stragglers._leaving.values())
+        assert not any(gossip.stragglers._stray.values()) and not any(gossip.stragglers._leaving.values())
 
 
 @settings(max_examples=6)
@@ -274,7 +275,7 @@ class Failing:
 
 
 def test_a_message_over_torch_that_fails_in_the_background_is_an_error_and_no_wait_of_this_rank():
-    transport = GlooTransport(None, ClientLayout(2, 1), 0, timeout_s=1, connected=False)
+    transport = GlooTransport(None, Endpoint(ClientLayout(2, 1), 0, timeout_s=1), connected=False)
     transport.progress.wait_for(2)
     exchange = TorchExchange(transport, [("from", 1, Failing())], tag=7)
     with pytest.raises(GossipError, match=r"a message from rank 1 .client 1. failed \(tag 7\): Connection closed"):

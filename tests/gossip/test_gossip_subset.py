@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import subset
-from deca_ds.gossip.averaging import Gossip
 from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.strategies import WINDOW
+from deca_ds.gossip.strategies import WINDOW, begin
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork
 
@@ -126,7 +126,7 @@ def test_after_a_message_has_failed_a_rank_comes_to_the_commit_without_a_sign_of
     """Those who put out a client that hangs measure how long nobody has moved on."""
     transport, mixing = LocalNetwork(2, 0.05).transport(0), build_mixing(GossipConfig(graph="ring"), 2, seed=0)
     gossip, x = Gossip(transport, mixing, 4 * 8 / 2**20, commit=Repeating(transport)), torch.zeros(8 * (WINDOW + 3))
-    averaging, chunks = gossip.begin(0), gossip.chunks([x.numel()])
+    averaging, chunks = begin(gossip, 0), gossip.chunks([x.numel()])
     for chunk in chunks[: WINDOW + 1]:  # the last one makes room: client 1 does not answer
         averaging.send(chunk, "x", x[chunk.part])
     moved, sent = transport.progress.moved, gossip.bytes_sent

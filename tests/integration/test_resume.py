@@ -144,7 +144,7 @@ def test_its_checkpoints_cost_what_was_trained_and_take_the_disk_that_is_planned
     config = load_config(run / "config.yaml", [])
     model = meta_model(config.model, load_architecture(config.model))
     plan, rule = find_blocks(config, model), build_rule(config)
-    stored, schedule = Stored.of(model, plan, config.model, rule), build_schedule(config, len(plan.blocks))
+    stored, schedule = Stored.of(model, plan, config.model, rule), build_schedule(config, len(plan.blocks), rounds=2)
     last = 30, 32
     assert tuple(steps_in(run / "checkpoints")) == last
     folders = [run / "model", *(step_folder(run / "checkpoints", step) for step in last)]

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import HashStore
 
 from deca_ds.errors import LaunchError
-from deca_ds.launch.devices import Seen, Taken, check_devices, place, shared_gpus, take_device
+from deca_ds.launch.devices import Placement, Seen, Taken, check_devices, place, shared_gpus, take_device, take_threads
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 
@@ -59,6 +59,25 @@ def test_containers_of_one_machine_are_counted_together():
 def test_threads_follow_the_cores_that_a_rank_may_run_on(cores, threads):
     every = {rank: Seen("a", "a", rank, mask, 0) for rank, mask in enumerate(cores)}
     assert [place(every, rank).threads for rank in every] == threads
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environ", "threads"),
+    [
+        (None, {}, 4),
+        (3, {}, 3),
+        (None, {"OMP_NUM_THREADS": "2"}, None),  # what torch has started with
+        (3, {"OMP_NUM_THREADS": "2"}, 3),
+        (None, {"OMP_NUM_THREADS": ""}, 4),
+        (None, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 4),  # torchrun's, not the user's
+        (None, {"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, None),
+    ],
+)
+def test_threads_that_the_user_has_set_count(monkeypatch, wanted, environ, threads):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    take_threads(wanted, Placement(torch.device("cpu"), 0, 4), environ)
+    assert chosen == ([] if threads is None else [threads])
 
 
 def taken(*devices: str) -> dict[int, Taken]:

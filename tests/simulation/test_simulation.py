@@ -127,6 +127,22 @@ def test_clients_with_and_without_a_neighbour_at_a_step(keys, tmp_path):
     assert spread(simulation.clients.values[1:]) < spread(alone.clients.values[1:]) / 5
 
 
+def test_a_folder_that_is_used_hides_no_mistake(keys, word_files, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "DONE").touch()
+    config = tmp_path / "run.yaml"
+    config.write_text("{}")
+
+    def told(*changes: str) -> str:
+        assert main(["simulate", "--config", str(config), *keys, *changes]) == 2
+        return capsys.readouterr().err
+
+    own = ["data.train=[]", "data.common_holdout=0", "cluster.clients=2"]
+    assert "is not known" in told("algorithm.method=adamm")
+    assert "absent.jsonl" in told(*own, f"data.per_client=[{word_files[0]},absent.jsonl]")
+    assert "already used" in told()
+
+
 def test_the_command_writes_what_happened(keys, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("{}")

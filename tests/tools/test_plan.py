@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
-from deca_ds.errors import ConfigError
+from deca_ds.errors import CheckpointError, ConfigError, DataError
 from deca_ds.tools.plan import print_plan
 
 
@@ -24,6 +24,22 @@ def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
     directed.write_text("1/2 1/2 0\n0 1/2 1/2\n1/2 0 1/2\n")
     with pytest.raises(ConfigError, match=rf"the mixing matrix is not symmetric .matrix {directed}"):
         print_plan(load_config(None, [*keys, f"gossip.matrix={directed}"]))
+
+
+def test_a_folder_that_is_used_is_told_last_and_hides_no_mistake(tiny_model, word_files, tmp_path, capsys):
+    (tmp_path / "DONE").touch()
+    keys = [f"run.output={tmp_path}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
+    for mistake, message in (("algorithm.method=adamm", "is not known"), ("data.train=x.jsonl", "no such file")):
+        with pytest.raises((ConfigError, DataError), match=message):
+            print_plan(load_config(None, [*keys, mistake]))
+    capsys.readouterr()
+    print_plan(load_config(None, keys))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "steps:" in told and re.search(
+        r"WARNING: the output folder '.*' is already used, .*run.resume=require", told
+    )
+    with pytest.raises(CheckpointError, match="no run to continue"):
+        print_plan(load_config(None, [*keys, "run.resume=require"]))
 
 
 def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
@@ -40,6 +56,26 @@ def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word
     assert f"masters: exact, {parameters / 2**20:,.1f} MiB" in plan(half, world_size=2)
     dropped = plan(half, "model.masters=rounded")
     assert "masters: rounded, what a block's turn changes" in dropped and "model.masters=exact takes" in dropped
+
+
+def test_the_length_is_told_in_rounds_epochs_and_tokens(tiny_model, word_files, tmp_path, capsys):
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=2", "data.batch_size=4"]
+    shared, own = f"data.train=[{word_files[0]}]", f"data.per_client=[{word_files[0]},{word_files[1]}]"
+
+    def plan(*changes: str) -> str:
+        print_plan(load_config(None, [*keys, *changes]))
+        return " ".join(capsys.readouterr().out.split())
+
+    told = plan(shared, "algorithm.epochs=9")
+    rounds, blocks = map(int, re.search(r"steps: (\d+) rounds x (\d+) blocks x 48 inner steps = ", told).groups())
+    epochs, asked = re.search(r"length: (\S+) epochs \((\S+), in whole rounds of \S+, ", told).groups()
+    assert (
+        asked == "algorithm.epochs=9" and float(epochs) >= 9 and f"{2 * 4 * 48 * rounds * blocks:,} sequences" in told
+    )
+    assert "WARNING: client" in plan(shared, "algorithm.rounds=500")
+    told = plan(own, "algorithm.epochs=9")
+    assert f"steps: algorithm.epochs=9 of what the clients' files hold, in whole rounds of {blocks} blocks" in told
+    assert "length:" not in told and "disk: " in told
 
 
 def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, tmp_path, capsys):

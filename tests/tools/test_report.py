@@ -239,6 +239,15 @@ def test_restarts_and_late_neighbours_are_told(tmp_path):
     assert memory == [1, 0.125, 0, 0.125], "since the last start"
 
 
+def test_the_length_of_a_run_in_epochs_is_what_its_start_recorded(tmp_path):
+    folder = write_job(tmp_path / "job", algorithm__rounds=None, algorithm__epochs=1.5)
+    (start,) = json.loads((folder / "starts.json").read_text())
+    (folder / "starts.json").write_text(json.dumps([{**start, "rounds": 5, "epochs": 1.5}]))
+    (folder / "DONE").unlink()
+    (run,) = read_runs([folder])
+    assert length(run) == 5 * 2 * 4 and "5 rounds" in report(folder).text
+
+
 def test_several_runs_stand_beside_each_other(tmp_path):
     deca = write_job(tmp_path / "one" / "run")
     alone = write_job(tmp_path / "two" / "run", gossip__graph="isolated")

@@ -1,7 +1,17 @@
-import pytest
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
 
-from deca_ds.errors import LaunchError
+import pytest
+from torch.distributed import HashStore
+
+from deca_ds.config import load_config
+from deca_ds.errors import DataError, LaunchError
+from deca_ds.launch import Launch
+from deca_ds.launch.progress import Progress
+from deca_ds.launch.store import JobStore
 from deca_ds.tools import train
+from deca_ds.training.setup import check_together
 
 
 @pytest.mark.parametrize(
@@ -17,3 +27,21 @@ def test_ranks_look_for_each_other_as_long_as_the_configuration_says(monkeypatch
     monkeypatch.setattr(train, "open_job_store", nobody)
     assert train.main(["model.path=x", f"cluster.{key}"]) == 2
     assert f"nobody came for {meet_s} s of {timeout_s} s" in capsys.readouterr().err
+
+
+def test_a_launched_dry_run_looks_for_every_client_s_file(tiny_model, word_files, tmp_path):
+    files, shared = [word_files[0], tmp_path / "absent.jsonl"], HashStore()
+    keys = [f"model.path={tiny_model}", "cluster.clients=2", f"data.per_client=[{files[0]},{files[1]}]"]
+    config = load_config(None, [*keys, f"run.output={tmp_path / 'run'}"])
+
+    def rank(number: int) -> object:
+        progress = Progress()
+        store = JobStore(shared, None, timedelta(seconds=60), progress)
+        check = train._plan if number else check_together  # no plan is printed before all have passed
+        return check(config, Launch("deepspeed", number, 2, 0, None), store, SimpleNamespace(progress=progress))
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.submit(rank, 0), threads.submit(rank, 1)
+    assert first.result()[0].data.per_client == config.data.per_client
+    with pytest.raises(DataError, match=r"(?s)no such file.*absent\.jsonl.*data\.per_client\[1\], of client 1"):
+        second.result()

@@ -16,11 +16,12 @@ def test_every_start_has_its_entry(tmp_path):
     (tmp_path / STARTS).write_text("[{torn")
     for done in (0, 12):
         record_start(
-            config, build_mixing(GossipConfig(), 2, 0), done=done, architecture="Linear", parameters=15, plan=plan,
-            ranks=[2, 1], transport="torch",
+            config, build_mixing(GossipConfig(), 2, 0), done=done, rounds=3, architecture="Linear", parameters=15,
+            plan=plan, ranks=[2, 1], transport="torch",
         )  # fmt: skip
     first, second = json.loads((tmp_path / STARTS).read_text())
     assert (first["step"], second["step"]) == (0, 12) and first["time"] <= second["time"]
+    assert first["rounds"] == 3 and first["epochs"] is None
     assert first["ranks"] == [2, 1] and first["device"] == "CPU" and first["transport"] == "torch"
     assert {"deca_ds", "Python", "torch", "deepspeed", "transformers"} <= first["software"].keys()
     model = {"architecture": "Linear", "parameters": 15, "blocks": [["embeddings", 6], ["layers 0-1", 4]]}

@@ -13,7 +13,7 @@ from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config.schema import GossipConfig, OptimizerConfig
 from deca_ds.engine.client import BlockState
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.step import at_once, inner_step
 from deca_ds.transport.local import LocalNetwork

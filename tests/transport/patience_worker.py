@@ -16,6 +16,7 @@ from deca_ds.launch.store import open_job_store
 from deca_ds.transport.collectives import barrier
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.mpi import MpiTransport
+from deca_ds.transport.transport import Endpoint
 from deca_ds.watchdog.guard import guarded
 
 TIMEOUT_S, WORK_S, LAYOUT = 2.0, 5.0, ClientLayout(2, 1)
@@ -27,9 +28,10 @@ with guarded(launch, store) as guard:
     progress = guard.progress
     progress.watch(LAYOUT, 60.0)
     deadline_s = progress.deadline_s(60.0)
+    end = Endpoint(LAYOUT, launch.rank, deadline_s)
     transports = [
-        MpiTransport(MPI.COMM_WORLD, LAYOUT, launch.rank, deadline_s),
-        GlooTransport(PrefixStore("transport", store.store), LAYOUT, launch.rank, deadline_s),
+        MpiTransport(MPI.COMM_WORLD, end),
+        GlooTransport(PrefixStore("transport", store.store), end),
     ]
     for transport in transports:
         transport.progress = progress

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import MessageError
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.strategies import begin
 from deca_ds.transport.checksums import checksum
 from deca_ds.transport.local import LocalNetwork, LocalTransport
 
@@ -64,7 +65,7 @@ def test_an_averaging_refuses_a_damaged_chunk_that_would_pass_for_a_finite_one()
         network, sender, receiver = pair(checksums)
         mixing = build_mixing(GossipConfig(), 2, seed=0)
         there = Gossip(sender, mixing)
-        there.begin(0).send(there.chunks([4])[0], "x", torch.ones(4))
+        begin(there, 0).send(there.chunks([4])[0], "x", torch.ones(4))
         (message,) = (box.messages[0] for (source, *_), box in network.mailboxes.items() if source == 0)
         message[0] += 1
         if checksums:

@@ -26,7 +26,7 @@ from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.local import LocalNetwork
 from deca_ds.transport.mpi import MpiTransport, poll
-from deca_ds.transport.transport import Transport
+from deca_ds.transport.transport import Endpoint, Transport
 
 CLIENTS, DEADLINE_S = 3, 120
 WORKER = str(Path(gossip_worker.__file__))
@@ -125,7 +125,7 @@ def test_mpi_processes_are_bit_identical_to_threads(local: list[dict], tmp_path:
 
 
 def test_one_client_needs_no_gloo_group():
-    transport = GlooTransport(None, ClientLayout(1, 1), 0, timeout_s=1)
+    transport = GlooTransport(None, Endpoint(ClientLayout(1, 1), 0, timeout_s=1))
     x = torch.tensor([1.5])
     all_reduce_sum(transport, x)
     barrier(transport)
@@ -136,11 +136,11 @@ def test_one_client_needs_no_gloo_group():
 def test_a_client_that_does_not_join_ends_the_wait():
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=1))
     with pytest.raises(GossipError, match=r"not all 2 ranks joined the gossip group within 0\.5 s"):
-        GlooTransport(store, ClientLayout(2, 1), 0, timeout_s=0.5)
+        GlooTransport(store, Endpoint(ClientLayout(2, 1), 0, timeout_s=0.5))
 
 
 def test_importing_the_package_does_not_start_mpi():
-    script = "import sys, deca_ds.transport.mpi, deca_ds.gossip.averaging; sys.exit('mpi4py.MPI' in sys.modules)"
+    script = "import sys, deca_ds.transport.mpi, deca_ds.gossip.strategies; sys.exit('mpi4py.MPI' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, timeout=DEADLINE_S).returncode == 0
 
 
@@ -165,7 +165,7 @@ def test_starting_a_message_moves_on_what_is_under_way():
     """MPI does so only while it is called, and between two waits the trainer computes."""
     request = Request()
     transport = MpiTransport.__new__(MpiTransport)  # no MPI in this process
-    Transport.__init__(transport, ClientLayout(2, 1), 0)
+    Transport.__init__(transport, Endpoint(ClientLayout(2, 1), 0, timeout_s=60))
     transport.timeout_s, transport._abandoned = 5.0, []
     transport._comm = SimpleNamespace(Irecv=lambda *message: request)
     transport._mpi = SimpleNamespace(

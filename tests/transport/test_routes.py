@@ -19,11 +19,12 @@ from torch.distributed import HashStore
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.gossip import subset
-from deca_ds.gossip.averaging import Gossip
+from deca_ds.gossip.averaging import Mean
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.strategies import Mean
+from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
@@ -37,6 +38,7 @@ from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.intersections import held
 from deca_ds.transport.local import LocalNetwork, LocalTransport
 from deca_ds.transport.routes import Routes
+from deca_ds.transport.transport import Endpoint
 
 NUMELS = [40, 1, 2, 31, 64]  # parameters of fewer elements than ranks, and such that no size divides
 LAYOUTS = [(2, 1, 1), (1, 3, 2), (4, 3, 3), (2, 5, 2)]
@@ -152,7 +154,7 @@ def averaged(gossip: Gossip, tensors: list[torch.Tensor], numels=NUMELS) -> list
             tensors[int(name)][chunk.part] = values
 
     for t in range(STEPS):
-        averaging = gossip.begin(t)
+        averaging = begin(gossip, t)
         for chunk in gossip.chunks(numels):
             for name, tensor in enumerate(tensors):
                 take(averaging.send(chunk, str(name), tensor[chunk.part]))
@@ -343,4 +345,4 @@ def test_a_rank_that_does_not_answer_is_named_with_its_client():
 
 def test_a_rank_that_does_not_join_ends_the_wait():
     with pytest.raises(GossipError, match=r"not all 3 ranks joined the gossip group within 0\.3 s"):
-        GlooTransport(HashStore(), ClientLayout.of((2, 1)), 0, 0.3)
+        GlooTransport(HashStore(), Endpoint(ClientLayout.of((2, 1)), 0, 0.3))

@@ -136,7 +136,7 @@ def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
         raise DataError(
             f"no column {column!r}; there are: {', '.join(map(str, row)) or 'none'}",
             where=place,
-            fix="name the columns in data.* or choose the data.format that fits the file",
+            fix=_REPAIR,
         )
     return row[column]
 

@@ -22,7 +22,7 @@ from deca_ds.data.checks import own_sources, tell_files, validate_data_config
 from deca_ds.data.encoding import IGNORED
 from deca_ds.data.formats import FORMATS
 from deca_ds.data.prepare import COMMON, OWN, TRAIN, Preparation
-from deca_ds.data.rows import Work
+from deca_ds.data.rows import Work, column
 from deca_ds.errors import DataError
 from deca_ds.tools.data.repeats import Contents, Repeats, contents, repeats
 
@@ -151,7 +151,7 @@ def _here(config: Config, client: int | None) -> tuple[list[int], dict[int, str]
 def _labels(examples: Dataset, words: Mapping[str, str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     if len(examples):
-        for one in pc.value_counts(examples.with_format("arrow")["answer"][:]).to_pylist():
+        for one in pc.value_counts(column(examples, "answer")).to_pylist():
             counts[words[one["values"]]] += one["counts"]
     return counts
 

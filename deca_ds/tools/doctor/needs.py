@@ -17,6 +17,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.tools.doctor.facts import Needs
+from deca_ds.training.length import ANY_ROUNDS
 from deca_ds.training.method import build_rule, build_schedule, check_method
 
 _PROCESS = 350 * 2**20  # of a rank: the libraries that it has loaded
@@ -33,7 +34,8 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
     add_adapters(config, model)
     plan, rule = find_blocks(config, model), build_rule(config)
     stored = Stored.of(model, plan, config.model, rule)
-    on_disk = disk_need(stored, build_schedule(config, len(plan.blocks)), config.checkpoint).most
+    rounds = config.algorithm.rounds or ANY_ROUNDS
+    on_disk = disk_need(stored, build_schedule(config, len(plan.blocks), rounds), config.checkpoint).most
     width = 2 if config.model.dtype == "bfloat16" else 4
     numels = [block.numel for block in plan.blocks]
     held = stored.frozen + width * sum(numels) + rule.bytes_per_parameter * max(numels)

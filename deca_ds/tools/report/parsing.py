@@ -131,6 +131,7 @@ def start(entry: Line) -> records.Start:
     pairs = [pair for pair in listed(model.get("blocks")) if isinstance(pair, list) and len(pair) == 2]
     return records.Start(
         step=whole(entry.get("step")),
+        rounds=count(entry.get("rounds")),
         time=number(entry.get("time")),
         ranks=tuple(whole(ranks) for ranks in listed(entry.get("ranks"))),
         device=str(entry.get("device", "")),

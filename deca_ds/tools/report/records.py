@@ -85,9 +85,10 @@ class Handover:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the job, after `step` inner steps."""
+    """One start of the job, after `step` inner steps. rounds: of the whole run, where the entry tells."""
 
     step: int
+    rounds: int | None
     time: float | None
     ranks: tuple[int, ...]
     device: str

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from deca_ds.tools.report.records import Run, Scores, mean
 from deca_ds.tools.report.wording import clients as client_names
@@ -54,10 +55,16 @@ def length(run: Run) -> int | None:
     if run.end is not None and (found := re.search(r"of (\d+) inner steps", run.end[1])) is not None:
         return int(found[1])
     blocks = len(run.starts[-1].blocks) if run.starts else 0
-    rounds, inner = run.config.get("algorithm.rounds"), run.config.get("algorithm.inner_steps")
-    if blocks and isinstance(rounds, int) and isinstance(inner, int):
+    inner = run.config.get("algorithm.inner_steps")
+    if blocks and isinstance(rounds := rounds_of(run), int) and isinstance(inner, int):
         return rounds * blocks * inner
     return run.reached if run.simulated else None  # a simulation writes its folder when it is through
+
+
+def rounds_of(run: Run) -> Any:
+    """Of the whole run, which algorithm.epochs came to where the configuration does not say."""
+    counted = run.starts[-1].rounds if run.starts else None
+    return counted or run.config.get("algorithm.rounds")
 
 
 def blocks(run: Run) -> list[str]:
@@ -102,7 +109,7 @@ def sentences(run: Run) -> list[str]:
     who = several(run.clients, "client") + (f" {graph}" if run.clients > 1 else "")
     said = [f"{who} trained {redact(model)} with {method}{f', {where}' if where else ''}."]
     order = len(blocks(run))
-    plan = f"{value('algorithm.rounds')} rounds × {order} blocks × {value('algorithm.inner_steps')} inner steps"  # noqa: RUF001
+    plan = f"{rounds_of(run)} rounds × {order} blocks × {value('algorithm.inner_steps')} inner steps"  # noqa: RUF001
     total = length(run)
     said.append(
         f"{plan if order > 1 else several(total or run.reached, 'inner step')}, "

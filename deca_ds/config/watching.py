@@ -1,0 +1,47 @@
+"""The keys of what a run scores, saves and logs while it trains; see schema.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from deca_ds.config.key import key
+
+# OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] stays spelt out.
+# ruff: noqa: UP045
+
+
+@dataclass
+class EvaluationConfig:
+    """When the models are scored, and on how many examples."""
+
+    every: int = key(0, "Inner steps between evaluations; 0 evaluates only before the first and after the last step.")
+    batch_size: int = key(8, "Sequences per rank and forward pass.")
+    max_examples: Optional[int] = key(
+        512, "Largest number of examples of each evaluation set, chosen with `run.seed`; `null` uses all."
+    )
+    mean_model: bool = key(
+        True, "Also score the mean of all clients' models, for which every client computes a part.", "data.md#privacy"
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run saves its state, so that it can be resumed. A job that is told to stop saves it in any case."""
+
+    every: int = key(
+        0, "Inner steps between checkpoints; 0 saves one only when the job is told to stop.", "checkpoints.md"
+    )
+    keep: int = key(2, "Number of complete checkpoints that stay on the disk, the newest ones.")
+
+
+@dataclass
+class LoggingConfig:
+    """What the run logs beside the JSON Lines in `metrics/`, which it always writes."""
+
+    every: int = key(1, "Inner steps between two lines of the metrics.")
+    tensorboard: bool = key(False, "Also write TensorBoard event files, which needs the extra `tensorboard`.")
+    progress: bool = key(
+        True, "Show on rank 0's stderr how far the run is: a bar on a terminal, else lines.", "output.md#while-it-runs"
+    )
+    progress_s: float = key(30.0, "Seconds between two such lines.")

@@ -1,0 +1,96 @@
+"""Gossip: the weighted mean x_i <- sum_j W_ij x_j of flat float32 shards, chunk by chunk.
+
+    averaging = begin(gossip, t)
+    for chunk in gossip.chunks(numels):
+        local step on shard[chunk.part]
+        absorb(averaging.send(chunk, "theta", shard[chunk.part]))
+    absorb(averaging.settle())
+
+Chunks travel while later ones are computed. How an averaging goes on is a strategy (strategies.py): windowed, or whole,
+because its weights, late neighbours or a commit concern all chunks together. What goes over the wire is a codec
+(codec.py). A damaged message is not averaged, and a mean is handed on only if all values that it is made of are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from deca_ds.errors import GossipError
+from deca_ds.gossip.buffers import BufferPool, Outputs
+from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.codec import CODECS, Codec
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip.skip_log import SkipLog
+from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.transport.commit import Commit
+from deca_ds.transport.intersections import Chunk
+from deca_ds.transport.transport import Transport
+
+
+class Gossip:
+    """Mixes this rank's shards with what the ranks of neighbouring clients hold of the same parameters.
+
+    chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
+    codec: what goes over the wire. commit: where clients may die, what an averaging counts for all survivors by.
+    stragglers: where late neighbours are left out; not both. clip: where neighbours are clipped. skip_log: who was
+    late, by client_sum, the sum of a number over the client's ranks; told on stderr if this rank reports.
+    wait_seconds: spent waiting for messages so far. bytes_sent: of parameters, by this rank to neighbours. Raises
+    GossipError if the schedule is for another number of clients than the transport joins.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        schedule: MixingSchedule,
+        chunk_mib: float = 4.0,
+        device: torch.device | str = "cpu",
+        *,
+        codec: Codec = CODECS["float32"],
+        commit: Commit | None = None,
+        clip: Clip | None = None,
+        stragglers: LateExchange | None = None,
+        client_sum: Callable[[float], float] = float,
+        reports: bool = False,
+    ):
+        if schedule.size != transport.clients:
+            raise GossipError(
+                f"the mixing schedule is for {schedule.size} clients, but {transport.clients} are connected",
+                where=f"client {transport.client}",
+                fix="start as many clients as cluster.clients says",
+            )
+        self.transport = transport
+        self.schedule = schedule
+        self.device = torch.device(device)
+        self.codec = codec
+        self.commit = commit or Commit()
+        self.wait_seconds, self.bytes_sent = 0.0, 0
+        self.pool = BufferPool(codec.dtype, pinned=self.device.type == "cuda")
+        self.outputs = Outputs(self.device)
+        self.skip_log = SkipLog(transport, client_sum, reports)
+        self.clip, self.stragglers = clip, stragglers
+        self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)  # of a chunk
+        self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # of each block so far
+
+    def average_by(self, schedule: MixingSchedule) -> None:
+        """From now on, or from the next attempt at an averaging that is done again."""
+        self.schedule = schedule
+
+    def has_neighbours(self, t: int) -> bool:
+        """Whether averaging t joins this client with any other."""
+        client = self.transport.client
+        return bool(self.schedule.sources(client, t) or self.schedule.destinations(client, t))
+
+    def chunks(self, numels: Sequence[int]) -> list[Chunk]:
+        """A block of parameters of `numels` elements, in the order of its shard, as parts of the shard of at most
+        chunk_mib each. Where clients differ in size, parts may be empty."""
+        block = tuple(numels)
+        if block not in self._chunks:
+            self._chunks[block] = self.transport.routes.chunks(block, self._chunk_elements)
+        return self._chunks[block]
+
+    def drain(self) -> None:
+        """Wait until no message is under way that nobody waits for. All clients call this before they part."""
+        if self.stragglers is not None:
+            self.stragglers.drain()

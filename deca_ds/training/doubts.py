@@ -1,0 +1,117 @@
+"""What a configuration says that its writer hardly means: values that nothing reads under the others, and backslashes
+that YAML has left as they are."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+from deca_ds.algorithm.methods import METHODS
+from deca_ds.config.resume import flat
+from deca_ds.config.schema import AlgorithmConfig, Config, LoraConfig
+from deca_ds.data.files import TABLES, kind_of
+from deca_ds.data.formats import FORMATS
+from deca_ds.data.sources import HubName, Source, find_sources
+
+_ESCAPE = re.compile(r"\\[nrt]")
+
+
+def _in_method(name: str, config: Config) -> bool:
+    return name in METHODS[config.algorithm.method].coefficients
+
+
+def _in_format(key: str, config: Config) -> bool:
+    return key in FORMATS[config.data.format].keys
+
+
+def _method(config: Config) -> str:
+    return f"algorithm.method={config.algorithm.method} does not take it"
+
+
+def _format(config: Config) -> str:
+    return f"data.format={config.data.format} does not read it"
+
+
+def _sources(config: Config) -> list[Source]:
+    """Those that may be looked at from anywhere."""
+    data = config.data
+    return find_sources(data.train, "data.train") + find_sources(data.evaluation, "data.evaluation")
+
+
+def _from_hub(config: Config) -> bool:
+    return any(isinstance(source, HubName) for source in _sources(config))
+
+
+def _from_tables(config: Config) -> bool:
+    kinds = {kind_of(source) for source in _sources(config) if isinstance(source, Path)}
+    return bool(config.data.per_client) or not kinds.isdisjoint(TABLES)
+
+
+Rule = tuple[Callable[[Config], bool], str | Callable[[Config], str]]
+# key: whether anything reads its value, and why not
+READ: dict[str, Rule] = {
+    **{
+        f"algorithm.{field.name}": (partial(_in_method, field.name), _method)
+        for field in fields(AlgorithmConfig)
+        if any(field.name in method.coefficients for method in METHODS.values())
+    },
+    **{
+        f"lora.{field.name}": (lambda config: METHODS[config.algorithm.method].adapters, _method)
+        for field in fields(LoraConfig)
+    },
+    **{f"data.{key}": (partial(_in_format, key), _format) for format in FORMATS.values() for key in format.keys},
+    "blocks.order": (lambda config: config.blocks.layers_per_block is not None, "there is one block"),
+    "cluster.min_clients": (lambda config: config.cluster.on_failure == "continue", "cluster.on_failure=stop"),
+    "cluster.on_partition": (lambda config: config.cluster.on_failure == "continue", "cluster.on_failure=stop"),
+    "data.alpha": (lambda config: config.data.partition == "dirichlet", "data.partition is not dirichlet"),
+    "data.answers_only": (lambda config: not FORMATS[config.data.format].documents, _format),
+    "data.client_holdout": (
+        lambda config: not config.data.per_client_evaluation or config.data.client_holdout == 0,
+        "data.per_client_evaluation takes its place",
+    ),
+    "data.column_names": (_from_tables, "there is no CSV or TSV file"),
+    "data.date": (lambda config: "conversation" in FORMATS[config.data.format].features, _format),
+    "data.split": (_from_hub, "there is no data set of the hub"),
+    "data.subset": (_from_hub, "there is no data set of the hub"),
+    "gossip.edge_probability": (lambda config: config.gossip.graph == "erdos_renyi", "the graph is not erdos_renyi"),
+    "gossip.graph": (lambda config: config.gossip.matrix is None, "gossip.matrix takes its place"),
+    "gossip.weights": (lambda config: config.gossip.matrix is None, "gossip.matrix takes its place"),
+    "logging.progress_s": (lambda config: config.logging.progress, "logging.progress=false"),
+    "model.masters": (lambda config: config.model.dtype == "bfloat16", "the model is not bfloat16"),
+    "model.revision": (lambda config: not os.path.isdir(config.model.path), "model.path is a folder"),
+    "optimizer.final_lr_ratio": (lambda config: config.optimizer.schedule != "constant", "the schedule is constant"),
+}
+
+
+def doubts(config: Config) -> list[str]:
+    """Warnings, a line each, of a configuration that has been checked. Looks for the files of data.train."""
+    return [*_unread(config), *_backslashes(config)]
+
+
+def _unread(config: Config) -> Iterator[str]:
+    usual, given = flat(Config()), flat(config)
+    for key, (is_read, reason) in READ.items():
+        if given[key] != usual[key] and not is_read(config):
+            yield f"{key} = {given[key]!r} has no effect: {reason if isinstance(reason, str) else reason(config)}"
+    algorithm = config.algorithm
+    if algorithm.method == "deca" and algorithm.signal == "none":
+        for key in ("algorithm.b1", "algorithm.b2"):
+            if given[key] != usual[key]:
+                yield f"{key} = {given[key]!r} has no effect: algorithm.signal=none gives the moments nothing"
+
+
+def _backslashes(config: Config) -> Iterator[str]:
+    data = config.data
+    if not FORMATS[data.format].has_labels:
+        return
+    words = ((f"data.label_names.{name}", word) for name, word in data.label_names.items())
+    for key, text in (("data.prompt", data.prompt), *words):
+        if found := _ESCAPE.search(text):
+            yield (
+                f"{key} = '{text}' has a backslash and the letter {found[0][1]} in it: if a line break or a tab is "
+                'meant, put the text in double quotes, in which alone YAML knows "\\n" and "\\t"'
+            )

@@ -1,0 +1,42 @@
+"""Preparing data holds a part of the rows at a time: nothing of Arrow's grows by a table for every row."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from data_samples import make_config, write_jsonl
+from datasets import Dataset
+from datasets.table import Table
+
+from deca_ds.data import load_client_data
+from deca_ds.data.rows import BATCH, column
+
+
+@pytest.fixture
+def most(monkeypatch) -> list[int]:
+    """The most rows that were gathered one by one at a time, the last of the list's values."""
+    found, gather = [0], Table.fast_gather
+
+    def counted(table, places):
+        found.append(max(found[-1], len(places)))
+        return gather(table, places)
+
+    monkeypatch.setattr(Table, "fast_gather", counted)
+    return found
+
+
+@pytest.mark.parametrize("count", [0, 1, BATCH, 2 * BATCH + 7])
+def test_a_column_of_selected_rows_comes_in_parts(most, count):
+    rows = Dataset.from_dict({"other": ["x" * 50] * 3000, "name": [f"n{i}" for i in range(3000)]})
+    selected = rows.select(np.random.default_rng(0).permutation(3000)[:count])
+    values = column(selected, "name")
+    assert values.to_pylist() == list(selected["name"]) and values.type == pa.string()
+    assert values.num_chunks == -(-count // BATCH)
+    assert column(rows, "name").to_pylist() == list(rows["name"])
+
+
+@pytest.mark.parametrize("options", [{"partition": "dirichlet"}, {"packing": True}, {"partition": "iid"}])
+def test_no_step_of_a_preparation_holds_all_rows(tokenizer, tmp_path, most, options):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(3 * BATCH)])
+    config = make_config(train=[path], partition_column="label", client_holdout=0.1, max_length=12, **options)
+    data = load_client_data(config, tokenizer, 0)
+    assert sum(data.summary["labels"].values()) == 2700 and 0 < most[-1] <= BATCH
