@@ -15,6 +15,8 @@ from typing import Any
 
 from ablation import BENCHMARKS, STUDIES, finished, load_studies
 from summary import (
+    CENTRAL,
+    LOCAL,
     Interval,
     Measure,
     Row,
@@ -37,13 +39,13 @@ HEAD = """# The tables of the studies {name}
 
 made this file from runs.jsonl; what the studies are is in examples/ablation/{name}.yaml. Losses are nats per target
 token on the common evaluation set, after the last step: the mean over the clients, and that of the mean model. Every
-row has its own best learning rate, found on seed {tuned} by the clients' loss; seeds {seeds} are reported, on the same
-set. +- is the half-width of a 95 % interval over these seeds (Student's t: with few seeds it is wide). "against the
-first" is the row minus the first one, seed by seed: the same common set, graph and (but where the study changes alpha)
-split of the data. p is that of the paired t test, corrected for the number of comparisons in its column (Holm): bold
-where it is below 0.05. The intervals are not corrected. "same sign" counts the seeds whose difference has the sign of
-the mean difference. A learning rate with a * is the smallest or the largest that was tried, after extensions of the
-grid: the row could be better yet. State: masters, gradient and what the method keeps, of the largest block, in float32.
+row has its own best learning rate, found on seed {tuned} by the clients' loss; seeds {seeds} are reported. +- is the
+half-width of a 95 % interval over these seeds (Student's t: with few seeds it is wide). "against the first" is the
+row minus the first one, seed by seed: the same common set, graph and (but where the study changes alpha) split of the
+data. p is that of the paired t test, corrected for the number of comparisons in its column (Holm): bold where it is
+below 0.05. The intervals are not corrected. "same sign" counts the seeds whose difference has the sign of the mean
+difference. A learning rate with a * is the smallest or the largest that was tried, after extensions of the grid: the
+row could be better yet. State: masters, gradient and what the method keeps, of the largest block, in float32.
 
 A seed draws its own Erdos-Renyi graph, so MB sent and contraction are means over the seeds. Contraction is what an
 averaging leaves of the clients' disagreement; the bound is 1 - spectral gap, for graphs that stay the same (a period
@@ -53,6 +55,16 @@ of one-peer exponential makes an exact mean, its single averagings have no such 
 
 
 README, FIRST = BENCHMARKS.parent / "README.md", "methods, ring"  # the study whose table stands there
+SCREEN = """
+Does it help? Eight clients on a ring have AG News, most of it of one or two of the four labels each, and fine-tune a
+Llama of 1.3 million parameters that has read news. Each method has its own best learning rate; +- is a 95 % interval
+over the seeds, bold a difference from DECA with p < 0.05 after correction for the number of methods. MB are what a
+client sends and what it keeps while it trains. [What was run, and what it says](benchmarks/learnable/README.md):
+
+![Accuracy of each method, between clients alone and all data](benchmarks/learnable/accuracy.png)
+
+{table}
+"""
 MARKS = ("<!-- accuracies, by examples/ablation/report.py -->", "<!-- end of accuracies -->")
 LEVEL = 0.05
 ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
@@ -78,11 +90,11 @@ def main() -> None:
         draw(studies, results)
 
 
-def between_marks(page: str, table: str) -> str:
-    """The README with that table in its place."""
+def between_marks(page: str, text: str) -> str:
+    """The README with that text in its place."""
     before, _, rest = page.partition(f"{MARKS[0]}\n")
     _, _, after = rest.partition(f"{MARKS[1]}\n")
-    return f"{before}{MARKS[0]}\n\n{table}\n{MARKS[1]}\n{after}"
+    return f"{before}{MARKS[0]}\n{text}{MARKS[1]}\n{after}"
 
 
 def head(name: str, tune: Mapping[str, Any]) -> str:
@@ -98,7 +110,7 @@ def tables(studies: Studies, runs: Mapping[str, Run]) -> str:
     parts = [cost, _ordering_table(studies), _signal_table(studies)]
     for study, dataset, rows in studies:
         parts.append(f"## {study}, {dataset}\n\n" + _table(rows))
-    return "\n".join(parts)
+    return "\n".join(filter(None, parts))
 
 
 def _ordering_table(studies: Studies) -> str:
@@ -114,6 +126,8 @@ def _ordering_table(studies: Studies) -> str:
         if named.keys() >= set(ORDERING):
             deca, without, trivial = (named[name] for name in ORDERING)
             settings.append((study, dataset, ((without, deca), (trivial, without), (trivial, deca))))
+    if not settings:
+        return ""
     for score, measure, scale in (("loss", clients_loss, 1), ("accuracy, points", clients_mean("accuracy"), 100)):
         changes = [[differences(row, other, measure) for row, other in pairs] for *_, pairs in settings]
         columns = [_differences(column, scale) for column in zip(*changes, strict=True)]
@@ -126,6 +140,8 @@ def _ordering_table(studies: Studies) -> str:
 def _signal_table(studies: Studies) -> str:
     """DECA's default signal against none, in every setting that has both."""
     pairs = list(pairs_without_signal(studies))
+    if not pairs:
+        return ""
     lines = ["## The signal: gossip-adam minus deca (descent), in every setting that has both", ""]
     titles = ("clients' loss", "clients' accuracy, points", "mean model's loss", "seeds where deca's loss is lower")
     lines += [f"| study | data | setting | {' | '.join(titles)} |", "|---" * 7 + "|"]
@@ -140,12 +156,13 @@ def _signal_table(studies: Studies) -> str:
 
 
 def first_screen(studies: Studies) -> str:
-    """The README's table of FIRST, as far as it has run: how often the clients answer rightly, and what it costs."""
+    """What the README says of FIRST: how often the clients answer rightly, and what it costs. Empty until DECA and both
+    brackets are done; other rows follow as they are."""
     rows = next((rows for study, _, rows in studies if study == FIRST), [])
-    if not rows:
+    done = [place for place, row in enumerate(rows) if row.runs]
+    if not {ORDERING[0], LOCAL, CENTRAL} <= {rows[place].name for place in done}:
         return ""
-    accuracy = _accuracy_columns(rows)
-    losses = _loss_columns(rows)
+    accuracy, losses = _accuracy_columns(rows), _loss_columns(rows)
     columns = {
         "accuracy of the clients, %": accuracy["clients' accuracy, %"],
         "minus DECA's, points": accuracy["against the first, points"],
@@ -154,8 +171,8 @@ def first_screen(studies: Studies) -> str:
         "MB sent": losses["MB sent a client"],
         "MB state": losses["state, MB"],
     }
-    done = [place for place, row in enumerate(rows) if row.runs]
-    return _markdown([rows[at] for at in done], {name: [cells[at] for at in done] for name, cells in columns.items()})
+    columns = {name: [cells[place] for place in done] for name, cells in columns.items()}
+    return SCREEN.format(table=_markdown([rows[place] for place in done], columns))
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -166,6 +183,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _markdown(rows: Sequence[Row], columns: Mapping[str, Sequence[str]]) -> str:
+    columns = columns or {"so far": [""] * len(rows)}
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for place, row in enumerate(rows):
         cells = [column[place] for column in columns.values()]
@@ -184,8 +202,10 @@ def _loss_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     steps = [row.runs[0]["steps"] if row.runs else 0 for row in rows]
     return {
         "lr": ["" if row.lr is None else f"{row.lr:g}" + ("*" if row.at_the_end else "") for row in rows],
-        "steps": list(map(str, steps)),
-        "samples a client": [str(n * row.variant.keys["data.batch_size"]) for n, row in zip(steps, rows, strict=True)],
+        "steps": [str(n or "") for n in steps],
+        "samples a client": [
+            str(n * row.variant.keys["data.batch_size"]) if n else "" for n, row in zip(steps, rows, strict=True)
+        ],
         "MB sent a client": [_average(row, "bytes_sent_by_a_client", 1e-6) for row in rows],
         "state, MB": [_average(row, "state_bytes", 1e-6, digits=1) for row in rows],
         "clients' loss": _column(rows, clients_loss),

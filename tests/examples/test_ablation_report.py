@@ -159,15 +159,21 @@ def test_the_table(rows):
 
 
 def test_the_readme_has_the_rows_that_have_run(rows):
-    from report import FIRST, MARKS, between_marks, first_screen
+    from dataclasses import replace
 
-    table = first_screen([(FIRST, "news", list(rows.values()))])
-    assert "| first | 60.0 +- 24.8 |  | 60.0 +- 24.8 | 0.75 +- 0.00 | 6 | 2.0 |" in table
-    assert "| adamw, alone | 0.0 +- 24.8 | **-60.0 +- 0.0** |" in table
-    assert "never" not in table and "later" not in table
-    page = f"before\n{MARKS[0]}\n\nold\n\n{MARKS[1]}\nafter\n"
-    assert between_marks(page, table) == f"before\n{MARKS[0]}\n\n{table}\n{MARKS[1]}\nafter\n"
-    assert first_screen([("another", "news", list(rows.values()))]) == ""
+    from report import FIRST, MARKS, ORDERING, between_marks, first_screen
+
+    first, *others = rows.values()
+    deca = replace(first, variant=replace(first.variant, name=ORDERING[0]))
+    text = first_screen([(FIRST, "news", [deca, *others])])
+    assert "](benchmarks/learnable/accuracy.png)" in text and "never" not in text and "later" not in text
+    assert "| deca (descent) | 60.0 +- 24.8 |  | 60.0 +- 24.8 | 0.75 +- 0.00 | 6 | 2.0 |" in text
+    assert "| adamw, alone | 0.0 +- 24.8 | **-60.0 +- 0.0** |" in text
+    page = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
+    assert between_marks(page, text) == f"before\n{MARKS[0]}\n{text}{MARKS[1]}\nafter\n"
+    assert first_screen([("another", "news", [deca, *others])]) == ""
+    for missing in (deca, rows["adamw, alone"], rows["adamw, all data"]):
+        assert first_screen([(FIRST, "news", [row for row in (deca, *others) if row is not missing])]) == ""
 
 
 def test_equal_runs_are_said_to_be_equal(rows):
@@ -238,11 +244,18 @@ def test_without_runs_the_command_that_makes_them_is_named(tmp_path, monkeypatch
     assert "ablation.py --studies learnable makes them" in capsys.readouterr().err
 
 
-def test_the_tables_in_the_repository_are_made_from_its_runs():
+@pytest.mark.parametrize("name", ["ablation", "learnable"])
+def test_the_tables_in_the_repository_are_made_from_its_runs(name):
     from ablation import finished, load_studies
-    from report import head, tables
+    from report import between_marks, first_screen, head, tables
     from summary import summarize
 
-    runs, studies = finished(RESULTS / "runs.jsonl"), load_studies()
-    made = head("ablation", studies["tune"]) + tables(list(summarize(studies, runs)), runs)
-    assert made == (RESULTS / "tables.md").read_text(), "run python examples/ablation/report.py"
+    results, wanted = RESULTS.with_name(name), load_studies(name)
+    runs = finished(results / "runs.jsonl")
+    studies = list(summarize(wanted, runs))
+    made = head(name, wanted["tune"]) + tables(studies, runs)
+    again = f"run python examples/ablation/report.py --studies {name}"
+    assert made == (results / "tables.md").read_text(), again
+    if name == "learnable":
+        page = (REPOSITORY / "README.md").read_text()
+        assert page == between_marks(page, first_screen(studies)), again
