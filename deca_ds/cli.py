@@ -45,6 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _cache(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools import cache
+
+    cache.add_arguments(parser)
+    return cache.run
+
+
+def _chat(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools.chat import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 def _data(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools.data import command
 
@@ -71,6 +85,11 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--hostfile", type=path_argument, help="the hostfile of deepspeed or mpirun: show which client gets which hosts"
     )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="whether it fits, and the time of a step: H100, A100, RTX4090, ..."
+    )
+    parser.add_argument("--net", metavar="RATE", help="with --gpu: of the network between hosts, in bits a second: 10G")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
     return _print_plan
 
@@ -79,7 +98,9 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     from deca_ds.config import load_config
     from deca_ds.tools.plan import print_plan
 
-    print_plan(load_config(arguments.config, arguments.overrides), hostfile=arguments.hostfile)
+    config = load_config(arguments.config, arguments.overrides)
+    told = {"gpu": arguments.gpu, "net": arguments.net, "as_json": arguments.json}
+    print_plan(config, hostfile=arguments.hostfile, **told)
     return 0
 
 
@@ -104,6 +125,13 @@ def _status(parser: argparse.ArgumentParser) -> Run:
     return status.run
 
 
+def _stop(parser: argparse.ArgumentParser) -> Run:
+    from deca_ds.tools import stop
+
+    stop.add_arguments(parser)
+    return stop.run
+
+
 def _supervise(parser: argparse.ArgumentParser) -> Run:
     from deca_ds.tools import supervise
 
@@ -124,13 +152,16 @@ def _print_where(_: argparse.Namespace) -> int:
 
 # name: what it does, and what gives its parser the arguments
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
+    "cache": ("show how much room prepared data take, and remove old ones", _cache),
+    "chat": ("ask one or several models, and read their answers side by side", _chat),
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
-    "export": ("make a Hugging Face model of a finished run", _export),
-    "plan": ("check a configuration and show blocks, graph, data and steps", _plan),
+    "export": ("make a Hugging Face model of a run, or of a checkpoint", _export),
+    "plan": ("check a configuration and show blocks, graph, data, steps and memory", _plan),
     "report": ("make one HTML file of what one or several runs did", _report),
     "simulate": ("train all clients of a configuration in this one process", _simulate),
     "status": ("show what every rank of a run is doing", _status),
+    "stop": ("have a job save a checkpoint and stop, from any host that sees its folder", _stop),
     "supervise": ("start a job again when it ends before its run does", _supervise),
     "where": ("print the folder of train.py, for launchers that start a file", _where),
 }

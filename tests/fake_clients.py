@@ -85,6 +85,7 @@ def training_state(ranks: int, shard: int, number: int, done: int = 0, kind=Trai
     """Of a rank, after `done` inner steps. number: see FakeClient."""
     client, traffic = FakeClient(ranks, shard, number), SimpleNamespace(bytes_sent=7 * number, wait_seconds=number / 8)
     state = kind(client, RULE, SCHEDULE, traffic, done, seed=number)
+    state.best = {"step": number, "loss": number / 4, "since": 0}
     if done < len(SCHEDULE) and SCHEDULE.step(done).inner:
         client.train()
     return state

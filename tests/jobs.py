@@ -76,10 +76,10 @@ def run_command(
 
 
 @cache
-def preloaded_server() -> preloaded.Server:
-    """This test process's own."""
+def preloaded_server(processor: str | None = None) -> preloaded.Server:
+    """This test process's own, for ranks that compute as on that processor."""
     folder = tempfile.TemporaryDirectory(prefix="deca", ignore_cleanup_errors=True)
-    server = preloaded.Server(Path(folder.name))
+    server = preloaded.Server(Path(folder.name), **PROCESSORS.get(processor, {}))
     atexit.register(folder.cleanup)
     atexit.register(server.close)
     return server
@@ -104,7 +104,7 @@ def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
 
 
 # What makes libraries compute as they do on other processors: ATen's own kernels, oneDNN's and MKL's.
-# They are read when torch is imported, so such a job's ranks import it themselves.
+# They are read when torch is imported, so each has a server of its own.
 PROCESSORS = {
     "oldest": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -116,7 +116,9 @@ def as_on(processor: str | None) -> dict[str, str]:
     import torch
 
     able = processor == "oldest" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return {**PROCESSORS[processor], preloaded.ADDRESS: ""} if processor and able else {}
+    if processor is None or not able:
+        return {}
+    return {**PROCESSORS[processor], preloaded.ADDRESS: preloaded_server(processor).address}
 
 
 def free_port() -> int:
@@ -128,14 +130,24 @@ def free_port() -> int:
             return port
 
 
-def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "launchers/train.py", **options):
-    """Start a training job as a user would.
+def launch(
+    launcher: str,
+    ranks: int,
+    arguments: list[str],
+    *,
+    script: str = "launchers/train.py",
+    fresh: bool = False,
+    **options,
+) -> Finished:
+    """Start a training job.
 
     launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, supervised (mpirun, by deca supervise), python, or
-    hand: each rank by itself, over torch as with deepspeed, whose launcher costs as much as a rank. Where the script is
-    a worker of tests, mpirun, hand and python start ranks that have imported everything (preloaded.py).
+    hand: each rank by itself, over torch as with deepspeed, whose launcher costs as much as a rank.
+    fresh: every rank is a new interpreter, as a user's is; it is with deepspeed and openmpi. Else ranks are forks that
+    have imported everything (preloaded.py), which costs a third.
     """
     script = str(REPOSITORY / script)
+    rank = [sys.executable, script] if fresh else preloaded.python(script)
     if launcher == "deepspeed":
         start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
     elif launcher == "openmpi":
@@ -145,10 +157,11 @@ def launch(launcher: str, ranks: int, arguments: list[str], *, script: str = "la
         start += ["--no_ssh_check", "--master_addr", "127.0.0.1", script]
     elif launcher in ("mpirun", "supervised"):
         start = [str(BIN / "deca"), "supervise", "--pause", "0.1"] if launcher == "supervised" else []
-        start += [str(BIN / "mpirun"), "-n", str(ranks), *preloaded.python(script)]
+        start += [str(BIN / "mpirun"), "-n", str(ranks), *rank]
     elif launcher == "hand":
+        assert not fresh
         start = [sys.executable, str(REPOSITORY / "tests/by_hand.py"), str(ranks), str(free_port()), script]
     else:
         assert launcher == "python" and ranks == 1
-        start = preloaded.python(script)
+        start = rank
     return run_command([*start, *arguments], **options)

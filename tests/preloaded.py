@@ -26,9 +26,8 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, sign
 
 
 def python(script: str) -> list[str]:
-    """The beginning of a command that runs `script`: a worker of tests preloaded, all else as users start it."""
-    tests = Path(__file__).parent
-    return [sys.executable, *([str(tests)] if tests in Path(script).resolve().parents else []), script]
+    """The beginning of a command that runs `script` preloaded."""
+    return [sys.executable, str(Path(__file__).parent), script]
 
 
 def main(address: str | None, command: list[str]) -> None:
@@ -50,11 +49,11 @@ def main(address: str | None, command: list[str]) -> None:
 
 
 class Server:
-    """Of one test process, which it does not outlive."""
+    """Of one test process, which it does not outlive. env: what its imports are to see."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **env: str):
         self.address = str(folder / "preloaded")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", **env}
         command = [sys.executable, __file__, self.address]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
@@ -68,16 +67,18 @@ class Server:
 
 
 def import_once() -> None:
-    """All but what takes hold of MPI, and what chooses an accelerator."""
+    """All but what takes hold of MPI. DeepSpeed chooses its accelerator here, so forks are for runs on a CPU."""
     gc.disable()
     import datasets
+    import deepspeed
     import torch
+    import transformers.models.llama.modeling_llama
 
-    import deca_ds.engine.client
+    import deca_ds.tools.train
     import deca_ds.training.setup  # noqa: F401
 
     assert not torch.distributed.is_initialized() and "mpi4py.MPI" not in sys.modules
-    del datasets
+    del datasets, deepspeed, transformers
     gc.freeze()
     gc.enable()
 

@@ -26,7 +26,8 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["training"] = {*MAY_IMPORT["elastic"], "data", "checkpoint", "elastic"}
 MAY_IMPORT["simulation"] = {"config", "algorithm", "data", "gossip", "engine", "training"}
-MAY_IMPORT["tools"] = {*MAY_IMPORT["training"] - {"transport"}, "training"}
+MAY_IMPORT["planning"] = {"config", "algorithm", "engine", "gossip", "training"}
+MAY_IMPORT["tools"] = {*MAY_IMPORT["training"] - {"transport"}, "training", "planning"}
 MAY_IMPORT["launchers"] = {"tools", "training"}
 MAY_IMPORT["cli"] = {"launchers", "config", "checkpoint", "simulation", "tools", "training"}
 
@@ -93,6 +94,12 @@ SET_FROM_OUTSIDE = {
         "engine/adapters.py": ["a.data", "b.data"],
         "engine/chunked_loss.py": ["ctx.grads"],
         "engine/compare_weights.py": ["buffer.data"],
+        "engine/dry_pass.py": [
+            "logger.disabled",
+            "masking_utils.fast_all",
+            "masking_utils.is_tracing",
+            "parameter.grad",
+        ],
         "engine/gradients.py": ["parameter.grad"],
         "engine/internals.py": ["linear.LinearFunctionForZeroStage3"],
         "engine/load.py": ["part.tie_word_embeddings", "setattr(part, name)"],
@@ -114,7 +121,7 @@ SET_FROM_OUTSIDE = {
     },
     "the state of training, moved on and put back": {
         "engine/state.py": ["self.client.active.local_steps.made", "setattr(self.traffic, key)"],
-        "training/loop.py": ["self.state.done", "self.state.stopping"],
+        "training/loop.py": ["self.state.best", "self.state.done", "self.state.stopping"],
     },
     "one note of progress for two numberings": {"elastic/reconnect_gloo.py": ["progress.moved"]},
 }

@@ -35,6 +35,14 @@ def is_done(run: Path) -> bool:
     return (run / DONE).is_file()
 
 
+def inner_steps(run: Path) -> int:
+    """Of a run that is done. Raises CheckpointError if its marker does not tell."""
+    found = re.search(r"of (\d+) inner steps", (run / DONE).read_text(errors="replace"))
+    if found is None:
+        raise CheckpointError(f"{DONE} does not tell how many inner steps the run had", where=str(run / DONE))
+    return int(found[1])
+
+
 def missing_clients(run: Path) -> list[int]:
     """The clients that died before the run's end, ascending; empty without a marker."""
     return _missing(run / DONE)

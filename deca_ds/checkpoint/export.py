@@ -1,4 +1,4 @@
-"""Sharded state of a finished run -> a Hugging Face directory: streamed, verified, and there only once it is whole.
+"""Sharded state of a run -> a Hugging Face directory: streamed, verified, and there only once it is whole.
 
 On the host at any time: one output file's tensors and one conversion group, which is one parameter for most models (for
 the mean, with its float32 accumulator; where adapters are merged into it, with these and a float32 copy).
@@ -29,11 +29,14 @@ from deca_ds.checkpoint.files import sync
 from deca_ds.checkpoint.generation import adapt_saved
 from deca_ds.checkpoint.layout import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.shards import ShardedModel
+from deca_ds.checkpoint.steps import FOLDER, find_checkpoint, steps_in
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.partial")
+
+_CHECKPOINT = "it has checkpoints: export one with --checkpoint newest"
 
 Progress = Callable[[int, int], None]
 
@@ -70,6 +73,7 @@ def export_model(
     output: Path,
     *,
     client: int | None = None,
+    checkpoint: int | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 500_000_000,
     trust_remote_code: bool = False,
@@ -79,12 +83,13 @@ def export_model(
     """Write the model of one client, or the mean of all clients, as a directory that `from_pretrained` loads.
 
     run: a run's output folder with hf/ (configuration, tokenizer) and model/ (sharded state); adapters that it trained
-    are merged. client: its number; None: the mean. dtype: "float32", "bfloat16" or "float16"; None: that of the model
+    are merged. client: its number; None: the mean. checkpoint: the one after so many inner steps, in place of the
+    trained model. dtype: "float32", "bfloat16" or "float16"; None: that of the model
     which was trained. Where it was bfloat16 with exact masters, float32 writes these.
     max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
     done, bytes in all) after each tensor. card: what the export's README.md says; None: there is none.
-    The mean leaves out the clients that DONE names as missing. A run that is not marked DONE is exported if its sharded
-    state is complete; the report then says so.
+    The mean leaves out the clients that DONE, or the checkpoint, names as missing. A run that is not marked DONE is
+    exported if its sharded state is complete; the report then says so.
     Raises CheckpointError if `output` exists, the run is incomplete or damaged, a parameter is not finite or any check
     of the result fails; `output` is then not there.
     """
@@ -93,8 +98,13 @@ def export_model(
         raise CheckpointError("the output exists already", where=str(output), fix="give a new folder or remove it")
     if not run.is_dir():
         raise CheckpointError("no such run folder", where=str(run), fix="give the run.output folder of a run")
-    missing = missing_clients(run)
-    shards, adapters = _open_shards(run, client, missing), read_adapters(run)
+    if checkpoint is None:
+        missing = missing_clients(run)
+        shards = _open_shards(run, client, missing)
+    else:
+        shards = find_checkpoint(run / FOLDER, checkpoint, client)
+        missing = [other for other in range(shards.clients_of_run) if client is None and other not in shards.clients]
+    adapters = read_adapters(run)
     saved = MergedModel(shards, adapters) if adapters else shards
     model = empty_model(run / "hf", trust_remote_code=trust_remote_code)
     compare_shapes(saved, stored_shapes(model))
@@ -129,10 +139,13 @@ def export_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     seconds = time.monotonic() - started
-    names = f" (without {', '.join(map(str, missing))}, gone before the end)" if missing and client is None else ""
-    return ExportReport(
-        output, parameters, written, len(files), stream.source + names, seconds, _unfinished(run), stops
-    )
+    source = stream.source
+    if missing and client is None:
+        source += f" (without {', '.join(map(str, missing))}, gone before the end)"
+    if checkpoint is not None:
+        source += f", after {checkpoint} inner steps"
+    note = _unfinished(run) if checkpoint is None else None
+    return ExportReport(output, parameters, written, len(files), source, seconds, note, stops)
 
 
 class _Stream:
@@ -232,7 +245,8 @@ def _open_shards(run: Path, client: int | None, missing: list[int]) -> ShardedMo
         note = _unfinished(run)
         if note is None:
             raise
-        raise CheckpointError(f"{error.what} ({note})", where=error.where, fix=error.fix) from error
+        fix = error.fix if (run / "model").is_dir() or not steps_in(run / FOLDER) else _CHECKPOINT
+        raise CheckpointError(f"{error.what} ({note})", where=error.where, fix=fix) from error
 
 
 def _unfinished(run: Path) -> str | None:

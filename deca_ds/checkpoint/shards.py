@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum
 from deca_ds.checkpoint.slices import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION, rank_folder
+from deca_ds.engine.slices import is_buffer
 from deca_ds.errors import CheckpointError
 
 _Described = tuple[tuple[int, ...], torch.dtype, torch.dtype]  # shape, data type stored, and that of the model
@@ -29,6 +30,7 @@ class ShardedModel:
     clients: numbers of the clients that will be read; None: all clients of the run. Only their files must be here.
     without: clients that all of the run are meant without, because they died.
     ranks: numbers of the ranks whose slices will be read; None: all of a client's, which then leave no gap.
+    model_only: leave out what a checkpoint has beside the model, the active block's state.
     A file's checksum is compared when the file is first read.
     Attributes: clients (numbers, ascending), clients_of_run, ranks (how many wrote, by client), step, names (in the
     order they were written), manifests (of each (client, rank)), states (what it gave to `save_shards` as its state).
@@ -43,8 +45,10 @@ class ShardedModel:
         ranks: Sequence[int] | None = None,
         *,
         without: Sequence[int] = (),
+        model_only: bool = False,
     ):
         self.folder = folder
+        self._model_only = model_only
         manifests = self._read_manifests(clients, ranks)
         first = next(iter(manifests.values()))
         self.clients_of_run: int = first["clients"]
@@ -220,6 +224,8 @@ class ShardedModel:
         for (client, rank), manifest in sorted(manifests.items()):
             where = rank_folder(self.folder, client, rank)
             for name, entry in manifest["tensors"].items():
+                if self._model_only and is_buffer(name):
+                    continue
                 stored, trained = (getattr(torch, entry.get(key, entry["dtype"])) for key in ("dtype", "model_dtype"))
                 described = (tuple(entry["shape"]), stored, trained)
                 if meta.setdefault(name, described) != described:

@@ -17,6 +17,8 @@ from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.slices import MANIFEST, rank_folder
 from deca_ds.errors import CheckpointError
 
+FOLDER = "checkpoints"  # in a run's folder
+
 
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` inner steps is."""
@@ -44,6 +46,42 @@ def open_checkpoint(folder: Path, step: int, *, client: int, rank: int, ranks: i
     if saved.step != step or len(attempts) != 1:
         raise CheckpointError("its parts are not from one attempt at the run", where=str(here))
     saved.verify()
+    return saved
+
+
+def find_checkpoint(folder: Path, step: int | None = None, client: int | None = None) -> ShardedModel:
+    """The model in the checkpoint after `step` inner steps, or in the newest that is complete here: of one client, or
+    of all that were in when it was saved.
+
+    Raises CheckpointError if there is none, or a part is missing or comes from another attempt at the run.
+    """
+    steps = steps_in(folder)
+    if not steps or step not in (None, *steps):
+        raise CheckpointError(
+            "there is no checkpoint" + ("" if step is None else f" after inner step {step}"),
+            where=str(folder),
+            fix=f"there are those after inner step {', '.join(map(str, steps))}"
+            if steps
+            else "a run saves them with checkpoint.every, or when it is told to stop",
+        )
+    refused: CheckpointError | None = None
+    for candidate in reversed(steps) if step is None else [step]:
+        try:
+            return _whole(step_folder(folder, candidate), client)
+        except CheckpointError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _whole(here: Path, client: int | None) -> ShardedModel:
+    """With the clients that were in."""
+    there = sorted(int(path.name.removeprefix("client_")) for path in here.glob("client_*"))
+    state = next(iter(ShardedModel(here, there[:1] if client is None else [client]).states.values()))
+    missing = state.get("missing", ())
+    saved = ShardedModel(here, None if client is None else [client], without=missing, model_only=True)
+    if len({each.get("attempt") for each in saved.states.values()}) != 1:
+        raise CheckpointError("its parts are not from one attempt at the run", where=str(here))
     return saved
 
 

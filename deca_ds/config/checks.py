@@ -54,6 +54,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.batch_size", lambda x: x >= 1, "at least 1"),
     ("data.max_length", lambda x: x >= 2, "at least 2"),
     ("evaluation.every", lambda x: x >= 0, "at least 0"),
+    ("evaluation.patience", lambda x: x >= 0, "at least 0"),
     ("evaluation.batch_size", lambda x: x >= 1, "at least 1"),
     ("evaluation.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
     ("checkpoint.every", lambda x: x >= 0, "at least 0"),
@@ -117,6 +118,7 @@ def check(config: Config) -> None:
             fix="set cluster.on_failure=continue, or leave cluster.return_s out",
         )
     _check_wait(config)
+    _check_best(config)
     if config.data.batch_size % config.data.micro_batch_size:
         raise ConfigError(
             f"data.batch_size = {config.data.batch_size} is not a multiple of "
@@ -159,6 +161,24 @@ def _check_wait(config: Config) -> None:
         )
 
 
+def _check_best(config: Config) -> None:
+    """What compares evaluations needs several, with one loss that all clients know."""
+    evaluation = config.evaluation
+    for key, value in (("evaluation.patience", evaluation.patience), ("checkpoint.best", config.checkpoint.best)):
+        if value and not evaluation.every:
+            raise ConfigError(
+                f"{key} = {value}, but evaluation.every = 0",
+                where=key,
+                fix="set evaluation.every to the number of inner steps between evaluations",
+            )
+        if value and not evaluation.mean_model and config.cluster.clients > 1:
+            raise ConfigError(
+                f"{key} = {value}, but with evaluation.mean_model=false no client knows how well the others do",
+                where=key,
+                fix=f"set evaluation.mean_model=true, or leave {key} out",
+            )
+
+
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """The user's DeepSpeed configuration. Raises ConfigError for a file that is no JSON object, for a ZeRO stage other
     than 3 and for keys that the trainer owns or cannot support."""
@@ -199,6 +219,14 @@ def check_world(config: Config, world_size: int) -> list[int]:
     Raises ConfigError where they do not fit cluster.clients or cluster.ranks, or a client's batch not its ranks.
     """
     clients, ranks = config.cluster.clients, config.cluster.ranks
+    if world_size == 1 < clients:
+        raise ConfigError(
+            f"one rank is launched for {clients} clients",
+            where="the launcher, cluster.clients",
+            fix=f"start a rank or more for each, as `deepspeed --num_accelerators {clients} launchers/train.py ...` or "
+            f"`mpirun -n {clients} ...` does; one process trains all of them in `deca simulate`, or one alone with "
+            "cluster.clients=1",
+        )
     if ranks is None:
         if world_size % clients:
             raise ConfigError(

@@ -14,7 +14,8 @@ from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
 
 SAVED_CONFIG, STARTS = "config.yaml", "starts.json"  # in a run's folder
-# What changes no more than the rounding of what is trained. The number of ranks launched is no key and may change, too.
+# What changes how long the run is, or no more than the rounding of what is trained. The number of ranks launched is no
+# key and may change, too.
 MAY_CHANGE = (
     "run.output",
     "run.resume",
@@ -30,6 +31,8 @@ MAY_CHANGE = (
     "cluster.on_partition",
     "cluster.return_s",
     "model.gradient_checkpointing",
+    "algorithm.rounds",
+    "algorithm.epochs",
     "gossip.wait_s",
     "gossip.checksums",
     "gossip.chunk_mib",
@@ -51,7 +54,8 @@ BEFORE_CONFIG = {
 def check_folder(config: Config) -> None:
     """Raise a UserError unless run.output is what run.resume wants: a new folder, or that of a run to be continued.
 
-    With run.resume=auto an empty folder will do, and one whose run has not come to its first checkpoint.
+    With run.resume=auto an empty folder will do, and one whose run has not come to its first checkpoint. A run that has
+    finished can be continued, too.
     """
     output = Path(config.run.output)
     saved = output / SAVED_CONFIG
@@ -68,8 +72,6 @@ def check_folder(config: Config) -> None:
             where="run.output",
             fix="name the output folder of the run, or leave run.resume out",
         )
-    if (output / "DONE").exists():
-        raise CheckpointError("the run has finished", where=str(output), fix="name a new folder in run.output")
     allowed = MAY_CHANGE + (AFTER_DIVERGENCE if has_diverged(output) else ())
     changed = changes(load_config(saved), config, allowed)
     if changed:
@@ -99,14 +101,17 @@ def has_diverged(output: Path) -> bool:
     return any("has diverged" in marker.read_text(errors="replace") for marker in output.glob("FAILED*"))
 
 
-def save_optimizer(config: Config) -> str:
-    """Note in the run's folder that it goes on with another section optimizer; returns what is new, for people."""
+def save_changes(config: Config) -> str:
+    """Note in the run's folder that it goes on with another section optimizer or another length; returns what is new,
+    for people."""
     saved = Path(config.run.output) / SAVED_CONFIG
-    before = load_config(saved)
-    if before.optimizer == config.optimizer:
+    before, own = load_config(saved), config.algorithm
+    algorithm = replace(before.algorithm, rounds=own.rounds, epochs=own.epochs)
+    after = replace(before, algorithm=algorithm, optimizer=config.optimizer)
+    if after == before:
         return ""
-    save_config(replace(before, optimizer=config.optimizer), saved)
-    changed = changes(before, config).items()
+    save_config(after, saved)
+    changed = changes(before, after, allowed=()).items()
     return ", ".join(f"{key} = {new!r} instead of {old!r}" for key, (old, new) in changed)
 
 

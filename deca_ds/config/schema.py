@@ -12,7 +12,7 @@ from typing import Literal, Optional
 from deca_ds.config.key import key
 from deca_ds.config.watching import CheckpointConfig, EvaluationConfig, LoggingConfig
 
-# OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
+# OmegaConf reads the annotations at run time: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: RUF009, UP045
 
 

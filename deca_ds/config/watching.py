@@ -20,6 +20,12 @@ class EvaluationConfig:
     max_examples: Optional[int] = key(
         512, "Largest number of examples of each evaluation set, chosen with `run.seed`; `null` uses all."
     )
+    patience: int = key(
+        0,
+        "Number of evaluations in a row that find no lower loss than an earlier one, after which the run stops; with 0 "
+        "it never does.",
+        "checkpoints.md#the-best-checkpoint",
+    )
     mean_model: bool = key(
         True, "Also score the mean of all clients' models, for which every client computes a part.", "data.md#privacy"
     )
@@ -33,6 +39,11 @@ class CheckpointConfig:
         0, "Inner steps between checkpoints; 0 saves one only when the job is told to stop.", "checkpoints.md"
     )
     keep: int = key(2, "Number of complete checkpoints that stay on the disk, the newest ones.")
+    best: bool = key(
+        False,
+        "Save a checkpoint at every evaluation that finds the lowest loss so far, and keep the last of these.",
+        "checkpoints.md#the-best-checkpoint",
+    )
 
 
 @dataclass

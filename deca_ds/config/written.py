@@ -105,6 +105,11 @@ def keys_of(wanted: Any, section: Any = Config, prefix: str = "") -> list[str]:
     return found
 
 
+def choices(key: str) -> tuple[str, ...]:
+    """The values that the schema allows for a key that takes one of a few."""
+    return get_args(_without_none(_kind_of(key)))
+
+
 def _kinds(section: Any) -> dict[str, Any]:
     """Of a section's keys."""
     return _hints(section)

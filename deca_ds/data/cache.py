@@ -28,11 +28,11 @@ from datasets import Dataset
 from deca_ds.config.paths import check_writable
 from deca_ds.errors import ConfigError
 
-_NOTE = "entry.json"
+NOTE = "entry.json"
 _READ_BYTES = 2**24
 _LOOK_S = 0.1  # between two looks at a lock
 _TELL_S = 10.0  # until a wait for another process is told
-_MAKING = ".making-"  # in the names of folders that are being made
+MAKING = ".making-"  # in the names of folders that are being made, or removed
 _LEFT_S = 24 * 3600.0  # after which what a process was making is taken for left behind
 
 
@@ -52,7 +52,7 @@ class Entry:
     @classmethod
     def read(cls, folder: Path) -> Entry:
         """An entry that has been looked through."""
-        text = (folder / _NOTE).read_text(encoding="utf-8")
+        text = (folder / NOTE).read_text(encoding="utf-8")
         return cls(folder, json.loads(text.splitlines()[0])["about"])
 
 
@@ -66,7 +66,7 @@ class Cache:
 
     def __init__(self, given: str | None = None, tick: Callable[[], None] = lambda: None):
         self.given, self.tick = given, tick
-        self.folder = Path(given or Path(datasets.config.HF_DATASETS_CACHE) / "deca_ds").absolute()
+        self.folder = folder_of(given)
         self.temporary: Path | None = None
         self._known: dict[tuple[Path, int, int], str] = {}
         self._found: dict[str, Entry] = {}
@@ -112,22 +112,24 @@ class Cache:
         if not folder.is_dir():
             return None
         try:
-            text, _, checksum = (folder / _NOTE).read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
+            text, _, checksum = (folder / NOTE).read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
             if _hash(text) == checksum:
                 note = json.loads(text)
                 if all(fingerprint(folder / name, self.tick) == is_ for name, is_ in note["files"].items()):
+                    with contextlib.suppress(OSError):  # another user's, or a disk that is only read
+                        os.utime(folder / NOTE)  # when it was last used
                     return Entry(folder, note["about"])
         except (OSError, ValueError):
             pass
         return None
 
     def _make(self, target: Path, make: Callable[[Path], dict[str, Any]]) -> None:
-        for path in target.parent.glob(f".*{_MAKING}*"):
+        for path in target.parent.glob(f".*{MAKING}*"):
             if time.time() - _newest(path) > _LEFT_S:
                 shutil.rmtree(path, ignore_errors=True)
         try:
             with tempfile.TemporaryDirectory(
-                prefix=f".{target.name}{_MAKING}", dir=target.parent, ignore_cleanup_errors=True
+                prefix=f".{target.name}{MAKING}", dir=target.parent, ignore_cleanup_errors=True
             ) as made:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(target, Path(made) / "damaged")
@@ -137,7 +139,7 @@ class Cache:
                 about = make(new)
                 files = {path.name: fingerprint(path, self.tick) for path in sorted(new.iterdir())}
                 text = json.dumps({"files": files, "about": about})
-                (new / _NOTE).write_text(f"{text}\n{_hash(text)}\n", encoding="utf-8")
+                (new / NOTE).write_text(f"{text}\n{_hash(text)}\n", encoding="utf-8")
                 try:
                     os.rename(new, target)
                 except OSError:
@@ -182,7 +184,7 @@ class Cache:
                 return
             except BlockingIOError:
                 pass
-            newest = max(map(_newest, target.parent.glob(f".{target.name}{_MAKING}*")), default=before)
+            newest = max(map(_newest, target.parent.glob(f".{target.name}{MAKING}*")), default=before)
             if newest > before:
                 before = newest
                 self.tick()
@@ -190,6 +192,11 @@ class Cache:
                 _tell(f"another process prepares {target}; this one waits for it")
                 tells_at = float("inf")
             time.sleep(_LOOK_S)
+
+
+def folder_of(given: str | None) -> Path:
+    """Where entries are. given: data.cache."""
+    return Path(given or Path(datasets.config.HF_DATASETS_CACHE) / "deca_ds").absolute()
 
 
 def fingerprint(path: Path, tick: Callable[[], None] = lambda: None) -> str:

@@ -6,7 +6,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from datasets import Features, List, Value
 from datasets.fingerprint import Hasher
@@ -44,7 +44,8 @@ class Encoder:
     an EOS behind if the tokenizer has one, unless the text has them already. Conversations get exactly what the chat
     template writes, on the day `date`. What carries the loss is decoded and compared with the text for every example
     (deca_ds/data/tokens.py).
-    Raises DataError for a missing chat template, and if `max_length` cannot hold an answer word.
+    Raises DataError for a missing chat template, if `max_length` cannot hold an answer word, and for two words that are
+    the same tokens.
     """
 
     def __init__(
@@ -70,13 +71,33 @@ class Encoder:
             self.chats = Conversations(self.template, tokenizer.all_special_tokens, answers_only=answers_only)
         self.notes = [] if self.template is None else self.chats.notes()
         for word in self.label_names:
-            length = len(self._tokens([" " + word])[0]) + len(self.eos)
+            length = len(self._answer(word))
             if length > max_length - max_length // 2:
                 raise DataError(
                     f"the answer {word!r} has {length} tokens, too many beside a prompt in {max_length}",
                     where="data.max_length",
                     fix=f"set it to at least {2 * length - 1} or choose shorter data.label_names",
                 )
+        self._look_at_words()
+
+    def _look_at_words(self) -> None:
+        """Note the words that the tokenizer changes, as those do that know no capitals. Raises DataError for two that
+        it cannot tell apart."""
+        known: dict[tuple[int, ...], str] = {}
+        for word in self.label_names:
+            other = known.setdefault(tuple(self._answer(word)), word)
+            if other != word:
+                raise DataError(
+                    f"the tokenizer makes the same tokens of the answers {other!r} and {word!r}",
+                    where="data.label_names",
+                    fix="give these labels words that differ in more, or use another tokenizer",
+                )
+            read = cast(str, self.tokenizer.decode(self._tokens([" " + word])[0], skip_special_tokens=False))
+            if "".join(read.split()) != "".join(word.split()):
+                self.notes.append(f"the tokenizer reads the answer {word!r} as {read.strip()!r}: so the model answers")
+
+    def _answer(self, word: str) -> list[int]:
+        return self._tokens([" " + word])[0] + self.eos
 
     @property
     def fingerprint(self) -> str:

@@ -40,8 +40,7 @@ def dirichlet(
     label of Yurochkin et al., ICML 2019.
     """
     generator = np.random.default_rng(seed)
-    values = np.asarray(labels, dtype=object)
-    members = [np.flatnonzero(values == label) for label in sorted(set(labels))]
+    members = _members(labels)
     for _ in range(DRAWS):
         parts: list[list[Indices]] = [[] for _ in range(clients)]
         for of_label in members:
@@ -65,8 +64,7 @@ def by_key(values: Sequence[str] | Indices, clients: int) -> list[Indices]:
 
     Raises DataError if there are fewer distinct values than clients.
     """
-    column = np.asarray(values, dtype=object)
-    groups = [np.flatnonzero(column == value) for value in sorted(set(values))]
+    groups = _members(values)
     if len(groups) < clients:
         raise DataError(
             f"{len(groups)} distinct values cannot be dealt to {clients} clients",
@@ -94,3 +92,10 @@ def choose(count: int, limit: int | None, seed: int | Sequence[int]) -> Indices:
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+
+
+def _members(values: Sequence[str] | Indices) -> list[Indices]:
+    """The places of each value, ascending; the values in their order."""
+    given = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
+    _, codes, counts = np.unique(given, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(codes, kind="stable"), np.cumsum(counts)[:-1])

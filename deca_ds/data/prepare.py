@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import partial
@@ -26,7 +26,7 @@ import xxhash
 from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
-from deca_ds.config.schema import Config
+from deca_ds.config.schema import Config, DataConfig
 from deca_ds.data.cache import Cache, Entry
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.encoding import CANDIDATES, IGNORED, PIECES, SEQUENCES, Batch, Encoder, pack
@@ -85,15 +85,7 @@ class Preparation:
         self.first = first
         self.config, self.data, self.tokenizer, self.client = config, config.data, tokenizer, client
         self.format, self.cache, self.work = FORMATS[config.data.format], cache, work
-        self.words: dict[str, str] = {}
-        for value, word in self.data.label_names.items():
-            label = normal_label(value)
-            if self.words.setdefault(label, str(word)) != str(word):
-                raise ConfigError(
-                    f"the label {label!r} has two words: {self.words[label]!r} and {str(word)!r}",
-                    where="data.label_names",
-                    fix="1, 1.0 and '1 ' are one label: name it once",
-                )
+        self.words = _words(self.data)
         self.unused: set[str] = set()
         data, private = config.data, bool(config.data.per_client)
         self.sources = own_sources(data, "per_client", client) if private else find_sources(data.train, "data.train")
@@ -103,12 +95,6 @@ class Preparation:
     def entry(self) -> Entry:
         """The entry, made unless it is there."""
         self.encoder = self._encoder()
-        if self.data.packing and not self.encoder.eos:
-            raise DataError(
-                "the tokenizer has no end-of-text token to put between packed examples",
-                where="data.packing",
-                fix="set eos_token in the tokenizer's tokenizer_config.json, or data.packing=false",
-            )
         rules = self._rules(training=True)
         sources = [*self.sources, *self.own_sources, *self.common_sources]
         content = contents(sources, rules, self.cache)
@@ -154,34 +140,31 @@ class Preparation:
                 )
             self.encoder = self._encoder()
         pool = self._cut_documents(pool)
-        pool = pool.select(choose(len(pool), data.max_examples, self._seed(_Draw.MAX_EXAMPLES, own=private)))
+        pool = self._select(pool, choose(len(pool), data.max_examples, self._seed(_Draw.MAX_EXAMPLES, own=private)))
         kept, common = hold_out(len(pool), data.common_holdout, self._seed(_Draw.COMMON_HOLDOUT))
-        examples = pool.select(kept)
+        examples = self._select(pool, kept)
         if not private:
-            examples = examples.select(self._partition(examples)[self.client])
+            examples = self._select(examples, self._partition(examples)[self.client])
         own = self._read_evaluation(self.own_sources)
         if own is None:
             kept, held = hold_out(len(examples), data.client_holdout, self._seed(_Draw.CLIENT_HOLDOUT, own=True))
-            examples, own = examples.select(kept), examples.select(held)
+            examples, own = self._select(examples, kept), self._select(examples, held)
         shared = self._read_evaluation(self.common_sources)
-        shared = pool.select(common) if shared is None else shared
+        shared = self._select(pool, common) if shared is None else shared
         return Examples(examples, self._some(own, own=True), self._some(shared))
 
     def _some(self, examples: Dataset, *, own: bool = False) -> Dataset:
         """Those of an evaluation set that are scored."""
         limit = self.config.evaluation.max_examples
-        return examples.select(choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=own)))
+        return self._select(examples, choose(len(examples), limit, self._seed(_Draw.EVALUATION, own=own)))
+
+    def _select(self, dataset: Dataset, indices: Indices) -> Dataset:
+        """These rows; which ones they are lies in a file."""
+        self.made += 1
+        return dataset.select(indices, indices_cache_file_name=str(self.scratch / f"{self.made}.indices.arrow"))
 
     def _encoder(self) -> Encoder:
-        data = self.data
-        return Encoder(
-            self.tokenizer,
-            max_length=data.max_length,
-            answers_only=data.answers_only,
-            words=self.words if self.format.has_labels else None,
-            conversations="conversation" in self.format.features,
-            date=datetime.date.fromisoformat(data.date) if data.date else None,
-        )
+        return _make_encoder(self.data, self.tokenizer, self.words)
 
     def _rules(self, *, training: bool) -> ExampleRules:
         data = self.data
@@ -229,7 +212,7 @@ class Preparation:
         count, data = len(examples), self.data
         if data.packing:  # neighbours in a file are often alike: pack examples in a random order
             order = np.random.default_rng(self._seed(_Draw.PACKING, own=True)).permutation(count)
-            examples = examples.select(order)
+            examples = self._select(examples, order)
         train = self._rows(examples, self.encoder.sequences, SEQUENCES, "tokenising", None if data.packing else TRAIN)
         if not len(train):
             reason = f"none of its {count} examples has a token to learn" if count else "it got no examples"
@@ -331,6 +314,44 @@ class Preparation:
 
     def _seed(self, draw: _Draw, *, own: bool = False) -> list[int]:
         return [self.config.run.seed, int(draw), *([self.client + 1] if own else [])]
+
+
+def check_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise the errors that a preparation would without any row: of chat template, end token and label_names."""
+    _make_encoder(config.data, tokenizer, _words(config.data))
+
+
+def _words(data: DataConfig) -> dict[str, str]:
+    """label -> answer word, as the configuration names them."""
+    words: dict[str, str] = {}
+    for value, word in data.label_names.items():
+        label = normal_label(value)
+        if words.setdefault(label, str(word)) != str(word):
+            raise ConfigError(
+                f"the label {label!r} has two words: {words[label]!r} and {str(word)!r}",
+                where="data.label_names",
+                fix="1, 1.0 and '1 ' are one label: name it once",
+            )
+    return words
+
+
+def _make_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase, words: Mapping[str, str]) -> Encoder:
+    format = FORMATS[data.format]
+    encoder = Encoder(
+        tokenizer,
+        max_length=data.max_length,
+        answers_only=data.answers_only,
+        words=words if format.has_labels else None,
+        conversations="conversation" in format.features,
+        date=datetime.date.fromisoformat(data.date) if data.date else None,
+    )
+    if data.packing and not encoder.eos:
+        raise DataError(
+            "the tokenizer has no end-of-text token to put between packed examples",
+            where="data.packing",
+            fix="set eos_token in the tokenizer's tokenizer_config.json, or data.packing=false",
+        )
+    return encoder
 
 
 def _codes(groups: pa.ChunkedArray) -> npt.NDArray[np.int64]:

@@ -5,8 +5,8 @@ Positions without a target have no logits at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from deca_ds.engine.masters import add_into
 from deca_ds.engine.output_head import OutputHead
+
+Chunk: TypeAlias = tuple[Tensor, Tensor]  # positions, of batch and length flattened, and their targets, 1-D int64
 
 LOGITS_BYTES = 128 * 2**20  # of float32 logits at a time; what is computed from them takes three times as much again
 
@@ -40,12 +42,17 @@ def chunked_losses(model: nn.Module, head: OutputHead, hidden: Tensor, labels: T
 
 def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
     """The sum of the same over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
-    arguments = (hidden, head.linear.weight, head.linear.bias, model, head, labels, divisor)
+    return summed_loss(model, head, hidden, _chunks(labels, head, hidden.device), divisor)
+
+
+def summed_loss(model: nn.Module, head: OutputHead, hidden: Tensor, chunks: Iterable[Chunk], divisor: int) -> Tensor:
+    """`chunked_loss` of the given chunks."""
+    arguments = (hidden, head.linear.weight, head.linear.bias, model, head, chunks, divisor)
     loss: Tensor = _SummedLoss.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it without types
     return loss
 
 
-def _chunks(labels: Tensor, head: OutputHead, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(labels: Tensor, head: OutputHead, device: torch.device) -> Iterator[Chunk]:
     """Positions that have a target, of batch and length flattened, and the targets; some at a time."""
     labels = labels.flatten()
     for at in (labels != -100).nonzero().flatten().split(positions_at_a_time(head)):
@@ -66,7 +73,7 @@ class _SummedLoss(torch.autograd.Function):
         bias: Tensor | None,
         model: nn.Module,
         head: OutputHead,
-        labels: Tensor,
+        chunks: Iterable[Chunk],
         divisor: int,
     ) -> Tensor:
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -75,7 +82,7 @@ class _SummedLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and for_bias else None
         total = torch.zeros(1, 1, 1, dtype=torch.float32, device=hidden.device)
-        for at, targets in _chunks(labels, head, hidden.device):
+        for at, targets in chunks:
             row = rows[at]
             output = F.linear(row, weight, bias).requires_grad_()
             with torch.enable_grad():

@@ -39,7 +39,7 @@ from deca_ds.errors import ModelError
 
 # what transformers raises of a folder, and of what stands in its files
 _BAD_FOLDER = (OSError, ValueError, KeyError, ImportError)
-_BAD_FILE = (
+BAD_FILE = (
     *_BAD_FOLDER, StrictDataclassError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
     SyntaxError,
 )  # fmt: skip
@@ -65,7 +65,7 @@ def zero3_config(config: Config) -> dict[str, Any]:
 def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
     check_model_folder(model)
-    with _explained(model.path, "model.path", _BAD_FILE):
+    with explained(model.path, "model.path", BAD_FILE):
         architecture: PretrainedConfig = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -80,7 +80,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
     path = model.tokenizer or model.path
     check_model_folder(model)
-    with _explained(path, "model.tokenizer" if model.tokenizer else "model.path", _BAD_FILE):
+    with explained(path, "model.tokenizer" if model.tokenizer else "model.path", BAD_FILE):
         return AutoTokenizer.from_pretrained(
             path,
             revision=None if model.tokenizer else model.revision,
@@ -92,7 +92,7 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig, **options: An
     """The model's modules on the meta device: shapes without memory. options: of transformers."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(), _explained(model.path, "model.path", _BAD_FILE):
+    with init_empty_weights(), explained(model.path, "model.path", BAD_FILE):
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
             architecture, dtype=DTYPES[model.dtype], trust_remote_code=model.trust_remote_code, **options
         )
@@ -107,7 +107,7 @@ def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWe
     Raises ModelError for weights that do not fit, see GivenWeights.
     """
     built = meta_model(model, architecture)
-    with _explained(model.path, "model.path", _BAD_FILE):
+    with explained(model.path, "model.path", BAD_FILE):
         if find_adapter_config_file(model.path, revision=model.revision) is not None:
             raise ModelError(
                 f"{model.path!r} holds an adapter (adapter_config.json), not a whole model",
@@ -174,7 +174,7 @@ def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedMode
         options["attn_implementation"] = config.model.attention
     torch.manual_seed(config.run.seed)
     model: PreTrainedModel
-    with _explained(config.model.path, "model.path"), _partitionable(architecture):
+    with explained(config.model.path, "model.path"), _partitionable(architecture):
         if given is None:
             with nothing_drawn():
                 model = AutoModelForCausalLM.from_config(architecture, **options)
@@ -237,7 +237,8 @@ def _partitionable(architecture: PretrainedConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(path: str, key: str, kinds: tuple[type[Exception], ...] = _BAD_FOLDER) -> Iterator[None]:
+def explained(path: str, key: str, kinds: tuple[type[Exception], ...] = _BAD_FOLDER) -> Iterator[None]:
+    """Raise ModelError for what transformers raises of the model or tokenizer `path`. key: where that was given."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

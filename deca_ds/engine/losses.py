@@ -26,7 +26,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], device: torch.de
     """
     head = None if torch.is_grad_enabled() else find_head(model)
     if head is None:
-        return _losses(model(**_inputs(batch, device)).logits, batch["labels"].to(device))
+        return losses_of(model(**_inputs(batch, device)).logits, batch["labels"].to(device))
     return _chunked_losses(model, head, batch, device)
 
 
@@ -41,7 +41,7 @@ def training_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: t
     head = find_head(model)
     if head is None:
         outputs = model(**_inputs(batch, device))
-        loss = _losses(outputs.logits, batch["labels"].to(device))[0].sum() / targets
+        loss = losses_of(outputs.logits, batch["labels"].to(device))[0].sum() / targets
     else:
         labels = _predicted(batch["labels"])
         loss, outputs = head.run(
@@ -63,7 +63,7 @@ def check_own_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: 
     labels = batch["labels"].to(device)
     own_labels = {"labels": labels} if "labels" in inspect.signature(model.forward).parameters else {}
     outputs = model(**_inputs(batch, device), **own_labels)
-    losses, mask = _losses(outputs.logits, labels)
+    losses, mask = losses_of(outputs.logits, labels)
     mean = float(losses.sum() / mask.sum())
     auxiliary = _auxiliary(model, outputs)
     ours = mean + (0.0 if auxiliary is None else float(auxiliary))
@@ -114,7 +114,8 @@ def _chunked_losses(
     return losses[:, :-1, 0], (labels[:, :-1] != -100).to(device)
 
 
-def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses` of whole logits, [batch, length, vocabulary]."""
     labels = _predicted(labels)  # logits[:, :-1] would copy them, and in the backward pass their gradient
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return losses.view(labels.shape)[:, :-1].contiguous(), labels[:, :-1] != -100

@@ -55,6 +55,16 @@ class Slice:
             self.write(stored)
 
 
+def buffer_name(buffer: str, parameter: str) -> str:
+    """The name of one of the rule's buffers for one parameter, in a checkpoint."""
+    return f"{buffer}/{parameter}"
+
+
+def is_buffer(name: str) -> bool:
+    """Whether `buffer_name` has made it: parameters and buffers of modules have dots."""
+    return "/" in name
+
+
 def _on_host(held: Tensor) -> Tensor:
     """A copy."""
     return held.detach().to("cpu", copy=True)

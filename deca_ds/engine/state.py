@@ -27,7 +27,7 @@ from torch import Tensor
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.engine.client import Client
-from deca_ds.engine.slices import Slice
+from deca_ds.engine.slices import Slice, buffer_name
 
 FROZEN, BUFFERS = "frozen", "buffers"
 
@@ -93,7 +93,8 @@ class Traffic(Protocol):
 
 @dataclass
 class TrainingState:
-    """Where one rank's training stands. done: inner steps. stopping: whether the job stops here. seed: of this rank."""
+    """Where one rank's training stands. done: inner steps. stopping: whether the job stops here. seed: of this rank.
+    best: see training/best.py; JSON-able."""
 
     client: Client
     rule: Rule
@@ -102,12 +103,14 @@ class TrainingState:
     done: int = 0
     stopping: bool = False
     seed: int = field(default_factory=torch.initial_seed)
+    best: dict[str, Any] = field(default_factory=dict)
 
     def pieces(self) -> Iterator[Piece]:
         """All there is, in an order in which it can be set: the step comes first, as it opens the block of the rest."""
         client = self.client
         yield Value("schedule", lambda: position(self.schedule, self.done), self._stand_at)
         yield Value("stopping", lambda: self.stopping, partial(setattr, self, "stopping"), Scope.ATTEMPT)
+        yield Value("best", lambda: dict(self.best), partial(setattr, self, "best"))
         yield from model_pieces(client)
         for key in sorted(self.rule.buffers) if client.active is not None else ():
             yield Sharded(key, _block_slices(client, key))
@@ -169,11 +172,6 @@ def _join(tensor: Tensor, start: int, stop: int, part: Tensor) -> None:
     flat[start:stop] = part
     dist.all_reduce(flat.view(torch.uint8))  # everybody else's bytes are zero
     tensor.copy_(flat.view_as(tensor))
-
-
-def buffer_name(buffer: str, parameter: str) -> str:
-    """The name of one of the rule's buffers for one parameter, in a checkpoint."""
-    return f"{buffer}/{parameter}"
 
 
 def position(schedule: Schedule, done: int) -> dict[str, int]:

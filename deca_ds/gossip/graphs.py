@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import networkx as nx
 
+from deca_ds.config.written import choices
 from deca_ds.errors import GossipError
 
 Graphs: TypeAlias = "tuple[nx.DiGraph[int], ...]"
@@ -190,5 +191,4 @@ def build_graphs(kind: str, n: int, *, edges: str | None = None, probability: fl
         return erdos_renyi(n, probability, seed)
     if kind == "edge_list":
         return edge_list(edges, n)
-    known = sorted([*_UNDIRECTED, *_CIRCULANT, "erdos_renyi", "edge_list"])
-    raise GossipError(f"unknown graph {kind!r}", where=GRAPH_KEY, fix=f"use one of {', '.join(known)}")
+    raise GossipError(f"unknown graph {kind!r}", where=GRAPH_KEY, fix=f"use one of {', '.join(choices(GRAPH_KEY))}")

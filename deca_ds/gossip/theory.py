@@ -12,6 +12,7 @@ from deca_ds.gossip.schedule import MixingSchedule
 
 # Of the standard deviation of freshly drawn weights: a disagreement as large as this is no small perturbation.
 LARGE_DISAGREEMENT = 0.5
+_CLOSER = 1.5  # what one period does is told by itself from this factor on
 
 
 def averagings_to_agree(mixing: MixingSchedule) -> float:
@@ -23,6 +24,28 @@ def averagings_to_agree(mixing: MixingSchedule) -> float:
     if gap <= 0:
         return math.inf
     return max(float(mixing.period), 0.0 if gap >= 1 else -1.0 / math.log1p(-gap))
+
+
+def agreement(mixing: MixingSchedule) -> str:
+    """What averagings do to the clients' models, for the plan and the start of a run."""
+    gap, period = mixing.spectral_gap, mixing.period
+    if mixing.size == 1:
+        return "one client averages with nobody"
+    if mixing.messages == 0:
+        return "every client trains alone, and the models drift apart"
+    if gap <= 0:
+        return "averaging over a period need not bring the clients' models closer together"
+    often = "every averaging" if period == 1 else f"every {period} averagings"
+    if gap >= 1:
+        return (
+            f"after {often} all clients have the same block, as with a server that averages all of them; for clients "
+            "that keep models of their own set gossip.weights=lazy_metropolis or another gossip.graph"
+        )
+    closer = (1 - gap) ** -period
+    if closer < _CLOSER:
+        often, closer = f"about {averagings_to_agree(mixing):.3g} averagings", math.e
+    does = "brings" if often == "every averaging" else "bring"
+    return f"{often} {does} the clients' models {closer:.1f} times closer together, or more"
 
 
 def predicted_disagreement(gap: float, lr: float, local_steps: int) -> float:
@@ -53,9 +76,10 @@ def slow_mixing(
     if needed > averagings:
         found.append(
             f"the graph mixes slowly for R: a block is averaged {averagings} time{'s' if averagings > 1 else ''} while "
-            f"it is active, and about {needed:.3g} averagings shrink a disagreement by 2.7. What a client learns in a "
-            "block has not reached all clients when the next block begins. A graph with a larger spectral gap "
-            "(gossip.graph=exponential), more algorithm.inner_steps or a smaller gossip.every helps"
+            f"it is active, and it takes about {needed:.3g} averagings to bring the clients' models {math.e:.1f} times "
+            "closer together. What a client learns in a block has not reached all clients when the next block begins. "
+            "A graph with a larger spectral gap (gossip.graph=exponential), more algorithm.inner_steps or a smaller "
+            "gossip.every helps"
         )
     apart = predicted_disagreement(gap, lr, gossip_every)
     if apart > LARGE_DISAGREEMENT * weight_scale:

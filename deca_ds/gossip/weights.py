@@ -13,6 +13,7 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 
+from deca_ds.config.written import choices
 from deca_ds.errors import GossipError
 
 WEIGHTS_KEY = "gossip.weights"
@@ -39,7 +40,7 @@ def weigh(graph: nx.DiGraph[int], rule: str) -> np.ndarray:
         pair_degree = np.full((n, n), degree.max())
     else:
         raise GossipError(
-            f"unknown rule {rule!r}", where=WEIGHTS_KEY, fix="use one of metropolis, max_degree, lazy_metropolis"
+            f"unknown rule {rule!r}", where=WEIGHTS_KEY, fix=f"use one of {', '.join(choices(WEIGHTS_KEY))}"
         )
     receives = nx.to_numpy_array(graph, nodelist=range(n)).T > 0
     matrix = np.where(receives, 1.0 / (1.0 + pair_degree), 0.0)

@@ -163,6 +163,11 @@ def _usable_gpus(wanted: str, host: str) -> int:
     return gpus
 
 
+def computes_on_gpu(wanted: str) -> bool:
+    """Whether a run of run.device=`wanted` that was started here would take a GPU, as far as this machine shows."""
+    return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+
+
 def machine(host: str) -> str:
     """The same for all processes on this machine; `host` where it does not say."""
     try:

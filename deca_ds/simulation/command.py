@@ -116,13 +116,15 @@ def _contraction(simulation: Simulation) -> str:
     """What averagings did to the disagreement over the active block, beside what the spectral gap says of it."""
     averagings = [step for step in simulation.steps if step["gossip"] and step["spread_before"] > 0]
     if simulation.mixing.messages == 0 or not averagings:
-        return "no averaging changed anything"
+        return "no averaging changed anything: the clients do not gossip, or were the same before each of them"
     factors = [step["spread_after"] / step["spread_before"] for step in averagings if step["spread_after"] > 0]
     if not factors:
-        return "an averaging left nothing of the clients' disagreement"
+        return "after every averaging all clients had the same block"
     measured = math.exp(sum(map(math.log, factors)) / len(factors))  # a period may have averagings that do nothing
     bound = 1 - simulation.mixing.spectral_gap
-    return f"an averaging shrank the clients' disagreement to {measured:.3f} of it; the graph's bound is {bound:.3f}"
+    return (
+        f"an averaging left {measured:.1%} of the distance between the clients' models; at most {bound:.1%} by theory"
+    )
 
 
 def _scores(models: Sequence[Scores], key: str) -> str:

@@ -7,6 +7,7 @@ same export has the same card, byte for byte.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -29,14 +30,23 @@ class Card:
     """Of the model that an export makes of the run in `folder`: of one client, or of the mean model (client None).
 
     missing: clients that the mean leaves out. base_model: name on the hub of the model that was trained, if it may be
-    told. chat: whether the tokenizer has a chat template. A folder without the run's configuration gives a card without
-    the training. Raises CheckpointError for a configuration that cannot be read.
+    told. step: of the checkpoint that is exported, else the run's last. chat: whether the tokenizer has a chat
+    template. A folder without the run's configuration gives a card without the training. Raises CheckpointError for a
+    configuration that cannot be read.
     """
 
     def __init__(
-        self, folder: Path, client: int | None = None, missing: Sequence[int] = (), base_model: str | None = None
+        self,
+        folder: Path,
+        client: int | None = None,
+        missing: Sequence[int] = (),
+        base_model: str | None = None,
+        step: int | None = None,
     ):
         self.run = read_runs([folder])[0] if (folder / CONFIG).is_file() else None
+        if self.run is not None and step is not None:
+            self.run = _after(self.run, step)
+        self.step = step
         self.client, self.missing, self.base_model = client, list(missing), base_model
 
     def text(self, *, parameters: int, dtype: str, chat: bool) -> str:
@@ -49,7 +59,7 @@ class Card:
         )
         parts = [f"---\n{data.to_yaml()}\n---", "# Model trained with deca_ds", self._about(parameters, dtype)]
         if self.run is not None:
-            parts += [f"## Training\n\n{_table(('setting', 'value'), list(_settings(self.run)))}"]
+            parts += [f"## Training\n\n{_table(('setting', 'value'), list(_settings(self.run, self.step)))}"]
             parts += [f"## Data\n\n{said}" for said in _data(self.run)]
             parts += [f"## Evaluation\n\n{said}" for said in self._scores(self.run)]
             parts += [f"## Software\n\n{said}" for said in _software(self.run)]
@@ -88,7 +98,20 @@ class Card:
             yield "\n\n".join(said)
 
 
-def _settings(run: Run) -> Iterator[tuple[str, str]]:
+def _after(run: Run, step: int) -> Run:
+    """As far as it had come then, with the scores of the weights as they were at that step, if there are any."""
+    scored = {each.step for of in run.evaluations.values() for each in of}
+    seen = {0, step} if step in scored else set()
+    return replace(
+        run,
+        steps={client: [each for each in steps if each.step <= step] for client, steps in run.steps.items()},
+        evaluations={client: [each for each in of if each.step in seen] for client, of in run.evaluations.items()},
+        together=[each for each in run.together if each.step in seen],
+        end=run.end if step == length(run) else None,
+    )
+
+
+def _settings(run: Run, step: int | None) -> Iterator[tuple[str, str]]:
     value = run.config.get
     method = str(value("algorithm.method"))
     yield "method", f"DECA ({_PAPER}), signal `{value('algorithm.signal')}`" if method == "deca" else f"`{method}`"
@@ -101,8 +124,8 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
     if blocks:
         yield "parameters trained at a time", f"1 of {several(blocks, 'block')}" if blocks > 1 else "all of the block"
     yield "rounds, inner steps per block", f"{rounds_of(run)}, {value('algorithm.inner_steps')}"
-    total = length(run)
-    yield "inner steps", f"{count(run.reached)} of {count(total)}" if total else count(run.reached)
+    total, done = length(run), run.reached if step is None else step
+    yield "inner steps", f"{count(done)} of {count(total)}" if total else count(done)
     yield "sequences per client and step", f"{value('data.batch_size')}, of at most {value('data.max_length')} tokens"
     yield "learning rate", f"{value('optimizer.lr')}, {value('optimizer.schedule')}"
     yield "weight decay", str(value("optimizer.weight_decay"))

@@ -15,9 +15,9 @@ from torch import nn
 from deca_ds.algorithm.blocks import BlockPlan, parameter_shapes
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule
+from deca_ds.checkpoint.steps import FOLDER
 from deca_ds.config.schema import ModelConfig
 from deca_ds.config.watching import CheckpointConfig
-from deca_ds.training.checkpoints import FOLDER
 
 _FLOAT32 = 4
 
@@ -69,10 +69,14 @@ def disk_need(stored: Stored, schedule: Schedule, config: CheckpointConfig) -> D
     """What a run needs that nothing interrupts; without `every`, also one that is told to stop at the dearest step.
 
     Every run saves a checkpoint when it has trained, before it evaluates and saves the model. Then the oldest may still
-    be there, on ranks that wrote before others did. Where a rank is later than that, the others keep more.
+    be there, on ranks that wrote before others did. Where a rank is later than that, the others keep more. With `best`
+    it is what the run needs at most.
     """
+    opened = max(stored.active) if schedule.activation_steps > 1 else 0
+    if config.best:  # at which steps these are is not known before: one that stays, and one that is written
+        checkpoints = (config.keep + 2) * (stored.model + opened)
+        return DiskNeed(stored.model, checkpoints, stored.model + checkpoints)
     if not config.every:
-        opened = max(stored.active) if schedule.activation_steps > 1 else 0
         return DiskNeed(stored.model, stored.model + opened, stored.model + max(stored.model, opened))
     peak = last = 0
     kept: deque[int] = deque(maxlen=config.keep)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deca_ds.checkpoint.done import missing_clients
 from deca_ds.config.paths import argument as path_argument
-from deca_ds.errors import ConfigError
+from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,6 +25,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--client", type=int, metavar="N", help="export client N's model (clients count from 0)")
     which.add_argument("--mean", action="store_true", help="export the mean of all clients' models (the default)")
+    parser.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        metavar="STEP",
+        help="export a checkpoint in place of the trained model: the one after STEP inner steps, the newest one "
+        "(newest), or that of the evaluation with the lowest loss (best)",
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="data type of the weights; default: the model's"
     )
@@ -48,7 +56,8 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
     """
     from huggingface_hub import HfApi
 
-    from deca_ds.checkpoint.export import export_model  # transformers' models: seconds that `--help` need not wait for
+    from deca_ds.checkpoint.export import export_model
+    from deca_ds.checkpoint.steps import FOLDER, find_checkpoint
     from deca_ds.tools.card import Card
     from deca_ds.tools.push import Repository
 
@@ -57,7 +66,11 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
     repository = Repository(args.push, api or HfApi(), public=args.public) if args.push else None
     if repository is not None:
         repository.check()
-    missing = missing_clients(args.run) if args.client is None else []
+    missing, step = missing_clients(args.run) if args.client is None else [], None
+    if args.checkpoint is not None:
+        wanted = _best_step(args.run) if args.checkpoint == BEST else args.checkpoint
+        saved = find_checkpoint(args.run / FOLDER, None if wanted == NEWEST else wanted, args.client)
+        step, missing = saved.step, sorted(set(range(saved.clients_of_run)) - set(saved.clients))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as bar:
@@ -66,11 +79,12 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
             args.run,
             args.output,
             client=args.client,
+            checkpoint=step,
             dtype=args.dtype,
             max_shard_bytes=parse_size(args.max_shard_size),
             trust_remote_code=args.trust_remote_code,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            card=Card(args.run, args.client, missing, args.base_model),
+            card=Card(args.run, args.client, missing if args.client is None else [], args.base_model, step),
         )
     files = "1 file" if report.files == 1 else f"{report.files} files"
     size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {files}"
@@ -86,8 +100,27 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
     return 0
 
 
+def _checkpoint(text: str) -> int | str:
+    if text not in (BEST, NEWEST) and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of inner steps nor {BEST!r} or {NEWEST!r}")
+    return int(text) if text.isdecimal() else text
+
+
+def _best_step(run: Path) -> int:
+    client = min((int(path.stem.removeprefix("client_")) for path in run.glob("metrics/client_*.jsonl")), default=0)
+    best = best_of(evaluations(run, client))
+    if best is None or not best.step:
+        found = "no evaluation found a loss" if best is None else "the model was best before its first inner step"
+        raise CheckpointError(
+            f"there is no best checkpoint: {found}", where=str(run / "metrics"), fix="export another checkpoint"
+        )
+    return best.step
+
+
 def parse_size(text: str) -> int:
     """Bytes of "500MB", "2GB", "1GiB". Raises ConfigError for anything else and for less than a byte."""
+    from accelerate.utils import convert_file_size_to_int
+
     try:
         size: int = convert_file_size_to_int(text.upper())  # a small b would mean bits
     except (ValueError, OverflowError):

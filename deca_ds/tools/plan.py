@@ -1,9 +1,12 @@
-"""What a run would do: blocks, graph, data and steps, without loading weights or starting anything."""
+"""What a run would do: blocks, graph, data, steps and memory, without loading weights or starting anything."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +23,56 @@ from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
+from deca_ds.data.prepare import check_tokenizer
 from deca_ds.elastic.policy import check_absent
-from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.check_model import check_model
-from deca_ds.engine.load import find_blocks, load_architecture, load_tokenizer, meta_model
+from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
+from deca_ds.errors import ConfigError
 from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.theory import averagings_to_agree, slow_mixing
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.theory import agreement, slow_mixing
+from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
+from deca_ds.planning.estimate import Estimate, memory_json
+from deca_ds.planning.roofline import find_gpu, read_rate
+from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
+from deca_ds.tools.plan_tables import print_fit, print_memory, print_times
 from deca_ds.training.compare import compare_data
-from deca_ds.training.doubts import doubts
-from deca_ds.training.length import ANY_ROUNDS, count_rounds, tell_length
-from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.doubts import doubts, doubts_of_length
+from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
+from deca_ds.training.method import build_schedule, check_method
+from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
 
-def print_plan(config: Config, world_size: int | None = None, hostfile: Path | None = None) -> None:
+def print_plan(
+    config: Config,
+    world_size: int | None = None,
+    hostfile: Path | None = None,
+    *,
+    gpu: str | None = None,
+    net: str | None = None,
+    as_json: bool = False,
+) -> None:
     """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would.
 
     world_size: ranks launched, or None where the plan is made by a process of its own. hostfile: what the launcher will
     get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is
-    checked, because each client's files are for its own ranks to open.
+    checked, because each client's files are for its own ranks to open. gpu, net: tell the time on such
+    GPUs, with a network of that rate in bits a second. as_json: print numbers for programs instead.
     """
-    console = Console()
+    console = Console(quiet=as_json)
+    name, card = (None, None) if gpu is None else find_gpu(gpu)
+    rate = None if net is None else read_rate(net)
+    if card is None and rate is not None:
+        raise ConfigError("--net tells nothing without a GPU", where="--net", fix="add --gpu")
     disable_progress_bars()
     slots = None if hostfile is None else read_hostfile(hostfile)
     if slots is not None:
@@ -58,6 +81,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         world_size = sum(config.cluster.ranks)
     ranks = check_world(config, world_size) if world_size else None
     check_method(config)
+    check_logging(config.logging)
     clients = config.cluster.clients
     validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, clients, config.run.seed)
@@ -66,19 +90,17 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
         console.print(f"[bold]WARNING[/bold]: {escape(warning)}", highlight=False)
-    model = meta_model(config.model, architecture)
-    add_adapters(config, model)
-    plan = find_blocks(config, model)
-    console.print(block_table(plan, min(ranks) if ranks else 1, build_rule(config).bytes_per_parameter))
+    on_gpu = card is not None or computes_on_gpu(config.run.device)
+    estimate = Estimate(config, architecture, mixing, min(ranks) if ranks else 1, on_gpu)
+    model, plan = estimate.model, estimate.plan
+    console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
     warn_of_blocks(console, plan)
     warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
     if config.model.dtype == "bfloat16":
         console.print(_masters(config.model.masters, plan, min(ranks) if ranks else 1), highlight=False)
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
-    console.print(f"gossip: {mixing.summary()}; {_agreement(mixing)}")
-    if mixing.messages:
-        console.print(_traffic(config, plan), highlight=False)
+    console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
         gap = subset.spectral_gap(without, [c for c in range(clients) if c not in config.cluster.absent])
@@ -95,6 +117,7 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     summaries: list[dict[str, Any]] = []
     if config.data.per_client:
+        check_tokenizer(config, tokenizer)
         console.print("data: one path per client; each client's ranks open their own only")
     else:
         data = load_all(config, tokenizer)
@@ -104,9 +127,20 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
         compare_data(summaries, [part.label_names for part in data])
         console.print(data_table(summaries))
         print_notes(data[0].notes)
+    rounds_are_known = bool(summaries) or config.algorithm.rounds is not None
     schedule = _schedule(console, config, len(plan.blocks), summaries)
-    stored = Stored.of(model, plan, config.model, build_rule(config))
-    _print_disk(console, disk_need(stored, schedule, config.checkpoint), config)
+    sent = traffic([estimate.message_bytes(block.numel) for block in plan.blocks], schedule, mixing)
+    if mixing.messages:
+        console.print(_traffic(config, estimate, sent, rounds_are_known), highlight=False)
+    print_memory(console, estimate)
+    time = None
+    if name is not None and card is not None:
+        print_fit(console, estimate, name, card)
+        hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
+        time = estimate.step_times(card, rate, *_on_hosts(hosts))
+        print_times(console, estimate, name, card, rate, time)
+    disk = disk_need(Stored.of(model, plan, config.model, estimate.rule), schedule, config.checkpoint)
+    _print_disk(console, disk, config)
     if ranks is None:
         console.print(
             f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
@@ -123,6 +157,15 @@ def print_plan(config: Config, world_size: int | None = None, hostfile: Path | N
     if slots is not None and ranks is not None:
         _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
     _check_output(console, config)
+    if as_json:
+        told = {
+            "memory": memory_json(estimate),
+            "traffic": {k: v for k, v in asdict(sent).items() if rounds_are_known or not k.startswith("run")},
+            "length": asdict(length_of(config, schedule, summaries)) if rounds_are_known else None,
+            "disk": asdict(disk),
+            "seconds_of_a_step": None if time is None else asdict(time) | {"step": time.step},
+        }
+        print(json.dumps(told, indent=1))
 
 
 def _check_output(console: Console, config: Config) -> None:
@@ -150,8 +193,10 @@ def _schedule(console: Console, config: Config, blocks: int, summaries: Sequence
         steps += f"blocks x {algorithm.inner_steps} inner steps"
     console.print(f"steps: {steps}, {batch} sequences per client and step", highlight=False)
     schedule = build_schedule(config, blocks, rounds)
-    for line in tell_length(config, schedule, summaries) if summaries else ():
-        console.print(line, highlight=False, markup=False)
+    if summaries or algorithm.rounds is not None:
+        warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
+        for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
+            console.print(line, highlight=False, markup=False)
     return schedule
 
 
@@ -160,6 +205,7 @@ def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
     every, clients = config.checkpoint.every, config.cluster.clients
     how = f"every {every} inner steps, keep {config.checkpoint.keep}"
     how = how if every else "one, at the end or when told to stop"
+    how += ", and the best" * config.checkpoint.best
     console.print(
         f"disk: {decimal(need.most)} a client at most, {decimal(clients * need.most)} in all; of a client the trained "
         f"model takes {decimal(need.model)}, checkpoints ({how}) up to {decimal(need.checkpoints)}",
@@ -191,6 +237,18 @@ def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
             )
 
 
+def _on_hosts(hosts: Sequence[Sequence[str]] | None) -> tuple[bool, float]:
+    """Whether a client spans hosts, and how many clients' messages one host's network carries; without a hostfile,
+    every client has a host of its own."""
+    if hosts is None:
+        return False, 1.0
+    carried: dict[str, float] = defaultdict(float)
+    for names in hosts:
+        for name in names:
+            carried[name] += 1 / len(names)
+    return any(len(names) > 1 for names in hosts), max(carried.values())
+
+
 def _masters(masters: str, plan: BlockPlan, ranks: int) -> str:
     """What the float32 masters of a bfloat16 model cost, or what it costs not to have them."""
     mib = 2 * sum(block.numel for block in plan.blocks) / ranks / 2**20
@@ -209,19 +267,15 @@ def _all_logits(config: Config, model: PreTrainedModel) -> str:
     )
 
 
-def _traffic(config: Config, plan: BlockPlan) -> str:
-    """What an averaging sends."""
-    tensors, codec = len(build_rule(config).travels), CODECS[config.gossip.wire]
-    largest = codec.bytes * tensors * max(block.numel for block in plan.blocks)
+def _traffic(config: Config, estimate: Estimate, sent: Traffic, rounds_are_known: bool) -> str:
+    """What averagings send."""
+    tensors, codec = len(estimate.rule.travels), CODECS[config.gossip.wire]
     each = f" of {tensors} tensors" if tensors > 1 else ""
-    return (
+    told = (
         f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
-        f"sends {decimal(largest)} from a client to each neighbour"
+        f"sends {decimal(sent.averaging)} from a client to each neighbour; on average a step sends "
+        f"{decimal(round(sent.edge))} over an edge and {decimal(round(sent.client))} from a client"
     )
-
-
-def _agreement(mixing: MixingSchedule) -> str:
-    needed = averagings_to_agree(mixing)
-    if needed == float("inf"):
-        return "clients never agree"
-    return f"a disagreement shrinks by 2.7 in {needed:.3g} averaging{'s' if needed != 1 else ''} at most"
+    if rounds_are_known:
+        told += f", the run {decimal(round(sent.run_client))} from a client and {decimal(round(sent.run))} in all"
+    return told

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from deca_ds.checkpoint.done import is_done, stopped_without
-from deca_ds.checkpoint.steps import steps_in
+from deca_ds.checkpoint.steps import FOLDER, steps_in
 from deca_ds.config import load_config
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError, LaunchError
@@ -190,7 +190,7 @@ class Supervisor:
 
     def _newest_checkpoint(self) -> int:
         """The step of the newest that a rank of this host has a part of, whole or not; -1: none."""
-        return max(steps_in(self.output / "checkpoints"), default=-1)
+        return max(steps_in(self.output / FOLDER), default=-1)
 
     def _hand_on(self, job: subprocess.Popen[bytes]) -> None:
         """One rank that is told is enough. SIGTERM would end mpirun's ranks at once, and leave deepspeed's alone."""

@@ -21,13 +21,16 @@ from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.training.claim import check_held
-from deca_ds.training.summary import evaluations, next_commands, print_summary
-from deca_ds.training.terminal import on_stop, own_streams
+from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
+from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 from deca_ds.watchdog.role import Visitor
+from deca_ds.watchdog.stop import forget_request
 
+_LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
+_INTERRUPTED = "interrupted: the job saves a checkpoint and stops after this inner step; Ctrl-C again ends it at once"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
 
@@ -96,7 +99,13 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         gc.freeze()  # what has been imported stays; no collection needs to look at it again
         gc.enable()  # deca_ds/launchers/train.py has disabled it
         trainer = start(config, launch, store, guard, visit)
+        if trainer is None:
+            if launch.rank == launch.first:
+                print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
+                      f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
+            return 0
         on_stop(guard.stop.ask)
+        on_interrupt(guard.stop.ask, _INTERRUPTED if launch.rank == launch.first else "")
         finished = trainer.train()
         guard.progress.enter("the end")
         members = trainer.cluster.members
@@ -109,15 +118,21 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             if finished:
                 mark_done(trainer.output, steps, members.missing)
                 print_summary(evaluations(trainer.output, trainer.cluster.client))
-                print(f"done{without}: {trainer.output}\n{next_commands(trainer.output)}", flush=True)
+                commands = next_commands(trainer.output, best=config.checkpoint.best)
+                print(f"done{without}: {trainer.output}\n{commands}", flush=True)
             else:
+                steps += trainer.stopped_early
                 mark_stopped(trainer.output, steps, members.missing)
                 how = "the same command with run.resume=require"
+                if trainer.stopped_early:
+                    how += " evaluation.patience=0"
                 if set(members.missing) - set(config.cluster.absent):
                     how += ", from the newest checkpoint that all clients wrote"
                     if trainer.cluster.transport == "torch":
                         how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
-                print(f"stopped after {steps}{without}; to go on: {how}", flush=True)
+                commands = stopped_commands(trainer.output, best=config.checkpoint.best)
+                print(f"stopped after {steps}{without}; to go on: {how}\n{commands}", flush=True)
+            forget_request(trainer.output)
         if finished and not config.checkpoint.every:  # it was for a failure before this
             trainer.meet()
             trainer.checkpoints.forget()

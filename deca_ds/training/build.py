@@ -19,6 +19,7 @@ from deca_ds.algorithm.blocks import fused_parameters
 from deca_ds.algorithm.methods import METHODS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
+from deca_ds.checkpoint.steps import FOLDER as CHECKPOINTS
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.data.checks import tell_files
@@ -35,14 +36,13 @@ from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch import Cluster
 from deca_ds.launch.digests import digest
 from deca_ds.launch.progress import SHARED
-from deca_ds.training.checkpoints import FOLDER as CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.claim import check_held
 from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Connected
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
-from deca_ds.training.doubts import doubts
+from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.loop import Trainer
@@ -76,6 +76,8 @@ def build(
     schedule, rule = start.schedule(job, len(client.plan.blocks)), build_rule(config)
     if cluster.is_job_leader:
         _record_start(job, client, start.resumed or 0, schedule.rounds)
+        for warning in doubts_of_length(config, len(schedule)):
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(next(one_row))

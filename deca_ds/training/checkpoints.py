@@ -32,14 +32,14 @@ from deca_ds.launch import Cluster
 from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX
 
-FOLDER = "checkpoints"
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
 Groups = list[tuple[str, list[Slice]]]
 
 
 class Checkpoints:
-    """Saves this rank's part of a run's checkpoints and keeps the newest complete ones.
+    """Saves this rank's part of a run's checkpoints and keeps the newest complete ones, and with checkpoint.best the
+    last complete one of those that were the best.
 
     state: what is saved, as it stands. written: who has written what. attempt: number of this attempt at the run, the
     same on all ranks. timeout_s: cluster.timeout_s. resumed: the step that it continued from. check: called before
@@ -65,6 +65,7 @@ class Checkpoints:
         self.folder, self._attempt = folder, attempt
         self._resumed, self._timeout_s, self._check = resumed, timeout_s, check
         self._saved: list[int] = [] if resumed is None else [resumed]
+        self._bests: list[int] = [state.best["step"]] if config.best and state.best else []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write_under_way: Future[None] | None = None
         self._told = False  # that there are no hard links
@@ -76,9 +77,11 @@ class Checkpoints:
         if self._config.every and self._state.done % self._config.every == 0:
             self.save()
 
-    def save(self) -> None:
-        """Copy the state and have it written; waits for the write before it, if need be."""
+    def save(self, *, best: bool = False) -> None:
+        """Copy the state and have it written; waits for the write before it, if need be. best: see checkpoint.best."""
         done = self._state.done
+        if best:
+            self._bests.append(done)
         if done in self._saved:
             return
         self._check()
@@ -87,7 +90,7 @@ class Checkpoints:
         with contextlib.ExitStack() as unless_copied:
             unless_copied.callback(self._remove, done)
             links = self._link(done)
-            groups, manifest = self._groups(links), self._manifest()
+            groups, manifest = self._groups(links), self.manifest()
             unless_copied.pop_all()
         self._saved.append(done)
         self._written.begin(done)
@@ -130,15 +133,16 @@ class Checkpoints:
             self._remove_old()  # what was kept for those who had not written yet
 
     def forget(self) -> None:
-        """Remove this rank's part of the checkpoint of the state as it stands, which nothing goes on from any more."""
-        self._remove(self._state.done)
+        """Remove this rank's part of what this attempt has saved, and of what it went on from: the run is through."""
+        for step in set(self._saved) - self._best():
+            self._remove(step)
         with contextlib.suppress(OSError):  # there are others
             self.folder.rmdir()
 
     def _link(self, done: int) -> Links:
         """Link what has not changed. Here, not in the thread, because what cannot be linked has to be copied now."""
-        if len(self._saved) < self._config.keep:
-            return Links()
+        if len(self._saved) < self._config.keep or self._saved[-self._config.keep] in self._best():
+            return Links()  # the best one stays
         base, cluster = self._saved[-self._config.keep], self._cluster
         trained = self._state.schedule.trained(base, done)
         labels = [*(block.label for block in self._state.client.plan.blocks), FROZEN]
@@ -163,8 +167,8 @@ class Checkpoints:
             for index, (label, slices) in enumerate(slice_groups(self._state.pieces(), self._cluster))
         ]
 
-    def _manifest(self) -> dict[str, Any]:
-        """What is neither a tensor nor about its file."""
+    def manifest(self) -> dict[str, Any]:
+        """What of the state as it stands is neither a tensor nor about its file."""
         values = (piece for piece in self._state.pieces() if isinstance(piece, Value))
         return {
             "attempt": self._attempt,
@@ -204,9 +208,15 @@ class Checkpoints:
     def _remove_old(self) -> None:
         kept = [step for step in self._saved if self._complete(step)][-self._config.keep :]
         if len(kept) == self._config.keep:
-            for step in steps_in(self.folder):
+            for step in set(steps_in(self.folder)) - self._best():
                 if step < kept[0] and not self._written.keeps(step):
                     self._remove(step)
+
+    def _best(self) -> set[int]:
+        """The last one that was the best and is complete, and those after it."""
+        complete = [place for place, step in enumerate(self._bests) if self._complete(step)]
+        self._bests = self._bests[complete[-1] if complete else 0 :]
+        return set(self._bests)
 
     def _remove(self, step: int) -> None:
         cluster = self._cluster

@@ -29,6 +29,7 @@ from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import PERIOD_S
+from deca_ds.watchdog.stop import forget_request
 
 _WATCH_S = 3 * PERIOD_S  # for a sign of life
 _WRITTEN_S = 2.0  # for who has just created the file to write into it
@@ -84,6 +85,7 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
     try:
         output.mkdir(parents=True, exist_ok=True)
         _create(file, output, job)
+        forget_request(output)
     except OSError as error:
         raise ConfigError(
             f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {output}"

@@ -30,4 +30,4 @@ def on_day(config: Config, day: str | None) -> Config:
 
 
 def today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -74,7 +74,6 @@ READ: dict[str, Rule] = {
         "data.per_client_evaluation takes its place",
     ),
     "data.column_names": (_from_tables, "there is no CSV or TSV file"),
-    "data.date": (lambda config: "conversation" in FORMATS[config.data.format].features, _format),
     "data.split": (_from_hub, "there is no data set of the hub"),
     "data.subset": (_from_hub, "there is no data set of the hub"),
     "gossip.edge_probability": (lambda config: config.gossip.graph == "erdos_renyi", "the graph is not erdos_renyi"),
@@ -90,6 +89,22 @@ READ: dict[str, Rule] = {
 def doubts(config: Config) -> list[str]:
     """Warnings, a line each, of a configuration that has been checked. Looks for the files of data.train."""
     return [*_unread(config), *_backslashes(config)]
+
+
+def doubts_of_length(config: Config, steps: int) -> list[str]:
+    """Warnings, a line each, of what a run of so many inner steps never comes to."""
+    never = {
+        "optimizer.warmup_steps": "the learning rate never comes to optimizer.lr",
+        "logging.every": "the metrics have no step",
+        "evaluation.every": "the models are scored before the first and after the last step only",
+        "checkpoint.every": "no checkpoint is saved unless the job is told to stop",
+    }
+    given = flat(config)
+    return [
+        f"{key} = {given[key]}, but the run has {steps} inner steps: {what}"
+        for key, what in never.items()
+        if given[key] > steps
+    ]
 
 
 def _unread(config: Config) -> Iterator[str]:

@@ -1,13 +1,17 @@
-"""How long a run is: in rounds, in epochs of the clients' data, in sequences and in tokens."""
+"""How long a run is: in rounds, in epochs of the clients' data, in sequences and in tokens; and going on with another
+length than it had."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import Config
+from deca_ds.engine.state import position
+from deca_ds.errors import CheckpointError, ConfigError
 
 ANY_ROUNDS = 2  # stands for what algorithm.epochs comes to, where it makes no difference: more take no more disk
 MANY_TIMES = 30  # over a client's data: far more than the few that fine-tuning takes
@@ -28,17 +32,41 @@ def count_rounds(config: Config, blocks: int, rows: Sequence[int]) -> int:
     return max(1, math.ceil(algorithm.epochs * sum(rows) / in_a_round - _ROUNDING))
 
 
+@dataclass(frozen=True)
+class Length:
+    """Of a run. sequences: of all clients, with repetition. passes: by client, how often it goes over its data. tokens,
+    epochs: of all clients. Empty or None where the data are not known."""
+
+    rounds: int
+    steps: int
+    sequences: int
+    passes: dict[int, float]
+    tokens: int | None
+    epochs: float | None
+
+
+def length_of(config: Config, schedule: Schedule, summaries: Sequence[Mapping[str, Any]]) -> Length:
+    """summaries: `ClientData.summary` of every client, or none."""
+    steps, drawn = len(schedule), len(schedule) * config.data.batch_size
+    passes = {each["client"]: drawn / each["train"] for each in summaries}
+    sequences = config.cluster.clients * drawn
+    if not summaries:
+        return Length(schedule.rounds, steps, sequences, passes, None, None)
+    tokens = sum(round(passes[each["client"]] * each["train_tokens"]) for each in summaries)
+    epochs = sequences / sum(each["train"] for each in summaries)
+    return Length(schedule.rounds, steps, sequences, passes, tokens, epochs)
+
+
 def tell_length(config: Config, schedule: Schedule, summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines for the user: the run's length in epochs, sequences and tokens, and a warning where a client goes over its
     data very often. summaries: `ClientData.summary` of every client."""
-    drawn = len(schedule) * config.data.batch_size
-    passes = {each["client"]: drawn / each["train"] for each in summaries}
-    tokens = sum(round(passes[each["client"]] * each["train_tokens"]) for each in summaries)
-    epochs = len(summaries) * drawn / sum(each["train"] for each in summaries)
+    length = length_of(config, schedule, summaries)
+    passes, epochs = length.passes, length.epochs
+    assert epochs is not None
     asked = ""
     if config.algorithm.epochs is not None:
         asked = f" (algorithm.epochs={config.algorithm.epochs:g}, in whole rounds of {epochs / schedule.rounds:.3g})"
-    line = f"length: {epochs:.3g} epochs{asked}, {len(summaries) * drawn:,} sequences, about {tokens:,} tokens"
+    line = f"length: {epochs:.3g} epochs{asked}, {length.sequences:,} sequences, about {length.tokens:,} tokens"
     fewest, most = min(passes.values()), max(passes.values())
     if len(passes) > 1:
         often = f"{most:.3g}" if f"{fewest:.3g}" == f"{most:.3g}" else f"{fewest:.3g} to {most:.3g}"
@@ -58,3 +86,58 @@ def _shorter(schedule: Schedule, passes: float) -> str:
     if schedule.rounds > 1 and passes / schedule.rounds <= MANY_TIMES:
         return "Lower algorithm.rounds, or set algorithm.epochs instead"
     return f"One round is {passes / schedule.rounds:.3g} times: lower algorithm.inner_steps, or data.batch_size"
+
+
+def check_place(schedule: Schedule, saved: Mapping[str, int]) -> None:
+    """Raise a UserError unless a run with this schedule comes to the state that was saved, maybe by one of another
+    length. saved: see `position`."""
+    done = saved["done"]
+    if done > len(schedule):
+        raise too_short(done, len(schedule), "inner steps")
+    here = position(schedule, done)
+    if saved["of"] % (schedule.blocks * schedule.inner_steps) == 0 and _same_place(saved, here):
+        return
+    if schedule.blocks == 1 and saved["of"] != len(schedule):
+        raise one_block()
+    raise CheckpointError(
+        f"the checkpoint stands at {dict(saved)}, where this run has {here}",
+        where="run.resume",
+        fix="resume with the model that the run was started with",
+    )
+
+
+def _same_place(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """At the end of a run no block is open, as at the start of a turn."""
+    if "inner" in one and "inner" in other:
+        return all(one[key] == other[key] for key in ("done", "round", "block", "inner"))
+    return one["done"] == other["done"] and not one.get("inner") and not other.get("inner")
+
+
+def too_short(done: int, wanted: int, unit: str) -> ConfigError:
+    """Of a run that has done more than is wanted."""
+    return ConfigError(
+        f"the run has done {done} {unit}, more than the {wanted} that it is to have",
+        where="algorithm.rounds, algorithm.epochs",
+        fix="a run that goes on may get longer: raise it, or name a new folder in run.output",
+    )
+
+
+def one_block() -> CheckpointError:
+    """Why no longer run goes on from the end of one whose only block was active all the time, and none ends earlier."""
+    return CheckpointError(
+        "a run of one block cannot get another length at its end: the block stays active, with the method's state, "
+        "until that comes",
+        where="algorithm.rounds, algorithm.epochs",
+        fix="start a new run from the exported model (deca export), in a new folder",
+    )
+
+
+def tell_other_length(config: Config, schedule: Schedule, saved: Mapping[str, int]) -> str:
+    """For the user of a run that goes on from `saved` with another length than it had there."""
+    what = f"the run is {len(schedule)} inner steps long instead of {saved['of']}"
+    if config.optimizer.schedule == "constant":
+        return what
+    return (
+        f"WARNING: {what}, and so optimizer.schedule={config.optimizer.schedule} has another course: from step "
+        f"{saved['done'] + 1} on the learning rate is that of the new length, before it was that of the old one"
+    )

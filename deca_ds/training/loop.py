@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from deca_ds.config.schema import Config
 from deca_ds.elastic.agent import ElasticAgent
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.engine.state import TrainingState, model_pieces
-from deca_ds.errors import DivergedError
+from deca_ds.errors import DataError, DivergedError
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch import Cluster
+from deca_ds.training import best
 from deca_ds.training.checkpoints import Checkpoints, slice_groups
 from deca_ds.training.claim import check_held
 from deca_ds.training.divergence import Watch, with_checkpoint
@@ -29,6 +30,7 @@ from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.pace import evaluates
 from deca_ds.training.step import inner_step
+from deca_ds.training.summary import Evaluation
 from deca_ds.training.tables import untrained
 from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
@@ -50,6 +52,7 @@ class Trainer:
     watch: Watch
     output: Path
     agent: ElasticAgent | None = None  # where clients may die
+    stopped_early: str = field(default="", init=False)  # why, for people
     told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
     _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, if it is made
 
@@ -76,8 +79,8 @@ class Trainer:
     def train(self) -> bool:
         """Run the schedule from where it stands and save the trained shards. All ranks of all clients call this.
 
-        Returns False if the job was told to stop before: then the checkpoints of all ranks are on the disk. Raises
-        DivergedError, which names the newest checkpoint, at the first value that is not finite.
+        Returns False if the job was told to stop before, or stops early: then the checkpoints of all ranks are on the
+        disk. Raises DivergedError, which names the newest checkpoint, at the first value that is not finite.
         """
         try:
             return self._train()
@@ -85,18 +88,21 @@ class Trainer:
             raise with_checkpoint(error, self.checkpoints.folder, self.checkpoints.newest()) from None
 
     def _train(self) -> bool:
+        through: dict[str, Any] = {}  # what is known of the state before the last evaluation
         while self._goes_on():
             is_through = self.done == len(self.schedule)
             if is_through:  # should the evaluation or the saving fail, the next start goes on from here
                 self.checkpoints.save()
                 self.checkpoints.wait_for_all()
+                through = self.checkpoints.manifest()
             if self._evaluates():
                 self.cluster.progress.enter("evaluation", works=True)
-                self._evaluate()
+                if self._compare(self._evaluate(), is_through):
+                    break
             if is_through:
                 self.cluster.progress.enter("saving", works=True)
                 check_held(self.output)
-                self._save()
+                self._save(through)
                 self.client.client_sum(0)  # all of its ranks have saved
                 self.gossip.drain()
                 return True
@@ -173,7 +179,32 @@ class Trainer:
             **({"skipped": skipped} if skipped else {}),
         }
 
-    def _evaluate(self) -> None:
+    def _compare(self, loss: float | None, is_through: bool) -> bool:
+        """Whether the run stops early. A checkpoint of the best evaluation comes first, and what is saved of a run that
+        stops is from before this evaluation: whoever goes on from there evaluates again."""
+        wanted, patience = self.config.checkpoint.best, self.config.evaluation.patience
+        if loss is None:
+            if wanted or patience:
+                raise DataError(
+                    "there is no evaluation set to compare models on",
+                    where="checkpoint.best" if wanted else "evaluation.patience",
+                    fix="name one in data.evaluation, or hold one out with data.common_holdout or data.client_holdout",
+                )
+            return False
+        if wanted and self.done and best.is_better(self.state.best, loss):
+            self.checkpoints.save(best=True)
+        found = best.after(self.state.best, self.done, loss)
+        if not is_through and best.gives_up(found, patience):
+            self.stopped_early = (
+                f", because {found['since']} evaluation{'s' * (found['since'] > 1)} in a row found no lower loss than "
+                f"the one after step {found['step']}"
+            )
+            return True
+        self.state.best = found
+        return False
+
+    def _evaluate(self) -> float | None:
+        """Returns what evaluations are compared by."""
         self.watch.state()
         started, before = time.perf_counter(), peak_memory_bytes(self.client.device)
         scores = self.evaluator.evaluate()
@@ -188,9 +219,11 @@ class Trainer:
         if self.gossip.skip_log.times:
             own["gossip_skipped"] = {str(j): times for j, times in sorted(self.gossip.skip_log.times.items())}
         self.metrics.evaluation(self.done, own, job)
+        return Evaluation.of(self.done, self.cluster.client, own, job).loss
 
-    def _save(self) -> None:
-        """Every rank writes its own slices, a file a block; `deca export` puts them together."""
+    def _save(self, state: Mapping[str, Any]) -> None:
+        """Every rank writes its own slices, a file a block; `deca export` puts them together. state: for a run that is
+        to be longer."""
         save_shards(
             self.output / "model",
             slice_groups(model_pieces(self.client), self.cluster),
@@ -199,4 +232,5 @@ class Trainer:
             rank=self.cluster.shard,
             ranks=self.cluster.ranks,
             step=len(self.schedule),
+            state=state,
         )

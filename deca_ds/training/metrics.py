@@ -125,15 +125,22 @@ def peak_memory_bytes(device: torch.device) -> list[int]:
     return every.tolist()
 
 
+def check_logging(config: LoggingConfig) -> None:
+    """Raise ConfigError where TensorBoard, an optional extra, is wanted and cannot be imported."""
+    if config.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"logging.tensorboard=true, but TensorBoard cannot be imported: {error}",
+                where="logging.tensorboard",
+                fix="pip install 'deca_ds[tensorboard]' on every host, or leave it off",
+            ) from error
+
+
 def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "logging.tensorboard=true, but TensorBoard is not installed",
-            where="logging.tensorboard",
-            fix="pip install 'deca_ds[tensorboard]', or leave it off",
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder))
 
 

@@ -16,18 +16,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import rank_folder
-from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
+from deca_ds.checkpoint.slices import MANIFEST, PARTIAL, rank_folder
+from deca_ds.checkpoint.steps import FOLDER, open_checkpoint, remove_part, step_folder, steps_in
 from deca_ds.config import Config
 from deca_ds.engine.slices import Slice
-from deca_ds.engine.state import Scope, TrainingState, Value, position
+from deca_ds.engine.state import Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import subset
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch import Cluster, Launch
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.store import JobStore
-from deca_ds.training.checkpoints import FOLDER, mixing_digest
+from deca_ds.training.checkpoints import mixing_digest
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ class Resumption:
     saved: ShardedModel | None = None
     state: dict[str, Any] | None = None
     same_layout: bool = True
+
+    @property
+    def place(self) -> dict[str, int]:
+        """In the schedule, see `position` of deca_ds/engine/state.py."""
+        assert self.state is not None
+        at: dict[str, int] = self.state["schedule"]
+        return at
 
 
 def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout, mixing: MixingSchedule) -> Resumption:
@@ -86,6 +93,34 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     verdict = "no checkpoint was complete before: starting anew" if refused else ""
     _leave_behind(Path(config.run.output), 0, own, launch, refused, verdict)
     return Resumption()
+
+
+def keep_model(output: Path, *, client: int, rank: int, ranks: int) -> None:
+    """Make the trained model of a finished run a checkpoint of its last step, where there is none: it is all that is
+    left of the state then. A rank answers for the parts of `rank`, `rank` + `ranks`, ..., see `remove_part`.
+
+    Raises CheckpointError if that cannot be.
+    """
+    for part in sorted((output / "model" / f"client_{client:03d}").glob("rank_*")):
+        if part.suffix == PARTIAL or int(part.name.removeprefix("rank_")) % ranks != rank:
+            continue
+        try:
+            step = json.loads((part / MANIFEST).read_text())["step"]
+            kept = step_folder(output / FOLDER, step) / part.parent.name / part.name
+            if not kept.exists():
+                partial = kept.with_name(kept.name + PARTIAL)
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(part, partial, copy_function=_link)
+                partial.rename(kept)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"the trained model cannot be gone on from: {error}", where=str(part)) from error
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
 
 
 def _try(
@@ -191,17 +226,12 @@ def restore(resumption: Resumption, cluster: Cluster, state: TrainingState) -> N
     """Put the saved state back, of a block amid its turn, too.
 
     With another number of ranks each reads the elements that it holds now, from whoever wrote them; the random state is
-    then a new one. Raises CheckpointError for a checkpoint of another model or schedule.
+    then a new one. Raises CheckpointError for a checkpoint of another model. The schedule has been compared, see
+    `check_place` of length.py.
     """
     saved, values = resumption.saved, resumption.state
     if saved is None or values is None:
         return
-    if values["schedule"] != (here := position(state.schedule, resumption.step)):
-        raise CheckpointError(
-            f"the checkpoint stands at {values['schedule']}, where this run has {here}",
-            where=str(saved.folder),
-            fix="resume with the model that the run was started with",
-        )
     read = _Reader(saved, values, cluster.client)
     for piece in state.pieces():
         if not isinstance(piece, Value):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import PrefixStore
 
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_folder, check_writable
-from deca_ds.config.resume import SAVED_CONFIG, check_folder, save_optimizer
+from deca_ds.config.resume import SAVED_CONFIG, check_folder, save_changes
 from deca_ds.data import validate_data_config
 from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.policy import check_absent
 from deca_ds.elastic.rejoin import Visit
+from deca_ds.errors import CheckpointError
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.launch import ClientLayout, Launch, connect
@@ -26,16 +28,21 @@ from deca_ds.training.build import build
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import connect_clients
 from deca_ds.training.day import agree_on_day, on_day
+from deca_ds.training.finished import look_at_run
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import check_method
-from deca_ds.training.resume import choose
+from deca_ds.training.metrics import check_logging
+from deca_ds.training.resume import choose, keep_model
 from deca_ds.training.start import NewRun, ResumedRun, Return, Start
 from deca_ds.watchdog.guard import JobGuard
 
 
-def start(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None = None) -> Trainer:
-    """Check the configuration, join the other ranks and build the run, or what is left of it. Raises UserErrors, before
-    anything is written; only the model's come after the output folder is made. visit: of a client that comes back."""
+def start(
+    config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None = None
+) -> Trainer | None:
+    """Check the configuration, join the other ranks and build the run, or what is left of it; None: nothing is. Raises
+    UserErrors, before anything is written; only the model's come after the output folder is made. visit: of a client
+    that comes back."""
     if visit is None:
         return _start_together(config, launch, store, guard)
     return _come_back(config, launch, store, guard, visit)
@@ -55,14 +62,16 @@ def check_together(
     return config, layout, mixing
 
 
-def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer:
+def _start_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> Trainer | None:
     config, layout, mixing = check_together(config, launch, store, guard)
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
         check_folder(config)
-    begins: Start = NewRun()
+    begins: Start | None = NewRun()
     if config.run.resume != "never":
-        begins = _resume(config, launch, store, guard, layout, mixing)
+        begins = resume(config, launch, store, guard, layout, mixing)
+    if begins is None:
+        return None
     cluster = connect(config, launch, store, guard.progress)
     return build(config, cluster, connect_clients(config, cluster, guard), guard, begins)
 
@@ -88,6 +97,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
     layout = ClientLayout.of(check_world(config, launch.world_size))
     guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
+    check_logging(config.logging)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
@@ -100,18 +110,36 @@ def _check_files(config: Config, launch: Launch, layout: ClientLayout) -> None:
     check_writable(Path(config.run.output), "run.output")
 
 
-def _resume(
+def resume(
     config: Config, launch: Launch, store: JobStore, guard: JobGuard, layout: ClientLayout, mixing: MixingSchedule
-) -> Start:
-    """From the newest checkpoint that all ranks can use; a run that had begun in this folder goes on in it."""
+) -> Start | None:
+    """From the newest checkpoint that all ranks can use, or from the end of a run that is to be longer; a run that had
+    begun in this folder goes on in it. None: it has come to its end."""
     output = Path(config.run.output)
-    begun = store.gather(launch, "output/begun", (output / SAVED_CONFIG).is_file())[launch.first]
-    if begun:
+    own = None
+    if launch.rank == launch.first and (output / SAVED_CONFIG).is_file():
+        own = look_at_run(config)
+    begun: dict[str, Any] | None = store.gather(launch, "output/begun", own)[launch.first]
+    if begun is not None:
+        if begun["ends"]:
+            return None
         take_for_job(output, launch, store, partial(check_folder, config))
-        if launch.rank == launch.first and (changed := save_optimizer(config)):
+        if launch.rank == launch.first and (changed := save_changes(config)):
             print(f"going on with {changed}", file=sys.stderr, flush=True)
     guard.progress.enter("verifying the checkpoints", works=True)
+    finished = begun is not None and begun["finished"]
+    if finished:
+        client = layout.client_of(launch.rank)
+        keep_model(output, client=client, rank=layout.shard_of(launch.rank), ranks=len(layout.ranks_of(client)))
     resumption = choose(config, launch, store, layout, mixing)
-    if begun:  # how the run had ended before is no longer told there
+    if begun is not None:  # how the run had ended before is no longer told there
         guard.write_to(output)
-    return NewRun() if resumption.saved is None else ResumedRun(resumption)
+    if resumption.saved is not None and begun is not None:
+        return ResumedRun(resumption, begun["rounds"])
+    if finished:
+        raise CheckpointError(
+            "the run has finished, but its trained model is not there to go on from",
+            where=str(output / "model"),
+            fix="bring it back, or name a new folder in run.output",
+        )
+    return NewRun()

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from deca_ds.algorithm.schedule import Schedule
+from deca_ds.checkpoint.done import DONE
 from deca_ds.config import Config, save_config
 from deca_ds.config.resume import SAVED_CONFIG, check_new
 from deca_ds.data import ClientData
@@ -23,11 +24,12 @@ from deca_ds.engine.client import Client
 from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip.theory import agreement
 from deca_ds.launch import Cluster
 from deca_ds.launch.compare import compare_start
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare import compare_data, digest_of_start
-from deca_ds.training.length import count_rounds, tell_length
+from deca_ds.training.length import check_place, count_rounds, tell_length, tell_other_length
 from deca_ds.training.method import build_schedule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.resume import Resumption, compare_with_saved, restore, rewind, save_summaries
@@ -123,8 +125,7 @@ class _Together(Start):
 
     def schedule(self, job: Job, blocks: int) -> Schedule:
         """See Start."""
-        rounds = count_rounds(job.config, blocks, [summary["train"] for summary in self._summaries])
-        schedule = build_schedule(job.config, blocks, rounds)
+        schedule = build_schedule(job.config, blocks, self._count_rounds(job.config, blocks))
         for line in tell_length(job.config, schedule, self._summaries) if job.cluster.is_job_leader else ():
             print(line, file=sys.stderr, flush=True)
         return schedule
@@ -132,6 +133,9 @@ class _Together(Start):
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
         """See Start."""
         agent.begin(state.done)
+
+    def _count_rounds(self, config: Config, blocks: int) -> int:
+        return count_rounds(config, blocks, [summary["train"] for summary in self._summaries])
 
     @abstractmethod
     def _take(self, job: Job) -> None:
@@ -163,21 +167,36 @@ class NewRun(_Together):
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
         save_config(job.config, job.output / SAVED_CONFIG)
         save_summaries(job.output, summaries)
-        Console(stderr=True).print(data_table(summaries), job.mixing.summary())
+        told = f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}"
+        Console(stderr=True).print(data_table(summaries), told)
 
 
 class ResumedRun(_Together):
     """From a checkpoint, in the folder that has been taken when it was chosen."""
 
-    def __init__(self, resumption: Resumption):
+    def __init__(self, resumption: Resumption, rounds: int):
+        """rounds: of the run from here on."""
         super().__init__()
-        self._resumption, self.resumed = resumption, resumption.step
+        self._resumption, self.resumed, self._rounds = resumption, resumption.step, rounds
+
+    def schedule(self, job: Job, blocks: int) -> Schedule:
+        """See Start. Raises UserErrors if the checkpoint is from no such schedule."""
+        schedule, place = super().schedule(job, blocks), self._resumption.place
+        check_place(schedule, place)
+        if job.cluster.is_job_leader and len(schedule) != place["of"]:
+            print(tell_other_length(job.config, schedule, place), file=sys.stderr, flush=True)
+        return schedule
+
+    def _count_rounds(self, config: Config, blocks: int) -> int:
+        return self._rounds
 
     def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
         """See Start. They are what the run has made of them."""
 
     def restore(self, job: Job, state: TrainingState) -> None:
-        """See Start."""
+        """See Start. From here on a run that had finished has not."""
+        if job.cluster.is_job_leader:
+            (job.output / DONE).unlink(missing_ok=True)
         rewind(job.output, job.cluster, self._resumption.step)
         job.cluster.progress.enter("reading the checkpoint", works=True)
         restore(self._resumption, job.cluster, state)

@@ -1,4 +1,4 @@
-"""When a run was started, and what it ran on: starts.json in its folder, an entry a start, for people."""
+"""When a run was started, how long it was to be and what it ran on: starts.json in its folder, an entry a start."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def record_start(
     """Add the entry of a start that goes on after `done` inner steps of `rounds` rounds, or of a simulation.
 
     architecture, parameters: the model's class, and how many it has. ranks: of each client. A file that cannot be read
-    is written anew: nothing depends on it.
+    is written anew.
     """
     path = Path(config.run.output) / STARTS
     on_gpu = device is not None and device.type == "cuda"
@@ -58,13 +58,14 @@ def record_start(
         },
     }
     partial = path.with_name(f".{STARTS}.partial")
-    partial.write_text(json.dumps([*_earlier(path), entry], indent=1) + "\n")
+    partial.write_text(json.dumps([*read_starts(path.parent), entry], indent=1) + "\n")
     os.replace(partial, path)
 
 
-def _earlier(path: Path) -> list[Any]:
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """The entries, in order; of a file that cannot be read, none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads((run / STARTS).read_text())
     except (FileNotFoundError, ValueError):
         return []
-    return found if isinstance(found, list) else []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

@@ -16,6 +16,7 @@ from rich.table import Table
 Scores = Mapping[str, Any]  # loss, and accuracy of classification
 SETS = {"own": "own set", "common": "common set"}
 MEAN_MODEL = "mean model"
+BEST, NEWEST = "best", "newest"  # for deca export --checkpoint
 _SHARES = ("accuracy",)
 
 
@@ -78,20 +79,34 @@ def print_summary(found: Sequence[Evaluation]) -> None:
     if not found or found[-1].loss is None:
         return
     console.print(_table(found[0], found[-1]))
-    best = min((each for each in found if each.loss is not None), key=lambda each: each.loss or 0.0)
+    best = best_of(found)
+    assert best is not None
     last = found[-1].step
     where = "the last one" if best.step == last else f"after step {best.step} of {last}"
     by = MEAN_MODEL if best.mean else "clients, on average" if len(best.clients) > 1 else "client"
     console.print(f"best evaluation: {where}; loss of the {by}: {_number('loss', best.loss or 0.0)}")
 
 
-def next_commands(run: Path) -> str:
-    """What to do with a run that is done, a line each."""
+def best_of(found: Sequence[Evaluation]) -> Evaluation | None:
+    """The first with the lowest loss."""
+    return min((each for each in found if each.loss is not None), key=lambda each: each.loss or 0.0, default=None)
+
+
+def next_commands(run: Path, *, best: bool = False) -> str:
+    """What to do with a run that is done, a line each. best: there is a checkpoint of the best evaluation."""
     folder = shlex.quote(str(run))
     return (
         f"  deca report {folder}          a page of what happened\n"
         f"  deca export {folder} MODEL    the mean model as a folder for from_pretrained"
+        + f" (the best one: --checkpoint {BEST})"
+        * best
     )
+
+
+def stopped_commands(run: Path, *, best: bool) -> str:
+    """What to do with a run that has stopped, beside going on. best: as for `next_commands`."""
+    which = BEST if best else NEWEST
+    return f"  deca export {shlex.quote(str(run))} MODEL --checkpoint {which}    its {which} model so far"
 
 
 def _table(before: Evaluation, after: Evaluation) -> Table:

@@ -53,6 +53,19 @@ def on_stop(handler: Callable[..., Any]) -> None:
             signal.signal(number, handler)
 
 
+def on_interrupt(handler: Callable[..., Any], told: str) -> None:
+    """Have `handler` called, and `told` on stderr, at the first Ctrl-C; the second one ends this process at once."""
+
+    def first(*arguments: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if told:
+            with contextlib.suppress(OSError):  # not print: it may be what has been interrupted
+                os.write(2, f"\n{told}\n".encode())
+        handler(*arguments)
+
+    signal.signal(signal.SIGINT, first)
+
+
 class _Lossy(io.FileIO):
     """A file descriptor of which no write fails or waits for ever."""
 

@@ -7,8 +7,10 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.distributed import Store
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
 _KEY = "job/failed"

@@ -47,7 +47,7 @@ from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
 from deca_ds.watchdog.role import Elasticity, Event, Outcome, Role, Visitor, on_event
-from deca_ds.watchdog.stop import StopByCommit, StopByStore
+from deca_ds.watchdog.stop import StopByCommit, StopByStore, is_requested
 from deca_ds.watchdog.store_watch import StoreWatch
 from deca_ds.watchdog.survey import Survey
 
@@ -222,7 +222,8 @@ class JobGuard:
         """All that there is to do for a single rank."""
         silence.close()
         while not self._finished.wait(_POLL_S):
-            self.heartbeats.beat(store)
+            if self.heartbeats.beat(store):
+                self._hear_request()
 
     def _watch(self, job: JobStore, store: Store, silence: StoreWatch) -> None:
         while self.store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
@@ -281,6 +282,7 @@ class JobGuard:
             return reported
         if not self.heartbeats.beat(store):
             return None
+        self._hear_request()
         if self.launch.rank == self.site.host:
             self._survey.publish(store)
         stall = self.heartbeats.stalled(store, own=self._role is Role.OUTLIVED)
@@ -288,6 +290,10 @@ class JobGuard:
             return None
         report = self._report(str(stall), USER_ERROR_CODE)
         return report if self._role is Role.VISITOR else report.report(store)
+
+    def _hear_request(self) -> None:
+        if self._output is not None and is_requested(self._output):
+            self.stop.ask()
 
     def _others_see_to(self, stall: StallError) -> bool:
         """Whether the job can go on without whoever hangs. Does not return if that is of this rank's client."""

@@ -20,13 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-from torch.distributed import Store
+from typing import TYPE_CHECKING
 
 from deca_ds.errors import StallError
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.progress import EVERYBODY, SHARED, Progress, place
 from deca_ds.watchdog.signs import Signs
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 FOLDER = "heartbeats"
 PERIOD_S = 1.0  # between two heartbeats of a rank

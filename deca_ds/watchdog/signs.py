@@ -12,8 +12,6 @@ import os
 import time
 from contextlib import suppress
 
-import torch
-
 # Of one look a second. What waits takes less: the watcher and its heartbeat file, a progress bar, threads that poll.
 _CPU_S, _BYTES = 0.1, 128 * 1024
 _TICK_S, _PAGE = 1 / os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGESIZE")
@@ -35,6 +33,8 @@ class Signs:
 
 def _taken() -> tuple[float, int]:
     """CPU seconds and bytes that this process and its children have taken; less when a child has ended."""
+    import torch  # here, because who only reads heartbeats does without
+
     cpu_s = 0.0 if torch.cuda.is_initialized() else time.process_time() - time.thread_time()
     taken, own = 0, os.getpid()
     with suppress(OSError):

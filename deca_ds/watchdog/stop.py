@@ -9,12 +9,15 @@ A preemption reaches ranks at different moments, or only one of them, and client
 
 Nobody has to reach a gate for the others to agree, so that a rank that waits for another one inside a step does not
 keep it from agreeing.
+
+Whoever sees the run's folder can tell the job, too: the ranks look for a file there (`deca stop`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import Store
@@ -22,6 +25,24 @@ from torch.distributed import Store
 from deca_ds.errors import LaunchError
 
 _ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
+
+
+_REQUEST = "STOP"  # in the run's folder
+
+
+def request_stop(run: Path) -> None:
+    """Have the job that writes to this folder stop. Raises OSError if that cannot be written."""
+    (run / _REQUEST).touch()
+
+
+def is_requested(run: Path) -> bool:
+    """Whether somebody has."""
+    return (run / _REQUEST).exists()
+
+
+def forget_request(run: Path) -> None:
+    """It was heard, or was for another job."""
+    (run / _REQUEST).unlink(missing_ok=True)
 
 
 class StopByCommit:

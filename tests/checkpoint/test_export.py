@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -14,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_states import CONFIGS, model_state, save_clients
+from saved_states import CONFIGS, model_state, save_clients, zero3_slices
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deca_ds.checkpoint import export as export_module
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import rank_folder
+from deca_ds.checkpoint.slices import rank_folder, save_shards
+from deca_ds.checkpoint.steps import step_folder
+from deca_ds.cli import main
+from deca_ds.engine.slices import buffer_name
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.tools.export import parse_size
 
@@ -96,6 +100,84 @@ def test_tied_weights_are_stored_once(tmp_path: Path, make_run: MakeRun) -> None
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def save_checkpoint(run: Path, step: int, states: list[dict[str, torch.Tensor]], **state: object) -> None:
+    """From amid a block's turn, by two ranks a client."""
+    for client, own in enumerate(states):
+        name = next(iter(own))
+        buffers = {buffer_name(key, name): torch.rand(own[name].shape) for key in "mv"}
+        for rank in range(2):
+            groups = [("all", zero3_slices(own, rank, 2)), ("m", zero3_slices(buffers, rank, 2))]
+            if client not in state.get("missing", ()):
+                save_shards(
+                    step_folder(run / "checkpoints", step), groups, client=client, clients=len(states), rank=rank,
+                    ranks=2, step=step, state={"attempt": 1, **state},
+                )  # fmt: skip
+
+
+def test_a_checkpoint_is_exported_without_the_state_of_its_block(tmp_path: Path, make_run: MakeRun) -> None:
+    run, trained = make_run("llama", clients=2)
+    states = [model_state(model) for model in trained]
+    save_checkpoint(run, 8, [{name: tensor + 1 for name, tensor in state.items()} for state in states])
+    save_checkpoint(run, 12, states)
+    report = export_model(run, tmp_path / "one", client=1, checkpoint=12)
+    assert_same(reload_state(tmp_path / "one"), states[1])
+    assert report.source == "client 1, after 12 inner steps" and report.note is None
+    export_model(run, tmp_path / "mean", checkpoint=8)
+    for name, tensor in reload_state(tmp_path / "mean").items():
+        torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2 + 1)
+
+
+def test_of_a_stopped_run_the_newest_whole_checkpoint_is_exported(tmp_path: Path, make_run: MakeRun, capsys) -> None:
+    run, trained = make_run("llama", clients=2)
+    shutil.rmtree(run / "model")
+    (run / "DONE").rename(run / "STOPPED")
+    states = [model_state(model) for model in trained]
+    save_checkpoint(run, 8, states, missing=[1])
+    save_checkpoint(run, 12, states)
+    next((run / "checkpoints/step_00000012/client_000/rank_001").glob("000_*")).unlink()
+    with pytest.raises(CheckpointError, match="no saved model here") as caught:
+        export_model(run, tmp_path / "out")
+    assert "--checkpoint newest" in caught.value.fix
+    assert main(["export", str(run), str(tmp_path / "out"), "--checkpoint", "newest"]) == 0
+    assert_same(reload_state(tmp_path / "out"), states[0])
+    assert "mean of 1 client (without 1, gone before the end), after 8 inner steps" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_that_of_the_evaluation_with_the_lowest_loss(tmp_path, make_run, capsys) -> None:
+    run, trained = make_run("llama")
+    states = [model_state(trained[0])]
+    save_checkpoint(run, 8, states)
+    save_checkpoint(run, 12, [{name: tensor + 1 for name, tensor in states[0].items()}])
+
+    def scored(**losses: float) -> int:
+        lines = [{"kind": "evaluation", "step": int(at[1:]), "own": {"loss": loss}} for at, loss in losses.items()]
+        (run / "metrics").mkdir(exist_ok=True)
+        (run / "metrics/client_000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return main(["export", str(run), str(tmp_path / "out"), "--checkpoint", "best"])
+
+    assert scored(_0=0.1, _8=0.5) == 2 and "best before its first inner step" in capsys.readouterr().err
+    assert scored(_0=3.0, _8=0.5, _12=0.5) == 0
+    assert_same(reload_state(tmp_path / "out"), states[0])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [("9", r"no checkpoint after inner step 9[\s\S]*those after inner step 8, 12"),
+                            ("12", "not from one attempt")]
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_there_or_not_one_is_refused(tmp_path, make_run, capsys, wanted, message) -> None:
+    run, trained = make_run("llama")
+    states = [model_state(trained[0])]
+    save_checkpoint(run, 8, states)
+    save_checkpoint(run, 12, states)
+    part = run / "checkpoints/step_00000012/client_000/rank_001"
+    manifest = json.loads((part / "manifest.json").read_text())
+    manifest["state"]["attempt"] = 2
+    (part / "manifest.json").write_text(json.dumps(manifest))
+    (part / "manifest.blake2b").unlink()
+    assert main(["export", str(run), str(tmp_path / "out"), "--checkpoint", wanted]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

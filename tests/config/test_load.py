@@ -94,6 +94,11 @@ def test_contradictions():
     refused("gossip.wait_s = 2 with cluster.on_failure=continue", "gossip.wait_s=2", "cluster.on_failure=continue")
     refused("gossip.wait_s = 60, .* cluster.timeout_s = 60", "gossip.wait_s=60", "cluster.timeout_s=60")
     refused("algorithm.rounds = 2 with algorithm.epochs = 3", "algorithm.rounds=2", "algorithm.epochs=3")
+    alone = "evaluation.mean_model=false"
+    refused("evaluation.patience = 2, but evaluation.every = 0", "evaluation.patience=2")
+    refused("checkpoint.best = True, but evaluation.every = 0", "checkpoint.best=true")
+    refused("no client knows", "checkpoint.best=true", "evaluation.every=5", alone, "cluster.clients=2")
+    load_config(None, [*BASE, "checkpoint.best=true", "evaluation.every=5", alone])
     refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
 
 
@@ -125,6 +130,8 @@ def test_no_argument_makes_a_traceback(text):
 def test_world_size():
     config = load_config(None, [*BASE, "cluster.clients=3", "data.batch_size=8", "data.micro_batch_size=2"])
     assert check_world(config, 6) == [2, 2, 2]
+    with pytest.raises(ConfigError, match=r"one rank is launched for 3 clients[\s\S]*deepspeed --num_accelerators 3 "):
+        check_world(config, 1)
     with pytest.raises(ConfigError, match="7 ranks cannot be divided among 3 clients"):
         check_world(config, 7)
     with pytest.raises(ConfigError, match=r"data\.batch_size = 8 cannot be split over the 3 ranks of client 0"):
@@ -194,7 +201,7 @@ def test_output_folder_is_never_used_twice(tmp_path):
         ('{"zero_optimization": {"offload_param": {"device": "nvme"}}}', "'nvme'"),
         ('{"zero_optimization": 3}', "is a JSON object"),
         ("[1]", "is a JSON object"),
-        ('{"a": 1,\n}', "line 2"),
+        ('{"a": 1\n"b"}', "line 2"),
     ],
 )
 def test_deepspeed_json_is_checked_before_anything_starts(tmp_path, content, message):

@@ -4,6 +4,7 @@ import pytest
 from data_samples import CHAT_TEMPLATE, answer_of, chats, flat, make_byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from deca_ds.data.encoding import SEQUENCES, Encoder, pack
 from deca_ds.errors import DataError
@@ -176,6 +177,17 @@ def test_an_answer_must_fit(tokenizer):
     with pytest.raises(DataError, match=r"(?s)'great' has 7 tokens.*data\.max_length.*13"):
         Encoder(tokenizer, max_length=12, words=WORDS)
     Encoder(tokenizer, max_length=13, words=WORDS)
+
+
+def test_answers_that_the_tokenizer_changes():
+    tokenizer = make_byte_tokenizer(eos_token=EOS)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert Encoder(tokenizer, max_length=16, words={"0": "bad", "1": "great"}).notes == []
+    (note,) = Encoder(tokenizer, max_length=16, words={"0": "Bad", "1": "great"}).notes
+    assert note == "the tokenizer reads the answer 'Bad' as 'bad': so the model answers"
+    with pytest.raises(DataError, match=r"(?s)the same tokens of the answers 'US' and 'us'.*data\.label_names"):
+        Encoder(tokenizer, max_length=16, words={"0": "US", "1": "us"})
+    assert Encoder(make_byte_tokenizer(), max_length=16, words={"0": "US", "1": "us"}).notes == []
 
 
 def test_documents_are_cut_without_a_gap(tokenizer):

@@ -28,6 +28,16 @@ def test_iid(clients, extra, seed):
     assert all(np.array_equal(a, b) for a, b in zip(shares, again, strict=True))
 
 
+@given(st.lists(st.sampled_from(["a", "b", "b\0", "10", "9"]), min_size=4, max_size=60))
+def test_texts_are_dealt_out_as_their_numbers_in_order_are(texts):
+    numbers = np.array([sorted(set(texts)).index(text) for text in texts])
+    assert list(map(list, dirichlet(texts, 1, 1.0, 0))) == list(map(list, dirichlet(numbers, 1, 1.0, 0)))
+    if len(set(texts)) > 1:
+        for of_texts, of_numbers in zip(by_key(texts, 2), by_key(numbers, 2), strict=True):
+            assert of_texts.tolist() == of_numbers.tolist()
+            assert not {texts[i] for i in of_texts} & {texts[i] for i in range(len(texts)) if i not in of_texts}
+
+
 @given(labels_of, st.integers(1, 6), st.floats(0.05, 100), st.integers(0, 99), st.integers(0, 3))
 def test_dirichlet(labels, clients, alpha, seed, minimum):
     try:

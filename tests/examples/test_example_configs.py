@@ -19,7 +19,8 @@ from deca_ds.tools.train import parser
 from deca_ds.training.doubts import doubts
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = sorted({*(REPOSITORY / "examples").glob("*.yaml"), *(REPOSITORY / "examples/demo").glob("*.yaml")})
+FOLDERS_OF_EXAMPLES = ("examples", "examples/demo", "examples/recipes")
+EXAMPLES = sorted(path for folder in FOLDERS_OF_EXAMPLES for path in (REPOSITORY / folder).glob("*.yaml"))
 README = REPOSITORY / "README.md"
 PAGES = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/**/*.md")
 DOCUMENTS = [path for pages in PAGES for path in sorted(REPOSITORY.glob(pages))]
@@ -76,7 +77,8 @@ def test_example_loads_and_is_free_of_contradictions(path: Path) -> None:
     config = load_config(path)
     validate_data_config(config)  # without a client: nobody's own files are looked for
     build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    assert set(check_world(config, config.cluster.clients)) == {1}
+    ranks = list(config.cluster.ranks or [1] * config.cluster.clients)
+    assert check_world(config, sum(ranks)) == ranks
     assert not config.model.trust_remote_code
     assert config.data.per_client or not doubts(config)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.theory import averagings_to_agree, predicted_disagreement, slow_mixing
+from deca_ds.gossip.theory import agreement, averagings_to_agree, predicted_disagreement, slow_mixing
 
 
 def mixing(graph: str, clients: int):
@@ -39,6 +40,31 @@ def test_the_bound_is_reached_by_the_slowest_mode_of_a_ring():
 def test_extremes():
     assert averagings_to_agree(mixing("isolated", 3)) == math.inf == predicted_disagreement(0.0, 0.1, 1)
     assert averagings_to_agree(mixing("complete", 3)) == 1.0 and predicted_disagreement(1.0, 0.1, 1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("graph", "clients", "told"),
+    [
+        ("ring", 1, "one client averages with nobody"),
+        ("isolated", 3, "every client trains alone"),
+        ("ring", 2, "after every averaging all clients have the same block, .* gossip.weights=lazy_metropolis"),
+        ("ring", 3, "after every averaging all clients have the same block"),
+        ("complete", 9, "after every averaging all clients have the same block"),
+        ("one_peer_exponential", 8, "after every 3 averagings all clients have the same block"),
+        ("ring", 4, "every averaging brings the clients' models 3.0 times closer together"),
+        ("one_peer_exponential", 5, r"every 3 averagings bring the clients' models \d.\d times closer together"),
+        ("ring", 64, "about 311 averagings bring the clients' models 2.7 times closer together"),
+    ],
+)
+def test_what_averagings_do_is_told_in_words(graph, clients, told):
+    assert re.match(told, agreement(mixing(graph, clients)))
+
+
+def test_closer_by_as_much_as_is_told():
+    """In the worst case of a symmetric matrix, by just that."""
+    schedule = mixing("ring", 4)
+    values = np.array([1.0, 0.0, -1.0, 0.0])
+    assert np.linalg.norm(values) / np.linalg.norm(schedule.matrix(0) @ values) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(

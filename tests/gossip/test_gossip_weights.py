@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deca_ds.config.written import choices
 from deca_ds.errors import GossipError
 from deca_ds.gossip import weights
 from deca_ds.gossip.graphs import build_graphs
 
-RULES = ["metropolis", "max_degree", "lazy_metropolis"]
+RULES = choices("gossip.weights")
 
 
 def matrix_of(kind: str, n: int, rule: str = "metropolis") -> np.ndarray:

@@ -1,9 +1,9 @@
 """Several runs in one job, of which some are left in the middle, as by a crash, and some go on.
 
 Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_after": inner steps, "evaluation" (the
-last one fails), "saving" (the final one does) or null, and optionally "keep_masters": whether the masters of all blocks
-stay alive, as float32}; clients and ranks are the same in all of them. What a run that goes on amid a block holds is
-compared with its checkpoint before it trains.
+last one fails), "saving" (the final one does), "done" (it is left as a run that has finished) or null, and optionally
+"keep_masters": whether the masters of all blocks stay alive, as float32}; clients and ranks are the same in all of
+them. What a run that goes on amid a block holds is compared with its checkpoint before it trains.
 """
 
 import gc
@@ -15,17 +15,18 @@ gc.disable()  # while importing, as launchers/train.py does
 
 import torch
 
+from deca_ds.checkpoint.done import mark_done
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.config import load_config
 from deca_ds.engine.masters import join, rounded
-from deca_ds.engine.state import buffer_name
+from deca_ds.engine.slices import buffer_name
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch import connect, read_launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.training.build import build
 from deca_ds.training.connect import connect_clients
-from deca_ds.training.resume import choose
-from deca_ds.training.start import NewRun, ResumedRun
+from deca_ds.training.setup import resume
+from deca_ds.training.start import NewRun
 from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.guard import guarded
 
@@ -53,10 +54,10 @@ def leave(trainer, where: int | str) -> None:
         trainer.stop = LeaveAfter(where)
         return
 
-    def fail() -> None:
+    def fail(*arguments) -> float | None:
         if trainer.done == len(trainer.schedule):
             raise Left
-        evaluate()
+        return evaluate(*arguments)
 
     evaluate, name = trainer._evaluate, {"evaluation": "_evaluate", "saving": "_save"}[where]
     setattr(trainer, name, fail)
@@ -114,18 +115,29 @@ with guarded(launch, store) as guard:
         start, resumption = NewRun(), None
         if config.run.resume != "never":
             mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-            resumption = choose(config, launch, store, cluster.layout, mixing)
-            start = NewRun() if resumption.saved is None else ResumedRun(resumption)
+            start = resume(config, launch, store, guard, cluster.layout, mixing)
+            resumption = getattr(start, "_resumption", None)
+        if start is None:
+            print("nothing left to do", flush=True)
+            continue
         trainer = build(config, cluster, connected, guard, start)
-        if resumption is not None and resumption.step < len(trainer.schedule):
+        if resumption is not None and resumption.place.get("inner"):
             compare(trainer, resumption)
-        if leave_after is not None:
+        if leave_after not in (None, "done"):
             leave(trainer, leave_after)
         kept = keep_masters(trainer.client) if keep else {}
         try:
             trainer.train()
+            if trainer.stopped_early:
+                print(trainer.stopped_early, flush=True)
         except Left:
             trainer.checkpoints.wait()
+        if leave_after == "done":
+            trainer.meet()
+            if cluster.is_job_leader:
+                mark_done(trainer.output, f"{trainer.done} of {len(trainer.schedule)} inner steps")
+            trainer.meet()
+            trainer.checkpoints.forget()
         for name, _, _, values, low in trainer.client.masters(tuple(kept)):
             assert torch.equal(join(values, low), kept[name]) and (values.numel() == 0 or low.any())
         trainer.metrics.close()

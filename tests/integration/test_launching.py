@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from jobs import BIN, REPOSITORY, launch, run_command
+from preloaded import python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deca_ds.checkpoint.shards import ShardedModel
@@ -76,7 +77,7 @@ def test_every_launcher_runs_the_same_job(config, tmp_path, launcher, ranks, exp
     overrides = ["cluster.clients=1"] if launcher == "python" else []
     if expected == "mpi":
         overrides.append("cluster.transport=mpi")  # fails where the launcher made no MPI world
-    finished = launch(launcher, ranks, ["--config", str(config), *overrides], **options)
+    finished = launch(launcher, ranks, ["--config", str(config), *overrides], fresh=True, **options)
     assert finished.code == 0, finished.output[-4000:]
     run = tmp_path / "run"
     assert (run / "DONE").exists()
@@ -113,12 +114,11 @@ def test_the_whole_line_to_a_generation(config, tmp_path):
     run = tmp_path / "run"
     assert list((run / "tensorboard" / "client_001").glob("events*"))
     saved = ShardedModel(run / "model")
-    for name, arguments, expected in [
-        ("mean", [], saved.mean),
-        ("client1", ["--client", "1"], lambda key: saved.read(key, 1)),
+    for name, command, arguments, expected in [
+        ("mean", python("launchers/export.py"), [], saved.mean),
+        ("client1", [str(BIN / "deca"), "export"], ["--client", "1"], lambda key: saved.read(key, 1)),
     ]:
-        script = ["launchers/export.py"] if name == "mean" else ["-m", "deca_ds.cli", "export"]
-        exported = run_command([sys.executable, *script, str(run), str(tmp_path / name), *arguments])
+        exported = run_command([*command, str(run), str(tmp_path / name), *arguments])
         assert exported.code == 0, exported.output
         model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not loading["missing_keys"] and not loading["unexpected_keys"]
@@ -156,7 +156,7 @@ def test_random_weights_do_not_depend_on_the_number_of_ranks(config, tmp_path):
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
-    finished = launch("deepspeed", 2, ["--config", str(config), "--dry-run"])
+    finished = launch("hand", 2, ["--config", str(config), "--dry-run"])
     assert finished.code == 0, finished.output[-3000:]
     for shown in ("embeddings", "layers 0-1", "spectral gap 1", "= 12", "2 ranks = 2 clients x 1 ranks", "each client"):
         assert shown in finished.output
@@ -167,7 +167,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
     ("launcher", "overrides", "message"),
     [
         ("mpirun", ["optimizer.lrr=1"], "did you mean optimizer.lr?"),
-        ("deepspeed", ["cluster.transport=mpi"], "--launcher openmpi"),
+        ("hand", ["cluster.transport=mpi"], "--launcher openmpi"),
         ("mpirun", ["cluster.clients=3"], "2 ranks cannot be divided among 3 clients"),
         ("mpirun", ["model.path=/nowhere/model"], "there is no folder '/nowhere/model'"),
         ("mpirun", ["gossip.graph=torus", "cluster.clients=2", "gossip.weights=max_degree", "gossip.matrix=/none.txt"],

@@ -16,11 +16,12 @@ from jobs import REPOSITORY, launch, word_job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import step_folder, steps_in
+from deca_ds.checkpoint.steps import find_checkpoint, step_folder, steps_in
 from deca_ds.config import load_config
 from deca_ds.engine.load import find_blocks, load_architecture, meta_model
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.training.method import build_rule, build_schedule
+from deca_ds.training.summary import best_of, evaluations
 
 pytestmark = pytest.mark.multiprocess
 
@@ -99,6 +100,8 @@ def terminate_launch_process(runner: psutil.Process) -> None:
     next(p for p in runner.children(recursive=True) if "deepspeed.launcher.launch" in p.cmdline()).terminate()
 
 
+BEST = {"evaluation.every": 8, "checkpoint.best": True}
+EARLY = {"optimizer.lr": 0, "evaluation.every": 3, "evaluation.patience": 2}
 LONG = {"algorithm.inner_steps": 12, "evaluation.every": 20}
 
 
@@ -122,16 +125,25 @@ def crashed_and_moved(keys, folder):
         {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": "saving"},
         {"keys": keys("unevaluated", **{"run.resume": "auto"}), "leave_after": None},
         {"keys": keys("whole"), "leave_after": None},
+        {"keys": keys("long", **BEST, **{"algorithm.rounds": 2}), "leave_after": "done"},
+        {"keys": keys("prolonged", **BEST), "leave_after": "done"},
+        {"keys": keys("prolonged", **BEST, **{"run.resume": "auto"}), "leave_after": None},
+        {"keys": keys("prolonged", **BEST, **{"run.resume": "auto", "algorithm.rounds": 2}), "leave_after": "done"},
+        {"keys": keys("early", **EARLY), "leave_after": None},
+        {"keys": keys("early", **EARLY, **{"run.resume": "require"}), "leave_after": None},
     ]
-    work(folder, 2, runs)
+    told = work(folder, 2, runs)
+    assert told.count("nothing left to do") == 2, "on both ranks, once"
+    assert told.count("2 evaluations in a row found no lower loss than the one after step 0") == 4, "and once again"
     return folder
 
 
-def work(folder: Path, ranks: int, runs: list[dict]) -> None:
+def work(folder: Path, ranks: int, runs: list[dict]) -> str:
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
     finished = launch("mpirun", ranks, [str(listed)], script="tests/integration/resume_worker.py")
     assert finished.code == 0, finished.output[-4000:]
+    return finished.output
 
 
 def test_a_run_left_amid_a_block_equals_an_uninterrupted_one(crashed_and_moved):
@@ -177,6 +189,28 @@ def test_another_number_of_ranks_goes_on(crashed_and_moved):
 def test_a_run_that_fails_at_its_last_evaluation_or_in_saving_loses_nothing(crashed_and_moved):
     """No checkpoints were asked for; the third start only evaluates and saves."""
     assert_equal(crashed_and_moved / "unevaluated", crashed_and_moved / "whole")
+
+
+def test_a_finished_run_that_gets_longer_equals_one_that_had_that_length_from_the_start(crashed_and_moved):
+    """Which has dropout. Of all checkpoints the best one is left, in both."""
+    run, long = crashed_and_moved / "prolonged", crashed_and_moved / "long"
+    assert_equal(run, long)
+    assert (run / "DONE").read_text() == "32 of 32 inner steps\n"
+    best = best_of(evaluations(run, 0)).step
+    assert steps_in(run / "checkpoints") == steps_in(long / "checkpoints") == [best] and best > 0
+    one, other = find_checkpoint(run / "checkpoints", best), find_checkpoint(long / "checkpoints", best)
+    assert one.states[0, 0]["best"] == other.states[0, 0]["best"]
+    assert all(torch.equal(one.mean(name), other.mean(name)) for name in one.names)
+    assert load_config(run / "config.yaml").algorithm.rounds == 2
+    assert [start["rounds"] for start in json.loads((run / "starts.json").read_text())] == [1, 2]
+
+
+def test_a_run_that_learns_nothing_stops_early_on_all_ranks_and_can_go_on(crashed_and_moved):
+    """Its learning rate is 0."""
+    run = crashed_and_moved / "early"
+    assert steps_in(run / "checkpoints") == [6]
+    for name in ("client_000.jsonl", "client_001.jsonl"):
+        assert [r["step"] for r in records(run / "metrics" / name) if r["kind"] == "evaluation"] == [0, 3, 6]
 
 
 def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and_moved):

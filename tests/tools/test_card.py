@@ -57,6 +57,16 @@ def test_a_card_says_what_was_done_and_how_the_mean_scores(tmp_path):
     assert "apply_chat_template" in said and "apply_chat_template" not in text(Card(tmp_path / "run"), chat=False)
 
 
+def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path):
+    run = write_job(tmp_path / "run")
+    said = text(Card(run, step=8))
+    assert "| inner steps | 8 of 16 |" in said and "had not come to its end" in said
+    assert "| loss (nats per target token) | 1.5 | 1.25 |" in said and "after 8 inner steps" in said
+    between = text(Card(run, step=11))
+    assert "| inner steps | 11 of 16 |" in between and "## Evaluation" not in between
+    assert text(Card(run, step=16)) == text(Card(run))
+
+
 def test_a_client_has_its_own_scores(tmp_path):
     run = write_job(tmp_path / "run")
     said = text(Card(run, client=2))

@@ -23,7 +23,8 @@ from deca_ds.tools.doctor.table import show
 GIB = 2**30
 FAIL, WARN = State.FAIL, State.WARN
 GPU = "NVIDIA H100 80GB HBM3, 550.54, 81559 MiB"
-NEEDS = Needs("out", "auto", "auto", False, {}, {"n0": GIB, "n1": GIB}, {"n0": GIB, "n1": GIB}, [("n0", "n1")])
+EACH = {"n0": GIB, "n1": GIB}
+NEEDS = Needs("out", "auto", "auto", False, {}, EACH, EACH, {"n1": 90 * GIB}, {"n1": 2 * GIB}, [("n0", "n1")])
 
 
 def sight(i: int, **changes: Any) -> Sight:
@@ -156,6 +157,14 @@ BROKEN = [
     ),
     ("disk", facts(n1=host(1, output=Folder(at="/out", free=GIB, error=""))), FAIL, "n1", "plan needs 2.1 GB", "room"),
     ("memory", facts(n1=seen(1, memory=GIB // 2)), FAIL, "n1", "536.9 MB of memory free", "more ranks"),
+    (
+        "memory", facts(n1=seen(1, gpus=[GPU], torch_gpus=1)), FAIL, "n1",
+        "85.5 GB of GPU memory free, the ranks there hold at least 96.6 GB", "more ranks",
+    ),
+    (
+        "memory", facts(n1=seen(1, gpus=[GPU, GPU], torch_gpus=2, memory=GIB)), FAIL, "n1",
+        "1.1 GB of memory free, the ranks there hold at least 2.1 GB", "more ranks",
+    ),
     ("limits", facts(n1=seen(1, shared=64 * 2**20)), WARN, "n1", "/dev/shm has 67.1 MB for 2 ranks", "shm-size"),
     ("limits", facts(n1=seen(1, files=256)), WARN, "n1", "256 files", "ulimit -n"),
     ("limits", facts(n1=seen(1, fabric=["mlx5_0"], locked=65536)), WARN, "n1", "mlx5_0 needs more", "memlock"),

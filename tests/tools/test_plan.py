@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
-from deca_ds.errors import CheckpointError, ConfigError, DataError
+from deca_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from deca_ds.tools.plan import print_plan
+
+
+@pytest.fixture(autouse=True)
+def without_memory(monkeypatch):
+    """Which takes half a second a plan, and has tests of its own."""
+    monkeypatch.setattr("deca_ds.tools.plan.print_memory", lambda *_: None)
 
 
 def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
@@ -40,6 +47,28 @@ def test_a_folder_that_is_used_is_told_last_and_hides_no_mistake(tiny_model, wor
     )
     with pytest.raises(CheckpointError, match="no run to continue"):
         print_plan(load_config(None, [*keys, "run.resume=require"]))
+
+
+CLASSES = ["data.format=classification"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.format=messages"], "the tokenizer has no chat template"),
+        (
+            ["data.format=classification", "data.label_names={0: w1, 1: W1 w2 w3, 2: w3}", "data.max_length=4"],
+            "too many",
+        ),
+        (["data.format=classification", "data.label_names={1: w1, '1.0': w2}"], "the label '1' has two words"),
+        (["logging.tensorboard=true"], "TensorBoard cannot be imported"),
+    ],
+)
+def test_what_needs_no_rows_is_told_of_files_that_nobody_opens(tiny_model, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=2"]
+    with pytest.raises(UserError, match=message):
+        print_plan(load_config(None, [*keys, "data.per_client=[/there/a.jsonl,/there/b.jsonl]", *changes]))
 
 
 def test_masters_of_a_bfloat16_model_are_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):

@@ -16,6 +16,7 @@ from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError
 from deca_ds.training import claim
 from deca_ds.training.claim import check_held, release, take
+from deca_ds.watchdog.stop import is_requested, request_stop
 
 HOLDER = """
 import sys, time
@@ -46,6 +47,13 @@ def test_the_second_job_is_told_who_has_the_folder_and_writes_nothing(other, tmp
         take(tmp_path, nothing)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK] and (tmp_path / LOCK).read_bytes() == before
     assert take(tmp_path, nothing, "other") == "other", "a rank of the same job"
+
+
+def test_what_an_earlier_job_was_asked_does_not_stop_this_one(tmp_path: Path) -> None:
+    request_stop(tmp_path)
+    take(tmp_path, nothing)
+    assert not is_requested(tmp_path)
+    release(tmp_path)
 
 
 def test_the_file_of_a_killed_job_is_taken_over(other, tmp_path: Path) -> None:

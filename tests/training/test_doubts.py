@@ -5,7 +5,8 @@ import pytest
 from deca_ds.config import load_config
 from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
-from deca_ds.training.doubts import READ, doubts
+from deca_ds.training.day import today
+from deca_ds.training.doubts import READ, doubts, doubts_of_length
 
 DILOCO, CLASSES = ["algorithm.method=diloco", "gossip.every=4"], ["data.format=classification"]
 CONTINUE, HUB = ["cluster.on_failure=continue"], ["data.train=owner/name"]
@@ -30,7 +31,6 @@ CASES = [
     ("data.answers_only=false", ["data.format=alpaca"]),
     ("data.client_holdout=0.2", []),
     ("data.column_names=[text]", ["data.train={csv}"]),
-    ("data.date='2026-01-01'", ["data.format=messages"]),
     ("data.label_column=class", CLASSES),
     ("data.label_names={0: a, 1: b}", CLASSES),
     ("data.prompt='{text} is'", CLASSES),
@@ -84,6 +84,10 @@ def test_a_value_that_nothing_reads_is_told(told, assigned, read):
         assert "has no effect: " in doubt
 
 
+def test_what_a_start_adds_is_not_told_as_the_user_s(told):
+    assert told(f"data.date='{today()}'") == []
+
+
 def test_every_rule_has_its_case():
     assert {assigned.partition("=")[0] for assigned, _ in CASES} == READ.keys() <= flat(Config()).keys()
 
@@ -101,3 +105,11 @@ def test_a_backslash_that_yaml_has_left_as_it_is(told, text, doubted):
     assert [line.split(" = ")[0] for line in told(*CLASSES, f"data.prompt={text}")] == ["data.prompt"] * doubted
     names = f"data.label_names={{1: {text.replace('{text}', '')}, 2: b}}"
     assert [line.split(" = ")[0] for line in told(*CLASSES, names)] == ["data.label_names.1"] * doubted
+
+
+def test_what_a_run_is_too_short_for_is_told():
+    keys = ["optimizer.warmup_steps", "logging.every", "evaluation.every", "checkpoint.every"]
+    config = load_config(None, ["model.path=x", *(f"{key}=12" for key in keys)])
+    assert doubts_of_length(config, 12) == []
+    told = doubts_of_length(config, 11)
+    assert [line.split(" = 12, but the run has 11 inner steps: ")[0] for line in told] == keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deca_ds.config import load_config
-from deca_ds.training.length import count_rounds, tell_length
+from deca_ds.training.length import count_rounds, length_of, tell_length
 from deca_ds.training.method import build_schedule
 
 KEYS = ["model.path=x", "cluster.clients=3", "algorithm.inner_steps=5", "data.batch_size=2", "data.micro_batch_size=1"]
@@ -50,3 +50,13 @@ def test_very_many_passes_over_few_sequences_are_warned_of():
     assert "Lower algorithm.rounds, or set algorithm.epochs" in warning
     one_round = lengths("algorithm.rounds=2", "algorithm.inner_steps=50")[1]
     assert "One round is 40 times: lower algorithm.inner_steps" in one_round
+
+
+def test_length_in_numbers():
+    config = load_config(None, [*KEYS, "algorithm.rounds=2"])
+    summaries = [{"client": client, "train": rows, "train_tokens": 7 * rows} for client, rows in enumerate(ROWS)]
+    found = length_of(config, build_schedule(config, 4, 2), summaries)
+    assert (found.rounds, found.steps, found.sequences, found.epochs) == (2, 40, 240, 4.0)
+    assert found.passes == {0: 8.0, 1: 4.0, 2: 80 / 30} and found.tokens == 3 * 7 * 80
+    unseen = length_of(config, build_schedule(config, 4, 2), [])
+    assert (unseen.sequences, unseen.tokens, unseen.epochs, unseen.passes) == (240, None, None, {})

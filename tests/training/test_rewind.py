@@ -163,6 +163,7 @@ def test_data_of_a_client_that_was_not_there_before_are_noted(tmp_path: Path) ->
 
 def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = Config()
+    config.model.path, config.data.train = "a/model", ["a/data_set"]
     config.run.output, config.run.resume = str(tmp_path), "require"
     guard = SimpleNamespace(progress=Progress())
     with pytest.raises(CheckpointError, match="no run to continue"):

@@ -79,7 +79,9 @@ class Trained:
 class Job:
     """One rank that trains along a schedule and saves."""
 
-    def __init__(self, folder: Path, schedule: Schedule, *, resumed: int | None = None, **config: int):
+    def __init__(
+        self, folder: Path, schedule: Schedule, *, resumed: int | None = None, known: dict | None = None, **config: int
+    ):
         self.folder = folder
         gossip = SimpleNamespace(schedule=SimpleNamespace(matrices=(np.eye(1),)), bytes_sent=0, wait_seconds=0.0)
         cluster = SimpleNamespace(
@@ -91,12 +93,13 @@ class Job:
         options = {"folder": folder, "attempt": 1, "timeout_s": 5.0, "resumed": resumed}
         written = StoreCount(cluster, 1, 5.0)
         self.state = TrainingState(self.client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
+        self.state.best = known or {}
         self.saver = Checkpoints(self.config, cluster, self.state, gossip, written, **options)
 
-    def save(self, *steps: int) -> None:
+    def save(self, *steps: int, best: bool = False) -> None:
         for done in steps:
             self.train(done)
-            self.saver.save()
+            self.saver.save(best=best)
             self.saver.wait()
 
     def train(self, done: int) -> None:
@@ -302,6 +305,38 @@ def test_the_disk_that_a_run_is_said_to_need_is_what_it_takes(
     assert need.checkpoints == most
     assert need.model == 4 * (sum(SIZES) + 7) + 16
     assert need.most == max(most, last + need.model)
+
+
+def test_the_best_checkpoint_stays_until_a_better_one_is_complete_and_shares_no_file(tmp_path: Path) -> None:
+    job = Job(tmp_path, SCHEDULE, keep=1, best=True)
+    job.save(2)
+    job.save(4, best=True)
+    job.save(6, 8)
+    assert steps_in(tmp_path) == [4, 8] and not shared(tmp_path, 4, 8)
+    job.assert_holds(4)
+    job.save(9, best=True)
+    assert steps_in(tmp_path) == [9]
+    job.save(11)
+    job.saver.forget()
+    assert steps_in(tmp_path) == [9], "the run is through, and this is still the best"
+
+
+def test_a_run_that_goes_on_keeps_the_best_checkpoint_of_before(tmp_path: Path) -> None:
+    Job(tmp_path, SCHEDULE, keep=1, best=True).save(3, 6, best=True)
+    job = Job(tmp_path, SCHEDULE, resumed=6, keep=1, best=True, known={"step": 6})
+    job.train(6)
+    job.save(8, 10)
+    assert steps_in(tmp_path) == [6, 10]
+    job.save(11, best=True)
+    assert steps_in(tmp_path) == [11]
+
+
+def test_a_run_that_keeps_the_best_takes_no_more_disk_than_it_is_said_to_need(tmp_path: Path) -> None:
+    job, most = Job(tmp_path, SCHEDULE, every=2, keep=2, best=True), 0
+    for done in range(1, len(SCHEDULE) + 1):
+        job.save(done, best=done % 3 == 0)
+        most = max(most, payload(tmp_path))
+    assert most <= disk_need(STORED, SCHEDULE, job.config).checkpoints
 
 
 def test_a_run_without_regular_checkpoints_is_said_to_need_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,29 @@ def test_what_a_terminal_cannot_show_is_written_as_a_number(tmp_path: Path) -> N
     finished = run(tmp_path / "end", PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="1")
     assert finished.returncode == 0 and (tmp_path / "end").read_text() == "through"
     assert finished.stdout == b"x\\u2501" * 100_000 + b"\n", "and nothing is lost"
+
+
+STOPPABLE = """
+import time
+from deca_ds.training.terminal import on_interrupt
+asked = []
+on_interrupt(lambda *_: asked.append(1), "a line that says what happens")
+print("ready", flush=True)
+while not asked:
+    time.sleep(0.01)
+print("asked", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+def test_the_first_interrupt_asks_and_the_second_one_ends_the_process_without_a_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPABLE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and told.strip() == "a line that says what happens"

@@ -1,95 +1,27 @@
 """How one rank's failure ends another rank, with processes that know nothing but the job's store."""
 
+import os
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from jobs import free_port
+from jobs import free_port, preloaded_server
+from preloaded import ADDRESS, python
 
 from deca_ds.errors import DataError, public_message, whole_message
 
-WORKER = """
-import os, sys, threading, time
-from pathlib import Path
-from deca_ds.watchdog.guard import guarded
-from deca_ds.watchdog.role import Elasticity, Visitor
-from deca_ds.watchdog.stop import StopByCommit
-from deca_ds.launch.launcher import ClientLayout, Launch
-from deca_ds.launch.store import open_job_store
-from deca_ds.launch.view import Membership, View
-from deca_ds.errors import ConfigError, DataError
-
-rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-launch = Launch("deepspeed", rank, 3, rank, ("127.0.0.1", port))
-visitor = Visitor(host=0) if what == "visits" else None
-with guarded(launch, open_job_store(launch, 60), visitor) as guard:
-    guard.write_to(output)
-    if what == "wait":
-        time.sleep(60)
-    elif what == "user":
-        raise ConfigError("the value is odd", where="some.key", fix="make it even")
-    elif what == "slow":  # long after the report is in the store, the message is still being put together
-        from deca_ds.watchdog import guard as module
-
-        module.whole_message = lambda error: time.sleep(3) or "told in full"
-        raise RuntimeError("a defect")
-    elif what == "data":
-        raise DataError("row 3 says 'secret'")
-    elif what == "bug":
-        raise RuntimeError("a defect")
-    elif what == "second bug":
-        from deca_ds.watchdog.failure import Failure
-
-        while Failure.reported(guard.store.store) is None:
-            time.sleep(0.01)
-        raise RuntimeError("a defect")
-    elif what == "vanish":
-        import os
-        time.sleep(5)  # until the others are connected
-        os._exit(7)
-    elif what == "stopped":
-        import os, signal, subprocess
-        while len(list(output.glob("ready*"))) < 2:
-            time.sleep(0.1)
-        subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"])
-        (output / "stops").touch()
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os._exit(7)
-    elif what == "out":  # put out by the others, which the main thread does not come to learn of
-        cut_off = threading.Event()
-        guard.progress.watch(ClientLayout(3, 1), 3.0)
-        membership = Membership(View.of_all(3))
-        guard.enter_elastic(Elasticity(membership, ClientLayout(3, 1), StopByCommit(), cut_off=cut_off))
-        guard.let_others_go_on()
-        cut_off.set()
-        time.sleep(60)
-    elif what == "visits":  # and nobody moves on, nor is anybody put out
-        import deca_ds.watchdog.guard as module
-
-        module._OTHERS_S = 3.0
-        guard.progress.watch(ClientLayout(3, 1), 3.0)
-        guard.progress.wait_for("all")
-        time.sleep(60)
-    elif what == "through":
-        time.sleep(15)
-        os._exit(0)
-    elif what == "idle":
-        (output / f"ready{rank}").touch()
-        while not (output / "stops").exists():
-            time.sleep(0.05)
-        guard.progress.tick()
-        guard.progress.timeout_s = 4.0
-        time.sleep(60)
-"""
+WORKER = str(Path(__file__).with_name("guard_worker.py"))
 
 
 def run(tmp_path, *what: str) -> tuple[list[int], list[str]]:
-    port = free_port()
-    command = lambda rank: [sys.executable, "-c", WORKER, str(rank), str(port), what[rank], str(tmp_path)]  # noqa: E731
+    port, environment = str(free_port()), {**os.environ, ADDRESS: preloaded_server().address}
     processes = [
-        subprocess.Popen(command(rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*python(WORKER), str(rank), port, what[rank], str(tmp_path)], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
         for rank in range(3)
-    ]
+    ]  # fmt: skip
     try:
         outputs = [process.communicate(timeout=100)[0] for process in processes]
     finally:

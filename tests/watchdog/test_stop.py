@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,10 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from deca_ds.errors import LaunchError
-from deca_ds.watchdog.stop import StopByStore
+from deca_ds.launch.launcher import Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.watchdog.guard import JobGuard
+from deca_ds.watchdog.stop import StopByStore, request_stop
 
 
 class Job:
@@ -89,3 +94,21 @@ def test_ranks_that_never_agree_are_told_of() -> None:
     stop.look(store)
     with pytest.raises(LaunchError, match="did not agree"):
         stop.may_pass(1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_ranks_hear_what_is_asked_in_a_folder_that_one_of_them_sees(tmp_path, ranks):
+    shared = HashStore()
+    guards = [
+        JobGuard(Launch("python", rank, ranks, rank, None), JobStore(shared, None, timedelta(seconds=20)))
+        for rank in range(ranks)
+    ]
+    assert all(guard.stop.may_pass(0) for guard in guards)
+    guards[-1].write_to(tmp_path)
+    request_stop(tmp_path)
+    deadline = time.monotonic() + 20
+    while not all(guard.stop.pending for guard in guards) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(guard.stop.may_pass(1) for guard in guards)
+    with ThreadPoolExecutor(ranks) as threads:
+        list(threads.map(JobGuard.finish, guards))

@@ -52,8 +52,8 @@ class MpiTrial:
 @dataclass(frozen=True)
 class Needs:
     """What a configuration wants of the hosts. paths: host -> (key, path) of files that ranks there read. disk: bytes
-    that a host's ranks write in run.output. memory: bytes that they hold at least, in host memory on CPUs.
-    pairs: of hosts that send each other messages."""
+    that a host's ranks write in run.output. memory: bytes that they hold at least on CPUs; gpu_memory, beside_gpus: on
+    GPUs, and on the host then. pairs: of hosts that send each other messages."""
 
     output: str
     transport: str
@@ -62,6 +62,8 @@ class Needs:
     paths: Mapping[str, Sequence[tuple[str, str]]]
     disk: Mapping[str, int]
     memory: Mapping[str, int]
+    gpu_memory: Mapping[str, int]
+    beside_gpus: Mapping[str, int]
     pairs: Sequence[tuple[str, str]]
 
 

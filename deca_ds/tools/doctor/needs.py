@@ -11,16 +11,13 @@ from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import could_be_hub_name
 from deca_ds.data.sources import LOOKS_LIKE_A_PATH
-from deca_ds.engine.adapters import add_adapters
-from deca_ds.engine.load import find_blocks, load_architecture, meta_model
+from deca_ds.engine.load import load_architecture
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.launch.launcher import ClientLayout
+from deca_ds.planning.estimate import Estimate
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.tools.doctor.facts import Needs
-from deca_ds.training.length import ANY_ROUNDS
-from deca_ds.training.method import build_rule, build_schedule, check_method
-
-_PROCESS = 350 * 2**20  # of a rank: the libraries that it has loaded
+from deca_ds.training.method import check_method
 
 
 def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
@@ -30,21 +27,19 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
     check_method(config)
     host_of = [host for host, count in slots.items() for _ in range(count)]
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    model = meta_model(config.model, load_architecture(config.model))
-    add_adapters(config, model)
-    plan, rule = find_blocks(config, model), build_rule(config)
-    stored = Stored.of(model, plan, config.model, rule)
-    rounds = config.algorithm.rounds or ANY_ROUNDS
-    on_disk = disk_need(stored, build_schedule(config, len(plan.blocks), rounds), config.checkpoint).most
-    width = 2 if config.model.dtype == "bfloat16" else 4
-    numels = [block.numel for block in plan.blocks]
-    held = stored.frozen + width * sum(numels) + rule.bytes_per_parameter * max(numels)
-    disk: dict[str, int] = defaultdict(int)
-    memory: dict[str, int] = defaultdict(int)
-    for rank, host in enumerate(host_of):
-        ranks = len(layout.ranks_of(layout.client_of(rank)))
-        disk[host] += on_disk // ranks
-        memory[host] += held // ranks + _PROCESS
+    architecture = load_architecture(config.model)
+    ranks_of = [len(layout.ranks_of(layout.client_of(rank))) for rank in range(len(host_of))]
+    on_gpus, on_cpus = (
+        {k: Estimate(config, architecture, mixing, k, gpu) for k in set(ranks_of)} for gpu in (True, False)
+    )
+    of = on_cpus[ranks_of[0]]
+    on_disk = disk_need(Stored.of(of.model, of.plan, config.model, of.rule), of.schedule, config.checkpoint).most
+    disk, memory, gpu_memory, beside_gpus = (defaultdict[str, int](int) for _ in range(4))
+    for k, host in zip(ranks_of, host_of, strict=True):
+        disk[host] += on_disk // k
+        memory[host] += on_cpus[k].at_rest("host")
+        gpu_memory[host] += on_gpus[k].at_rest("gpu")
+        beside_gpus[host] += on_gpus[k].at_rest("host")
     return Needs(
         output=config.run.output,
         transport=config.cluster.transport,
@@ -53,6 +48,8 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
         paths=paths_of(config, layout, host_of),
         disk=dict(disk),
         memory=dict(memory),
+        gpu_memory=dict(gpu_memory),
+        beside_gpus=dict(beside_gpus),
         pairs=pairs_of(layout, mixing, host_of),
     )
 

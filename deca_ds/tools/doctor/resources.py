@@ -81,16 +81,23 @@ def disk(facts: Facts) -> Iterator[Verdict]:
 
 @check("memory")
 def memory(facts: Facts) -> Iterator[Verdict]:
-    """Free memory of the host, or of its GPUs, against what its ranks hold at least."""
+    """Free memory of the host and of its GPUs against what its ranks hold at least, without their passes."""
+    needs = facts.needs
     for host, sight in facts.seen.items():
-        need = facts.needs.memory.get(host, 0) if facts.needs is not None else 0
-        on_gpus = bool(sight["gpus"]) and not (facts.needs is not None and facts.needs.device == "cpu")
-        free = sum(_gpu_bytes(gpu) for gpu in sight["gpus"]) if on_gpus else sight["memory"]
-        if free and free < need:
-            what = f"{decimal(free)} of {'GPU memory' if on_gpus else 'memory free'}, the ranks there hold at least"
-            yield fail(host, f"{what} {decimal(need)}", "more ranks a client on more hosts, or model.dtype=bfloat16")
+        on_gpus = bool(sight["gpus"]) and not (needs is not None and needs.device == "cpu")
+        wanted = [("memory", sight["memory"], needs and (needs.beside_gpus if on_gpus else needs.memory))]
+        if on_gpus:
+            wanted.insert(0, ("GPU memory", sum(map(_gpu_bytes, sight["gpus"])), needs and needs.gpu_memory))
+        told = []
+        for kind, free, held in wanted:
+            need = held.get(host, 0) if held else 0
+            if free and free < need:
+                what = f"{decimal(free)} of {kind} free, the ranks there hold at least {decimal(need)}"
+                yield fail(host, what, "more ranks a client on more hosts, or model.dtype=bfloat16; see deca plan")
+                break
+            told.append(f"{decimal(free)} {kind}" + (f", at least {decimal(need)} needed" if need else ""))
         else:
-            yield ok(host, f"{decimal(free)}" + (f", at least {decimal(need)} needed" if need else " free"))
+            yield ok(host, "; ".join(told))
 
 
 def _gpu_bytes(gpu: str) -> int:

@@ -1,0 +1,291 @@
+"""The plan's numbers for a configuration: memory of every block's turn, traffic and work of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from math import ceil, prod
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from deca_ds.algorithm.blocks import BlockPlan, parameter_shapes
+from deca_ds.algorithm.rule import Rule
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.config import Config
+from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.dry_pass import DryModel, NotWithoutValues, PassMemory
+from deca_ds.engine.load import find_blocks, meta_model, zero3_config
+from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.planning.gathered import peak_gathered
+from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
+from deca_ds.planning.roofline import Gpu, StepTime, Work, pass_flops, step_time
+from deca_ds.training.length import ANY_ROUNDS
+from deca_ds.training.method import build_rule, build_schedule
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A block's turn on the rank that holds most. index: of the block."""
+
+    index: int
+    label: str
+    numel: int
+    parts: tuple[Part, ...]
+
+    def at_most(self, where: Place) -> int:
+        return peak(self.parts, where)[1]
+
+
+class Estimate:
+    """Of a configuration whose clients have `ranks` ranks at least.
+
+    Passes are run without values for the first two and the last two blocks; what they take is linear between, as
+    layers are alike.
+    """
+
+    def __init__(self, config: Config, architecture: PretrainedConfig, mixing: MixingSchedule, ranks: int, gpu: bool):
+        self.config, self.architecture, self.mixing, self.ranks, self.gpu = config, architecture, mixing, ranks, gpu
+        self.model = meta_model(config.model, architecture)
+        add_adapters(config, self.model)
+        self.plan: BlockPlan = find_blocks(config, self.model)
+        self.rule: Rule = build_rule(config)
+        self.schedule: Schedule = build_schedule(config, len(self.plan.blocks), config.algorithm.rounds or ANY_ROUNDS)
+        self._shapes = parameter_shapes(self.model)
+        self._numels = {name: prod(shape) for name, shape in self._shapes.items()}
+
+    @cached_property
+    def turns(self) -> list[Turn]:
+        """Of all blocks, in model order."""
+        return self._turns()
+
+    @cached_property
+    def _dry(self) -> DryModel | None:
+        """None: the model does not run without values."""
+        try:
+            return DryModel(self.config, self.architecture)
+        except NotWithoutValues:
+            return None
+
+    def changed(self, config: Config, ranks: int) -> Estimate:
+        """Of another configuration of the same model; passes that are known are not run again."""
+        other = Estimate(config, self.architecture, self.mixing, ranks, self.gpu)
+        if config.model.dtype == self.config.model.dtype:
+            other._dry = self._dry
+        return other
+
+    @property
+    def passes_are_known(self) -> bool:
+        """Whether what passes take is part of the turns."""
+        return self._dry is not None
+
+    @cached_property
+    def _calls(self) -> Sequence[Sequence[str]]:
+        """Of the modules in a forward pass; where that is not known, block by block."""
+        return self._dry.calls if self._dry is not None else [block.names for block in self.plan.blocks]
+
+    def other_activations(self) -> int | None:
+        """Bytes that the worst turn would keep for the backward pass with gradient checkpointing the other way."""
+        if self._dry is None or not self.model.supports_gradient_checkpointing:
+            return None
+        names = self.plan.blocks[self.worst.index].names
+        other = not self.config.model.gradient_checkpointing
+        return self._dry.training(names, self.rows, self.config.data.max_length, other).saved
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of the model."""
+        return 2 if self.config.model.dtype == "bfloat16" else _FLOAT32
+
+    @property
+    def neighbours(self) -> int:
+        """The most that a client has in an averaging."""
+        clients = range(self.config.cluster.clients)
+        return max(
+            (
+                max(len(self.mixing.sources(client, t)), len(self.mixing.destinations(client, t)))
+                for client in clients
+                for t in range(self.mixing.period)
+            ),
+            default=0,
+        )
+
+    @property
+    def worst(self) -> Turn:
+        """The turn that takes most where it computes."""
+        return max(self.turns, key=lambda turn: turn.at_most("gpu" if self.gpu else "host"))
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a rank's pass."""
+        data = self.config.data
+        return max(1, min(data.micro_batch_size, data.batch_size // self.ranks))
+
+    def message_bytes(self, numel: int) -> int:
+        """What one averaging of a block sends from a client to each neighbour."""
+        return CODECS[self.config.gossip.wire].bytes * len(self.rule.travels) * numel
+
+    def averagings_a_step(self) -> float:
+        steps = self.schedule.activation_steps
+        return ceil(steps / self.config.gossip.every) / steps
+
+    def step_times(self, gpu: Gpu, net: float | None, spans: bool, sharing: float) -> StepTime:
+        """The mean over blocks, of full sequences. net: bytes a second between hosts. spans: a client spans hosts.
+        sharing: clients that one host's network serves; half a client where one spans two hosts."""
+        blocks = range(len(self.plan.blocks))
+        times = [step_time(self._work(index, spans, sharing), gpu, net, self.config.model.dtype) for index in blocks]
+        return StepTime(*(sum(getattr(time, part.name) for time in times) / len(times) for part in fields(StepTime)))
+
+    def _work(self, index: int, spans: bool, sharing: float) -> Work:
+        """Of a rank in an inner step with this block active."""
+        tokens = self.config.data.batch_size * self.config.data.max_length
+        block = self.plan.blocks[index]
+        of_block = set(block.names)
+        first = next((k for k, call in enumerate(self._calls) if not of_block.isdisjoint(call)), 0)
+        above = {name for call in self._calls[first:] for name in call} - of_block
+        multiplied = self._multiplied
+        part = sum(multiplied.get(name, 0) for name in of_block)
+        over = sum(multiplied.get(name, 0) for name in above)
+        length = self.config.data.max_length
+        text = self.architecture.get_text_config()
+        layers, hidden = getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
+        scores = 2.0 * layers * hidden * length  # of two products of causal attention, half of each
+        again = self.config.model.gradient_checkpointing
+        total = sum(multiplied.values())
+        share = (part + over) / total if total else 0.0
+        flops = pass_flops(total, over, part, scores, scores * share, tokens / self.ranks, again)
+        k, w = self.ranks, self.width
+        passes = max(1, ceil(self.config.data.batch_size / self.ranks / self.rows))
+        every = sum(self._numels.values())
+        back = block.numel + sum(self._numels[name] for name in above)
+        read = w * passes * (every + back * (2 if again else 1))
+        optimizer = 3 * self.rule.bytes_per_parameter * block.numel / k
+        received = read * (k - 1) / k + 4 * passes * block.numel * (k - 1) / k
+        sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
+        fetched = read / k if self._offload else 0.0
+        return Work(flops, read + optimizer, received, fetched, spans, sent * sharing, 2 * sent / k)
+
+    @cached_property
+    def _zero(self) -> Mapping[str, Any]:
+        section: Mapping[str, Any] = zero3_config(self.config)["zero_optimization"]
+        return section
+
+    @property
+    def _offload(self) -> bool:
+        """Whether the model's shard is on the host of a GPU."""
+        return self.gpu and (self._zero.get("offload_param") or {}).get("device", "none") != "none"
+
+    @cached_property
+    def _multiplied(self) -> dict[str, int]:
+        """Elements of the matrices that every token is multiplied with, by name."""
+        outputs, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        tied = outputs is not None and outputs.weight is inputs.weight
+        looked_up = set() if tied else {id(parameter) for parameter in inputs.parameters()}
+        text = self.architecture.get_text_config()
+        chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim > 1 and id(parameter) not in looked_up:
+                found[name] = self._numels[name]
+                if parameter.ndim == 3 and chosen is not None:  # of all experts, of which a token takes some
+                    found[name] = found[name] * chosen // parameter.shape[0]
+        return found
+
+    def at_rest(self, where: Place) -> int:
+        """Bytes between steps while the largest block is active: a lower bound that needs no pass."""
+        largest = max(block.numel for block in self.plan.blocks)
+        return totals(parts(self._shape, largest, PassMemory(0, 0, 0, 0), 0, 0, 0), where)["rest"]
+
+    @cached_property
+    def _shape(self) -> Shape:
+        gossip = self.config.gossip
+        late, committed = gossip.wait_s is not None, self.config.cluster.on_failure == "continue"
+        return Shape(
+            ranks=self.ranks,
+            gpu=self.gpu,
+            width=self.width,
+            trained=sum(block.numel for block in self.plan.blocks),
+            frozen=sum(self._numels[name] for name in self.plan.frozen),
+            buffers=sum(buffer.nbytes for buffer in self.model.buffers()),
+            state_bytes=self.rule.bytes_per_parameter,
+            low_halves=self.width == 2 and self.config.model.masters == "exact",
+            offload=self._offload,
+            neighbours=self.neighbours,
+            travels=len(self.rule.travels),
+            wire=CODECS[gossip.wire].bytes,
+            chunk=max(1, int(gossip.chunk_mib * 2**20) // _FLOAT32),
+            whole=late or committed or gossip.clip_radius is not None,
+            kept=committed,
+            copied=self.gpu or late or gossip.wire != "float32",
+            mean_model=self.config.evaluation.mean_model and self.config.cluster.clients > 1,
+        )
+
+    def _turns(self) -> list[Turn]:
+        length, rows = self.config.data.max_length, self.rows
+        dry, again = self._dry, self.config.model.gradient_checkpointing
+        scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
+        blocks = self.plan.blocks
+        known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})
+        measured = {
+            index: PassMemory(0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length, again)
+            for index in known
+        }
+        largest = max(sum(self._numels[name] for name in call) for call in self._calls)
+        calls, sizes = self._calls, self._numels
+        gathered = {index: peak_gathered(calls, sizes, set(blocks[index].names), self._zero) for index in known}
+        return [
+            Turn(
+                index,
+                block.label,
+                block.numel,
+                tuple(
+                    parts(
+                        self._shape,
+                        block.numel,
+                        PassMemory(
+                            *(_between(index, {k: getattr(m, field) for k, m in measured.items()}) for field in _FIELDS)
+                        ),
+                        _between(index, gathered),
+                        scoring,
+                        largest,
+                    )
+                ),
+            )
+            for index, block in enumerate(blocks)
+        ]
+
+
+_FIELDS = ("saved", "forward", "loss", "backward")
+
+
+def _between(index: int, known: dict[int, int]) -> int:
+    """On the line between the known values around."""
+    low = max(place for place in known if place <= index)
+    high = min(place for place in known if place >= index)
+    share = 0.0 if low == high else (index - low) / (high - low)
+    return round(known[low] + share * (known[high] - known[low]))
+
+
+def memory_json(estimate: Estimate) -> dict[str, object]:
+    """Every block's turn: parts, and totals by moment and place; all in bytes."""
+    return {
+        "ranks_per_client": estimate.ranks,
+        "device": "gpu" if estimate.gpu else "cpu",
+        "fullest_block": estimate.worst.index,
+        "passes_are_known": estimate.passes_are_known,
+        "blocks": [
+            {
+                "block": turn.index,
+                "label": turn.label,
+                "parameters": turn.numel,
+                "parts": [asdict(part) for part in turn.parts],
+                "gpu": totals(turn.parts, "gpu"),
+                "host": totals(turn.parts, "host"),
+            }
+            for turn in estimate.turns
+        ],
+    }

@@ -1,0 +1,133 @@
+"""What one rank holds, part by part: bytes, where they are, and at which moments of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from deca_ds.engine.dry_pass import PassMemory
+from deca_ds.gossip.strategies import WINDOW
+
+Place = Literal["gpu", "host"]
+# of a block's turn, in their order: between steps, the passes of a micro-batch, and what comes after them
+MOMENTS = ("rest", "forward", "loss", "backward", "gossip", "evaluation", "mean model", "checkpoint")
+PASSES = ("forward", "loss", "backward")
+
+ACTIVATIONS = "activations kept for backward"
+
+BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together
+PROCESS = 470_000_000  # host memory of a process with its libraries, measured: benchmarks/results/client_memory.json
+CONTEXT = 1 << 30  # assumed: a GPU's context and the workspaces of cuBLAS and NCCL
+_PIECE = 16 << 20  # of the mean model
+
+
+@dataclass(frozen=True)
+class Part:
+    """where: "gpu" or "host"; all parts of a run on CPUs are on the host. when: moments of MOMENTS."""
+
+    name: str
+    bytes: int
+    where: Place
+    when: tuple[str, ...] = MOMENTS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a rank of a client of k = `ranks`, over which parameters are divided; sizes in elements of the client.
+
+    width: bytes of an element of the model. state_bytes: of an element of the active block. low_halves: of masters,
+    kept on the host. offload: the model's shard is on the host. neighbours: the most in an averaging. travels, wire:
+    tensors that an averaging sends, and bytes of an element. chunk: elements. whole: all of an averaging is received
+    before its means are made; kept: the means are all kept. copied: what is sent is copied first. buffers: bytes.
+    """
+
+    ranks: int
+    gpu: bool
+    width: int
+    trained: int
+    frozen: int
+    buffers: int
+    state_bytes: int
+    low_halves: bool
+    offload: bool
+    neighbours: int
+    travels: int
+    wire: int
+    chunk: int
+    whole: bool
+    kept: bool
+    copied: bool
+    mean_model: bool
+
+
+def parts(shape: Shape, block: int, passes: PassMemory, gathered: int, scoring: int, largest_call: int) -> list[Part]:
+    """While a block of `block` elements is active. gathered, largest_call: elements that ZeRO-3 has gathered at a time
+    in a training pass, and at least in an evaluation. scoring: bytes of an evaluation's pass."""
+    k = shape.ranks
+    near: Place = "gpu" if shape.gpu else "host"
+    shard = _share(block, k)
+    model = shape.width * _share(shape.trained + shape.frozen, k)
+    low = 2 * _share(shape.trained, k) if shape.low_halves else 0
+    found = [
+        Part("model shard", model, "host" if shape.offload else near),
+        Part("model buffers", shape.buffers, near),
+        Part("active block: float32 state", shape.state_bytes * shard, near),
+        Part("low halves of masters", low, "host"),
+        Part(ACTIVATIONS, passes.saved, near, PASSES),
+        Part("temporaries of the forward pass", passes.forward - passes.saved, near, ("forward",)),
+        Part("logits, loss and their gradients", passes.loss - passes.saved, near, ("loss",)),
+        Part("gradients and temporaries", max(0, passes.backward - passes.saved), near, ("backward",)),
+        Part("evaluation: activations, logits", scoring, near, ("evaluation", "mean model")),
+    ]
+    if k > 1 or shape.offload:
+        found += [
+            Part("gathered layers", shape.width * gathered, near, PASSES),
+            Part("evaluation: gathered layers", shape.width * largest_call, near, ("evaluation", "mean model")),
+        ]
+    if k > 1:
+        first = min(BUCKET_NUMEL, block)
+        filling = min(BUCKET_NUMEL, block - first)
+        found.append(Part("gradient buckets", 4 * (first + filling + first // k), near, ("backward",)))
+    found += _gossip(shape, shard, near)
+    if shape.mean_model:
+        pieces = _PIECE * (1 + shape.neighbours)
+        found.append(Part("mean model: copy and pieces", model + pieces, "host", ("mean model",)))
+    written = shape.state_bytes * shard + shape.width * _share(shape.trained, k) + low
+    found.append(Part("checkpoint: copies to write", written, "host", ("checkpoint",)))
+    found.append(Part("process", PROCESS, "host"))
+    if shape.gpu:
+        found.append(Part("CUDA and its libraries (assumed)", CONTEXT, "gpu"))
+    return [part for part in found if part.bytes]
+
+
+def _gossip(shape: Shape, shard: int, near: Place) -> list[Part]:
+    if not shape.neighbours:
+        return []
+    sent = shard * shape.travels
+    under_way = sent if shape.whole else min(sent, WINDOW * shape.chunk)
+    received = shape.wire * under_way * (shape.neighbours + shape.copied)
+    means = sent if shape.kept else min(shape.chunk, shard)
+    found = [
+        Part("gossip: receive buffers", received, "host"),
+        Part("gossip: means", 4 * means, near),
+    ]
+    if shape.gpu:  # values of neighbours and the own ones, of a chunk
+        terms = 4 * min(shape.chunk, shard) * (1 + shape.neighbours)
+        found.append(Part("gossip: a chunk's terms", terms, near, ("gossip",)))
+    return found
+
+
+def totals(found: Iterable[Part], where: Place) -> dict[str, int]:
+    """Bytes at each moment."""
+    here = [part for part in found if part.where == where]
+    return {moment: sum(part.bytes for part in here if moment in part.when) for moment in MOMENTS}
+
+
+def peak(found: Iterable[Part], where: Place) -> tuple[str, int]:
+    """The moment that takes most, and its bytes."""
+    return max(totals(found, where).items(), key=lambda item: item[1])
+
+
+def _share(elements: int, ranks: int) -> int:
+    return -(-elements // ranks)

@@ -1,0 +1,38 @@
+"""What gossip sends, from the schedule of a run and its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.gossip.schedule import MixingSchedule
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes. averaging: what one averaging of the largest block sends over an edge, in one direction. edge: the same
+    on average over blocks and inner steps. client: what the busiest client sends a step, on average. run_client: in the
+    whole run. run: of all clients."""
+
+    averaging: int
+    edge: float
+    client: float
+    run_client: float
+    run: float
+
+
+def traffic(bytes_of_blocks: Sequence[int], schedule: Schedule, mixing: MixingSchedule) -> Traffic:
+    """bytes_of_blocks: what an averaging of each block sends over an edge. Where the graph changes from one averaging
+    to the next, an edge is one of those that an averaging uses."""
+    steps = len(schedule)
+    each = ceil(schedule.activation_steps / schedule.gossip_every)  # averagings of an activation
+    activations = steps // (schedule.activation_steps * schedule.blocks)
+    edge = each * activations * sum(bytes_of_blocks)
+    degrees = [
+        sum(len(mixing.destinations(client, t)) for t in range(mixing.period)) / mixing.period
+        for client in range(mixing.size)
+    ]
+    busiest = edge * max(degrees)
+    return Traffic(max(bytes_of_blocks), edge / steps, busiest / steps, busiest, edge * sum(degrees))

@@ -1,0 +1,127 @@
+"""`deca chat MODEL [MODEL ...]`: its arguments, and the conversation."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from deca_ds.errors import ConfigError, ModelError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deca_ds.tools.chat.speaker import Sampling, Speaker
+
+_RESET = "/reset"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder that deca export made, or a hub name")
+    parser.add_argument("--prompt", metavar="TEXT", help="print the answers to this, and end")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of sampling; 0 takes the likeliest token each time, so that only the models differ (default 0)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="the longest answer, in tokens (default 200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that came with the model; only if you trust it"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Talk until the input ends, or answer one prompt. Raises UserErrors: for a model before any is loaded."""
+    if not 0 <= arguments.temperature < math.inf:
+        raise ConfigError(f"--temperature {arguments.temperature} is no temperature", fix="give 0 or more")
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {arguments.max_new_tokens} leaves no answer", fix="give 1 or more")
+    if not 0 <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed {arguments.seed} is no seed", fix="give 0 or more")
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise ConfigError("--prompt is empty", fix="ask something")
+
+    import torch
+    from rich.console import Console
+
+    from deca_ds.tools.chat.speaker import Sampling, Speaker, check_model
+
+    for name in arguments.models:
+        check_model(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        speakers = [Speaker(name, device, trust_remote_code=arguments.trust_remote_code) for name in arguments.models]
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the GPU has no room for the models: {str(error).splitlines()[0]}",
+            fix="name fewer models, or use the CPU: CUDA_VISIBLE_DEVICES= deca chat ...",
+        ) from error
+    console = Console(highlight=False, markup=False)
+    sampling = Sampling(arguments.temperature, arguments.max_new_tokens)
+    if arguments.prompt is not None:
+        _ask(speakers, arguments.prompt, sampling, arguments.seed, console)
+        return 0
+    talk(speakers, sampling, arguments.seed, console)
+    return 0
+
+
+def talk(speakers: Sequence[Speaker], sampling: Sampling, seed: int, console: Console) -> None:
+    """Ask all of them line by line. A turn that is interrupted, or that one of them cannot answer, is forgotten."""
+    if sys.stdin.isatty():
+        console.print(f"{_RESET} forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends", style="dim")
+    for speaker in speakers:
+        if not speaker.has_template:
+            console.print(f"{speaker.name} has no chat template: it continues what you write", style="dim")
+    for turn, line in enumerate(_lines()):
+        if line.strip() == _RESET:
+            for speaker in speakers:
+                speaker.reset()
+            continue
+        if not line.strip():
+            continue
+        try:
+            answers = _ask(speakers, line, sampling, seed + turn, console)
+        except KeyboardInterrupt:
+            console.print("stopped, and the turn is forgotten", style="dim")
+            continue
+        except UserError as error:
+            print(f"ERROR: {error}", file=sys.stderr)
+            continue
+        for speaker, answer in zip(speakers, answers, strict=True):
+            speaker.keep(line, answer)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, until the input ends."""
+    asks = sys.stdin.isatty()
+    if asks:
+        import readline  # noqa: F401  (input() then lets its user edit the line and call earlier ones)
+    while True:
+        try:
+            yield input("\n> " if asks else "")
+        except EOFError:
+            if asks:
+                print()
+            return
+
+
+def _ask(speakers: Sequence[Speaker], prompt: str, sampling: Sampling, seed: int, console: Console) -> list[str]:
+    """Show what each answers, one after the other, and return it. Every answer has the same random numbers."""
+    import torch
+
+    from deca_ds.tools.chat.show import screen
+
+    answers = []
+    with screen(console, [speaker.name for speaker in speakers]) as shown:
+        for number, speaker in enumerate(speakers):
+            shown.begin(number)
+            torch.manual_seed(seed)
+            answers.append(speaker.answer(prompt, sampling, shown.say))
+    return answers

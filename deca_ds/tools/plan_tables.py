@@ -1,0 +1,132 @@
+"""The plan's tables for people: what a rank holds, and how long a step takes on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from deca_ds.planning.estimate import Estimate, Turn
+from deca_ds.planning.fits import Setting, nearest
+from deca_ds.planning.memory import ACTIVATIONS, MOMENTS, PASSES, Part, Place, peak
+from deca_ds.planning.roofline import ARITHMETIC, LINK, MEMORY, USABLE, Gpu, StepTime
+
+
+def print_memory(console: Console, estimate: Estimate) -> None:
+    """What the fullest rank holds while the block is active that takes most, and what the estimate leaves out."""
+    turn = estimate.worst
+    console.print(memory_table(turn, estimate))
+    for line in _notes(estimate):
+        console.print(line, highlight=False)
+
+
+def memory_table(turn: Turn, estimate: Estimate) -> Table:
+    """Of one block's turn, a row a part. Memory of the GPU has a column of its own where there is one."""
+    k = estimate.ranks
+    table = Table(
+        title=f"memory of a rank, {k} rank{'s' if k > 1 else ''} a client, block {turn.index} ({turn.label}) active",
+        show_footer=True,
+    )
+    places: tuple[Place, ...] = ("gpu", "host") if estimate.gpu else ("host",)
+    most = {where: peak(turn.parts, where) for where in places}
+    table.add_column("what", "most at a time")
+    table.add_column("when")
+    for where in places:
+        moment, size = most[where]
+        table.add_column("GPU" if where == "gpu" else where, f"{decimal(size)}\n({moment})", justify="right")
+    for part in turn.parts:
+        table.add_row(part.name, _when(part), *(decimal(part.bytes) if part.where == at else "" for at in places))
+    return table
+
+
+def _when(part: Part) -> str:
+    if part.when == MOMENTS:
+        return "always"
+    return "passes" if part.when == PASSES else part.when[0]
+
+
+def _notes(estimate: Estimate) -> Iterator[str]:
+    if not estimate.passes_are_known:
+        yield (
+            "[bold]WARNING[/bold]: activations, logits and gradients are not in the table: this model does not run on "
+            "tensors without values"
+        )
+    kept = next((part.bytes for part in estimate.worst.parts if part.name == ACTIVATIONS), 0)
+    if (other := estimate.other_activations()) is not None:
+        word = "false" if estimate.config.model.gradient_checkpointing else "true"
+        yield (
+            f"activations: {decimal(kept)} kept for backward; model.gradient_checkpointing={word} would keep "
+            f"{decimal(other)}"
+        )
+    where = "the CUDA allocator" if estimate.gpu else "glibc's heap"
+    yield (
+        f"Not in the table: what {where} keeps of freed memory (on CPUs 3 to 16 % of the peak was measured), and "
+        "cached pages of the data"
+    )
+    if not estimate.gpu:
+        yield "The table is for computing on CPUs; --gpu NAME or run.device=cuda shows it for GPUs"
+
+
+def print_fit(console: Console, estimate: Estimate, name: str, gpu: Gpu) -> None:
+    """Whether the fullest rank fits the GPU, and if not, what would."""
+    usable, needed = USABLE * gpu.memory, estimate.worst.at_most("gpu")
+    room = f"{decimal(needed)} of {decimal(gpu.memory)} on an {name}, of which {USABLE:.0%} count"
+    if needed <= usable:
+        console.print(f"fits: {room}", highlight=False)
+        return
+    console.print(f"[bold]WARNING[/bold]: does not fit: {room}", highlight=False)
+    found = nearest(Setting(estimate.config, estimate.ranks), lambda setting: _needs(estimate, setting) <= usable)
+    if found is None:
+        told = (
+            "none of smaller passes, gradient checkpointing, more ranks a client, smaller blocks and bfloat16 is enough"
+        )
+    else:
+        setting, moves = found
+        told = f"nearest setting that fits: {', '.join(moves)} ({decimal(_needs(estimate, setting))})"
+    console.print(told, highlight=False)
+
+
+def _needs(estimate: Estimate, setting: Setting) -> int:
+    return estimate.changed(setting.config, setting.ranks).worst.at_most("gpu")
+
+
+def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: float | None, time: StepTime) -> None:
+    """Of a step and of the run, and what the roofline assumes."""
+    table = Table(title=f"time on {name}: a roofline, never checked on a GPU")
+    for column in ("", "a step", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    parts = {"compute": time.compute, "ZeRO-3, where compute does not hide it": time.zero3, "gossip": time.gossip}
+    for part, seconds in parts.items():
+        table.add_row(part, duration(seconds), f"{seconds / time.step:.0%}")
+    table.add_section()
+    table.add_row("step, mean over blocks", duration(time.step), "")
+    steps = len(estimate.schedule)
+    table.add_row(f"run of {steps:,} steps, without evaluations", duration(steps * time.step), "")
+    console.print(table)
+    dtype = estimate.config.model.dtype
+    rate = gpu.bf16 if dtype == "bfloat16" else gpu.fp32
+    links = {"between GPUs": gpu.link, "to the host": gpu.pcie} | ({} if net is None else {"between hosts": net})
+    told = [f"{dtype} {rate / 1e12:g} TFLOP/s x {ARITHMETIC}", f"memory {decimal(round(gpu.bandwidth))}/s x {MEMORY}"]
+    told += [f"{where} {decimal(round(speed))}/s x {LINK}" for where, speed in links.items()]
+    console.print(
+        f"assumed: {', '.join(told)}; all sequences are full, and nobody waits for anybody",
+        highlight=False,
+    )
+    if net is None and estimate.neighbours:
+        console.print("Without --net, messages between hosts take no time here", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that people would use."""
+    for limit, unit, size in (
+        (1e-3, "us", 1e-6),
+        (1, "ms", 1e-3),
+        (120, "s", 1),
+        (7200, "min", 60),
+        (172_800, "h", 3600),
+    ):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86_400:.3g} days"

@@ -1,0 +1,53 @@
+"""`deca stop RUN`: have the job that writes to this folder save a checkpoint and stop, wherever its ranks are.
+
+exit code 0   it has stopped, or was through
+exit code 1   it has failed meanwhile
+exit code 2   there is no such run
+exit code 4   no rank gives a sign of life
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from deca_ds.checkpoint.done import STOPPED
+from deca_ds.config.paths import argument as path_argument
+from deca_ds.errors import CheckpointError
+from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, watch
+from deca_ds.watchdog.stop import request_stop
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path_argument, help="the run's output folder")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask, wait until the job has ended, and say how; returns the exit code of the module's text."""
+    folder: Path = arguments.run
+    state = look(folder)
+    if state.is_over:
+        print(f"nothing to stop: {_how(state)}")
+        return _code(state)
+    try:
+        request_stop(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"the job cannot be asked: {error.strerror or error}", where=str(folder), fix="ask as who started the job"
+        ) from error
+    print("asked; the job stops after its inner step, or the evaluation that is under way", file=sys.stderr, flush=True)
+    state = watch(folder)
+    print(_how(state))
+    if STOPPED in state.markers:
+        print("to go on: the command that started it, with run.resume=require")
+    return _code(state)
+
+
+def _how(state: State) -> str:
+    ends = [f"{name}: {(state.folder / name).read_text(errors='replace').strip()}" for name in state.markers]
+    return "\n".join(ends) or "no rank gives a sign of life; if the job has been killed, go on with run.resume=require"
+
+
+def _code(state: State) -> int:
+    return WELL if state.code == STOPPED_CODE else state.code

@@ -1,0 +1,85 @@
+"""What passes take, found without values, against the same passes with them."""
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from deca_ds.config import load_config
+from deca_ds.engine.dry_pass import DryModel, NotWithoutValues
+from deca_ds.engine.load import meta_model
+
+ROWS, LENGTH = 3, 32
+
+
+def config(*changes: str):
+    return load_config(None, ["model.path=none", "run.output=none", *changes])
+
+
+def kept_by_autograd(model: nn.Module, trained: list[str], rows: int) -> int:
+    """Bytes of what the body of a real model leaves for the backward pass, parameters and buffers beside."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    beside = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    ids = torch.zeros(rows, LENGTH, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[1:, -1] = 0  # several rows have different lengths
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in beside:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("llama", ROWS), ("gpt2", ROWS), ("mixtral", ROWS)])
+def test_a_layer_keeps_what_autograd_saves_of_it(name, rows):
+    architecture = tiny_models.CONFIGS[name]()
+    dry = DryModel(config("model.dtype=bfloat16"), architecture)
+    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16)
+    layers = [[n for n, _ in model.named_parameters() if f".{k}." in n and "expert" not in n] for k in (0, 1)]
+    found = [dry.training(names, rows, LENGTH).saved for names in layers]
+    wanted = [kept_by_autograd(model, names, rows) for names in layers]
+    assert found[0] - found[1] == pytest.approx(wanted[0] - wanted[1], rel=0.02)
+    states = 4 * rows * LENGTH * architecture.hidden_size  # of those between layers a few are held beside
+    assert wanted[0] <= found[0] <= wanted[0] + 4 * states
+
+
+def test_a_block_keeps_what_comes_after_it_and_checkpointing_little_of_it():
+    architecture = tiny_models.CONFIGS["llama"]()
+    dry = DryModel(config(), architecture)
+    of_layer = {k: [n for n in dict(meta_names(architecture)) if f"layers.{k}." in n] for k in (0, 1)}
+    first, last = (dry.training(of_layer[k], ROWS, LENGTH) for k in (0, 1))
+    assert first.saved > 1.5 * last.saved
+    assert dry.training(of_layer[0], ROWS, LENGTH, checkpointing=True).saved < 0.5 * first.saved
+    assert dry.training(of_layer[0], ROWS, LENGTH) == first  # as before
+
+
+def test_the_gradients_of_a_tied_matrix_are_two_at_a_time():
+    architecture = tiny_models.CONFIGS["llama, tied, biased"]()
+    architecture.vocab_size = 4096  # beside whose gradient the rest is nothing
+    (matrix,) = (p for n, p in meta_names(architecture) if n.endswith("embed_tokens.weight"))
+    dry = DryModel(config(), architecture)
+    found = dry.training(["model.embed_tokens.weight"], 1, 8).backward
+    assert 2 * 4 * matrix.numel() <= found < 2.5 * 4 * matrix.numel()
+
+
+def test_modules_are_called_in_the_order_of_the_forward_pass():
+    architecture = tiny_models.CONFIGS["llama"]()
+    calls = DryModel(config(), architecture).calls
+    assert calls[0] == ("model.embed_tokens.weight",) and calls[-1] == ("lm_head.weight",)
+    assert sorted(name for call in calls for name in call) == sorted(name for name, _ in meta_names(architecture))
+
+
+def test_a_model_that_asks_for_values_is_refused():
+    with pytest.raises(NotWithoutValues):
+        DryModel(config(), tiny_models.CONFIGS["longcat_flash"]())
+
+
+def meta_names(architecture):
+    return list(meta_model(config().model, architecture).named_parameters())

@@ -1,0 +1,39 @@
+"""The commands that look at files do without torch and what is as slow: an answer, or a help text, comes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys
+from deca_ds.cli import main
+slow = {"accelerate", "datasets", "deepspeed", "huggingface_hub", "mpi4py", "networkx", "numpy", "torch"}
+for command in json.loads(sys.argv[1]):
+    try:
+        code = main(command)
+    except SystemExit as end:
+        code = end.code
+    assert code == 0, (command, code)
+    assert not slow & sys.modules.keys(), (command, slow & sys.modules.keys())
+"""
+
+
+def test_what_looks_at_files_imports_nothing_slow(tmp_path):
+    run = tmp_path / "run"
+    (run / "heartbeats").mkdir(parents=True)
+    (run / "heartbeats" / "rank_0000.json").write_text(
+        '{"rank": 0, "host": "n0", "client": 0, "phase": "gossip", "step": 3, "block": "layers 0-1", "awaits": 1,'
+        ' "idle_s": 0.5, "time": 1.0}'
+    )
+    (run / "DONE").write_text("3 of 3 inner steps\n")
+    helps = [[name, "--help"] for name in ("status", "report", "data", "doctor", "export", "plan", "where")]
+    commands = json.dumps([["--help"], ["status", str(run)], ["where"], *helps])
+    wide = os.environ | {"COLUMNS": "160"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, commands], capture_output=True, text=True, timeout=120, env=wide
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gossip, waiting for client 1" in done.stdout and "3 of 3 inner steps" in done.stdout

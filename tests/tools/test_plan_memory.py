@@ -1,0 +1,77 @@
+"""What a plan tells about memory."""
+
+import json
+import re
+
+from rich.filesize import decimal
+from transformers import LongcatFlashConfig
+
+from deca_ds.cli import main
+from deca_ds.config import load_config
+from deca_ds.planning.memory import CONTEXT
+from deca_ds.planning.roofline import GPUS, USABLE
+from deca_ds.tools.plan import _on_hosts, print_plan
+
+
+def test_memory_is_told_by_part_in_80_columns_and_as_json(tiny_model, word_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {tiny_model}}}\ndata: {{train: [{word_files[0]}]}}\n")
+    command = ["plan", "--config", str(tmp_path / "run.yaml")]
+    keys = [f"run.output={tmp_path / 'run'}", "cluster.clients=3", "cluster.ranks=[2,2,2]", "run.device=cuda"]
+    keys += ["model.dtype=bfloat16", "data.max_length=16"]
+    assert main([*command, *keys]) == 0
+    told = capsys.readouterr().out
+    table = told[told.index("memory of a rank") : told.index("activations: ")]
+    assert "…" not in table and max(map(len, told.splitlines())) <= 80
+    assert main([*command, "--json", *keys]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["memory"]["device"] == "gpu" and numbers["memory"]["ranks_per_client"] == 2
+    fullest = numbers["memory"]["blocks"][numbers["memory"]["fullest_block"]]
+    for part in fullest["parts"]:
+        assert re.search(rf"{re.escape(part['name'])} .* {re.escape(decimal(part['bytes']))} ", table), part
+    for where in ("gpu", "host"):
+        assert decimal(max(fullest[where].values())) in table
+    assert numbers["disk"]["model"] > 0
+    assert decimal(numbers["traffic"]["averaging"]) in told and decimal(round(numbers["traffic"]["run"])) in told
+    assert f"{numbers['length']['tokens']:,} tokens" in " ".join(told.split())
+
+
+def test_a_gpu_is_told_to_fit_or_not_and_how_long_a_step_takes(tiny_model, word_files, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {tiny_model}}}\ndata: {{train: [{word_files[0]}]}}\n")
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    command = ["plan", "--config", str(tmp_path / "run.yaml"), "--hostfile", str(tmp_path / "hosts")]
+    keys = [f"run.output={tmp_path / 'run'}", "cluster.clients=2", "data.max_length=16", "data.micro_batch_size=2"]
+
+    def plan(*options: str) -> tuple[int, str]:
+        code = main([*command, *options, *keys])
+        told = capsys.readouterr()
+        return code, " ".join((told.out + told.err).split())
+
+    code, told = plan("--gpu", "h100", "--net", "10G")
+    assert code == 0 and re.search(r"fits: \S+ GB of 85.5 GB on an H100", told)
+    assert "bfloat16" not in told and "float32 67 TFLOP/s x 0.4" in told and "between hosts 1.2 GB/s x 0.8" in told
+    small = GPUS["H100"].__class__(**vars(GPUS["H100"]) | {"memory": int(1.0001 * CONTEXT / USABLE)})
+    monkeypatch.setitem(GPUS, "H100", small)
+    code, told = plan("--gpu", "H100")
+    assert "does not fit" in told and "nearest setting that fits: " in told
+    assert "Without --net, messages between hosts take no time here" in told
+    code, told = plan("--net", "10G")
+    assert code == 2 and "add --gpu" in told
+
+
+def test_clients_share_the_network_of_their_host():
+    assert _on_hosts(None) == (False, 1.0)
+    assert _on_hosts([["a"], ["a"], ["b"]]) == (False, 2.0)
+    assert _on_hosts([["a", "b"], ["c", "d"]]) == (True, 0.5)
+
+
+def test_a_model_that_does_not_run_without_values_still_has_a_plan(tiny_model, word_files, tmp_path, capsys):
+    LongcatFlashConfig(
+        vocab_size=51, hidden_size=16, ffn_hidden_size=24, expert_ffn_hidden_size=8, num_layers=1, num_hidden_layers=2,
+        num_attention_heads=2, n_routed_experts=4, moe_topk=2, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=4,
+        qk_rope_head_dim=4, v_head_dim=4,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"model.tokenizer={tiny_model}"]
+    print_plan(load_config(None, [*keys, f"data.train=[{word_files[0]}]"]))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "activations, logits and gradients are not in the table" in told and "model shard" in told

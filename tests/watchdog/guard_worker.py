@@ -1,0 +1,76 @@
+"""A rank that fails, hangs or waits in a way of its own, and knows nothing but the job's store.
+
+Usage: guard_worker.py RANK PORT WHAT FOLDER.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from deca_ds.errors import ConfigError, DataError
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import open_job_store
+from deca_ds.launch.view import Membership, View
+from deca_ds.watchdog import guard as module
+from deca_ds.watchdog.failure import Failure
+from deca_ds.watchdog.guard import guarded
+from deca_ds.watchdog.role import Elasticity, Visitor
+from deca_ds.watchdog.stop import StopByCommit
+
+rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+launch = Launch("deepspeed", rank, 3, rank, ("127.0.0.1", port))
+visitor = Visitor(host=0) if what == "visits" else None
+with guarded(launch, open_job_store(launch, 60), visitor) as guard:
+    guard.write_to(output)
+    if what == "wait":
+        time.sleep(60)
+    elif what == "user":
+        raise ConfigError("the value is odd", where="some.key", fix="make it even")
+    elif what == "slow":  # long after the report is in the store, the message is still being put together
+        module.whole_message = lambda error: time.sleep(3) or "told in full"
+        raise RuntimeError("a defect")
+    elif what == "data":
+        raise DataError("row 3 says 'secret'")
+    elif what == "bug":
+        raise RuntimeError("a defect")
+    elif what == "second bug":
+        while Failure.reported(guard.store.store) is None:
+            time.sleep(0.01)
+        raise RuntimeError("a defect")
+    elif what == "vanish":
+        time.sleep(5)  # until the others are connected
+        os._exit(7)
+    elif what == "stopped":
+        while len(list(output.glob("ready*"))) < 2:
+            time.sleep(0.1)
+        subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"])
+        (output / "stops").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(7)
+    elif what == "out":  # put out by the others, which the main thread does not come to learn of
+        cut_off = threading.Event()
+        guard.progress.watch(ClientLayout(3, 1), 3.0)
+        membership = Membership(View.of_all(3))
+        guard.enter_elastic(Elasticity(membership, ClientLayout(3, 1), StopByCommit(), cut_off=cut_off))
+        guard.let_others_go_on()
+        cut_off.set()
+        time.sleep(60)
+    elif what == "visits":  # and nobody moves on, nor is anybody put out
+        module._OTHERS_S = 3.0
+        guard.progress.watch(ClientLayout(3, 1), 3.0)
+        guard.progress.wait_for("all")
+        time.sleep(60)
+    elif what == "through":
+        time.sleep(15)
+        os._exit(0)
+    elif what == "idle":
+        (output / f"ready{rank}").touch()
+        while not (output / "stops").exists():
+            time.sleep(0.05)
+        guard.progress.tick()
+        guard.progress.timeout_s = 4.0
+        time.sleep(60)
