@@ -42,10 +42,11 @@ token on the common evaluation set, after the last step: the mean over the clien
 row has its own best learning rate, found on seed {tuned} by the clients' loss; seeds {seeds} are reported. +- is the
 half-width of a 95 % interval over these seeds (Student's t: with few seeds it is wide). "against the first" is the
 row minus the first one, seed by seed: the same common set, graph and (but where the study changes alpha) split of the
-data. p is that of the paired t test, corrected for the number of comparisons in its column (Holm): bold where it is
-below 0.05. The intervals are not corrected. "same sign" counts the seeds whose difference has the sign of the mean
-difference. A learning rate with a * is the smallest or the largest that was tried, after extensions of the grid: the
-row could be better yet. State: masters, gradient and what the method keeps, of the largest block, in float32.
+data. p is that of the paired t test, corrected for the number of rows that are compared in its table, run or not
+(Holm): bold where it is below 0.05. The intervals are not corrected. "same sign" counts the seeds whose difference
+has the sign of the mean difference. A learning rate with a * is the smallest or the largest that was tried, after
+extensions of the grid: the row could be better yet. State: masters, gradient and what the method keeps, of the
+largest block, in float32.
 
 A seed draws its own Erdos-Renyi graph, so MB sent and contraction are means over the seeds. Contraction is what an
 averaging leaves of the clients' disagreement; the bound is 1 - spectral gap, for graphs that stay the same (a period
@@ -209,8 +210,8 @@ def _loss_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "MB sent a client": [_average(row, "bytes_sent_by_a_client", 1e-6) for row in rows],
         "state, MB": [_average(row, "state_bytes", 1e-6, digits=1) for row in rows],
         "clients' loss": _column(rows, clients_loss),
-        "against the first": _differences(changes),
-        "p": _p_values(changes),
+        "against the first": _differences(changes, planned=len(rows) - 1),
+        "p": _p_values(changes, planned=len(rows) - 1),
         "same sign": [_signs(each) for each in changes],
         "mean model": _column(rows, mean_model("loss")),
         "consensus distance": _column(rows, lambda run: run["consensus_distance"], digits=2),
@@ -224,8 +225,8 @@ def _accuracy_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     changes = [_changes(row, rows[0], accuracy) for row in rows]
     return {
         "clients' accuracy, %": _column(rows, accuracy, digits=1, scale=100),
-        "against the first, points": _differences(changes, scale=100),
-        "p": _p_values(changes),
+        "against the first, points": _differences(changes, scale=100, planned=len(rows) - 1),
+        "p": _p_values(changes, planned=len(rows) - 1),
         "macro-F1, %": _column(rows, clients_mean("macro_f1"), digits=1, scale=100),
         "mean model's accuracy, %": _column(rows, mean_model("accuracy"), digits=1, scale=100),
         "share of the gap closed": [_shown(gap_closed(row, rows, accuracy), digits=2) for row in rows],
@@ -240,18 +241,18 @@ def _column(rows: Sequence[Row], measure: Measure, *, digits: int = 3, scale: fl
     return [_shown(row.interval(measure), digits=digits, scale=scale) for row in rows]
 
 
-def _differences(changes: Sequence[Sequence[float]], scale: float = 1) -> list[str]:
+def _differences(changes: Sequence[Sequence[float]], scale: float = 1, planned: int = 0) -> list[str]:
     """An interval for each comparison of a column, bold where its corrected p is below 0.05."""
     digits = 1 if scale == 100 else 3
     cells = []
-    for values, p in zip(changes, corrected(changes), strict=True):
+    for values, p in zip(changes, corrected(changes, planned), strict=True):
         text = _shown(Interval.of(values) if values else None, sign=True, digits=digits, scale=scale)
         cells.append(f"**{text}**" if p is not None and p < LEVEL else text)
     return cells
 
 
-def _p_values(changes: Sequence[Sequence[float]]) -> list[str]:
-    return ["" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in corrected(changes)]
+def _p_values(changes: Sequence[Sequence[float]], planned: int) -> list[str]:
+    return ["" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in corrected(changes, planned)]
 
 
 def _signs(values: Sequence[float]) -> str:

@@ -100,6 +100,8 @@ def test_p_values_are_corrected_for_the_number_of_comparisons(rows):
     assert corrected([some[0], [], some[1], some[2], [0.0, 0.0, 0.0]]) == pytest.approx(expected)
     # a larger p is never corrected below a smaller one
     assert corrected([some[0], some[0]]) == pytest.approx([2 * one, 2 * one])
+    # what has not run yet counts
+    assert corrected([some[0], []], planned=3) == pytest.approx([3 * one, None])
     assert corrected([[0.5, 0.5], [0.3]]) == [0.0, None] and corrected([]) == []
     assert corrected([some[1], some[1]]) == pytest.approx([min(1.0, 2 * other)] * 2)
 
@@ -144,10 +146,10 @@ def test_the_table(rows):
     first = "| first | 2 | 10 | 40 | 6 | 2.0 | 0.400 +- 0.248 |  |  |  | 0.400 +- 0.248 | 0.10 +- 0.00 | 0.400, 0.300 |"
     assert first in table
     assert "| **+0.600 +- 0.000** | < 0.001 | 3 of 3 |" in table
-    # three comparisons: 0.2 +- 0.248 has p 0.074, the largest of them, which stays as it is
-    assert "| +0.200 +- 0.248 | 0.074 | 3 of 3 |" in table
+    # 0.2 +- 0.248 has p 0.074, the third of seven comparisons, of which four did not run to their end: times five
+    assert "| +0.200 +- 0.248 | 0.371 | 3 of 3 |" in table
     assert "| first | 60.0 +- 24.8 |  |  | 50.0 +- 0.0 | 60.0 +- 24.8 |" in table
-    assert "| second | 40.0 +- 49.7 | -20.0 +- 24.8 | 0.074 |" in table
+    assert "| second | 40.0 +- 49.7 | -20.0 +- 24.8 | 0.371 |" in table
     assert "| later | not finished |" in table and "| never | not run |" in table
     assert "| lost | 1, diverged at every learning rate |" in table
     assert "| half lost | 1, diverged at 1 of 3 seeds |" in table
