@@ -98,7 +98,7 @@ class StackedClients:
             hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, place=place: note(place)))
         targets = max(1, sum(count_targets(batch) for batch in micro_batches))
         total = 0.0
-        self._model.train()
+        self._mode(training=True)
         for batch in micro_batches:
             loss = training_loss(self._model, batch, _CPU, targets)
             if loss.requires_grad:
@@ -123,9 +123,13 @@ class StackedClients:
         """Per row of the batch, for the model with the parameters `row` ([numel]): summed loss of its targets in nats,
         and their number; both [batch]."""
         self._become(row)
-        self._model.eval()
+        self._mode(training=False)
         losses, mask = token_losses(self._model, batch, _CPU)
         return losses.sum(dim=1), mask.sum(dim=1)
+
+    def _mode(self, *, training: bool) -> None:
+        if self._model.training != training:  # it visits every module, of which a small model has many
+            self._model.train(training)
 
     def _become(self, row: Tensor) -> None:
         for name, parameter in self._parameters.items():

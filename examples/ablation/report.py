@@ -2,7 +2,7 @@
 
 python examples/ablation/report.py                      benchmarks/ablation/tables.md and plots
 python examples/ablation/report.py --no-plots           tables only; needs no matplotlib
-python examples/ablation/report.py --studies learnable  benchmarks/learnable/tables.md
+python examples/ablation/report.py --studies learnable  benchmarks/learnable/tables.md, and the table in README.md
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 from ablation import BENCHMARKS, STUDIES, finished, load_studies
 from summary import (
+    CENTRAL,
+    LOCAL,
     Interval,
     Measure,
     Row,
@@ -37,13 +39,14 @@ HEAD = """# The tables of the studies {name}
 
 made this file from runs.jsonl; what the studies are is in examples/ablation/{name}.yaml. Losses are nats per target
 token on the common evaluation set, after the last step: the mean over the clients, and that of the mean model. Every
-row has its own best learning rate, found on seed {tuned} by the clients' loss; seeds {seeds} are reported, on the same
-set. +- is the half-width of a 95 % interval over these seeds (Student's t: with few seeds it is wide). "against the
-first" is the row minus the first one, seed by seed: the same common set, graph and (but where the study changes alpha)
-split of the data. p is that of the paired t test, corrected for the number of comparisons in its column (Holm): bold
-where it is below 0.05. The intervals are not corrected. "same sign" counts the seeds whose difference has the sign of
-the mean difference. A learning rate with a * is the smallest or the largest that was tried, after extensions of the
-grid: the row could be better yet. State: masters, gradient and what the method keeps, of the largest block, in float32.
+row has its own best learning rate, found on seed {tuned} by the clients' loss; seeds {seeds} are reported. +- is the
+half-width of a 95 % interval over these seeds (Student's t: with few seeds it is wide). "against the first" is the
+row minus the first one, seed by seed: the same common set, graph and (but where the study changes alpha) split of the
+data. p is that of the paired t test, corrected for the number of rows that are compared in its table, run or not
+(Holm): bold where it is below 0.05. The intervals are not corrected. "same sign" counts the seeds whose difference
+has the sign of the mean difference. A learning rate with a * is the smallest or the largest that was tried, after
+extensions of the grid: the row could be better yet. State: masters, gradient and what the method keeps, of the
+largest block, in float32.
 
 A seed draws its own Erdos-Renyi graph, so MB sent and contraction are means over the seeds. Contraction is what an
 averaging leaves of the clients' disagreement; the bound is 1 - spectral gap, for graphs that stay the same (a period
@@ -52,6 +55,18 @@ of one-peer exponential makes an exact mean, its single averagings have no such 
 """
 
 
+README, FIRST = BENCHMARKS.parent / "README.md", "methods, ring"  # the study whose table stands there
+SCREEN = """
+Does it help? Eight clients on a ring have AG News, most of it of one or two of the four labels each, and fine-tune a
+Llama of 1.3 million parameters that has read news. Each method has its own best learning rate; +- is a 95 % interval
+over the seeds, bold a difference from DECA with p < 0.05 after correction for the number of methods. MB are what a
+client sends and what it keeps while it trains. [What was run, and what it says](benchmarks/learnable/README.md):
+
+![Accuracy of each method, between clients alone and all data](benchmarks/learnable/accuracy.png)
+
+{table}
+"""
+MARKS = ("<!-- accuracies, by examples/ablation/report.py -->", "<!-- end of accuracies -->")
 LEVEL = 0.05
 ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
 
@@ -68,10 +83,19 @@ def main() -> None:
     runs, wanted = finished(results / "runs.jsonl"), load_studies(arguments.studies)
     studies = list(summarize(wanted, runs))
     (results / "tables.md").write_text(head(arguments.studies, wanted["tune"]) + tables(studies, runs))
+    if results == BENCHMARKS / "learnable":
+        README.write_text(between_marks(README.read_text(), first_screen(studies)))
     if not arguments.no_plots:
         from plots import draw
 
         draw(studies, results)
+
+
+def between_marks(page: str, text: str) -> str:
+    """The README with that text in its place."""
+    before, _, rest = page.partition(f"{MARKS[0]}\n")
+    _, _, after = rest.partition(f"{MARKS[1]}\n")
+    return f"{before}{MARKS[0]}\n{text}{MARKS[1]}\n{after}"
 
 
 def head(name: str, tune: Mapping[str, Any]) -> str:
@@ -87,30 +111,38 @@ def tables(studies: Studies, runs: Mapping[str, Run]) -> str:
     parts = [cost, _ordering_table(studies), _signal_table(studies)]
     for study, dataset, rows in studies:
         parts.append(f"## {study}, {dataset}\n\n" + _table(rows))
-    return "\n".join(parts)
+    return "\n".join(filter(None, parts))
 
 
 def _ordering_table(studies: Studies) -> str:
-    """The paper's ordering, where all three have run: the loss that each step down the ordering adds."""
+    """The paper's ordering, where all three have run: what each step down the ordering adds."""
     lines = ["## The paper's ordering: DECA, no BMA, trivial BMA", ""]
-    lines += ["| study | data | no BMA minus DECA | trivial minus no BMA | trivial minus DECA |", "|---" * 5 + "|"]
-    places, changes = [], []
+    lines += [
+        "| study | data | score | no BMA minus DECA | trivial minus no BMA | trivial minus DECA |",
+        "|---" * 6 + "|",
+    ]
+    settings = []
     for study, dataset, rows in studies:
         named = {row.name: row for row in rows if row.runs}
         if named.keys() >= set(ORDERING):
             deca, without, trivial = (named[name] for name in ORDERING)
-            places.append((study, dataset))
-            pairs = ((without, deca), (trivial, without), (trivial, deca))
-            changes.append([differences(row, reference) for row, reference in pairs])
-    columns = [_differences(column) for column in zip(*changes, strict=True)]
-    for place, *steps in zip(places, *columns, strict=True):
-        lines.append(f"| {' | '.join([*place, *steps])} |")
+            settings.append((study, dataset, ((without, deca), (trivial, without), (trivial, deca))))
+    if not settings:
+        return ""
+    for score, measure, scale in (("loss", clients_loss, 1), ("accuracy, points", clients_mean("accuracy"), 100)):
+        changes = [[differences(row, other, measure) for row, other in pairs] for *_, pairs in settings]
+        columns = [_differences(column, scale) for column in zip(*changes, strict=True)]
+        for (study, dataset, _), *steps in zip(settings, *columns, strict=True):
+            if any(steps):
+                lines.append(f"| {' | '.join([study, dataset, score, *steps])} |")
     return "\n".join(lines) + "\n"
 
 
 def _signal_table(studies: Studies) -> str:
     """DECA's default signal against none, in every setting that has both."""
     pairs = list(pairs_without_signal(studies))
+    if not pairs:
+        return ""
     lines = ["## The signal: gossip-adam minus deca (descent), in every setting that has both", ""]
     titles = ("clients' loss", "clients' accuracy, points", "mean model's loss", "seeds where deca's loss is lower")
     lines += [f"| study | data | setting | {' | '.join(titles)} |", "|---" * 7 + "|"]
@@ -124,6 +156,26 @@ def _signal_table(studies: Studies) -> str:
     return "\n".join(lines) + "\n"
 
 
+def first_screen(studies: Studies) -> str:
+    """What the README says of FIRST: how often the clients answer rightly, and what it costs. Empty until DECA and both
+    brackets are done; other rows follow as they are."""
+    rows = next((rows for study, _, rows in studies if study == FIRST), [])
+    done = [place for place, row in enumerate(rows) if row.runs]
+    if not {ORDERING[0], LOCAL, CENTRAL} <= {rows[place].name for place in done}:
+        return ""
+    accuracy, losses = _accuracy_columns(rows), _loss_columns(rows)
+    columns = {
+        "accuracy of the clients, %": accuracy["clients' accuracy, %"],
+        "minus DECA's, points": accuracy["against the first, points"],
+        "of their mean model, %": accuracy["mean model's accuracy, %"],
+        "share of the gap closed": accuracy["share of the gap closed"],
+        "MB sent": losses["MB sent a client"],
+        "MB state": losses["state, MB"],
+    }
+    columns = {name: [cells[place] for place in done] for name, cells in columns.items()}
+    return SCREEN.format(table=_markdown([rows[place] for place in done], columns))
+
+
 def _table(rows: Sequence[Row]) -> str:
     """Cost and loss; below it, for classification, who answers how often rightly."""
     losses = {name: cells for name, cells in _loss_columns(rows).items() if any(cells)}
@@ -132,6 +184,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _markdown(rows: Sequence[Row], columns: Mapping[str, Sequence[str]]) -> str:
+    columns = columns or {"so far": [""] * len(rows)}
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for place, row in enumerate(rows):
         cells = [column[place] for column in columns.values()]
@@ -150,13 +203,15 @@ def _loss_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     steps = [row.runs[0]["steps"] if row.runs else 0 for row in rows]
     return {
         "lr": ["" if row.lr is None else f"{row.lr:g}" + ("*" if row.at_the_end else "") for row in rows],
-        "steps": list(map(str, steps)),
-        "samples a client": [str(n * row.variant.keys["data.batch_size"]) for n, row in zip(steps, rows, strict=True)],
+        "steps": [str(n or "") for n in steps],
+        "samples a client": [
+            str(n * row.variant.keys["data.batch_size"]) if n else "" for n, row in zip(steps, rows, strict=True)
+        ],
         "MB sent a client": [_average(row, "bytes_sent_by_a_client", 1e-6) for row in rows],
         "state, MB": [_average(row, "state_bytes", 1e-6, digits=1) for row in rows],
         "clients' loss": _column(rows, clients_loss),
-        "against the first": _differences(changes),
-        "p": _p_values(changes),
+        "against the first": _differences(changes, planned=len(rows) - 1),
+        "p": _p_values(changes, planned=len(rows) - 1),
         "same sign": [_signs(each) for each in changes],
         "mean model": _column(rows, mean_model("loss")),
         "consensus distance": _column(rows, lambda run: run["consensus_distance"], digits=2),
@@ -170,8 +225,8 @@ def _accuracy_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     changes = [_changes(row, rows[0], accuracy) for row in rows]
     return {
         "clients' accuracy, %": _column(rows, accuracy, digits=1, scale=100),
-        "against the first, points": _differences(changes, scale=100),
-        "p": _p_values(changes),
+        "against the first, points": _differences(changes, scale=100, planned=len(rows) - 1),
+        "p": _p_values(changes, planned=len(rows) - 1),
         "macro-F1, %": _column(rows, clients_mean("macro_f1"), digits=1, scale=100),
         "mean model's accuracy, %": _column(rows, mean_model("accuracy"), digits=1, scale=100),
         "share of the gap closed": [_shown(gap_closed(row, rows, accuracy), digits=2) for row in rows],
@@ -186,18 +241,18 @@ def _column(rows: Sequence[Row], measure: Measure, *, digits: int = 3, scale: fl
     return [_shown(row.interval(measure), digits=digits, scale=scale) for row in rows]
 
 
-def _differences(changes: Sequence[Sequence[float]], scale: float = 1) -> list[str]:
+def _differences(changes: Sequence[Sequence[float]], scale: float = 1, planned: int = 0) -> list[str]:
     """An interval for each comparison of a column, bold where its corrected p is below 0.05."""
     digits = 1 if scale == 100 else 3
     cells = []
-    for values, p in zip(changes, corrected(changes), strict=True):
+    for values, p in zip(changes, corrected(changes, planned), strict=True):
         text = _shown(Interval.of(values) if values else None, sign=True, digits=digits, scale=scale)
         cells.append(f"**{text}**" if p is not None and p < LEVEL else text)
     return cells
 
 
-def _p_values(changes: Sequence[Sequence[float]]) -> list[str]:
-    return ["" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in corrected(changes)]
+def _p_values(changes: Sequence[Sequence[float]], planned: int) -> list[str]:
+    return ["" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in corrected(changes, planned)]
 
 
 def _signs(values: Sequence[float]) -> str:

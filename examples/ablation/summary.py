@@ -144,15 +144,16 @@ def difference(row: Row, reference: Row, measure: Measure = clients_loss) -> Int
     return Interval.of(values) if values else None
 
 
-def corrected(comparisons: Sequence[Sequence[float]]) -> list[float | None]:
+def corrected(comparisons: Sequence[Sequence[float]], planned: int = 0) -> list[float | None]:
     """The p-value of each comparison, given by its paired differences, against "no difference" (two-sided t test),
     corrected for their number (Holm 1979): with no true difference at all, one of them lies under 0.05 in at most 5 %
-    of studies. None, and not counted, where there are fewer than two differences or all are 0."""
+    of studies. None, and not counted, where there are fewer than two differences or all are 0. planned: how many there
+    will be at least, so that what has not run yet cannot undo a finding."""
     found = [_p_value(values) for values in comparisons]
     order = sorted((value, place) for place, value in enumerate(found) if value is not None)
-    least = 0.0
+    number, least = max(planned, len(order)), 0.0
     for rank, (value, place) in enumerate(order):
-        found[place] = least = max(least, min(1.0, (len(order) - rank) * value))
+        found[place] = least = max(least, min(1.0, (number - rank) * value))
     return found
 
 

@@ -100,6 +100,8 @@ def test_p_values_are_corrected_for_the_number_of_comparisons(rows):
     assert corrected([some[0], [], some[1], some[2], [0.0, 0.0, 0.0]]) == pytest.approx(expected)
     # a larger p is never corrected below a smaller one
     assert corrected([some[0], some[0]]) == pytest.approx([2 * one, 2 * one])
+    # what has not run yet counts
+    assert corrected([some[0], []], planned=3) == pytest.approx([3 * one, None])
     assert corrected([[0.5, 0.5], [0.3]]) == [0.0, None] and corrected([]) == []
     assert corrected([some[1], some[1]]) == pytest.approx([min(1.0, 2 * other)] * 2)
 
@@ -144,10 +146,10 @@ def test_the_table(rows):
     first = "| first | 2 | 10 | 40 | 6 | 2.0 | 0.400 +- 0.248 |  |  |  | 0.400 +- 0.248 | 0.10 +- 0.00 | 0.400, 0.300 |"
     assert first in table
     assert "| **+0.600 +- 0.000** | < 0.001 | 3 of 3 |" in table
-    # three comparisons: 0.2 +- 0.248 has p 0.074, the largest of them, which stays as it is
-    assert "| +0.200 +- 0.248 | 0.074 | 3 of 3 |" in table
+    # 0.2 +- 0.248 has p 0.074, the third of seven comparisons, of which four did not run to their end: times five
+    assert "| +0.200 +- 0.248 | 0.371 | 3 of 3 |" in table
     assert "| first | 60.0 +- 24.8 |  |  | 50.0 +- 0.0 | 60.0 +- 24.8 |" in table
-    assert "| second | 40.0 +- 49.7 | -20.0 +- 24.8 | 0.074 |" in table
+    assert "| second | 40.0 +- 49.7 | -20.0 +- 24.8 | 0.371 |" in table
     assert "| later | not finished |" in table and "| never | not run |" in table
     assert "| lost | 1, diverged at every learning rate |" in table
     assert "| half lost | 1, diverged at 1 of 3 seeds |" in table
@@ -156,6 +158,24 @@ def test_the_table(rows):
     for part in (losses, accuracies):
         width = {line.count("|") for line in part.strip().splitlines()}
         assert len(width) == 1, "a row has other columns than the head"
+
+
+def test_the_readme_has_the_rows_that_have_run(rows):
+    from dataclasses import replace
+
+    from report import FIRST, MARKS, ORDERING, between_marks, first_screen
+
+    first, *others = rows.values()
+    deca = replace(first, variant=replace(first.variant, name=ORDERING[0]))
+    text = first_screen([(FIRST, "news", [deca, *others])])
+    assert "](benchmarks/learnable/accuracy.png)" in text and "never" not in text and "later" not in text
+    assert "| deca (descent) | 60.0 +- 24.8 |  | 60.0 +- 24.8 | 0.75 +- 0.00 | 6 | 2.0 |" in text
+    assert "| adamw, alone | 0.0 +- 24.8 | **-60.0 +- 0.0** |" in text
+    page = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
+    assert between_marks(page, text) == f"before\n{MARKS[0]}\n{text}{MARKS[1]}\nafter\n"
+    assert first_screen([("another", "news", [deca, *others])]) == ""
+    for missing in (deca, rows["adamw, alone"], rows["adamw, all data"]):
+        assert first_screen([(FIRST, "news", [row for row in (deca, *others) if row is not missing])]) == ""
 
 
 def test_equal_runs_are_said_to_be_equal(rows):
@@ -175,7 +195,8 @@ def test_the_papers_ordering(rows):
     three = [rows["first"], rows["second"], rows["adamw, alone"]]
     named = [replace(row, variant=replace(row.variant, name=name)) for row, name in zip(three, ORDERING, strict=True)]
     table = tables([("methods", "news", named), ("blocks", "news", three)], {})
-    assert "| methods | news | +0.200 +- 0.248 | **+0.400 +- 0.248** | **+0.600 +- 0.000** |" in table
+    assert "| methods | news | loss | +0.200 +- 0.248 | **+0.400 +- 0.248** | **+0.600 +- 0.000** |" in table
+    assert "| methods | news | accuracy, points | -20.0 +- 24.8 | **-40.0 +- 24.8** | **-60.0 +- 0.0** |" in table
     assert "| blocks | news | +" not in table
 
 
@@ -225,11 +246,18 @@ def test_without_runs_the_command_that_makes_them_is_named(tmp_path, monkeypatch
     assert "ablation.py --studies learnable makes them" in capsys.readouterr().err
 
 
-def test_the_tables_in_the_repository_are_made_from_its_runs():
+@pytest.mark.parametrize("name", ["ablation", "learnable"])
+def test_the_tables_in_the_repository_are_made_from_its_runs(name):
     from ablation import finished, load_studies
-    from report import head, tables
+    from report import between_marks, first_screen, head, tables
     from summary import summarize
 
-    runs, studies = finished(RESULTS / "runs.jsonl"), load_studies()
-    made = head("ablation", studies["tune"]) + tables(list(summarize(studies, runs)), runs)
-    assert made == (RESULTS / "tables.md").read_text(), "run python examples/ablation/report.py"
+    results, wanted = RESULTS.with_name(name), load_studies(name)
+    runs = finished(results / "runs.jsonl")
+    studies = list(summarize(wanted, runs))
+    made = head(name, wanted["tune"]) + tables(studies, runs)
+    again = f"run python examples/ablation/report.py --studies {name}"
+    assert made == (results / "tables.md").read_text(), again
+    if name == "learnable":
+        page = (REPOSITORY / "README.md").read_text()
+        assert page == between_marks(page, first_screen(studies)), again
