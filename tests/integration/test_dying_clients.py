@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from histories import assert_simulated
 from jobs import BIN, REPOSITORY, Finished, free_port, run_command
-from preloaded import python
+from preloaded import PYTHON
 
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
@@ -45,7 +45,7 @@ def run(
     supervised: see by_hand.py."""
     tests = REPOSITORY / "tests"
     worker = str(tests / "integration/dying_worker.py")
-    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), *python(worker)]
+    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), *PYTHON, worker]
     if transport == "torch":
         start = [sys.executable, str(tests / "by_hand.py"), str(ranks), str(free_port()), worker]
     return run_command(
