@@ -29,6 +29,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+PYTHON = [sys.executable]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DEMO = REPOSITORY / "examples" / "demo"
 ALL_S = 520.0  # what has not begun by then is not covered
@@ -74,7 +75,7 @@ class Run:
     def worker(self, name: str) -> dict[str, Any]:
         """What acceptance_worker.py measures; once."""
         if name not in self.figures:
-            command = [sys.executable, str(Path(__file__).with_name("acceptance_worker.py")), name]
+            command = [*PYTHON, str(Path(__file__).with_name("acceptance_worker.py")), name]
             output = self._end(self._start(command + ["--small"] * self.small, {}), name)
             self.figures[name] = json.loads(output.strip().splitlines()[-1])
         return self.figures[name]
@@ -93,11 +94,11 @@ class Run:
         }  # fmt: skip
         arguments = ["launchers/train.py", *(f"{key}={value}" for key, value in every.items()), *overrides]
         if launcher == "mpi":
-            started = [self._start([str(BIN / "mpirun"), "-n", "2", sys.executable, *arguments], _MPI)]
+            started = [self._start([str(BIN / "mpirun"), "-n", "2", *PYTHON, *arguments], _MPI)]
         else:  # each rank by itself, and each sees one GPU, whatever its number on the host
             port = _free_port()
             started = [
-                self._start([sys.executable, *arguments], _rank(rank, port) | {"CUDA_VISIBLE_DEVICES": _gpu()})
+                self._start([*PYTHON, *arguments], _rank(rank, port) | {"CUDA_VISIBLE_DEVICES": _gpu()})
                 for rank in range(2)
             ]
         if stop_after is not None:

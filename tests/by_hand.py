@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from preloaded import python
+from preloaded import PYTHON
 
 ranks, port, *command = sys.argv[1:]
 joins = int(os.environ.get("DECA_TEST_JOIN", 0))
@@ -21,7 +21,7 @@ supervised = ["deca", "supervise", "--pause=0.2"] if os.environ.get("DECA_TEST_S
 def start(rank: int, *more: str) -> subprocess.Popen:
     environment = {"RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_RANK": str(rank), "LOCAL_SIZE": ranks}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen([*supervised, *python(command[0]), *command[1:], *more], env=os.environ | environment)
+    return subprocess.Popen([*supervised, *PYTHON, *command, *more], env=os.environ | environment)
 
 
 late, _, sign = os.environ.get("DECA_TEST_LATE", "").partition(":")

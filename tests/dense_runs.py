@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -40,9 +41,10 @@ def dense_model(config: Config) -> tuple[torch.nn.Module, list[list[str]]]:
     return model, blocks
 
 
-def dense(
-    config: Config, matrices: Sequence[np.ndarray]
-) -> tuple[Parameters, Sequence[Parameters], Sequence[Parameters]]:
+Reference: TypeAlias = tuple[Parameters, Sequence[Parameters], Sequence[Parameters]]
+
+
+def dense(config: Config, matrices: Sequence[np.ndarray]) -> Reference:
     """Every client's parameters before training; after it, client by client; and these with noise (rounding.py).
 
     matrices: of the averagings, again and again.
@@ -63,9 +65,9 @@ def dense(
     return start, exact, noisy
 
 
-def assert_dense(saved: ShardedModel, config: Config, matrices: Sequence[np.ndarray], where: str) -> None:
+def assert_dense(saved: ShardedModel, reference: Reference, where: str) -> None:
     """Every client's model is the dense reference's to rounding, and all of it has been trained."""
-    start, exact, noisy = dense(config, matrices)
+    start, exact, noisy = reference
     for client in exact:
         for name, values in start.items():
             assert not np.allclose(client[name], values, atol=1e-4), f"{where}: {name} is never trained"

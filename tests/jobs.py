@@ -147,7 +147,7 @@ def launch(
     have imported everything (preloaded.py), which costs a third.
     """
     script = str(REPOSITORY / script)
-    rank = [sys.executable, script] if fresh else preloaded.python(script)
+    rank = [*([sys.executable] if fresh else preloaded.PYTHON), script]
     if launcher == "deepspeed":
         start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
     elif launcher == "openmpi":

@@ -21,13 +21,9 @@ import sys
 from pathlib import Path
 
 ADDRESS = "DECA_TEST_SERVER"  # names the server's socket in the environment
+PYTHON = [sys.executable, str(Path(__file__).parent)]  # stands for an interpreter: scripts run preloaded
 _MOST_BYTES = 2**18
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def python(script: str) -> list[str]:
-    """The beginning of a command that runs `script` preloaded."""
-    return [sys.executable, str(Path(__file__).parent), script]
 
 
 def main(address: str | None, command: list[str]) -> None:

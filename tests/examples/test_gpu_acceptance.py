@@ -1,25 +1,26 @@
 """benchmarks/gpu_acceptance.py on a CPU: that its checks run, and what it says of those that need a GPU."""
 
 import json
-import sys
 
 import gpu_acceptance
+import preloaded
 import pytest
-from jobs import REPOSITORY, run_command
-
-SCRIPT = REPOSITORY / "benchmarks" / "gpu_acceptance.py"
+from jobs import preloaded_server
 
 
 @pytest.mark.multiprocess
-def test_the_small_form(tmp_path):
+def test_the_small_form(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_acceptance, "PYTHON", preloaded.PYTHON)
+    monkeypatch.setenv(preloaded.ADDRESS, preloaded_server().address)
     only = "hardware,placement,transports,write_order,exact_masters,gossip"
     report = tmp_path / "report.json"
-    finished = run_command([sys.executable, str(SCRIPT), "--small", "--only", only, "--output", str(report)])
-    assert finished.code == 0, finished.output
+    code = gpu_acceptance.main(["--small", "--only", only, "--output", str(report)])
+    told = capsys.readouterr().out
+    assert code == 0, told
     outcomes = {each["check"]: each["status"] for each in json.loads(report.read_text())["outcomes"]}
     passes, not_covered = {"hardware", "transports", "exact_masters"}, {"placement", "write_order", "gossip"}
     assert outcomes == dict.fromkeys(passes, "PASS") | dict.fromkeys(not_covered, "NOT COVERED")
-    assert "MPI and torch: the same bits" in finished.output
+    assert "MPI and torch: the same bits" in told
 
 
 def test_a_check_that_breaks_fails_and_the_others_go_on(tmp_path, monkeypatch, capsys):

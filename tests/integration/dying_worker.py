@@ -5,7 +5,7 @@ error (the same, by an exception), nan (there, a parameter is), sent (its first 
 (while the mean model after STEP is averaged), returned (before the local step, STEP steps after a client has come
 back). All but error and nan is SIGKILL. And damaged: a bit of its first chunk flips on the way; hangs: its main thread
 does, before the local step; stopped: its process is, there, for 30 s. A rank that is started with --join does none of
-that. While a client is missing, steps take a second.
+that. While a client is missing, steps take DECA_TEST_AWAY_S seconds, or one.
 """
 
 import gc
@@ -40,7 +40,7 @@ def counting_gradient(self, *arguments):
     assert gc.isenabled(), "garbage is not collected in training"
     if membership is not None and membership.view.missing:
         since_return = 0
-        time.sleep(1.0)
+        time.sleep(float(os.environ.get("DECA_TEST_AWAY_S", 1)))
     elif since_return >= 0:
         since_return += 1
     if (steps == last and place == "before") or (since_return == last and place == "returned"):

@@ -132,6 +132,14 @@ def reference(config, adapters, matrix, noise: Noise | None = None) -> list[dict
     ]
 
 
+@pytest.fixture(scope="module")
+def references(runs) -> list[list[dict[str, np.ndarray]]]:
+    """Exact, and with noise (rounding.py)."""
+    (matrix, *_), arguments, _, _ = runs
+    config, _, _, adapters = opened(arguments)
+    return [reference(config, adapters, matrix, noise) for noise in (None, Noise())]
+
+
 def last_line(path: Path) -> dict:
     return json.loads(path.read_text().splitlines()[-1])
 
@@ -151,7 +159,7 @@ def test_adapters_start_alike_on_every_client_and_any_number_of_ranks(runs):
     assert len({start[adapter.a].flatten()[0].item() for adapter in adapters}) == len(adapters)
 
 
-def test_clients_equal_the_dense_reference_and_the_base_never_moves(runs):
+def test_clients_equal_the_dense_reference_and_the_base_never_moves(runs, references):
     (matrix, _, _, layers, _), arguments, _, _ = runs
     config, _, saved, adapters = opened(arguments)
     base = dict(AutoModelForCausalLM.from_pretrained(config.model.path).named_parameters())
@@ -159,7 +167,7 @@ def test_clients_equal_the_dense_reference_and_the_base_never_moves(runs):
     assert [adapter.weight for adapter in adapters] == adapted
     stored = {held: name for adapter in adapters for name, held in adapter.renamed.items()}
     start = drawn(config)
-    expected, noisy = (reference(config, adapters, matrix, noise) for noise in (None, Noise()))
+    expected, noisy = references
     assert_close(
         [{name: saved.read(name, i) for name in expected[0]} for i in range(CLIENTS)], expected, noisy, start, ""
     )
@@ -182,12 +190,12 @@ def test_only_adapters_travel(runs):
         assert sent == averagings * count * 4 * numel
 
 
-def test_exports_are_merged_plain_models(runs, tmp_path):
-    (matrix, *_), arguments, _, _ = runs
+def test_exports_are_merged_plain_models(runs, references, tmp_path):
+    _, arguments, _, _ = runs
     config, run, _, adapters = opened(arguments)
     base = AutoModelForCausalLM.from_pretrained(config.model.path).named_parameters()
     plain = {name: p.detach().double().numpy() for name, p in base}
-    exact, noisy = (reference(config, adapters, matrix, noise) for noise in (None, Noise()))
+    exact, noisy = references
     mean = lambda clients: {name: np.mean([client[name] for client in clients], axis=0) for name in clients[0]}  # noqa: E731
     for client, expected, other in ((1, exact[1], noisy[1]), (None, mean(exact), mean(noisy))):
         report = export_model(run, tmp_path / f"out{client}", client=client)

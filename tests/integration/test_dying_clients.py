@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from histories import assert_simulated
 from jobs import BIN, REPOSITORY, Finished, free_port, run_command
-from preloaded import python
+from preloaded import PYTHON
 
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
@@ -45,7 +45,7 @@ def run(
     supervised: see by_hand.py."""
     tests = REPOSITORY / "tests"
     worker = str(tests / "integration/dying_worker.py")
-    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), *python(worker)]
+    start = [str(BIN / "mpirun"), "--with-ft", "ulfm", "-n", str(ranks), *PYTHON, worker]
     if transport == "torch":
         start = [sys.executable, str(tests / "by_hand.py"), str(ranks), str(free_port()), worker]
     return run_command(
@@ -56,6 +56,7 @@ def run(
         DECA_TEST_SUPERVISED=str(supervised),
         DECA_TEST_DEATHS="0" if joins or late or supervised else "1",
         DECA_TEST_LATE=late,
+        DECA_TEST_AWAY_S="2" if joins or late or supervised else "1",  # within few steps it comes back
     )
 
 
@@ -137,7 +138,7 @@ def test_a_client_that_hangs_is_put_out(keys, tmp_path, transport, ranks, hangs,
 def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     """Client 0 of three, two ranks each, which is the coordinator, hosts the store and speaks for the job."""
     output, clients, ranks, dead, step = tmp_path / "run", 3, 2, 0, 4
-    keys = [*keys, f"cluster.clients={clients}", "algorithm.rounds=8", "evaluation.every=32", "checkpoint.every=8"]
+    keys = [*keys, f"cluster.clients={clients}", "algorithm.rounds=4", "evaluation.every=16", "checkpoint.every=8"]
     keys += ["gossip.weights=lazy_metropolis"]  # with metropolis, three on a ring are one and the same
     finished = run(clients * ranks, f"{ranks * (dead + 1) - 1}:{step}:before", keys, "torch", joins=ranks)
     assert finished.code == 0, finished.output[-6000:]
@@ -148,11 +149,11 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     assert finished.output.count(f"client {dead} back; {clients} of {clients} go on") == 1
     assert_numbers(output, keys, {dead: step}, {dead: (back["from_step"] - 1, 1)})
     own = records(output / "metrics" / f"client_{dead:03d}.jsonl", "step")
-    assert [line["step"] for line in own] == [*range(1, step), *range(back["from_step"], 65)]
-    assert (output / "DONE").read_text() == "64 of 64 inner steps\n" and not list(output.glob("FAILED*"))
+    assert [line["step"] for line in own] == [*range(1, step), *range(back["from_step"], 33)]
+    assert (output / "DONE").read_text() == "32 of 32 inner steps\n" and not list(output.glob("FAILED*"))
     assert export_model(output, tmp_path / "mean").source == f"mean of {clients} clients"
-    assert clients_in(output, 64) == everybody
-    ShardedModel(step_folder(output / "checkpoints", 64)).verify()
+    assert clients_in(output, 32) == everybody
+    ShardedModel(step_folder(output / "checkpoints", 32)).verify()
 
 
 @pytest.mark.timeout(620)
@@ -160,8 +161,8 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     """Client 0, one rank, dies amid an averaging and takes the state of client 1, two ranks; then client 1, by one of
     its ranks, dies and takes that of client 2, one rank. Before that a message is damaged. All are supervised."""
     output = tmp_path / "run"
-    keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=16", "evaluation.every=64"]
-    keys += ["gossip.weights=lazy_metropolis", "checkpoint.every=32"]
+    keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=8", "evaluation.every=32"]
+    keys += ["gossip.weights=lazy_metropolis", "checkpoint.every=16"]
     finished = run(4, "0:4:sent,2:3:returned,3:2:damaged", keys, "torch", supervised=1)
     assert finished.code == 0, finished.output[-6000:]
     assert "a message from rank 3 (client 2) was damaged on its way: its checksum differs" in finished.output
@@ -173,10 +174,10 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     returns = {0: (back["from_step"] - 1, 1), 1: (again["from_step"] - 1, 2)}
     assert_numbers(output, keys, {0: 4, 1: second["from_step"]}, returns)
     own = records(output / "metrics" / "client_001.jsonl", "step")
-    assert [line["step"] for line in own] == [*range(1, second["from_step"]), *range(again["from_step"], 129)]
-    assert (output / "DONE").read_text() == "128 of 128 inner steps\n" and not list(output.glob("FAILED*"))
-    assert [record["step"] for record in records(job, "evaluation")] == [0, 64, 128]
-    saved = ShardedModel(step_folder(output / "checkpoints", 128))
+    assert [line["step"] for line in own] == [*range(1, second["from_step"]), *range(again["from_step"], 65)]
+    assert (output / "DONE").read_text() == "64 of 64 inner steps\n" and not list(output.glob("FAILED*"))
+    assert [record["step"] for record in records(job, "evaluation")] == [0, 32, 64]
+    saved = ShardedModel(step_folder(output / "checkpoints", 64))
     saved.verify()
     assert saved.ranks == {0: 1, 1: 2, 2: 1}
 
@@ -185,7 +186,7 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
 def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     """Client 0 of three, whose first rank would host the store. It has no folder but the addresses."""
     output = tmp_path / "run"
-    keys = [*keys, "cluster.clients=3", "algorithm.rounds=8", "evaluation.every=32", "checkpoint.every=8"]
+    keys = [*keys, "cluster.clients=3", "algorithm.rounds=4", "evaluation.every=16", "checkpoint.every=8"]
     keys += ["gossip.weights=lazy_metropolis"]  # see above
     finished = run(3, "0:0:never", [*keys, "cluster.absent=[0]"], "torch", late=f"0:{output}/metrics/client_001.jsonl")
     assert finished.code == 0, finished.output[-6000:]
@@ -196,9 +197,9 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     assert finished.output.count("client 0 back; 3 of 3 go on") == 1
     assert_numbers(output, keys, {0: 1}, {0: (back["from_step"] - 1, 1)})
     own = records(output / "metrics" / "client_000.jsonl", "step")
-    assert [line["step"] for line in own] == list(range(back["from_step"], 65))
+    assert [line["step"] for line in own] == list(range(back["from_step"], 33))
     assert [summary["client"] for summary in json.loads((output / "data.json").read_text())] == [1, 2]
-    assert (output / "DONE").read_text() == "64 of 64 inner steps\n" and not list(output.glob("FAILED*"))
+    assert (output / "DONE").read_text() == "32 of 32 inner steps\n" and not list(output.glob("FAILED*"))
     assert export_model(output, tmp_path / "mean").source == "mean of 3 clients"
 
 

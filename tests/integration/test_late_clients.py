@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dense_runs import assert_dense
+from dense_runs import assert_dense, dense
 from jobs import BIN, launch
 
 from deca_ds.checkpoint.shards import ShardedModel
@@ -83,7 +83,7 @@ def test_a_stopped_client_is_left_out_and_the_numbers_are_those_of_the_matrices(
     output, skipped = run(launcher, 1, keys, tmp_path / "run")
     assert_left_out_and_back(output, skipped)
     saved = ShardedModel(tmp_path / "run" / "model")
-    assert_dense(saved, load_config(None, keys), matrices(skipped), changes[0])
+    assert_dense(saved, dense(load_config(None, keys), matrices(skipped)), changes[0])
 
 
 def test_two_ranks_a_client_of_which_one_is_stopped(keys, tmp_path):

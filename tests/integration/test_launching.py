@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from jobs import BIN, REPOSITORY, launch, run_command
-from preloaded import python
+from preloaded import PYTHON
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deca_ds.checkpoint.shards import ShardedModel
@@ -115,7 +115,7 @@ def test_the_whole_line_to_a_generation(config, tmp_path):
     assert all(list((run / "tensorboard" / name).glob("events*")) for name in ("client_001", "job"))
     saved = ShardedModel(run / "model")
     for name, command, arguments, expected in [
-        ("mean", python("launchers/export.py"), [], saved.mean),
+        ("mean", [*PYTHON, "launchers/export.py"], [], saved.mean),
         ("client1", [str(BIN / "deca"), "export"], ["--client", "1"], lambda key: saved.read(key, 1)),
     ]:
         exported = run_command([*command, str(run), str(tmp_path / name), *arguments])

@@ -219,7 +219,7 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
     checkpoints = run / "checkpoints"
     arguments = keys("run", **LONG, **{"checkpoint.every": 7, "run.resume": "auto"})
 
-    killed = launch("mpirun", 2, arguments, during=at_step(run, 16, kill_rank_1))
+    killed = launch("mpirun", 2, arguments, fresh=True, during=at_step(run, 16, kill_rank_1))
     assert killed.code != 0 and not (run / "STOPPED").exists()
     newest = steps_in(checkpoints)[-1]
     assert newest >= 14
@@ -227,7 +227,7 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
     victim = next(step_folder(checkpoints, newest).rglob("000_*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
     during = at_step(run, newest + 3, lambda supervisor: supervisor.send_signal(signal.SIGTERM))
-    stopped = launch("supervised", 2, arguments, during=during)  # which tells mpirun by SIGUSR1
+    stopped = launch("supervised", 2, arguments, fresh=True, during=during)  # which tells mpirun by SIGUSR1
     assert stopped.code == 0, stopped.output[-4000:]
     assert stopped.output.count(f"removed, step {newest}: rank") == 1
     assert f"going on after inner step {newest - 7} of 48" in stopped.output
@@ -241,7 +241,7 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
 
     last = steps_in(checkpoints)[-1]
     # a busy machine stops late: the last step to be killed at is one before the end
-    done = launch("supervised", 2, arguments, during=at_step(run, min(last + 8, 46), kill_rank_1))
+    done = launch("supervised", 2, arguments, fresh=True, during=at_step(run, min(last + 8, 46), kill_rank_1))
     assert done.code == 0, done.output[-4000:]
     assert done.output.count("Starting it again") == 1 and done.output.count("going on after inner step") == 2
     assert (run / "DONE").exists() and not (run / "STOPPED").exists()

@@ -17,7 +17,7 @@ import gossip_worker
 import pytest
 import torch
 from jobs import preloaded_server
-from preloaded import ADDRESS, python
+from preloaded import ADDRESS, PYTHON
 from torch.distributed import TCPStore
 
 from deca_ds.errors import GossipError
@@ -103,7 +103,7 @@ def test_gloo_processes_are_bit_identical_to_threads(local: list[dict], tmp_path
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     run_until_done(
         [
-            [*python(WORKER), "torch", str(tmp_path), str(client), str(CLIENTS), str(store.port)]
+            [*PYTHON, WORKER, "torch", str(tmp_path), str(client), str(CLIENTS), str(store.port)]
             for client in range(CLIENTS)
         ]
     )
@@ -117,7 +117,7 @@ def test_mpi_processes_are_bit_identical_to_threads(local: list[dict], tmp_path:
     )
     if mpirun is None:
         pytest.skip("no mpirun")
-    run_until_done([[mpirun, "--oversubscribe", "-n", str(CLIENTS), *python(WORKER), "mpi", str(tmp_path)]])
+    run_until_done([[mpirun, "--oversubscribe", "-n", str(CLIENTS), *PYTHON, WORKER, "mpi", str(tmp_path)]])
     for client, result in enumerate(compare(tmp_path, local)):
         sender = (client - 1) % CLIENTS
         said = f"from rank {sender} (client {sender}) failed (tag 5): got 8 bytes, expected 12"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from jobs import free_port, preloaded_server
-from preloaded import ADDRESS, python
+from preloaded import ADDRESS, PYTHON
 from torch.distributed import HashStore
 
 from deca_ds.errors import ConfigError, DataError, public_message, whole_message
@@ -27,7 +27,7 @@ def run(tmp_path, *what: str) -> tuple[list[int], list[str]]:
     port, environment = str(free_port()), {**os.environ, ADDRESS: preloaded_server().address}
     processes = [
         subprocess.Popen(
-            [*python(WORKER), str(rank), port, what[rank], str(tmp_path)], env=environment, stdout=subprocess.PIPE,
+            [*PYTHON, WORKER, str(rank), port, what[rank], str(tmp_path)], env=environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(3)
