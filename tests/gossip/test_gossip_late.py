@@ -188,7 +188,7 @@ def test_a_client_that_stops_for_a_while_is_left_out_and_comes_back(radius: floa
             time.sleep(0.005)
 
     store = HashStore()
-    shards, skipped, ends = run_clients(schedule, 80, pause, wait_s=0.15, clip_radius=radius, wire=wire, store=store)
+    shards, skipped, ends = run_clients(schedule, 80, pause, wait_s=0.6, clip_radius=radius, wire=wire, store=store)
     assert skipped[0][:7] == [[], [], [], [2], [2], [2], [2]]
     assert skipped[2][3] == [0, 1] and skipped[2][-1] == skipped[0][-1] == []
     if wire == "float32":
