@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import TypeAlias
 
 import numpy as np
@@ -52,9 +53,8 @@ def dense(config: Config, matrices: Sequence[np.ndarray]) -> Reference:
     model, blocks = dense_model(config)
     start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     a, o = config.algorithm, config.optimizer
-    coefficients = Coefficients(
-        a.method, a.signal, a.a1, a.a2, a.b1, a.b2, a.eps, a.outer_lr, a.outer_momentum, config.gossip.clip_radius
-    )
+    keys = {field.name: getattr(a, field.name) for field in fields(Coefficients) if hasattr(a, field.name)}
+    coefficients = Coefficients(**keys, clip_radius=config.gossip.clip_radius)
     exact, noisy = (
         train(
             coefficients, model, blocks, batches_of(config), matrices, rounds=a.rounds, inner_steps=a.inner_steps,

@@ -15,6 +15,7 @@ from deca_ds.config.schema import DataConfig
 from deca_ds.data.encoding import IGNORED, Encoder
 from deca_ds.data.formats import ExampleRules, Format, Use
 from deca_ds.data.formats.fields import CONVERSATIONS, PAIRS, TEXTS, check_fields
+from deca_ds.data.formats.plain import KTO
 from deca_ds.errors import DataError
 
 PLACE = "file, line 3"
@@ -32,7 +33,9 @@ def the_sample_is_an_example(format: Format, tokenizer: PreTrainedTokenizerBase)
     example, unused = read(format, dict(format.sample))
     assert format.features in (TEXTS, PAIRS, CONVERSATIONS) and set(example) == set(format.features)
     pa.table({name: [value] for name, value in example.items()}).cast(format.features.arrow_schema)
-    assert not unused
+    assert not unused, f"list {', '.join(unused)} in `fields`"
+    is_flat = not any(isinstance(value, list | dict) for value in format.sample.values())
+    assert format.tables == is_flat, "set `tables` to whether a row is without lists and objects, as a table's rows are"
 
 
 def its_answer_is_trained_and_its_prompt_is_not(format: Format, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,13 +64,21 @@ def a_row_without_a_column_is_refused_with_its_place(format: Format, tokenizer: 
     assert columns and set(columns) <= set(format.sample)
     for column in columns:
         for row in ({k: v for k, v in format.sample.items() if k != column}, {**format.sample, column: {"a": 1}}):
-            with pytest.raises(DataError, match=column) as error:
+            try:
                 read(format, row)
-            assert error.value.where.startswith(PLACE)
+            except DataError as error:
+                assert column in error.what and (error.where or "").startswith(PLACE)
+            except Exception as error:
+                raise AssertionError(
+                    f"read {column!r} with text_of or value_of, and raise DataError for what it must not be"
+                ) from error
+            else:
+                raise AssertionError(f"{row} is no row, because of {column!r}: raise DataError")
 
 
 def every_field_is_treated_as_it_says(format: Format, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A refused one stops the run, where it has a value; one that it does not know is told."""
+    """A refused one stops the run, where it has a value, and so does an answer that is not wanted; one that it does not
+    know is told."""
     names = [name for field in format.fields for name in field.names]
     assert len(set(names)) == len(names) and all(field.note for field in (*format.fields, *format.turn_fields))
     for field in (field for field in format.fields if field.use is Use.REFUSED):
@@ -76,6 +87,13 @@ def every_field_is_treated_as_it_says(format: Format, tokenizer: PreTrainedToken
                 read(format, {**format.sample, name: "x"})
             assert error.value.where == PLACE and field.note in (error.value.fix or "")
             read(format, {**format.sample, name: None})
+    for name in KTO.names if KTO in format.fields else ():
+        try:
+            read(format, {**format.sample, name: False})
+        except DataError as error:
+            assert f"the field '{name}' is false" in error.what
+        else:
+            raise AssertionError(f"KTO is among `fields`, but {name} is not obeyed: call refuse_unwanted")
     assert read(format, {**format.sample, "never_heard_of": 1})[1] == {"never_heard_of"}
 
 

@@ -14,11 +14,14 @@ from safetensors.torch import load, save
 
 from deca_ds.algorithm.methods import build_rule
 from deca_ds.algorithm.rule import GRADIENT, MASTERS, Rule
+from deca_ds.config.checks import RANGES
 from deca_ds.config.schema import AlgorithmConfig, GossipConfig
 from deca_ds.gossip.schedule import build_mixing
 
 CLIENTS, NUMEL, STEPS, LR = 5, 40, 12, 0.02
 GRAPHS = ["ring", "one_peer_exponential", "erdos_renyi"]
+# none is a default, so that a rule which does not read its coefficient differs from the reference
+COEFFICIENTS = {"a1": 0.8, "a2": 0.95, "b1": 0.7, "b2": 0.9, "eps": 1e-6, "outer_lr": 0.6, "outer_momentum": 0.5}
 
 
 def problem(seed: int):
@@ -58,17 +61,24 @@ def matrices_of(graph: str) -> list[np.ndarray]:
 
 
 def coefficients_are_keys_of_the_configuration(rule: Rule) -> None:
-    """And start from what is written there, so that none is silently another."""
-    assert is_dataclass(rule) and type(rule).__dataclass_params__.frozen
+    """And start from what is written there, so that none is silently another; of numbers the range is known."""
+    assert is_dataclass(rule) and type(rule).__dataclass_params__.frozen, "decorate it with @dataclass(frozen=True)"
     defaults = {field.name: field.default for field in fields(AlgorithmConfig)}
+    ranges = {key for key, _, _ in RANGES}
     for field in fields(rule):
-        assert defaults.get(field.name) == field.default, f"algorithm.{field.name} is no key with this default"
+        key = f"algorithm.{field.name}"
+        assert field.name in defaults, f"add {key} to AlgorithmConfig in deca_ds/config/schema.py"
+        assert defaults[field.name] == field.default, f"{key} has another default in deca_ds/config/schema.py"
+        if not isinstance(field.default, str):
+            assert key in ranges, f"add the range of {key} to RANGES in deca_ds/config/checks.py"
+            differs = COEFFICIENTS.get(field.name, field.default) != field.default
+            assert differs, f"add {field.name}, but not its default, to COEFFICIENTS in tests/method_contract.py"
 
 
 def its_state_is_what_it_names(rule: Rule) -> None:
     """Buffers beside theta and the gradient, all of them used, and 4 bytes for each element; and what travels."""
     assert not {MASTERS, GRADIENT} & set(rule.buffers) and len(set(rule.buffers)) == len(rule.buffers)
-    assert rule.travels[0] == GRADIENT and set(rule.travels) <= {GRADIENT, *rule.buffers}
+    assert rule.travels[0] == GRADIENT and set(rule.travels) <= {GRADIENT, *rule.buffers}, "grad, then buffers"
     state = stacked_state(rule, np.zeros((CLIENTS, NUMEL), dtype=np.float32))
     before = {name: tensor.data_ptr() for name, tensor in state.items()}
     run(rule, state, lambda r, i, x: np.ones(NUMEL, dtype=np.float32), cycle(matrices_of("ring")), every=2)
@@ -166,8 +176,7 @@ def equals_the_dense_reference(
     method: str, signal: str, graph: str, every: int, reference: ModuleType = dense_reference
 ) -> None:
     start, gradient = problem(seed=1)
-    coefficients = {"a1": 0.8, "a2": 0.95, "b1": 0.7, "b2": 0.9, "eps": 1e-6, "outer_lr": 0.6, "outer_momentum": 0.5}
-    rule = build_rule(method, signal=signal, **coefficients)
+    rule = build_rule(method, signal=signal, **COEFFICIENTS)
     state = stacked_state(rule, start)
     run(rule, state, gradient, cycle(matrices_of(graph)), every=every, decay=0.05)
 
@@ -177,11 +186,18 @@ def equals_the_dense_reference(
         calls[i] += 1
         return gradient(calls[i] - 1, i, x)
 
-    c, matrices = reference.Coefficients(method, signal, **coefficients), cycle(matrices_of(graph))
+    c, matrices = reference.Coefficients(method, signal, **COEFFICIENTS), cycle(matrices_of(graph))
     expected = reference.activation(c, start, in_turn, matrices, steps=STEPS, every=every, lr=LR, decay=0.05)
     moved = np.abs(state["theta"].numpy() - start).max()
     assert moved > LR
-    np.testing.assert_allclose(state["theta"].numpy(), np.stack([k.x for k in expected]), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        state["theta"].numpy(), np.stack([k.x for k in expected]), rtol=0, atol=1e-9, err_msg=unlike_reference(method)
+    )
+
+
+def unlike_reference(method: str) -> str:
+    """What to look for if they differ."""
+    return f"the rule of {method} and `activation` in tests/dense_reference.py must have the same equations for it"
 
 
 CONTRACT: list[Callable[[Rule], None]] = [

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import Coefficients, activation
-from method_contract import CLIENTS, LR, NUMEL, STEPS, matrices_of, problem, stacked_state
+from method_contract import (
+    CLIENTS,
+    COEFFICIENTS,
+    LR,
+    NUMEL,
+    STEPS,
+    matrices_of,
+    problem,
+    stacked_state,
+    unlike_reference,
+)
 from test_methods import EVERY_METHOD
 
 from deca_ds.algorithm.deca import DecaRule
@@ -61,8 +71,7 @@ def test_a_client_alone_is_adamw_where_gradients_are_missing(chunk):
 @pytest.mark.parametrize(("method", "signal"), EVERY_METHOD)
 def test_a_method_equals_the_dense_reference_where_gradients_are_missing(method, signal, every):
     start, gradient = problem(seed=1)
-    coefficients = {"a1": 0.8, "a2": 0.95, "b1": 0.7, "b2": 0.9, "eps": 1e-6, "outer_lr": 0.6, "outer_momentum": 0.5}
-    rule, matrices = build_rule(method, signal=signal, **coefficients), cycle(matrices_of("one_peer_exponential"))
+    rule, matrices = build_rule(method, signal=signal, **COEFFICIENTS), cycle(matrices_of("one_peer_exponential"))
     state, steps = stacked_state(rule, start), [LocalSteps(SIZES, DECAYS) for _ in range(CLIENTS)]
     decay = np.repeat([0.05 if decays else 0.0 for decays in DECAYS], SIZES)
 
@@ -91,12 +100,13 @@ def test_a_method_equals_the_dense_reference_where_gradients_are_missing(method,
         calls[i] += 1
         return np.where(there(calls[i] - 1, i), gradient(calls[i] - 1, i, x), np.nan)
 
-    c = Coefficients(method, signal, **coefficients)
+    c = Coefficients(method, signal, **COEFFICIENTS)
     expected = activation(
         c, start, in_turn, cycle(matrices_of("one_peer_exponential")), steps=STEPS, every=every, lr=LR, decay=decay
     )
     theta = state["theta"].numpy()
-    np.testing.assert_allclose(theta, np.stack([k.x for k in expected]), rtol=0, atol=1e-9)
+    reference = np.stack([k.x for k in expected])
+    np.testing.assert_allclose(theta, reference, rtol=0, atol=1e-9, err_msg=unlike_reference(method))
     never = slice(SIZES[0], SIZES[0] + SIZES[1])
     np.testing.assert_allclose(theta[:, never], start[:, never], rtol=0, atol=1e-9)
     assert np.abs(theta - start).max() > LR
