@@ -37,7 +37,10 @@ def patched(section: str) -> dict[str, str]:
         for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
             lines = [line if line.strip() else " \n" for line in hunk.splitlines(keepends=True)]
             old, new = ("".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
-            assert text.count(old) == 1 or not path.exists(), f"{file} does not have this, or has it twice:\n{old}"
+            assert text.count(old) == 1 or not path.exists(), (
+                f"in CONTRIBUTING.md, {section!r}, write the diff of {file} anew: the file as it is has this "
+                f"{text.count(old)} times\n{old}"
+            )
             text = text.replace(old, new) if old else new
         texts[file] = text
     return dict(sorted(texts.items(), key=lambda item: (REPOSITORY / item[0]).exists()))

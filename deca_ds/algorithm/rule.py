@@ -35,7 +35,7 @@ class Rule(ABC):
 
     buffers: state beside theta and grad; float32 tensors, 4 bytes per active parameter each.
     travels: what neighbours average, in this order; "grad" stands for theta_half, which lies there by then.
-    a1, a2, eps: coefficients of the local Adam step.
+    a1, a2, eps: coefficients of the local Adam step; a rule with another step ignores them.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v")
@@ -60,11 +60,12 @@ class Rule(ABC):
 
     @torch.no_grad()
     def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
-        """AdamW (Loshchilov and Hutter, arXiv 1711.05101) without touching theta, which later parts need.
+        """Take the gradient into the buffers and leave theta_half in state["grad"]; theta stays, for later parts.
 
-        m = a1 m + (1 - a1) g;  v = a2 v + (1 - a2) g*g;  theta_half as in `adam_candidate`, left in state["grad"].
-        inner: r, the Adam steps that these parameters have made since the block became active: 0 .. R-1. decay: weight
-        decay coefficient for all of theta.
+        inner: r, the local steps that these parameters have made since the block became active: 0 .. R-1. decay:
+        coefficient of the decoupled weight decay, of all of theta.
+        Here AdamW (Loshchilov and Hutter, arXiv 1711.05101): m = a1 m + (1 - a1) g;  v = a2 v + (1 - a2) g*g;
+        theta_half as in `adam_candidate`.
         """
         m, v, grad = state["m"], state["v"], state["grad"]
         m.lerp_(grad, 1 - self.a1)

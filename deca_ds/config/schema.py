@@ -252,8 +252,8 @@ class GossipConfig:
     )
     wire: str = key(
         "float32",
-        "Data type in which values travel; `bfloat16` halves the traffic and keeps the mean of the clients, which then "
-        "agree to 8 bits of mantissa at best.",
+        "Data type in which values travel; a narrower one than `float32` saves traffic and keeps the mean of the "
+        "clients, which then agree to its bits of mantissa at best.",
         "algorithm.md#what-goes-over-the-wire",
     )
     checksums: bool = key(
