@@ -28,13 +28,15 @@ SLURM = [TEMPLATES / "slurm_srun.sh", TEMPLATES / "slurm_mpirun.sh"]
 SCRIPTS = [*sorted(TEMPLATES.glob("*.sh")), REPOSITORY / ".ci/run", *sorted(REPOSITORY.glob("offline/*.sh"))]
 OUTPUT = "runs/my_run"
 
-# stands for the trainer, and for `deca supervise`: $DECA says what it does
+# Stands for the trainer, and for `deca supervise`: $DECA says what it does. Every rank writes its arguments, and the
+# first that fails has the others killed: a file that is renamed into its place is whole at any time.
 TRAINER = f"""
 [ "$1" != supervise ] || {{ shift; exec "$@"; }}
 [ "$1" != where ] || exec echo /deca
 [ "$DECA" != stop ] || trap 'touch {OUTPUT}/STOPPED; exit 0' USR1 TERM
 mkdir -p {OUTPUT}
-echo "$@" > {OUTPUT}/arguments
+echo "$@" > {OUTPUT}/arguments.$$
+mv {OUTPUT}/arguments.$$ {OUTPUT}/arguments
 case $DECA in
     fail) exit 3 ;;
     finish) touch {OUTPUT}/DONE ;;
