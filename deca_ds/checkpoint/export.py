@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -98,54 +99,66 @@ def export_model(
         raise CheckpointError("the output exists already", where=str(output), fix="give a new folder or remove it")
     if not run.is_dir():
         raise CheckpointError("no such run folder", where=str(run), fix="give the run.output folder of a run")
-    if checkpoint is None:
-        missing = missing_clients(run)
-        shards = _open_shards(run, client, missing)
-    else:
-        shards = find_checkpoint(run / FOLDER, checkpoint, client)
-        missing = [other for other in range(shards.clients_of_run) if client is None and other not in shards.clients]
+    shards, missing = _find_shards(run, client, checkpoint)
     adapters = read_adapters(run)
     saved = MergedModel(shards, adapters) if adapters else shards
     model = empty_model(run / "hf", trust_remote_code=trust_remote_code)
     compare_shapes(saved, stored_shapes(model))
     stream = _Stream(saved, model, client, getattr(torch, dtype) if dtype else None)
     parameters = sum(t.numel() for t in model.parameters())
-
-    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")  # no other export's, on any host
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_full_disk(output.parent, stream.total_bytes)
-        shutil.copytree(run / "hf", partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
-        files = _write_weights(partial, stream, max_shard_bytes, progress)
-        _set_dtype(partial / "config.json", stream.dtype)
-        reload_model(partial, trust_remote_code=trust_remote_code)
-        tokenizer = reload_tokenizer(partial, trust_remote_code=trust_remote_code)
-        stops = adapt_saved(partial, tokenizer) if tokenizer is not None else None
-        if card is not None:
-            chat = tokenizer is not None and bool(tokenizer.chat_template)
-            said = card.text(parameters=parameters, dtype=_label(stream.dtype), chat=chat)
-            (partial / "README.md").write_text(said, encoding="utf-8")
-        written = sum((partial / name).stat().st_size for name in files)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        if os.path.lexists(output):
-            raise CheckpointError("the output has come to exist meanwhile", where=str(output), fix="give a new folder")
-        partial.rename(output)
-        sync(output.parent)
+        with _whole(output, stream.total_bytes) as partial:
+            shutil.copytree(run / "hf", partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
+            files = _write_weights(partial, stream, max_shard_bytes, progress)
+            _set_dtype(partial / "config.json", stream.dtype)
+            reload_model(partial, trust_remote_code=trust_remote_code)
+            tokenizer = reload_tokenizer(partial, trust_remote_code=trust_remote_code)
+            stops = adapt_saved(partial, tokenizer) if tokenizer is not None else None
+            if card is not None:
+                chat = tokenizer is not None and bool(tokenizer.chat_template)
+                said = card.text(parameters=parameters, dtype=_label(stream.dtype), chat=chat)
+                (partial / "README.md").write_text(said, encoding="utf-8")
+            written = sum((partial / name).stat().st_size for name in files)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the export failed: {error}", where=str(output), fix="check the disk's free space and permissions"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    seconds = time.monotonic() - started
     source = stream.source
     if missing and client is None:
         source += f" (without {', '.join(map(str, missing))}, gone before the end)"
     if checkpoint is not None:
         source += f", after {checkpoint} inner steps"
     note = _unfinished(run) if checkpoint is None else None
+    seconds = time.monotonic() - started
     return ExportReport(output, parameters, written, len(files), source, seconds, note, stops)
+
+
+def _find_shards(run: Path, client: int | None, checkpoint: int | None) -> tuple[ShardedModel, list[int]]:
+    """The sharded state, and the clients that a mean leaves out."""
+    if checkpoint is None:
+        missing = missing_clients(run)
+        return _open_shards(run, client, missing), missing
+    shards = find_checkpoint(run / FOLDER, checkpoint, client)
+    return shards, [other for other in range(shards.clients_of_run) if client is None and other not in shards.clients]
+
+
+@contextmanager
+def _whole(output: Path, size: int) -> Iterator[Path]:
+    """The path of a folder that the body makes and fills with `size` bytes, and that becomes `output` after that; where
+    anything fails neither is left."""
+    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")  # no other export's, on any host
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_full_disk(output.parent, size)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        if os.path.lexists(output):
+            raise CheckpointError("the output has come to exist meanwhile", where=str(output), fix="give a new folder")
+        partial.rename(output)
+        sync(output.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Stream:
