@@ -112,8 +112,9 @@ def main() -> None:
     from transformers import LlamaConfig
 
     from deca_ds.config import load_config
-    from deca_ds.launch import connect, read_launch
+    from deca_ds.launch import read_launch
     from deca_ds.launch.store import open_job_store
+    from deca_ds.launch.world import connect
     from deca_ds.watchdog.guard import guarded
 
     launch = read_launch()

@@ -44,8 +44,9 @@ from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.launch import connect, read_launch
+from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.world import connect
 from deca_ds.training.step import inner_step
 from deca_ds.transport.local import LocalNetwork
 from deca_ds.watchdog.guard import guarded

@@ -71,7 +71,7 @@ def import_once() -> None:
     import transformers.models.llama.modeling_llama
 
     import deca_ds.tools.train
-    import deca_ds.training.setup  # noqa: F401
+    import deca_ds.training.start  # noqa: F401
 
     assert not torch.distributed.is_initialized() and "mpi4py.MPI" not in sys.modules
     del datasets, deepspeed, transformers

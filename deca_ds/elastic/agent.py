@@ -19,8 +19,8 @@ from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.launch import Cluster
 from deca_ds.launch.view import View
+from deca_ds.launch.world import Cluster
 from deca_ds.watchdog.stop import StopByCommit
 
 

@@ -16,7 +16,7 @@ from deca_ds.launch.compare import LIBRARIES
 class Invitation:
     """store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host
     and port. attempt: number of this attempt at the run.
-    software: see fingerprint.software. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
+    software: see launch/compare.py. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
     data, equal for all clients. rounds: of the run. date: data.date. clients: who is in. visit: tells this visit from
     all others."""
 

@@ -88,6 +88,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
 
 
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up rows: any, where there is none for it, as nothing is trained or seen there."""
+    pad: int | None = tokenizer.pad_token_id
+    return pad if pad is not None else tokenizer.eos_token_id or 0
+
+
 def meta_model(model: ModelConfig, architecture: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The model's modules on the meta device: shapes without memory. options: of transformers."""
     from accelerate import init_empty_weights

@@ -36,7 +36,7 @@ class Cluster:
     The default torch process group is this client's own world, in which `shard` is the rank. gossip_comm: the MPI
     communicator of this rank's group (ClientLayout.group_of), in rank order; None where gossip goes over torch.
     membership: who is in. progress: what this rank is doing. client_store: this client's own, None where its leader
-    does not host one.
+    does not host one. together: the ranks that start now.
     """
 
     launch: Launch
@@ -47,6 +47,7 @@ class Cluster:
     membership: Membership
     progress: Progress = field(default_factory=Progress)
     client_store: Store | None = None
+    together: Sequence[int] = ()
 
     @property
     def members(self) -> View:
@@ -146,7 +147,7 @@ def connect(
         progress.wait_for(EVERYBODY)
         comm = MPI.COMM_WORLD.Split(color=layout.group_of(launch.rank), key=launch.rank)
     membership = Membership(View(0, launch.clients(layout) if joins is None else tuple(joins), layout.clients))
-    return Cluster(launch, layout, store, device, comm, membership, progress, client_store)
+    return Cluster(launch, layout, store, device, comm, membership, progress, client_store, together)
 
 
 def choose_transport(wanted: str, launch: Launch) -> str:

@@ -22,7 +22,7 @@ from deca_ds.config.checks import check_output
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
 from deca_ds.training.doubts import doubts
-from deca_ds.training.starts import record_start
+from deca_ds.training.start_log import record_start
 from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 from deca_ds.training.tables import print_notes, untrained
 

@@ -16,17 +16,17 @@ from deca_ds.data import ClientData, evaluation_batches, load_all, validate_data
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
-from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_architecture, load_tokenizer
+from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_architecture, load_tokenizer, padding_of
 from deca_ds.engine.losses import check_own_loss
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
-from deca_ds.training.compare import compare_data
-from deca_ds.training.day import on_day, today
+from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.length import count_rounds
 from deca_ds.training.method import build_rule, build_schedule, check_method
+from deca_ds.training.template_date import today, with_date
 
 
 def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulation:
@@ -35,7 +35,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     data: what `load_data` gave for the same data section, model and seed, where it is used again. Raises UserErrors.
     """
     mixing = check(config)
-    config = on_day(config, today())
+    config = with_date(config, today())
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in check_model(config, architecture, tokenizer):
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -44,7 +44,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     for part in data:
         check_token_ids(architecture, part.train, part.own_evaluation, part.common_evaluation)
     model = _load_model(config, architecture)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad_id = padding_of(tokenizer)
     one_row = next(evaluation_batches(data[0].train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id))
     model.eval()
     check_own_loss(model, one_row, model.device)
@@ -82,7 +82,7 @@ def check(config: Config) -> MixingSchedule:
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
     """Every client's data. In a simulation one process reads all of it, private files too."""
     disable_progress_bars()
-    config = on_day(config, today())
+    config = with_date(config, today())
     data = load_all(config, tokenizer)
     compare_data([part.summary for part in data], [part.label_names for part in data])
     return data

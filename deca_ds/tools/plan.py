@@ -42,7 +42,7 @@ from deca_ds.planning.roofline import find_gpu, read_rate
 from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import print_fit, print_memory, print_times
-from deca_ds.training.compare import compare_data
+from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
 from deca_ds.training.method import build_schedule, check_method

@@ -9,12 +9,13 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deca_ds.checkpoint.done import mark_done, mark_stopped
 from deca_ds.config import Config, load_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import argument as path_argument
-from deca_ds.elastic.rejoin import join_job
+from deca_ds.elastic.rejoin import Visit, join_job
 from deca_ds.errors import UserError
 from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
@@ -28,6 +29,9 @@ from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 from deca_ds.watchdog.role import Visitor
 from deca_ds.watchdog.stop import forget_request
+
+if TYPE_CHECKING:
+    from deca_ds.training.loop import Trainer
 
 _LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
 _INTERRUPTED = "interrupted: the job saves a checkpoint and stops after this inner step; Ctrl-C again ends it at once"
@@ -55,36 +59,18 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     arguments = parser(program).parse_intermixed_args(argv)
     # DeepSpeed still calls collectives by names that newer versions of torch have renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    visit, visitor = None, None
     try:
         launch = read_launch()
-        config: Config | UserError  # the mistake in it, for the guard to tell the other ranks, too
-        try:
-            given().check(launch.world_size)
-            config = load_config(arguments.config, arguments.overrides)
-        except UserError as mistake:
-            config = mistake
-        visit = None
+        config = _read_config(arguments, launch)
         if arguments.join:
-            if isinstance(config, UserError):
-                raise config
-            layout = ClientLayout.of(check_world(config, launch.world_size))
-            visit, store = join_job(
-                launch, layout, Path(config.run.output), _START_TIMEOUT_S, config.cluster.timeout_s, tries_until()
-            )
+            visit, store = _join(config, launch)
+            visitor = Visitor(visit.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
         else:
-            patience_s, meet_s = _START_TIMEOUT_S, _START_S
-            if not isinstance(config, UserError):
-                patience_s, meet_s = max(_START_S, config.cluster.timeout_s), config.cluster.meet_s
-                if config.cluster.absent:
-                    layout = ClientLayout.of(check_world(config, launch.world_size))
-                    launch = launch.without(config.cluster.absent, layout)
-            store = open_job_store(launch, patience_s, meet_s)
+            launch, store = _open_store(config, launch)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return USER_ERROR_CODE
-    visitor = None
-    if visit is not None:
-        visitor = Visitor(visit.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
     with guarded(launch, store, visitor) as guard:
         if isinstance(config, UserError):
             raise config
@@ -93,52 +79,100 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             meet(launch, store, config.cluster.meet_s)
         if arguments.dry_run:
             _plan(config, launch, store, guard)
-            return 0
-        from deca_ds.training.setup import start
-
-        gc.freeze()  # what has been imported stays; no collection needs to look at it again
-        gc.enable()  # deca_ds/launchers/train.py has disabled it
-        trainer = start(config, launch, store, guard, visit)
-        if trainer is None:
-            if launch.rank == launch.first:
-                print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
-                      f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
-            return 0
-        on_stop(guard.stop.ask)
-        on_interrupt(guard.stop.ask, _INTERRUPTED if launch.rank == launch.first else "")
-        finished = trainer.train()
-        guard.progress.enter("the end")
-        members = trainer.cluster.members
-        trainer.meet()
-        trainer.metrics.close()
-        check_held(trainer.output)
-        if trainer.cluster.is_job_leader:
-            steps = f"{trainer.done} of {len(trainer.schedule)} inner steps"
-            without = f" without client {', '.join(map(str, members.missing))}" if members.missing else ""
-            if finished:
-                mark_done(trainer.output, steps, members.missing)
-                print_summary(evaluations(trainer.output, trainer.cluster.client))
-                commands = next_commands(trainer.output, best=config.checkpoint.best)
-                print(f"done{without}: {trainer.output}\n{commands}", flush=True)
-            else:
-                steps += trainer.stopped_early
-                mark_stopped(trainer.output, steps, members.missing)
-                how = "the same command with run.resume=require"
-                if trainer.stopped_early:
-                    how += " evaluation.patience=0"
-                if set(members.missing) - set(config.cluster.absent):
-                    how += ", from the newest checkpoint that all clients wrote"
-                    if trainer.cluster.transport == "torch":
-                        how += f"; from here, without them: cluster.absent=[{','.join(map(str, members.missing))}]"
-                commands = stopped_commands(trainer.output, best=config.checkpoint.best)
-                print(f"stopped after {steps}{without}; to go on: {how}\n{commands}", flush=True)
-            forget_request(trainer.output)
-        if finished and not config.checkpoint.every:  # it was for a failure before this
-            trainer.meet()
-            trainer.checkpoints.forget()
-        if trainer.agent is not None and trainer.agent.returns:
-            guard.come_back("is in the smaller part of the network, or alone")
+        else:
+            _train(config, launch, store, guard, visit)
     return 0
+
+
+def _read_config(arguments: argparse.Namespace, launch: Launch) -> Config | UserError:
+    """Or the mistake in it, for the guard to tell the other ranks, too."""
+    try:
+        given().check(launch.world_size)
+        return load_config(arguments.config, arguments.overrides)
+    except UserError as mistake:
+        return mistake
+
+
+def _open_store(config: Config | UserError, launch: Launch) -> tuple[Launch, JobStore]:
+    """The job's store, and who is started together, as the configuration says; without one, so that all hear why."""
+    patience_s, meet_s = _START_TIMEOUT_S, _START_S
+    if not isinstance(config, UserError):
+        patience_s, meet_s = max(_START_S, config.cluster.timeout_s), config.cluster.meet_s
+        if config.cluster.absent:
+            layout = ClientLayout.of(check_world(config, launch.world_size))
+            launch = launch.without(config.cluster.absent, layout)
+    return launch, open_job_store(launch, patience_s, meet_s)
+
+
+def _join(config: Config | UserError, launch: Launch) -> tuple[Visit, JobStore]:
+    """The visit of a client that comes back, and the store of the job that goes on without it."""
+    if isinstance(config, UserError):
+        raise config
+    layout, output = ClientLayout.of(check_world(config, launch.world_size)), Path(config.run.output)
+    return join_job(launch, layout, output, _START_TIMEOUT_S, config.cluster.timeout_s, tries_until())
+
+
+def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None) -> None:
+    """Start, train and end."""
+    from deca_ds.training.start import start
+
+    gc.freeze()  # what has been imported stays; no collection needs to look at it again
+    gc.enable()  # deca_ds/launchers/train.py has disabled it
+    trainer = start(config, launch, store, guard, visit)
+    is_first = launch.rank == launch.first
+    if trainer is None:
+        if is_first:
+            print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
+                  f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
+        return
+    on_stop(guard.stop.ask)
+    on_interrupt(guard.stop.ask, _INTERRUPTED if is_first else "")
+    finished = trainer.train()
+    guard.progress.enter("the end")
+    missing = trainer.cluster.members.missing
+    trainer.meet()
+    trainer.metrics.close()
+    check_held(trainer.output)
+    if trainer.cluster.is_job_leader:
+        end = _end_done if finished else _end_stopped
+        end(trainer, missing)
+        forget_request(trainer.output)
+    if finished and not config.checkpoint.every:  # it was for a failure before this
+        trainer.meet()
+        trainer.checkpoints.forget()
+    if trainer.agent is not None and trainer.agent.returns:
+        guard.come_back("is in the smaller part of the network, or alone")
+
+
+def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
+    """Mark the run's folder, and tell the results and what to do with them. missing: clients."""
+    mark_done(trainer.output, _steps(trainer), missing)
+    print_summary(evaluations(trainer.output, trainer.cluster.client))
+    commands = next_commands(trainer.output, best=trainer.config.checkpoint.best)
+    print(f"done{_without(missing)}: {trainer.output}\n{commands}", flush=True)
+
+
+def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
+    """Mark the run's folder, and tell how to go on. missing: clients."""
+    config, steps = trainer.config, _steps(trainer) + trainer.stopped_early
+    mark_stopped(trainer.output, steps, missing)
+    how = "the same command with run.resume=require"
+    if trainer.stopped_early:
+        how += " evaluation.patience=0"
+    if set(missing) - set(config.cluster.absent):
+        how += ", from the newest checkpoint that all clients wrote"
+        if trainer.cluster.transport == "torch":
+            how += f"; from here, without them: cluster.absent=[{','.join(map(str, missing))}]"
+    commands = stopped_commands(trainer.output, best=config.checkpoint.best)
+    print(f"stopped after {steps}{_without(missing)}; to go on: {how}\n{commands}", flush=True)
+
+
+def _steps(trainer: Trainer) -> str:
+    return f"{trainer.done} of {len(trainer.schedule)} inner steps"
+
+
+def _without(missing: Sequence[int]) -> str:
+    return f" without client {', '.join(map(str, missing))}" if missing else ""
 
 
 def _plan(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> None:
@@ -149,9 +183,9 @@ def _plan(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> N
     if launch.launcher == "python":
         print_plan(config)
         return
-    from deca_ds.training.setup import check_together
+    from deca_ds.training.start import check_together
 
-    config, _, _ = check_together(config, launch, store, guard)
+    config, _ = check_together(config, launch, store, guard)
     store.gather(launch, "plan/checked", None)
     if launch.rank == launch.first:
         guard.progress.enter("making the plan", works=True)

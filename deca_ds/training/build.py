@@ -3,113 +3,167 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import partial
-from math import prod
 from pathlib import Path
 
-import torch
-from datasets import disable_progress_bars
-from rich.console import Console
+from torch import Tensor
 from torch.distributed import PrefixStore
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from deca_ds.algorithm.blocks import fused_parameters
-from deca_ds.algorithm.methods import METHODS
-from deca_ds.checkpoint.adapters import save_adapters
-from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.checkpoint.steps import FOLDER as CHECKPOINTS
-from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
-from deca_ds.data.checks import tell_files
-from deca_ds.engine.adapters import find_adapters
-from deca_ds.engine.check_model import check_model, check_token_ids
+from deca_ds.elastic.agent import ElasticAgent
+from deca_ds.elastic.invitation import Invitation
+from deca_ds.elastic.partition import Lookout
+from deca_ds.elastic.rejoin import save_addresses
 from deca_ds.engine.client import Client
-from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
+from deca_ds.engine.load import padding_of
 from deca_ds.engine.state import TrainingState
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.gossip import Gossip
-from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
-from deca_ds.launch import Cluster
+from deca_ds.launch.compare import software
 from deca_ds.launch.digests import digest
-from deca_ds.launch.progress import SHARED
+from deca_ds.launch.view import View
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.claim import check_held
 from deca_ds.training.completion import Agreed, StoreCount, Written
-from deca_ds.training.connect import Connected
+from deca_ds.training.connect import Elastic, Job
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
-from deca_ds.training.doubts import doubts, doubts_of_length
-from deca_ds.training.elastic import enter_elastic, invite_others, make_agent
 from deca_ds.training.evaluation import Evaluator
+from deca_ds.training.load import load_base, load_client, load_data
 from deca_ds.training.loop import Trainer
 from deca_ds.training.method import build_rule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.pace import pace_from
-from deca_ds.training.prepare import first_of_host, load_shared
-from deca_ds.training.start import Job, NewRun, Start
-from deca_ds.training.starts import record_start
-from deca_ds.training.tables import warn_of_blocks, warn_of_experts
-from deca_ds.watchdog.guard import JobGuard
+from deca_ds.training.ways_to_start import Start
+from deca_ds.transport.commit import Commit
+from deca_ds.watchdog.lifelines import Lifeline
 
 
-def build(
-    config: Config, cluster: Cluster, connected: Connected, guard: JobGuard, start: Start | None = None
-) -> Trainer:
-    """Everything that `Trainer` needs; all ranks call this. start: None is a new run. A client that comes back returns
-    when the others have let it in."""
-    start, transport = start or NewRun(), connected.transport
-    display = Display(config.logging, guard.heartbeats.own)
+def build(job: Job, start: Start) -> Trainer:
+    """Everything that `Trainer` needs; all ranks call this. For a client that comes back it ends when the others have
+    let it in."""
+    config, cluster = job.config, job.cluster
+    display = Display(config.logging, job.guard.heartbeats.own)
     if cluster.is_job_leader:
         display.show()
-    job = Job(config, cluster, transport, guard, build_mixing(config.gossip, cluster.clients, config.run.seed))
-    elastic = enter_elastic(job, connected)
-    architecture, tokenizer = _load_tokenizer(job, start.ranks(cluster))
-    data = _load_data(job, architecture, tokenizer)
-    vocabulary = digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
+    architecture, tokenizer = load_base(job)
+    vocabulary, pad_id = _digest_of_vocabulary(tokenizer), padding_of(tokenizer)
+    data = load_data(job, architecture, tokenizer)
     cluster.progress.enter("comparing the data")
     start.open_folder(job, data, vocabulary)
-    client = _load_client(job, architecture, tokenizer)
-    schedule, rule = start.schedule(job, len(client.plan.blocks)), build_rule(config)
-    if cluster.is_job_leader:
-        _record_start(job, client, start.resumed or 0, schedule.rounds)
-        for warning in doubts_of_length(config, len(schedule)):
-            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    client = load_client(job, architecture, tokenizer)
+    schedule = start.schedule(job, client)
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(next(one_row))
-    start.compare_models(job, client, vocabulary)
-    attempt = start.attempt(job, client)
-    gossip = _make_gossip(job, connected, client, attempt)
-    state = TrainingState(client, rule, schedule, gossip)
+    attempt = start.agree(job, client, vocabulary)
+    gossip = _make_gossip(job, client, attempt)
+    state = TrainingState(client, build_rule(config), schedule, gossip)
     start.restore(job, state)
     metrics = Metrics(config.logging, cluster, job.output, schedule, display)
-    written: Written = StoreCount(cluster, attempt, config.cluster.timeout_s)
-    agent = None
-    if elastic is not None:
-        written = Agreed(elastic.commit, start.resumed, config.cluster.absent)
+    written: Written
+    if job.elastic is None:
+        agent, written = None, StoreCount(cluster, attempt, config.cluster.timeout_s)
+    else:
+        written = Agreed(job.elastic.commit, start.resumed, config.cluster.absent)
         # before the agent, which tells who has gone: that client may ask to come back at once
-        invite_others(job, elastic, attempt, data, vocabulary, schedule.rounds)
-        agent = make_agent(job, elastic, gossip, metrics)
+        _invite_others(job, job.elastic, attempt, data, vocabulary, schedule.rounds)
+        agent = _make_agent(job, job.elastic, gossip, metrics)
         start.join(job, agent, state, metrics)
-        guard.let_others_go_on()
-    watch = Watch(client, cluster, rule.buffers)
-    checkpoints = Checkpoints(
-        config.checkpoint,
-        cluster,
-        state,
-        gossip,
-        written,
-        folder=job.output / CHECKPOINTS,
-        attempt=attempt,
-        timeout_s=config.cluster.timeout_s,
-        resumed=start.resumed,
-        check=partial(_check_before_saving, watch, job.output),
+        job.guard.let_others_go_on()
+    watch = Watch(client, cluster, state.rule.buffers)
+    display.begin(schedule, state.done, pace_from(schedule, state.done, config.evaluation.every))
+    return Trainer(
+        config=config,
+        cluster=cluster,
+        state=state,
+        gossip=gossip,
+        batches=_make_batches(job, data, pad_id, state.done),
+        evaluator=_make_evaluator(job, client, gossip, data, pad_id, display),
+        metrics=metrics,
+        checkpoints=_make_checkpoints(job, state, gossip, written, watch, attempt, start.resumed),
+        stop=job.guard.stop,
+        watch=watch,
+        output=job.output,
+        agent=agent,
     )
-    batches = training_batches(
+
+
+def _digest_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    return digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()])
+
+
+def _make_gossip(job: Job, client: Client, attempt: int) -> Gossip:
+    """The averaging with neighbours; where late ones are left out, on a connection of its own to the job's store."""
+    config, cluster = job.config, job.cluster
+    radius = config.gossip.clip_radius
+    stragglers = None
+    if config.gossip.wait_s is not None:
+        store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
+        stragglers = LateExchange(job.transport, store, config.gossip.wait_s)
+    return Gossip(
+        job.transport,
+        job.mixing,
+        config.gossip.chunk_mib,
+        cluster.device,
+        codec=CODECS[config.gossip.wire],
+        commit=Commit() if job.elastic is None else job.elastic.commit,
+        clip=None if radius is None else Clip(radius, client.client_sum),
+        stragglers=stragglers,
+        client_sum=client.client_sum,
+        reports=cluster.is_leader,
+    )
+
+
+def _invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str, rounds: int) -> None:
+    """Over torch: keep up to date what a client that comes back finds in the folder, and what this client's coordinator
+    tells it. vocabulary: digest of the tokenizer's. rounds: of the run."""
+    config, guard = job.config, job.guard
+    if elastic.rejoinable is None or not job.cluster.is_leader:
+        return
+    votes = elastic.rejoinable.votes
+    told = {
+        "attempt": attempt,
+        "software": software(config, [matrix.tobytes() for matrix in job.mixing.matrices]),
+        "tokenizer": vocabulary,
+        "label_names": data.label_names,
+        "common_evaluation": data.summary["common_evaluation"],
+        "rounds": rounds,
+        "date": config.data.date,
+    }
+
+    def invite(*_: View) -> None:
+        save_addresses(job.output, votes.addresses)
+        store = guard.store.address
+        if votes.own is not None and store is not None:
+            addresses = [(client, *address) for client, address in votes.addresses.items()]
+            votes.own.invite(Invitation(store, guard.site.host, addresses, **told).text())
+
+    invite()
+    job.cluster.membership.subscribe(invite)
+
+
+def _make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) -> ElasticAgent:
+    """What goes on without clients that have died. From here on a rank that dies takes its client along."""
+    cluster, config = job.cluster, job.config.cluster
+    assert cluster.client_store is not None, "`connect` opens it"
+    lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.timeout_s, job.guard.fail)
+    job.guard.on_exit(lifeline.close)
+    lookout = None
+    if elastic.rejoinable is not None and cluster.is_leader and config.return_s:
+        lookout = Lookout(cluster.membership, elastic.rejoinable.votes, cluster.client, config.min_clients)
+    way = elastic.commit, elastic.rejoinable
+    return ElasticAgent(config, cluster, *way, gossip, job.mixing, metrics, elastic.stop, lookout)
+
+
+def _make_batches(job: Job, data: ClientData, pad_id: int, done: int) -> Iterator[list[dict[str, Tensor]]]:
+    """This rank's part of those that come after `done` inner steps."""
+    config, cluster = job.config, job.cluster
+    return training_batches(
         data.train,
         batch_size=config.data.batch_size,
         micro_batch_size=config.data.micro_batch_size,
@@ -118,120 +172,41 @@ def build(
         seed=config.run.seed,
         client=cluster.client,
         pad_id=pad_id,
-        start_step=state.done,
-    )
-    evaluation = config.evaluation
-    display.begin(schedule, state.done, pace_from(schedule, state.done, evaluation.every))
-    return Trainer(
-        config=config,
-        cluster=cluster,
-        state=state,
-        gossip=gossip,
-        batches=batches,
-        evaluator=Evaluator(
-            client,
-            cluster,
-            transport,
-            gossip.commit,
-            data,
-            evaluation.batch_size,
-            pad_id,
-            evaluation.mean_model,
-            display.scored,
-        ),
-        metrics=metrics,
-        checkpoints=checkpoints,
-        stop=guard.stop,
-        watch=watch,
-        output=job.output,
-        agent=agent,
+        start_step=done,
     )
 
 
-def _load_tokenizer(job: Job, ranks: Sequence[int]) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The model's configuration and the tokenizer, which fit each other. ranks: those that load them now."""
-    model, cluster = job.config.model, job.cluster
-    disable_progress_bars()
-    cluster.progress.enter("loading the tokenizer", works=True, awaits=SHARED)
-    with first_of_host(model, cluster.launch, cluster.store, ranks):
-        architecture, tokenizer = load_architecture(model), load_tokenizer(model)
-        cluster.progress.enter("checking the model", works=True, awaits=SHARED)
-        warnings = check_model(job.config, architecture, tokenizer)
-    for warning in [*doubts(job.config), *warnings] if cluster.is_job_leader else ():
-        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
-    return architecture, tokenizer
-
-
-def _load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ClientData:
-    """This client's data, of which the model knows all tokens."""
-    config, cluster = job.config, job.cluster
-    cluster.progress.enter("reading the data", works=True, awaits=SHARED)
-    for line in [
-        *(tell_files(config.data) if cluster.is_job_leader else ()),
-        *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
-    ]:
-        print(line, file=sys.stderr, flush=True)
-    data = load_shared(config, tokenizer, cluster)
-    check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
-    return data
-
-
-def _load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Client:
-    """The model on this client's shards; what Hugging Face needs beside its weights is in the run's folder then."""
-    config, cluster, folder = job.config, job.cluster, job.output / "hf"
-    cluster.progress.enter("loading the model", works=True, awaits=SHARED)
-    model = load_model(config, architecture)
-    if cluster.is_job_leader:
-        if METHODS[config.algorithm.method].adapters:
-            save_adapters(job.output, find_adapters(model))
-        model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if model.can_generate() and (note := save_generation_config(model, tokenizer, folder)):
-            print(f"NOTE: {note}", file=sys.stderr, flush=True)
-    torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
-    client = Client(config, model, cluster.device)
-    if cluster.is_job_leader:
-        console = Console(stderr=True)
-        warn_of_blocks(console, client.plan)
-        warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
-    return client
-
-
-def _record_start(job: Job, client: Client, done: int, rounds: int) -> None:
-    cluster = job.cluster
-    record_start(
-        job.config,
-        job.mixing,
-        done=done,
-        rounds=rounds,
-        architecture=type(client.model).__name__,
-        parameters=sum(map(prod, client.shapes.values())),
-        plan=client.plan,
-        ranks=[len(cluster.layout.ranks_of(other)) for other in range(cluster.clients)],
-        transport=cluster.transport,
-        device=cluster.device,
+def _make_evaluator(
+    job: Job, client: Client, gossip: Gossip, data: ClientData, pad_id: int, display: Display
+) -> Evaluator:
+    config = job.config.evaluation
+    return Evaluator(
+        client,
+        job.cluster,
+        job.transport,
+        gossip.commit,
+        data,
+        config.batch_size,
+        pad_id,
+        config.mean_model,
+        display.scored,
     )
 
 
-def _make_gossip(job: Job, connected: Connected, client: Client, attempt: int) -> Gossip:
-    """The averaging with neighbours; where late ones are left out, on a connection of its own to the job's store."""
-    config, cluster, transport = job.config, job.cluster, connected.transport
-    radius = config.gossip.clip_radius
-    stragglers = None
-    if config.gossip.wait_s is not None:
-        store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
-        stragglers = LateExchange(transport, store, config.gossip.wait_s)
-    return Gossip(
-        transport,
-        job.mixing,
-        config.gossip.chunk_mib,
-        cluster.device,
-        codec=CODECS[config.gossip.wire],
-        commit=connected.commit,
-        clip=None if radius is None else Clip(radius, client.client_sum),
-        stragglers=stragglers,
-        client_sum=client.client_sum,
-        reports=cluster.is_leader,
+def _make_checkpoints(
+    job: Job, state: TrainingState, gossip: Gossip, written: Written, watch: Watch, attempt: int, resumed: int | None
+) -> Checkpoints:
+    return Checkpoints(
+        job.config.checkpoint,
+        job.cluster,
+        state,
+        gossip,
+        written,
+        folder=job.output / CHECKPOINTS,
+        attempt=attempt,
+        timeout_s=job.config.cluster.timeout_s,
+        resumed=resumed,
+        check=partial(_check_before_saving, watch, job.output),
     )
 
 

@@ -28,7 +28,7 @@ from deca_ds.engine.state import FROZEN, Piece, Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError, DivergedError
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.launch import Cluster
+from deca_ds.launch.world import Cluster
 from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX
 

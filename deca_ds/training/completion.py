@@ -8,8 +8,8 @@ from typing import Protocol
 
 from deca_ds.elastic.commit import Question, SurvivorCommit
 from deca_ds.errors import CheckpointError
-from deca_ds.launch import Cluster
 from deca_ds.launch.progress import EVERYBODY
+from deca_ds.launch.world import Cluster
 
 
 class Written(Protocol):

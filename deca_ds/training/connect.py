@@ -1,9 +1,10 @@
-"""The way to the other clients, by how the job was launched and what it is to outlive."""
+"""The way to the other clients, by how the job was launched and what it is to outlive; and the job, once connected."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from pathlib import Path
 
 from torch.distributed import PrefixStore
 
@@ -13,37 +14,72 @@ from deca_ds.elastic.commit import SurvivorCommit
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
 from deca_ds.elastic.rejoin import Visit
-from deca_ds.launch import Cluster
+from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.launch.progress import EVERYBODY
-from deca_ds.transport.commit import Commit
+from deca_ds.launch.world import Cluster
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.mpi import MpiTransport
 from deca_ds.transport.transport import Endpoint, Transport
 from deca_ds.watchdog.guard import JobGuard
+from deca_ds.watchdog.role import Elasticity
+from deca_ds.watchdog.stop import StopByCommit
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """What a job has in which clients may go and come.
+
+    commit: what outlives dead clients. rejoinable: over torch, the transport, which lets clients in. stop: how the job
+    is told to stop.
+    """
+
+    commit: SurvivorCommit
+    rejoinable: ReconnectingGloo | None
+    stop: StopByCommit
 
 
 @dataclass(frozen=True)
 class Connected:
-    """A rank's way to the other clients. survivors: where clients may die. rejoinable: where they may also come back,
-    the transport, as what lets them in."""
+    """A rank's way to the other clients. elastic: where clients may die."""
 
     transport: Transport
-    survivors: SurvivorCommit | None = None
-    rejoinable: ReconnectingGloo | None = None
+    elastic: Elastic | None = None
 
-    @cached_property
-    def commit(self) -> Commit:
-        return self.survivors or Commit()
+
+@dataclass(frozen=True)
+class Job:
+    """What all parts of a run are made from, on one rank. mixing: of all clients of the configuration."""
+
+    config: Config
+    cluster: Cluster
+    connected: Connected
+    guard: JobGuard
+    mixing: MixingSchedule
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.run.output)
+
+    @property
+    def transport(self) -> Transport:
+        """See Connected."""
+        return self.connected.transport
+
+    @property
+    def elastic(self) -> Elastic | None:
+        """See Connected."""
+        return self.connected.elastic
 
 
 def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None = None) -> Connected:
     """Join this rank with its peers in the other clients: over MPI where the launcher made an MPI world, else torch.
+    Where clients may die, the guard is told how the others go on.
 
     visit: of a client that comes back; its transport is not connected until it is let in.
     """
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
-    timeout_s, outlives = cluster.progress.deadline_s(config.cluster.timeout_s), config.cluster.on_failure == "continue"
+    timeout_s = cluster.progress.deadline_s(config.cluster.timeout_s)
     end = Endpoint(
         cluster.layout,
         cluster.launch.rank,
@@ -52,22 +88,40 @@ def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Vi
         cluster.progress,
         config.gossip.checksums,
     )
-    announcement = partial(guard.site.announcement, layout=cluster.layout)
-    if outlives and cluster.gossip_comm is None:
-        votes = _open_votes(config, cluster, visit, timeout_s)
-        gloo = ReconnectingGloo(votes, guard.site, announcement, end, connected=visit is None)
-        connected = Connected(gloo, SurvivorCommit(gloo), gloo)
-    elif outlives:
-        from mpi4py import MPI
-
-        ulfm = ReconnectingUlfm(MPI.COMM_WORLD, announcement, end)
-        connected = Connected(ulfm, SurvivorCommit(ulfm))
+    if config.cluster.on_failure == "continue":
+        connected = _connect_elastic(config, cluster, guard, visit, end)
     elif cluster.gossip_comm is not None:
         connected = Connected(MpiTransport(cluster.gossip_comm, end))
     else:
         connected = Connected(GlooTransport(PrefixStore("transport", cluster.store.store), end))
     cluster.progress.wait_for(None)
     return connected
+
+
+def _connect_elastic(
+    config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, end: Endpoint
+) -> Connected:
+    announcement, stop = partial(guard.site.announcement, layout=cluster.layout), StopByCommit()
+    if cluster.gossip_comm is not None:
+        from mpi4py import MPI
+
+        ulfm = ReconnectingUlfm(MPI.COMM_WORLD, announcement, end)
+        guard.enter_elastic(Elasticity(cluster.membership, cluster.layout, stop))
+        return Connected(ulfm, Elastic(SurvivorCommit(ulfm), None, stop))
+    votes = _open_votes(config, cluster, visit, end.timeout_s)
+    gloo = ReconnectingGloo(votes, guard.site, announcement, end, connected=visit is None)
+    guard.on_exit(votes.close)
+    guard.enter_elastic(
+        Elasticity(
+            cluster.membership,
+            cluster.layout,
+            stop,
+            config.cluster.return_s,
+            votes.cut_off,
+            put_out_who_hangs=votes.stalled,
+        )
+    )
+    return Connected(gloo, Elastic(SurvivorCommit(gloo), gloo, stop))
 
 
 def _open_votes(config: Config, cluster: Cluster, visit: Visit | None, timeout_s: float) -> QuorumClient:

@@ -20,7 +20,7 @@ from deca_ds.algorithm.schedule import Step
 from deca_ds.checkpoint.steps import step_folder
 from deca_ds.engine.client import Client, GradientStats
 from deca_ds.errors import DivergedError
-from deca_ds.launch import Cluster
+from deca_ds.launch.world import Cluster
 
 FIX = "lower optimizer.lr, set optimizer.clip_norm, or look at the data"
 

@@ -18,7 +18,7 @@ from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
 from deca_ds.engine.masters import round_into
 from deca_ds.errors import DivergedError
-from deca_ds.launch import Cluster
+from deca_ds.launch.world import Cluster
 from deca_ds.training.divergence import FIX
 from deca_ds.training.summary import MEAN_MODEL, SETS
 from deca_ds.transport.collectives import all_reduce_sum, gather_json, sum_slices

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.config.watching import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
-from deca_ds.launch import Cluster
+from deca_ds.launch.world import Cluster
 from deca_ds.training.display import Display
 from deca_ds.training.summary import Evaluation
 

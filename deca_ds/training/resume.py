@@ -1,4 +1,5 @@
-"""Going on from a checkpoint: which one all ranks can use, and putting its state back."""
+"""What a run goes on from: what has begun in its folder, how long it is to be from here on, and the checkpoint that all
+ranks can use."""
 
 from __future__ import annotations
 
@@ -6,28 +7,26 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
 
+from deca_ds.checkpoint.done import inner_steps, is_done
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.slices import MANIFEST, PARTIAL, rank_folder
 from deca_ds.checkpoint.steps import FOLDER, open_checkpoint, remove_part, step_folder, steps_in
 from deca_ds.config import Config
-from deca_ds.engine.slices import Slice
-from deca_ds.engine.state import Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import subset
 from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.launch import Cluster, Launch
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
+from deca_ds.training.length import count_rounds, one_block, too_short
+from deca_ds.training.start_log import read_starts
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,72 @@ class Resumption:
         assert self.state is not None
         at: dict[str, int] = self.state["schedule"]
         return at
+
+
+def look_at_run(config: Config) -> dict[str, Any]:
+    """JSON-able: rounds, of the run from here on; finished: it was DONE; ends: it is to be no longer than that.
+
+    On the host of the first rank, before anything is loaded. Raises UserErrors for a length that the run cannot get.
+    """
+    output, starts = Path(config.run.output), read_starts(Path(config.run.output))
+    rounds = _wanted(config, starts)
+    if not is_done(output):
+        return {"rounds": rounds, "finished": False, "ends": False}
+    blocks = len(_blocks(output, starts))
+    before = inner_steps(output) // (blocks * config.algorithm.inner_steps)
+    if rounds < before:
+        raise too_short(before, rounds, "rounds")
+    if rounds > before:
+        if blocks == 1:
+            raise one_block()
+        _check_state(output / "model")
+    return {"rounds": rounds, "finished": True, "ends": rounds == before}
+
+
+def _wanted(config: Config, starts: list[dict[str, Any]]) -> int:
+    """Rounds. algorithm.epochs that the run was started with come to what they came to then, whoever has come since."""
+    if config.algorithm.rounds is not None:
+        return config.algorithm.rounds
+    output = Path(config.run.output)
+    for start in reversed(starts):
+        if start.get("epochs") == config.algorithm.epochs and "rounds" in start:
+            return int(start["rounds"])
+    try:
+        rows = [client["train"] for client in json.loads((output / "data.json").read_text())]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _unreadable(output / "data.json", str(error)) from error
+    return count_rounds(config, len(_blocks(output, starts)), rows)
+
+
+def _blocks(output: Path, starts: list[dict[str, Any]]) -> list[Any]:
+    try:
+        blocks: list[Any] = starts[-1]["model"]["blocks"]
+    except (LookupError, TypeError):
+        raise _unreadable(output / "starts.json", "it does not tell the model's blocks") from None
+    return blocks
+
+
+def _unreadable(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"cannot tell how long the run is: {why}",
+        where=str(path),
+        fix="bring the file back; a run that has not finished takes algorithm.rounds, too",
+    )
+
+
+def _check_state(model: Path) -> None:
+    """Raise CheckpointError for a model without what a longer run needs, as far as there is one on this host."""
+    for manifest in model.glob(f"client_*/rank_*/{MANIFEST}"):
+        try:
+            keeps_state = bool(json.loads(manifest.read_text())["state"])
+        except (OSError, ValueError, LookupError, TypeError):  # it will be refused as a checkpoint
+            continue
+        if not keeps_state:
+            raise CheckpointError(
+                "the run was finished by an earlier version of deca_ds, which kept nothing to go on from",
+                where=str(manifest),
+                fix="start a new run from the exported model (deca export), in a new folder",
+            )
 
 
 def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout, mixing: MixingSchedule) -> Resumption:
@@ -144,7 +209,7 @@ def _leave_behind(
     output: Path, step: int, own: dict[str, int], launch: Launch, refused: list[str], verdict: str
 ) -> None:
     """Remove this rank's parts of checkpoints after `step` and how the last attempt ended; say so."""
-    _remove_newer(output, step, **own)
+    remove_newer(output, step, **own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)
     if launch.rank == launch.first:
@@ -154,7 +219,8 @@ def _leave_behind(
             print(verdict, file=sys.stderr, flush=True)
 
 
-def _remove_newer(output: Path, step: int, **own: int) -> None:
+def remove_newer(output: Path, step: int, **own: int) -> None:
+    """Remove this rank's parts of checkpoints after `step`. own: client, rank and ranks."""
     for newer in (found for found in steps_in(output / FOLDER) if found > step):
         remove_part(output / FOLDER, newer, **own)
 
@@ -166,102 +232,3 @@ def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
             where="gossip.matrix, gossip.edges",
             fix="give the run its own files",
         )
-
-
-def rewind(output: Path, cluster: Cluster, done: int) -> None:
-    """Forget what was logged after `done` inner steps, and slices of the trained model that the run saves again.
-
-    An evaluation comes after the checkpoint of its step, so that it is repeated. A client that dies does so after the
-    newest checkpoint that has its part. Its parts of newer ones are removed.
-    """
-    _remove_newer(output, done, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
-    if cluster.is_leader:
-        _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
-        shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)
-    if cluster.is_job_leader:
-        _rewind_lines(output / "metrics" / "job.jsonl", done)
-    dist.barrier()
-
-
-def _rewind_lines(path: Path, done: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line that a killed process was writing
-            break
-        if record["step"] <= done - (record["kind"] != "step"):
-            kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> None:
-    """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell; note those
-    of clients that were not there before."""
-    path = output / "data.json"
-    before = {summary["client"]: summary for summary in json.loads(path.read_text())}
-    for new in summaries:
-        client = new["client"]
-        old = before.setdefault(client, new)
-        for key in new.keys() - {"own_evaluation", "common_evaluation"}:
-            if old.get(key) != new[key]:
-                raise CheckpointError(
-                    f"client {client} has other data than before: {key} was {old.get(key)}, is {new[key]}",
-                    where=str(path),
-                    fix="give the run the data that it was started with",
-                )
-    save_summaries(output, [before[client] for client in sorted(before)])
-
-
-def save_summaries(output: Path, summaries: Sequence[dict[str, Any]]) -> None:
-    """Write data.json: of every client that was there, ClientData.summary."""
-    (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
-
-
-def restore(resumption: Resumption, cluster: Cluster, state: TrainingState) -> None:
-    """Put the saved state back, of a block amid its turn, too.
-
-    With another number of ranks each reads the elements that it holds now, from whoever wrote them; the random state is
-    then a new one. Raises CheckpointError for a checkpoint of another model. The schedule has been compared, see
-    `check_place` of length.py.
-    """
-    saved, values = resumption.saved, resumption.state
-    if saved is None or values is None:
-        return
-    read = _Reader(saved, values, cluster.client)
-    for piece in state.pieces():
-        if not isinstance(piece, Value):
-            for part in piece.slices(cluster.shard, cluster.ranks):
-                part.fill(read.slice(part))
-        elif piece.scope is Scope.RANK and not resumption.same_layout:
-            piece.anew()
-        elif piece.scope is not Scope.ATTEMPT:
-            piece.set(read.value(piece.name))
-
-
-class _Reader:
-    """Reads what must be there of one client: slices of tensors in the shape that they have now, and values."""
-
-    def __init__(self, saved: ShardedModel, values: dict[str, Any], client: int):
-        self._saved, self._values, self._client = saved, values, client
-        self._names = set(saved.names)
-
-    def slice(self, part: Slice) -> Tensor:
-        found = self._saved.shape(part.name) if part.name in self._names else None
-        if found != part.shape:
-            what = f"{part.name} has shape {part.shape}, in the checkpoint {found or 'it is missing'}"
-            raise self._lacks(what, "model")
-        return self._saved.read_range(part.name, self._client, part.start, part.stop)
-
-    def value(self, name: str) -> Any:
-        if name not in self._values:
-            raise self._lacks(f"the value {name!r} is missing in the checkpoint", "version of deca_ds")
-        return self._values[name]
-
-    def _lacks(self, what: str, wanted: str) -> CheckpointError:
-        fix = f"resume with the {wanted} that the run was started with"
-        return CheckpointError(what, where=str(self._saved.folder), fix=fix)

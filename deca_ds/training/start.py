@@ -1,260 +1,142 @@
-"""How a run starts: anew, from a checkpoint, or as a client that comes back to a job that goes on."""
+"""The start of a run on one rank, from its configuration to what it trains with: cheapest checks first, and nothing is
+written before everything is known to fit."""
 
 from __future__ import annotations
 
-import secrets
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from torch.distributed import PrefixStore
 
-from deca_ds.algorithm.schedule import Schedule
-from deca_ds.checkpoint.done import DONE
-from deca_ds.config import Config, save_config
-from deca_ds.config.resume import SAVED_CONFIG, check_new
-from deca_ds.data import ClientData
-from deca_ds.elastic.agent import ElasticAgent
+from deca_ds.config import Config
+from deca_ds.config.checks import check_world
+from deca_ds.config.paths import check_model_folder, check_writable
+from deca_ds.config.resume import SAVED_CONFIG, check_folder, save_changes
+from deca_ds.data import validate_data_config
 from deca_ds.elastic.invitation import Invitation
-from deca_ds.engine.client import Client
-from deca_ds.engine.state import TrainingState
-from deca_ds.gossip import subset
-from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.gossip.theory import agreement
-from deca_ds.launch import Cluster
-from deca_ds.launch.compare import compare_start
+from deca_ds.elastic.policy import check_absent
+from deca_ds.elastic.rejoin import Visit
+from deca_ds.errors import CheckpointError
+from deca_ds.gossip.late import check_wait
+from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.launch.compare import compare_software, software
+from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.launch.world import check_on_failure, connect
+from deca_ds.training.build import build
 from deca_ds.training.claim import take_for_job
-from deca_ds.training.compare import compare_data, digest_of_start
-from deca_ds.training.length import check_place, count_rounds, tell_length, tell_other_length
-from deca_ds.training.method import build_schedule
-from deca_ds.training.metrics import Metrics
-from deca_ds.training.resume import Resumption, compare_with_saved, restore, rewind, save_summaries
-from deca_ds.training.tables import data_table, print_notes
-from deca_ds.transport.collectives import gather_json
-from deca_ds.transport.edges import probe_edges, save_edges
-from deca_ds.transport.transport import Transport
+from deca_ds.training.connect import Job, connect_clients
+from deca_ds.training.loop import Trainer
+from deca_ds.training.method import check_method
+from deca_ds.training.metrics import check_logging
+from deca_ds.training.resume import choose, keep_model, look_at_run
+from deca_ds.training.template_date import agree_on_date, with_date
+from deca_ds.training.ways_to_start import NewRun, ResumedRun, Return, Start
 from deca_ds.watchdog.guard import JobGuard
 
 
-@dataclass(frozen=True)
-class Job:
-    """What all parts of a run are made from, on one rank. mixing: of all clients of the configuration."""
-
-    config: Config
-    cluster: Cluster
-    transport: Transport
-    guard: JobGuard
-    mixing: MixingSchedule
-
-    @property
-    def output(self) -> Path:
-        return Path(self.config.run.output)
-
-
-class Start(ABC):
-    """What differs between the ways to start. The methods are called in this order, by all ranks that start.
-
-    resumed: inner steps of the checkpoint that the run goes on from; None without one.
-    """
-
-    resumed: int | None = None
-
-    @abstractmethod
-    def ranks(self, cluster: Cluster) -> Sequence[int]:
-        """Those that start now."""
-
-    @abstractmethod
-    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
-        """Compare the data with the other clients', and begin to write to the run's folder. vocabulary: digest of the
-        tokenizer's. Raises UserErrors, before anything is written."""
-
-    @abstractmethod
-    def schedule(self, job: Job, blocks: int) -> Schedule:
-        """What the run trains when, and so how long it is, which the first rank tells. blocks: of the model."""
-
-    @abstractmethod
-    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """Raise LaunchError unless all clients start from the same model."""
-
-    @abstractmethod
-    def attempt(self, job: Job, client: Client) -> int:
-        """The number of this attempt at the run, one for all ranks."""
-
-    @abstractmethod
-    def restore(self, job: Job, state: TrainingState) -> None:
-        """Bring `state`, which is that of a new run, to where this rank's own files let it go on."""
-
-    @abstractmethod
-    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
-        """Where clients may die: become one of those that are in, and bring `state` to where they are."""
+def start(
+    config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None = None
+) -> Trainer | None:
+    """Check the configuration, join the other ranks and build the run, or what is left of it; None: nothing is. Raises
+    UserErrors, before anything is written; only the model's come after the output folder is made. visit: of a client
+    that comes back."""
+    way: Start | None
+    if visit is None:
+        config, mixing = check_together(config, launch, store, guard)
+        way = begin_or_resume(config, launch, store, guard, mixing)
+    else:
+        invitation = Invitation.read(visit.invitation)
+        config, mixing = _check_return(config, launch, guard, invitation)
+        own = PrefixStore(f"visit/{invitation.visit}", store.store)
+        store = JobStore(own, store.address, store.timeout, guard.progress)
+        way = Return(invitation)
+    if way is None:
+        return None
+    cluster = connect(config, launch, store, guard.progress, joins=way.joins)
+    connected = connect_clients(config, cluster, guard, visit)
+    return build(Job(config, cluster, connected, guard, mixing), way)
 
 
-class _Together(Start):
-    """All ranks start at once."""
-
-    def __init__(self) -> None:
-        self._summaries: list[dict[str, Any]] = []  # of the clients' data
-
-    def ranks(self, cluster: Cluster) -> Sequence[int]:
-        """See Start."""
-        return cluster.launch.ranks
-
-    def attempt(self, job: Job, client: Client) -> int:
-        """See Start. The first client's leader draws it."""
-        drawn = gather_json(job.transport, secrets.randbits(48))[0]
-        return int(client.client_sum(drawn if job.cluster.is_leader else 0))
-
-    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
-        """See Start. The edges of the graph are tested, too."""
-        cluster, transport = job.cluster, job.transport
-        self._summaries = summaries = gather_json(transport, data.summary)
-        compare_data(summaries, gather_json(transport, data.label_names))
-        neighbours = subset.without(job.mixing, cluster.members.missing).neighbours(cluster.client)
-        edges = probe_edges(transport, neighbours, cluster.launch, cluster.store)
-        self._take(job)
-        _write_to(job)
-        if cluster.is_job_leader:
-            self._describe(job, summaries)
-        _tell_notes(job, data)
-        if cluster.is_job_leader and edges:
-            print(save_edges(edges, job.output), file=sys.stderr, flush=True)
-
-    def schedule(self, job: Job, blocks: int) -> Schedule:
-        """See Start."""
-        schedule = build_schedule(job.config, blocks, self._count_rounds(job.config, blocks))
-        for line in tell_length(job.config, schedule, self._summaries) if job.cluster.is_job_leader else ():
-            print(line, file=sys.stderr, flush=True)
-        return schedule
-
-    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
-        """See Start."""
-        agent.begin(state.done)
-
-    def _count_rounds(self, config: Config, blocks: int) -> int:
-        return count_rounds(config, blocks, [summary["train"] for summary in self._summaries])
-
-    @abstractmethod
-    def _take(self, job: Job) -> None:
-        """Make the run's folder this job's, unless it is already."""
-
-    @abstractmethod
-    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
-        """Write what the run is, or compare it with what is written. summaries: of all clients' data."""
+def check_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> tuple[Config, MixingSchedule]:
+    """All of a start's checks before the ranks connect, but whether run.output is used; every rank checks the files of
+    its own host. All ranks call this. Gives the configuration its date. Raises UserErrors."""
+    mixing = _mixing(config)
+    guard.progress.enter("comparing the ranks")
+    compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
+    config = agree_on_date(config, launch, store)
+    _check(config, launch, guard, mixing)
+    return config, mixing
 
 
-class NewRun(_Together):
-    """From the weights of the model."""
-
-    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """See Start."""
-        cluster = job.cluster
-        cluster.progress.enter("comparing the models", works=True)
-        digests = {"initial parameters": digest_of_start(client, cluster.layout), "tokenizer": vocabulary}
-        compare_start(cluster.launch, cluster.store, digests, cluster.ranks if cluster.layout.even else 1)
-
-    def restore(self, job: Job, state: TrainingState) -> None:
-        """See Start."""
-        rewind(job.output, job.cluster, 0)
-        job.cluster.progress.enter("starting", works=True)
-
-    def _take(self, job: Job) -> None:
-        take_for_job(job.output, job.cluster.launch, job.cluster.store, partial(check_new, job.config))
-
-    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
-        save_config(job.config, job.output / SAVED_CONFIG)
-        save_summaries(job.output, summaries)
-        told = f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}"
-        Console(stderr=True).print(data_table(summaries), told)
+def _check_return(
+    config: Config, launch: Launch, guard: JobGuard, invitation: Invitation
+) -> tuple[Config, MixingSchedule]:
+    """The same for a client that comes back, which compares itself with the job."""
+    mixing = _mixing(config)
+    guard.progress.enter("comparing the ranks")
+    config = with_date(config, invitation.date)
+    invitation.compare_software(config, launch, software(config, [matrix.tobytes() for matrix in mixing.matrices]))
+    _check(config, launch, guard, mixing)
+    return config, mixing
 
 
-class ResumedRun(_Together):
-    """From a checkpoint, in the folder that has been taken when it was chosen."""
-
-    def __init__(self, resumption: Resumption, rounds: int):
-        """rounds: of the run from here on."""
-        super().__init__()
-        self._resumption, self.resumed, self._rounds = resumption, resumption.step, rounds
-
-    def schedule(self, job: Job, blocks: int) -> Schedule:
-        """See Start. Raises UserErrors if the checkpoint is from no such schedule."""
-        schedule, place = super().schedule(job, blocks), self._resumption.place
-        check_place(schedule, place)
-        if job.cluster.is_job_leader and len(schedule) != place["of"]:
-            print(tell_other_length(job.config, schedule, place), file=sys.stderr, flush=True)
-        return schedule
-
-    def _count_rounds(self, config: Config, blocks: int) -> int:
-        return self._rounds
-
-    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """See Start. They are what the run has made of them."""
-
-    def restore(self, job: Job, state: TrainingState) -> None:
-        """See Start. From here on a run that had finished has not."""
-        if job.cluster.is_job_leader:
-            (job.output / DONE).unlink(missing_ok=True)
-        rewind(job.output, job.cluster, self._resumption.step)
-        job.cluster.progress.enter("reading the checkpoint", works=True)
-        restore(self._resumption, job.cluster, state)
-
-    def _take(self, job: Job) -> None:
-        pass
-
-    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
-        compare_with_saved(job.output, summaries)
+def _mixing(config: Config) -> MixingSchedule:
+    return build_mixing(config.gossip, config.cluster.clients, config.run.seed)
 
 
-class Return(Start):
-    """As a client that the others go on without, and that has been invited to join them."""
-
-    def __init__(self, invitation: Invitation):
-        self._invitation = invitation
-
-    def ranks(self, cluster: Cluster) -> Sequence[int]:
-        """See Start."""
-        return cluster.layout.ranks_of(cluster.client)
-
-    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
-        """See Start."""
-        self._invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
-        _write_to(job)
-        _tell_notes(job, data)
-
-    def schedule(self, job: Job, blocks: int) -> Schedule:
-        """See Start. It is the job's."""
-        return build_schedule(job.config, blocks, self._invitation.rounds)
-
-    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """See Start. It takes over a neighbour's."""
-
-    def attempt(self, job: Job, client: Client) -> int:
-        """See Start. It is the job's."""
-        return self._invitation.attempt
-
-    def restore(self, job: Job, state: TrainingState) -> None:
-        """See Start."""
-        rewind(job.output, job.cluster, len(state.schedule))
-        job.cluster.progress.enter("starting", works=True)
-
-    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
-        """See Start. Waits until it is let in, and takes over a neighbour's state."""
-        agent.wait_for_admission(state)
-        for marker in (f"FAILED_client_{job.cluster.client:03d}", "STOPPED"):
-            (job.output / marker).unlink(missing_ok=True)
-        rewind(job.output, job.cluster, state.done)  # it may have gone on further than the others
-        metrics.reopen()
+def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedule) -> None:
+    """What the configuration alone tells, then this host's files."""
+    guard.progress.enter("checking the configuration")
+    layout = ClientLayout.of(check_world(config, launch.world_size))
+    guard.progress.watch(layout, config.cluster.timeout_s)
+    check_method(config)
+    check_logging(config.logging)
+    check_wait(config.gossip.wait_s, mixing)
+    check_absent(config.cluster, mixing)
+    check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
+    check_model_folder(config.model)
+    validate_data_config(config, client=layout.client_of(launch.rank))
+    check_writable(Path(config.run.output), "run.output")
 
 
-def _write_to(job: Job) -> None:
-    job.output.mkdir(parents=True, exist_ok=True)
-    job.guard.write_to(job.output)
-
-
-def _tell_notes(job: Job, data: ClientData) -> None:
-    cluster, per_client = job.cluster, bool(job.config.data.per_client)
-    if cluster.is_leader and (cluster.is_job_leader or per_client):
-        print_notes(data.notes, cluster.client if per_client else None)
+def begin_or_resume(
+    config: Config, launch: Launch, store: JobStore, guard: JobGuard, mixing: MixingSchedule
+) -> NewRun | ResumedRun | None:
+    """From the newest checkpoint that all ranks can use, or from the end of a run that is to be longer; a run that had
+    begun in this folder goes on in it. None: it has come to its end. All ranks call this. Raises UserErrors."""
+    # other hosts have not got the run's configuration
+    if config.run.resume == "never" or launch.rank == launch.first:
+        check_folder(config)
+    if config.run.resume == "never":
+        return NewRun()
+    output, own = Path(config.run.output), None
+    if launch.rank == launch.first and (output / SAVED_CONFIG).is_file():
+        own = look_at_run(config)
+    begun: dict[str, Any] | None = store.gather(launch, "output/begun", own)[launch.first]
+    if begun is not None:
+        if begun["ends"]:
+            return None
+        take_for_job(output, launch, store, partial(check_folder, config))
+        if launch.rank == launch.first and (changed := save_changes(config)):
+            print(f"going on with {changed}", file=sys.stderr, flush=True)
+    guard.progress.enter("verifying the checkpoints", works=True)
+    layout = ClientLayout.of(check_world(config, launch.world_size))
+    finished = begun is not None and begun["finished"]
+    if finished:
+        client = layout.client_of(launch.rank)
+        keep_model(output, client=client, rank=layout.shard_of(launch.rank), ranks=len(layout.ranks_of(client)))
+    resumption = choose(config, launch, store, layout, mixing)
+    if begun is not None:  # how the run had ended before is no longer told there
+        guard.write_to(output)
+    if resumption.saved is not None and begun is not None:
+        return ResumedRun(resumption, begun["rounds"])
+    if finished:
+        raise CheckpointError(
+            "the run has finished, but its trained model is not there to go on from",
+            where=str(output / "model"),
+            fix="bring it back, or name a new folder in run.output",
+        )
+    return NewRun()

@@ -16,8 +16,9 @@ from deca_ds.config import load_config
 from deca_ds.engine import internals
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
-from deca_ds.launch import connect, read_launch
+from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.world import connect
 from deca_ds.watchdog.guard import guarded
 
 SWITCHES = {2: 100}  # ranks -> block switches that memory is watched over; fewer elsewhere, to save time

@@ -18,8 +18,9 @@ from deca_ds.config import load_config
 from deca_ds.engine import client as engine
 from deca_ds.engine import internals
 from deca_ds.engine.load import zero3_config
-from deca_ds.launch import connect, read_launch
+from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.world import connect
 from deca_ds.watchdog.guard import guarded
 
 WIDTH, WIDE, WORDS, EXPERTS, LAYERS, BUCKET = 16, 64, 40, 4, 3, 300  # BUCKET: elements

@@ -26,8 +26,9 @@ from deca_ds.engine.load import load_architecture, load_model
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.engine.state import model_pieces
 from deca_ds.errors import UserError
-from deca_ds.launch import Cluster, connect, read_launch
+from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.world import Cluster, connect
 from deca_ds.training.checkpoints import slice_groups
 from deca_ds.watchdog.guard import guarded
 

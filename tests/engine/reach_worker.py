@@ -17,8 +17,9 @@ from deca_ds.config import load_config
 from deca_ds.engine import client as engine
 from deca_ds.engine import internals
 from deca_ds.engine.load import zero3_config
-from deca_ds.launch import connect, read_launch
+from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.world import connect
 from deca_ds.watchdog.guard import guarded
 
 WIDTH, WORDS, EXPERTS, STEPS, LR, DECAY = 12, 40, 4, 5, 0.01, 0.1

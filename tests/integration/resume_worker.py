@@ -21,12 +21,13 @@ from deca_ds.config import load_config
 from deca_ds.engine.masters import join, rounded
 from deca_ds.engine.slices import buffer_name
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.launch import connect, read_launch
+from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.world import connect
 from deca_ds.training.build import build
-from deca_ds.training.connect import connect_clients
-from deca_ds.training.setup import resume
-from deca_ds.training.start import NewRun
+from deca_ds.training.connect import Job, connect_clients
+from deca_ds.training.start import begin_or_resume
+from deca_ds.training.ways_to_start import ResumedRun
 from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.guard import guarded
 
@@ -112,17 +113,14 @@ with guarded(launch, store) as guard:
     cluster = connect(runs[0][0], launch, store)
     connected = connect_clients(runs[0][0], cluster, guard)
     for config, leave_after, keep in runs:
-        start, resumption = NewRun(), None
-        if config.run.resume != "never":
-            mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-            start = resume(config, launch, store, guard, cluster.layout, mixing)
-            resumption = getattr(start, "_resumption", None)
+        mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+        start = begin_or_resume(config, launch, store, guard, mixing)
         if start is None:
             print("nothing left to do", flush=True)
             continue
-        trainer = build(config, cluster, connected, guard, start)
-        if resumption is not None and resumption.place.get("inner"):
-            compare(trainer, resumption)
+        trainer = build(Job(config, cluster, connected, guard, mixing), start)
+        if isinstance(start, ResumedRun) and start.resumption.place.get("inner"):
+            compare(trainer, start.resumption)
         if leave_after not in (None, "done"):
             leave(trainer, leave_after)
         kept = keep_masters(trainer.client) if keep else {}

@@ -13,10 +13,13 @@ gc.disable()  # while importing, as launchers/train.py does
 import torch
 
 from deca_ds.config import load_config
-from deca_ds.launch import connect, read_launch
+from deca_ds.gossip.schedule import build_mixing
+from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
+from deca_ds.launch.world import connect
 from deca_ds.training.build import build
-from deca_ds.training.connect import connect_clients
+from deca_ds.training.connect import Job, connect_clients
+from deca_ds.training.ways_to_start import NewRun
 from deca_ds.transport.collectives import barrier
 from deca_ds.watchdog.guard import guarded
 
@@ -30,7 +33,8 @@ with guarded(launch, store) as guard:
     cluster = connect(configs[0], launch, store)
     connected = connect_clients(configs[0], cluster, guard)
     for config in configs:
-        trainer = build(config, cluster, connected, guard)
+        mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+        trainer = build(Job(config, cluster, connected, guard, mixing), NewRun())
         trainer.train()
         trainer.metrics.close()
     barrier(connected.transport)

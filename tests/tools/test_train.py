@@ -11,7 +11,7 @@ from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.tools import train
-from deca_ds.training.setup import check_together
+from deca_ds.training.start import check_together
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 from deca_ds.config import load_config
 from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
-from deca_ds.training.day import today
 from deca_ds.training.doubts import READ, doubts, doubts_of_length
+from deca_ds.training.template_date import today
 
 DILOCO, CLASSES = ["algorithm.method=diloco", "gossip.every=4"], ["data.format=classification"]
 CONTINUE, HUB = ["cluster.on_failure=continue"], ["data.train=owner/name"]

@@ -22,8 +22,9 @@ from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
-from deca_ds.training.resume import _rewind_lines, choose, compare_with_saved
-from deca_ds.training.setup import start
+from deca_ds.training.restore import _rewind_lines, compare_with_saved
+from deca_ds.training.resume import choose
+from deca_ds.training.start import start
 
 ALONE = build_mixing(GossipConfig(graph="isolated"), 1, 0)
 

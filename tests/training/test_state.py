@@ -29,7 +29,8 @@ from deca_ds.launch.store import JobStore
 from deca_ds.launch.view import View
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.completion import StoreCount
-from deca_ds.training.resume import Resumption, restore
+from deca_ds.training.restore import restore
+from deca_ds.training.resume import Resumption
 from deca_ds.transport.local import LocalNetwork
 
 INSIDE, BETWEEN = 3, 5  # inner steps done: amid a block's turn, and between two

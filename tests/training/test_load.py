@@ -16,14 +16,14 @@ from deca_ds.errors import DataError
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
-from deca_ds.training import prepare
-from deca_ds.training.prepare import first_of_host, load_shared
+from deca_ds.training import load as module
+from deca_ds.training.load import first_of_host, load_shared
 
 
 @pytest.fixture
 def hosts(monkeypatch):
     """The name of a machine is that of its host."""
-    monkeypatch.setattr(prepare, "machine", lambda host: host)
+    monkeypatch.setattr(module, "machine", lambda host: host)
 
 
 def on_ranks(hosts, action):

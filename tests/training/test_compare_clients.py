@@ -1,7 +1,7 @@
 import pytest
 
 from deca_ds.errors import DataError
-from deca_ds.training.compare import compare_data
+from deca_ds.training.compare_clients import compare_data
 
 
 def test_clients_must_agree_on_labels_and_on_the_common_set():

@@ -1,4 +1,4 @@
-"""The one day that chat templates may write, for all ranks of a run and all its starts."""
+"""The one date that chat templates may write, for all ranks of a run and all its starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 
 
-def agree_on_day(config: Config, launch: Launch, store: JobStore) -> Config:
+def agree_on_date(config: Config, launch: Launch, store: JobStore) -> Config:
     """With data.date, where it is null, that of the run that is resumed, or else the first rank's day. All ranks that
     are started together call this."""
     saved = Path(config.run.output) / SAVED_CONFIG  # where the host of the run's first rank wrote it
@@ -24,7 +24,7 @@ def agree_on_day(config: Config, launch: Launch, store: JobStore) -> Config:
     return replace(config, data=replace(config.data, date=day))
 
 
-def on_day(config: Config, day: str | None) -> Config:
+def with_date(config: Config, day: str | None) -> Config:
     """With data.date, where it is null, `day`."""
     return replace(config, data=replace(config.data, date=config.data.date or day))
 

@@ -14,20 +14,20 @@ from deca_ds.config.resume import check_folder
 from deca_ds.errors import ConfigError
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
-from deca_ds.training import day
+from deca_ds.training import template_date
 
 
 def agreed(run: Path, todays: list[str], monkeypatch: pytest.MonkeyPatch, *changes: str) -> list[str | None]:
     """data.date of each rank, where rank i takes todays[i] for today and only rank 0 sees what is in `run`."""
     store = JobStore(HashStore(), None, timedelta(seconds=20))
     own = iter(todays)
-    monkeypatch.setattr(day, "today", lambda: next(own))
+    monkeypatch.setattr(template_date, "today", lambda: next(own))
 
     def rank(number: int) -> str | None:
         folder = run if number == 0 else run / "another host"
         config = load_config(None, ["model.path=x", f"run.output={folder}", *changes])
         launch = Launch("python", number, len(todays), 0, None)
-        return day.agree_on_day(config, launch, JobStore(store.store, None, store.timeout)).data.date
+        return template_date.agree_on_date(config, launch, JobStore(store.store, None, store.timeout)).data.date
 
     with ThreadPoolExecutor(len(todays)) as pool:
         return list(pool.map(rank, range(len(todays))))

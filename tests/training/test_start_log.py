@@ -6,7 +6,7 @@ from deca_ds.algorithm.blocks import Block, BlockPlan
 from deca_ds.config.resume import STARTS
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.training.starts import record_start
+from deca_ds.training.start_log import record_start
 
 
 def test_every_start_has_its_entry(tmp_path):

@@ -1,0 +1,260 @@
+"""The ways to start: anew, from a checkpoint, or as a client that comes back to a job that goes on."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+from rich.console import Console
+
+from deca_ds.algorithm.schedule import Schedule
+from deca_ds.checkpoint.done import DONE
+from deca_ds.config import Config, save_config
+from deca_ds.config.resume import SAVED_CONFIG, check_new
+from deca_ds.data import ClientData
+from deca_ds.elastic.agent import ElasticAgent
+from deca_ds.elastic.invitation import Invitation
+from deca_ds.engine.client import Client
+from deca_ds.engine.state import TrainingState
+from deca_ds.gossip import subset
+from deca_ds.gossip.theory import agreement
+from deca_ds.launch.compare import compare_start
+from deca_ds.training.claim import take_for_job
+from deca_ds.training.compare_clients import compare_data, digest_of_start
+from deca_ds.training.connect import Job
+from deca_ds.training.doubts import doubts_of_length
+from deca_ds.training.length import check_place, count_rounds, tell_length, tell_other_length
+from deca_ds.training.method import build_schedule
+from deca_ds.training.metrics import Metrics
+from deca_ds.training.restore import compare_with_saved, restore, rewind, save_summaries
+from deca_ds.training.resume import Resumption
+from deca_ds.training.start_log import record_start
+from deca_ds.training.tables import data_table, print_notes
+from deca_ds.transport.collectives import gather_json
+from deca_ds.transport.edges import probe_edges, save_edges
+
+
+class Start(ABC):
+    """What differs between the ways. `build` calls the methods in this order, on all ranks that start.
+
+    resumed: inner steps of the checkpoint that the run goes on from; None without one. joins: the clients that are in
+    already; None where all start together.
+    """
+
+    resumed: int | None = None
+    joins: Sequence[int] | None = None
+
+    @abstractmethod
+    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
+        """Compare the data with the other clients', and begin to write to the run's folder. vocabulary: digest of the
+        tokenizer's. Raises UserErrors, before anything is written."""
+
+    @abstractmethod
+    def schedule(self, job: Job, client: Client) -> Schedule:
+        """What the run trains when, and so how long it is, which the first rank tells."""
+
+    @abstractmethod
+    def agree(self, job: Job, client: Client, vocabulary: str) -> int:
+        """The number of this attempt at the run, one for all ranks. Raises LaunchError unless all clients start from
+        the same model."""
+
+    @abstractmethod
+    def restore(self, job: Job, state: TrainingState) -> None:
+        """Bring `state`, which is that of a new run, to where this rank's own files let it go on."""
+
+    @abstractmethod
+    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
+        """Where clients may die: become one of those that are in, and bring `state` to where they are."""
+
+
+class _Together(Start):
+    """All ranks start at once."""
+
+    def __init__(self) -> None:
+        self._summaries: list[dict[str, Any]] = []  # of the clients' data
+
+    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
+        """See Start. The edges of the graph are tested, too."""
+        cluster, transport = job.cluster, job.transport
+        self._summaries = summaries = gather_json(transport, data.summary)
+        compare_data(summaries, gather_json(transport, data.label_names))
+        neighbours = subset.without(job.mixing, cluster.members.missing).neighbours(cluster.client)
+        edges = probe_edges(transport, neighbours, cluster.launch, cluster.store)
+        self._take(job)
+        _write_to(job)
+        if cluster.is_job_leader:
+            self._describe(job, summaries)
+        _tell_notes(job, data)
+        if cluster.is_job_leader and edges:
+            print(save_edges(edges, job.output), file=sys.stderr, flush=True)
+
+    def schedule(self, job: Job, client: Client) -> Schedule:
+        """See Start. It is logged, too."""
+        blocks = len(client.plan.blocks)
+        schedule = build_schedule(job.config, blocks, self._count_rounds(job.config, blocks))
+        if job.cluster.is_job_leader:
+            for line in tell_length(job.config, schedule, self._summaries):
+                print(line, file=sys.stderr, flush=True)
+        self._check_schedule(job, schedule)
+        if job.cluster.is_job_leader:
+            _record(job, client, self.resumed or 0, schedule.rounds)
+            for warning in doubts_of_length(job.config, len(schedule)):
+                print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+        return schedule
+
+    def agree(self, job: Job, client: Client, vocabulary: str) -> int:
+        """See Start. The first client's leader draws it."""
+        self._compare_models(job, client, vocabulary)
+        drawn = gather_json(job.transport, secrets.randbits(48))[0]
+        return int(client.client_sum(drawn if job.cluster.is_leader else 0))
+
+    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
+        """See Start."""
+        agent.begin(state.done)
+
+    @abstractmethod
+    def _take(self, job: Job) -> None:
+        """Make the run's folder this job's, unless it is already."""
+
+    @abstractmethod
+    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
+        """Write what the run is, or compare it with what is written. summaries: of all clients' data."""
+
+    def _count_rounds(self, config: Config, blocks: int) -> int:
+        return count_rounds(config, blocks, [summary["train"] for summary in self._summaries])
+
+    @abstractmethod
+    def _check_schedule(self, job: Job, schedule: Schedule) -> None:
+        """Raise UserErrors for one that the run cannot go on with."""
+
+    @abstractmethod
+    def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """Raise LaunchError unless all clients start from the same."""
+
+
+class NewRun(_Together):
+    """From the weights of the model."""
+
+    def restore(self, job: Job, state: TrainingState) -> None:
+        """See Start."""
+        rewind(job.output, job.cluster, 0)
+        job.cluster.progress.enter("starting", works=True)
+
+    def _take(self, job: Job) -> None:
+        take_for_job(job.output, job.cluster.launch, job.cluster.store, partial(check_new, job.config))
+
+    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
+        save_config(job.config, job.output / SAVED_CONFIG)
+        save_summaries(job.output, summaries)
+        told = f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}"
+        Console(stderr=True).print(data_table(summaries), told)
+
+    def _check_schedule(self, job: Job, schedule: Schedule) -> None:
+        """Any will do."""
+
+    def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        cluster = job.cluster
+        cluster.progress.enter("comparing the models", works=True)
+        digests = {"initial parameters": digest_of_start(client, cluster.layout), "tokenizer": vocabulary}
+        compare_start(cluster.launch, cluster.store, digests, cluster.ranks if cluster.layout.even else 1)
+
+
+class ResumedRun(_Together):
+    """From a checkpoint, in the folder that has been taken when it was chosen."""
+
+    def __init__(self, resumption: Resumption, rounds: int):
+        """rounds: of the run from here on."""
+        super().__init__()
+        self.resumption, self.resumed, self._rounds = resumption, resumption.step, rounds
+
+    def restore(self, job: Job, state: TrainingState) -> None:
+        """See Start. From here on a run that had finished has not."""
+        if job.cluster.is_job_leader:
+            (job.output / DONE).unlink(missing_ok=True)
+        rewind(job.output, job.cluster, self.resumption.step)
+        job.cluster.progress.enter("reading the checkpoint", works=True)
+        restore(self.resumption, job.cluster, state)
+
+    def _take(self, job: Job) -> None:
+        """See ResumedRun."""
+
+    def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
+        compare_with_saved(job.output, summaries)
+
+    def _count_rounds(self, config: Config, blocks: int) -> int:
+        return self._rounds
+
+    def _check_schedule(self, job: Job, schedule: Schedule) -> None:
+        place = self.resumption.place
+        check_place(schedule, place)
+        if job.cluster.is_job_leader and len(schedule) != place["of"]:
+            print(tell_other_length(job.config, schedule, place), file=sys.stderr, flush=True)
+
+    def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """They are what the run has made of them."""
+
+
+class Return(Start):
+    """As a client that the others go on without, and that has been invited to join them."""
+
+    def __init__(self, invitation: Invitation):
+        self._invitation, self.joins = invitation, invitation.clients
+
+    def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
+        """See Start."""
+        self._invitation.compare_data(data.label_names, data.summary["common_evaluation"], vocabulary)
+        _write_to(job)
+        _tell_notes(job, data)
+
+    def schedule(self, job: Job, client: Client) -> Schedule:
+        """See Start. It is the job's."""
+        return build_schedule(job.config, len(client.plan.blocks), self._invitation.rounds)
+
+    def agree(self, job: Job, client: Client, vocabulary: str) -> int:
+        """See Start. It is the job's, and a neighbour's model is taken over."""
+        return self._invitation.attempt
+
+    def restore(self, job: Job, state: TrainingState) -> None:
+        """See Start."""
+        rewind(job.output, job.cluster, len(state.schedule))
+        job.cluster.progress.enter("starting", works=True)
+
+    def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
+        """See Start. Waits until it is let in, and takes over a neighbour's state."""
+        agent.wait_for_admission(state)
+        for marker in (f"FAILED_client_{job.cluster.client:03d}", "STOPPED"):
+            (job.output / marker).unlink(missing_ok=True)
+        rewind(job.output, job.cluster, state.done)  # it may have gone on further than the others
+        metrics.reopen()
+
+
+def _write_to(job: Job) -> None:
+    job.output.mkdir(parents=True, exist_ok=True)
+    job.guard.write_to(job.output)
+
+
+def _record(job: Job, client: Client, done: int, rounds: int) -> None:
+    cluster = job.cluster
+    record_start(
+        job.config,
+        job.mixing,
+        done=done,
+        rounds=rounds,
+        architecture=type(client.model).__name__,
+        parameters=sum(map(prod, client.shapes.values())),
+        plan=client.plan,
+        ranks=[len(cluster.layout.ranks_of(other)) for other in range(cluster.clients)],
+        transport=cluster.transport,
+        device=cluster.device,
+    )
+
+
+def _tell_notes(job: Job, data: ClientData) -> None:
+    cluster, per_client = job.cluster, bool(job.config.data.per_client)
+    if cluster.is_leader and (cluster.is_job_leader or per_client):
+        print_notes(data.notes, cluster.client if per_client else None)
