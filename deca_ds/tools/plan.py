@@ -14,7 +14,7 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
 from deca_ds.algorithm.schedule import Schedule
@@ -32,13 +32,13 @@ from deca_ds.errors import ConfigError
 from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.schedule import build_mixing
+from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.theory import agreement, slow_mixing
 from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.planning.estimate import Estimate, memory_json
-from deca_ds.planning.roofline import find_gpu, read_rate
+from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
 from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import print_fit, print_memory, print_times
@@ -69,93 +69,34 @@ def print_plan(
     GPUs, with a network of that rate in bits a second. as_json: print numbers for programs instead.
     """
     console = Console(quiet=as_json)
-    name, card = (None, None) if gpu is None else find_gpu(gpu)
-    rate = None if net is None else read_rate(net)
-    if card is None and rate is not None:
-        raise ConfigError("--net tells nothing without a GPU", where="--net", fix="add --gpu")
+    card, rate = _find_card(gpu, net)
     disable_progress_bars()
     slots = None if hostfile is None else read_hostfile(hostfile)
-    if slots is not None:
-        world_size = sum(slots.values())
-    if world_size is None and config.cluster.ranks is not None:
-        world_size = sum(config.cluster.ranks)
-    ranks = check_world(config, world_size) if world_size else None
-    check_method(config)
-    check_logging(config.logging)
-    clients = config.cluster.clients
-    validate_data_config(config, client=None)
-    mixing = build_mixing(config.gossip, clients, config.run.seed)
-    check_wait(config.gossip.wait_s, mixing)
-    check_absent(config.cluster, mixing)
+    ranks = _find_ranks(config, world_size if slots is None else sum(slots.values()))
+    mixing = _check(config)
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
-        console.print(f"[bold]WARNING[/bold]: {escape(warning)}", highlight=False)
+        _warn(console, escape(warning))
     on_gpu = card is not None or computes_on_gpu(config.run.device)
     estimate = Estimate(config, architecture, mixing, min(ranks) if ranks else 1, on_gpu)
-    model, plan = estimate.model, estimate.plan
-    console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
-    warn_of_blocks(console, plan)
-    warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
-    if config.model.dtype == "bfloat16" and config.model.masters == "rounded":
-        console.print(_rounded(plan, estimate.ranks), highlight=False)
-    if find_head(model) is None:
-        console.print(_all_logits(config, model), highlight=False)
-    console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
-    if config.cluster.absent:
-        without = subset.without(mixing, config.cluster.absent)
-        gap = subset.spectral_gap(without, [c for c in range(clients) if c not in config.cluster.absent])
-        absent = ", ".join(map(str, sorted(config.cluster.absent)))
-        console.print(f"at the start: client {absent} absent, spectral gap {gap:.4g}", highlight=False)
-    scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
-    for warning in slow_mixing(
-        mixing,
-        inner_steps=config.algorithm.inner_steps,
-        gossip_every=config.gossip.every,
-        lr=config.optimizer.lr,
-        weight_scale=scale,
-    ):
-        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
-    summaries: list[dict[str, Any]] = []
-    if config.data.per_client:
-        check_tokenizer(config, tokenizer)
-        console.print("data: one path per client; each client's ranks open their own only")
-    else:
-        data = load_all(config, tokenizer)
-        for line in tell_files(config.data):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        summaries = [part.summary for part in data]
-        compare_data(summaries, [part.label_names for part in data])
-        console.print(data_table(summaries))
-        print_notes(data[0].notes)
+    _print_model(console, config, estimate)
+    _print_gossip(console, config, mixing, architecture)
+    summaries = _print_data(console, config, tokenizer)
     rounds_are_known = bool(summaries) or config.algorithm.rounds is not None
-    schedule = _schedule(console, config, len(plan.blocks), summaries)
-    sent = traffic([estimate.message_bytes(block.numel) for block in plan.blocks], schedule, mixing)
+    schedule = _print_length(console, config, len(estimate.plan.blocks), summaries)
+    sent = traffic([estimate.message_bytes(block.numel) for block in estimate.plan.blocks], schedule, mixing)
     if mixing.messages:
         console.print(_traffic(config, estimate, sent, rounds_are_known), highlight=False)
     print_memory(console, estimate)
+    hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
     time = None
-    if name is not None and card is not None:
-        print_fit(console, estimate, name, card)
-        hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
-        time = estimate.step_times(card, rate, *_on_hosts(hosts))
-        print_times(console, estimate, name, card, rate, time)
-    disk = disk_need(Stored.of(model, plan, config.model, estimate.rule), schedule, config.checkpoint)
+    if card is not None:
+        print_fit(console, estimate, *card)
+        time = estimate.step_times(card[1], rate, *_on_hosts(hosts))
+        print_times(console, estimate, *card, rate, time)
+    disk = disk_need(Stored.of(estimate.model, estimate.plan, config.model, estimate.rule), schedule, config.checkpoint)
     _print_disk(console, disk, config)
-    if ranks is None:
-        console.print(
-            f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
-            "state per rank above is for k = 1"
-        )
-    elif len(set(ranks)) == 1:
-        console.print(f"launch: {world_size} ranks = {clients} clients x {ranks[0]} ranks")
-    else:
-        named = ", ".join(f"client {client}: {k}" for client, k in enumerate(ranks))
-        console.print(
-            f"launch: {world_size} ranks of clients of different sizes ({named}); state per rank above is that of "
-            f"{min(ranks)} rank{'s' if min(ranks) > 1 else ''} a client"
-        )
-    if slots is not None and ranks is not None:
-        _print_hosts(console, hosts_of_clients(slots, ClientLayout.of(ranks)))
+    _print_launch(console, config, ranks, hosts)
     _check_output(console, config)
     if as_json:
         told = {
@@ -168,20 +109,99 @@ def print_plan(
         print(json.dumps(told, indent=1))
 
 
+def _find_card(gpu: str | None, net: str | None) -> tuple[tuple[str, Gpu] | None, float | None]:
+    """The GPU with its name, and the network's rate in bytes a second, where they are asked for."""
+    card = None if gpu is None else find_gpu(gpu)
+    rate = None if net is None else read_rate(net)
+    if card is None and rate is not None:
+        raise ConfigError("--net tells nothing without a GPU", where="--net", fix="add --gpu")
+    return card, rate
+
+
+def _find_ranks(config: Config, world_size: int | None) -> list[int] | None:
+    """Of each client; None where nobody says how many there will be."""
+    if world_size is None and config.cluster.ranks is not None:
+        world_size = sum(config.cluster.ranks)
+    return check_world(config, world_size) if world_size else None
+
+
+def _check(config: Config) -> MixingSchedule:
+    """What needs neither model nor data."""
+    check_method(config)
+    check_logging(config.logging)
+    validate_data_config(config, client=None)
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    check_wait(config.gossip.wait_s, mixing)
+    check_absent(config.cluster, mixing)
+    return mixing
+
+
+def _warn(console: Console, warning: str) -> None:
+    console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+
+
+def _print_model(console: Console, config: Config, estimate: Estimate) -> None:
+    """Its blocks, and what its kind costs."""
+    model, plan = estimate.model, estimate.plan
+    console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
+    warn_of_blocks(console, plan)
+    warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
+    if config.model.dtype == "bfloat16" and config.model.masters == "rounded":
+        console.print(_rounded(plan, estimate.ranks), highlight=False)
+    if find_head(model) is None:
+        console.print(_all_logits(config, model), highlight=False)
+
+
+def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, architecture: PretrainedConfig) -> None:
+    """The graph, who is absent, and whether it mixes fast enough."""
+    console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
+    if config.cluster.absent:
+        without = subset.without(mixing, config.cluster.absent)
+        gap = subset.spectral_gap(without, [c for c in range(mixing.size) if c not in config.cluster.absent])
+        absent = ", ".join(map(str, sorted(config.cluster.absent)))
+        console.print(f"at the start: client {absent} absent, spectral gap {gap:.4g}", highlight=False)
+    scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
+    for warning in slow_mixing(
+        mixing,
+        inner_steps=config.algorithm.inner_steps,
+        gossip_every=config.gossip.every,
+        lr=config.optimizer.lr,
+        weight_scale=scale,
+    ):
+        _warn(console, warning)
+
+
+def _print_data(console: Console, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Of all clients, and returns their summaries; none where each client's files are for its own ranks to open."""
+    if config.data.per_client:
+        check_tokenizer(config, tokenizer)
+        console.print("data: one path per client; each client's ranks open their own only")
+        return []
+    data = load_all(config, tokenizer)
+    for line in tell_files(config.data):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    summaries = [part.summary for part in data]
+    compare_data(summaries, [part.label_names for part in data])
+    console.print(data_table(summaries))
+    print_notes(data[0].notes)
+    return summaries
+
+
 def _check_output(console: Console, config: Config) -> None:
     """Last, so that it hides nothing else. A folder that is used refuses a run, not the plan of the next one."""
     if config.run.resume == "never" and is_used(Path(config.run.output)):
-        console.print(
-            f"[bold]WARNING[/bold]: the output folder '{escape(config.run.output)}' is already used, and a new run is "
+        _warn(
+            console,
+            f"the output folder '{escape(config.run.output)}' is already used, and a new run is "
             "refused there: name another one in run.output, or set run.resume=require to continue that run",
-            highlight=False,
         )
     else:
         check_folder(config)
 
 
-def _schedule(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:
-    """Print how long the run is. summaries: of all clients' data; none where nobody has opened the files."""
+def _print_length(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:
+    """How long the run is, and returns its schedule. summaries: of all clients' data; none where nobody has opened the
+    files."""
     algorithm, batch = config.algorithm, config.data.batch_size
     if summaries or algorithm.rounds is not None:
         rounds = count_rounds(config, blocks, [each["train"] for each in summaries])
@@ -215,11 +235,33 @@ def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     free = shutil.disk_usage(there).free + taken(output)
     if free < clients * need.most:
-        console.print(
-            f"[bold]WARNING[/bold]: {decimal(free)} are free at {there} for run.output, less than all clients need. "
+        _warn(
+            console,
+            f"{decimal(free)} are free at {there} for run.output, less than all clients need. "
             "If they do not all write there, count those that do. Else make room, or lower checkpoint.keep",
-            highlight=False,
         )
+
+
+def _print_launch(
+    console: Console, config: Config, ranks: Sequence[int] | None, hosts: Sequence[Sequence[str]] | None
+) -> None:
+    """How many ranks the clients have, and where. ranks, hosts: of each client, where they are known."""
+    clients = config.cluster.clients
+    if ranks is None:
+        console.print(
+            f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
+            "state per rank above is for k = 1"
+        )
+    elif len(set(ranks)) == 1:
+        console.print(f"launch: {sum(ranks)} ranks = {clients} clients x {ranks[0]} ranks")
+    else:
+        named = ", ".join(f"client {client}: {k}" for client, k in enumerate(ranks))
+        console.print(
+            f"launch: {sum(ranks)} ranks of clients of different sizes ({named}); state per rank above is that of "
+            f"{min(ranks)} rank{'s' if min(ranks) > 1 else ''} a client"
+        )
+    if hosts is not None:
+        _print_hosts(console, hosts)
 
 
 def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
@@ -229,11 +271,11 @@ def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
     for client, names in enumerate(hosts):
         shared = sorted({name for name in names if len(names) > 1 and sum(name in other for other in hosts) > 1})
         if shared:
-            console.print(
-                f"[bold]WARNING[/bold]: client {client} is spread over {', '.join(names)}, and others use "
+            _warn(
+                console,
+                f"client {client} is spread over {', '.join(names)}, and others use "
                 f"{', '.join(shared)}, too: ZeRO-3 sends far more inside a client than gossip sends between clients. "
                 "Order the hosts, or choose their slots, so that clients begin and end with hosts",
-                highlight=False,
             )
 
 
