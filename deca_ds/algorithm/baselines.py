@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deca_ds.algorithm.rule import Rule, State
+from deca_ds.algorithm.adam import AdamRule
+from deca_ds.algorithm.rule import State
 
 
 @dataclass(frozen=True)
-class GossipAdam(Rule):
+class GossipAdam(AdamRule):
     """Local AdamW steps, of which the parameters are averaged and the moments stay: DECA without a signal.
 
         theta = theta'                      AdamW (Loshchilov and Hutter, arXiv 1711.05101) where there is no neighbour
@@ -30,7 +31,7 @@ class GossipAdam(Rule):
 
 
 @dataclass(frozen=True)
-class QgAdam(Rule):
+class QgAdam(AdamRule):
     """QG-Adam: Adam whose kept moments follow the direction in which the network moves (Lin et al., arXiv 2102.04761).
 
         m = a1 mh + (1 - a1) g            v = a2 vh + (1 - a2) g*g          used for theta_half, then dropped
@@ -71,7 +72,7 @@ class QgAdam(Rule):
 
 
 @dataclass(frozen=True)
-class GtAdam(Rule):
+class GtAdam(AdamRule):
     """Adam on a tracked gradient (gradient tracking: Di Lorenzo and Scutari, arXiv 1602.00591; with Adam's moments:
     Carnevale et al., arXiv 2009.01745).
 
@@ -109,7 +110,7 @@ class GtAdam(Rule):
 
 
 @dataclass(frozen=True)
-class DiLoCo(Rule):
+class DiLoCo(AdamRule):
     """Local AdamW steps between two averagings, then an outer Nesterov step (Douillard et al., arXiv 2311.08105).
 
         delta = anchor - theta'             theta' = sum_j w_ij theta_half_j, after every s-th inner step
@@ -140,7 +141,7 @@ class DiLoCo(Rule):
 
 
 @dataclass(frozen=True)
-class GasLoC(Rule):
+class GasLoC(AdamRule):
     """Local AdamW steps between two averagings, then an averaging with momentum on where the local steps ended
     (Cagnasso, Belilovsky, Oyallon, arXiv 2606.11081, after a public summary of its equations).
 

@@ -32,13 +32,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deca_ds.algorithm.rule import Rule, State
+from deca_ds.algorithm.adam import AdamRule
+from deca_ds.algorithm.rule import State
 
 SIGNALS = ("none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial")
 
 
 @dataclass(frozen=True)
-class DecaRule(Rule):
+class DecaRule(AdamRule):
     """Block-wise Adam whose moments take a signal from gossip. b1, b2: decay of the moments when they do."""
 
     signal: str = "descent"

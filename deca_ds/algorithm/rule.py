@@ -35,15 +35,10 @@ class Rule(ABC):
 
     buffers: state beside theta and grad; float32 tensors, 4 bytes per active parameter each.
     travels: what neighbours average, in this order; "grad" stands for theta_half, which lies there by then.
-    a1, a2, eps: coefficients of the local Adam step; a rule with another step ignores them.
     """
 
-    buffers: ClassVar[tuple[str, ...]] = ("m", "v")
+    buffers: ClassVar[tuple[str, ...]] = ()
     travels: ClassVar[tuple[str, ...]] = ("grad",)
-
-    a1: float = 0.9
-    a2: float = 0.999
-    eps: float = 1e-8
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -58,35 +53,19 @@ class Rule(ABC):
     def open(self, state: State) -> None:  # noqa: B027 (most rules start from zeros)
         """Prepare the buffers of a block that becomes active; they come in zero."""
 
-    @torch.no_grad()
+    @abstractmethod
     def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
         """Take the gradient into the buffers and leave theta_half in state["grad"]; theta stays, for later parts.
 
         inner: r, the local steps that these parameters have made since the block became active: 0 .. R-1. decay:
         coefficient of the decoupled weight decay, of all of theta.
-        Here AdamW (Loshchilov and Hutter, arXiv 1711.05101): m = a1 m + (1 - a1) g;  v = a2 v + (1 - a2) g*g;
-        theta_half as in `adam_candidate`.
         """
-        m, v, grad = state["m"], state["v"], state["grad"]
-        m.lerp_(grad, 1 - self.a1)
-        v.mul_(self.a2).addcmul_(grad, grad, value=1 - self.a2)
-        self.adam_candidate(state["theta"], m, v, grad, inner=inner, lr=lr, decay=decay)
 
     @torch.no_grad()
     def skip_step(self, state: State) -> None:
         """Instead of `local_step`, for parameters that no gradient reached at this step: they stay where they are,
-        without weight decay, and so do their moments (torch.optim.AdamW with grad None). state["grad"] is zero here."""
+        without weight decay, and so do the buffers (torch.optim.AdamW with grad None). state["grad"] is zero here."""
         state["grad"].copy_(state["theta"])
-
-    def adam_candidate(
-        self, theta: Tensor, m: Tensor, v: Tensor, out: Tensor, *, inner: int, lr: float, decay: float
-    ) -> None:
-        """out = theta - lr ( m / (1 - a1^(r+1)) / (sqrt(v / (1 - a2^(r+1))) + eps) + decay theta )"""
-        m_correction = 1 - self.a1 ** (inner + 1)
-        v_correction = 1 - self.a2 ** (inner + 1)
-        denominator = v.sqrt().div_(v_correction**0.5).add_(self.eps)
-        torch.mul(theta, 1 - lr * decay, out=out)
-        out.addcdiv_(m, denominator, value=-lr / m_correction)
 
     @abstractmethod
     def accept(self, state: State, name: str, mixed: Tensor) -> None:

@@ -51,9 +51,9 @@ def _from_tables(config: Config) -> bool:
     return bool(config.data.per_client) or not kinds.isdisjoint(TABLES)
 
 
-Rule = tuple[Callable[[Config], bool], str | Callable[[Config], str]]
+Reading = tuple[Callable[[Config], bool], str | Callable[[Config], str]]
 # key: whether anything reads its value, and why not
-READ: dict[str, Rule] = {
+READ: dict[str, Reading] = {
     **{
         f"algorithm.{field.name}": (partial(_in_method, field.name), _method)
         for field in fields(AlgorithmConfig)
