@@ -23,7 +23,7 @@ from deca_ds.config.checks import ONE_OF, RANGES
 from deca_ds.config.schema import AlgorithmConfig, Config
 from deca_ds.data.checks import RANGES as DATA_RANGES
 from deca_ds.data.formats import FORMATS
-from deca_ds.training.method import RANGES as METHOD_RANGES
+from deca_ds.training.chosen_method import RANGES as METHOD_RANGES
 
 PAGE = Path(__file__).with_name("configuration.md")
 MARK = "<!-- The rest of this page is written by docs/make_reference.py. -->\n"

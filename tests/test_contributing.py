@@ -20,8 +20,7 @@ from deca_ds.config.schema import Config
 from deca_ds.data import load_client_data
 from deca_ds.data.formats import FORMATS
 from deca_ds.gossip.codec import CODECS
-from deca_ds.training.method import build_rule as rule_of
-from deca_ds.training.method import check_method
+from deca_ds.training.chosen_method import check_method, rule_of
 
 REPOSITORY = Path(__file__).parents[1]
 

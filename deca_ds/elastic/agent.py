@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from deca_ds.config.schema import ClusterConfig
-from deca_ds.elastic.commit import Question, SurvivorCommit
 from deca_ds.elastic.handover import receive, send
-from deca_ds.elastic.partition import Lookout
+from deca_ds.elastic.network_partition import Lookout
 from deca_ds.elastic.policy import Action, Situation, decide, named
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
+from deca_ds.elastic.survivor_commit import Question, SurvivorCommit
 from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
 from deca_ds.gossip.gossip import Gossip

@@ -9,14 +9,14 @@ from typing import Any
 from deca_ds.config import Config
 from deca_ds.errors import DataError, LaunchError
 from deca_ds.launch import Launch
-from deca_ds.launch.compare import LIBRARIES
+from deca_ds.launch.compare_ranks import LIBRARIES
 
 
 @dataclass(frozen=True)
 class Invitation:
     """store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host
     and port. attempt: number of this attempt at the run.
-    software: see launch/compare.py. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
+    software: see launch/compare_ranks.py. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
     data, equal for all clients. rounds: of the run. date: data.date. clients: who is in. visit: tells this visit from
     all others."""
 

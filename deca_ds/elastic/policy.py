@@ -25,7 +25,7 @@ class Action(Enum):
 @dataclass(frozen=True)
 class Situation:
     """view: who is in. parts: its clients in the groups that the graph still joins. larger_part: whether another part
-    of a network that was split is in reach again, and the larger one (partition.py)."""
+    of a network that was split is in reach again, and the larger one (network_partition.py)."""
 
     view: View
     parts: Sequence[Sequence[int]]

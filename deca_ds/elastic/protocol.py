@@ -2,8 +2,8 @@
 
 This module has a coordinator's part, voter.py a rank's. Both are states that change with a message, the end of a
 connection or the passing of time, and say what to send. Time is a parameter, in seconds of any clock that does not go
-back. Sockets, threads and clocks are in server.py, client.py and wire.py, so that tests drive whole jobs through faults
-in no time.
+back. Sockets, threads and clocks are in quorum_server.py, quorum_client.py and wire.py, so that tests drive whole jobs
+through faults in no time.
 
 Each client's leader has a coordinator. One of them at a time is at work, at the start that of client 0. Every rank
 keeps a connection to it. Messages are JSON objects of a few hundred bytes:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
 from deca_ds.elastic.agreement import YES, Decision
-from deca_ds.elastic.client import QuorumClient
-from deca_ds.elastic.commit import answers_in, bits
+from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.reach import Attempts, pairs_apart, vote
+from deca_ds.elastic.survivor_commit import answers_in, bits
 from deca_ds.errors import GossipError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store_site import StoreSite

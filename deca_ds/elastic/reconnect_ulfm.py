@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from deca_ds.elastic.commit import answers_in, bits
+from deca_ds.elastic.survivor_commit import answers_in, bits
 from deca_ds.errors import GossipError, RankLostError
 from deca_ds.launch.view import View
 from deca_ds.transport.mpi import MpiExchange, MpiTransport, poll

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deca_ds.elastic.server import QuorumServer
+from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.voter import Addresses
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import LaunchError

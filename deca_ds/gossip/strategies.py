@@ -2,7 +2,7 @@
 
     Windowed       at most WINDOW chunks are under way, and each is averaged as it comes
     Whole          all chunks are received before the first is averaged, because the weights depend on all of them
-    Committed      the same, until it counts for all survivors, or again without the dead (elastic/commit.py)
+    Committed      the same, until it counts for all survivors, or again without the dead (elastic/survivor_commit.py)
     WithoutLate    the same, without neighbours that are late (stragglers.py)
 
 Receive buffers are used again: the window's take at most WINDOW * degree * chunk_mib, the others' degree times the

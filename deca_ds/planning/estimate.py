@@ -22,8 +22,8 @@ from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.planning.gathered import peak_gathered
 from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
 from deca_ds.planning.roofline import Gpu, StepTime, Work, pass_flops, step_time
+from deca_ds.training.chosen_method import build_schedule, rule_of
 from deca_ds.training.length import ANY_ROUNDS
-from deca_ds.training.method import build_rule, build_schedule
 
 _FLOAT32 = 4
 
@@ -53,7 +53,7 @@ class Estimate:
         self.model = meta_model(config.model, architecture)
         add_adapters(config, self.model)
         self.plan: BlockPlan = find_blocks(config, self.model)
-        self.rule: Rule = build_rule(config)
+        self.rule: Rule = rule_of(config)
         self.schedule: Schedule = build_schedule(config, len(self.plan.blocks), config.algorithm.rounds or ANY_ROUNDS)
         self._shapes = parameter_shapes(self.model)
         self._numels = {name: prod(shape) for name, shape in self._shapes.items()}

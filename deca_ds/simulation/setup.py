@@ -23,9 +23,9 @@ from deca_ds.errors import ConfigError
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
+from deca_ds.training.chosen_method import build_schedule, check_method, rule_of
 from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.length import count_rounds
-from deca_ds.training.method import build_rule, build_schedule, check_method
 from deca_ds.training.template_date import today, with_date
 
 
@@ -55,7 +55,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     return Simulation(
         config=config,
         clients=StackedClients(model, plan, config.cluster.clients),
-        rule=build_rule(config),
+        rule=rule_of(config),
         schedule=build_schedule(config, len(plan.blocks), rounds),
         mixing=mixing,
         data=data,

@@ -21,9 +21,9 @@ from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.simulation.stacked import StackedClients
+from deca_ds.training.chosen_method import step_learning_rate
 from deca_ds.training.divergence import diverged
 from deca_ds.training.evaluation import MEAN, average, summarize
-from deca_ds.training.method import step_learning_rate
 
 SPREAD_COLUMNS = 1 << 14  # of all clients at a time: what a processor's cache holds in double precision
 

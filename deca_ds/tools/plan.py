@@ -42,10 +42,10 @@ from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
 from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import print_fit, print_memory, print_times
+from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
-from deca_ds.training.method import build_schedule, check_method
 from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 

@@ -15,7 +15,7 @@ from deca_ds.checkpoint.steps import FOLDER as CHECKPOINTS
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.elastic.agent import ElasticAgent
 from deca_ds.elastic.invitation import Invitation
-from deca_ds.elastic.partition import Lookout
+from deca_ds.elastic.network_partition import Lookout
 from deca_ds.elastic.rejoin import save_addresses
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import padding_of
@@ -24,10 +24,11 @@ from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.stragglers import LateExchange
-from deca_ds.launch.compare import software
+from deca_ds.launch.compare_ranks import software
 from deca_ds.launch.digests import digest
 from deca_ds.launch.view import View
 from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.chosen_method import rule_of
 from deca_ds.training.claim import check_held
 from deca_ds.training.completion import Agreed, StoreCount, Written
 from deca_ds.training.connect import Elastic, Job
@@ -36,7 +37,6 @@ from deca_ds.training.divergence import Watch
 from deca_ds.training.evaluation import Evaluator
 from deca_ds.training.load import load_base, load_client, load_data
 from deca_ds.training.loop import Trainer
-from deca_ds.training.method import build_rule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.pace import pace_from
 from deca_ds.training.ways_to_start import Start
@@ -62,7 +62,7 @@ def build(job: Job, start: Start) -> Trainer:
     client.check_loss(next(one_row))
     attempt = start.agree(job, client, vocabulary)
     gossip = _make_gossip(job, client, attempt)
-    state = TrainingState(client, build_rule(config), schedule, gossip)
+    state = TrainingState(client, rule_of(config), schedule, gossip)
     start.restore(job, state)
     metrics = Metrics(config.logging, cluster, job.output, schedule, display)
     written: Written

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from typing import Protocol
 
-from deca_ds.elastic.commit import Question, SurvivorCommit
+from deca_ds.elastic.survivor_commit import Question, SurvivorCommit
 from deca_ds.errors import CheckpointError
 from deca_ds.launch.progress import EVERYBODY
 from deca_ds.launch.world import Cluster
@@ -74,8 +74,8 @@ class StoreCount:
 
 
 class Agreed:
-    """A question of every agreement (elastic/commit.py): all ranks are at the same inner step there, so that the same
-    checkpoint is each one's last. Complete means that all survivors have written it.
+    """A question of every agreement (elastic/survivor_commit.py): all ranks are at the same inner step there, so that
+    the same checkpoint is each one's last. Complete means that all survivors have written it.
 
     A run is resumed with all its clients but those of cluster.absent, so the newest checkpoint from before the first
     death has to stay, and newer ones that the dead may have written.

@@ -23,10 +23,10 @@ from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
 from deca_ds.training import best
 from deca_ds.training.checkpoints import Checkpoints, slice_groups
+from deca_ds.training.chosen_method import step_learning_rate
 from deca_ds.training.claim import check_held
 from deca_ds.training.divergence import Watch, with_checkpoint
 from deca_ds.training.evaluation import JOB_SCORES, Evaluator
-from deca_ds.training.method import step_learning_rate
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
 from deca_ds.training.pace import evaluates
 from deca_ds.training.step import inner_step

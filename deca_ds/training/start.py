@@ -21,15 +21,15 @@ from deca_ds.elastic.rejoin import Visit
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.launch.compare import compare_software, software
+from deca_ds.launch.compare_ranks import compare_software, software
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import check_on_failure, connect
 from deca_ds.training.build import build
+from deca_ds.training.chosen_method import check_method
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import Job, connect_clients
 from deca_ds.training.loop import Trainer
-from deca_ds.training.method import check_method
 from deca_ds.training.metrics import check_logging
 from deca_ds.training.resume import choose, keep_model, look_at_run
 from deca_ds.training.template_date import agree_on_date, with_date

@@ -16,7 +16,7 @@ from deca_ds.algorithm.blocks import BlockPlan
 from deca_ds.config import Config
 from deca_ds.config.resume import STARTS
 from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.launch.compare import software
+from deca_ds.launch.compare_ranks import software
 
 
 def record_start(

@@ -23,13 +23,13 @@ from deca_ds.engine.client import Client
 from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import subset
 from deca_ds.gossip.theory import agreement
-from deca_ds.launch.compare import compare_start
+from deca_ds.launch.compare_ranks import compare_start
+from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare_clients import compare_data, digest_of_start
 from deca_ds.training.connect import Job
 from deca_ds.training.doubts import doubts_of_length
 from deca_ds.training.length import check_place, count_rounds, tell_length, tell_other_length
-from deca_ds.training.method import build_schedule
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.restore import compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.resume import Resumption

@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 class Commit:
-    """Where a client that dies ends the job, work that is through counts. elastic/commit.py has the other one.
+    """Where a client that dies ends the job, work that is through counts. elastic/survivor_commit.py has the other one.
 
     may_repeat: whether `run` may run work again.
     """

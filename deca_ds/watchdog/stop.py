@@ -46,8 +46,8 @@ def forget_request(run: Path) -> None:
 
 
 class StopByCommit:
-    """The same where all ranks of all clients agree on every averaging anyway (elastic/commit.py): the agreement also
-    asks whether anybody was told to stop. It holds at one inner step for all, and all stop after that one."""
+    """The same where all ranks of all clients agree on every averaging anyway (elastic/survivor_commit.py): that
+    agreement also asks whether anybody was told to stop. It holds at one inner step for all, and all stop after it."""
 
     def __init__(self) -> None:
         self._asked = self._agreed = False

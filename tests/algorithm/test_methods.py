@@ -22,8 +22,7 @@ from deca_ds.algorithm.deca import SIGNALS
 from deca_ds.algorithm.methods import METHODS, build_rule
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
-from deca_ds.training.method import build_rule as rule_of
-from deca_ds.training.method import check_method
+from deca_ds.training.chosen_method import check_method, rule_of
 
 EVERY_METHOD = [
     (name, signal)

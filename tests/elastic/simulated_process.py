@@ -1,7 +1,7 @@
 """A rank of a simulated job: what its main thread does, as a program of a few lines (simulated_job.py).
 
-The program follows elastic/commit.py and elastic/reconnect_gloo.py: it works with the others, votes, counts what all
-say yes to, and after a loss meets those that are left. It yields what it waits for, with what that is about:
+The program follows elastic/survivor_commit.py and elastic/reconnect_gloo.py: it works with the others, votes, counts
+what all say yes to, and after a loss meets those that are left. It yields what it waits for, with what that is about:
 
     busy, until when       a gradient
     meet, a key            messages, until all ranks of `members` have come to the same key; whether they have

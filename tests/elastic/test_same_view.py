@@ -10,11 +10,11 @@ import pytest
 from jobs import free_port
 from test_votes import Job
 
-from deca_ds.elastic.client import QuorumClient
-from deca_ds.elastic.commit import SurvivorCommit
 from deca_ds.elastic.invitation import Invitation
+from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.rejoin import join_job, save_addresses
+from deca_ds.elastic.survivor_commit import SurvivorCommit
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.launch.store_site import StoreSite

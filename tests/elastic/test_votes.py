@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
-from deca_ds.elastic import partition, rejoin
+from deca_ds.elastic import network_partition, rejoin
 from deca_ds.elastic.agreement import OPEN, YES, Decision
-from deca_ds.elastic.client import QuorumClient
-from deca_ds.elastic.partition import Lookout, clients_at, goes_first
+from deca_ds.elastic.network_partition import Lookout, clients_at, goes_first
+from deca_ds.elastic.quorum_client import QuorumClient
+from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.rejoin import join_job, save_addresses
-from deca_ds.elastic.server import QuorumServer
 from deca_ds.errors import CutOffError, GossipError, LaunchError
 from deca_ds.launch import store
 from deca_ds.launch.launcher import ClientLayout, Launch
@@ -237,7 +237,7 @@ def test_of_two_parts_exactly_one_goes_first(clients, data):
 
 
 def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
-    monkeypatch.setattr(partition, "_EVERY_S", 0.05)
+    monkeypatch.setattr(network_partition, "_EVERY_S", 0.05)
     job = Job(3)
     wait_until_connected(job)
     addresses = {client: each.address for client, each in enumerate(job.servers)}

@@ -13,7 +13,7 @@ from deca_ds.engine.adapters import add_adapters, find_adapters
 from deca_ds.engine.load import find_blocks, meta_model
 from deca_ds.errors import ConfigError, ModelError
 from deca_ds.tools.plan import print_plan
-from deca_ds.training.method import check_method
+from deca_ds.training.chosen_method import check_method
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2 = GPT2Config(n_embd=24, n_head=4, n_layer=2, vocab_size=51, bos_token_id=1, eos_token_id=2)

@@ -11,7 +11,7 @@ from deca_ds.engine.load import load_architecture
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.planning.estimate import Estimate
 from deca_ds.planning.roofline import GPUS, USABLE
-from deca_ds.training.method import check_method
+from deca_ds.training.chosen_method import check_method
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 PLANS = [

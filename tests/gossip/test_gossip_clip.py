@@ -21,7 +21,7 @@ from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.strategies import begin
 from deca_ds.simulation.simulate import Simulation
-from deca_ds.training.method import check_method
+from deca_ds.training.chosen_method import check_method
 from deca_ds.transport.local import LocalNetwork
 
 CLIENTS, NUMEL, CHUNK_MIB = 4, 1000, 0.001

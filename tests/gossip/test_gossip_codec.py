@@ -24,7 +24,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.strategies import begin
 from deca_ds.simulation.simulate import Simulation
-from deca_ds.training.method import check_method
+from deca_ds.training.chosen_method import check_method
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork, LocalTransport
 

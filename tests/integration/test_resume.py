@@ -20,7 +20,7 @@ from deca_ds.checkpoint.steps import find_checkpoint, step_folder, steps_in
 from deca_ds.config import load_config
 from deca_ds.engine.load import find_blocks, load_architecture, meta_model
 from deca_ds.tools.disk import Stored, disk_need
-from deca_ds.training.method import build_rule, build_schedule
+from deca_ds.training.chosen_method import build_schedule, rule_of
 from deca_ds.training.summary import best_of, evaluations
 
 pytestmark = pytest.mark.multiprocess
@@ -155,7 +155,7 @@ def test_its_checkpoints_cost_what_was_trained_and_take_the_disk_that_is_planned
     run = crashed_and_moved / "cut"
     config = load_config(run / "config.yaml", [])
     model = meta_model(config.model, load_architecture(config.model))
-    plan, rule = find_blocks(config, model), build_rule(config)
+    plan, rule = find_blocks(config, model), rule_of(config)
     stored, schedule = Stored.of(model, plan, config.model, rule), build_schedule(config, len(plan.blocks), rounds=2)
     last = 30, 32
     assert tuple(steps_in(run / "checkpoints")) == last

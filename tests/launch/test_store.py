@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from jobs import free_port
 
-from deca_ds.elastic.server import QuorumServer
+from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.errors import LaunchError
 from deca_ds.launch import store as stores
 from deca_ds.launch.launcher import ClientLayout, Launch

@@ -18,7 +18,7 @@ from run_folders import score, scores, write_job, write_lines, write_simulation
 from deca_ds.cli import main
 from deca_ds.errors import CheckpointError
 from deca_ds.tools.report import charts, page
-from deca_ds.tools.report.compare import differences, gaps
+from deca_ds.tools.report.compare_runs import differences, gaps
 from deca_ds.tools.report.network import network
 from deca_ds.tools.report.reading import read_runs
 from deca_ds.tools.report.summary import averaged, length

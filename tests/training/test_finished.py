@@ -10,8 +10,8 @@ import pytest
 from deca_ds.config import Config, load_config
 from deca_ds.engine.state import position
 from deca_ds.errors import CheckpointError, ConfigError, UserError
+from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.length import check_place, tell_other_length
-from deca_ds.training.method import build_schedule
 from deca_ds.training.resume import look_at_run
 
 STEPS = 2 * 4 * 5  # rounds, blocks, inner steps

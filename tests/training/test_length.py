@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from deca_ds.config import load_config
+from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.length import count_rounds, length_of, tell_length
-from deca_ds.training.method import build_schedule
 
 KEYS = ["model.path=x", "cluster.clients=3", "algorithm.inner_steps=5", "data.batch_size=2", "data.micro_batch_size=1"]
 ROWS = [10, 20, 30]

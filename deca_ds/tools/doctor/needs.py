@@ -17,7 +17,7 @@ from deca_ds.launch.launcher import ClientLayout
 from deca_ds.planning.estimate import Estimate
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.tools.doctor.facts import Needs
-from deca_ds.training.method import check_method
+from deca_ds.training.chosen_method import check_method
 
 
 def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:

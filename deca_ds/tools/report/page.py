@@ -16,7 +16,7 @@ from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
 from deca_ds.tools.report import charts, curves, figures, tables
 from deca_ds.tools.report.charts import Figure
-from deca_ds.tools.report.compare import differences
+from deca_ds.tools.report.compare_runs import differences
 from deca_ds.tools.report.network import Network, network
 from deca_ds.tools.report.reading import flatten
 from deca_ds.tools.report.records import Run

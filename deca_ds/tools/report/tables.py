@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deca_ds.tools.report.compare import Gap, changed, clients_scores, gaps
+from deca_ds.tools.report.compare_runs import Gap, changed, clients_scores, gaps
 from deca_ds.tools.report.network import Network
 from deca_ds.tools.report.records import Run
 from deca_ds.tools.report.summary import (

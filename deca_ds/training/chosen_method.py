@@ -25,7 +25,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def build_rule(config: Config) -> Rule:
+def rule_of(config: Config) -> Rule:
     """The rule of algorithm.method with those keys of the section that it takes."""
     keys = {field.name: getattr(config.algorithm, field.name) for field in fields(config.algorithm)}
     return methods.build_rule(**keys)

@@ -11,8 +11,8 @@ from torch.distributed import HashStore
 
 from deca_ds.config import load_config
 from deca_ds.errors import LaunchError
-from deca_ds.launch import compare
-from deca_ds.launch.compare import compare_software, compare_start, odd_ones
+from deca_ds.launch import compare_ranks
+from deca_ds.launch.compare_ranks import compare_software, compare_start, odd_ones
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 
@@ -57,9 +57,9 @@ def test_another_value_of_a_key_is_named_with_rank_and_majority():
 
 
 def test_another_version_is_refused_or_warned_of(monkeypatch, capsys):
-    installed = compare._version
+    installed = compare_ranks._version
     other = lambda name: "5.22.0" if name == "transformers" and here.rank == 1 else installed(name)  # noqa: E731
-    monkeypatch.setattr(compare, "_version", other)
+    monkeypatch.setattr(compare_ranks, "_version", other)
     for message in on_all_ranks(software()):
         assert "rank 1 on" in message and f"has transformers 5.22.0, 3 others {installed('transformers')}" in message
         assert "cluster.allow_mixed_versions" in message
@@ -68,7 +68,7 @@ def test_another_version_is_refused_or_warned_of(monkeypatch, capsys):
 
 
 def test_other_source_files_are_refused_always(monkeypatch):
-    monkeypatch.setattr(compare, "code_digest", lambda root: "old" if here.rank in (1, 3) else "new")
+    monkeypatch.setattr(compare_ranks, "code_digest", lambda root: "old" if here.rank in (1, 3) else "new")
     for message in on_all_ranks(software("cluster.allow_mixed_versions=true")):
         assert (
             "ranks 1 on" in message and "3 on" in message and "have deca_ds source files old, 2 others new" in message

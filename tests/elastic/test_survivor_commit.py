@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deca_ds.elastic.commit import Question, SurvivorCommit, answers_in, bits
+from deca_ds.elastic.survivor_commit import Question, SurvivorCommit, answers_in, bits
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.view import View

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from deca_ds.elastic.agreement import Decision
 from deca_ds.elastic.protocol import Message
+from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.rejoin import Visit
-from deca_ds.elastic.server import QuorumServer
 from deca_ds.elastic.voter import Addresses, Effects, Voter
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import CutOffError, GossipError, UserError

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from deca_ds.elastic.client import QuorumClient
+from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.wire import JsonConnection
 from deca_ds.launch.view import Membership
 
