@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import MANIFEST
 from deca_ds.checkpoint.steps import step_folder, steps_in
+from deca_ds.checkpoint.write_shards import MANIFEST
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = str(REPOSITORY / "benchmarks" / "faulty_client.py")

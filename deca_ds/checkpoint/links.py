@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import LinkedFile, begin_part, rank_folder
+from deca_ds.checkpoint.write_shards import LinkedFile, begin_part, rank_folder
 from deca_ds.errors import CheckpointError
 
 

@@ -1,4 +1,4 @@
-"""Reading sharded state back, parameter by parameter or slice by slice; slices.py says what was written.
+"""Reading sharded state back, parameter by parameter or slice by slice; write_shards.py says what was written.
 
 The reader's ranks need not be the writer's: a slice is put together from whatever slices it intersects.
 """
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum
-from deca_ds.checkpoint.slices import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION, rank_folder
+from deca_ds.checkpoint.write_shards import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION, rank_folder
 from deca_ds.engine.slices import is_buffer
 from deca_ds.errors import CheckpointError
 

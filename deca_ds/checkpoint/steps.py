@@ -1,6 +1,6 @@
 """The checkpoints of a run: a folder for each step, of which every rank writes, reads and removes its own part.
 
-    <run>/checkpoints/step_00000123/client_003/rank_001/     as in slices.py
+    <run>/checkpoints/step_00000123/client_003/rank_001/     as in write_shards.py
 
 There is no commit of the whole: a checkpoint counts if every rank of the job finds its part whole, and that is asked
 when a run resumes. So nobody waits for another host to write, and no file system needs to be shared.
@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import MANIFEST, rank_folder
+from deca_ds.checkpoint.write_shards import MANIFEST, rank_folder
 from deca_ds.errors import CheckpointError
 
 FOLDER = "checkpoints"  # in a run's folder

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step
-from deca_ds.checkpoint.slices import save_shards
+from deca_ds.checkpoint.write_shards import save_shards
 from deca_ds.config.schema import Config
 from deca_ds.elastic.agent import ElasticAgent
 from deca_ds.engine.client import BlockState, Client, GradientStats

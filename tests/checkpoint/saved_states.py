@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from deca_ds.checkpoint.slices import Slice, save_shards
+from deca_ds.checkpoint.write_shards import Slice, save_shards
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
 HEADS = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from deca_ds.checkpoint import export as export_module
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import rank_folder, save_shards
 from deca_ds.checkpoint.steps import step_folder
+from deca_ds.checkpoint.write_shards import rank_folder, save_shards
 from deca_ds.cli import main
 from deca_ds.engine.slices import buffer_name
 from deca_ds.errors import CheckpointError, ConfigError

@@ -14,7 +14,7 @@ from saved_states import save_clients, zero3_slices
 from torch import Tensor
 
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import MANIFEST, Slice, rank_folder, save_shards
+from deca_ds.checkpoint.write_shards import MANIFEST, Slice, rank_folder, save_shards
 from deca_ds.errors import CheckpointError
 
 SHAPES = {"odd": (7, 3), "one": (1,), "two": (2,), "scalar": (), "wide": (3, 5, 2)}

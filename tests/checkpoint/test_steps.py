@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from saved_states import zero3_slices
 
-from deca_ds.checkpoint import files, slices
+from deca_ds.checkpoint import files, write_shards
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.slices import MANIFEST, rank_folder, save_shards
 from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
+from deca_ds.checkpoint.write_shards import MANIFEST, rank_folder, save_shards
 from deca_ds.errors import CheckpointError
 
 STATE = {"w": torch.arange(21.0).view(7, 3), "m/w": torch.arange(21.0, 42.0).view(7, 3), "b": torch.ones(1)}
@@ -113,9 +113,11 @@ def test_a_full_disk_at_any_stage_leaves_the_checkpoint_before(
         return wrapped
 
     if stage in ("first file", "second file"):
-        monkeypatch.setattr(slices, "save_file", fail_at(1 if stage == "first file" else 2, slices.save_file))
+        monkeypatch.setattr(
+            write_shards, "save_file", fail_at(1 if stage == "first file" else 2, write_shards.save_file)
+        )
     elif stage == "sync":
-        monkeypatch.setattr(slices, "sync", fail_at(2, files.sync))
+        monkeypatch.setattr(write_shards, "sync", fail_at(2, files.sync))
     elif stage == "manifest":
         monkeypatch.setattr(Path, "write_text", fail_at(1, Path.write_text))
     else:

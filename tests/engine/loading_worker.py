@@ -18,7 +18,7 @@ import torch
 from tiny_models import rows
 from transformers import AutoModelForCausalLM
 
-from deca_ds.checkpoint.slices import save_shards
+from deca_ds.checkpoint.write_shards import save_shards
 from deca_ds.config import load_config
 from deca_ds.engine import chunked_loss
 from deca_ds.engine.client import Client

@@ -165,12 +165,12 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(job, tmp_path: Path,
     saver, _, _ = job(every=2)
     after_step(saver, 2)
     saver.wait()
-    from deca_ds.checkpoint import slices
+    from deca_ds.checkpoint import write_shards
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(slices, "save_file", full)
+    monkeypatch.setattr(write_shards, "save_file", full)
     after_step(saver, 4)
     message = r"No space left[\s\S]*takes 0.0 MB, [\d.]+ MB are free[\s\S]*step_00000004[\s\S]*run.resume=require"
     with pytest.raises(CheckpointError, match=message):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from deca_ds.checkpoint.slices import Slice, rank_folder, save_shards
 from deca_ds.checkpoint.steps import step_folder, steps_in
+from deca_ds.checkpoint.write_shards import Slice, rank_folder, save_shards
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip.schedule import build_mixing

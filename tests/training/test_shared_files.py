@@ -17,9 +17,9 @@ from torch.distributed import HashStore
 
 from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
-from deca_ds.checkpoint import slices
-from deca_ds.checkpoint.slices import rank_folder
+from deca_ds.checkpoint import write_shards
 from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
+from deca_ds.checkpoint.write_shards import rank_folder
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.state import TrainingState
 from deca_ds.errors import CheckpointError, DivergedError
@@ -37,7 +37,7 @@ STORED = Stored(tuple(4 * n for n in SIZES), tuple(8 * n for n in SIZES), frozen
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch) -> None:
-    monkeypatch.setattr(slices, "sync", lambda path: None)
+    monkeypatch.setattr(write_shards, "sync", lambda path: None)
 
 
 class Trained:
