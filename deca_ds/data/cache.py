@@ -1,9 +1,9 @@
 """Prepared data on the disk, found again by what they were made of: entries that are whole, or not there.
 
 An entry is a folder of Arrow files with entry.json: the size and the checksum of each file, and what its maker has
-noted. It is made under another name and then renamed, so that nobody ever sees half of it, and looked through before it
-is used: what is damaged is made again. A lock keeps two processes from making the same entry at a time; where the file
-system has none, both make it, and one of them is kept.
+noted. Its name follows the code, too (code.py). It is made under another name and then renamed, so that nobody ever
+sees half of it, and looked through before it is used: what is damaged is made again. A lock keeps two processes from
+making the same entry at a time; where the file system has none, both make it, and one of them is kept.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import xxhash
 from datasets import Dataset
 
 from deca_ds.config.paths import check_writable
+from deca_ds.data.code import CODE
 from deca_ds.errors import ConfigError
 
 NOTE = "entry.json"
@@ -72,9 +73,12 @@ class Cache:
         self._found: dict[str, Entry] = {}
 
     def entry(self, kind: str, parts: Any, make: Callable[[Path], dict[str, Any]]) -> Entry:
-        """The entry of this kind that is made of `parts`, JSON-able. make: write its files into a folder, beside which
-        there is room for others; returns what to note. It is called only if there is no such entry."""
-        name = f"{kind}-{_hash(json.dumps(parts))}"
+        """The entry of this kind that this code makes of `parts`, JSON-able.
+
+        make: write its files into a folder, beside which there is room for others; returns what to note. It is called
+        only if there is no such entry.
+        """
+        name = f"{kind}-{_hash(json.dumps([CODE, parts]))}"
         if name not in self._found:
             self._found[name] = self._whole(self.folder / name) or self._made(self._writable() / name, make)
         return self._found[name]

@@ -28,6 +28,8 @@ from datasets import Dataset, Features
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from deca_ds.data.code import SOURCES
+
 Batch = dict[str, list[Any]]
 
 BATCH = 1000  # rows
@@ -154,7 +156,7 @@ def _encoded(job: _Job, processes: int) -> Iterator[pa.RecordBatch]:
 
 def _by_processes(job: _Job, ranges: list[tuple[int, int]], processes: int) -> Iterator[pa.RecordBatch]:
     executor = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(_pickled(job),)
+        processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(SOURCES, _pickled(job))
     )
     waiting: deque[Future[pa.RecordBatch]] = deque()
     try:
@@ -178,8 +180,10 @@ def _pickled(job: _Job) -> bytes:
 _job: _Job  # of a process that encodes
 
 
-def _begin(pickled: bytes) -> None:
+def _begin(sources: str, pickled: bytes) -> None:
     global _job
+    if sources != SOURCES:
+        raise RuntimeError("the code of deca_ds/data has changed since the process started that asks for this")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.enable()  # the script that has started the parent may have disabled it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the parent, too
