@@ -33,7 +33,7 @@ from deca_ds.data.examples import check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import look_of, normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
-from deca_ds.data.rows import BATCH, Work, column, encode_rows
+from deca_ds.data.rows import BATCH, Work, column, encode_rows, select_rows
 from deca_ds.data.sources import Source, find_sources
 from deca_ds.errors import ConfigError, DataError
 
@@ -160,7 +160,7 @@ class Preparation:
     def _select(self, dataset: Dataset, indices: Indices) -> Dataset:
         """These rows; which ones they are lies in a file."""
         self.made += 1
-        return dataset.select(indices, indices_cache_file_name=str(self.scratch / f"{self.made}.indices.arrow"))
+        return select_rows(dataset, indices, self.scratch / f"{self.made}.indices.arrow")
 
     def _encoder(self) -> Encoder:
         return _make_encoder(self.data, self.tokenizer, self.words)
