@@ -1,9 +1,9 @@
 """Prepared data on the disk, found again by what they were made of: entries that are whole, or not there.
 
 An entry is a folder of Arrow files with entry.json: the size and the checksum of each file, and what its maker has
-noted. It is made under another name and then renamed, so that nobody ever sees half of it, and looked through before it
-is used: what is damaged is made again. A lock keeps two processes from making the same entry at a time; where the file
-system has none, both make it, and one of them is kept.
+noted. Its name follows the code, too (code.py). It is made under another name and then renamed, so that nobody ever
+sees half of it, and looked through before it is used: what is damaged is made again. A lock keeps two processes from
+making the same entry at a time; where the file system has none, both make it, and one of them is kept.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import xxhash
 from datasets import Dataset
 
 from deca_ds.config.paths import check_writable
+from deca_ds.data.code import CODE
 from deca_ds.errors import ConfigError
 
 NOTE = "entry.json"
-_READ_BYTES = 2**24
+_READ_BYTES = 2**22
 _LOOK_S = 0.1  # between two looks at a lock
 _TELL_S = 10.0  # until a wait for another process is told
 MAKING = ".making-"  # in the names of folders that are being made, or removed
@@ -72,9 +73,12 @@ class Cache:
         self._found: dict[str, Entry] = {}
 
     def entry(self, kind: str, parts: Any, make: Callable[[Path], dict[str, Any]]) -> Entry:
-        """The entry of this kind that is made of `parts`, JSON-able. make: write its files into a folder, beside which
-        there is room for others; returns what to note. It is called only if there is no such entry."""
-        name = f"{kind}-{_hash(json.dumps(parts))}"
+        """The entry of this kind that this code makes of `parts`, JSON-able.
+
+        make: write its files into a folder, beside which there is room for others; returns what to note. It is called
+        only if there is no such entry.
+        """
+        name = f"{kind}-{_hash(json.dumps([CODE, parts]))}"
         if name not in self._found:
             self._found[name] = self._whole(self.folder / name) or self._made(self._writable() / name, make)
         return self._found[name]
@@ -200,12 +204,12 @@ def folder_of(given: str | None) -> Path:
 
 
 def fingerprint(path: Path, tick: Callable[[], None] = lambda: None) -> str:
-    """Of the content of a file: its size and XXH3 hash of 128 bits. Raises OSError. tick: called every 16 MiB."""
-    hashed, size = xxhash.xxh3_128(), 0
+    """Of the content of a file: its size and XXH3 hash of 128 bits. Raises OSError. tick: called every 4 MiB."""
+    hashed, size, part = xxhash.xxh3_128(), 0, memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while part := file.read(_READ_BYTES):
-            hashed.update(part)
-            size += len(part)
+        while count := file.readinto(part):
+            hashed.update(part[:count])
+            size += count
             tick()
     return f"{size}-{hashed.hexdigest()}"
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import datetime
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from datasets import Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from deca_ds.data.code import code_of
 from deca_ds.data.layout import Conversations
 from deca_ds.data.template import ChatTemplate
 from deca_ds.data.tokens import Spanning
 from deca_ds.errors import DataError
 
 IGNORED = -100  # the label of a token that carries no loss
-_ENCODING_VERSION = 6  # raise it when the same example gives other tokens: encoded examples are cached
 
 _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "targets": Value("int32")}
 SEQUENCES = Features(_TOKENS | {"length": Value("int32")})
@@ -102,16 +104,10 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """The same in every process for the same tokenizer and settings (a pickled tokenizer is not)."""
-        tokenizer = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            state: Any = sorted(tokenizer.get_vocab().items())
-        else:  # truncation and padding change with every call that uses them, and are not used here
-            state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
         # a template writes special tokens by their names
         template = None if self.template is None else (self.template.sources, str(self.tokenizer.special_tokens_map))
         settings = (self.max_length, self.answers_only, self.words, self.bos, self.eos, template)
-        digest: str = Hasher.hash((_ENCODING_VERSION, type(tokenizer).__name__, json.dumps(state), settings))
+        digest: str = Hasher.hash((_state(self.tokenizer), settings))
         return digest
 
     def sequences(self, batch: Batch) -> Batch:
@@ -238,6 +234,18 @@ def pack(batch: Batch, max_length: int) -> Batch:
         else:
             rows.append({"input_ids": ids, "labels": labels, "targets": targets, "length": length})
     return _columns(rows, SEQUENCES)
+
+
+def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    """All that a tokenizer makes tokens by."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # truncation and padding change with every call that uses them, and are not used here
+        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+        return code_of(type(tokenizer)), json.dumps(state)
+    with tempfile.TemporaryDirectory() as folder:  # vocabulary, merges, sentencepiece model, settings
+        tokenizer.save_pretrained(folder)
+        files = [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()]
+    return code_of(type(tokenizer)), sorted(tokenizer.get_vocab().items()), files
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], features: Features) -> Batch:

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset, Features
 
 from deca_ds.data.cache import Cache
+from deca_ds.data.code import code_of
 from deca_ds.data.files import DOCUMENT, TABLES, kind_of
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import TEXT, check_fields, label_of
@@ -24,7 +25,6 @@ from deca_ds.data.rows import BATCH, Work, batches_of, write_rows
 from deca_ds.data.sources import HubName, Source, load_hub, read_rows
 from deca_ds.errors import DataError
 
-_VERSION = 5  # raise it when a row's example changes: examples are kept in the cache
 _SHOWN = 40  # characters of a column's name: where a header is missing, these are texts
 _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
@@ -37,8 +37,9 @@ def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, 
     """
     names = [source if isinstance(source, HubName) else source.absolute() for source in sources]
     content = contents(sources, rules, cache)
-    parts = [_VERSION, asdict(rules), list(map(str, names)), content]  # names, because errors name files
-    features = Features({**FORMATS[rules.format].features, **_EVERY_FORMAT})
+    format = FORMATS[rules.format]
+    parts = [code_of(format.example), asdict(rules), list(map(str, names)), content]  # names, because errors name files
+    features = Features({**format.features, **_EVERY_FORMAT})
 
     def make(folder: Path) -> dict[str, Any]:
         with (work or Work()).bar("reading rows", None) as advance:

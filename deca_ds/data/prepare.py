@@ -1,7 +1,7 @@
 """From the configuration to one client's token sequences, as an entry of the cache.
 
-What is prepared is named by all that it depends on: the content of the files, the tokenizer, the settings. A key of the
-section data counts unless it is known not to.
+What is prepared is named by all that it depends on: the code, the content of the files, the tokenizer, the settings. A
+key of the section data counts unless it is known not to.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import tokenizers
-import transformers
 import xxhash
 from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
@@ -29,12 +27,13 @@ from transformers import PreTrainedTokenizerBase
 from deca_ds.config.schema import Config, DataConfig
 from deca_ds.data.cache import Cache, Entry
 from deca_ds.data.checks import own_sources, validate_data_config
+from deca_ds.data.code import code_of
 from deca_ds.data.encoding import CANDIDATES, IGNORED, PIECES, SEQUENCES, Batch, Encoder, pack
 from deca_ds.data.examples import check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import look_of, normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
-from deca_ds.data.rows import BATCH, Work, column, encode_rows
+from deca_ds.data.rows import BATCH, Work, column, encode_rows, select_rows
 from deca_ds.data.sources import Source, find_sources
 from deca_ds.errors import ConfigError, DataError
 
@@ -99,8 +98,8 @@ class Preparation:
         sources = [*self.sources, *self.own_sources, *self.common_sources]
         content = contents(sources, rules, self.cache)
         parts = {
-            "versions": [tokenizers.__version__, transformers.__version__],
             "encoder": self.encoder.fingerprint,
+            "format": code_of(self.format.example),
             "rules": asdict(rules),
             "content": [content, len(self.sources), len(self.own_sources)],
             "data": {key: value for key, value in asdict(self.data).items() if key not in _NOT_COUNTED},
@@ -161,7 +160,7 @@ class Preparation:
     def _select(self, dataset: Dataset, indices: Indices) -> Dataset:
         """These rows; which ones they are lies in a file."""
         self.made += 1
-        return dataset.select(indices, indices_cache_file_name=str(self.scratch / f"{self.made}.indices.arrow"))
+        return select_rows(dataset, indices, self.scratch / f"{self.made}.indices.arrow")
 
     def _encoder(self) -> Encoder:
         return _make_encoder(self.data, self.tokenizer, self.words)

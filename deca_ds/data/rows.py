@@ -23,10 +23,15 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from datasets import Dataset, Features
+from datasets.table import MemoryMappedTable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from deca_ds.data.code import SOURCES
 
 Batch = dict[str, list[Any]]
 
@@ -87,6 +92,21 @@ def batches_of(rows: Iterable[dict[str, Any]], features: Features) -> Iterator[p
             part, length = [], 0
     if part:
         yield pa.RecordBatch.from_pylist(part, features.arrow_schema)
+
+
+def select_rows(dataset: Dataset, indices: npt.NDArray[np.int64], path: Path) -> Dataset:
+    """These rows; which ones they are lies in the file `path`. The datasets library's own `select` makes an object of
+    Python's of each number, 40 bytes large."""
+    if np.array_equal(indices, np.arange(len(dataset))):
+        return dataset
+    kept = pa.chunked_array([pa.array(indices, pa.uint64())])
+    if dataset._indices is not None:
+        kept = dataset._indices.column(0).take(kept)
+    table = pa.table({"indices": kept})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, BATCH)
+    mapped = MemoryMappedTable.from_file(str(path))
+    return Dataset(dataset.data, dataset.info, dataset.split, mapped, fingerprint=path.stem)
 
 
 def column(dataset: Dataset, name: str) -> pa.ChunkedArray:
@@ -154,7 +174,7 @@ def _encoded(job: _Job, processes: int) -> Iterator[pa.RecordBatch]:
 
 def _by_processes(job: _Job, ranges: list[tuple[int, int]], processes: int) -> Iterator[pa.RecordBatch]:
     executor = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(_pickled(job),)
+        processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(SOURCES, _pickled(job))
     )
     waiting: deque[Future[pa.RecordBatch]] = deque()
     try:
@@ -178,8 +198,10 @@ def _pickled(job: _Job) -> bytes:
 _job: _Job  # of a process that encodes
 
 
-def _begin(pickled: bytes) -> None:
+def _begin(sources: str, pickled: bytes) -> None:
     global _job
+    if sources != SOURCES:
+        raise RuntimeError("the code of deca_ds/data has changed since the process started that asks for this")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.enable()  # the script that has started the parent may have disabled it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the parent, too

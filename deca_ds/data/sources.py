@@ -18,6 +18,8 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,7 +29,7 @@ from datasets import Dataset, load_dataset
 
 from deca_ds.config.paths import could_be_hub_name, look_for
 from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind_of
-from deca_ds.data.strict_json import parse
+from deca_ds.data.strict_json import Reader, parse
 from deca_ds.errors import DataError
 
 LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
@@ -151,23 +153,55 @@ def _content(path: Path) -> bytes:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+        reader = Reader(file)
+        if reader.peek() == "[":
+            try:
+                for place, row in _numbered(reader.items(), path):
+                    yield _json_row(row, place)
+            except json.JSONDecodeError as error:
+                raise DataError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
+            return
+    yield from (_read_json_lines if _has_json_lines(path) else _read_json_object)(path)
+
+
+def _numbered(rows: Iterator[Any], path: Path) -> Iterator[tuple[str, Any]]:
+    end = object()
+    for number in count(1):
+        place = f"{path}, row {number}"
+        row = _parsed(partial(next, rows, end), place)
+        if row is end:
+            return
+        yield place, row
+
+
+def _has_json_lines(path: Path) -> bool:
+    """Whether the first line is JSON by itself, and others follow: JSON lines are often named .json."""
+    with _open(path) as file:
+        lines = filter(bytes.strip, file)
+        first, second = next(lines, b""), next(lines, b"")
+    try:
+        _decoded(first)
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        pass  # as reading the line tells
+    return bool(second)
+
+
+def _read_json_object(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     content = _content(path)
     if not content.strip():
         return
     try:
-        read = _parse_json(content.decode("utf-8-sig"), str(path))
+        read = _parsed(partial(_decoded, content), str(path))
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines are often named .json
-            yield from _read_json_lines(path)
-            return
         raise DataError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
-    if isinstance(read, dict):
-        read = read["data"] if isinstance(read.get("data"), list) else [read]
-    if not isinstance(read, list):
+    if not isinstance(read, dict):
         raise DataError(
             f"the file holds a {type(read).__name__}", where=str(path), fix='write a list of rows, or {"data": [...]}'
         )
-    for number, row in enumerate(read, 1):
+    for number, row in enumerate(read["data"] if isinstance(read.get("data"), list) else [read], 1):
         yield _json_row(row, f"{path}, row {number}")
 
 
@@ -178,16 +212,20 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = _parse_json(line.decode("utf-8-sig"), place)
+                row = _parsed(partial(_decoded, line), place)
             except json.JSONDecodeError as error:
                 raise DataError(f"not valid JSON: {error.msg}", where=f"{place}, column {error.colno}") from error
             yield _json_row(row, place)
 
 
-def _parse_json(text: str, place: str) -> Any:
+def _decoded(text: bytes) -> Any:
+    return parse(text.decode("utf-8-sig"))
+
+
+def _parsed(read: Callable[[], Any], place: str) -> Any:
     try:
-        return parse(text)
-    except json.JSONDecodeError:
+        return read()
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise  # the caller knows how to count lines
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise DataError(f"JSON that cannot be read: {error}", where=place) from error

@@ -1,20 +1,26 @@
 """Prepared data: found by what they were made of, whole or made again, the same from any number of processes."""
 
+import ast
 import contextlib
 import errno
+import json
 import os
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import pytest
 from data_samples import flat, make_byte_tokenizer, make_config, write_jsonl
+from transformers import CTRLTokenizer
 
-from deca_ds.data import load_client_data, rows
+from deca_ds.data import code, load_client_data, rows
 from deca_ds.data.cache import Cache
 from deca_ds.data.encoding import Encoder
+from deca_ds.data.formats import FORMATS
 from deca_ds.data.rows import Work
 from deca_ds.errors import ConfigError, DataError
 
@@ -81,6 +87,88 @@ def test_what_counts_is_content_and_settings(tokenizer, path, folder, encoded):
     data, anew = load()
     assert path.stat().st_size == state.st_size and anew, "the same size and time are not the same content"
     assert tokenizer.decode(data.train[0]["input_ids"]).startswith("TEXT")
+
+
+def test_what_other_code_has_made_does_not_count(tokenizer, path, folder, encoded, monkeypatch):
+    config = make_config(train=[path], cache=str(folder))
+    load_client_data(config, tokenizer, 0)
+    monkeypatch.setattr("deca_ds.data.cache.CODE", code.CODE | {"data": "other"})
+    made = len(encoded)
+    load_client_data(config, tokenizer, 0)
+    assert len(encoded) > made and len(entries(folder)) == len(entries(folder, "examples")) == 2
+    with pytest.raises(RuntimeError, match="has changed since"):
+        rows._begin("other", b"")
+
+
+def test_every_source_file_of_the_part_counts(tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(Path(code.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert code.CODE["data"] == code._digest(copy), "wherever it lies"
+    for file in (copy / "words.py", copy / "formats" / "plain.py"):
+        before = code._digest(copy)
+        file.write_text(file.read_text().replace("return", "return ", 1))
+        assert code._digest(copy) != before
+
+
+def test_every_library_that_the_part_imports_counts_or_makes_no_tokens():
+    found = set()
+    for file in Path(code.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+    found -= sys.stdlib_module_names | {"deca_ds"}
+    no_tokens = {"accelerate", "torch", "rich", "xxhash"}
+    assert {"datasets", "numpy"} <= found and found - no_tokens <= code.CODE.keys()
+
+
+OWN_FORMAT = """
+from deca_ds.data.formats import Format
+from deca_ds.data.formats.fields import PAIRS, text_of
+
+def example(row, rules, place, unused):
+    return {"prompt": "PROMPT" + text_of(row, "text", place), "answer": row["label"]}
+
+OWN = Format("own", {"text": "t", "label": "l"}, "", (), PAIRS, example, lambda rules: ("text", "label"))
+"""
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_format_of_ones_own_counts_by_its_code(tokenizer, path, folder, tmp_path, monkeypatch, has_file):
+    """Whether it stands in a file, or in a notebook."""
+    if not has_file:
+        monkeypatch.delattr(sys.modules["__main__"], "__file__")
+
+    def first(prompt):
+        name, text = "own_format" if has_file else "__main__", OWN_FORMAT.replace("PROMPT", prompt)
+        module = ModuleType(name)
+        if has_file:
+            module.__file__ = str(tmp_path / "own_format.py")
+            Path(module.__file__).write_text(text)
+            monkeypatch.setitem(sys.modules, name, module)
+        exec(text, vars(module))
+        monkeypatch.setitem(FORMATS, "own", module.OWN)
+        config = make_config(train=[path], format="own", cache=str(folder))
+        return tokenizer.decode(load_client_data(config, tokenizer, 0).train[0]["input_ids"])
+
+    assert first("Q: ").startswith("Q: text") and first("Question: ").startswith("Question: text")
+    assert len(entries(folder)) == len(entries(folder, "examples")) == 2
+    assert first("Q: ").startswith("Q: text") and len(entries(folder)) == 2
+
+
+def test_a_tokenizer_in_python_counts_with_all_of_its_files(tmp_path):
+    """Two vocabularies that are alike may be split by different rules."""
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "a@@", "b@@", "c</w>", "ab@@", "bc</w>", "c"])}
+
+    def fingerprint(merge):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merge}\n")
+        made = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+        assert getattr(made, "backend_tokenizer", None) is None
+        return Encoder(made, max_length=8).fingerprint
+
+    assert fingerprint("a b") != fingerprint("b c</w>") and fingerprint("a b") == fingerprint("a b")
 
 
 def damage_truncate(entry):

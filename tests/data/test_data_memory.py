@@ -1,5 +1,8 @@
 """Preparing data holds a part of the rows at a time: nothing of Arrow's grows by a table for every row."""
 
+import pickle
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,7 +11,7 @@ from datasets import Dataset
 from datasets.table import Table
 
 from deca_ds.data import load_client_data
-from deca_ds.data.rows import BATCH, column
+from deca_ds.data.rows import BATCH, column, select_rows
 
 
 @pytest.fixture
@@ -32,6 +35,29 @@ def test_a_column_of_selected_rows_comes_in_parts(most, count):
     assert values.to_pylist() == list(selected["name"]) and values.type == pa.string()
     assert values.num_chunks == -(-count // BATCH)
     assert column(rows, "name").to_pylist() == list(rows["name"])
+
+
+def test_selected_rows_are_those_that_were_named(tmp_path):
+    rows = Dataset.from_dict({"name": [f"n{i}" for i in range(2500)]})
+    draw = np.random.default_rng(0)
+    selected, expected = rows, np.arange(2500)
+    for number, count in enumerate((2500, 2400, 1001, 1001, 0, 0)):
+        order = draw.permutation(len(expected))[:count]
+        expected = expected[order]
+        selected = select_rows(selected, order, tmp_path / f"{number}.arrow")
+        assert selected["name"][:] == [f"n{i}" for i in expected] == pickle.loads(pickle.dumps(selected))["name"][:]
+    assert select_rows(rows, np.arange(2500), tmp_path / "all.arrow") is rows
+
+
+def test_which_rows_are_selected_takes_8_bytes_a_row(tmp_path):
+    count = 100_000
+    rows, order = Dataset.from_dict({"number": range(count)}), np.random.default_rng(0).permutation(count)
+    tracemalloc.start()
+    try:
+        assert select_rows(rows, order, tmp_path / "a.arrow")[:3]["number"] == order[:3].tolist()
+        assert tracemalloc.get_traced_memory()[1] < 10 * count, "an array to compare with, and no object of Python's"
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("options", [{"partition": "dirichlet"}, {"packing": True}, {"partition": "iid"}])

@@ -1,6 +1,8 @@
 """Files, folders, globs and hub names; every malformed row is named with file and line."""
 
+import io
 import json
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -8,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import write_jsonl
 
-from deca_ds.data import sources
+from deca_ds.data import sources, strict_json
 from deca_ds.data.sources import HubName, find_sources, load_hub, read_rows
 from deca_ds.errors import DataError
 
@@ -30,6 +32,57 @@ def test_json_in_its_shapes(tmp_path, kind):
     }[kind]
     path.write_text(content)
     assert rows_of(path) == (ROWS[:1] if kind == "one" else ROWS)
+
+
+JSON_LISTS = [
+    "[]", " [ ]\r\n", "[1, 2.5e-3, -0.0E+1, true, false, null, NaN, -Infinity, 1e5]",
+    '["", "\\\\", "\\"", "\\ud83d\\ude00"]',
+    '\n[\n{"a": [1, {"b": "c]}"}]},\n\t{"a": {}}\n]\n',
+    "[" + ", ".join(f'{{"text": "{n * "é"}"}}' for n in range(60)) + "]",
+]  # fmt: skip
+NO_JSON_LISTS = [
+    "[", "[1", "[1,", "[1,]", "[,1]", "[1 2]", '["a\n"]', '["\\x"]', '["\\u12"]',
+    '[{"a": 1, }]', "[1]\n[2]", "[1]]", '[\n"a',
+    '[{"a": 1,\n"b": tru}, {"c": 2}]', '[{"a": ' + "1" * 30 + "} {]", "[nul]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [1, 2, 7, 100, 10**6])
+def test_a_json_list_is_read_in_parts_as_it_would_be_whole(monkeypatch, part):
+    monkeypatch.setattr(strict_json, "_PART", part)
+    for text in JSON_LISTS:
+        assert repr(list(strict_json.Reader(io.StringIO(text)).items())) == repr(json.loads(text)), text
+    for text in NO_JSON_LISTS:
+        with pytest.raises(json.JSONDecodeError) as whole:
+            json.loads(text)
+        with pytest.raises(json.JSONDecodeError) as error:
+            list(strict_json.Reader(io.StringIO(text)).items())
+        assert error.value.lineno == whole.value.lineno, text
+
+
+def test_of_a_json_list_only_the_largest_row_has_to_be_in_memory(tmp_path):
+    path = tmp_path / "a.json"
+    rows = [{"text": f"{number} " + "x" * 100_000} for number in range(300)]
+    path.write_text(json.dumps(rows))
+    tracemalloc.start()
+    try:
+        for number, (place, row) in enumerate(read_rows(path)):
+            assert row == rows[number] and place == f"{path}, row {number + 1}"
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 3
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_mistake_in_a_json_list_is_told_before_the_rest_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1 2},\n' + '{"a": "' + "x" * 20_000_000 + '"}]')
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"not valid JSON: Expecting ',' delimiter[\s\S]*a\.json, line 1"):
+            rows_of(path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_strings_in_a_json_list_and_text_files_are_texts(tmp_path):
@@ -83,7 +136,11 @@ def test_parquet(tmp_path):
         ("a.json", b'[{"text": "x"}, 7]', "a.json, row 2", "a row is a int"),
         ("a.json", b"3", "a.json", "holds a int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "x", "text": "y"}\n', "a.jsonl, line 2", "two values named 'text'"),
-        ("a.json", b'[{"a": {"b": 1, "b": 1}}]', "a.json", "two values named 'b'"),
+        ("a.json", b'[{"a": 1}, {"a": {"b": 1, "b": 1}}]', "a.json, row 2", "two values named 'b'"),
+        ("a.json", b'{"a": 1}\n{"b": 1, "b": 1}\n', "a.json, line 2", "two values named 'b'"),
+        ("a.json", b'[\n{"text": "x"},\n{"text": "\xff"}]', "a.json, line 3", "UTF-8"),
+        ("a.json", b'[{"text": "x"}]\n[]', "a.json, line 2", "Extra data"),
+        ("a.json", b'{\n"a": 1\n}\n{"a": 1}', "a.json, line 4", "Extra data"),
         ("a.csv", b"text,label\nx,a\ny\n", "a.csv, line 3", "1 columns instead of 2"),
         ("a.csv", b"text,label\nx,a,b\n", "a.csv, line 2", "3 columns instead of 2"),
         ("a.csv", b'text,label\nx,a\n"y,b\nz\n', "a.csv, line 3", "malformed row"),
