@@ -195,13 +195,14 @@ def launch(
 
     launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, supervised (mpirun, by deca supervise), python, or
     hand: each rank by itself, over torch as with deepspeed, whose launcher costs as much as a rank.
-    fresh: every rank is a new interpreter, as a user's is; it is with deepspeed and openmpi. Else ranks are forks that
-    have imported everything (preloaded.py), which costs a third.
+    fresh: every rank is a new interpreter, as a user's is; it is with openmpi. Else ranks are forks that have imported
+    everything (preloaded.py), which costs a third; their parent is not the launcher.
     """
     script = str(REPOSITORY / script)
     rank = [*([sys.executable] if fresh else preloaded.PYTHON), script]
     if launcher == "deepspeed":
-        start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
+        start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        start += [script] if fresh else ["--no_python", "--no_local_rank", *rank]
     elif launcher == "openmpi":
         hostfile = Path(options.pop("hostfile"))
         hostfile.write_text(f"localhost slots={ranks}\n")

@@ -70,16 +70,19 @@ class Server:
 
 
 def import_once() -> None:
-    """All but what takes hold of MPI. DeepSpeed chooses its accelerator here, so forks are for runs on a CPU."""
+    """All but what takes hold of MPI, and what is found out once. DeepSpeed chooses its accelerator here, so forks are
+    for runs on a CPU."""
     gc.disable()
     import datasets
     import deepspeed
     import torch
     import transformers.models.llama.modeling_llama
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import deca_ds.tools.train
     import deca_ds.training.setup  # noqa: F401
 
+    assert deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("mixtral")
     assert not torch.distributed.is_initialized() and "mpi4py.MPI" not in sys.modules
     del datasets, deepspeed, transformers
     gc.freeze()
