@@ -73,10 +73,15 @@ class Slurm:
         (self.bin / name).chmod(0o755)
 
     def start(
-        self, script: Path, arguments: Sequence[object], *, warn: Callable[[], bool] | None = None, **env: str
+        self,
+        script: Path,
+        arguments: Sequence[object],
+        *,
+        warn: Callable[[subprocess.Popen], None] | None = None,
+        **env: str,
     ) -> tuple[Finished, bool]:
-        """How the script ended, and whether it has put the job back into the queue. warn: when it holds, the time limit
-        comes near."""
+        """How the script ended, and whether it has put the job back into the queue. warn: returns when the time limit
+        of what runs the script comes near."""
         lines = re.findall(r"^#SBATCH (.*)$", script.read_text(), re.MULTILINE)
         here = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1"]  # given to sbatch
         options = batch_options().parse_args([*shlex.split("\n".join(lines)), *here])
@@ -92,8 +97,9 @@ class Slurm:
         to_script, name, _ = options.signal.groups()
 
         def during(process: subprocess.Popen) -> None:
-            if warn is None or not warn():
+            if warn is None:
                 return
+            warn(process)
             told = [process.pid] if to_script else map(int, (self.folder / "tasks").read_text().split())
             for pid in told:
                 os.kill(pid, signal.Signals[f"SIG{name}"])

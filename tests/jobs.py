@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import random
 import signal
@@ -11,12 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import preloaded
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
@@ -32,7 +35,7 @@ class Finished:
 def run_command(
     command: list[str],
     *,
-    deadline_s: float = 240,
+    deadline_s: float = 300,
     cwd: Path = REPOSITORY,
     during: Callable[[subprocess.Popen], None] = lambda process: None,
     **env: str,
@@ -83,6 +86,55 @@ def preloaded_server(processor: str | None = None) -> preloaded.Server:
     atexit.register(folder.cleanup)
     atexit.register(server.close)
     return server
+
+
+def wait_until(
+    condition: Callable[[], object],
+    what: str,
+    *,
+    seconds: float = 240,
+    process: subprocess.Popen | None = None,
+    log: Path | None = None,
+) -> None:
+    """Fail the test where that is not so in time, or not when the process that is to bring it about has ended."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ended = process is not None and process.poll() is not None  # before the look, which sees all that it has done
+        if condition():
+            return
+        if ended or time.monotonic() > deadline:
+            why = "before the job ended" if ended else f"within {seconds:g} s"
+            pytest.fail(f"not {what} {why}\n{log.read_text()[-5000:] if log else ''}")
+        time.sleep(0.02)
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The records of metrics that a job may be writing: of the lines that have come to their end. No file: none."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps_done(metrics: Path) -> int:
+    """The last inner step that a client's metrics have."""
+    return max((line["step"] for line in whole_lines(metrics) if line["kind"] == "step"), default=0)
+
+
+def processes_below(job: subprocess.Popen, wanted: Callable[[list[str]], bool]) -> list[psutil.Process]:
+    """Those with such a command; others come and go meanwhile."""
+    found = []
+    for process in psutil.Process(job.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if wanted(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def ranks_of(job: subprocess.Popen, script: str) -> list[psutil.Process]:
+    """Those that run the script, or stand for those (preloaded.py); launchers have it among their later arguments."""
+    return processes_below(job, lambda command: str(REPOSITORY / script) in command[:3])
 
 
 def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
@@ -143,13 +195,14 @@ def launch(
 
     launcher: deepspeed, openmpi (the deepspeed launcher's), mpirun, supervised (mpirun, by deca supervise), python, or
     hand: each rank by itself, over torch as with deepspeed, whose launcher costs as much as a rank.
-    fresh: every rank is a new interpreter, as a user's is; it is with deepspeed and openmpi. Else ranks are forks that
-    have imported everything (preloaded.py), which costs a third.
+    fresh: every rank is a new interpreter, as a user's is; it is with openmpi. Else ranks are forks that have imported
+    everything (preloaded.py), which costs a third; their parent is not the launcher.
     """
     script = str(REPOSITORY / script)
     rank = [*([sys.executable] if fresh else preloaded.PYTHON), script]
     if launcher == "deepspeed":
-        start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
+        start = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        start += [script] if fresh else ["--no_python", "--no_local_rank", *rank]
     elif launcher == "openmpi":
         hostfile = Path(options.pop("hostfile"))
         hostfile.write_text(f"localhost slots={ranks}\n")

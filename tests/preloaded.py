@@ -2,13 +2,14 @@
 
 Importing takes each rank more than four CPU seconds, which is most of what a job of a test costs. So a test process
 keeps one server that has imported all that ranks need (`Server`), and `main`, in place of a rank, has it fork. It
-stands for the fork: it passes on its environment and streams, hands on signals, and ends as the fork ends; when it is
-killed, so is the fork. Without a server it runs the script itself.
+stands for the fork: it passes on its environment, streams and network, hands on signals, and ends as the fork ends;
+when it is killed, so is the fork. Without a server it runs the script itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 ADDRESS = "DECA_TEST_SERVER"  # names the server's socket in the environment
 PYTHON = [sys.executable, str(Path(__file__).parent)]  # stands for an interpreter: scripts run preloaded
 _MOST_BYTES = 2**18
+_NETWORK, _CLONE_NEWNET = "/proc/self/ns/net", 0x40000000
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -32,10 +34,15 @@ def main(address: str | None, command: list[str]) -> None:
         os.execv(sys.executable, [sys.executable, *command])
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(address)
-        for number in _HANDED_ON:
-            signal.signal(number, lambda number, _: server.send(str(int(number)).encode()))
         asked = {"command": command, "environment": dict(os.environ), "folder": os.getcwd()}
-        socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2])
+        socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2, os.open(_NETWORK, os.O_RDONLY)])
+
+        def hand_on(number: int, frame: object) -> None:
+            with contextlib.suppress(OSError):  # the fork has just ended
+                server.send(str(number).encode())
+
+        for number in _HANDED_ON:
+            signal.signal(number, hand_on)
         code = int(server.recv(_MOST_BYTES) or -signal.SIGKILL)
     if code < 0:
         if -code != signal.SIGKILL:
@@ -63,16 +70,19 @@ class Server:
 
 
 def import_once() -> None:
-    """All but what takes hold of MPI. DeepSpeed chooses its accelerator here, so forks are for runs on a CPU."""
+    """All but what takes hold of MPI, and what is found out once. DeepSpeed chooses its accelerator here, so forks are
+    for runs on a CPU."""
     gc.disable()
     import datasets
     import deepspeed
     import torch
     import transformers.models.llama.modeling_llama
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import deca_ds.tools.train
     import deca_ds.training.start  # noqa: F401
 
+    assert deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("mixtral")
     assert not torch.distributed.is_initialized() and "mpi4py.MPI" not in sys.modules
     del datasets, deepspeed, transformers
     gc.freeze()
@@ -101,17 +111,22 @@ def serve(address: str) -> None:
                     return
                 if key.fileobj is server:
                     asking, _ = server.accept()
-                    message, streams, _, _ = socket.recv_fds(asking, _MOST_BYTES, 3)
+                    message, received, _, _ = socket.recv_fds(asking, _MOST_BYTES, 4)
+                    if not message:  # who asked was killed before it could
+                        asking.close()
+                        continue
                     if process := os.fork():
                         forks[process] = asking
                         ready.register(asking, selectors.EVENT_READ, process)
-                        for stream in streams:
-                            os.close(stream)
+                        for descriptor in received:
+                            os.close(descriptor)
                         continue
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     for other in (server, ended, woken, asking, ready, *forks.values()):
                         other.close()
+                    *streams, network = received
+                    move_to(network)
                     run(json.loads(message), streams)
                     return
                 if key.fileobj is ended:
@@ -136,13 +151,25 @@ def collect(forks: dict[int, socket.socket], ready: selectors.BaseSelector) -> N
             asking.close()
 
 
+def move_to(network: int) -> None:
+    """Of a host that is a network namespace, see benchmarks/hosts.py."""
+    if os.fstat(network).st_ino != os.stat(_NETWORK).st_ino:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(network, _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+    os.close(network)
+
+
 def run(asked: dict, streams: list[int]) -> None:
     """In a fork: what `python SCRIPT ARGUMENTS...` would do."""
+    from deca_ds.watchdog import restart
+
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.environ.clear()
     os.environ.update(asked["environment"])
+    restart._STARTED_WITH = dict(os.environ)  # of when it is imported
     os.chdir(asked["folder"])
     sys.argv = asked["command"]
     sys.orig_argv = [sys.executable, *sys.argv]

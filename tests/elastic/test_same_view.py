@@ -22,7 +22,7 @@ from deca_ds.launch.view import Membership, View
 from deca_ds.transport.collectives import barrier
 from deca_ds.transport.transport import Endpoint
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)
 CLIENTS = 3
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import wait_until
 from torch.distributed import TCPStore
 
 from deca_ds.elastic import network_partition, rejoin
@@ -27,7 +28,7 @@ from deca_ds.launch import store
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.view import Membership, View
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)
 
 
 def test_an_invitation_to_a_store_that_has_gone_is_not_waited_for(monkeypatch):
@@ -88,7 +89,7 @@ def test_the_coordinator_is_lost_and_the_one_after_it():
     job = Job(4)
     wait_until_connected(job)
     job.end(0)
-    assert all(job.votes[rank].interrupted.wait(10) for rank in (1, 2, 3))
+    assert all(job.votes[rank].interrupted.wait(60) for rank in (1, 2, 3))
     decided = job.vote({1: 1, 2: 1, 3: 1}, news="now ")
     assert {(each.number, each.clients, each.news) for each in decided.values()} == {(2, (1, 2, 3), "now 1")}
     job.end(1)
@@ -104,12 +105,9 @@ def test_a_coordinator_that_says_nothing_is_lost():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         own = QuorumServer(layout, 1, "127.0.0.1", 20.0, range(2), 60.0)
         addresses = {0: silent.getsockname(), 1: own.address}
-        votes = QuorumClient(1, layout, addresses, 0.3, 60.0, own)
-        assert votes.interrupted.wait(10)
-        deadline = time.monotonic() + 10
-        while votes._voter.coordinator != 1 or votes._line is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        votes = QuorumClient(1, layout, addresses, 1.0, 60.0, own)
+        assert votes.interrupted.wait(60)
+        wait_until(lambda: votes._voter.coordinator == 1 and votes._line is not None, "with its own coordinator")
         votes._timeout_s = 10.0
         assert votes.vote(YES).clients == (1,)
 
@@ -164,11 +162,12 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
     votes = come_back(job, 0, tmp_path)
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(votes.enter)
-        time.sleep(0.3)
+        visitors = job.servers[1]._coordinator._visitors
+        wait_until(lambda: 0 in visitors and visitors[0].ready, "at the door")
         assert job.vote({1: YES | OPEN, 2: YES})[1].joining == (), "client 2 cannot have it come in now"
         assert job.vote({1: OPEN, 2: YES | OPEN})[1].joining == (), "this one did not count"
         decided = job.vote({1: YES | OPEN, 2: YES | OPEN})
-        assert decided[1] == decided[2] == entering.result(10)
+        assert decided[1] == decided[2] == entering.result(60)
     assert decided[1].clients == (1, 2) and decided[1].everybody == (1, 2, 0)
     job.votes[0] = votes
     assert {each.clients for each in job.vote({0: 1, 1: 1, 2: 1}).values()} == {(1, 2, 0)}
@@ -188,7 +187,7 @@ def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path
     job.end(1)
     assert job.vote({0: 1, 2: 1})[0].clients == (0, 2)
     come_back(job, 1, tmp_path)._line.end()
-    time.sleep(0.3)
+    wait_until(lambda: not job.servers[0]._coordinator._visitors, "forgotten")
     decision = job.vote({0: YES | OPEN, 2: YES | OPEN})[0]
     assert (decision.clients, decision.joining) == ((0, 2), ())
 
@@ -220,10 +219,10 @@ def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
         join_job(launch, job.layout, tmp_path, 5.0, 60.0, until=started + 0.5)
     assert time.time() > started + 0.5
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, 60.0, started + 30)
+        asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, 60.0, started + 90)
         save_addresses(tmp_path, addresses)  # in reach, but nobody has an invitation yet
         job.servers[0].invite(invitation(job))
-        found, _ = asking.result(timeout=20)
+        found, _ = asking.result(timeout=100)
     assert found.coordinator == 0 and found.invitation["clients"] == [0, 1]
 
 
@@ -250,7 +249,7 @@ def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
     for part, client, min_clients, found in cases:
         view = Membership(View(1, part, 7))
         looking = Lookout(view, SimpleNamespace(addresses=addresses), client, min_clients)
-        deadline = time.monotonic() + (5 if found else 0.5)
+        deadline = time.monotonic() + (60 if found else 0.5)
         while time.monotonic() < deadline and not looking.found:
             time.sleep(0.02)
         assert looking.found == found, part

@@ -1,12 +1,14 @@
-"""Checks of one client's engine, run on every one of its ranks; prints what it measured as JSON.
+"""Checks of one client's engine, run on every one of its ranks; writes what it measured.
 
-Usage: engine_worker.py key=value ...
+Usage: engine_worker.py key=value ... The environment's FOUND names the file, of JSON.
 """
 
 import gc
 import json
 import math
+import os
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -148,7 +150,7 @@ def main() -> None:
         found = check(client, cluster.shard, cluster.ranks, architecture.vocab_size)
         dist.barrier()
         if cluster.is_job_leader:
-            print("FOUND " + json.dumps(found), flush=True)
+            Path(os.environ["FOUND"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

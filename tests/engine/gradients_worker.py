@@ -1,10 +1,12 @@
-"""Counts what lives of gradients and buckets at every hook of a backward pass; prints it and what the gradients are.
+"""Counts what lives of gradients and buckets at every hook of a backward pass; writes it and what the gradients are.
 
-The block's layers declare their modules in the reverse of the order in which they use them. Usage: gradients_worker.py
+The block's layers declare their modules in the reverse of the order in which they use them. Usage: gradients_worker.py;
+the environment's FOUND names the file, of lines of JSON.
 """
 
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import deepspeed
@@ -228,7 +230,8 @@ def main() -> None:
         for checkpointing in (False, True):
             found = measure(client, dense, cluster.shard, checkpointing)
             if cluster.is_job_leader:
-                print("FOUND " + json.dumps(found), flush=True)
+                with open(os.environ["FOUND"], "a") as file:
+                    file.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Loads models, scores each, descends in every block, and saves its shards as they came; prints what it found as JSON.
+"""Loads models, scores each, descends in every block, and saves its shards as they came; writes what it found.
 
 Holds the loss by chunks of positions, and its gradients, to those of all logits; with "random", compares random weights
 of the same architecture with those that are drawn without ZeRO-3.
 
 Usage: loading_worker.py JSON, a list of {"folder": a Hugging Face model, "options": [key=value, ...], "random": bool};
-the shards go to FOLDER/run-RANKS/model.
+the shards go to FOLDER/run-RANKS/model, and a line of JSON for each model to the file that FOUND names (environment).
 """
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,7 +129,8 @@ def main() -> None:
                 if one["random"]:
                     compare_random(cluster, folder, common)
             if cluster.is_job_leader:
-                print("FOUND " + json.dumps(found), flush=True)
+                with open(os.environ["FOUND"], "a") as file:
+                    file.write(json.dumps(found) + "\n")
 
 
 main()

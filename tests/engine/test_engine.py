@@ -13,11 +13,11 @@ WORKER = "tests/engine/engine_worker.py"
 pytestmark = pytest.mark.multiprocess
 
 
-def measure(ranks: int, model: Path, *overrides: str) -> dict:
-    finished = launch("hand" if ranks > 1 else "python", ranks, [f"model.path={model}", *overrides], script=WORKER)
+def measure(ranks: int, model: Path, found: Path, *overrides: str) -> dict:
+    arguments = [f"model.path={model}", *overrides]
+    finished = launch("hand" if ranks > 1 else "python", ranks, arguments, script=WORKER, FOUND=str(found))
     assert finished.code == 0, finished.output[-3000:]
-    line = next(line for line in finished.output.splitlines() if line.startswith("FOUND "))
-    return json.loads(line.removeprefix("FOUND "))
+    return json.loads(found.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,10 @@ def dense(tiny_model):
 
 
 @pytest.mark.parametrize(("ranks", "checkpointing"), [(1, False), (2, True), (3, False)])
-def test_engine(tiny_model, dense, ranks, checkpointing):
+def test_engine(tiny_model, dense, tmp_path, ranks, checkpointing):
     overrides = ["data.micro_batch_size=1", "data.batch_size=12", f"model.gradient_checkpointing={checkpointing}"]
     overrides.append("deepspeed=ds_configs/zero3_lean.json")
-    found = measure(ranks, tiny_model, *overrides)
+    found = measure(ranks, tiny_model, tmp_path / "found.json", *overrides)
     loss, norms, sums = dense
     assert found["losses"] == pytest.approx([loss] * 10, rel=1e-5)
     assert found["norms"] == pytest.approx([norm for norm in norms for _ in range(2)], rel=1e-4)

@@ -1,17 +1,16 @@
 """What lives of a block's gradients during the backward pass, and what they come to, on two ranks."""
 
-import json
-
 import pytest
-from jobs import launch
+from jobs import launch, whole_lines
 
 
 @pytest.mark.multiprocess
-def test_gradients_go_to_shards_as_they_are_made():
+def test_gradients_go_to_shards_as_they_are_made(tmp_path):
     """Whatever order modules are declared in, experts, norms, what never runs and what is larger than a bucket."""
-    finished = launch("hand", 2, [], script="tests/engine/gradients_worker.py")
+    path = tmp_path / "found.jsonl"
+    finished = launch("hand", 2, [], script="tests/engine/gradients_worker.py", FOUND=str(path))
     assert finished.code == 0, finished.output[-4000:]
-    found = [json.loads(line[6:]) for line in finished.output.splitlines() if line.startswith("FOUND ")]
+    found = whole_lines(path)
     assert [case["checkpointing"] for case in found] == [False, True]
     for case in found:
         bucket, largest = case["bucket_bytes"], case["largest_bytes"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import launch
+from jobs import launch, whole_lines
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, make, rows
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,12 @@ EVERYWHERE = (
     "granite", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "zamba2", "falcon_h1", "lfm2_moe", "qwen3_next",
 )  # fmt: skip
 NAMES = tuple(CONFIGS) if os.environ.get("DECA_TEST_ARCHITECTURES") == "all" else EVERYWHERE
+# over one rank, where nothing is divided: what differs by more than a layer's details
+ONE_RANK = (
+    "llama, tied, biased", "gemma3", "gpt2", "mixtral", "gpt_oss", "zamba2", "llama, tied, biased, bfloat16",
+    "mixtral, auxiliary loss", "tied in the config alone", "tied, with the head alone", "pickled, without a prefix",
+    "experts in a list",
+)  # fmt: skip
 REFUSED = {"rwkv": "cannot be built on ZeRO-3 shards"}
 TOWERS = ("model.vision_tower.", "model.multi_modal_projector.")  # gemma3's, which text does not train
 ROUTERS = ("mixtral", "gpt_oss", "qwen2_moe")  # once more, with the routers' auxiliary loss
@@ -69,6 +75,8 @@ def plain(folders):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_gradients_and_export_are_those_of_plain_transformers(tmp_path, folders, plain, ranks):
+    if ranks == 1 and NAMES == EVERYWHERE:
+        folders = {name: folders[name] for name in ONE_RANK}
     wanted = json.dumps(
         [
             {"folder": str(folder), "options": options, "random": name in RANDOM}
@@ -76,10 +84,10 @@ def test_losses_gradients_and_export_are_those_of_plain_transformers(tmp_path, f
         ]
     )
     launcher = "hand" if ranks > 1 else "python"
-    finished = launch(launcher, ranks, [wanted], script="tests/engine/loading_worker.py")
+    found = tmp_path / "found.jsonl"
+    finished = launch(launcher, ranks, [wanted], script="tests/engine/loading_worker.py", FOUND=str(found))
     assert finished.code == 0, finished.output[-4000:]
-    found = [json.loads(line[6:]) for line in finished.output.splitlines() if line.startswith("FOUND ")]
-    for (name, (folder, options)), got in zip(folders.items(), found, strict=True):
+    for (name, (folder, options)), got in zip(folders.items(), whole_lines(found), strict=True):
         if "refused" in got:
             assert name in REFUSED and REFUSED[name] in got["refused"], (name, got["refused"])
             continue

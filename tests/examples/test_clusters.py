@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from fake_slurm import Slurm
-from jobs import BIN, REPOSITORY, run_command, word_job
+from jobs import BIN, REPOSITORY, run_command, steps_done, wait_until, whole_lines, word_job
 
 from deca_ds.config import load_config
 from deca_ds.config.schema import Config
@@ -97,35 +96,25 @@ def test_slurm_a_job_goes_back_into_the_queue_only_where_it_was_stopped(slurm, s
 def test_slurm_a_run_that_is_preempted_twice_comes_to_its_end(tmp_path, tiny_model, word_files):
     """Stopped under srun, then under mpirun, and finished under srun: each start goes on where the last one stopped."""
     slurm = Slurm(tmp_path)
-    train = shlex.join(map(str, (sys.executable, REPOSITORY / "tests", REPOSITORY / "launchers/train.py")))
+    worker = REPOSITORY / "tests/integration/gated_worker.py"
+    train = shlex.join(map(str, (sys.executable, REPOSITORY / "tests", worker)))
     slurm.program("deca", f'shift\nexec {train} "$@"\n')
     (tmp_path / "my_run.yaml").write_text("cluster: {clients: 2}\n")
-    keys = {"algorithm.rounds": 1, "algorithm.inner_steps": 12, "evaluation.every": 0, "evaluation.max_examples": 4}
+    keys = {"algorithm.rounds": 1, "algorithm.inner_steps": 6, "evaluation.every": 0, "evaluation.max_examples": 4}
     arguments = ["my_run.yaml", *word_job(tiny_model, word_files[:2], **keys)]
     metrics = tmp_path / OUTPUT / "metrics/client_001.jsonl"
 
-    def steps() -> list[int]:
-        lines = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
-        return [line["step"] for line in lines if "loss" in line]
-
     def comes_to(step: int):
-        def warn() -> bool:
-            deadline = time.monotonic() + 120
-            while not steps() or steps()[-1] < step:
-                assert time.monotonic() < deadline, "no training"
-                time.sleep(0.02)
-            return True
-
-        return warn
+        return lambda process: wait_until(lambda: steps_done(metrics) >= step, f"at step {step}", process=process)
 
     for script, until in zip(SLURM, (3, 12), strict=True):
-        stopped, requeued = slurm.start(script, arguments, warn=comes_to(until))
+        stopped, requeued = slurm.start(script, arguments, warn=comes_to(until), GATE=f"{until + 1}:")
         assert stopped.code == 0 and requeued, stopped.output[-4000:]
         assert (tmp_path / OUTPUT / "STOPPED").exists()
-    done, requeued = slurm.start(SLURM[0], arguments)
+    done, requeued = slurm.start(SLURM[0], arguments, GATE="25:")
     assert done.code == 0 and not requeued, done.output[-4000:]
     assert (tmp_path / OUTPUT / "DONE").exists() and not (tmp_path / OUTPUT / "STOPPED").exists()
-    assert steps() == list(range(1, 49))
+    assert [line["step"] for line in whole_lines(metrics) if line["kind"] == "step"] == list(range(1, 25))
     starts = json.loads((tmp_path / OUTPUT / "starts.json").read_text())
     assert [start["transport"] for start in starts] == ["torch", "mpi", "torch"]
     assert [start["step"] for start in starts] == sorted({start["step"] for start in starts})
@@ -169,11 +158,8 @@ def test_kubernetes_the_launcher_has_succeeded_only_where_the_run_is_done(slurm,
         script = script.replace(there, here)
 
     def during(process: subprocess.Popen) -> None:
-        deadline = time.monotonic() + 60
-        while does == "stop" and not (folder / OUTPUT / "arguments").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
         if does == "stop":
+            wait_until((folder / OUTPUT / "arguments").exists, "started", process=process)
             os.kill(process.pid, signal.SIGTERM)
 
     deca, _, *command = shlex.split(script.partition("&")[0].replace("\\\n", ""))

@@ -1,22 +1,27 @@
 """The trainer, in which a rank is stopped for a while (SIGSTOP). Started like launchers/train.py.
 
-Environment: LATE=RANK:STEP:UNTIL:FILE. RANK stops before its gradient of inner step STEP, counted from 1, and goes on
-when FILE, the metrics of another client, has the line of inner step UNTIL.
+Environment: LATE=RANK:STEP:UNTIL:FILE. RANK stops before its gradient of inner step STEP, counted from 1, when its
+heartbeat has told of that step, and goes on when FILE, the metrics of another client, has the line of inner step UNTIL.
 """
 
 import gc
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 gc.disable()  # while importing, as launchers/train.py does
 
 from deca_ds.engine.client import Client
 from deca_ds.launch.launcher import read_launch
 from deca_ds.tools.train import main
+from deca_ds.watchdog.heartbeats import FOLDER
 
 rank, step, until, file = os.environ["LATE"].split(":")
+heartbeat = Path(file).parents[1] / FOLDER / f"rank_{int(rank):04d}.json"
 gradient = Client.gradient
 steps = 0
 
@@ -25,8 +30,10 @@ def stopping_gradient(self, *arguments):
     global steps
     steps += 1
     if steps == int(step) and read_launched == int(rank):
-        wake = f'for i in $(seq 900); do grep -qs \'"step": {until},\' "{file}" && break; sleep 0.1; done'
-        subprocess.Popen(["sh", "-c", f"{wake}; kill -CONT {os.getpid()}"])
+        while json.loads(heartbeat.read_text())["step"] < steps:
+            time.sleep(0.05)
+        wake = f'until grep -qs \'"step": {until},\' "{file}" || ! kill -0 {os.getpid()}; do sleep 0.1; done'
+        subprocess.Popen(["sh", "-c", f"{wake}; kill -CONT {os.getpid()}"], stderr=subprocess.DEVNULL)
         os.kill(os.getpid(), signal.SIGSTOP)
     return gradient(self, *arguments)
 

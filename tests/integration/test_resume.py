@@ -6,13 +6,12 @@ import json
 import shutil
 import signal
 import subprocess
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from jobs import REPOSITORY, launch, word_job
+from jobs import Finished, launch, processes_below, ranks_of, steps_done, wait_until, word_job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deca_ds.checkpoint.shards import ShardedModel
@@ -77,32 +76,22 @@ def records(path: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
 
 
-def at_step(run: Path, step: int, action):
-    """An action on the launcher's process, when client 1 has done `step` inner steps."""
-
-    def during(process: subprocess.Popen) -> None:
-        path, deadline = run / "metrics" / "client_001.jsonl", time.monotonic() + 120
-        while not (path.exists() and f'"step": {step},' in path.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, f"never came to step {step}"
-            time.sleep(0.02)
-        action(psutil.Process(process.pid))
-
-    return during
+GATED = "tests/integration/gated_worker.py"
 
 
-def kill_rank_1(launcher: psutil.Process) -> None:
-    script = str(REPOSITORY / "launchers/train.py")
-    ranks = [p for p in launcher.children(recursive=True) if script in p.cmdline()[:3]]
-    next(p for p in ranks if p.environ()["OMPI_COMM_WORLD_RANK"] == "1").kill()
+def kill_rank_1(launcher: subprocess.Popen) -> None:
+    next(p for p in ranks_of(launcher, GATED) if p.environ()["OMPI_COMM_WORLD_RANK"] == "1").kill()
 
 
-def terminate_launch_process(runner: psutil.Process) -> None:
-    next(p for p in runner.children(recursive=True) if "deepspeed.launcher.launch" in p.cmdline()).terminate()
+def terminate_launch_process(runner: subprocess.Popen) -> None:
+    (process,) = processes_below(runner, lambda command: "deepspeed.launcher.launch" in command)
+    process.terminate()
 
 
 BEST = {"evaluation.every": 8, "checkpoint.best": True}
 EARLY = {"optimizer.lr": 0, "evaluation.every": 3, "evaluation.patience": 2}
-LONG = {"algorithm.inner_steps": 12, "evaluation.every": 20}
+LONG = {"algorithm.inner_steps": 8, "evaluation.every": 20}
+STEPS = 32  # of a long run
 
 
 @pytest.fixture(scope="module")
@@ -216,32 +205,46 @@ def test_a_run_that_learns_nothing_stops_early_on_all_ranks_and_can_go_on(crashe
 def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and_moved):
     """Every attempt goes on where the one before it stood, amid a block, on another launcher and transport too."""
     run = crashed_and_moved / "run"
-    checkpoints = run / "checkpoints"
+    checkpoints, go_on = run / "checkpoints", run.with_name("go_on")
     arguments = keys("run", **LONG, **{"checkpoint.every": 7, "run.resume": "auto"})
 
-    killed = launch("mpirun", 2, arguments, fresh=True, during=at_step(run, 16, kill_rank_1))
+    def start(launcher: str, more: int, action: Callable[[subprocess.Popen], None]) -> Finished:
+        """Act on the launcher's process when client 1 is so many inner steps further than the attempt before it."""
+        metrics = run / "metrics" / "client_001.jsonl"
+        step = steps_done(metrics) + more
+
+        def during(process: subprocess.Popen) -> None:
+            wait_until(lambda: steps_done(metrics) >= step, f"at step {step}", process=process)
+            action(process)
+
+        return launch(launcher, 2, arguments, script=GATED, during=during, GATE=f"{step + 1}:{go_on}")
+
+    killed = start("mpirun", 18, kill_rank_1)
     assert killed.code != 0 and not (run / "STOPPED").exists()
     newest = steps_in(checkpoints)[-1]
     assert newest >= 14
 
     victim = next(step_folder(checkpoints, newest).rglob("000_*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
-    during = at_step(run, newest + 3, lambda supervisor: supervisor.send_signal(signal.SIGTERM))
-    stopped = launch("supervised", 2, arguments, fresh=True, during=during)  # which tells mpirun by SIGUSR1
+    # which tells mpirun by SIGUSR1
+    stopped = start("supervised", 2, lambda supervisor: supervisor.send_signal(signal.SIGTERM))
     assert stopped.code == 0, stopped.output[-4000:]
     assert stopped.output.count(f"removed, step {newest}: rank") == 1
-    assert f"going on after inner step {newest - 7} of 48" in stopped.output
+    assert f"going on after inner step {newest - 7} of {STEPS}" in stopped.output
     last = steps_in(checkpoints)[-1]
-    assert (run / "STOPPED").read_text() == f"{last} of 48 inner steps\n" and last >= newest + 3
+    assert (run / "STOPPED").read_text() == f"{last} of {STEPS} inner steps\n" and last >= 20
 
-    stopped = launch("deepspeed", 2, arguments, during=at_step(run, last + 3, terminate_launch_process))
-    assert f"going on after inner step {last} of 48" in stopped.output, stopped.output[-4000:]
+    stopped = start("deepspeed", 2, terminate_launch_process)
+    assert f"going on after inner step {last} of {STEPS}" in stopped.output, stopped.output[-4000:]
     assert "ERROR" not in stopped.output and not (run / "FAILED").exists()
-    assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of 48 inner steps\n"
+    assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of {STEPS} inner steps\n"
+    assert steps_in(checkpoints)[-1] >= last + 2
 
-    last = steps_in(checkpoints)[-1]
-    # a busy machine stops late: the last step to be killed at is one before the end
-    done = launch("supervised", 2, arguments, fresh=True, during=at_step(run, min(last + 8, 46), kill_rank_1))
+    def kill_for_once(supervisor: subprocess.Popen) -> None:
+        kill_rank_1(supervisor)
+        go_on.touch()
+
+    done = start("supervised", 2, kill_for_once)
     assert done.code == 0, done.output[-4000:]
     assert done.output.count("Starting it again") == 1 and done.output.count("going on after inner step") == 2
     assert (run / "DONE").exists() and not (run / "STOPPED").exists()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from jobs import BIN, REPOSITORY
+from jobs import BIN, REPOSITORY, wait_until
 
 from deca_ds.cli import main
 
@@ -66,19 +65,16 @@ def test_a_signal_is_handed_on_and_the_job_is_not_started_again(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         launcher = folder / name
-        hands_on = '"$@" & rank=$!\ntrap "kill -USR1 $rank" USR1\nwait $rank\nwait $rank\n'
+        hands_on = 'trap "kill -USR1 \\$!" USR1\n"$@" &\nwait\nwait\n'  # the signal has ended the first one
         launcher.write_text("#!/bin/sh\n" + (hands_on if name == "mpirun" else '"$@"\nexit $?\n'))
         launcher.chmod(0o755)
         (folder / "run.plan").write_text("waits:0 done:0")
         job = [str(launcher), sys.executable, SCRIPT, f"run.output={folder / 'run'}", *KEYS]
         process = subprocess.Popen([BIN / "deca", "supervise", *job])
         try:
-            deadline = time.monotonic() + 60
-            while not (folder / "run.waits").exists():
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_until((folder / "run.waits").exists, "started", process=process)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) == 0, name
+            assert process.wait(timeout=200) == 0, name
         finally:
             process.kill()
         assert (folder / "run" / "STOPPED").exists() and (folder / "run.plan").read_text() == "done:0", name

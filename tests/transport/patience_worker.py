@@ -19,7 +19,7 @@ from deca_ds.transport.mpi import MpiTransport
 from deca_ds.transport.transport import Endpoint
 from deca_ds.watchdog.guard import guarded
 
-TIMEOUT_S, WORK_S, LAYOUT = 2.0, 5.0, ClientLayout(2, 1)
+TIMEOUT_S, WORK_S, LAYOUT = 4.0, 8.0, ClientLayout(2, 1)
 
 launch = read_launch()
 store = open_job_store(launch, 60)
@@ -47,5 +47,5 @@ with guarded(launch, store) as guard:
         print(f"rank {launch.rank} passed {type(transport).__name__}", flush=True)
     if launch.rank == 1:
         progress.enter("gradient", step=99)
-        time.sleep(60)
+        time.sleep(600)
     barrier(transports[0])

@@ -1,6 +1,6 @@
 """A rank that fails, hangs or waits in a way of its own, and knows nothing but the job's store.
 
-Usage: guard_worker.py RANK PORT WHAT FOLDER.
+Usage: guard_worker.py RANK PORT WHAT FOLDER. Who stays, or is stopped, does so until there is a file FOLDER/over.
 """
 
 import os
@@ -23,11 +23,21 @@ from deca_ds.watchdog.stop import StopByCommit
 
 rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 launch = Launch("deepspeed", rank, 3, rank, ("127.0.0.1", port))
+
+
+def until_others_are_ready() -> None:
+    while len(list(output.glob("ready*"))) < 2:
+        time.sleep(0.05)
+
+
 visitor = Visitor(host=0) if what == "visits" else None
 with guarded(launch, open_job_store(launch, 60), visitor) as guard:
     guard.write_to(output)
     if what == "wait":
-        time.sleep(60)
+        time.sleep(600)
+    elif what == "ready":
+        (output / f"ready{rank}").touch()
+        time.sleep(600)
     elif what == "user":
         raise ConfigError("the value is odd", where="some.key", fix="make it even")
     elif what == "slow":  # long after the report is in the store, the message is still being put together
@@ -42,12 +52,12 @@ with guarded(launch, open_job_store(launch, 60), visitor) as guard:
             time.sleep(0.01)
         raise RuntimeError("a defect")
     elif what == "vanish":
-        time.sleep(5)  # until the others are connected
+        until_others_are_ready()
         os._exit(7)
     elif what == "stopped":
-        while len(list(output.glob("ready*"))) < 2:
-            time.sleep(0.1)
-        subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"])
+        until_others_are_ready()
+        over = f"until [ -e {output}/over ] || ! kill -0 {os.getpid()}; do sleep 0.1; done"
+        subprocess.Popen(["sh", "-c", f"{over}; kill -CONT {os.getpid()}"], stderr=subprocess.DEVNULL)
         (output / "stops").touch()
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(7)
@@ -58,14 +68,15 @@ with guarded(launch, open_job_store(launch, 60), visitor) as guard:
         guard.enter_elastic(Elasticity(membership, ClientLayout(3, 1), StopByCommit(), cut_off=cut_off))
         guard.let_others_go_on()
         cut_off.set()
-        time.sleep(60)
+        time.sleep(600)
     elif what == "visits":  # and nobody moves on, nor is anybody put out
         module._OTHERS_S = 3.0
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.progress.wait_for("all")
-        time.sleep(60)
-    elif what == "through":
-        time.sleep(15)
+        time.sleep(600)
+    elif what == "stays":
+        while not (output / "over").exists():
+            time.sleep(0.05)
         os._exit(0)
     elif what == "idle":
         (output / f"ready{rank}").touch()
@@ -73,4 +84,4 @@ with guarded(launch, open_job_store(launch, 60), visitor) as guard:
             time.sleep(0.05)
         guard.progress.tick()
         guard.progress.timeout_s = 4.0
-        time.sleep(60)
+        time.sleep(600)

@@ -21,9 +21,11 @@ from deca_ds.watchdog.guard import JobGuard
 from deca_ds.watchdog.heartbeats import Heartbeat
 
 WORKER = str(Path(__file__).with_name("guard_worker.py"))
+STAY = ("stays", "stopped")
 
 
 def run(tmp_path, *what: str) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs. What stays until the others have ended (see the worker) is told so."""
     port, environment = str(free_port()), {**os.environ, ADDRESS: preloaded_server().address}
     processes = [
         subprocess.Popen(
@@ -32,12 +34,16 @@ def run(tmp_path, *what: str) -> tuple[list[int], list[str]]:
         )
         for rank in range(3)
     ]  # fmt: skip
+    outputs = {}
     try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
+        for rank in sorted(range(3), key=lambda rank: what[rank] in STAY):
+            if what[rank] in STAY:
+                (tmp_path / "over").touch()
+            outputs[rank] = processes[rank].communicate(timeout=200)[0]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], outputs
+    return [process.returncode for process in processes], [outputs[rank] for rank in range(3)]
 
 
 @pytest.mark.multiprocess
@@ -119,21 +125,21 @@ def test_an_interrupt_is_one_line_without_a_traceback():
 
 @pytest.mark.multiprocess
 def test_a_rank_0_that_vanishes_ends_the_others(tmp_path):
-    codes, outputs = run(tmp_path, "vanish", "wait", "wait")
+    codes, outputs = run(tmp_path, "vanish", "ready", "ready")
     assert codes == [7, 1, 1]
     assert "rank 0 is gone" in outputs[1] + outputs[2]
 
 
 @pytest.mark.multiprocess
 def test_a_rank_that_is_out_of_the_job_ends_though_it_hangs(tmp_path):
-    codes, outputs = run(tmp_path, "through", "out", "through")
+    codes, outputs = run(tmp_path, "stays", "out", "stays")
     assert codes[1] == -9 and "client 1 ends" in outputs[1] and "its main thread hangs" in outputs[1]
     assert "its main thread hangs" in (tmp_path / "FAILED_client_001").read_text()
 
 
 @pytest.mark.multiprocess
 def test_a_rank_that_waits_to_be_let_in_gives_up_alone(tmp_path):
-    codes, outputs = run(tmp_path, "through", "visits", "through")
+    codes, outputs = run(tmp_path, "stays", "visits", "stays")
     assert (codes[0], codes[1]) == (0, 2) and "no progress for" in outputs[1]
     assert "no progress" not in outputs[0] + outputs[2] and "rank 1" not in outputs[0] + outputs[2]
 

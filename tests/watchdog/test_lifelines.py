@@ -17,7 +17,7 @@ from deca_ds.watchdog.stop import StopByCommit
 @pytest.fixture
 def ranks():
     """Three ranks in one process, and what each is told of the others."""
-    timeout = timedelta(seconds=20)
+    timeout = timedelta(seconds=60)
     server = TCPStore("127.0.0.1", 0, is_master=True, timeout=timeout, wait_for_workers=False)
     told: list[list[str]] = [[], [], []]
     made: list[Lifeline | None] = [None, None, None]
@@ -26,17 +26,17 @@ def ranks():
         store = server if shard == 0 else TCPStore(
             "127.0.0.1", server.port, is_master=False, timeout=timeout, wait_for_workers=False
         )  # fmt: skip
-        made[shard] = Lifeline(store, shard, 3, 20, lambda error: told[shard].append(str(error)))
+        made[shard] = Lifeline(store, shard, 3, 60, lambda error: told[shard].append(str(error)))
 
     threads = [threading.Thread(target=start, args=(shard,)) for shard in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=100)
     return made, told
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> bool:
+def until(condition: Callable[[], object], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)

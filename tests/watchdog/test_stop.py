@@ -24,7 +24,7 @@ class Job:
 
     def __init__(self, clients: int, ranks: int, pause_s: list[float]):
         self.store, self.steps = HashStore(), 10_000
-        self.stops = [StopByStore(rank, clients * ranks, 20.0) for rank in range(clients * ranks)]
+        self.stops = [StopByStore(rank, clients * ranks, 100.0) for rank in range(clients * ranks)]
         self.ends: list[int | None] = [None] * (clients * ranks)
         self.barriers = [threading.Barrier(ranks) for _ in range(clients)]
         self.threads = [
@@ -35,7 +35,7 @@ class Job:
     def train(self, rank: int, client: int, pause_s: float) -> None:
         done = 0
         while self.stops[rank].may_pass(done):
-            self.barriers[client].wait(timeout=20)  # nobody gets through a step without the client's other ranks
+            self.barriers[client].wait(timeout=100)  # nobody gets through a step without the client's other ranks
             time.sleep(pause_s)
             done += 1
         self.ends[rank] = done
@@ -46,7 +46,7 @@ class Job:
         time.sleep(0.02)
         for rank in told:
             self.stops[rank].ask()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 100
         while any(thread.is_alive() for thread in self.threads) and time.monotonic() < deadline:
             for stop in self.stops:
                 stop.look(self.store)
@@ -106,7 +106,7 @@ def test_all_ranks_hear_what_is_asked_in_a_folder_that_one_of_them_sees(tmp_path
     assert all(guard.stop.may_pass(0) for guard in guards)
     guards[-1].write_to(tmp_path)
     request_stop(tmp_path)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not all(guard.stop.pending for guard in guards) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(guard.stop.may_pass(1) for guard in guards)
