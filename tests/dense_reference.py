@@ -45,6 +45,8 @@ def signal_of(c: Coefficients, theta, half, mixed, lr: float) -> np.ndarray | No
         return mixed - theta
     if c.signal == "disagreement":
         return half - mixed
+    if c.signal == "fade":
+        return np.zeros_like(theta)
     if c.signal == "quasi_global":
         return (theta - mixed) / lr
     return (theta - mixed) / (np.linalg.norm(theta - mixed) + c.eps)

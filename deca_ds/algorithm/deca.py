@@ -20,6 +20,7 @@ The decoupled weight decay is ours. The sign and scale of h are not settled by w
                        quasi-global momentum (Lin et al., arXiv 2102.04761)
     trivial            as descent, but g stays out of the moments that are kept: m = b1 m + (1 - b1) h, and v likewise
                        (our reading of the paper's "w/ trivial BMA")
+    fade               0: what the decays b1 and b2 do by themselves (ours, for comparison)
 
 A client without a neighbour at a step (one client, an isolated one, a step without gossip) has no h: m = m_half and
 v = v_half there, so that one client alone runs plain block-wise AdamW.
@@ -35,7 +36,7 @@ from torch import Tensor
 from deca_ds.algorithm.adam import AdamRule
 from deca_ds.algorithm.rule import State
 
-SIGNALS = ("none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial")
+SIGNALS = ("none", "descent", "transcribed", "disagreement", "quasi_global", "quasi_global_norm", "trivial", "fade")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class DecaRule(AdamRule):
             work.sub_(mixed)
         elif self.signal == "transcribed":
             torch.sub(mixed, theta, out=work)
+        elif self.signal == "fade":
+            work.zero_()
         elif self.signal != "none":
             torch.sub(theta, mixed, out=work)
         theta.copy_(mixed)

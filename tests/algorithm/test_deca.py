@@ -41,6 +41,7 @@ def test_every_signal_follows_its_equation(signal):
         "quasi_global": (theta - mixed) / lr,
         "quasi_global_norm": (theta - mixed) / (np.linalg.norm(theta - mixed) + eps),
         "trivial": theta - mixed,
+        "fade": 0 * theta,
     }[signal]
     kept_m, kept_v = (m, v) if signal == "trivial" else (m_half, v_half)
     want_m = kept_m if h is None else b1 * kept_m + (1 - b1) * h

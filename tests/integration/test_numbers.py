@@ -103,6 +103,7 @@ CASES = {
     ],
     ("hand", 1): [
         ({"algorithm.signal": "descent"}, "star", 2),
+        ({"algorithm.signal": "fade"}, "star", 1),
         # its scale is 1 / lr: moments grow, so that steps stay small only with more memory
         ({"algorithm.signal": "quasi_global", "algorithm.b1": 0.99}, "star", 2),
         ({"algorithm.method": "local-adam", **WHOLE}, "complete", 4),
