@@ -63,4 +63,7 @@ class BFloat16(Codec):
     dtype = torch.bfloat16
 
 
-CODECS: dict[str, Codec] = {"float32": Float32(), "bfloat16": BFloat16()}
+CODECS: dict[str, Codec] = {
+    "float32": Float32(),
+    "bfloat16": BFloat16(),
+}

@@ -33,7 +33,8 @@ class Simulation:
     """n clients, their data and how they train; made by `deca_ds.simulation.setup.build`.
 
     steps: a record per inner step, see `_record`. evaluations: a record per evaluation, see `_evaluate`.
-    untrained: block -> those of its parameters that no client's gradient has reached in its last activation.
+    untrained: block -> those of its parameters that no client's gradient has reached in its last activation. sent:
+    parameters, by each client so far.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Simulation:
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     untrained: dict[str, list[str]] = field(default_factory=dict)
+    sent: list[int] = field(default_factory=list, init=False)
 
     def run(self, *, evaluate_first: bool = True) -> Iterator[dict[str, Any]]:
         """Train to the end, step by step; yields every step's record.
@@ -54,7 +56,7 @@ class Simulation:
         parameter, moment or score that is not finite.
         """
         batches = [self._batches(client) for client in range(self.clients.clients)]
-        self.sent = [0] * self.clients.clients  # parameters, by each client so far
+        self.sent = [0] * self.clients.clients
         state: dict[str, Tensor] = {}
         local_steps: list[LocalSteps] = []
         if evaluate_first:
