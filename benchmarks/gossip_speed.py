@@ -1,20 +1,22 @@
 """An averaging beside the bare messages of the same bytes, in one run: how much of the network's speed is left.
 
-    python benchmarks/gossip_speed.py [--results FILE] [--transports mpi torch] [--ranks 2 4] [--mib 1 4 16 64 256]
+    python benchmarks/gossip_speed.py [--results FILE] [--transports mpi mpi-tcp torch] [--ranks 2 4]
+        [--mib 1 4 16 64 256] [--chunk-mib 4]
 
-Starts the ranks by itself, each a client of a ring on this machine with a shard of so many MiB. In turns, a repetition
-each:
+Starts the ranks by itself, each a client of a ring on this machine with a shard of so many MiB. They are joined by MPI
+in shared memory, by MPI over TCP as between hosts (Open MPI with OMPI_MCA_btl=tcp,self), or by gloo. In turns, a
+repetition each:
 
     raw         the shard to every neighbour and every neighbour's shard into a buffer of its own, one message each:
                 Isend, Irecv and Waitall of MPI, or send, recv and wait of gloo
     arithmetic  what an averaging computes, without messages: checksums of what is sent and received, and the mean
     plain       an averaging as the trainer does it, but without checksums (gossip.checksums=false)
-    checked     an averaging as the trainer does it
+    checked     an averaging as the trainer does it; with --chunk-mib also with chunks of these sizes (checked_4)
 
-A repetition takes as long as its slowest rank. Prints a line of JSON for each transport, number of ranks and size:
-milliseconds (median and least) and the part of raw's speed that is left, raw / averaging, as the median over
-repetitions and as the quotient of the least times. bound_of_raw is raw / (raw + arithmetic): what is left where no core
-is free to compute while messages travel and the cache keeps nothing from the one to the other.
+A repetition takes as long as its slowest rank. Prints a line of JSON for each transport, number of ranks and size: the
+machine's load, milliseconds (median and least) and the part of raw's speed that is left, raw / averaging, as the median
+over repetitions and as the quotient of the least times. bound_of_raw is raw / (raw + arithmetic): what is left where no
+core is free to compute while messages travel and the cache keeps nothing from the one to the other.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +52,8 @@ from deca_ds.transport.transport import Endpoint, Transport
 
 WARM_UP, BUDGET_MIB, MOST, TIMEOUT_S = 3, 1024, 60, 60.0
 RAW_TAG = 32_000
+MPI_KINDS = {"mpi": {}, "mpi-tcp": {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "tcp,self"}}  # with Open MPI's settings
+KINDS = [*MPI_KINDS, "torch"]
 
 
 def mpi_ends() -> tuple[Transport, Callable[[Tensor, dict[int, Tensor]], None]]:
@@ -90,14 +95,16 @@ def average(gossip: Gossip, t: int, x: Tensor) -> None:
     deque(averaging.settle(), maxlen=0)
 
 
-def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], None], mib: int) -> dict[str, object]:
-    """What a rank finds for shards of `mib` MiB; the same on all ranks."""
+def measure(
+    transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], None], mib: int, chunks: Sequence[float]
+) -> dict[str, object]:
+    """What a rank finds for shards of `mib` MiB; the same on all ranks. chunks: more values of gossip.chunk_mib."""
     schedule = build_mixing(GossipConfig(), transport.clients, seed=0)
     x = torch.randn(mib * 2**18, generator=torch.Generator().manual_seed(transport.client))
     buffers = {j: torch.ones_like(x) for j in schedule.sources(transport.client, 0)}
     gossip = Gossip(transport, schedule, GossipConfig().chunk_mib)
 
-    def averaging(checksums: bool) -> None:
+    def averaging(gossip: Gossip, checksums: bool) -> None:
         transport.checksums = checksums
         average(gossip, 0, x)
 
@@ -112,13 +119,15 @@ def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], Non
     kinds: dict[str, Callable[[], None]] = {
         "raw": lambda: raw(x, buffers),
         "arithmetic": arithmetic,
-        "plain": lambda: averaging(False),
-        "checked": lambda: averaging(True),
+        "plain": lambda: averaging(gossip, False),
+        "checked": lambda: averaging(gossip, True),
     }
+    for mib_of_chunk in chunks:
+        kinds[f"checked_{mib_of_chunk:g}"] = partial(averaging, Gossip(transport, schedule, mib_of_chunk), True)
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     repetitions = max(7, min(MOST, BUDGET_MIB // mib))
     for repetition in range(WARM_UP + repetitions):
-        for kind in [*kinds][repetition % 4 :] + [*kinds][: repetition % 4]:
+        for kind in [*kinds][repetition % len(kinds) :] + [*kinds][: repetition % len(kinds)]:
             barrier(transport)
             started = time.perf_counter()
             kinds[kind]()
@@ -126,9 +135,10 @@ def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], Non
     everybody = gather_json(transport, {kind: each[WARM_UP:] for kind, each in taken.items()})
     slowest = {kind: [max(times) for times in zip(*(each[kind] for each in everybody), strict=True)] for kind in kinds}
     found: dict[str, object] = {"mib": mib, "neighbours": len(buffers), "repetitions": repetitions}
+    found["load"] = round(os.getloadavg()[0], 1)
     for kind, times in slowest.items():
         found[f"{kind}_ms"] = [round(1e3 * statistics.median(times), 3), round(1e3 * min(times), 3)]
-    for kind in ("plain", "checked"):
+    for kind in [*kinds][2:]:
         quotients = [r / t for r, t in zip(slowest["raw"], slowest[kind], strict=True)]
         least = min(slowest["raw"]) / min(slowest[kind])
         found[f"{kind}_of_raw"] = [round(statistics.median(quotients), 3), round(least, 3)]
@@ -138,33 +148,31 @@ def measure(transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], Non
     return found
 
 
-def work(kind: str, sizes: Sequence[int], place: Sequence[int]) -> None:
+def work(kind: str, sizes: Sequence[int], chunks: Sequence[float], place: Sequence[int]) -> None:
     torch.set_num_threads(1)
-    transport, raw = mpi_ends() if kind == "mpi" else torch_ends(*place)
+    transport, raw = mpi_ends() if kind in MPI_KINDS else torch_ends(*place)
     for mib in sizes:
-        found = measure(transport, raw, mib)
+        found = measure(transport, raw, mib, chunks)
         if transport.client == 0:
             print(json.dumps({"transport": kind, "ranks": transport.clients} | found), flush=True)
     barrier(transport)
     transport.close()
 
 
-def run(kind: str, ranks: int, sizes: Sequence[int]) -> list[dict[str, object]]:
+def run(kind: str, ranks: int, sizes: Sequence[int], chunks: Sequence[float]) -> list[dict[str, object]]:
     """Start the ranks and wait for them; what rank 0 printed."""
-    script = [sys.executable, __file__, "--worker", kind, "--mib", *map(str, sizes)]
+    script = [sys.executable, __file__, "--worker", kind, "--mib", *map(str, sizes), "--chunk-mib", *map(str, chunks)]
     environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
-    if kind == "mpi":
+    environment |= os.environ | MPI_KINDS.get(kind, {})
+    if kind in MPI_KINDS:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         commands = [[shutil.which("mpirun", path=path) or "mpirun", "--oversubscribe", "-n", str(ranks), *script]]
     else:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         commands = [[*script, "--place", str(rank), str(ranks), str(store.port)] for rank in range(ranks)]
-    started = [
-        subprocess.Popen(command, env=environment | os.environ, stdout=subprocess.PIPE, text=True)
-        for command in commands
-    ]
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands]
     try:
-        outputs = [process.communicate(timeout=600)[0] for process in started]
+        outputs = [process.communicate(timeout=1200)[0] for process in started]
     finally:
         for process in started:
             process.terminate()
@@ -175,19 +183,20 @@ def run(kind: str, ranks: int, sizes: Sequence[int]) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transports", nargs="+", default=["mpi", "torch"], choices=["mpi", "torch"])
+    parser.add_argument("--transports", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--mib", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    parser.add_argument("--chunk-mib", nargs="*", type=float, default=[])
     parser.add_argument("--results", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--place", nargs=3, type=int, default=(), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return work(options.worker, options.mib, options.place)
+        return work(options.worker, options.mib, options.chunk_mib, options.place)
     rows = []
     for kind in options.transports:
         for ranks in options.ranks:
-            for row in run(kind, ranks, options.mib):
+            for row in run(kind, ranks, options.mib, options.chunk_mib):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if options.results:

@@ -262,9 +262,9 @@ class GossipConfig:
         "algorithm.md#damaged-and-diverged-messages",
     )
     chunk_mib: float = key(
-        4.0,
-        "Size of a chunk in MiB of float32 values; one chunk travels while the next is computed, and a chunk that fits "
-        "the CPU's cache is read from memory once instead of four times.",
+        8.0,
+        "Size of a chunk in MiB of float32 values: one chunk travels while the next is computed, larger ones are fewer "
+        "messages, and smaller ones stay in the CPU's cache from one pass over them to the next.",
     )
 
 
