@@ -101,7 +101,11 @@ SET_FROM_OUTSIDE = {
             "parameter.grad",
         ],
         "engine/gradients.py": ["parameter.grad"],
-        "engine/internals.py": ["linear.LinearFunctionForZeroStage3"],
+        "engine/internals.py": [
+            "linear.LinearFunctionForZeroStage3",
+            "module._parameters",
+            "torch.nn.functional.linear",
+        ],
         "engine/load.py": ["part.tie_word_embeddings", "setattr(part, name)"],
         "engine/masters.py": ["weakref.finalize(self, runtime.cudaHostUnregister, flat.data_ptr()).atexit"],
         "engine/output_head.py": ["model._modules", "self.linear.forward"],

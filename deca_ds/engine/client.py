@@ -93,7 +93,7 @@ class Client:
         self.plan: BlockPlan = find_blocks(config, model)
         engine = deepspeed.initialize(model=model, config=zero3_config(config), dist_init_required=False)[0]
         self.model: PreTrainedModel = engine.module
-        self._zero = engine.optimizer
+        self._zero = None if internals.keep_shards_whole(engine) else engine.optimizer
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
@@ -169,7 +169,8 @@ class Client:
         targets = max(1, int(counts[0]))
         self._reducer.forget()
         internals.follow_writes(self._zero)
-        self.model.train()
+        if not self.model.training:  # this walks over all modules
+            self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             tick()

@@ -34,12 +34,39 @@ def partitioned(parameter: nn.Parameter) -> _Partitioned:
     return cast(_Partitioned, parameter)
 
 
+def keep_shards_whole(engine: Any) -> bool:
+    """Where this rank's shards are whole parameters, have `engine`, DeepSpeed's, leave the model an ordinary one: each
+    parameter is a view of its shard for good, and no hook is left. Returns whether that is so: the client has one rank,
+    and its shards lie where it computes.
+
+    ZeRO-3 gathers such parameters as views as well, so this takes no memory. Its hooks run fifty times as much Python
+    as the model does, which a GPU would wait for, and change the order in which autograd adds gradients up.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    parameters = list(engine.module.parameters())
+    near = get_accelerator().device_name()
+    if torch.distributed.get_world_size() > 1 or any(shard(p).device.type != near for p in parameters):
+        return False
+    engine.optimizer.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for module in engine.module.modules():
+        module._parameters = dict(module._parameters.items())  # DeepSpeed's own looks at whatever is looked up
+    parameters[0].all_gather(parameters)
+    torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
+    return True
+
+
 def partition_all(zero: Any) -> None:
-    """Release every gathered parameter. `zero` is the engine's DeepSpeedZeRoOffload.
+    """Release every gathered parameter. `zero` is the engine's DeepSpeedZeRoOffload; None: parameters stay whole.
 
     Needed after every backward pass: hooks of modules below the active block never fire, and what they gathered would
     stay, and go stale once the shards are written. What writes to shards after this call follows the gathers before it.
     """
+    if zero is None:
+        return
     zero.release_backward_leftovers()
     zero.partition_all_parameters()
     if (gathering := _gathering_stream(zero)) is not None:
@@ -51,7 +78,7 @@ def follow_writes(zero: Any) -> None:
 
     DeepSpeed gathers on a stream of its own, which waits for nobody.
     """
-    if (gathering := _gathering_stream(zero)) is not None:
+    if zero is not None and (gathering := _gathering_stream(zero)) is not None:
         gathering.wait_stream(torch.cuda.current_stream())
 
 
@@ -66,6 +93,8 @@ def forget_trace(zero: Any) -> None:
     The trace does not invalidate itself when the backward pass merely stops earlier: it would go on prefetching layers
     that are not used, and a cache keyed by the old trace would keep parameters gathered.
     """
+    if zero is None:
+        return
     coordinator = zero.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()

@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from deca_ds.config import load_config
 from deca_ds.engine import internals
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model
+from deca_ds.engine.losses import training_loss
 from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.launch.world import connect
@@ -69,9 +71,36 @@ def layers_in_backward(client: Client, batch: dict) -> list[bool]:
     return entered[: len(client.model.model.layers)]
 
 
+def unlike_plain(client: Client, path: str) -> list[str]:
+    """Parameters of which a client of one rank has another gradient than the model outside of DeepSpeed, by any bit."""
+    batch = batch_of(0, 1)
+    plain = AutoModelForCausalLM.from_pretrained(path).train()
+    parameters = dict(plain.named_parameters())
+    for parameter in parameters.values():
+        parameter.data = parameter.data.clone()  # at an address like a shard's: some processors add up by alignment
+    differ = []
+    for index, block in enumerate(client.plan.blocks):
+        client.open_block(index, ())
+        targets = client.gradient([batch]).targets
+        found = {name: state["grad"].clone() for name, _, _, state in client.block_shards()}
+        client.close_block()
+        plain.requires_grad_(False)
+        for name in block.names:
+            parameters[name].requires_grad_(True)
+        training_loss(plain, batch, client.device, targets).backward()
+        differ += [name for name in block.names if not torch.equal(found[name], parameters[name].grad.view(-1))]
+        plain.zero_grad()
+    return differ
+
+
+def hooks(model: torch.nn.Module) -> int:
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
 def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
     batch = batch_of(rank, ranks)
-    found: dict = {}
+    found: dict = {"parameters": len(client.shapes), "hooks": hooks(client.model)}
 
     # gradients and norm of every block; nothing stays gathered
     found["norms"], found["losses"], found["left_gathered"], found["gradient_sums"] = [], [], 0, []
@@ -147,7 +176,8 @@ def main() -> None:
         cluster = connect(config, launch, store)
         architecture = load_architecture(config.model)
         client = Client(config, load_model(config, architecture), cluster.device)
-        found = check(client, cluster.shard, cluster.ranks, architecture.vocab_size)
+        found = {} if cluster.ranks > 1 else {"unlike_plain": unlike_plain(client, config.model.path)}
+        found |= check(client, cluster.shard, cluster.ranks, architecture.vocab_size)
         dist.barrier()
         if cluster.is_job_leader:
             Path(os.environ["FOUND"]).write_text(json.dumps(found))

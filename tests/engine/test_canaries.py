@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from deca_ds.engine import internals
@@ -55,6 +58,27 @@ def test_gathers_follow_writes_and_writes_follow_gathers(monkeypatch):
     internals.partition_all(on_cpu)
     assert len(waits) == 2
     assert "self.__allgather_stream = " in inspect.getsource(DeepSpeedZeRoOffload.__init__)
+
+
+def test_what_deepspeed_puts_around_a_model_can_be_taken_off():
+    """tests/engine/test_engine.py sees that nothing of it is left."""
+    assert callable(DeepSpeedZeRoOffload.destroy)
+    source = inspect.getsource(DeepSpeedEngine.__init__)
+    assert "self.module_forward_pre_hook = " in source and "self.module_forward_post_hook = " in source
+    assert "linear_bk = torch.nn.functional.linear" in inspect.getsource(Init._enable_mem_efficient_linear)
+
+
+@pytest.mark.parametrize(("ranks", "device"), [(2, "cpu"), (1, "cuda")])
+def test_shards_that_are_no_whole_parameters_or_lie_elsewhere_are_gathered(ranks, device, monkeypatch):
+    """With offload_param they are on the host, and the client computes on a GPU."""
+    model = torch.nn.Linear(2, 3)
+    for parameter in model.parameters():
+        parameter.ds_tensor, parameter.ds_numel = parameter.detach().flatten(), parameter.numel()
+        parameter.ds_tensor.ds_numel = parameter.numel()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: device)
+    assert not internals.keep_shards_whole(SimpleNamespace(module=model))  # of which nothing else is touched
 
 
 def test_the_shared_memory_extension_can_be_switched_off():
