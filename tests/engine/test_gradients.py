@@ -28,3 +28,5 @@ def test_gradients_go_to_shards_as_they_are_made():
         # what never runs, and what its layer uses at any time, goes at the end
         assert case["sent_before_the_last_hook"] >= case["buckets"] - case["at_the_end_bytes"] // bucket - 2
         assert case["saved_by_frozen"] == 6 * ["weight", "bias"]  # linear layers above the block: not their inputs
+    (left,) = (json.loads(line[5:]) for line in finished.output.splitlines() if line.startswith("LEFT "))
+    assert left == [True, True, False]  # a gradient is gone when the bucket with its last part is sent
