@@ -43,4 +43,4 @@ def at_rest(turn: Turn) -> int:
 def in_step(turn: Turn) -> int:
     """Bytes above those of the process, at the fullest moment of a step."""
     at = totals(turn.parts, "host")
-    return max(at[moment] for moment in ("rest", *PASSES)) - PROCESS
+    return max(at[moment] for moment in ("rest", *PASSES, "reduction")) - PROCESS

@@ -48,7 +48,8 @@ class PassMemory:
 class DryModel:
     """The model of a configuration without values. Its methods raise NotWithoutValues.
 
-    calls: in the order of the forward pass, the names of the parameters that ZeRO-3 gathers together.
+    calls: of every module that ZeRO-3 knows, in the order of the forward pass, the names of the parameters that it
+    gathers for the module, if there are any.
     """
 
     def __init__(self, config: Config, architecture: PretrainedConfig):
@@ -122,9 +123,10 @@ class DryModel:
         head, linear = self._head, self._model.get_output_embeddings()
         hooks = [] if linear is None else [linear.register_forward_pre_hook(at_head)]
         try:
-            if head is None or ids.numel() <= positions_at_a_time(head):
+            if head is None:
                 return losses_of(self._model(**inputs).logits, ids)[0].sum()
-            first = torch.zeros(positions_at_a_time(head), dtype=torch.int64)  # later chunks take no more
+            # later chunks take no more
+            first = torch.zeros(min(ids.numel(), positions_at_a_time(head)), dtype=torch.int64)
             return head.run(
                 self._model, lambda hidden: summed_loss(self._model, head, hidden, [(first, first)], 1), inputs
             )[0].sum()
@@ -138,8 +140,8 @@ class DryModel:
         inside = {id(m) for module in whole for m in module.modules() if m is not module}
         hooks = []
         for module in self._model.modules():
-            own = module.parameters(recurse=any(module is each for each in whole))
-            if (used := tuple(names[id(p)] for p in own)) and id(module) not in inside:
+            used = tuple(names[id(p)] for p in module.parameters(recurse=any(module is each for each in whole)))
+            if id(module) not in inside:
                 hooks.append(module.register_forward_pre_hook(lambda *_, used=used: self.calls.append(used)))
         self.scoring(1, 8)
         for hook in hooks:

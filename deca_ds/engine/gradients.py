@@ -164,12 +164,12 @@ class GradientReducer:
             if gradient is None:
                 target.zero_()
             else:
-                for rank, row in enumerate(target):
-                    part = gradient[rank * size + start : min((rank + 1) * size, rank * size + start + count)]
-                    row[: part.numel()].copy_(part)
+                _fill(target, gradient, size, start)
             bucket.parts.append((index, start, count))
             bucket.filled += count
             start += count
+            if start == size:
+                gradient = None  # the bucket may be sent next, and takes more then
             if bucket.filled == bucket.rows.shape[1]:
                 self._filling = None
                 self._send(bucket)
@@ -193,6 +193,16 @@ class GradientReducer:
         for (index, start, _), part in zip(parts, sent.mine.split([p[2] for p in parts]), strict=True):
             target = self._shards[index][start : start + part.numel()]
             target.add_(part[: target.numel()])
+
+
+def _fill(rows: Tensor, gradient: Tensor, size: int, start: int) -> None:
+    """Copy of every rank's slice of the gradient, of `size` elements, those from `start` on that its row has room for.
+
+    Beyond the gradient's end there is padding, which stays as it is.
+    """
+    for rank, row in enumerate(rows):
+        part = gradient[rank * size + start : min((rank + 1) * size, rank * size + start + row.numel())]
+        row[: part.numel()].copy_(part)
 
 
 def _take_gradient(parameter: nn.Parameter) -> Tensor:

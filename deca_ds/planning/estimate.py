@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import cached_property
 from math import ceil, prod
 from typing import Any
@@ -19,7 +19,7 @@ from deca_ds.engine.dry_pass import DryModel, NotWithoutValues, PassMemory
 from deca_ds.engine.load import find_blocks, meta_model, zero3_config
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.planning.gathered import peak_gathered
+from deca_ds.planning.gathered import Gathered, peak_gathered
 from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
 from deca_ds.planning.roofline import Gpu, StepTime, Work, pass_flops, step_time
 from deca_ds.training.chosen_method import build_schedule, rule_of
@@ -198,7 +198,7 @@ class Estimate:
     def at_rest(self, where: Place) -> int:
         """Bytes between steps while the largest block is active: a lower bound that needs no pass."""
         largest = max(block.numel for block in self.plan.blocks)
-        return totals(parts(self._shape, largest, PassMemory(0, 0, 0, 0), 0, 0, 0), where)["rest"]
+        return totals(parts(self._shape, largest, PassMemory(0, 0, 0, 0), Gathered(0, 0, 0), 0, 0), where)["rest"]
 
     @cached_property
     def _shape(self) -> Shape:
@@ -236,7 +236,9 @@ class Estimate:
         }
         largest = max(sum(self._numels[name] for name in call) for call in self._calls)
         calls, sizes = self._calls, self._numels
-        gathered = {index: peak_gathered(calls, sizes, set(blocks[index].names), self._zero) for index in known}
+        gathered = {
+            index: peak_gathered(calls, sizes, set(blocks[index].names), self._zero, self.ranks) for index in known
+        }
         return [
             Turn(
                 index,
@@ -246,10 +248,8 @@ class Estimate:
                     parts(
                         self._shape,
                         block.numel,
-                        PassMemory(
-                            *(_between(index, {k: getattr(m, field) for k, m in measured.items()}) for field in _FIELDS)
-                        ),
-                        _between(index, gathered),
+                        PassMemory(*_between(index, {k: astuple(m) for k, m in measured.items()})),
+                        Gathered(*_between(index, {k: astuple(g) for k, g in gathered.items()})),
                         scoring,
                         largest,
                     )
@@ -259,15 +259,12 @@ class Estimate:
         ]
 
 
-_FIELDS = ("saved", "forward", "loss", "backward")
-
-
-def _between(index: int, known: dict[int, int]) -> int:
-    """On the line between the known values around."""
+def _between(index: int, known: Mapping[int, tuple[int, ...]]) -> list[int]:
+    """On the lines between the known values around."""
     low = max(place for place in known if place <= index)
     high = min(place for place in known if place >= index)
     share = 0.0 if low == high else (index - low) / (high - low)
-    return round(known[low] + share * (known[high] - known[low]))
+    return [round(before + share * (after - before)) for before, after in zip(known[low], known[high], strict=True)]
 
 
 def memory_json(estimate: Estimate) -> dict[str, object]:

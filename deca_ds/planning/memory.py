@@ -8,11 +8,15 @@ from typing import Literal
 
 from deca_ds.engine.dry_pass import PassMemory
 from deca_ds.gossip.strategies import WINDOW
+from deca_ds.planning.gathered import Gathered
 
 Place = Literal["gpu", "host"]
-# of a block's turn, in their order: between steps, the passes of a micro-batch, and what comes after them
-MOMENTS = ("rest", "forward", "loss", "backward", "gossip", "evaluation", "mean model", "checkpoint")
-PASSES = ("forward", "loss", "backward")
+# of a block's turn, in their order: between steps, the passes of a micro-batch, in which layers arrive, the reduction
+# of the last gradients, and what comes after it
+MOMENTS = (
+    "rest", "forward", "loss", "backward", "arrival", "reduction", "gossip", "evaluation", "mean model", "checkpoint",
+)  # fmt: skip
+PASSES = ("forward", "loss", "backward", "arrival")
 
 ACTIVATIONS = "activations kept for backward"
 
@@ -61,9 +65,11 @@ class Shape:
     mean_model: bool
 
 
-def parts(shape: Shape, block: int, passes: PassMemory, gathered: int, scoring: int, largest_call: int) -> list[Part]:
-    """While a block of `block` elements is active. gathered, largest_call: elements that ZeRO-3 has gathered at a time
-    in a training pass, and at least in an evaluation. scoring: bytes of an evaluation's pass."""
+def parts(
+    shape: Shape, block: int, passes: PassMemory, gathered: Gathered, scoring: int, largest_call: int
+) -> list[Part]:
+    """While a block of `block` elements is active. gathered: in a training pass. largest_call: elements that ZeRO-3 has
+    gathered at a time at least in an evaluation. scoring: bytes of an evaluation's pass."""
     k = shape.ranks
     near: Place = "gpu" if shape.gpu else "host"
     shard = _share(block, k)
@@ -82,13 +88,15 @@ def parts(shape: Shape, block: int, passes: PassMemory, gathered: int, scoring: 
     ]
     if k > 1 or shape.offload:
         found += [
-            Part("gathered layers", shape.width * gathered, near, PASSES),
+            Part("gathered layers", shape.width * gathered.most, near, PASSES),
+            Part("layers that are still gathered", shape.width * gathered.end, near, ("reduction",)),
             Part("evaluation: gathered layers", shape.width * largest_call, near, ("evaluation", "mean model")),
         ]
     if k > 1:
-        first = min(BUCKET_NUMEL, block)
-        filling = min(BUCKET_NUMEL, block - first)
-        found.append(Part("gradient buckets", 4 * (first + filling + first // k), near, ("backward",)))
+        found += _buckets(shape, block, near)
+    if k > 1 and not shape.gpu:
+        arriving = shape.width * (gathered.arriving - gathered.most)
+        found.append(Part("gloo: copies of layers that arrive", arriving, "host", ("arrival",)))
     found += _gossip(shape, shard, near)
     if shape.mean_model:
         pieces = _PIECE * (1 + shape.neighbours)
@@ -99,6 +107,20 @@ def parts(shape: Shape, block: int, passes: PassMemory, gathered: int, scoring: 
     if shape.gpu:
         found.append(Part("CUDA and its libraries (assumed)", CONTEXT, "gpu"))
     return [part for part in found if part.bytes]
+
+
+def _buckets(shape: Shape, block: int, near: Place) -> list[Part]:
+    """One is filled while the one before travels; the last one travels alone, when activations are gone."""
+    first = min(BUCKET_NUMEL, block)
+    filling = min(BUCKET_NUMEL, block - first) or first
+    travels = ("backward", "reduction") if block > first else ("reduction",)
+    found = [
+        Part("gradient bucket that is filled", 4 * filling, near, ("backward",)),
+        Part("gradient bucket under way, its sum", 4 * (first + first // shape.ranks), near, travels),
+    ]
+    if not shape.gpu:
+        found.append(Part("gloo: copy of the bucket under way", 4 * first, "host", travels))
+    return found
 
 
 def _gossip(shape: Shape, shard: int, near: Place) -> list[Part]:

@@ -114,23 +114,13 @@ class Runner:
         record = known.get(run_key(keys)) or self._simulate(keys)
         return record["loss"] if record["loss"] is not None else math.inf
 
-    def _simulate(self, keys: Keys) -> dict[str, Any]:
+    def build(self, keys: Keys) -> Any:
+        """The simulation of a run."""
         from deca_ds.config import load_config
         from deca_ds.engine.load import load_tokenizer
-        from deca_ds.errors import DivergedError
         from deca_ds.simulation.setup import build, load_data
 
-        def place(value: Any) -> Any:
-            if isinstance(value, list):
-                return "[" + ",".join(map(place, value)) + "]"
-            if isinstance(value, dict):
-                return "{" + ", ".join(f"{key}: {word}" for key, word in value.items()) + "}"
-            text = "null" if value is None else str(value)
-            for name, folder in self.folders.items():
-                text = text.replace(name, str(folder))
-            return text
-
-        config = load_config(None, [f"{key}={place(value)}" for key, value in keys.items()])
+        config = load_config(None, [f"{key}={self._place(value)}" for key, value in keys.items()])
         parts = {
             name: value for name, value in keys.items() if name.startswith(("data.", "model.", "cluster.", "run."))
         }
@@ -139,7 +129,22 @@ class Runner:
             if len(self._loaded) > 8:
                 self._loaded.clear()
             self._loaded[where] = load_data(config, load_tokenizer(config.model))
-        simulation = build(config, self._loaded[where])
+        return build(config, self._loaded[where])
+
+    def _place(self, value: Any) -> str:
+        if isinstance(value, list):
+            return "[" + ",".join(map(self._place, value)) + "]"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key}: {word}" for key, word in value.items()) + "}"
+        text = "null" if value is None else str(value)
+        for name, folder in self.folders.items():
+            text = text.replace(name, str(folder))
+        return text
+
+    def _simulate(self, keys: Keys) -> dict[str, Any]:
+        from deca_ds.errors import DivergedError
+
+        simulation = self.build(keys)
         started = time.process_time()
         contractions = []
         diverged = False

@@ -209,6 +209,30 @@ def measure(client: engine.Client, dense: Model, rank: int, checkpointing: bool)
     }
 
 
+def left_at_the_end(client: engine.Client) -> list[bool]:
+    """Whether the gradient of a block that is one matrix is still there, at each of its buckets."""
+    left, known, send = [], [], dist.reduce_scatter_tensor
+
+    def reduce_scatter(output, rows, **options):
+        left.append(not known[0].expired())
+        return send(output, rows, **options)
+
+    (name,) = client.plan.blocks[0].names
+    matrix = client._parameters[name]
+    note = matrix.requires_grad_(True).register_post_accumulate_grad_hook(
+        lambda p: known.append(StorageWeakRef(p.grad.untyped_storage()))
+    )
+    dist.reduce_scatter_tensor = reduce_scatter
+    try:
+        client.open_block(0, ())
+        client.gradient([batch_of(rows(0))])
+    finally:
+        dist.reduce_scatter_tensor = send
+        note.remove()
+    client.close_block()
+    return left
+
+
 def main() -> None:
     options = ["run.device=cpu", "run.threads=1", f"blocks.layers_per_block={LAYERS}", "model.path=x"]
     config = load_config(None, [*options, "data.batch_size=4", "data.micro_batch_size=2"])
@@ -232,6 +256,11 @@ def main() -> None:
             if cluster.is_job_leader:
                 with open(os.environ["FOUND"], "a") as file:
                     file.write(json.dumps(found) + "\n")
+        left = left_at_the_end(client)
+        if cluster.is_job_leader:
+            with open(os.environ["FOUND"], "a") as file:
+                file.write(json.dumps({"left": left}) + "
+")
 
 
 if __name__ == "__main__":

@@ -69,9 +69,20 @@ def test_the_gradients_of_a_tied_matrix_are_two_at_a_time():
     assert 2 * 4 * matrix.numel() <= found < 2.5 * 4 * matrix.numel()
 
 
+def test_the_heads_gradient_is_made_beside_its_logits():
+    architecture = tiny_models.CONFIGS["llama"]()
+    architecture.vocab_size = 4096
+    dry = DryModel(config("model.dtype=bfloat16"), architecture)
+    gradient = 4 * architecture.vocab_size * architecture.hidden_size  # of the head, in float32
+    trained, frozen = (dry.training([name], 1, 8).loss for name in ("lm_head.weight", "model.norm.weight"))
+    assert trained - frozen == pytest.approx(gradient, rel=0.01)
+
+
 def test_modules_are_called_in_the_order_of_the_forward_pass():
     architecture = tiny_models.CONFIGS["llama"]()
-    calls = DryModel(config(), architecture).calls
+    every = DryModel(config(), architecture).calls
+    assert every[:2] == [(), ()]  # the model and its body
+    calls = [call for call in every if call]
     assert calls[0] == ("model.embed_tokens.weight",) and calls[-1] == ("lm_head.weight",)
     assert sorted(name for call in calls for name in call) == sorted(name for name, _ in meta_names(architecture))
 

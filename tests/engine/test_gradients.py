@@ -10,7 +10,7 @@ def test_gradients_go_to_shards_as_they_are_made(tmp_path):
     path = tmp_path / "found.jsonl"
     finished = launch("hand", 2, [], script="tests/engine/gradients_worker.py", FOUND=str(path))
     assert finished.code == 0, finished.output[-4000:]
-    found = whole_lines(path)
+    *found, left = whole_lines(path)
     assert [case["checkpointing"] for case in found] == [False, True]
     for case in found:
         bucket, largest = case["bucket_bytes"], case["largest_bytes"]
@@ -27,3 +27,4 @@ def test_gradients_go_to_shards_as_they_are_made(tmp_path):
         # what never runs, and what its layer uses at any time, goes at the end
         assert case["sent_before_the_last_hook"] >= case["buckets"] - case["at_the_end_bytes"] // bucket - 2
         assert case["saved_by_frozen"] == 6 * ["weight", "bias"]  # linear layers above the block: not their inputs
+    assert left == {"left": [True, True, False]}  # a gradient is gone when the bucket with its last part is sent

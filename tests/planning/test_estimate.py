@@ -11,8 +11,8 @@ from deca_ds.config import load_config
 from deca_ds.engine.dry_pass import PassMemory
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.planning.estimate import Estimate, memory_json
-from deca_ds.planning.gathered import peak_gathered
-from deca_ds.planning.memory import ACTIVATIONS, PROCESS, Shape, parts, peak
+from deca_ds.planning.gathered import Gathered, peak_gathered
+from deca_ds.planning.memory import ACTIVATIONS, BUCKET_NUMEL, PROCESS, Shape, parts, peak, totals
 
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
 LENGTH = 16
@@ -39,7 +39,7 @@ def test_a_bfloat16_model_of_two_ranks_on_gpus():
     assert held["active block: float32 state"] == 16 * layer // 2
     assert held["low halves of masters"] == 2 * numel // 2
     assert held["gossip: receive buffers"] == 4 * layer // 2 * (2 + 1)  # two neighbours, a copy to send
-    assert held["gradient buckets"] == 4 * (layer + layer // 2)
+    assert held["gradient bucket under way, its sum"] == 4 * (layer + layer // 2)
     assert held["checkpoint: copies to write"] == 16 * layer // 2 + (2 + 2) * numel // 2
     where = {part.name: part.where for part in found.worst.parts}
     assert where["low halves of masters"] == where["gossip: receive buffers"] == where["process"] == "host"
@@ -52,7 +52,10 @@ def test_on_a_cpu_all_is_on_the_host_and_one_rank_gathers_nothing():
     numel = sum(prod(p.shape) for p in found.model.parameters())
     assert held["model shard"] == 4 * numel and held["process"] == PROCESS
     assert {part.where for part in found.worst.parts} == {"host"}
-    assert not {"gathered layers", "gradient buckets", "low halves of masters", "gossip: means"} & held.keys()
+    assert (
+        not {"gathered layers", "gradient bucket that is filled", "low halves of masters", "gossip: means"}
+        & held.keys()
+    )
 
 
 def test_blocks_between_those_that_are_run_lie_on_the_line():
@@ -72,33 +75,62 @@ def test_checkpointing_is_told_the_other_way_round_too():
 
 def test_the_most_at_a_time_is_of_one_moment():
     passes = PassMemory(saved=100, forward=110, loss=190, backward=150)
-    shape = Shape(
-        ranks=1, gpu=True, width=2, trained=1000, frozen=0, buffers=0, state_bytes=16, low_halves=True, offload=False,
-        neighbours=0, travels=1, wire=4, chunk=64, whole=False, kept=False, copied=True, mean_model=False,
-    )  # fmt: skip
-    found = parts(shape, 200, passes, gathered=0, scoring=40, largest_call=0)
+    found = parts(small_shape(), 200, passes, Gathered(0, 0, 0), scoring=40, largest_call=0)
     context = next(part.bytes for part in found if part.name.startswith("CUDA"))
     assert peak(found, "gpu") == ("loss", 2000 + 16 * 200 + 190 + context)
     assert peak(found, "host") == ("checkpoint", 2000 + (16 * 200 + 4 * 1000) + PROCESS)
 
 
-CALLS = [("a",), ("b",), ("c",)]
 SIZES = {"a": 5, "b": 7, "c": 2}
+ONE_BY_ONE = [("a",), ("b",), ("c",)]
 
 
 @pytest.mark.parametrize(
-    ("reuse", "prefetch", "trained", "most"),
+    ("calls", "reuse", "prefetch", "live", "trained", "expected"),
     [
-        (0, 0, {"a"}, 7),  # one at a time
-        (0, 3, {"a"}, 10),  # and what is fetched ahead
-        (5, 0, {"b"}, 9),  # the backward pass comes back to b after c
-        (1000, 0, {"a"}, 14),  # all stays until its last use
-        (1000, 1000, {"c"}, 14),  # never more than there is
+        (ONE_BY_ONE, 0, 0, 1000, "a", Gathered(7, 14, 5)),  # one at a time
+        (ONE_BY_ONE, 5, 0, 1000, "b", Gathered(7 + 2, 14, 7)),  # the backward pass comes back to b after c
+        (ONE_BY_ONE, 1000, 0, 1000, "a", Gathered(14, 5 + 7 + 7, 5)),  # all stays until its last use
+        ([("a", "b"), ("c",)], 0, 0, 1000, "c", Gathered(12 + 12, 12 + 12, 2)),  # a piece, and what is copied out of it
+        (ONE_BY_ONE, 0, 8, 1000, "c", Gathered(9 + 9, 5 + 9 + 9, 2)),  # b and c come ahead, in one piece
+        (ONE_BY_ONE, 0, 8, 6, "c", Gathered(5 + 7, 5 + 7 + 7, 2)),  # b alone: with a, that is enough
+        ([(), ("a",), ("b",)], 0, 8, 1000, "b", Gathered(12 + 12, 12 + 12, 7)),  # the module around them looks ahead
     ],
 )
-def test_what_is_gathered_at_a_time(reuse, prefetch, trained, most):
-    zero = {"stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": prefetch}
-    assert peak_gathered(CALLS, SIZES, trained, zero) == most
+def test_what_is_gathered_at_a_time(calls, reuse, prefetch, live, trained, expected):
+    zero = {
+        "stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": prefetch, "stage3_max_live_parameters": live
+    }  # fmt: skip
+    assert peak_gathered(calls, SIZES, trained, zero, ranks=2) == expected
+
+
+def test_one_rank_brings_parameters_one_by_one():
+    assert peak_gathered([("a", "b")], SIZES, "a", {"stage3_prefetch_bucket_size": 0}, ranks=1).most == 12
+
+
+def small_shape(**changes) -> Shape:
+    known = dict(
+        ranks=1, gpu=True, width=2, trained=1000, frozen=0, buffers=0, state_bytes=16, low_halves=True, offload=False,
+        neighbours=0, travels=1, wire=4, chunk=64, whole=False, kept=False, copied=True, mean_model=False,
+    )  # fmt: skip
+    return Shape(**known | changes)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_gloo_copies_what_it_gathers_and_reduces(gpu):
+    """A block of one bucket is reduced when its backward pass is over; one of several, meanwhile as well."""
+    nothing, gathered = PassMemory(0, 0, 0, 0), Gathered(most=300, arriving=400, end=50)
+    gloo = not gpu
+    for block, several in ((200, False), (2 * BUCKET_NUMEL + 6, True)):
+        shape = small_shape(ranks=2, gpu=gpu, width=4)
+        found = parts(shape, block, nothing, gathered, scoring=0, largest_call=0)
+        at = totals(found, "gpu" if gpu else "host")
+        bucket = min(block, BUCKET_NUMEL)
+        travels = 4 * (bucket + bucket // 2) + gloo * 4 * bucket
+        assert at["reduction"] - at["rest"] == 4 * 50 + travels
+        assert at["backward"] - at["rest"] == 4 * 300 + 4 * bucket + several * travels
+        assert at["arrival"] - at["rest"] == 4 * 300 + gloo * 4 * 100
+        assert at["forward"] - at["rest"] == 4 * 300
 
 
 def test_json_has_every_blocks_turn():
