@@ -1,40 +1,72 @@
-"""A step of one client without neighbours beside BAdam's public package: seconds and peak memory, in one sitting.
+"""A step of one client without neighbours beside BAdam's public package: time, Python, peak memory, in one sitting.
 
     python -m pip install --no-deps badam
-    python benchmarks/beside_badam.py
+    python benchmarks/beside_badam.py [words]       # the cases whose names have all words in them; without: all
 
 Both train the same random Llama on the same batch, with the same blocks in the same order and as many steps between two
 switches; masters, gradients and moments are float32 on both sides. BAdam: `BlockOptimizer` around torch.optim.AdamW in
 its single-process mode, with the block list of our plan. Ours: method `badam`, DeepSpeed's defaults. Neither clips.
 
 Each side is one process with one thread. The two take turns, a step at a time, and while one works the other waits.
-Ratios are ours over BAdam's, of steps that follow each other. The last step of a turn, in which both sides switch
-blocks, does not count. Memory is the peak of a process's resident memory, all of it and what came after the imports.
-Prints a line for each data type, or for the one that is given, and writes benchmarks/results/beside_badam.json.
+Ratios are ours over BAdam's, of steps that follow each other. Two steps of a turn do not count: the last, in which both
+sides switch blocks, and the one before it, whose calls of Python functions (and of C functions from Python) are
+counted. Memory is the peak of a process's resident memory, all of it and what came after the imports.
+Prints a line for each case, and writes them to benchmarks/results/beside_badam.json.
 """
 
 from __future__ import annotations
 
+import cProfile
 import importlib.util
 import itertools
 import json
 import os
+import pstats
 import select
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-ROWS, LENGTH = 4, 256
-SHAPE = dict(
+
+
+@dataclass(frozen=True)
+class Case:
+    """dtype: of the model. layers: of a block. places: of the blocks that are trained, in the plan: the embeddings,
+    some layers, the head. tokens: rows and length of the batch."""
+
+    dtype: str
+    layers: int
+    checkpointing: bool
+    shape: dict[str, int]
+    places: tuple[int, ...]
+    tokens: tuple[int, int]
+
+
+SMALL = dict(
+    vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
+)  # fmt: skip
+LARGE = dict(
     vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
 )  # fmt: skip
-PLACES = (0, 4, 8, 12, 13)  # of the blocks that are trained, in the plan: the embeddings, three layers, the head
-STEPS, ROUNDS = 3, 2  # of a block's turn, without the last, in which both sides switch; turns of each block
+PLACES = {1: (0, 4, 8, 12, 13), 2: (0, 2, 4, 6, 7)}
+CASES = {
+    f"47M, 2 x 128 tokens, {dtype}, {layers} layer{'s' * (layers > 1)}{', checkpointing' * checkpointing}": Case(
+        dtype, layers, checkpointing, SMALL, PLACES[layers], (2, 128)
+    )
+    for dtype in ("float32", "bfloat16")
+    for layers in (1, 2)
+    for checkpointing in (False, True)
+} | {
+    f"110M, 4 x 256 tokens, {dtype}, 1 layer": Case(dtype, 1, False, LARGE, PLACES[1], (4, 256))
+    for dtype in ("float32", "bfloat16")
+}
+STEPS, ROUNDS = 3, 1  # of a block's turn, without the last two; turns of each block
 DEADLINE_S = 600  # of a step
 SIDES = ("badam", "ours")
 
@@ -45,7 +77,7 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def ours(dtype: str) -> Iterator[Any]:
+def ours(case: Case) -> Iterator[Any]:
     """Yields once after the imports, then each step's loss, for ever; None at the last of a turn, which switches."""
     import deepspeed  # noqa: F401  part of the imports
     from one_client import lonely_step, one_client, random_batch
@@ -53,14 +85,15 @@ def ours(dtype: str) -> Iterator[Any]:
     from deca_ds.algorithm.methods import build_rule
 
     yield
-    rule, batch = build_rule("badam"), random_batch(SHAPE, ROWS, LENGTH)
-    overrides = [f"model.dtype={dtype}", f"data.micro_batch_size={ROWS}", "optimizer.clip_norm=0"]
+    rule, batch = build_rule("badam"), random_batch(case.shape, *case.tokens)
+    overrides = [f"model.dtype={case.dtype}", f"data.micro_batch_size={case.tokens[0]}", "optimizer.clip_norm=0"]
+    overrides += [f"blocks.layers_per_block={case.layers}", f"model.gradient_checkpointing={case.checkpointing}"]
     with one_client() as make:
-        config, client = make(SHAPE, overrides)
+        config, client = make(case.shape, overrides)
         step = lonely_step(config, client, rule, batch)
-        client.open_block(PLACES[0], rule.buffers)
-        for place in itertools.cycle((*PLACES[1:], PLACES[0])):
-            for _ in range(STEPS):
+        client.open_block(case.places[0], rule.buffers)
+        for place in itertools.cycle((*case.places[1:], case.places[0])):
+            for _ in range(STEPS + 1):
                 yield step(client.active)
             step(client.active)
             client.close_block()
@@ -68,7 +101,7 @@ def ours(dtype: str) -> Iterator[Any]:
             yield
 
 
-def badam(dtype: str) -> Iterator[Any]:
+def badam(case: Case) -> Iterator[Any]:
     """As `ours`."""
     import torch
     from badam import BlockOptimizer
@@ -79,44 +112,52 @@ def badam(dtype: str) -> Iterator[Any]:
 
     torch.set_num_threads(1)
     yield
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=getattr(torch, dtype))
-    blocks = split_into_blocks(model, layers_per_block=1, outside="own").blocks
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**case.shape), dtype=getattr(torch, case.dtype))
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = split_into_blocks(model, layers_per_block=case.layers, outside="own").blocks
     optimizer = BlockOptimizer(
         base_optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0),
         named_parameters_list=list(model.named_parameters()),
-        block_prefix_list=[list(blocks[place].names) for place in PLACES],
-        switch_block_every=STEPS + 1,
+        block_prefix_list=[list(blocks[place].names) for place in case.places],
+        switch_block_every=STEPS + 2,
         switch_mode="ascending",
     )
-    batch = random_batch(SHAPE, ROWS, LENGTH)
+    batch = random_batch(case.shape, *case.tokens)
     model.train()
     while True:
-        for step in range(STEPS + 1):  # the last one switches
+        for step in range(STEPS + 2):  # the last one switches
             loss = model(**batch, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            yield float(loss.detach()) if step < STEPS else None
+            yield float(loss.detach()) if step <= STEPS else None
 
 
-def serve(side: str, dtype: str) -> None:
-    """Make a step for every line that comes in, and answer with a line of JSON."""
+def serve(side: str, case: str) -> None:
+    """Make a step for every line that comes in, and answer with a line of JSON. To "count": with its calls."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    steps = {"ours": ours, "badam": badam}[side](dtype)
+    steps = {"ours": ours, "badam": badam}[side](CASES[case])
     next(steps)
     imported = resident("VmRSS")
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        profile = cProfile.Profile()
+        if line == "count\n":
+            profile.enable()
         started, used = time.perf_counter(), time.process_time()
         loss = next(steps)
         answer = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used, "loss": loss}
+        profile.disable()
+        if line == "count\n":
+            answer["calls"] = pstats.Stats(profile).total_calls
         answers.write(json.dumps(answer | {"peak": resident("VmHWM"), "imported": imported}) + "\n")
         answers.flush()
     steps.close()
 
 
-def ask(side: subprocess.Popen[str]) -> dict[str, Any]:
-    side.stdin.write("step\n")
+def ask(side: subprocess.Popen[str], what: str) -> dict[str, Any]:
+    side.stdin.write(f"{what}\n")
     side.stdin.flush()
     answer = side.stdout.readline() if select.select([side.stdout], [], [], DEADLINE_S)[0] else ""
     if not answer:
@@ -125,19 +166,19 @@ def ask(side: subprocess.Popen[str]) -> dict[str, Any]:
     return json.loads(answer)
 
 
-def compare(dtype: str) -> dict[str, Any]:
+def compare(case: str) -> dict[str, Any]:
     """Both sides by turns. The first step of each takes the set-up in and counts for nothing, nor does its block."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    sides = {side: subprocess.Popen([sys.executable, __file__, side, dtype], **pipes) for side in SIDES}
+    sides = {side: subprocess.Popen([sys.executable, __file__, side, case], **pipes) for side in SIDES}
     taken: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in SIDES}
     try:
-        for _ in range(1 + ROUNDS * len(PLACES)):
+        for _ in range(1 + ROUNDS * len(CASES[case].places)):
             for side in SIDES:
                 taken[side].append([])
-            for step in range(STEPS + 1):
+            for step in range(STEPS + 2):
                 for side in SIDES if step % 2 else SIDES[::-1]:
-                    taken[side][-1].append(ask(sides[side]))
+                    taken[side][-1].append(ask(sides[side], "count" if step == STEPS else "step"))
     finally:
         for side in sides.values():
             side.stdin.close()
@@ -149,11 +190,13 @@ def compare(dtype: str) -> dict[str, Any]:
 def summary(taken: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
     result: dict[str, Any] = {"steps": STEPS * (len(taken["ours"]) - 1)}
     for clock in ("cpu_seconds", "seconds"):
-        steps = {side: [step[clock] for turn in turns[1:] for step in turn[:-1]] for side, turns in taken.items()}
+        steps = {side: [step[clock] for turn in turns[1:] for step in turn[:STEPS]] for side, turns in taken.items()}
         quotients = [x / y for x, y in zip(steps["ours"], steps["badam"], strict=True)]
         low, middle, high = (round(quotient, 3) for quotient in statistics.quantiles(quotients, n=4))
         result[clock] = {side: round(statistics.median(each), 3) for side, each in steps.items()}
         result[clock] |= {"ratio": middle, "quartiles": [low, high]}
+    calls = {side: [turn[STEPS]["calls"] for turn in turns[1:]] for side, turns in taken.items()}
+    result["calls"] = {side: int(statistics.median(each)) for side, each in calls.items()}
     ends = {side: turns[-1][-1] for side, turns in taken.items()}
     result["peak_bytes"] = {side: end["peak"] for side, end in ends.items()}
     result["peak_bytes_after_imports"] = {side: end["peak"] - end["imported"] for side, end in ends.items()}
@@ -169,12 +212,12 @@ def main() -> None:
             "BAdam's package is not installed here: python -m pip install --no-deps badam (in an environment of its "
             "own, if you like; it needs nothing but torch and transformers)"
         )
-    results = {}
-    for dtype in sys.argv[1:] or ("float32", "bfloat16"):
-        results[dtype] = compare(dtype)
-        print(dtype, json.dumps(results[dtype]), flush=True)
     target = REPOSITORY / "benchmarks" / "results" / "beside_badam.json"
-    target.write_text(json.dumps(results, indent=1) + "\n")
+    results = json.loads(target.read_text()) if target.exists() else {}
+    for case in (case for case in CASES if all(word in case for word in sys.argv[1:])):
+        results[case] = compare(case)
+        print(case, json.dumps(results[case]), flush=True)
+        target.write_text(json.dumps({name: results[name] for name in CASES if name in results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

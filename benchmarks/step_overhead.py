@@ -6,8 +6,8 @@
 Three things are timed in turn, in one process, on the same batch and with the same active block, in the middle of a
 random Llama:
 
-    bare      what ZeRO-3 cannot do without: gather, forward, loss, backward, release; gradients are dropped as soon as
-              autograd has made them, so there is no reduction over the ranks
+    bare      gather (with one rank there is nothing), forward, loss, backward, release; gradients are dropped as soon
+              as autograd has made them, so there is no reduction over the ranks
     gradient  bare, plus the gradient's reduction to float32 shards, token counts, norm and clipping
     step      gradient, plus Adam and the write-back: the trainer's inner step of a client without neighbours
 
