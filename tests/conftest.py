@@ -18,10 +18,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# Files come by how long they take, and then those that start real jobs, before the others: with one file at a time for
+# each worker, the last ones are short.
+LONGEST = (
+    "integration/test_numbers.py", "integration/test_lost_hosts.py", "integration/test_dying_clients.py",
+    "integration/test_several_hosts.py", "integration/test_resume.py", "integration/test_failing_jobs.py",
+    "engine/test_loading.py", "integration/test_launching.py", "integration/test_different_sizes.py",
+    "integration/test_late_clients.py", "integration/test_dec_lora.py",
+)  # fmt: skip
+TESTS = Path(__file__).parent
+assert all((TESTS / name).exists() for name in LONGEST)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start real jobs come first: with one file at a time for each worker, the last ones are short."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     real = {item.path for item in items if item.get_closest_marker("multiprocess")}
-    items.sort(key=lambda item: item.path not in real)
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST) + (item.path not in real)))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from deca_ds.config import load_config
 from deca_ds.simulation.setup import build
 from deca_ds.simulation.simulate import Simulation
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]  # the first test waits for three launches
+pytestmark = pytest.mark.multiprocess
 
 STEPS = 12  # inner steps of a run
 # Changes to the configuration. Shards travel in many chunks, and with gt-adam two tensors of each.

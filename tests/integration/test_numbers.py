@@ -19,7 +19,7 @@ from rounding import Noise, assert_close
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.config import load_config
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]  # ten runs and their references in a test
+pytestmark = pytest.mark.multiprocess
 
 EPS = 1e-2  # see rounding.py
 THIRD = 1 / 3
