@@ -95,3 +95,10 @@ def remove_part(folder: Path, step: int, *, client: int, rank: int, ranks: int) 
     with contextlib.suppress(OSError):  # the others' parts are still there, or another rank was first
         (here / f"client_{client:03d}").rmdir()
         here.rmdir()
+
+
+def remove_newer(folder: Path, step: int, *, client: int, rank: int, ranks: int) -> None:
+    """Remove what `rank` answers for, see `remove_part`, of all checkpoints after `step`."""
+    for newer in steps_in(folder):
+        if newer > step:
+            remove_part(folder, newer, client=client, rank=rank, ranks=ranks)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from deca_ds.checkpoint.done import inner_steps, is_done
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import FOLDER, open_checkpoint, remove_part, step_folder, steps_in
+from deca_ds.checkpoint.steps import FOLDER, open_checkpoint, remove_newer, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL, rank_folder
 from deca_ds.config import Config
 from deca_ds.errors import CheckpointError
@@ -162,7 +162,8 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
 
 def keep_model(output: Path, *, client: int, rank: int, ranks: int) -> None:
     """Make the trained model of a finished run a checkpoint of its last step, where there is none: it is all that is
-    left of the state then. A rank answers for the parts of `rank`, `rank` + `ranks`, ..., see `remove_part`.
+    left of the state then. A rank answers for the parts of `rank`, `rank` + `ranks`, ..., see `remove_part`
+    of checkpoint/steps.py.
 
     Raises CheckpointError if that cannot be.
     """
@@ -209,7 +210,7 @@ def _leave_behind(
     output: Path, step: int, own: dict[str, int], launch: Launch, refused: list[str], verdict: str
 ) -> None:
     """Remove this rank's parts of checkpoints after `step` and how the last attempt ended; say so."""
-    remove_newer(output, step, **own)
+    remove_newer(output / FOLDER, step, **own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)
     if launch.rank == launch.first:
@@ -217,12 +218,6 @@ def _leave_behind(
             print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
         if verdict:
             print(verdict, file=sys.stderr, flush=True)
-
-
-def remove_newer(output: Path, step: int, **own: int) -> None:
-    """Remove this rank's parts of checkpoints after `step`. own: client, rank and ranks."""
-    for newer in (found for found in steps_in(output / FOLDER) if found > step):
-        remove_part(output / FOLDER, newer, **own)
 
 
 def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:
