@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from deca_ds import __version__
+from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import UserError
 
@@ -89,7 +90,7 @@ def _export(parser: argparse.ArgumentParser) -> Run:
 
 
 def _plan(parser: argparse.ArgumentParser) -> Run:
-    parser.add_argument("--config", type=path_argument, required=True, help="YAML file with the run's configuration")
+    add_config(parser)
     parser.add_argument(
         "--hostfile", type=path_argument, help="the hostfile of deepspeed or mpirun: show which client gets which hosts"
     )
@@ -98,7 +99,6 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument("--net", metavar="RATE", help="with --gpu: of the network between hosts, in bits a second: 10G")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
     return _print_plan
 
 
@@ -106,7 +106,7 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     from deca_ds.config import load_config
     from deca_ds.tools.plan import print_plan
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(*chosen(arguments))
     told = {"gpu": arguments.gpu, "net": arguments.net, "as_json": arguments.json}
     print_plan(config, hostfile=arguments.hostfile, **told)
     return 0

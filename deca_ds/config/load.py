@@ -47,7 +47,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(
                 f"no value for {', '.join(missing)}",
                 where=str(path) if path else "command line",
-                fix=f"set it in the YAML file or as {missing[0]}=VALUE on the command line",
+                fix=f"set it in the YAML file or as {missing[0]}=VALUE on the command line"
+                + ("" if path else ", or name the file: RUN.yaml"),
             )
         typed = cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere or to the wrong type
@@ -64,7 +65,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def _read_yaml(path: Path) -> DictConfig:
     if not os.path.isfile(path):
-        raise ConfigError(f"no configuration file {str(path)!r}", where="--config", fix=look_for(str(path)))
+        raise ConfigError(f"no configuration file {str(path)!r}", where="command line", fix=look_for(str(path)))
     try:
         text = path.read_text(encoding="utf-8-sig")
         check_file(text, str(path))

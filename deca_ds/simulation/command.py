@@ -18,8 +18,8 @@ from rich.progress import track
 from rich.table import Table
 
 from deca_ds.config import load_config, save_config
+from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.checks import check_output
-from deca_ds.config.paths import argument as path_argument
 from deca_ds.training.claim import release, take
 from deca_ds.training.doubts import doubts
 from deca_ds.training.start_log import record_start
@@ -34,15 +34,14 @@ SCORES = {"loss": "loss", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `deca simulate`."""
-    parser.add_argument("--config", type=path_argument, required=True, help="YAML file with the run's configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
+    add_config(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went."""
     from deca_ds.simulation.setup import build, check
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(*chosen(arguments))
     check(config)
     for warning in doubts(config):
         print(f"WARNING: {warning}", file=sys.stderr)

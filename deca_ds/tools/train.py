@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from deca_ds.checkpoint.done import mark_done, mark_stopped
 from deca_ds.config import Config, load_config
+from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.checks import check_world
-from deca_ds.config.paths import argument as path_argument
 from deca_ds.elastic.rejoin import Visit, join_job
 from deca_ds.errors import UserError
 from deca_ds.launch import ClientLayout, Launch, read_launch
@@ -44,12 +44,11 @@ def parser(program: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip."
     )
-    parser.add_argument("--config", type=path_argument, help="YAML file with the run's configuration")
+    add_config(parser)
     parser.add_argument(JOIN, action="store_true", help="return to a running job that goes on without this client")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # what the deepspeed launcher adds; the rank is read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
     return parser
 
 
@@ -88,7 +87,7 @@ def _read_config(arguments: argparse.Namespace, launch: Launch) -> Config | User
     """Or the mistake in it, for the guard to tell the other ranks, too."""
     try:
         given().check(launch.world_size)
-        return load_config(arguments.config, arguments.overrides)
+        return load_config(*chosen(arguments))
     except UserError as mistake:
         return mistake
 

@@ -259,8 +259,7 @@ def main() -> None:
         left = left_at_the_end(client)
         if cluster.is_job_leader:
             with open(os.environ["FOUND"], "a") as file:
-                file.write(json.dumps({"left": left}) + "
-")
+                file.write(json.dumps({"left": left}) + "\n")
 
 
 if __name__ == "__main__":

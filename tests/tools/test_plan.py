@@ -185,9 +185,13 @@ def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_p
     assert code == 2 and "'a: 3' is no host" in told and f"{tmp_path / 'hosts'}:1" in told
 
 
-@pytest.mark.parametrize("command", ["plan", "simulate", "doctor"])
-def test_keys_and_options_come_in_any_order(command, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["plan", "simulate", "doctor", "data"])
+def test_a_command_takes_its_configuration_with_and_without_the_option(command, tmp_path, capsys):
+    """And keys before and behind it."""
     config = tmp_path / "run.yaml"
     config.write_text("optimizer:\n  lr: 0.1\n")
-    assert main([command, "model.path=x", "--config", str(config), "optimizer.rate=3"]) == 2
-    assert "optimizer.rate" in "".join(capsys.readouterr())
+    for named in (["--config", str(config)], [f"--config={config}"], [str(config)]):
+        assert main([command, "model.path=x", *named, "optimizer.rate=3"]) == 2
+        assert "optimizer.rate" in "".join(capsys.readouterr())
+    assert main([command, "--config", str(config), "other.yaml"]) == 2
+    assert f"two configurations: '{config}' and 'other.yaml'" in capsys.readouterr().err

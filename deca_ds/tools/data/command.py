@@ -6,13 +6,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from deca_ds.config.paths import argument as path_argument
+from deca_ds.config.arguments import add_config, chosen
 from deca_ds.errors import ConfigError, DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=path_argument, metavar="RUN.yaml", help="file with the run's configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
+    add_config(parser)
     parser.add_argument("--client", type=int, metavar="N", help="look at this client's data only, and at its files")
     parser.add_argument(
         "--examples", type=int, default=2, metavar="K", help="show so many sequences of each client (default 2)"
@@ -27,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print it. Raises UserErrors, the data's own among them."""
     from deca_ds.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(*chosen(arguments))
     clients = config.cluster.clients
     if arguments.client is not None and not 0 <= arguments.client < clients:
         raise ConfigError(

@@ -9,6 +9,7 @@ import socket
 from rich.console import Console
 
 from deca_ds.config import Config, load_config
+from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import ConfigError, UserError
 from deca_ds.launch.hostfile import read_hostfile
@@ -26,27 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hostfile", type=path_argument, help="look at all its hosts, over ssh (default: this machine)"
     )
-    parser.add_argument("--config", type=path_argument, help="also look for what this configuration needs on each host")
+    add_config(parser, "also look for what this configuration needs on each host")
     parser.add_argument("--port", help=f"of the job's store (default MASTER_PORT or {STORE_PORT})")
     parser.add_argument(
         "--deadline", type=float, default=60.0, metavar="S", help="give each host S seconds for an answer (default 60)"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys that replace the file's")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; 2 if anything has failed, else 0. Raises UserError for a mistake in the command itself."""
-    if arguments.overrides and arguments.config is None:
-        raise ConfigError(f"{arguments.overrides[0]!r} changes no configuration", fix="add --config")
+    path, overrides = chosen(arguments)
+    if overrides and path is None:
+        raise ConfigError(f"{overrides[0]!r} changes no configuration", fix="name its file, RUN.yaml")
     if not 0 < arguments.deadline <= _LONGEST_S:
         raise ConfigError(f"--deadline {arguments.deadline:g} is no time", fix=f"give up to {_LONGEST_S:g} seconds")
     slots = read_hostfile(arguments.hostfile) if arguments.hostfile is not None else {socket.gethostname(): 1}
     needs: Needs | None = None
     mistake: UserError | None = None
-    if arguments.config is not None:
+    if path is not None:
         try:
-            config = load_config(arguments.config, arguments.overrides)
+            config = load_config(path, overrides)
             if arguments.hostfile is None:
                 slots = {name: _ranks(config) for name in slots}
             from deca_ds.tools.doctor.needs import needs_of
