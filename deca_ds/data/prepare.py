@@ -31,7 +31,7 @@ from deca_ds.data.code import code_of
 from deca_ds.data.encoding import CANDIDATES, IGNORED, PIECES, SEQUENCES, Batch, Encoder, pack
 from deca_ds.data.examples import check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
-from deca_ds.data.formats.fields import look_of, normal_label
+from deca_ds.data.formats.labels import look_of, normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
 from deca_ds.data.rows import BATCH, Work, column, encode_rows, select_rows
 from deca_ds.data.sources import Source, find_sources

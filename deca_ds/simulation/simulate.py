@@ -17,9 +17,9 @@ from deca_ds.algorithm.schedule import Schedule, Step
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.engine.masters import rounded
-from deca_ds.gossip.clip import clipped_weights
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.simulation.averaging import means_of
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.chosen_method import step_learning_rate
 from deca_ds.training.divergence import diverged
@@ -120,7 +120,8 @@ class Simulation:
         part = dict(state) if rows is None else {name: tensor[rows] for name, tensor in state.items()}
         if mixed:
             assert step.gossip is not None
-            means = self._means(step.gossip, {name: state[name] for name in self.rule.travels})
+            values = {name: state[name] for name in self.rule.travels}
+            means = means_of(values, self.mixing, step.gossip, self.config.gossip)
             for name, mean in means.items():
                 self.rule.accept(part, name, mean if rows is None else mean[rows])
         else:
@@ -132,31 +133,6 @@ class Simulation:
         if rows is not None:
             for name, tensor in state.items():
                 tensor[rows] = part[name]
-
-    def _means(self, t: int, values: State) -> dict[str, Tensor]:
-        """What averaging t makes of what travels, [n, numel] each; see gossip/codec.py."""
-        codec = CODECS[self.config.gossip.wire]
-        coded = {name: codec.coded(each) for name, each in values.items()}
-        w = self._weights(t, next(iter(coded.values())))
-        means = {name: w @ each for name, each in coded.items()}
-        if not codec.exact:
-            for name, mean in means.items():
-                mean.add_(values[name] - coded[name])
-        return means
-
-    def _weights(self, t: int, sent: Tensor) -> Tensor:
-        """The matrix [n, n] of averaging t, with clipping the one for these parameters [n, numel]."""
-        w, radius = self.mixing.matrix(t), self.config.gossip.clip_radius
-        if radius is not None:
-            w = w.copy()
-            for i, row in enumerate(self.mixing.matrix(t)):
-                sources = self.mixing.sources(i, t)
-                distances = {
-                    j: float(torch.linalg.vector_norm(sent[j] - sent[i], dtype=torch.float64)) for j in sources
-                }
-                clipped = clipped_weights({j: row[j] for j in (*sources, i)}, i, distances, radius)
-                w[i, list(clipped)] = list(clipped.values())
-        return torch.tensor(w, dtype=torch.float32)
 
     def _by_neighbours(self, step: Step) -> list[tuple[Tensor | None, bool]]:
         """The clients that average at this step and those that do not; [(None, ...)] where all do the same."""

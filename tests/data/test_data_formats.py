@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from deca_ds.data import load_client_data
 from deca_ds.data.encoding import Encoder
 from deca_ds.data.formats import FORMATS, ExampleRules
-from deca_ds.data.formats.fields import normal_label
+from deca_ds.data.formats.labels import normal_label
 from deca_ds.errors import ConfigError, DataError
 
 DOCS = Path(__file__).parents[2] / "docs"

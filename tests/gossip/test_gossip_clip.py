@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from deca_ds.gossip.clip import Clip, clipped_weights
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.strategies import begin
-from deca_ds.simulation.simulate import Simulation
+from deca_ds.simulation.averaging import means_of
 from deca_ds.training.chosen_method import check_method
 from deca_ds.transport.local import LocalNetwork
 
@@ -119,6 +118,5 @@ def test_only_methods_that_send_parameters_alone_can_clip():
 def test_the_simulation_clips_alike():
     x = torch.randn(CLIENTS, NUMEL, generator=torch.Generator().manual_seed(5))
     mixing = build_mixing(GossipConfig(graph="one_peer_exponential"), CLIENTS, seed=4)
-    simulation = SimpleNamespace(mixing=mixing, config=SimpleNamespace(gossip=SimpleNamespace(clip_radius=20.0)))
-    mixed = Simulation._weights(simulation, 0, x) @ x
+    mixed = means_of({"theta": x}, mixing, 0, GossipConfig(clip_radius=20.0))["theta"]
     np.testing.assert_allclose(mixed.numpy(), clipped(x, "one_peer_exponential", 20.0, steps=1).numpy(), atol=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.strategies import begin
-from deca_ds.simulation.simulate import Simulation
+from deca_ds.simulation.averaging import means_of
 from deca_ds.training.chosen_method import check_method
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork, LocalTransport
@@ -128,10 +127,7 @@ def test_a_value_that_a_codec_cannot_hold_is_refused_by_name():
 def test_the_simulation_codes_alike(wire):
     x, network = values(), LocalNetwork(CLIENTS, 30.0)
     mixing = build_mixing(GossipConfig(graph="ring"), CLIENTS, seed=4)
-    config = SimpleNamespace(gossip=SimpleNamespace(clip_radius=RADIUS, wire=wire))
-    simulation = SimpleNamespace(mixing=mixing, config=config)
-    simulation._weights = lambda t, sent: Simulation._weights(simulation, t, sent)
-    means = Simulation._means(simulation, 0, {"theta": x})["theta"]
+    means = means_of({"theta": x}, mixing, 0, GossipConfig(clip_radius=RADIUS, wire=wire))["theta"]
 
     def body(client: int) -> torch.Tensor:
         return mix(Gossip(network.transport(client), mixing, codec=CODECS[wire], clip=Clip(RADIUS)), 0, x[client])

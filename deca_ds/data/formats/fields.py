@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from datasets import Features, Value
 
 from deca_ds.config.schema import DataConfig
+from deca_ds.data.formats.labels import normal_label
 from deca_ds.errors import DataError
 
 TEXT = Value("string")
@@ -24,9 +24,7 @@ TEXT = Value("string")
 TEXTS = Features({"text": TEXT, "document": Value("bool")})  # document: whether the text is a whole file
 PAIRS = Features({"prompt": TEXT, "answer": TEXT})
 CONVERSATIONS = Features({"conversation": TEXT})  # JSON text, see chat.py
-_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _NO_LABEL = ("nan", "NaN", "NaT", "<NA>", "#N/A")  # what tables write for a missing value and nobody for a class
-_EXACT = 2.0**53  # below it every whole number is a float of its own
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of characters that show nothing
 _EMPTY_TEXTS = ("[]", "{}", "null")  # as a table writes an empty list, an empty object and null
 
@@ -175,24 +173,6 @@ def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, 
             fix=_REPAIR,
         )
     return encodable(normal_label(value))
-
-
-def normal_label(value: str | int | float | bool) -> str:
-    """A label as text: without blanks around it; a whole number without decimals, so that 1, 1.0, "1" and "1.0 " are
-    one label; true and false as JSON writes them. Anything else stays as it is written: "01" and "1e3" too."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    whole_float = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
-    text = str(int(value)) if whole_float else str(value).strip()
-    whole = _WHOLE.fullmatch(text)
-    text = whole[1] if whole else text
-    return "0" if text == "-0" else text
-
-
-def look_of(label: str) -> str:
-    """The same for labels that differ in nothing but letter case, invisible characters and how characters are made."""
-    shown = (char for char in unicodedata.normalize("NFKC", label) if unicodedata.category(char) != "Cf")
-    return "".join(shown).casefold()
 
 
 def encodable(text: str) -> str:

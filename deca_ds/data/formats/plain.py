@@ -15,9 +15,9 @@ from deca_ds.data.formats.fields import (
     Use,
     label_of,
     missing,
-    normal_label,
     text_of,
 )
+from deca_ds.data.formats.labels import normal_label
 from deca_ds.errors import ConfigError, DataError
 
 # Stanford Alpaca's prompts; the answer starts on a line of its own, so that no token straddles its beginning.
