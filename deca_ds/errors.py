@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable
+from typing import ClassVar
+
+USER_ERROR_CODE, FAILURE_CODE = 2, 1
+KILLED = "it was killed, or its host is out of reach"  # what it means that the connection to a rank broke off
+LOOK_AT_THE_KILLED = "look at the end of its output, and on its host for the out-of-memory killer (dmesg)"
 
 
 class UserError(ValueError):
@@ -15,8 +20,11 @@ class UserError(ValueError):
 
     what: the fact, with the offending value. where: the configuration key, file and line, host or rank.
     fix: what to change. The three make up the message, a line each.
+    code: the exit code that it calls for. USER_ERROR_CODE: the same command fails again until somebody mends something.
+    FAILURE_CODE: it may go through, because another process, a host or the network was at fault.
     """
 
+    code: ClassVar[int] = USER_ERROR_CODE
     private = False  # whether the message may quote a client's data, and so stays with that client
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
@@ -47,6 +55,12 @@ class LaunchError(UserError):
     """The processes were started in a way that does not fit the configuration."""
 
 
+class AbsentError(LaunchError):
+    """Other ranks, or the job, did not come or answer in time."""
+
+    code = FAILURE_CODE
+
+
 class GossipError(UserError):
     """A graph, mixing matrix or neighbour's message is invalid."""
 
@@ -55,11 +69,19 @@ class CheckpointError(UserError):
     """A saved run is missing, incomplete or does not match."""
 
 
+class DisconnectedError(GossipError):
+    """Clients do not get through to each other, or do not agree, though nobody is known to be gone."""
+
+    code = FAILURE_CODE
+
+
 class StallError(UserError):
     """A rank waited longer than cluster.timeout_s for ranks that do not move on.
 
     clients: whose ranks these are. idle_s: seconds since any of them, or the rank itself, moved on.
     """
+
+    code = FAILURE_CODE
 
     def __init__(
         self,
@@ -85,13 +107,30 @@ class DivergedMessageError(DivergedError, GossipError):
 class MessageError(GossipError):
     """A neighbour's message did not come, or came broken."""
 
+    code = FAILURE_CODE
+
+
+class ConnectionLostError(MessageError):
+    """The connection to another rank broke off. rank: that one. seen: what the library says."""
+
+    def __init__(self, what: str, *, where: str, fix: str, rank: int, seen: str):
+        super().__init__(what, where=where, fix=f"{fix}\n  seen:  {seen}")
+        self.rank, self.seen = rank, seen
+
 
 class RankLostError(UserError):
     """Another rank of this rank's client is gone, and so the client."""
 
+    code = FAILURE_CODE
+
 
 class CutOffError(RankLostError):
     """The other clients go on without this one, or are out of its reach."""
+
+
+def exit_code(error: BaseException) -> int:
+    """With which a rank that fails with `error` ends."""
+    return error.code if isinstance(error, UserError) else FAILURE_CODE
 
 
 INTERRUPTED = "interrupted (SIGINT); SIGTERM has a job save a checkpoint before it stops"

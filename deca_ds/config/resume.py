@@ -98,7 +98,12 @@ def check_new(config: Config) -> None:
 
 def has_diverged(output: Path) -> bool:
     """Whether the run in `output` has ended at values that were not finite."""
-    return any("has diverged" in marker.read_text(errors="replace") for marker in output.glob("FAILED*"))
+    return any(map(tells_divergence, output.glob("FAILED*")))
+
+
+def tells_divergence(marker: Path) -> bool:
+    """Whether that marker of a failure tells of values that were not finite."""
+    return "has diverged" in marker.read_text(errors="replace")
 
 
 def save_changes(config: Config) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import Piece, Scope, Sharded, TrainingState, Value, Whole
-from deca_ds.errors import GossipError
+from deca_ds.errors import DisconnectedError
 from deca_ds.transport.transport import HANDOVER_TAG, Transport
 
 _MESSAGE = 2**22  # elements; bounds the receiver's buffer
@@ -36,7 +36,7 @@ def send(transport: Transport, to: int, state: TrainingState) -> None:
 def receive(transport: Transport, sender: int, state: TrainingState) -> None:
     """Take over this rank's part of what the ranks of client `sender` give.
 
-    Raises GossipError if what came is not what was sent.
+    Raises DisconnectedError if what came is not what was sent.
     """
     _StateTransfer(transport, sender, sends=False).all(state)
 
@@ -111,7 +111,7 @@ class _StateTransfer:
             told = _bytes(digest.digest())
             self._move(ranks, told, hashlib.blake2b())
             if bytes(told.numpy()) != digest.digest():
-                raise GossipError(
+                raise DisconnectedError(
                     f"what client {self._other} handed over is not what arrived: the digests differ",
                     where=f"client {self._transport.client}",
                     fix="join again; if it happens twice, look at the network",

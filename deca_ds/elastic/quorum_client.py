@@ -16,7 +16,7 @@ from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.rejoin import Visit
 from deca_ds.elastic.voter import Addresses, Effects, Voter
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
-from deca_ds.errors import CutOffError, GossipError, UserError
+from deca_ds.errors import CutOffError, DisconnectedError, UserError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, own_address
 
@@ -72,7 +72,8 @@ class QuorumClient:
     def vote(self, yes: int, news: str = "") -> Decision:
         """Give answers, a bit each, and news, a short text; returns when all have.
 
-        Raises CutOffError if this client is out or cut off, GossipError if not all ranks come within the time limit.
+        Raises CutOffError if this client is out or cut off, DisconnectedError if not all ranks come within the time
+        limit.
         """
         with self._lock:
             self._do(self._voter.vote(yes, news))
@@ -106,7 +107,7 @@ class QuorumClient:
         try:
             decided = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
-            raise GossipError(
+            raise DisconnectedError(
                 f"no agreement within {timeout_s:g} s: not all ranks have come to it",
                 where=f"rank {self._rank}",
                 fix="look for a rank that hangs; if it is only slow, raise cluster.timeout_s",

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from deca_ds.elastic.agreement import OPEN, YES
-from deca_ds.errors import GossipError
+from deca_ds.errors import DisconnectedError
 
 _ATTEMPTS = 4  # in a row to meet, by the same clients
 _FIRST = 2  # bit: those below are agreement.YES and OPEN
@@ -56,14 +56,14 @@ class Attempts:
         self._failed = 0
 
     def failed(self, clients: tuple[int, ...], apart: set[Pair]) -> list[int]:
-        """Who leaves now. Raises GossipError if it has failed too often for no reason that anybody sees."""
+        """Who leaves now. Raises DisconnectedError if it has failed too often for no reason that anybody sees."""
         if clients != self._clients:
             self._clients, self._apart, self._failed = clients, set(), 0
         self._failed += 1
         leaving = who_leaves(self._apart & apart, clients)
         self._apart = apart
         if self._failed == _ATTEMPTS and not leaving:
-            raise GossipError(
+            raise DisconnectedError(
                 f"{len(clients)} clients have tried {_ATTEMPTS} times to connect anew, in vain, though all of them "
                 "reach each other's coordinators",
                 fix="look for a firewall that lets through only some ports; on several networks set GLOO_SOCKET_IFNAME",

@@ -21,7 +21,7 @@ from deca_ds.elastic.agreement import YES, Decision
 from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.reach import Attempts, pairs_apart, vote
 from deca_ds.elastic.survivor_commit import answers_in, bits
-from deca_ds.errors import GossipError
+from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
@@ -78,7 +78,7 @@ class ReconnectingGloo(GlooTransport):
     ) -> VotingExchange:
         """See Transport."""
         if self._group is None and (receives or destinations):
-            raise self.lost([*receives, *destinations][0], "from", tag, "a client has gone")
+            raise MessageError(f"the messages with tag {tag} are given up: a client has gone")
         return VotingExchange(self, self._start(send, destinations, receives, tag), tag)
 
     def give_up(self) -> None:
@@ -167,8 +167,7 @@ class VotingExchange(TorchExchange):
         moved, waiter = seen.moved, self._in_thread(seen)
         while self._works and waiter.is_alive():
             if self._transport.votes.interrupted.is_set():
-                direction, peer, _ = self._works[0]
-                raise self._transport.lost(peer, direction, self._tag, "a client has gone")
+                raise MessageError(f"the messages with tag {self._tag} are given up: a client has gone")
             waiter.join(_LOOK_S)
             progress.wait_for(seen.awaits)
             if seen.moved > moved:

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from deca_ds.elastic.survivor_commit import answers_in, bits
-from deca_ds.errors import GossipError, RankLostError
+from deca_ds.errors import DisconnectedError, RankLostError
 from deca_ds.launch.view import View
 from deca_ds.transport.mpi import MpiExchange, MpiTransport, poll
 from deca_ds.transport.transport import Endpoint
@@ -70,7 +70,7 @@ class ReconnectingUlfm(MpiTransport):
         try:
             request = self._everybody.Iagree(number)
             if not poll(request.Test, time.monotonic() + self.timeout_s):
-                raise GossipError(f"no agreement within {self.timeout_s:g} s", where=f"client {self.client}")
+                raise DisconnectedError(f"no agreement within {self.timeout_s:g} s", where=f"client {self.client}")
         except self._mpi.Exception:
             return []
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.voter import Addresses
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
-from deca_ds.errors import LaunchError
+from deca_ds.errors import AbsentError, LaunchError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, join_job_store, own_address
 from deca_ds.watchdog.restart import JOIN
@@ -81,10 +81,10 @@ def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer
                 connection.settimeout(None)
                 return Visit(line, other, message, own, addresses)
             if message["kind"] == "out":
-                raise LaunchError(message["why"], where=JOIN, fix="join when the others have lost it")
+                raise AbsentError(message["why"], where=JOIN, fix="join when the others have lost it")
         if time.monotonic() > deadline:
-            raise LaunchError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where=JOIN)
-    raise LaunchError(
+            raise AbsentError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where=JOIN)
+    raise AbsentError(
         "none of the other clients is there and in training",
         where=", ".join(f"{host} {port}" for host, port in addresses.values()),
         fix="join a job that goes on with cluster.on_failure=continue over torch; if it has ended, resume it",
@@ -97,7 +97,7 @@ def _check_reach(visit: Visit) -> None:
     apart = [client for client in visit.invitation["clients"] if not is_in_reach(everybody[client])]
     if apart:
         visit.line.connection.close()
-        raise LaunchError(f"client {', '.join(map(str, apart))} is out of reach from here", where=JOIN,
+        raise AbsentError(f"client {', '.join(map(str, apart))} is out of reach from here", where=JOIN,
                           fix="look at the network")  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def _address_towards(addresses: Addresses) -> str:
     try:
         return own_address(next(iter(addresses.values())))
     except OSError as error:
-        raise LaunchError(
+        raise AbsentError(
             f"there is no way to the other clients: {error}", where=JOIN, fix="look at the network"
         ) from None
 

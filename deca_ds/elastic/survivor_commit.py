@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from deca_ds.errors import GossipError, MessageError
+from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.view import View
 from deca_ds.transport.commit import Commit, Result
@@ -65,8 +65,8 @@ class SurvivorCommit(Commit):
         self._questions.append(question)
 
     def run(self, work: Callable[[], Result], *, last: bool = False) -> Result:
-        """See Commit. Raises RankLostError if this client has lost a rank, GossipError if messages fail though nobody
-        has died."""
+        """See Commit. Raises RankLostError if this client has lost a rank, DisconnectedError if messages fail though
+        nobody has died."""
         spurious, connections, progress = 0, self._connections, self._connections.progress
         last_error: MessageError | None = None
         while spurious < _SPURIOUS:
@@ -87,7 +87,7 @@ class SurvivorCommit(Commit):
                 spurious = 0 if connections.reconnect() else spurious + 1
             if spurious and error is not None:
                 print(f"WARNING: {progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
-        raise GossipError(
+        raise DisconnectedError(
             f"messages fail again and again, though all clients are there: {last_error or 'another rank says so'}",
             where=progress.place,
             fix="look at the output of the other ranks; all of them must run the same configuration",

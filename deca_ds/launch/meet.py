@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-from deca_ds.errors import LaunchError
+from deca_ds.errors import AbsentError
 from deca_ds.launch.given import Given, given, look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
@@ -18,7 +18,7 @@ _HERE, _ALL = "meet/{}", "meet/all"
 
 
 def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
-    """Wait for all ranks that are started together. Raises LaunchError on the first of them, where a guard tells the
+    """Wait for all ranks that are started together. Raises AbsentError on the first of them, where a guard tells the
     others, if one does not come within `meet_s` seconds."""
     if launch.world_size == 1:
         return
@@ -26,7 +26,7 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
     is_first = launch.rank == launch.first
     if not (_all_come(launch, store, meet_s) if is_first else _told(store, meet_s + _FIRST_S)):
         silent = [rank for rank in launch.ranks if not store.store.check([_HERE.format(rank)])]
-        raise LaunchError(
+        raise AbsentError(
             silence(silent, launch, given(), meet_s) if silent else f"rank {launch.first} has met all, but told nobody",
             where="cluster.meet_s: the ranks meet",
             fix=look_at_hosts(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deca_ds.errors import LaunchError
+from deca_ds.errors import AbsentError
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 
@@ -38,9 +38,9 @@ def starting(launch: Launch, meet_s: float) -> Iterator[None]:
         watcher.wait()
 
 
-def late(launch: Launch, meet_s: float) -> LaunchError:
+def late(launch: Launch, meet_s: float) -> AbsentError:
     """Not all came."""
-    return LaunchError(
+    return AbsentError(
         f"rank {launch.rank} on {launch.host}: not all {launch.world_size} MPI ranks came within {meet_s:g} s",
         where="MPI world",
         fix=look_at_hosts(

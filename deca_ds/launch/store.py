@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.distributed import HashStore, Store, TCPStore
 
-from deca_ds.errors import LaunchError
+from deca_ds.errors import AbsentError, LaunchError
 from deca_ds.launch.given import given, look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.mpi_start import late, starting
@@ -73,7 +73,7 @@ class JobStore:
                 return self.store.get(key)
         except RuntimeError as error:
             missing = [rank for rank, part in parts.items() if not self.store.check([part])]
-            raise LaunchError(
+            raise AbsentError(
                 f"rank {launch.rank} on {launch.host} waited {self.timeout.total_seconds():g} s for "
                 + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {min(parts)}, which knows of all"),
                 where=key.rsplit("/", 1)[0],
@@ -102,7 +102,7 @@ class JobStore:
         try:
             host, port = self.store.get(key).decode().split()
         except RuntimeError as error:
-            raise LaunchError(
+            raise AbsentError(
                 f"nobody hosted a store within {self.timeout.total_seconds():g} s",
                 where=key,
                 fix="look at the output of that client's first rank",
@@ -143,7 +143,7 @@ def open_job_store(launch: Launch, timeout_s: float, meet_s: float | None = None
             why, fix = f"port {port} is in use on this host", "choose another MASTER_PORT (deepspeed --master_port)"
         elif is_host and "EACCES" in str(error):
             why, fix = f"port {port} needs privileges", "choose a MASTER_PORT of 1024 or more (deepspeed --master_port)"
-        raise LaunchError(
+        raise (LaunchError if is_host else AbsentError)(
             f"rank {launch.rank} on {launch.host} cannot {'host' if is_host else 'reach'} the job's store: {why}",
             where=f"MASTER_ADDR={host} MASTER_PORT={port}" if launch.master else "MPI",
             fix=fix,
@@ -246,7 +246,7 @@ def join_job_store(address: tuple[str, int], timeout_s: float) -> JobStore:
     try:
         store = _join((host, port), timeout)
     except RuntimeError as error:
-        raise LaunchError(
+        raise AbsentError(
             f"the job's store is out of reach: {error}", where=f"{host} {port}", fix="look at the network"
         ) from error
     return JobStore(store, (host, port), timeout)

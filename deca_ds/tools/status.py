@@ -30,9 +30,8 @@ from rich.text import Text
 from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.resume import SAVED_CONFIG, STARTS
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import FAILURE_CODE, CheckpointError
 from deca_ds.training.pace import duration
-from deca_ds.watchdog.failure import FAILURE_CODE
 from deca_ds.watchdog.heartbeats import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
 
 WELL, STOPPED_CODE, SILENT_CODE = 0, 3, 4

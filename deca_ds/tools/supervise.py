@@ -6,6 +6,7 @@ that was started by itself, in a job that goes on without its client, is started
 
     the run has finished, or the supervisor was told to stop   it ends with the exit code of the last start
     a mistake: exit code 2 before anything was ever trained    the same, for there is something to mend first
+    it has diverged: it would do so again                      the same
     some stopped because others are gone                       starts the job again, like one that has failed
     `restarts` starts in a row have brought nothing new        it gives up, with that exit code
 """
@@ -26,14 +27,16 @@ from typing import Any
 
 import psutil
 
-from deca_ds.checkpoint.done import is_done, stopped_without
+from deca_ds.checkpoint.done import FAILED, is_done, stopped_without
 from deca_ds.checkpoint.steps import FOLDER, steps_in
 from deca_ds.config import load_config
+from deca_ds.config.checks import check_world
+from deca_ds.config.resume import tells_divergence
 from deca_ds.config.schema import Config
-from deca_ds.errors import ConfigError, LaunchError
+from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError
+from deca_ds.launch.launcher import ClientLayout, read_launch
 from deca_ds.tools.train import parser as train_parser
 from deca_ds.training.terminal import on_stop
-from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.heartbeats import read_heartbeats
 from deca_ds.watchdog.restart import JOIN
 
@@ -63,10 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     """See the module's text; returns the exit code. Raises UserError where the job could not be started again."""
     command = arguments.job[1:] if arguments.job[:1] == ["--"] else arguments.job
     config = _configuration(command)
-    joins = "RANK" in os.environ and config.cluster.on_failure == "continue"
-    if not joins:
+    client = None
+    if "RANK" in os.environ and config.cluster.on_failure == "continue":
+        launch = read_launch()
+        client = ClientLayout.of(check_world(config, launch.world_size)).client_of(launch.rank)
+    else:
         _check_resumes(config)
-    supervisor = Supervisor(command, Path(config.run.output), joins, arguments.restarts, arguments.pause)
+    supervisor = Supervisor(command, Path(config.run.output), client, arguments.restarts, arguments.pause)
     on_stop(supervisor.stop)
     signal.signal(signal.SIGINT, supervisor.stop)
     return supervisor.run()
@@ -111,14 +117,19 @@ def _check_resumes(config: Config) -> None:
 
 @dataclass
 class Supervisor:
-    """command: starts the job, whose run.output is `output`, or one rank of it, which then `joins` the others again.
-    restarts, pause_s: see `add_arguments`."""
+    """command: starts the job, whose run.output is `output`, or one rank of it, of `client`, which then joins the
+    others again. restarts, pause_s: see `add_arguments`."""
 
     command: Sequence[str]
     output: Path
-    joins: bool
+    client: int | None
     restarts: int
     pause_s: float
+
+    @property
+    def joins(self) -> bool:
+        """Whether it is one rank."""
+        return self.client is not None
 
     def __post_init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -135,11 +146,14 @@ class Supervisor:
         """Returns the exit code of the last start."""
         vain, command = 0, list(self.command)
         while True:
-            before, started = self._reached(), time.monotonic()
+            before, failures, started = self._reached(), self._failures(), time.monotonic()
             code = self._start(command)
             reached = self._reached()
             if self._told or self._is_through(code):
                 return code
+            if diverged := [marker for marker, _ in self._failures() - failures if tells_divergence(marker)]:
+                self._say(f"not started again: it would diverge again. {diverged[0]} tells what to change first")
+                return code or USER_ERROR_CODE
             vain = 0 if reached > before else vain + 1
             what, place = ("this rank", "inner") if self.joins else ("the job", "newest checkpoint: inner")
             after = f"{what} ended with {code} after {time.monotonic() - started:.0f} s, before the run did; "
@@ -154,6 +168,14 @@ class Supervisor:
                 return code
             if self.joins and JOIN not in command:
                 command.append(JOIN)
+
+    def _failures(self) -> set[tuple[Path, int]]:
+        """The markers of failures in the run's folder, with their times; of clients, where this is the rank of one, its
+        own alone."""
+        others = self.output.glob(f"{FAILED}_client_*") if self.client is None else ()
+        own = () if self.client is None else (self.output / f"{FAILED}_client_{self.client:03d}",)
+        markers = (self.output / FAILED, *own, *others)
+        return {(marker, marker.stat().st_mtime_ns) for marker in markers if marker.is_file()}
 
     def _wait(self, seconds: float) -> bool:
         """Whether it has been told to stop meanwhile."""

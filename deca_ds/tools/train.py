@@ -24,7 +24,6 @@ from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.training.claim import check_held
 from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
 from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
-from deca_ds.watchdog.failure import USER_ERROR_CODE
 from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import JOIN, tries_until
 from deca_ds.watchdog.role import Visitor
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             launch, store = _open_store(config, launch)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
-        return USER_ERROR_CODE
+        return error.code
     with guarded(launch, store, visitor) as guard:
         if isinstance(config, UserError):
             raise config

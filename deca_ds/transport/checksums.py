@@ -26,7 +26,7 @@ class Exchange(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait for all messages, one by one. GossipError names the rank, the tag and the timeout that passed."""
+        """Wait for all messages, one by one. MessageError names the rank, the tag and the timeout that passed."""
         ...
 
 

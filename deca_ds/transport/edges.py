@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deca_ds.errors import GossipError, MessageError
+from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
@@ -32,8 +32,8 @@ def probe_edges(
     bytes and mb_per_s of one-MiB messages (10^6 bytes, both ways added, half a round trip each). Where clients differ
     in size the figures are of each pair of `ranks` whose slices of a large parameter intersect. The edges of a client
     are tested one after the other, in an order that all clients share, so that none waits in a circle. All shards
-    are tested side by side, as they gossip. Raises GossipError that names an edge's both ends if a message is lost or
-    is another one than was sent.
+    are tested side by side, as they gossip. Raises DisconnectedError that names an edge's both ends if a message is
+    lost or is another one than was sent.
     """
     hosts = store.gather(launch, "edges/hosts", launch.host)
     measured, layout = [], transport.layout
@@ -44,7 +44,7 @@ def probe_edges(
         except MessageError as error:
             ends = sorted([launch.rank, partner])
             places = " and ".join(f"client {layout.client_of(rank)} (rank {rank} on {hosts[rank]})" for rank in ends)
-            raise GossipError(
+            raise DisconnectedError(
                 f"the edge between {places} does not carry messages: {error.what}",
                 where="edge test at the start",
                 fix=look_at_hosts(

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from deca_ds.errors import GossipError
+from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.progress import Progress
 from deca_ds.transport.transport import Endpoint, Transport
@@ -22,8 +22,8 @@ class GlooTransport(Transport):
     """A gloo group of its own over this rank's peers, apart from the default world.
 
     store: reachable by all clients. connected: whether to meet the others now; then the constructor is collective over
-    the peers and raises GossipError if one does not come. One client needs no group. GLOO_SOCKET_IFNAME picks the
-    network interface.
+    the peers and raises DisconnectedError if one does not come. One client needs no group. GLOO_SOCKET_IFNAME picks
+    the network interface.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GlooTransport(Transport):
         try:
             return dist.ProcessGroupGloo(store, peers.index(self.rank), len(peers), timeout)
         except RuntimeError as error:
-            raise GossipError(
+            raise DisconnectedError(
                 f"not all {len(peers)} ranks joined the gossip group within {timeout.total_seconds():g} s: {error}",
                 where=self.layout.named(self.rank),
                 fix=look_at_hosts("look at the output of the other ranks; on several networks set GLOO_SOCKET_IFNAME"),
@@ -95,7 +95,7 @@ class TorchExchange:
         self._works = works
         self._tag = tag
         self._waiter: threading.Thread | None = None
-        self._error: GossipError | None = None
+        self._error: MessageError | None = None
 
     def _finish(self, progress: Progress) -> None:
         transport = self._transport
@@ -112,7 +112,7 @@ class TorchExchange:
         progress.wait_for(None)
 
     def test(self) -> bool:
-        """See Exchange. Raises GossipError if a message has failed."""
+        """See Exchange. Raises MessageError if a message has failed."""
         if self._in_thread(Progress()).is_alive():  # what it waits for is not what this rank waits for
             return False
         if self._error is not None:

@@ -105,8 +105,8 @@ class LocalExchange:
         message = receive.message
         del self._expected[source]
         if (message.shape, message.dtype) != (buffer.shape, buffer.dtype):
-            cause = f"got {tuple(message.shape)} {message.dtype}, expected {tuple(buffer.shape)} {buffer.dtype}"
-            raise self._transport.lost(source, "from", self._tag, cause)
+            got, expected = (f"{tuple(each.shape)} {each.dtype}" for each in (message, buffer))
+            raise self._transport.misfit(source, self._tag, got, expected)
         buffer.copy_(message)
         return True
 

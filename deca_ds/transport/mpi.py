@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deca_ds.errors import GossipError
+from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.transport.transport import Endpoint, Transport
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _Request: TypeAlias = "tuple[str, int, MPI.Request, np.ndarray]"  # direction, p
 class MpiTransport(Transport):
     """On a duplicate of `comm`, whose ranks are this rank's peers in their order.
 
-    The constructor is collective over `comm`; it raises GossipError if a rank does not come.
+    The constructor is collective over `comm`; it raises DisconnectedError if a rank does not come.
     """
 
     def __init__(self, comm: MPI.Comm, end: Endpoint):
@@ -64,7 +64,7 @@ class MpiTransport(Transport):
 
         duplicate, request = comm.Idup()
         if not poll(request.Test, time.monotonic() + timeout_s):
-            raise GossipError(
+            raise DisconnectedError(
                 f"not all {comm.Get_size()} ranks set up their gossip communicator within {timeout_s:g} s",
                 where=f"rank {comm.Get_rank()} of them",
                 fix="look at the logs of the other clients; if they are only slow, raise cluster.timeout_s",
@@ -95,7 +95,7 @@ class MpiTransport(Transport):
         return exchange
 
     def completed(self, request: _Request, tag: int) -> bool:
-        """Whether a request is through. Raises GossipError if it failed or if its message is too short."""
+        """Whether a request is through. Raises MessageError if it failed or if its message is too short."""
         direction, peer, handle, part = request
         status = self._mpi.Status()
         try:
@@ -104,7 +104,7 @@ class MpiTransport(Transport):
         except self._mpi.Exception as error:
             raise self.lost(peer, direction, tag, str(error)) from None
         if received != part.nbytes:
-            raise self.lost(peer, direction, tag, f"got {received} bytes, expected {part.nbytes}")
+            raise self.misfit(peer, tag, f"{received} bytes", f"{part.nbytes}")
         return done
 
     def abandon(self, requests: list[_Request]) -> None:
@@ -132,7 +132,7 @@ class MpiExchange:
     def _first_done(self) -> bool:
         try:
             return self._transport.completed(self.requests[0], self._tag)
-        except GossipError:
+        except MessageError:
             self._transport.abandon(self.requests)
             raise
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deca_ds.errors import MessageError
+from deca_ds.errors import KILLED, LOOK_AT_THE_KILLED, ConnectionLostError, MessageError
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.view import Membership, View
@@ -106,11 +106,20 @@ class Transport(ABC):
             fix=f"look at the log of {self.layout.named(peer)}; if it is only slow, raise cluster.timeout_s",
         )
 
-    def lost(self, peer: int, direction: str, tag: int, cause: str) -> MessageError:
-        """The error of a connection that broke, or of a message that does not fit its buffer."""
+    def lost(self, peer: int, direction: str, tag: int, seen: str) -> ConnectionLostError:
+        """The error of a connection that broke. seen: what the library says."""
+        return ConnectionLostError(
+            f"{self.layout.named(peer)} is gone: {KILLED}",
+            where=f"{self.layout.named(self.rank)}, {self.progress.place}: a message {direction} it (tag {tag})",
+            fix=LOOK_AT_THE_KILLED,
+            rank=peer,
+            seen=" ".join(seen.split()),
+        )
+
+    def misfit(self, peer: int, tag: int, got: str, expected: str) -> MessageError:
+        """The error of a message that does not fit its buffer."""
         return MessageError(
-            f"a message {direction} {self.layout.named(peer)} failed (tag {tag}): {cause}",
+            f"a message from {self.layout.named(peer)} does not fit (tag {tag}): got {got}, expected {expected}",
             where=self.layout.named(self.rank),
-            fix=f"look at the end of the output of {self.layout.named(peer)}: it was killed (dmesg tells of the "
-            "out-of-memory killer), its host is out of reach, or it runs another configuration",
+            fix=f"look at the output of {self.layout.named(peer)}: it runs another configuration",
         )

@@ -6,33 +6,44 @@ import contextlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deca_ds.errors import KILLED, LOOK_AT_THE_KILLED, ConnectionLostError
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-USER_ERROR_CODE, FAILURE_CODE = 2, 1
 _KEY = "job/failed"
 _LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited")
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether gloo or NCCL says by it that the process at the other end is gone."""
-    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    """Whether it says that the process at the other end is gone; gloo's and NCCL's errors say so by their text."""
+    by_text = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    return by_text or isinstance(error, ConnectionLostError)
 
 
-def lost_connection(error: BaseException, others: str) -> str:
-    """What that means, for people. others: the ranks of which one is at the other end."""
-    whose = others if "," not in others else f"one of {others}"
-    cause = " ".join(str(error).split())
-    return (
-        f"the connection to {whose} broke off: {'that rank' if whose != others else 'it'} was killed, or its host is "
-        "out of reach\n"
-        "  fix:   look at the end of its output, and on its host for the out-of-memory killer (dmesg)\n"
-        f"  seen:  {type(error).__name__}: {cause}"
-    )
+def lost_connection(error: BaseException, others: Sequence[tuple[str, str]]) -> str:
+    """What that means, for people: who is gone, where and when, what to look at, and the library's words last.
+
+    others: the ranks of which one is at the other end, and at what they were last seen, if they were.
+    """
+    seen = error.seen if isinstance(error, ConnectionLostError) else f"{type(error).__name__}: {error}"
+    if len(others) == 1:
+        gone = rank_is_gone(*others[0])
+    else:
+        lines = "".join(f"\n    {who}" + (f": {when}" if when else "") for who, when in others)
+        gone = f"one of these ranks is gone: {KILLED}{lines}\n  fix:   {LOOK_AT_THE_KILLED}"
+    return f"{gone}\n  seen:  {' '.join(seen.split())}"
+
+
+def rank_is_gone(who: str, when: str, why: str = KILLED) -> str:
+    """who, when: see `lost_connection`."""
+    last = f", last seen in {when}" if when else ""
+    return f"{who} is gone{last}: {why}\n  fix:   {LOOK_AT_THE_KILLED}"
 
 
 @dataclass(frozen=True)

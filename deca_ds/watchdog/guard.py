@@ -29,11 +29,13 @@ from typing import NoReturn
 from torch.distributed import Store
 
 from deca_ds.errors import (
+    FAILURE_CODE,
+    ConnectionLostError,
     CutOffError,
     MessageError,
     RankLostError,
     StallError,
-    UserError,
+    exit_code,
     public_message,
     whole_message,
 )
@@ -42,13 +44,7 @@ from deca_ds.launch.progress import SHARED, Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
-from deca_ds.watchdog.failure import (
-    FAILURE_CODE,
-    USER_ERROR_CODE,
-    Failure,
-    is_lost_connection,
-    lost_connection,
-)
+from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, rank_is_gone
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
@@ -126,7 +122,6 @@ class JobGuard:
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
         self._leaving.acquire()
-        code = USER_ERROR_CODE if isinstance(error, UserError) else FAILURE_CODE
         event = self._event(error)
         match self._outcome(event):
             case Outcome.COME_BACK:
@@ -134,22 +129,29 @@ class JobGuard:
             case Outcome.COME_BACK_UNNOTICED:
                 self.come_back(f"hangs: {error}", through=False)
             case Outcome.END_THE_CLIENT:
-                self._die(whole_message(error) + self._last_seen(error))
+                self._die(self._told(error)[1])
             case Outcome.END:
-                self._leave(self._report(whole_message(error), code))
+                self._leave(self._report(whole_message(error), exit_code(error)))
             case _:
-                self._end_the_job(error, code)
+                self._end_the_job(error)
 
-    def _end_the_job(self, error: BaseException, code: int) -> None:
-        seen = self._last_seen(error)
-        public, whole = public_message(error), whole_message(error)
-        others = self.heartbeats.awaited_itself(self.store.store) if is_lost_connection(error) else ""
-        if others:  # the traceback would be of whom it hit, not of whom it is about
-            public = whole = lost_connection(error, others)
-        report = first = self._report(public + seen, code)
+    def _end_the_job(self, error: BaseException) -> None:
+        code, (public, whole) = exit_code(error), self._told(error)
+        report = first = self._report(public, code)
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
             first = report.report(self.store.store)
-        self._leave(self._report(whole + seen, code) if first == report else first)
+        self._leave(self._report(whole, code) if first == report else first)
+
+    def _told(self, error: BaseException) -> tuple[str, str]:
+        """What people read of `error`, on other clients' outputs and on the own one. Of a connection that broke off, a
+        traceback would be of whom it hit, not of whom it is about."""
+        if is_lost_connection(error):
+            rank = error.rank if isinstance(error, ConnectionLostError) else None
+            if others := self.heartbeats.other_end(self.store.store, rank):
+                lost = lost_connection(error, others)
+                return lost, lost
+        seen = self._last_seen(error)
+        return public_message(error) + seen, whole_message(error) + seen
 
     def come_back(self, why: str, *, through: bool = True) -> NoReturn:
         """Become a new process that tries to join the others again. through: whether the others hear that this rank is
@@ -248,9 +250,10 @@ class JobGuard:
                 if self._outcome(Event.STORE_GONE) is Outcome.WAIT:
                     continue  # the survivors will put up another one
                 self._come_back_to_a_lost_job(Event.STORE_GONE)
-                gone = f"rank {self.site.host} is gone: it ended without a report"
-                gone += ", before this client was let in: join again" if self._role is Role.VISITOR else ""
-                report = self._report(gone, FAILURE_CODE)
+                why = "it ended without a report"
+                why += ", before this client was let in: join again" if self._role is Role.VISITOR else ""
+                ((who, when),) = self.heartbeats.other_end(None, self.site.host)
+                report = self._report(rank_is_gone(who, when, why), FAILURE_CODE)
             except Exception as error:  # without its watcher a rank could wait for ever
                 report = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE)
             if report is not None:
@@ -274,7 +277,7 @@ class JobGuard:
         self._come_back_to_a_lost_job(Event.STORE_SILENT)
         # the main thread may have taken it, to tell the store what that will never hear
         self._leaving.acquire(timeout=_NO_ANSWER_S)
-        self._leave(self._report(str(silence), USER_ERROR_CODE))
+        self._leave(self._report(str(silence), silence.code))
 
     def _come_back_to_a_lost_job(self, event: Event) -> None:
         """Returns if that is not what this rank does."""
@@ -298,7 +301,7 @@ class JobGuard:
         stall = self.heartbeats.stalled(store, own=self._role is Role.OUTLIVED)
         if stall is None or self._others_see_to(stall):
             return None
-        report = self._report(str(stall), USER_ERROR_CODE)
+        report = self._report(str(stall), stall.code)
         return report if self._role is Role.VISITOR else report.report(store)
 
     def _hear_request(self) -> None:
@@ -318,7 +321,8 @@ class JobGuard:
 
     def _last_seen(self, error: BaseException) -> str:
         """Where the awaited ranks are, if `error` is of a connection or a library's wait."""
-        if isinstance(error, (MessageError, RuntimeError)) and self.launch.world_size > 1:
+        of_others = (MessageError, RankLostError, RuntimeError)
+        if isinstance(error, of_others) and not isinstance(error, CutOffError) and self.launch.world_size > 1:
             with contextlib.suppress(RuntimeError):  # the store is gone
                 return self.heartbeats.last_seen(self.store.store)
         return ""

@@ -68,11 +68,19 @@ class Heartbeat:
         """Seconds since the last heartbeat, by this host's clock."""
         return max(0.0, time.time() - self.time)
 
-    def __str__(self) -> str:
+    @property
+    def who(self) -> str:
+        """Rank, host and client."""
+        return f"rank {self.rank} on {self.host}" + ("" if self.client is None else f" (client {self.client})")
+
+    @property
+    def when(self) -> str:
+        """Phase, step and block, and how long ago."""
         silence = f", no sign of life for {self.silent_s():.0f} s" if self.silent_s() > SILENCE_S else ""
-        client = "" if self.client is None else f" (client {self.client})"
-        doing = place(self.doing, self.step, self.block)
-        return f"rank {self.rank} on {self.host}{client}: {doing}, {self.age_s():.0f} s ago{silence}"
+        return f"{place(self.doing, self.step, self.block)}, {self.age_s():.0f} s ago{silence}"
+
+    def __str__(self) -> str:
+        return f"{self.who}: {self.when}"
 
 
 @dataclass
@@ -242,14 +250,21 @@ class Heartbeats:
                 )
         return None
 
-    def awaited_itself(self, store: Store) -> str:
-        """For a message: the ranks that this one waits for by itself, with their hosts; empty if there are none."""
+    def other_end(self, store: Store | None, rank: int | None = None) -> list[tuple[str, str]]:
+        """For a message: `rank`, or else the ranks that this one waits for by itself. Who each is, and at what it was
+        last seen; what `store`, None if it is gone, does not tell, the files in the run's folder may."""
         own, there = self.launch.rank, frozenset(self.ranks())
-        named = [rank for rank in self._named(own, self.progress.awaits) if rank in there and rank != own]
-        seen = Sightings()  # as in last_seen
-        with suppress(RuntimeError):  # the store is gone; then they are without their hosts
-            seen.look(named, store, time.monotonic())
-        return self._names(list(dict.fromkeys(named)), seen)
+        awaited = [rank for rank in self._named(own, self.progress.awaits) if rank in there and rank != own]
+        ranks = list(dict.fromkeys(awaited))[:_SHOWN] if rank is None else [rank]
+        known, seen = dict[int, Heartbeat](), Sightings()  # as in last_seen
+        if self._folder is not None:
+            with suppress(OSError, ValueError, TypeError):  # another rank's, and perhaps of another version
+                known = {heartbeat.rank: heartbeat for heartbeat in read_heartbeats(self._folder.parent)}
+        if store is not None:
+            with suppress(RuntimeError):  # it is gone
+                seen.look(ranks, store, time.monotonic())
+        known |= {rank: sighting.heartbeat for rank, sighting in seen.items()}
+        return [(known[rank].who, known[rank].when) if rank in known else (f"rank {rank}", "") for rank in ranks]
 
     def last_seen(self, store: Store) -> str:
         """For a message: where the ranks are that this rank has to do with, a line each; empty if it is alone."""

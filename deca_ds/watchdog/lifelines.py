@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from torch.distributed import Store, TCPStore
 
-from deca_ds.errors import RankLostError
+from deca_ds.errors import KILLED, LOOK_AT_THE_KILLED, RankLostError
 
 _KEY = "lifeline"
 _GOODBYE = b"!"
@@ -88,4 +88,5 @@ class Lifeline:
                         said = b""
                     ready.unregister(key.fileobj)
                     if said != _GOODBYE:
-                        self._lost(RankLostError(f"rank {key.data} of this client is gone, and with it the client"))
+                        what = f"rank {key.data} of this client is gone, and with it the client: {KILLED}"
+                        self._lost(RankLostError(what, fix=LOOK_AT_THE_KILLED))

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from deca_ds.errors import LaunchError
+from deca_ds.errors import AbsentError
 
 _ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
 
@@ -105,7 +105,7 @@ class StopByStore:
     def may_pass(self, done: int) -> bool:
         """Whether to go on after `done` inner steps; if not, all ranks stop here. Waits while they agree.
 
-        Raises LaunchError if they do not within the time limit.
+        Raises AbsentError if they do not within the time limit.
         """
         if self._world_size == 1:
             return not self._asked
@@ -113,7 +113,7 @@ class StopByStore:
         with self._gate:
             while self._last is not None and done >= self._last and not self._agreed:
                 if not self._gate.wait(timeout=1.0) and time.monotonic() > deadline:
-                    raise LaunchError(f"the ranks did not agree on where to stop within {self._timeout_s:g} s")
+                    raise AbsentError(f"the ranks did not agree on where to stop within {self._timeout_s:g} s")
             if self._last is not None and done >= self._last:
                 return False
             self._committed = done + 1

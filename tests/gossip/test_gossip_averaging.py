@@ -179,7 +179,7 @@ def test_a_silent_neighbour_is_named_with_tag_and_timeout():
 def test_a_message_of_another_size_is_refused():
     network = LocalNetwork(2)
     network.transport(0).exchange(torch.zeros(4), [1], {}, 9)
-    with pytest.raises(GossipError, match=r"from rank 0 \(client 0\) failed \(tag 9\).*\(4,\).*\(3,\)"):
+    with pytest.raises(GossipError, match=r"from rank 0 \(client 0\) does not fit \(tag 9\).*\(4,\).*\(3,\)"):
         network.transport(1).exchange(torch.zeros(4), [], {0: torch.empty(3)}, 9).wait()
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore, PrefixStore
 
 from deca_ds.config.schema import GossipConfig
-from deca_ds.errors import ConfigError, GossipError
+from deca_ds.errors import ConfigError, ConnectionLostError
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.gossip import Gossip
@@ -279,7 +279,8 @@ def test_a_message_over_torch_that_fails_in_the_background_is_an_error_and_no_wa
     transport = GlooTransport(None, Endpoint(ClientLayout(2, 1), 0, timeout_s=1), connected=False)
     transport.progress.wait_for(2)
     exchange = TorchExchange(transport, [("from", 1, Failing())], tag=7)
-    with pytest.raises(GossipError, match=r"a message from rank 1 .client 1. failed \(tag 7\): Connection closed"):
+    told = r"(?s)^rank 1 .client 1. is gone: it was killed.*a message from it .tag 7..*seen:  Connection closed"
+    with pytest.raises(ConnectionLostError, match=told):
         while not exchange.test():
             time.sleep(0.001)
     assert transport.progress.awaits == 2

@@ -6,6 +6,8 @@ trained:CODE    the same after an inner step
 done:CODE       the same with a DONE marker
 stopped:CODE    the same with a STOPPED marker
 lost:CODE       the same, because client 1 is gone
+diverged:CODE   the same after a new checkpoint, with a FAILED marker of a client that diverged
+other:CODE      the same, with that of client 0, which is not the rank's own
 waits:CODE      the same with a STOPPED marker, after SIGUSR1
 join:...        any of these, with --join on the command line
 """
@@ -26,9 +28,16 @@ plan.write_text(" ".join(words))
 assert word.startswith("join:") == ("--join" in sys.argv), word
 what, _, code = word.removeprefix("join:").rpartition(":")
 output.mkdir(exist_ok=True)
-if what == "saved":
+if what in ("saved", "diverged"):
     checkpoints = output / "checkpoints"
     (checkpoints / f"step_{10 * len(list(checkpoints.glob('step_*'))) + 10:08d}").mkdir(parents=True)
+if what in ("diverged", "other"):
+    whose = 1 if what == "diverged" else 0
+    (output / f"FAILED_client_{whose:03d}").write_text(
+        f"rank {whose} on n0, gradient, step 3\nclient {whose} has diverged: the loss is not finite (nan)\n"
+    )
+    if code == "0":
+        mark_stopped(output, "3 of 8 inner steps", [whose])
 elif what == "trained":
     from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat, read_heartbeats
 

@@ -11,6 +11,21 @@ import pytest
 from jobs import BIN, REPOSITORY, wait_until
 
 from deca_ds.cli import main
+from deca_ds.errors import (
+    AbsentError,
+    CheckpointError,
+    ConfigError,
+    CutOffError,
+    DataError,
+    DisconnectedError,
+    DivergedError,
+    LaunchError,
+    ModelError,
+    RankLostError,
+    StallError,
+    exit_code,
+)
+from deca_ds.transport.local import LocalNetwork
 
 SCRIPT = str(REPOSITORY / "tests/tools/supervised_job.py")
 KEYS = ("model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=10")
@@ -37,6 +52,8 @@ def supervise(folder: Path, plan: str, *keys: str) -> tuple[int, int]:
         ("lost:0 done:0 1", 0, 2, "the job ended with 0"),
         ("saved:1 1 1 137 done:0", 137, 4, "Giving up: 3 starts in a row have brought nothing new"),
         ("saved:1 1 1 saved:1 1 done:0 1", 0, 6, "newest checkpoint: inner step 20"),
+        ("saved:1 diverged:2 done:0", 2, 2, "FAILED_client_001 tells what to change first"),
+        ("diverged:0 done:0", 2, 1, "it would diverge again"),  # the others went on, until they were too few
     ],
 )
 def test_when_it_starts_the_job_again(tmp_path, capfd, plan, code, starts, told):
@@ -45,17 +62,45 @@ def test_when_it_starts_the_job_again(tmp_path, capfd, plan, code, starts, told)
     assert told in said and said.count("Starting it again") == starts - 1, said
 
 
+ABSENT = AbsentError("host n2 did not start within 60 s")
+LOST = LocalNetwork(2).transport(0).lost(1, "from", 5, "Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("cause", "code", "again"),
+    [
+        *((kind("a mistake"), 2, False) for kind in (ConfigError, DataError, ModelError, LaunchError, CheckpointError)),
+        (DivergedError("client 0 has diverged"), 2, False),
+        *((error, 1, True) for error in (ABSENT, LOST, StallError("no progress"), RankLostError("rank 1 is gone"))),
+        *((error, 1, True) for error in (CutOffError("out"), DisconnectedError("no agreement"), KeyError("a defect"))),
+        (RuntimeError("Connection reset by peer"), 1, True),
+        ("killed, under mpirun or srun", 137, True),
+        ("killed, under deepspeed", 247, True),
+        ("ssh failed, under pdsh", 255, True),
+        ("ended by a second Ctrl-C", 130, True),
+    ],
+)
+def test_what_may_succeed_again_is_started_again_though_nothing_was_trained(tmp_path, cause, code, again):
+    if isinstance(cause, Exception):
+        assert exit_code(cause) == code
+    assert supervise(tmp_path, f"{code} done:0 1") == ((0, 2) if again else (code, 1))
+
+
 @pytest.mark.parametrize(
     ("plan", "code", "starts"),
     [
         ("trained:137 join:trained:137 join:stopped:0 1", 0, 3),
         ("trained:137 join:2 join:2 join:2 join:2", 2, 4),  # nobody to join any more
         ("1 done:0", 1, 1),  # the job did not begin
+        ("diverged:137 done:0", 137, 1),
+        ("trained:137 join:other:137 join:stopped:0 1", 0, 3),  # another client has diverged
     ],
 )
 def test_a_rank_by_itself_joins_the_others_again(tmp_path, capfd, monkeypatch, plan, code, starts):
-    monkeypatch.setenv("RANK", "1")
-    assert supervise(tmp_path, plan, "cluster.on_failure=continue", "run.resume=never") == (code, starts)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    keys = ("cluster.on_failure=continue", "cluster.clients=2", "run.resume=never")
+    assert supervise(tmp_path, plan, *keys) == (code, starts)
     assert capfd.readouterr().err.count("Starting it again") == starts - 1
 
 

@@ -120,7 +120,7 @@ def test_mpi_processes_are_bit_identical_to_threads(local: list[dict], tmp_path:
     run_until_done([[mpirun, "--oversubscribe", "-n", str(CLIENTS), *PYTHON, WORKER, "mpi", str(tmp_path)]])
     for client, result in enumerate(compare(tmp_path, local)):
         sender = (client - 1) % CLIENTS
-        said = f"from rank {sender} (client {sender}) failed (tag 5): got 8 bytes, expected 12"
+        said = f"from rank {sender} (client {sender}) does not fit (tag 5): got 8 bytes, expected 12"
         assert said in result["short"]
 
 

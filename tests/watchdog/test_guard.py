@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 from dataclasses import asdict
@@ -16,9 +17,10 @@ from torch.distributed import HashStore
 from deca_ds.errors import ConfigError, DataError, public_message, whole_message
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.transport.local import LocalNetwork
 from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection
 from deca_ds.watchdog.guard import JobGuard
-from deca_ds.watchdog.heartbeats import Heartbeat
+from deca_ds.watchdog.heartbeats import Heartbeat, Heartbeats
 
 WORKER = str(Path(__file__).with_name("guard_worker.py"))
 STAY = ("stays", "stopped")
@@ -83,22 +85,26 @@ def test_what_may_quote_data_stays_with_its_rank(tmp_path):
 
 
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
+GONE = "rank 1 on n1 (client 0) is gone, last seen in gradient, step 3, block layer 1, "
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (RuntimeError(GLOO), "the connection to rank 1 on n1 broke off: it was killed"),
+        (RuntimeError(GLOO), GONE),
+        (LocalNetwork(2).transport(0).lost(1, "from", 5, GLOO), GONE),
         (RuntimeError("a defect"), "Traceback"),
         (ConfigError("Broken pipe"), "Broken pipe"),
     ],
 )
 def test_a_connection_that_broke_is_told_as_what_it_means(error, words, monkeypatch):
-    """To all ranks, by the name of who is at the other end, and not by the traceback of whom it hit."""
+    """To all ranks, by who is at the other end, where and when, what to look at, and the library's words last; not by
+    the traceback of whom it hit."""
     store, left = HashStore(), []
     made = JobGuard(Launch("deepspeed", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=20)))
     made.progress.watch(ClientLayout(1, 2), 60.0)
-    store.set("heartbeat/1", json.dumps(asdict(Heartbeat(1, "n1", 0, "gradient", 3, "", None, 0.1, time.time()))))
+    beat = Heartbeat(1, "n1", 0, "gradient", 3, "layer 1", None, 0.1, time.time())
+    store.set("heartbeat/1", json.dumps(asdict(beat)))
     monkeypatch.setattr(made, "_leave", left.append)
     try:
         raise error
@@ -106,16 +112,41 @@ def test_a_connection_that_broke_is_told_as_what_it_means(error, words, monkeypa
         made.fail(caught)
     (told,) = left
     assert words in told.message and told.code == (2 if isinstance(error, ConfigError) else 1)
-    if words.startswith("the connection"):
-        assert "Traceback" not in told.message and GLOO in told.message and "dmesg" in told.message
+    if words == GONE:
+        assert told.message.startswith(GONE) and told.message.endswith(GLOO)
+        assert "s ago: it was killed, or its host is out of reach\n  fix:   look at" in told.message
+        assert "Traceback" not in told.message and "dmesg" in told.message
         assert Failure.reported(store).message == told.message
     made._finished.set()
 
 
 def test_one_of_several_ranks_may_be_at_the_other_end():
     assert is_lost_connection(RuntimeError("Read error: Connection reset by peer"))
-    said = lost_connection(RuntimeError(GLOO), "rank 1 on n0, rank 3 on n1")
-    assert said.startswith("the connection to one of rank 1 on n0, rank 3 on n1 broke off: that rank was killed")
+    said = lost_connection(RuntimeError(GLOO), [("rank 1 on n0", "gossip, step 3, 1 s ago"), ("rank 3", "")])
+    assert said.splitlines()[:3] == [
+        "one of these ranks is gone: it was killed, or its host is out of reach",
+        "    rank 1 on n0: gossip, step 3, 1 s ago",
+        "    rank 3",
+    ]
+
+
+class GoneStore(HashStore):
+    """One whose host has been killed."""
+
+    def check(self, keys):
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_where_the_store_is_gone_a_file_tells_at_what_its_host_was(tmp_path):
+    made = Heartbeats(Launch("deepspeed", 1, 2, 1, None), lambda: [0, 1])
+    assert made.other_end(GoneStore(), 0) == [("rank 0", "")]
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    beat = Heartbeat(0, "n0", 0, "gossip", 3, "layer 1", 1, 0.0, time.time())
+    (folder / "rank_0000.json").write_text(json.dumps(asdict(beat)))
+    made.write_to(folder)
+    ((who, when),) = made.other_end(GoneStore(), 0)
+    assert who == "rank 0 on n0 (client 0)" and when.startswith("gossip, waiting for client 1, step 3, block layer 1, ")
 
 
 def test_an_interrupt_is_one_line_without_a_traceback():
@@ -127,7 +158,7 @@ def test_an_interrupt_is_one_line_without_a_traceback():
 def test_a_rank_0_that_vanishes_ends_the_others(tmp_path):
     codes, outputs = run(tmp_path, "vanish", "ready", "ready")
     assert codes == [7, 1, 1]
-    assert "rank 0 is gone" in outputs[1] + outputs[2]
+    assert re.search(r"rank 0\b.* is gone.*: it ended without a report\n  fix:   look at", outputs[1] + outputs[2])
 
 
 @pytest.mark.multiprocess
@@ -140,7 +171,7 @@ def test_a_rank_that_is_out_of_the_job_ends_though_it_hangs(tmp_path):
 @pytest.mark.multiprocess
 def test_a_rank_that_waits_to_be_let_in_gives_up_alone(tmp_path):
     codes, outputs = run(tmp_path, "stays", "visits", "stays")
-    assert (codes[0], codes[1]) == (0, 2) and "no progress for" in outputs[1]
+    assert (codes[0], codes[1]) == (0, 1) and "no progress for" in outputs[1]
     assert "no progress" not in outputs[0] + outputs[2] and "rank 1" not in outputs[0] + outputs[2]
 
 
@@ -148,7 +179,7 @@ def test_a_rank_that_waits_to_be_let_in_gives_up_alone(tmp_path):
 def test_a_rank_0_that_is_stopped_as_a_process_ends_the_others(tmp_path):
     """It takes the store along, which answers nothing, and takes every connection."""
     codes, outputs = run(tmp_path, "stopped", "idle", "idle")
-    assert codes == [7, 2, 2]
+    assert codes == [7, 1, 1]
     for output in outputs[1:]:
         assert "no answer for" in output and "look at rank 0: it is stopped as a process" in output
     assert "from the job's store, which rank 0 hosts" in (tmp_path / "FAILED").read_text()

@@ -113,11 +113,15 @@ def test_who_is_awaited_by_a_rank_itself_is_named_with_the_host(job):
     """In a collective the others of its client, in a gossip also those that it exchanges with; not whom these await."""
     job.later(2, *range(6))
     host = job.ranks[0].launch.host
-    assert job.ranks[2].awaited_itself(job.store) == f"rank 3 on {host}"
+    ((who, when),) = job.ranks[2].other_end(job.store)
+    assert who == f"rank 3 on {host} (client 1)" and when.endswith(" s ago")
     job.ranks[3].progress.wait_for(2)
     job.ranks[2].progress.wait_for(0)
-    assert set(job.ranks[2].awaited_itself(job.store).split(", ")) == {f"rank {rank} on {host}" for rank in (0, 3)}
-    assert job.ranks[2].awaited_itself(HashStore()).count(" on ") == 0, "a store that knows of nobody"
+    assert [who for who, _ in job.ranks[2].other_end(job.store)] == [
+        f"rank {rank} on {host} (client {rank // 2})" for rank in (0, 3)
+    ]
+    assert job.ranks[2].other_end(job.store, 4)[0][0] == f"rank 4 on {host} (client 2)", "whom an error names"
+    assert job.ranks[2].other_end(HashStore()) == [("rank 0", ""), ("rank 3", "")], "a store that knows of nobody"
 
 
 def test_who_keeps_silent_passes_no_patience_on(job):
