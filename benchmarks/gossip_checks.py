@@ -1,17 +1,19 @@
 """What checksums and clipping cost beside the weighted mean, without any network; gossip_speed.py has messages.
 
-    python benchmarks/gossip_checks.py
+    python benchmarks/gossip_checks.py [gossip.chunk_mib]
 
 One client of a ring of three averages a shard of 64 MiB; messages from its two neighbours are in their buffers at
 once. Variants in turn, in one process: the mean, of which every value is checked to be finite; with checksums as well
-(what a run does); and without, but with gossip.clip_radius. Adam's arithmetic on as many elements is beside them for
-scale, and so is what noting a phase costs. CPU seconds, one thread, medians.
+(what a run does); and without, but with gossip.clip_radius. For scale there are the checksum of the shard, the sum of
+its memory as integers (nothing but reading), Adam's arithmetic on as many elements, and what noting a phase costs. CPU
+seconds, one thread, medians.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -72,12 +74,14 @@ def average(gossip: Gossip, x: Tensor) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    chunk_mib = float(sys.argv[1]) if len(sys.argv) > 1 else GossipConfig().chunk_mib
     schedule, x = build_mixing(GossipConfig(), 3, seed=0), torch.randn(NUMEL)
-    plain, clipping = (Gossip(ThereAlready(), schedule, clip=clip) for clip in (None, Clip(1.0)))
-    summed = Gossip(ThereAlready(checksums=True), schedule)
+    plain, clipping = (Gossip(ThereAlready(), schedule, chunk_mib, clip=clip) for clip in (None, Clip(1.0)))
+    summed = Gossip(ThereAlready(checksums=True), schedule, chunk_mib)
     for gossip in (plain, summed, clipping):
+        largest = max(chunk.numel for chunk in gossip.chunks([NUMEL]))
         for _ in range(8):
-            gossip.pool.give_back(torch.randn(2**20))
+            gossip.pool.give_back(torch.randn(largest))
     rule = DecaRule()
     state = {name: torch.randn(NUMEL).abs_() for name in ("theta", "grad", *rule.buffers)}
 
@@ -85,6 +89,8 @@ def main() -> None:
         "mean": lambda: average(plain, x),
         "with checksums": lambda: average(summed, x),
         "clipped": lambda: average(clipping, x),
+        "one checksum": lambda: checksum(x),
+        "one sum": lambda: x.view(torch.int64).sum(),
         "local step": lambda: rule.local_step(state, inner=0, lr=1e-4, decay=0.0),
     }
     taken: dict[str, list[float]] = {name: [] for name in actions}
