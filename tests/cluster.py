@@ -79,7 +79,7 @@ class Cluster:
         known = "".join(f"{address} {name}\n" for name, address in addresses.items())
         (self.root / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
         for key in ("host", "id"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", etc / key], check=True, timeout=20)
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", etc / key], check=True, timeout=100)
         (etc / "known").write_text((etc / "id.pub").read_text())
         public = (etc / "host.pub").read_text()
         (etc / "known_hosts").write_text("".join(f"{name},{address} {public}" for name, address in addresses.items()))
@@ -134,7 +134,7 @@ class Cluster:
         command: Sequence[object],
         *,
         cwd: Path = REPOSITORY,
-        deadline_s: float = 200,
+        deadline_s: float = 300,
         during: Callable[[subprocess.Popen], None] = lambda process: None,
         **env: str,
     ) -> Finished:
@@ -164,7 +164,7 @@ class Cluster:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
-    def left(self, seconds: float = 40) -> dict[str, list[str]]:
+    def left(self, seconds: float = 100) -> dict[str, list[str]]:
         """What still runs on any host when nothing has ended for so long; nothing, as soon as that is so."""
         with contextlib.suppress(TimeoutError):
             _wait(lambda: not any(self.processes(name) for name in self.names), "", seconds)
@@ -178,7 +178,7 @@ class Cluster:
         self._network.clean_up()
 
 
-def _wait(until: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def _wait(until: Callable[[], bool], what: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not until():
         if time.monotonic() > deadline:

@@ -134,7 +134,6 @@ def test_a_client_that_hangs_is_put_out(keys, tmp_path, transport, ranks, hangs,
     assert not (output / "FAILED").exists()
 
 
-@pytest.mark.timeout(620)
 def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     """Client 0 of three, two ranks each, which is the coordinator, hosts the store and speaks for the job."""
     output, clients, ranks, dead, step = tmp_path / "run", 3, 2, 0, 4
@@ -156,7 +155,6 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     ShardedModel(step_folder(output / "checkpoints", 32)).verify()
 
 
-@pytest.mark.timeout(620)
 def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     """Client 0, one rank, dies amid an averaging and takes the state of client 1, two ranks; then client 1, by one of
     its ranks, dies and takes that of client 2, one rank. Before that a message is damaged. All are supervised."""
@@ -182,7 +180,6 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     assert saved.ranks == {0: 1, 1: 2, 2: 1}
 
 
-@pytest.mark.timeout(620)
 def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     """Client 0 of three, whose first rank would host the store. It has no folder but the addresses."""
     output = tmp_path / "run"
@@ -203,7 +200,6 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     assert export_model(output, tmp_path / "mean").source == "mean of 3 clients"
 
 
-@pytest.mark.timeout(620)
 def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(keys, tmp_path):
     """The centre of a star, which also speaks for the job, diverges: its values reach nobody, and it ends alone."""
     output = tmp_path / "run"
