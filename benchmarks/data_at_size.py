@@ -95,7 +95,8 @@ def rank(folder: Path, shard: int, ranks: int, steps: int) -> dict[str, Any]:
     import datasets
     from transformers import AutoTokenizer
 
-    from deca_ds.config.schema import Config, DataConfig
+    from deca_ds.config.data import DataConfig
+    from deca_ds.config.schema import Config
     from deca_ds.data import load_client_data, training_batches
 
     datasets.disable_progress_bars()

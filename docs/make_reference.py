@@ -19,20 +19,16 @@ import yaml
 
 from deca_ds.algorithm.methods import METHODS, Method
 from deca_ds.algorithm.rule import GRADIENT
-from deca_ds.config.checks import ONE_OF, RANGES
 from deca_ds.config.schema import AlgorithmConfig, Config
-from deca_ds.data.checks import RANGES as DATA_RANGES
+from deca_ds.data.checks import NAMES as DATA_NAMES
 from deca_ds.data.formats import FORMATS
-from deca_ds.training.chosen_method import RANGES as METHOD_RANGES
+from deca_ds.training.chosen_method import NAMES as METHOD_NAMES
 
 PAGE = Path(__file__).with_name("configuration.md")
 MARK = "<!-- The rest of this page is written by docs/make_reference.py. -->\n"
 TIED = "\0"  # a space at which no line breaks
 KINDS = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text"}
-RANGE = {
-    key: allowed.partition(":")[0].replace("null", "`null`")
-    for key, _, allowed in (*RANGES, *DATA_RANGES, *METHOD_RANGES)
-}
+NAMES = DATA_NAMES | METHOD_NAMES
 # of a key that only some methods or formats use, these
 USERS = {
     f"algorithm.{field.name}": [name for name, method in METHODS.items() if field.name in method.coefficients]
@@ -106,11 +102,12 @@ def _section(section: Field[Any]) -> str:
 
 def _entry(key: str, field: Field[Any], section: type) -> str:
     default = "required" if field.default == "???" else f"default `{_default(field)}`"
-    values, allowed = _values(get_type_hints(section)[field.name]), RANGE.get(key, "")
-    if allowed.startswith(ONE_OF):
-        values = ", ".join(f"`{name}`" for name in allowed.removeprefix(ONE_OF).split(", "))
-    else:
-        values = allowed if allowed.startswith("`null`") else ", ".join(filter(None, [values, allowed]))
+    values, allowed = _values(get_type_hints(section)[field.name]), field.metadata["allowed"]
+    if key in NAMES:
+        values = ", ".join(f"`{name}`" for name in NAMES[key])
+    elif allowed is not None:
+        words = allowed.words.partition(":")[0].replace("null", "`null`")
+        values = words if words.startswith("`null`") else f"{values}, {words}"
     users = f"; for {' and '.join(f'`{name}`' for name in USERS[key])}" if key in USERS else ""
     see = _link(field.metadata["see"])
     text = f"- **`{key}`** ({values}{users}; {default}): {field.metadata['meaning']}{see}"

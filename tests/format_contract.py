@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from deca_ds.config.schema import DataConfig
+from deca_ds.config.data import DataConfig
 from deca_ds.data.encoding import IGNORED, Encoder
 from deca_ds.data.formats import ExampleRules, Format, Use
 from deca_ds.data.formats.fields import CONVERSATIONS, PAIRS, TEXTS, check_fields

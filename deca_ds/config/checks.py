@@ -1,10 +1,10 @@
-"""Cross-field checks that need nothing but the configuration itself. They run before any process group exists."""
+"""Checks that need nothing but the configuration itself. They run before any process group exists."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,54 +14,7 @@ from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
 
 _LARGEST = 1e30  # of any number: larger ones, times others, are none in float32
-ONE_OF = "one of "  # begins what the value must be, where it is a name in a registry
 LOCK = "LOCK"  # in the output folder: which job has it
-
-# (key, predicate, what the value must be)
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("run.threads", lambda x: x is None or x >= 1, "null or at least 1"),
-    ("run.seed", lambda x: 0 <= x < 2**31, "between 0 and 2147483647"),
-    ("cluster.clients", lambda x: x >= 1, "at least 1"),
-    ("cluster.timeout_s", lambda x: x > 0, "more than 0"),
-    ("cluster.meet_s", lambda x: x > 0, "more than 0"),
-    ("cluster.return_s", lambda x: x >= 0, "0 or more"),
-    ("cluster.min_clients", lambda x: x >= 1, "at least 1"),
-    ("blocks.layers_per_block", lambda x: x is None or x >= 1, "null or at least 1"),
-    ("algorithm.rounds", lambda x: x is None or x >= 1, "null or at least 1"),
-    ("algorithm.epochs", lambda x: x is None or x > 0, "null or more than 0"),
-    ("algorithm.inner_steps", lambda x: x >= 1, "at least 1"),
-    ("algorithm.a1", lambda x: 0 <= x < 1, "in [0, 1)"),
-    ("algorithm.a2", lambda x: 0 <= x < 1, "in [0, 1)"),
-    ("algorithm.b1", lambda x: 0 <= x <= 1, "in [0, 1]"),
-    ("algorithm.b2", lambda x: 0 <= x < 1, "in [0, 1): with 1 the second moment takes no signal and the run diverges"),
-    ("algorithm.eps", lambda x: x > 0, "more than 0"),
-    ("algorithm.outer_lr", lambda x: x > 0, "more than 0"),
-    ("algorithm.outer_momentum", lambda x: 0 <= x < 1, "in [0, 1)"),
-    ("lora.rank", lambda x: x >= 1, "at least 1"),
-    ("lora.alpha", lambda x: x > 0, "more than 0"),
-    ("lora.dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
-    ("optimizer.lr", lambda x: x >= 0, "at least 0"),
-    ("optimizer.warmup_steps", lambda x: x >= 0, "at least 0"),
-    ("optimizer.final_lr_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
-    ("optimizer.weight_decay", lambda x: x >= 0, "at least 0"),
-    ("optimizer.clip_norm", lambda x: x >= 0, "at least 0"),
-    ("gossip.every", lambda x: x >= 1, "at least 1"),
-    ("gossip.clip_radius", lambda x: x is None or x > 0, "null or more than 0"),
-    ("gossip.wait_s", lambda x: x is None or x > 0, "null or more than 0"),
-    ("gossip.chunk_mib", lambda x: 0 < x <= 1024, "more than 0 and at most 1024"),
-    ("gossip.edge_probability", lambda x: 0 < x <= 1, "in (0, 1]"),
-    ("data.micro_batch_size", lambda x: x >= 1, "at least 1"),
-    ("data.batch_size", lambda x: x >= 1, "at least 1"),
-    ("data.max_length", lambda x: x >= 2, "at least 2"),
-    ("evaluation.every", lambda x: x >= 0, "at least 0"),
-    ("evaluation.patience", lambda x: x >= 0, "at least 0"),
-    ("evaluation.batch_size", lambda x: x >= 1, "at least 1"),
-    ("evaluation.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
-    ("checkpoint.every", lambda x: x >= 0, "at least 0"),
-    ("checkpoint.keep", lambda x: x >= 1, "at least 1"),
-    ("logging.every", lambda x: x >= 1, "at least 1"),
-    ("logging.progress_s", lambda x: x > 0, "more than 0"),
-)
 
 # DeepSpeed keys that the trainer sets itself or that would break block-wise training, with the reason.
 REFUSED_DEEPSPEED_KEYS = {
@@ -86,7 +39,7 @@ REFUSED_DEEPSPEED_KEYS = {
 def check(config: Config) -> None:
     """Refuse values that are out of range or contradict each other; raises ConfigError naming the key."""
     _check_finite(config, "")
-    check_ranges(config, RANGES)
+    check_ranges(config)
     rounds, epochs = config.algorithm.rounds, config.algorithm.epochs
     if rounds is not None and epochs is not None:
         raise ConfigError(
@@ -130,19 +83,25 @@ def check(config: Config) -> None:
         read_deepspeed_json(Path(config.deepspeed))
 
 
-def check_ranges(config: Config, ranges: Iterable[tuple[str, Callable[[Any], bool], str]]) -> None:
-    """Raise ConfigError unless every key of `ranges`, which are made as RANGES, has a value that is allowed."""
-    for key, allowed, expected in ranges:
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if not allowed(value):
-            what = "is not known" if expected.startswith(ONE_OF) else "is out of range"
-            raise ConfigError(f"{key} = {value!r} {what}", where=key, fix=f"make it {expected}")
+def check_ranges(config: Config) -> None:
+    """Raise ConfigError unless every key has a value that the schema allows."""
+    for section in fields(config):
+        if not is_dataclass(section.default_factory):
+            continue
+        for field in fields(section.default_factory):
+            value, allowed = getattr(getattr(config, section.name), field.name), field.metadata["allowed"]
+            if allowed is not None and not allowed.holds(value):
+                key = f"{section.name}.{field.name}"
+                raise ConfigError(f"{key} = {value!r} is out of range", where=key, fix=f"make it {allowed.words}")
 
 
-def one_of(names: Iterable[str]) -> str:
-    """What the value must be, where it is one of the names in a registry."""
-    return ONE_OF + ", ".join(names)
+def check_names(config: Config, registries: Mapping[str, Collection[str]]) -> None:
+    """Raise ConfigError unless every key of `registries` names one of what stands there."""
+    for key, known in registries.items():
+        section, _, field = key.partition(".")
+        value = getattr(getattr(config, section), field)
+        if value not in known:
+            raise ConfigError(f"{key} = {value!r} is not known", where=key, fix=f"make it one of {', '.join(known)}")
 
 
 def _check_wait(config: Config) -> None:

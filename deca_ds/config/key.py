@@ -1,19 +1,62 @@
-"""How the schema declares a key."""
+"""How the schema declares a key, and which values it may have."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import field
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 
-def key(default: Any, meaning: str, see: str | None = None) -> Any:
+@dataclass(frozen=True)
+class Allowed:
+    """Values that a key may have. holds: whether one does. words: what a value must be, after "make it"."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def at_least(least: float) -> Allowed:
+    """least or more."""
+    return Allowed(lambda x: x >= least, f"at least {least:g}")
+
+
+def more_than(bound: float) -> Allowed:
+    """More than bound."""
+    return Allowed(lambda x: x > bound, f"more than {bound:g}")
+
+
+def inside(interval: str, why: str = "") -> Allowed:
+    """As mathematics writes it: "[0, 1)" has 0 and not 1. why: for messages."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = low.__le__ if interval[0] == "[" else low.__lt__
+    below = high.__ge__ if interval[-1] == "]" else high.__gt__
+    return Allowed(lambda x: bool(above(x) and below(x)), f"in {interval}" + f": {why}" * bool(why))
+
+
+def or_null(allowed: Allowed) -> Allowed:
+    """These, or null."""
+    return Allowed(lambda x: x is None or allowed.holds(x), f"null or {allowed.words}")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+DAY = Allowed(_is_day, "a day, YYYY-MM-DD")
+
+
+def key(default: Any, meaning: str, see: str | None = None, *, allowed: Allowed | None = None) -> Any:
     """A configuration key.
 
     meaning: one sentence for the reference and for error messages. see: the page in docs/ that tells more, or
-    page.md#section.
+    page.md#section. allowed: which values of its type it may have; None: all.
     """
-    metadata = {"meaning": meaning, "see": see}
+    metadata = {"meaning": meaning, "see": see, "allowed": allowed}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-from deca_ds.config.key import key
+from deca_ds.config.data import DataConfig
+from deca_ds.config.key import at_least, inside, key, more_than, or_null
 from deca_ds.config.watching import CheckpointConfig, EvaluationConfig, LoggingConfig
 
 # OmegaConf reads the annotations at run time: Optional[...] and Literal[...] stay spelt out.
@@ -29,18 +30,30 @@ class RunConfig:
         "`require`, which refuses to start without one.",
         "checkpoints.md",
     )
-    seed: int = key(0, "Seed of the partition, the data order, random blocks, random graphs and random weights.")
+    seed: int = key(
+        0,
+        "Seed of the partition, the data order, random blocks, random graphs and random weights.",
+        allowed=inside("[0, 2147483647]"),
+    )
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Device that computes; `auto` takes `cuda` where torch sees a GPU and `cpu` elsewhere."
     )
-    threads: Optional[int] = key(None, "CPU threads of a rank; `null`: `OMP_NUM_THREADS`, or its share of the cores.")
+    threads: Optional[int] = key(
+        None,
+        "CPU threads of a rank; `null`: `OMP_NUM_THREADS`, or its share of the cores.",
+        allowed=or_null(at_least(1)),
+    )
 
 
 @dataclass
 class ClusterConfig:
     """Who trains: n clients, each a ZeRO-3 world of its own, and what happens when one of them fails."""
 
-    clients: int = key(1, "Number of clients n; it divides the number of launched ranks unless `cluster.ranks` is set.")
+    clients: int = key(
+        1,
+        "Number of clients n; it divides the number of launched ranks unless `cluster.ranks` is set.",
+        allowed=at_least(1),
+    )
     ranks: Optional[list[int]] = key(
         None,
         "Number of ranks of each client, in order, such as `[2, 1, 1]`; `null` divides the launched ranks equally.",
@@ -56,12 +69,14 @@ class ClusterConfig:
         600.0,
         "Seconds after which a rank ends the job if neither it nor any rank that it waits for has made progress.",
         "failures.md#no-wait-is-silent-or-endless",
+        allowed=more_than(0),
     )
     meet_s: float = key(
         60.0,
         "Seconds that the ranks that have started wait for the others at the start, until the job ends and names the "
         "hosts that are silent.",
         "launching.md#hosts-that-do-not-start",
+        allowed=more_than(0),
     )
     on_failure: Literal["stop", "continue"] = key(
         "stop",
@@ -76,7 +91,9 @@ class ClusterConfig:
         "failures.md#when-a-client-comes-late",
     )
     min_clients: int = key(
-        2, "With `cluster.on_failure=continue`: with fewer clients than this, the job saves a checkpoint and stops."
+        2,
+        "With `cluster.on_failure=continue`: with fewer clients than this, the job saves a checkpoint and stops.",
+        allowed=at_least(1),
     )
     on_partition: Literal["stop", "continue"] = key(
         "stop",
@@ -88,6 +105,7 @@ class ClusterConfig:
         "With `cluster.on_failure=continue` over torch: seconds for which a client that was cut off, or is in the "
         "smaller part of a split network, tries to return by itself; with 0 the client ends and the part goes on.",
         "failures.md#when-the-network-splits",
+        allowed=at_least(0),
     )
     allow_mixed_versions: bool = key(
         False, "Only warn about ranks that run other versions of Python or of a library, instead of refusing to start."
@@ -126,7 +144,9 @@ class ModelConfig:
 class BlocksConfig:
     """How the parameters are split into disjoint blocks."""
 
-    layers_per_block: Optional[int] = key(2, "Consecutive layers in a block; `null` makes the whole model one block.")
+    layers_per_block: Optional[int] = key(
+        2, "Consecutive layers in a block; `null` makes the whole model one block.", allowed=or_null(at_least(1))
+    )
     order: Literal["ascending", "descending", "random"] = key(
         "ascending", "Order of the blocks in a round; `random` shuffles them anew in every round."
     )
@@ -147,23 +167,29 @@ class AlgorithmConfig:
         None,
         "Number of rounds (T), in each of which every block is active once; `null` takes 4, or what `algorithm.epochs` "
         "comes to.",
+        allowed=or_null(at_least(1)),
     )
     epochs: Optional[float] = key(
         None,
         "Instead of `algorithm.rounds`: how often the clients go over their data, rounded up to whole rounds.",
         "algorithm.md#length",
+        allowed=or_null(more_than(0)),
     )
-    inner_steps: int = key(48, "Number of consecutive steps for which a block is active (R).")
+    inner_steps: int = key(48, "Number of consecutive steps for which a block is active (R).", allowed=at_least(1))
     signal: str = key(
         "descent", "What gossip tells Adam's moments (block-wise moment approximation).", "algorithm.md#the-signal"
     )
-    a1: float = key(0.9, "Decay of the first moment when it takes in the local gradient.")
-    a2: float = key(0.999, "Decay of the second moment when it takes in the local gradient.")
-    b1: float = key(0.9, "Decay of the first moment when it takes in the signal.")
-    b2: float = key(0.99, "Decay of the second moment when it takes in the signal.")
-    eps: float = key(1e-8, "Number that Adam adds to the root of the second moment.")
-    outer_lr: float = key(0.7, "Learning rate of the outer Nesterov step.")
-    outer_momentum: float = key(0.9, "Momentum of the outer step.")
+    a1: float = key(0.9, "Decay of the first moment when it takes in the local gradient.", allowed=inside("[0, 1)"))
+    a2: float = key(0.999, "Decay of the second moment when it takes in the local gradient.", allowed=inside("[0, 1)"))
+    b1: float = key(0.9, "Decay of the first moment when it takes in the signal.", allowed=inside("[0, 1]"))
+    b2: float = key(
+        0.99,
+        "Decay of the second moment when it takes in the signal.",
+        allowed=inside("[0, 1)", "with 1 the second moment takes no signal and the run diverges"),
+    )
+    eps: float = key(1e-8, "Number that Adam adds to the root of the second moment.", allowed=more_than(0))
+    outer_lr: float = key(0.7, "Learning rate of the outer Nesterov step.", allowed=more_than(0))
+    outer_momentum: float = key(0.9, "Momentum of the outer step.", allowed=inside("[0, 1)"))
 
 
 @dataclass
@@ -174,37 +200,43 @@ class LoraConfig:
     trains and travels, and the model below them stays as it was loaded. `gossip.every` is the number of local steps.
     """
 
-    rank: int = key(8, "Number of rows of A and of columns of B.")
-    alpha: float = key(16.0, "Factor alpha in alpha / rank, which scales what an adapter adds.")
+    rank: int = key(8, "Number of rows of A and of columns of B.", allowed=at_least(1))
+    alpha: float = key(16.0, "Factor alpha in alpha / rank, which scales what an adapter adds.", allowed=more_than(0))
     target_modules: list[str] = key(
         [],
         "Linear layers that get an adapter, by their full names or by the ends of these (`q_proj`); an empty list "
         "means all linear layers inside the transformer's layers.",
     )
-    dropout: float = key(0.0, "Dropout on the adapters' input during training.")
+    dropout: float = key(0.0, "Dropout on the adapters' input during training.", allowed=inside("[0, 1)"))
 
 
 @dataclass
 class OptimizerConfig:
     """The local step: learning rate, its schedule, weight decay and gradient clipping."""
 
-    lr: float = key(5e-5, "Peak learning rate.")
+    lr: float = key(5e-5, "Peak learning rate.", allowed=at_least(0))
     schedule: Literal["constant", "linear", "cosine"] = key(
         "constant", "Course of the learning rate over all inner steps of the run."
     )
-    warmup_steps: int = key(0, "Inner steps at the start of the run in which the learning rate rises linearly from 0.")
+    warmup_steps: int = key(
+        0, "Inner steps at the start of the run in which the learning rate rises linearly from 0.", allowed=at_least(0)
+    )
     final_lr_ratio: float = key(
         0.0,
         "What the schedules `linear` and `cosine` fall to, as a multiple of `optimizer.lr`; they come to it one step "
         "after the last, so that no step is spent on a rate of 0.",
+        allowed=inside("[0, 1]"),
     )
     weight_decay: float = key(
         0.0,
         "Decoupled weight decay; it spares norms and biases (parameters of one dimension) and every parameter that "
         "gets no gradient in a step.",
+        allowed=at_least(0),
     )
     clip_norm: float = key(
-        1.0, "Largest 2-norm of the active block's gradient, which is scaled down to it; 0 switches clipping off."
+        1.0,
+        "Largest 2-norm of the active block's gradient, which is scaled down to it; 0 switches clipping off.",
+        allowed=at_least(0),
     )
 
 
@@ -236,19 +268,22 @@ class GossipConfig:
         0.5,
         "For the graph `erdos_renyi`: the probability of each edge; the graph is drawn from `run.seed` until it is "
         "connected.",
+        allowed=inside("(0, 1]"),
     )
-    every: int = key(1, "Number of inner steps from one averaging to the next (s).")
+    every: int = key(1, "Number of inner steps from one averaging to the next (s).", allowed=at_least(1))
     clip_radius: Optional[float] = key(
         None,
         "Largest 2-norm of the difference between a neighbour's block and the client's own, which is scaled down "
         "to it; `null` switches clipping off.",
         "algorithm.md#clipping",
+        allowed=or_null(more_than(0)),
     )
     wait_s: Optional[float] = key(
         None,
         "Seconds for which a client waits for a late neighbour before both average without each other; `null` waits "
         "until `cluster.timeout_s` ends the job.",
         "failures.md#when-a-client-is-late",
+        allowed=or_null(more_than(0)),
     )
     wire: str = key(
         "float32",
@@ -265,84 +300,7 @@ class GossipConfig:
         8.0,
         "Size of a chunk in MiB of float32 values: one chunk travels while the next is computed, larger ones are fewer "
         "messages, and smaller ones stay in the CPU's cache from one pass over them to the next.",
-    )
-
-
-@dataclass
-class DataConfig:
-    """What the clients train on, and which client gets which examples. See [Data](data.md)."""
-
-    train: list[str] = key(
-        [],
-        "Files, folders, globs, or hub data sets (`owner/name` or `owner/name:split`) that `data.partition` shares out "
-        "among the clients.",
-        "data.md#sources",
-    )
-    per_client: list[str] = key(
-        [],
-        "Instead of `data.train`: the file, folder or glob of client i at place i; only that client's ranks open it.",
-        "data.md#who-gets-what",
-    )
-    evaluation: list[str] = key([], "Sources of the common evaluation set, which is the same for every client.")
-    per_client_evaluation: list[str] = key(
-        [],
-        "With `data.per_client`: the evaluation file of client i at place i; without it, `data.client_holdout` of each "
-        "client's examples is held out.",
-    )
-    common_holdout: float = key(
-        0.0, "Share of `data.train` that becomes the common evaluation set before the partition."
-    )
-    client_holdout: float = key(
-        0.1, "Share of each client's examples that is held out as the client's own evaluation set."
-    )
-    subset: Optional[str] = key(None, "Configuration name of a hub data set.")
-    split: str = key("train", "Split of a hub data set.")
-    format: str = key("text", "How a row becomes an example.", "formats.md")
-    column_names: list[str] = key([], "Names for the columns of a CSV or TSV file that has no header.")
-    text_columns: list[str] = key(["text"], "The columns that hold the text, joined by a space.")
-    label_column: str = key("label", "The column that holds the label.")
-    label_names: dict[str, str] = key(
-        {},
-        "The word that the model learns to answer for each label; an empty mapping takes the labels themselves.",
-    )
-    prompt: str = key(
-        "{text}\nLabel:",
-        "The prompt, in which the text replaces {text}; the answer follows after a space.",
-    )
-    partition: Literal["iid", "dirichlet", "key"] = key(
-        "iid", "How `data.train` is shared out among the clients.", "data.md#who-gets-what"
-    )
-    alpha: float = key(
-        0.25, "For the partition `dirichlet`: the concentration; a smaller value skews the clients' shares more."
-    )
-    partition_column: Optional[str] = key(
-        None,
-        "For the partitions `dirichlet` and `key`: the column that decides who gets a row; `null` takes "
-        "`data.label_column`.",
-    )
-    max_examples: Optional[int] = key(
-        None, "Largest number of examples of `data.train` that is used, chosen with `run.seed`; `null` uses all."
-    )
-    date: Optional[str] = key(
-        None,
-        "For chat templates that write the date (`strftime_now`): the day as `YYYY-MM-DD`; `null` takes the day of the "
-        "run's first start, on all ranks and after every resume.",
-    )
-    cache: Optional[str] = key(
-        None,
-        "Folder of tokenised data, which each host keeps for later starts; `null` takes `deca_ds` in the cache of the "
-        "datasets library (`HF_DATASETS_CACHE`, `HF_HOME` or `~/.cache/huggingface`).",
-        "data.md#what-is-kept",
-    )
-    max_length: int = key(512, "Largest number of tokens in a sequence; longer sequences are cut.")
-    packing: bool = key(
-        False,
-        "Fill each sequence of `data.max_length` tokens with examples, each of which sees those before it.",
-    )
-    answers_only: bool = key(True, "Compute the loss on answers only, not on prompts (plain text has no prompts).")
-    batch_size: int = key(16, "Sequences per client and inner step, over all ranks of the client.")
-    micro_batch_size: int = key(
-        4, "Sequences per rank and forward pass; gradient accumulation makes up the rest of the batch."
+        allowed=inside("(0, 1024]"),
     )
 
 

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
-from deca_ds.config.checks import RANGES as CONFIG_RANGES
-from deca_ds.config.checks import check_ranges, one_of
+from deca_ds.config.checks import check_names, check_ranges
+from deca_ds.config.data import DataConfig
 from deca_ds.config.paths import check_writable
-from deca_ds.config.schema import Config, DataConfig
+from deca_ds.config.schema import Config
 from deca_ds.data.files import DOCUMENT, TABLES, Found, kind_of, some
 from deca_ds.data.formats import FORMATS, Format
 from deca_ds.data.sources import HubName, Source, find_sources, look_through
 from deca_ds.errors import ConfigError
 
-
-def _is_day(text: str | None) -> bool:
-    try:
-        return text is None or datetime.date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    *(entry for entry in CONFIG_RANGES if entry[0].startswith(("data.", "evaluation."))),
-    ("data.alpha", lambda x: x > 0, "more than 0"),
-    ("data.common_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
-    ("data.client_holdout", lambda x: 0 <= x < 1, "in [0, 1)"),
-    ("data.format", FORMATS.__contains__, one_of(FORMATS)),
-    ("data.date", _is_day, "a day, YYYY-MM-DD"),
-    ("data.max_examples", lambda x: x is None or x >= 1, "null or at least 1"),
-)
+NAMES: dict[str, Collection[str]] = {"data.format": FORMATS}  # of keys that name something in a registry
 
 
 def validate_data_config(config: Config, client: int | None = None) -> None:
@@ -45,7 +27,8 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
     data = config.data
     if data.cache is not None and not os.path.isdir(data.cache):  # one that is there may have all that is needed
         check_writable(Path(data.cache), "data.cache")
-    check_ranges(config, RANGES)
+    check_ranges(config)
+    check_names(config, NAMES)
     format = FORMATS[data.format]
     _check_where_data_comes_from(data, config.cluster.clients, format)
     _check_partition(data, format)

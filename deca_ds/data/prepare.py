@@ -24,7 +24,8 @@ import xxhash
 from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
-from deca_ds.config.schema import Config, DataConfig
+from deca_ds.config.data import DataConfig
+from deca_ds.config.schema import Config
 from deca_ds.data.cache import Cache, Entry
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.code import code_of

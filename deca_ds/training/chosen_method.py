@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,17 +12,17 @@ from deca_ds.algorithm.methods import METHODS, Method
 from deca_ds.algorithm.rule import Rule
 from deca_ds.algorithm.schedule import Schedule, Step, learning_rate
 from deca_ds.config import Config
-from deca_ds.config.checks import check_ranges, one_of
+from deca_ds.config.checks import check_names
 from deca_ds.config.schema import AlgorithmConfig, OptimizerConfig
 from deca_ds.engine.adapters import require_peft
 from deca_ds.errors import ConfigError
 from deca_ds.gossip.codec import CODECS
 
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("algorithm.method", METHODS.__contains__, one_of(METHODS)),
-    ("algorithm.signal", SIGNALS.__contains__, one_of(SIGNALS)),
-    ("gossip.wire", CODECS.__contains__, one_of(CODECS)),
-)
+NAMES: dict[str, Collection[str]] = {  # of keys that name something in a registry
+    "algorithm.method": METHODS,
+    "algorithm.signal": SIGNALS,
+    "gossip.wire": CODECS,
+}
 
 
 def rule_of(config: Config) -> Rule:
@@ -57,7 +57,7 @@ def step_learning_rate(optimizer: OptimizerConfig, step: Step, steps: int) -> fl
 
 def check_method(config: Config) -> None:
     """Raise ConfigError for a method or codec that there is not, and where it contradicts blocks, clients or gossip."""
-    check_ranges(config, RANGES)
+    check_names(config, NAMES)
     name, method = config.algorithm.method, METHODS[config.algorithm.method]
     chosen = f"algorithm.method={name}"
     if method.alone and config.cluster.clients > 1 and (config.gossip.graph != "isolated" or config.gossip.matrix):

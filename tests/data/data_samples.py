@@ -11,7 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deca_ds.config.schema import ClusterConfig, Config, DataConfig, EvaluationConfig, RunConfig
+from deca_ds.config.data import DataConfig
+from deca_ds.config.schema import ClusterConfig, Config, EvaluationConfig, RunConfig
 from deca_ds.data.formats import FORMATS, ExampleRules
 
 PATHS = ("train", "per_client", "evaluation", "per_client_evaluation")

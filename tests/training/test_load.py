@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import HashStore
 
-from deca_ds.config.schema import Config, DataConfig, ModelConfig
+from deca_ds.config.data import DataConfig
+from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.data import client as client_module
 from deca_ds.engine.load import load_tokenizer
 from deca_ds.errors import DataError

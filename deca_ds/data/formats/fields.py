@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Features, Value
 
-from deca_ds.config.schema import DataConfig
+from deca_ds.config.data import DataConfig
 from deca_ds.data.formats.labels import normal_label
 from deca_ds.errors import DataError
 

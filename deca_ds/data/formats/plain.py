@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deca_ds.config.schema import DataConfig
+from deca_ds.config.data import DataConfig
 from deca_ds.data.formats.fields import (
     PAIRS,
     TEXTS,
