@@ -82,6 +82,32 @@ def test_module(path):
     assert path.stem not in ("utils", "helpers", "misc", "common")
 
 
+def defined(path: Path) -> set[str]:
+    """Names at the top of a module, those under `if TYPE_CHECKING` too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def test_what_benchmarks_and_examples_import_is_there():
+    """No test runs most of them."""
+    known = {module_of(path): path for path in MODULES}
+    for folder in ("benchmarks", "examples", "docs", "offline"):
+        for path in (PACKAGE.parent / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "deca_ds":
+                    assert node.module in known, f"{path}: no {node.module}"
+                    for alias in node.names:
+                        there = f"{node.module}.{alias.name}" in known or alias.name in defined(known[node.module])
+                        assert there, f"{path}: no {alias.name} in {node.module}"
+
+
 def test_every_part_has_its_rule():
     assert {part_of(path) for path in MODULES} == MAY_IMPORT.keys() | {"__init__"}
 
