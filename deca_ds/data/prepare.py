@@ -117,7 +117,7 @@ class Preparation:
         return self.cache.entry("tokens", parts, make)
 
     def examples(self, scratch: Path) -> Examples:
-        """Read, partitioned and held out. scratch: a folder that has to be there as long as they are."""
+        """Read, partitioned and held out. scratch: an empty folder, which has to be there as long as they are."""
         self.encoder = self._encoder()
         return self._examples(scratch)
 

@@ -73,8 +73,8 @@ class Work:
 
 
 def write_rows(path: Path, features: Features, batches: Iterable[pa.RecordBatch]) -> Dataset:
-    """An Arrow file as the datasets library writes them; returns its rows, memory-mapped."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+    """A new Arrow file as the datasets library writes them; returns its rows, memory-mapped."""
+    with path.open("xb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
     return Dataset.from_file(str(path))
@@ -95,15 +95,17 @@ def batches_of(rows: Iterable[dict[str, Any]], features: Features) -> Iterator[p
 
 
 def select_rows(dataset: Dataset, indices: npt.NDArray[np.int64], path: Path) -> Dataset:
-    """These rows; which ones they are lies in the file `path`. The datasets library's own `select` makes an object of
-    Python's of each number, 40 bytes large."""
+    """These rows; which ones they are lies in `path`, a new file: rows of others may be mapped from one that is there.
+
+    The datasets library's own `select` makes an object of Python's of each number, 40 bytes large.
+    """
     if np.array_equal(indices, np.arange(len(dataset))):
         return dataset
     kept = pa.chunked_array([pa.array(indices, pa.uint64())])
     if dataset._indices is not None:
         kept = dataset._indices.column(0).take(kept)
     table = pa.table({"indices": kept})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    with path.open("xb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, BATCH)
     mapped = MemoryMappedTable.from_file(str(path))
     return Dataset(dataset.data, dataset.info, dataset.split, mapped, fingerprint=path.stem)

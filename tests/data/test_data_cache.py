@@ -138,7 +138,7 @@ OWN = Format("own", {"text": "t", "label": "l"}, "", (), PAIRS, example, lambda 
 def test_a_format_of_ones_own_counts_by_its_code(tokenizer, path, folder, tmp_path, monkeypatch, has_file):
     """Whether it stands in a file, or in a notebook."""
     if not has_file:
-        monkeypatch.delattr(sys.modules["__main__"], "__file__")
+        monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
 
     def first(prompt):
         name, text = "own_format" if has_file else "__main__", OWN_FORMAT.replace("PROMPT", prompt)
@@ -290,7 +290,7 @@ def test_a_full_disk_is_told(tokenizer, path, folder, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(rows.pa, "OSFile", full)
+    monkeypatch.setattr(rows.pa.ipc, "new_stream", full)
     with pytest.raises(ConfigError, match=r"(?s)cannot prepare data in.*cache.*No space left.*data\.cache"):
         load_client_data(make_config(train=[path], cache=str(folder)), tokenizer, 0)
     assert not list(folder.iterdir())

@@ -1,7 +1,8 @@
 """The trainer, which goes no further than to a step until it is told to stop. Started like launchers/train.py.
 
-Environment: GATE=STEP:FILE. The job stays after STEP inner steps, until it is told to stop, or there is a FILE. So a
-test that acts upon a step acts before the end, however late that is.
+Environment: GATE=STEP:FILE. The job stays after STEP inner steps, until its ranks agree on where to stop, or there is a
+FILE. So a test that acts upon a step acts before the end, however late that is. That a rank was told to stop is not
+enough: the few steps that are left may take less time than the others need to hear of it.
 """
 
 import gc
@@ -19,7 +20,7 @@ may_pass = StopByStore.may_pass
 
 
 def at_the_gate(self, done):
-    while done >= int(step) and not self.pending and not os.path.exists(file):
+    while done >= int(step) and self._last is None and not os.path.exists(file):
         time.sleep(0.02)
     return may_pass(self, done)
 

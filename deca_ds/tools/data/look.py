@@ -91,7 +91,9 @@ def look(
         for number in numbers:
             entry = Preparation(config, tokenizer, number, cache, work, sample).entry()
             again = Preparation(config, tokenizer, number, cache, work, sample)
-            of = again.examples(scratch)
+            own = scratch / f"client_{number}"
+            own.mkdir()
+            of = again.examples(own)
             sets = {TRAIN: of.train, OWN: of.own, COMMON: of.common}
             labels = {
                 name: _labels(rows, again.words)
