@@ -42,6 +42,7 @@ from deca_ds.watchdog.restart import JOIN
 
 _HANDS_ON = ("mpirun", "mpiexec", "prterun", "srun")  # launchers that pass SIGUSR1 to all ranks
 _LONGEST_PAUSE_S = 120.0
+_INTERRUPTED = "interrupted: the job saves a checkpoint and stops; Ctrl-C again ends it at once"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,12 +136,24 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._told = False  # no Event: a signal handler must not wait for a lock that it has interrupted
 
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the launcher has a session of its own: Ctrl-C, which a terminal sends to all processes of a command,
+        and the loss of the terminal have mpirun kill its ranks."""
+        return Path(self.command[0]).name in _HANDS_ON
+
     def stop(self, number: int, *_: Any) -> None:
-        """A signal handler: have the job save a checkpoint and stop. By SIGINT, from a terminal, its launcher ends it
-        by itself."""
-        self._told = True
-        if number != signal.SIGINT and self._process is not None:
-            self._hand_on(self._process)
+        """A signal handler: have the job save a checkpoint and stop. At SIGINT, from a terminal, a launcher that is not
+        apart has its ranks do so by itself."""
+        again, self._told = self._told, True
+        if number != signal.SIGINT:
+            self._hand_on()
+        elif self._is_apart and again:
+            self._signal(signal.SIGINT)
+        elif self._is_apart:
+            with contextlib.suppress(OSError):  # not print: it may be what has been interrupted
+                os.write(2, f"\ndeca supervise: {_INTERRUPTED}\n".encode())
+            self._hand_on()
 
     def run(self) -> int:
         """Returns the exit code of the last start."""
@@ -186,11 +199,11 @@ class Supervisor:
 
     def _start(self, command: Sequence[str]) -> int:
         try:
-            self._process = subprocess.Popen(command)
+            self._process = subprocess.Popen(command, start_new_session=self._is_apart)
         except OSError as error:
             raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise") from None
         if self._told:  # by a signal that found no job
-            self._hand_on(self._process)
+            self._hand_on()
         code = self._process.wait()
         self._process = None
         return code if code >= 0 else 128 - code  # as a shell has it
@@ -214,15 +227,25 @@ class Supervisor:
         """The step of the newest that a rank of this host has a part of, whole or not; -1: none."""
         return max(steps_in(self.output / FOLDER), default=-1)
 
-    def _hand_on(self, job: subprocess.Popen[bytes]) -> None:
-        """One rank that is told is enough. SIGTERM would end mpirun's ranks at once, and leave deepspeed's alone."""
-        launcher = Path(self.command[0]).name
-        ranks = [psutil.Process(job.pid)] if launcher in _HANDS_ON else self._ranks(job.pid)
+    def _hand_on(self) -> None:
+        """One rank that is told is enough. SIGTERM would end mpirun's ranks at once, and deepspeed before its job."""
+        if self._process is None:
+            return
+        if self._is_apart:
+            self._signal(signal.SIGUSR1)
+            return
+        ranks = self._ranks(self._process.pid)
         for rank in ranks:
             with contextlib.suppress(psutil.Error):
                 rank.send_signal(signal.SIGUSR1)
         if not ranks:
-            self._say(f"no rank to stop: none of {launcher}'s processes on this host is one")
+            self._say(f"no rank to stop: none of {Path(self.command[0]).name}'s processes on this host is one")
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the launcher."""
+        if self._process is not None:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(self._process.pid).send_signal(number)
 
     def _ranks(self, pid: int) -> list[psutil.Process]:
         """Process `pid` and those that were started from it, on this host, as far as they run the training script."""

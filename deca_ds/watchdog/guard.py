@@ -44,6 +44,7 @@ from deca_ds.launch.progress import SHARED, Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
+from deca_ds.watchdog.ancestors import Ancestors
 from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, rank_is_gone
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
@@ -59,6 +60,7 @@ _CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice
 _NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does not answer
 _OTHERS_S = 60.0  # for the survivors to put out who hangs and to put up another store, until all ends
 _LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
+_RUNNER_GONE = "`deepspeed` is gone: the job saves a checkpoint and stops after this inner step"
 
 
 class JobGuard:
@@ -80,7 +82,7 @@ class JobGuard:
         self._return_s = 0.0 if visitor is None else visitor.return_s
         self._elasticity: Elasticity | None = None
         self._at_exit: list[Callable[[], None]] = []
-        self._parent = os.getppid()
+        self._ancestors = Ancestors()
         self._finished = threading.Event()
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
         # reported, and must not end the process before the message is told.
@@ -234,6 +236,9 @@ class JobGuard:
         """All that there is to do for a single rank."""
         silence.close()
         while not self._finished.wait(_POLL_S):
+            if (report := self._look_at_launcher()) is not None:
+                self._leaving.acquire()
+                self._leave(report)
             if self.heartbeats.beat(store):
                 self._hear_request()
 
@@ -287,10 +292,8 @@ class JobGuard:
 
     def _look(self, store: Store) -> Failure | None:
         """A reason to end this process, if there is one."""
-        # The launcher was killed: nobody would ever collect this process. One that was told to stop, as we were, may go
-        # before we are through.
-        if os.getppid() != self._parent and not self.stop.pending:
-            return self._report("the launcher is gone, so this rank stops", FAILURE_CODE)
+        if (report := self._look_at_launcher()) is not None:
+            return report
         if (reported := Failure.reported(store)) is not None:
             return reported
         if not self.heartbeats.beat(store):
@@ -303,6 +306,20 @@ class JobGuard:
             return None
         report = self._report(str(stall), stall.code)
         return report if self._role is Role.VISITOR else report.report(store)
+
+    def _look_at_launcher(self) -> Failure | None:
+        """A reason to end this process, if the launcher was killed. If it lives on without the `deepspeed` that people
+        see, the job is asked to stop."""
+        # whoever was told to stop, as this rank was, may go before it is through
+        if self.launch.launcher == "python" or self.stop.pending:
+            return None
+        if self._ancestors.launcher_is_gone():
+            return self._report("the launcher is gone, so this rank stops", FAILURE_CODE)
+        if self._ancestors.runner_is_gone():
+            if not self.launch.local_rank:
+                print(f"\n{_RUNNER_GONE}", file=sys.stderr, flush=True)
+            self.stop.ask()
+        return None
 
     def _hear_request(self) -> None:
         if self._output is not None and is_requested(self._output):

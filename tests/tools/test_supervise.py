@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from jobs import BIN, REPOSITORY, wait_until
+from jobs import BIN, REPOSITORY, processes_below, wait_until
 
 from deca_ds.cli import main
 from deca_ds.errors import (
@@ -104,25 +105,60 @@ def test_a_rank_by_itself_joins_the_others_again(tmp_path, capfd, monkeypatch, p
     assert capfd.readouterr().err.count("Starting it again") == starts - 1
 
 
-def test_a_signal_is_handed_on_and_the_job_is_not_started_again(tmp_path):
-    """The same to a launcher that hands SIGUSR1 on, and to one that does not, whose ranks are looked for."""
-    for name in ("mpirun", "other"):
-        folder = tmp_path / name
-        folder.mkdir()
-        launcher = folder / name
-        hands_on = 'trap "kill -USR1 \\$!" USR1\n"$@" &\nwait\nwait\n'  # the signal has ended the first one
-        launcher.write_text("#!/bin/sh\n" + (hands_on if name == "mpirun" else '"$@"\nexit $?\n'))
-        launcher.chmod(0o755)
-        (folder / "run.plan").write_text("waits:0 done:0")
-        job = [str(launcher), sys.executable, SCRIPT, f"run.output={folder / 'run'}", *KEYS]
-        process = subprocess.Popen([BIN / "deca", "supervise", *job])
-        try:
-            wait_until((folder / "run.waits").exists, "started", process=process)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=200) == 0, name
-        finally:
+def ask_by_terminal(supervisor: subprocess.Popen) -> None:
+    """Ctrl-C: to all processes that the terminal's command consists of."""
+    os.killpg(supervisor.pid, signal.SIGINT)
+
+
+def start_supervisor(launcher: Path, script: str, *command: str) -> subprocess.Popen:
+    """Of a job whose launcher is this shell script, in a process group of its own, as from a terminal."""
+    launcher.write_text(f"#!/bin/sh\n{script}")
+    launcher.chmod(0o755)
+    return subprocess.Popen([BIN / "deca", "supervise", str(launcher), *command, *KEYS], start_new_session=True)
+
+
+def end(supervisor: subprocess.Popen) -> None:
+    """And all below it, whatever session they are in, if it still runs."""
+    if supervisor.poll() is None:
+        for process in processes_below(supervisor, lambda command: True):
             process.kill()
-        assert (folder / "run" / "STOPPED").exists() and (folder / "run.plan").read_text() == "done:0", name
+        supervisor.kill()
+
+
+@pytest.mark.parametrize(
+    ("name", "ask"),
+    [
+        ("mpirun", lambda supervisor: supervisor.terminate()),
+        ("mpirun", ask_by_terminal),
+        ("other", lambda supervisor: supervisor.terminate()),
+    ],
+)
+def test_a_signal_is_handed_on_and_the_job_is_not_started_again(tmp_path, name, ask):
+    """The same to a launcher that hands SIGUSR1 on, and to one that does not, whose ranks are looked for."""
+    hands_on = 'trap "kill -USR1 \\$!" USR1\n"$@" &\nwait\nwait\n'  # the signal has ended the first one
+    (tmp_path / "run.plan").write_text("waits:0 done:0")
+    job = sys.executable, SCRIPT, f"run.output={tmp_path / 'run'}"
+    process = start_supervisor(tmp_path / name, hands_on if name == "mpirun" else '"$@"\nexit $?\n', *job)
+    try:
+        wait_until((tmp_path / "run.waits").exists, "started", process=process)
+        ask(process)
+        assert process.wait(timeout=200) == 0
+    finally:
+        end(process)
+    assert (tmp_path / "run" / "STOPPED").exists() and (tmp_path / "run.plan").read_text() == "done:0"
+
+
+def test_a_second_interrupt_ends_a_job_that_has_not_stopped_yet(tmp_path):
+    heard, runs = tmp_path / "heard", tmp_path / "runs"
+    script = f'trap "touch {heard}" USR1\ntrap "exit 9" INT\ntouch {runs}\nwhile :; do sleep 0.05; done\n'
+    process = start_supervisor(tmp_path / "mpirun", script, "train.py")
+    try:
+        for file in (runs, heard):
+            wait_until(file.exists, f"at {file.name}", process=process)
+            ask_by_terminal(process)
+        assert process.wait(timeout=200) == 9
+    finally:
+        end(process)
 
 
 @pytest.mark.parametrize(

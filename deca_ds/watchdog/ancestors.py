@@ -1,0 +1,52 @@
+"""The processes above a rank that belong to its job: the launcher, which started it, and above that, if there is one, a
+`deepspeed` runner.
+
+`deepspeed` is two processes on the host where it is typed: the runner, which people see and signal, and below it the
+launcher of the ranks. SIGTERM, for example, ends the runner alone. A shell belongs to no job, and neither does anything
+further above: with nohup or setsid it is meant to go before the job does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+_SHELLS = ("sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh")
+_RUNNERS = ("deepspeed", "deepspeed.py", "ds", "deepspeed.launcher.runner")
+
+
+class Ancestors:
+    """Of this process, as they are when this is made."""
+
+    def __init__(self) -> None:
+        self._parent, self._is_shell = os.getppid(), False
+        self._launcher: psutil.Process | None = None
+        self._runner: int | None = None
+        with contextlib.suppress(psutil.Error):  # it is gone, or not ours to look at
+            self._launcher = psutil.Process(self._parent)
+            self._is_shell = self._launcher.name() in _SHELLS
+            above = self._launcher.parent()
+            if above is not None and is_runner(above.cmdline()):
+                self._runner = above.pid
+
+    def launcher_is_gone(self) -> bool:
+        """Whether nobody would ever collect this process."""
+        return not self._is_shell and os.getppid() != self._parent
+
+    def runner_is_gone(self) -> bool:
+        """Whether there was a runner, and the launcher has outlived it."""
+        if self._runner is None or self._launcher is None:
+            return False
+        with contextlib.suppress(psutil.Error):
+            return self._launcher.ppid() != self._runner
+        return False
+
+
+def is_runner(command: Sequence[str]) -> bool:
+    """Whether this is the command line of an interpreter that runs `deepspeed`."""
+    script = next((word for word in command[1:] if not word.startswith("-")), "")
+    return Path(script).name in _RUNNERS

@@ -1,0 +1,146 @@
+"""Whose end is a reason for a rank to stop, whose to end, and whose is none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+from jobs import REPOSITORY, wait_until
+from torch.distributed import HashStore
+
+from deca_ds.launch.launcher import Launch
+from deca_ds.launch.store import JobStore
+from deca_ds.watchdog import guard as module
+from deca_ds.watchdog.ancestors import is_runner
+from deca_ds.watchdog.failure import Failure
+from deca_ds.watchdog.guard import JobGuard
+
+START = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+SHELL = ["sh", "-c", '"$@"; true', "sh"]  # not its last command, which would take its place
+RANK = """
+import time
+from deca_ds.watchdog.ancestors import Ancestors
+ancestors = Ancestors()
+while True:  # until the test ends it
+    print(int(ancestors.launcher_is_gone()), int(ancestors.runner_is_gone()), flush=True)
+    time.sleep(0.05)
+"""
+
+
+class Chain:
+    """A rank, and those above it: python that runs a file of that name, or a shell. The topmost comes first."""
+
+    def __init__(self, folder: Path, above: list[str]):
+        command = [sys.executable, "-c", RANK]
+        for name in reversed(above):
+            (folder / name).write_text(START)
+            command = [*(SHELL if name == "sh" else [sys.executable, str(folder / name)]), *command]
+        self.output = folder / "output"
+        with self.output.open("w") as output:
+            self.top = subprocess.Popen(command, stdout=output, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+        self.processes = [psutil.Process(self.top.pid)]
+        wait_until(lambda: "\n" in self.output.read_text(), "a look around", process=self.top)
+        self.processes += self.processes[0].children(recursive=True)
+        assert len(self.processes) == len(above) + 1
+
+    def end(self, place: int) -> None:
+        """One of those above, and nobody else; then the one below it has another parent."""
+        above, below = self.processes[place : place + 2]
+        above.terminate()
+        wait_until(lambda: below.ppid() != above.pid, "another parent")
+
+    def tells(self) -> str:
+        """What the rank finds from here on: whether the launcher is gone, and whether the runner is."""
+        length = len(self.output.read_text())
+        wait_until(lambda: self.output.read_text()[length:].count("\n") > 2, "another look")
+        return self.output.read_text().splitlines()[-1]
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., Chain]]:
+    made: list[Chain] = []
+
+    def start(*above: str) -> Chain:
+        made.append(Chain(tmp_path, list(above)))
+        return made[-1]
+
+    yield start
+    for chain in made:
+        for process in chain.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        chain.top.wait()
+
+
+def test_the_runner_and_the_launcher_count_and_nobody_above_them(start):
+    chain = start("shell", "deepspeed", "launch")
+    found = [chain.tells()]
+    for place in range(3):
+        chain.end(place)
+        found.append(chain.tells())
+    assert found[:3] == ["0 0", "0 0", "0 1"] and found[3].startswith("1")
+
+
+@pytest.mark.parametrize("above", [("nohup", "launch"), ("sh",)])
+def test_what_starts_a_launcher_or_a_rank_may_go(start, above):
+    chain = start(*above)
+    chain.end(0)
+    assert chain.tells() == "0 0"
+
+
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        ("python .venv/bin/deepspeed --hostfile hosts launchers/train.py", True),
+        ("python -u -m deepspeed.launcher.runner launchers/train.py", True),
+        ("python -u -m deepspeed.launcher.launch --world_info=e30= launchers/train.py", False),
+        ("python launchers/train.py --config deepspeed", False),
+        ("-bash", False),
+        ("", False),
+    ],
+)
+def test_which_commands_are_runners(command, is_one):
+    assert is_runner(command.split()) == is_one
+
+
+class Gone:
+    """Of whom one has gone."""
+
+    def __init__(self, who: str):
+        self.who = who
+
+    def launcher_is_gone(self) -> bool:
+        return self.who == "launcher"
+
+    def runner_is_gone(self) -> bool:
+        return self.who == "runner"
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 1), ("deepspeed", 2), ("python", 1)])
+@pytest.mark.parametrize("who", ["runner", "launcher"])
+def test_without_its_launcher_a_rank_ends_and_without_the_runner_it_stops(monkeypatch, capfd, who, launcher, ranks):
+    """A single rank that nobody has launched goes on."""
+    left: list[Failure] = []
+
+    def leave(guard: JobGuard, report: Failure) -> None:
+        left.append(report)
+        guard._finished.set()
+
+    monkeypatch.setattr(module, "Ancestors", lambda: Gone(who))
+    monkeypatch.setattr(JobGuard, "_leave", leave)
+    store = HashStore()
+    made = JobGuard(Launch(launcher, 0, ranks, 0, None), JobStore(store, None, timedelta(seconds=20)))
+    stops = launcher == "deepspeed" and who == "runner"
+    ends = launcher == "deepspeed" and who == "launcher"
+    wait_until(lambda: left if ends else made.stop.pending if stops else store.check(["heartbeat/0"]), "a look")
+    made._finished.set()
+    made._thread.join(timeout=100)
+    assert bool(left) == ends and made.stop.pending == stops
+    assert ("`deepspeed` is gone" in capfd.readouterr().err) == stops
