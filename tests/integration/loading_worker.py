@@ -13,9 +13,9 @@ gc.disable()  # while importing, as launchers/train.py does
 
 from deca_ds.launch.launcher import read_launch
 from deca_ds.tools.train import main
-from deca_ds.training import build
+from deca_ds.training import load
 
-load_tokenizer = build.load_tokenizer
+load_tokenizer = load.load_tokenizer
 
 
 def slow_tokenizer(*arguments):
@@ -29,6 +29,6 @@ def slow_tokenizer(*arguments):
 
 
 if read_launch().rank == 1:
-    build.load_tokenizer = slow_tokenizer
-    build.load_model = lambda *_: threading.Event().wait()
+    load.load_tokenizer = slow_tokenizer
+    load.load_model = lambda *_: threading.Event().wait()
 sys.exit(main())
