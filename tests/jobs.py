@@ -40,7 +40,7 @@ def run_command(
     during: Callable[[subprocess.Popen], None] = lambda process: None,
     **env: str,
 ) -> Finished:
-    """Run to the end or fail the test at the deadline; the whole process group is gone afterwards.
+    """Run to the end or fail the test at the deadline; all processes that it has started are gone afterwards.
 
     during: what happens to the process meanwhile.
     """
@@ -68,14 +68,23 @@ def run_command(
         during(process)
         output, _ = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         output, _ = process.communicate()
         pytest.fail(f"not done after {deadline_s} s: {' '.join(command)}\n{output[-4000:]}")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         temporary.cleanup()
     return Finished(process.returncode, output)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """With its process group, and what it has started in other sessions, as `deca supervise` does."""
+    below = processes_below(process, lambda command: True) if process.poll() is None else []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for other in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            other.kill()
 
 
 @cache

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     state = watch(folder)
     print(_how(state))
     if STOPPED in state.markers:
-        print("to go on: the command that started it, with run.resume=require")
+        print("to go on: the command that started it, with run.resume=auto")
     return _code(state)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deca_ds.checkpoint.done import mark_done, mark_stopped
+from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
 from deca_ds.config import Config, load_config
 from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.checks import check_world
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deca_ds.training.loop import Trainer
 
 _LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
-_INTERRUPTED = "interrupted: the job saves a checkpoint and stops after this inner step; Ctrl-C again ends it at once"
+_INTERRUPTED = "interrupted: the job stops, and saves a checkpoint if it has trained; Ctrl-C again ends it at once"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
 
@@ -116,15 +116,24 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
 
     gc.freeze()  # what has been imported stays; no collection needs to look at it again
     gc.enable()  # deca_ds/launchers/train.py has disabled it
-    trainer = start(config, launch, store, guard, visit)
     is_first = launch.rank == launch.first
+
+    def hear_signals() -> None:
+        on_stop(guard.hear)
+        on_interrupt(guard.hear, _INTERRUPTED if is_first else "")
+
+    all_start = visit is None and config.cluster.on_failure == "stop"
+    if all_start:
+        hear_signals()
+        guard.let_stop_before_training(lambda: _end_early(guard.output) if is_first else None)
+    trainer = start(config, launch, store, guard, visit)
     if trainer is None:
         if is_first:
             print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
                   f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
         return
-    on_stop(guard.stop.ask)
-    on_interrupt(guard.stop.ask, _INTERRUPTED if is_first else "")
+    if not all_start:
+        hear_signals()
     finished = trainer.train()
     guard.progress.enter("the end")
     missing = trainer.cluster.members.missing
@@ -163,6 +172,17 @@ def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
             how += f"; from here, without them: cluster.absent=[{','.join(map(str, missing))}]"
     commands = stopped_commands(trainer.output, best=config.checkpoint.best)
     print(f"stopped after {steps}{_without(missing)}; to go on: {how}\n{commands}", flush=True)
+
+
+def _end_early(output: Path | None) -> None:
+    """The same before any training. output: None before the run's folder is taken."""
+    how = "the same command"
+    if output is not None:
+        if not is_done(output):  # of a finished run that was to be longer
+            mark_stopped(output, "before training began")
+        forget_request(output)
+        how += " with run.resume=auto"
+    print(f"stopped before training began: nothing was trained; to go on: {how}", flush=True)
 
 
 def _steps(trainer: Trainer) -> str:

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from deca_ds.launch.launcher import Launch
+from deca_ds.watchdog.stop import StopByCommit, StopByStore
+
 _SHELLS = ("sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh")
 _RUNNERS = ("deepspeed", "deepspeed.py", "ds", "deepspeed.launcher.runner")
+_RUNNER_GONE = "`deepspeed` is gone: the job saves a checkpoint and stops after this inner step"
 
 
 class Ancestors:
@@ -32,6 +37,20 @@ class Ancestors:
             above = self._launcher.parent()
             if above is not None and is_runner(above.cmdline()):
                 self._runner = above.pid
+
+    def look(self, launch: Launch, stop: StopByStore | StopByCommit) -> str | None:
+        """Why this rank has to end, for people, if its launcher was killed. One that has outlived a runner has the job
+        stop."""
+        # whoever was told to stop, as this rank was, may go before it is through
+        if launch.launcher == "python" or stop.pending:
+            return None
+        if self.launcher_is_gone():
+            return "the launcher is gone, so this rank stops"
+        if self.runner_is_gone():
+            if not launch.local_rank:
+                print(f"\n{_RUNNER_GONE}", file=sys.stderr, flush=True)
+            stop.ask()
+        return None
 
     def launcher_is_gone(self) -> bool:
         """Whether nobody would ever collect this process."""

@@ -23,8 +23,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch.distributed import Store
 
@@ -45,39 +46,36 @@ from deca_ds.launch.store import JobStore
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
 from deca_ds.watchdog.ancestors import Ancestors
+from deca_ds.watchdog.early_end import EarlyEnd, StopBeforeTraining
 from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, rank_is_gone
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
 from deca_ds.watchdog.role import Elasticity, Event, Outcome, Role, Visitor, on_event
 from deca_ds.watchdog.stop import StopByCommit, StopByStore, is_requested
-from deca_ds.watchdog.store_watch import StoreWatch
+from deca_ds.watchdog.store_watch import StoreWatch, no_answer
 from deca_ds.watchdog.survey import Survey
 
-_DONE_KEY = "job/done"
+_DONE_KEY, _EARLY_KEY = "job/done", "job/early"
 _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
 _CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice that the client is cut off
 _NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does not answer
 _OTHERS_S = 60.0  # for the survivors to put out who hangs and to put up another store, until all ends
 _LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
-_RUNNER_GONE = "`deepspeed` is gone: the job saves a checkpoint and stops after this inner step"
 
 
 class JobGuard:
-    """Watches the job for this rank. visitor: of a client that comes back, which is not of the job yet.
-
-    site: where the job's store is. stop: how the job is told to stop, and where.
-    """
+    """Watches the job for this rank. visitor: of a client that comes back, which is not of the job yet. site: where the
+    job's store is. stop: how the job is told to stop, and where."""
 
     def __init__(self, launch: Launch, store: JobStore, visitor: Visitor | None = None):
         self.launch = launch
         self.site = StoreSite(launch, store, launch.first if visitor is None else visitor.host)
         self.heartbeats = Heartbeats(launch, self._ranks, store.progress)
         self._survey = Survey(self.heartbeats)
-        self.stop: StopByStore | StopByCommit = StopByStore(
-            launch.rank, launch.world_size, store.timeout.total_seconds()
-        )
-        self._output: Path | None = None
+        timeout_s = store.timeout.total_seconds()
+        self.stop: StopByStore | StopByCommit = StopByStore(launch.rank, launch.world_size, timeout_s)
+        self.output: Path | None = None  # the run's folder, as soon as it is ours to write to
         self._role = Role.MEMBER if visitor is None else Role.VISITOR
         self._return_s = 0.0 if visitor is None else visitor.return_s
         self._elasticity: Elasticity | None = None
@@ -87,6 +85,7 @@ class JobGuard:
         # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
         # reported, and must not end the process before the message is told.
         self._leaving = threading.Lock()
+        self.early_end = EarlyEnd(self._leaving, partial(self._meet, key=_EARLY_KEY, waits=True), self._end_early)
         self._start_watching()
 
     @property
@@ -101,7 +100,7 @@ class JobGuard:
 
     def write_to(self, output: Path) -> None:
         """The run's folder is known, and ours to write to."""
-        self._output = output
+        self.output = output
         self.heartbeats.write_to(output / HEARTBEATS)
 
     def on_exit(self, callback: Callable[[], None]) -> None:
@@ -121,8 +120,24 @@ class JobGuard:
             raise RuntimeError(f"a {self._role.name} of a job that is not elastic, or goes on already")
         self._role = Role.OUTLIVED
 
+    def let_stop_before_training(self, tell: Callable[[], None]) -> None:
+        """Of all ranks, where they are, if SIGUSR1 calls `hear`. tell: what to do then."""
+        self.early_end.expect(tell)
+        self.stop.let_end_early()
+
+    def hear(self, *_: Any) -> None:
+        """A signal handler: have the job stop. Raises StopBeforeTraining, once, if all have agreed to before that."""
+        self.stop.ask()
+        if self.stop.ends_early:
+            self.early_end.interrupt()
+
+    def _end_early(self, store: Store) -> NoReturn:
+        self._meet(store, _DONE_KEY, waits=self.launch.rank == self.site.host)
+        self._end(0)
+
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
+        self.early_end.forbid()
         self._leaving.acquire()
         event = self._event(error)
         match self._outcome(event):
@@ -184,23 +199,27 @@ class JobGuard:
 
     def finish(self) -> None:
         """Stop watching: every rank is through. The store's host leaves last. After a death, ends this process."""
+        self.early_end.forbid()
         self.progress.enter("done")
         for callback in self._at_exit:
             callback()
         store = self.store.store
         # one that dies now, all being through, is nobody's concern
         with contextlib.suppress(RuntimeError) if self._role is Role.OUTLIVED else contextlib.nullcontext():
-            store.add(_DONE_KEY, 1)
-            if self.launch.rank == self.site.host:
-                deadline = time.monotonic() + self.store.timeout.total_seconds()
-                while store.add(_DONE_KEY, 0) < len(self._ranks()) and time.monotonic() < deadline:
-                    time.sleep(0.05)
+            self._meet(store, _DONE_KEY, waits=self.launch.rank == self.site.host)
         self._finished.set()
         self._thread.join(timeout=2 * _POLL_S)
         self.heartbeats.beat(store, last=True)
         if self._view_has_changed:
             self._end(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
         gc.freeze()  # or the interpreter would look for garbage in everything, several times: a second of each rank
+
+    def _meet(self, store: Store, key: str, *, waits: bool) -> None:
+        """Tell that this rank is here. waits: until all are."""
+        store.add(key, 1)
+        deadline = time.monotonic() + self.store.timeout.total_seconds()
+        while waits and store.add(key, 0) < len(self._ranks()) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     @property
     def _view_has_changed(self) -> bool:
@@ -239,6 +258,7 @@ class JobGuard:
             if (report := self._look_at_launcher()) is not None:
                 self._leaving.acquire()
                 self._leave(report)
+            self._look_for_stop(store)
             if self.heartbeats.beat(store):
                 self._hear_request()
 
@@ -246,7 +266,7 @@ class JobGuard:
         while self.store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
             self._leave_if_out()
             try:
-                self.stop.look(store)
+                self._look_for_stop(store)
                 report = self._look(store)
                 silence.answered()
             except RuntimeError:
@@ -273,12 +293,7 @@ class JobGuard:
             self.fail(CutOffError("this client is out of the job, and its main thread hangs"))
 
     def _no_answer(self, idle_s: float, silent_s: float) -> None:
-        silence = StallError(
-            f"no progress for {idle_s:.0f} s, and no answer for {silent_s:.0f} s from the job's store, which rank "
-            f"{self.site.host} hosts",
-            where=self.progress.place,
-            fix=f"look at rank {self.site.host}: it is stopped as a process, or its host is out of reach",
-        )
+        silence = no_answer(self.site.host, self.progress.place, idle_s, silent_s)
         self._come_back_to_a_lost_job(Event.STORE_SILENT)
         # the main thread may have taken it, to tell the store what that will never hear
         self._leaving.acquire(timeout=_NO_ANSWER_S)
@@ -308,21 +323,17 @@ class JobGuard:
         return report if self._role is Role.VISITOR else report.report(store)
 
     def _look_at_launcher(self) -> Failure | None:
-        """A reason to end this process, if the launcher was killed. If it lives on without the `deepspeed` that people
-        see, the job is asked to stop."""
-        # whoever was told to stop, as this rank was, may go before it is through
-        if self.launch.launcher == "python" or self.stop.pending:
-            return None
-        if self._ancestors.launcher_is_gone():
-            return self._report("the launcher is gone, so this rank stops", FAILURE_CODE)
-        if self._ancestors.runner_is_gone():
-            if not self.launch.local_rank:
-                print(f"\n{_RUNNER_GONE}", file=sys.stderr, flush=True)
-            self.stop.ask()
-        return None
+        why = self._ancestors.look(self.launch, self.stop)
+        return None if why is None else self._report(why, FAILURE_CODE)
+
+    def _look_for_stop(self, store: Store) -> None:
+        self.stop.look(store)
+        if self.stop.ends_early:
+            self.early_end.watch(store)
+            self._finished.wait()
 
     def _hear_request(self) -> None:
-        if self._output is not None and is_requested(self._output):
+        if self.output is not None and is_requested(self.output):
             self.stop.ask()
 
     def _others_see_to(self, stall: StallError) -> bool:
@@ -352,7 +363,7 @@ class JobGuard:
         if report.rank == self.launch.rank:
             report.tell(alone=self.launch.world_size == 1)
         if self._role is not Role.VISITOR:
-            report.mark(self._output, "FAILED")
+            report.mark(self.output, "FAILED")
         if self.launch.rank == self.site.host and self.launch.world_size > 1:
             time.sleep(_LINGER_S)
         self._end(report.code)
@@ -362,14 +373,14 @@ class JobGuard:
         client = self.heartbeats.own().client
         report = self._report(message, FAILURE_CODE)
         report.tell(of_client=client)
-        report.mark(self._output, f"FAILED_client_{client:03d}")
+        report.mark(self.output, f"FAILED_client_{client:03d}")
         sys.stdout.flush()
         # not an exit: mpirun lets the others go on after a process that died, and ends them after one that failed
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(_LINGER_S)
 
     @staticmethod
-    def _end(code: int) -> None:
+    def _end(code: int) -> NoReturn:
         # not sys.exit: exit handlers of MPI and of process groups wait for the ranks that failed
         sys.stdout.flush()
         sys.stderr.flush()
@@ -382,6 +393,8 @@ def guarded(launch: Launch, store: JobStore, visitor: Visitor | None = None) -> 
     guard = JobGuard(launch, store, visitor)
     try:
         yield guard
+    except StopBeforeTraining:
+        guard.early_end.end(guard.store.store)
     except BaseException as error:
         guard.fail(error)
     guard.finish()

@@ -10,6 +10,8 @@ A preemption reaches ranks at different moments, or only one of them, and client
 Nobody has to reach a gate for the others to agree, so that a rank that waits for another one inside a step does not
 keep it from agreeing.
 
+If nobody has begun with an inner step by then, the ranks may end where they are, which may be in a long load.
+
 Whoever sees the run's folder can tell the job, too: the ranks look for a file there (`deca stop`).
 """
 
@@ -25,7 +27,7 @@ from torch.distributed import Store
 from deca_ds.errors import AbsentError
 
 _ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
-
+_NOWHERE = -1  # where a rank that does not train yet may end
 
 _REQUEST = "STOP"  # in the run's folder
 
@@ -49,6 +51,8 @@ class StopByCommit:
     """The same where all ranks of all clients agree on every averaging anyway (elastic/survivor_commit.py): that
     agreement also asks whether anybody was told to stop. It holds at one inner step for all, and all stop after it."""
 
+    ends_early = False  # see StopByStore: the agreement is one of training
+
     def __init__(self) -> None:
         self._asked = self._agreed = False
 
@@ -56,6 +60,9 @@ class StopByCommit:
     def pending(self) -> bool:
         """See StopByStore."""
         return self._asked or self._agreed
+
+    def let_end_early(self) -> None:
+        """See StopByStore. It does not."""
 
     def ask(self, *_: Any) -> None:
         """See StopByStore."""
@@ -89,6 +96,8 @@ class StopByStore:
         self._asked = False
         self._told = False
         self._agreed = False
+        self.ends_early = False  # all ranks have agreed to stop, and none of them has trained
+        self._may_end_early = False
         self._gate = threading.Condition()
         self._committed = 0  # inner steps that this rank will have done before it comes to its gate again
         self._last: int | None = None  # the gate lets nobody go beyond this many inner steps
@@ -97,6 +106,10 @@ class StopByStore:
     def pending(self) -> bool:
         """Whether the job is about to stop, as far as this rank knows."""
         return self._asked or self._last is not None
+
+    def let_end_early(self) -> None:
+        """Have `ends_early` tell where nobody trains. Whoever is at the gate then waits there for what that brings."""
+        self._may_end_early = True
 
     def ask(self, *_: Any) -> None:
         """Have the whole job stop. A signal handler: it may interrupt the main thread anywhere, so it only notes it."""
@@ -107,11 +120,11 @@ class StopByStore:
 
         Raises AbsentError if they do not within the time limit.
         """
-        if self._world_size == 1:
+        if self._world_size == 1 and not (self._may_end_early and self._committed == 0):
             return not self._asked
         deadline = time.monotonic() + self._timeout_s
         with self._gate:
-            while self._last is not None and done >= self._last and not self._agreed:
+            while self._is_closed(done):
                 if not self._gate.wait(timeout=1.0) and time.monotonic() > deadline:
                     raise AbsentError(f"the ranks did not agree on where to stop within {self._timeout_s:g} s")
             if self._last is not None and done >= self._last:
@@ -119,9 +132,19 @@ class StopByStore:
             self._committed = done + 1
             return True
 
+    def _is_closed(self, done: int) -> bool:
+        """Whether the ranks have not agreed yet, or end early."""
+        if self._world_size == 1:
+            return self._asked
+        return self._last is not None and done >= self._last and not self._agreed
+
     def look(self, store: Store) -> None:
         """Tell the other ranks what this one knows and learn what they know; to be called again and again."""
-        if self._agreed:
+        if self._agreed or self.ends_early:
+            return
+        if self._world_size == 1:
+            with self._gate:
+                self.ends_early = self._asked and self._may_end_early and self._committed == 0
             return
         if self._asked and not self._told:
             store.set(_ASKED, "1")
@@ -129,11 +152,14 @@ class StopByStore:
             with self._gate:
                 self._last = self._committed
             self._told = True
-            store.set(f"{_TOLD}/{self._rank}", str(self._last))
+            early = self._may_end_early and self._last == 0
+            store.set(f"{_TOLD}/{self._rank}", str(_NOWHERE if early else self._last))
             if store.add(_TOLD, 1) == self._world_size:
                 furthest = max(int(store.get(f"{_TOLD}/{rank}")) for rank in range(self._world_size))
                 store.set(_AGREED, str(furthest))
         if self._told and store.check([_AGREED]):
             with self._gate:
-                self._last, self._agreed = int(store.get(_AGREED)), True
+                furthest = int(store.get(_AGREED))
+                self._last, self.ends_early = max(0, furthest), furthest == _NOWHERE
+                self._agreed = not self.ends_early
                 self._gate.notify_all()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from deca_ds.errors import StallError
 from deca_ds.launch.progress import Progress
 
 _LOOK_S = 1.0
@@ -50,3 +51,13 @@ class StoreWatch:
             if min(silent_s, idle_s) > (self._progress.timeout_s or self._timeout_s) + self._grace_s():
                 self._too_long(idle_s, silent_s)
                 return
+
+
+def no_answer(host: int, place: str, idle_s: float, silent_s: float) -> StallError:
+    """For a rank that is at `place`. host: the rank whose store it is. idle_s, silent_s: see `too_long`."""
+    return StallError(
+        f"no progress for {idle_s:.0f} s, and no answer for {silent_s:.0f} s from the job's store, which rank {host} "
+        "hosts",
+        where=place,
+        fix=f"look at rank {host}: it is stopped as a process, or its host is out of reach",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 
 import psutil
@@ -134,6 +135,22 @@ def test_ranks_end_when_their_launcher_is_killed(config, tmp_path):
 
     launch("deepspeed", 2, ["--config", str(config), *LONG, "cluster.clients=1"], fresh=True, during=during)
     assert "launcher is gone" in (tmp_path / "run" / "FAILED").read_text()
+
+
+def test_a_stop_while_a_model_is_loaded_ends_all_ranks_at_once(config, tmp_path):
+    """Rank 1 would never end to load it, and is told; rank 0 waits for it in a library that no signal interrupts."""
+    worker, beat = "tests/integration/loading_worker.py", tmp_path / "run" / "heartbeats" / "rank_0001.json"
+
+    def during(job: subprocess.Popen) -> None:
+        loads = "loading the model"
+        wait_until(lambda: beat.exists() and loads in beat.read_text(), loads, process=job)
+        next(rank for rank in ranks_of(job, worker) if rank.environ()["RANK"] == "1").send_signal(signal.SIGTERM)
+
+    arguments = ["--config", str(config), "cluster.timeout_s=600", "cluster.transport=torch"]
+    finished = launch("hand", 2, arguments, script=worker, during=during, DECA_TEST_LOADS_S="0")
+    assert finished.code == 0 and "exit codes: [0, 0]" in finished.output, finished.output[-4000:]
+    assert finished.output.count("nothing was trained") == 1 and "Traceback" not in finished.output
+    assert {name for name in ("DONE", "STOPPED", "FAILED") if (tmp_path / "run" / name).exists()} == {"STOPPED"}
 
 
 def test_a_client_that_loads_for_long_is_waited_for_and_one_that_hangs_there_is_named(config, tmp_path):

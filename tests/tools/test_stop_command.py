@@ -25,7 +25,7 @@ def test_a_job_is_asked_and_its_end_is_told(tmp_path: Path, monkeypatch, capsys,
     monkeypatch.setattr(stop, "watch", ends)
     assert main(["stop", str(tmp_path)]) == code
     told = capsys.readouterr().out
-    assert f"{marker}: 5 of 9" in told and ("run.resume=require" in told) == (marker == "STOPPED")
+    assert f"{marker}: 5 of 9" in told and ("run.resume=auto" in told) == (marker == "STOPPED")
 
 
 @pytest.mark.parametrize(("silent_s", "marker", "code"), [(90.0, None, 4), (90.0, "STOPPED", 0), (90.0, "FAILED", 1)])

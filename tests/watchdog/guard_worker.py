@@ -15,6 +15,7 @@ from deca_ds.errors import ConfigError, DataError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.launch.view import Membership, View
+from deca_ds.watchdog import early_end
 from deca_ds.watchdog import guard as module
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.guard import guarded
@@ -25,8 +26,8 @@ rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path
 launch = Launch("deepspeed", rank, 3, rank, ("127.0.0.1", port))
 
 
-def until_others_are_ready() -> None:
-    while len(list(output.glob("ready*"))) < 2:
+def until_ready(ranks: int) -> None:
+    while len(list(output.glob("ready*"))) < ranks:
         time.sleep(0.05)
 
 
@@ -52,10 +53,10 @@ with guarded(launch, open_job_store(launch, 60), visitor) as guard:
             time.sleep(0.01)
         raise RuntimeError("a defect")
     elif what == "vanish":
-        until_others_are_ready()
+        until_ready(2)
         os._exit(7)
     elif what == "stopped":
-        until_others_are_ready()
+        until_ready(2)
         over = f"until [ -e {output}/over ] || ! kill -0 {os.getpid()}; do sleep 0.1; done"
         subprocess.Popen(["sh", "-c", f"{over}; kill -CONT {os.getpid()}"], stderr=subprocess.DEVNULL)
         (output / "stops").touch()
@@ -73,6 +74,18 @@ with guarded(launch, open_job_store(launch, 60), visitor) as guard:
         module._OTHERS_S = 3.0
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.progress.wait_for("all")
+        time.sleep(600)
+    elif what in ("asked", "loads", "hangs"):  # before training
+        early_end._COMES_S = 1.0 if what == "hangs" else 600.0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, guard.hear)
+        guard.let_stop_before_training((output / f"stopped{rank}").touch)
+        (output / f"ready{rank}").touch()
+        if what == "hangs":  # as in a collective: no handler is called
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        if what == "asked":
+            until_ready(3)
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)
     elif what == "stays":
         while not (output / "over").exists():

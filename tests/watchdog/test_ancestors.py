@@ -18,7 +18,7 @@ from torch.distributed import HashStore
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.watchdog import guard as module
-from deca_ds.watchdog.ancestors import is_runner
+from deca_ds.watchdog.ancestors import Ancestors, is_runner
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.guard import JobGuard
 
@@ -110,10 +110,11 @@ def test_which_commands_are_runners(command, is_one):
     assert is_runner(command.split()) == is_one
 
 
-class Gone:
+class Gone(Ancestors):
     """Of whom one has gone."""
 
     def __init__(self, who: str):
+        super().__init__()
         self.who = who
 
     def launcher_is_gone(self) -> bool:

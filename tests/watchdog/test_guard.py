@@ -186,6 +186,13 @@ def test_a_rank_0_that_is_stopped_as_a_process_ends_the_others(tmp_path):
 
 
 @pytest.mark.multiprocess
+def test_a_stop_before_training_ends_all_with_zero_wherever_they_are(tmp_path):
+    codes, outputs = run(tmp_path, "loads", "asked", "hangs")
+    assert (codes, outputs) == ([0, 0, 0], ["", "", ""])
+    assert len(list(tmp_path.glob("stopped*"))) == 3
+
+
+@pytest.mark.multiprocess
 def test_success_ends_all_with_zero(tmp_path):
     codes, outputs = run(tmp_path, "fine", "fine", "fine")
     assert codes == [0, 0, 0] and "ERROR" not in "".join(outputs)

@@ -77,6 +77,27 @@ def test_a_single_process_stops_at_once() -> None:
     assert stop.pending and not stop.may_pass(1)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(
+    ("who_may", "who_trains", "early"), [("all", [], True), ("others", [], False), ("all", [0], False)]
+)
+def test_who_does_not_train_yet_ends_early_if_all_do_not(ranks, who_may, who_trains, early) -> None:
+    store = HashStore()
+    stops = [StopByStore(rank, ranks, 100.0) for rank in range(ranks)]
+    for stop in stops if who_may == "all" else stops[1:]:
+        stop.let_end_early()
+    for rank in who_trains:
+        assert stops[rank].may_pass(0)
+    stops[-1].ask()
+    for stop in stops * 4:  # asked, told, agreed, heard
+        stop.look(store)
+    assert [stop.ends_early for stop in stops] == [early] * ranks
+    if not early:
+        last = len(who_trains)
+        assert [stop.may_pass(last) for stop in stops] == [False] * ranks
+        assert ranks == 1 or [stop.may_pass(0) for stop in stops] == [bool(last)] * ranks
+
+
 def test_a_job_that_is_not_told_goes_on() -> None:
     store = HashStore()
     stop = StopByStore(0, 2, 1.0)
