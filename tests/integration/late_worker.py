@@ -26,11 +26,16 @@ gradient = Client.gradient
 steps = 0
 
 
+def told() -> int:
+    """The step of which this rank's heartbeat tells."""
+    return json.loads(heartbeat.read_text())["step"] if heartbeat.exists() else 0
+
+
 def stopping_gradient(self, *arguments):
     global steps
     steps += 1
     if steps == int(step) and read_launched == int(rank):
-        while json.loads(heartbeat.read_text())["step"] < steps:
+        while told() < steps:
             time.sleep(0.05)
         wake = f'until grep -qs \'"step": {until},\' "{file}" || ! kill -0 {os.getpid()}; do sleep 0.1; done'
         subprocess.Popen(["sh", "-c", f"{wake}; kill -CONT {os.getpid()}"], stderr=subprocess.DEVNULL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -9,17 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import pytest
-from jobs import free_port
+from jobs import free_port, run_command
 
 from deca_ds.errors import LaunchError
-from deca_ds.launch import meet as module
 from deca_ds.launch.given import Given
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.meet import meet, silence
 from deca_ds.launch.mpi_start import starting
 from deca_ds.launch.store import open_job_store
-from deca_ds.tools import train
 
 
 def test_the_first_rank_names_those_that_do_not_come():
@@ -68,27 +68,22 @@ def in_a_child(does: Callable[[], int | None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("given", "code", "told"),
     [
-        (Given(hosts=("n0", "n1")), 1, "meeting the other ranks: host n1: rank 1 did not start within 0.3 s"),
-        (
-            Given(Path("/x/hostz"), ("localhost",), True),
-            2,
-            "deepspeed was given the hostfile '/x/hostz', which is not there",
-        ),
+        ((None, ("n0", "n1"), False), 1, "meeting the other ranks: host n1: rank 1 did not start within 0.3 s"),
+        (("/x/hostz", ("localhost",), True), 2, "deepspeed was given the hostfile '/x/hostz', which is not there"),
     ],
 )
-def test_what_a_rank_says_of_its_launch(given, code, told, monkeypatch, capfd):
-    monkeypatch.setattr(train, "given", lambda: given)
-    monkeypatch.setattr(module, "given", lambda: given)
-    ranks = len(given.hosts)
-    for key, value in {"RANK": 0, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
-        monkeypatch.setenv(key, str(value))
+def test_what_a_rank_says_of_its_launch(given, code, told):
+    rank = {"RANK": 0, "WORLD_SIZE": len(given[1]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     keys = ["model.path=x", "data.train=[x.jsonl]", "cluster.clients=2", "cluster.meet_s=0.3"]
-    status = in_a_child(lambda: train.main(keys))
-    said = capfd.readouterr().err
-    assert os.WEXITSTATUS(status) == code and said.count("ERROR") == 1 and told in said
+    worker = Path(__file__).with_name("meet_worker.py")
+    environment = {key: str(value) for key, value in rank.items()}
+    finished = run_command([*preloaded.PYTHON, str(worker), *keys], GIVEN=json.dumps(given), **environment)
+    assert finished.code == code, finished.output
+    assert finished.output.count("ERROR") == 1 and told in finished.output
 
 
 def test_mpi_that_waits_for_others_is_ended(capfd):
