@@ -86,10 +86,9 @@ def check(config: Config) -> None:
 def check_ranges(config: Config) -> None:
     """Raise ConfigError unless every key has a value that the schema allows."""
     for section in fields(config):
-        if not is_dataclass(section.default_factory):
-            continue
-        for field in fields(section.default_factory):
-            value, allowed = getattr(getattr(config, section.name), field.name), field.metadata["allowed"]
+        keys = getattr(config, section.name)
+        for field in fields(keys) if is_dataclass(keys) else ():
+            value, allowed = getattr(keys, field.name), field.metadata["allowed"]
             if allowed is not None and not allowed.holds(value):
                 key = f"{section.name}.{field.name}"
                 raise ConfigError(f"{key} = {value!r} is out of range", where=key, fix=f"make it {allowed.words}")

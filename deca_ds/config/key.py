@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +31,9 @@ def more_than(bound: float) -> Allowed:
 def inside(interval: str, why: str = "") -> Allowed:
     """As mathematics writes it: "[0, 1)" has 0 and not 1. why: for messages."""
     low, high = map(float, interval[1:-1].split(","))
-    above = low.__le__ if interval[0] == "[" else low.__lt__
-    below = high.__ge__ if interval[-1] == "]" else high.__gt__
-    return Allowed(lambda x: bool(above(x) and below(x)), f"in {interval}" + f": {why}" * bool(why))
+    above = operator.ge if interval[0] == "[" else operator.gt
+    below = operator.le if interval[-1] == "]" else operator.lt
+    return Allowed(lambda x: above(x, low) and below(x, high), f"in {interval}" + f": {why}" * bool(why))
 
 
 def or_null(allowed: Allowed) -> Allowed:

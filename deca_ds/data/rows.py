@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from datasets import Dataset, Features
+from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import MemoryMappedTable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -108,7 +109,7 @@ def select_rows(dataset: Dataset, indices: npt.NDArray[np.int64], path: Path) ->
     with path.open("xb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, BATCH)
     mapped = MemoryMappedTable.from_file(str(path))
-    return Dataset(dataset.data, dataset.info, dataset.split, mapped, fingerprint=path.stem)
+    return Dataset(dataset.data, dataset.info, dataset.split, mapped, fingerprint=generate_random_fingerprint())
 
 
 def column(dataset: Dataset, name: str) -> pa.ChunkedArray:

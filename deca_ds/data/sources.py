@@ -184,8 +184,8 @@ def _has_json_lines(path: Path) -> bool:
         _decoded(first)
     except json.JSONDecodeError:
         return False
-    except (ValueError, RecursionError):
-        pass  # as reading the line tells
+    except (ValueError, RecursionError):  # of no use in either form: reading it as a line says which line it is
+        return bool(second)
     return bool(second)
 
 

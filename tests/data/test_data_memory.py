@@ -66,3 +66,20 @@ def test_no_step_of_a_preparation_holds_all_rows(tokenizer, tmp_path, most, opti
     config = make_config(train=[path], partition_column="label", client_holdout=0.1, max_length=12, **options)
     data = load_client_data(config, tokenizer, 0)
     assert sum(data.summary["labels"].values()) == 2700 and 0 < most[-1] <= BATCH
+
+
+def test_a_selection_is_no_other_one_s(tmp_path):
+    """Of what the datasets library knows by its fingerprint, and of the rows that are mapped from its file."""
+    rows = Dataset.from_dict({"number": list(range(9))})
+    first = select_rows(rows, np.array([7, 1]), tmp_path / "1.arrow")
+    again = select_rows(first, np.array([1]), tmp_path / "2.arrow")
+    assert (first["number"][:], again["number"][:]) == ([7, 1], [1])
+    assert len({rows._fingerprint, first._fingerprint, again._fingerprint}) == 3
+    (tmp_path / "other").mkdir()
+    other = select_rows(rows, np.array([3]), tmp_path / "other" / "1.arrow")
+    assert (
+        other._fingerprint != first._fingerprint and other.unique("number") == [3] and first.unique("number") == [7, 1]
+    )
+    with pytest.raises(FileExistsError):
+        select_rows(rows, np.array([0, 2]), tmp_path / "1.arrow")
+    assert first["number"][:] == [7, 1]
