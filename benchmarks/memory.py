@@ -49,7 +49,10 @@ CASES: dict[str, tuple[str, int, list[str], dict[str, str]]] = {
     "DECA, 1 rank, lean, freed memory returned": ("deca", 1, [LEAN], RETURN),
     "DECA, 2 ranks, lean": ("deca", 2, [LEAN], {}),
     "DECA, 2 ranks, lean, freed memory returned": ("deca", 2, [LEAN], RETURN),
+    "DECA, 1 rank, lean, huge pages": ("deca", 1, [LEAN], HUGE),
+    "DECA, 1 rank, lean, huge pages, freed memory returned": ("deca", 1, [LEAN], HUGE | RETURN),
     "DECA, 2 ranks, lean, huge pages": ("deca", 2, [LEAN], HUGE),
+    "DECA, 2 ranks, lean, huge pages, freed memory returned": ("deca", 2, [LEAN], HUGE | RETURN),
     "DECA, 200 switches": ("switches", 1, [LEAN], {}),
 }
 
