@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
+from apart import ENVIRONMENT, REPOSITORY
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def ask(side: subprocess.Popen[str], what: str) -> dict[str, Any]:
 
 def compare(case: str) -> dict[str, Any]:
     """Both sides by turns. The first step of each takes the set-up in and counts for nothing, nor does its block."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | ENVIRONMENT
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     sides = {side: subprocess.Popen([sys.executable, __file__, side, case], **pipes) for side in SIDES}
     taken: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in SIDES}
