@@ -38,7 +38,8 @@ from apart import ENVIRONMENT, REPOSITORY
 @dataclass(frozen=True)
 class Case:
     """dtype: of the model. layers: of a block. places: of the blocks that are trained, in the plan: the embeddings,
-    some layers, the head. tokens: rows and length of the batch."""
+    some layers, the head. tokens: rows and length of the batch. masters: ours, of a bfloat16 model; BAdam rounds
+    its own at every switch."""
 
     dtype: str
     layers: int
@@ -46,6 +47,7 @@ class Case:
     shape: dict[str, int]
     places: tuple[int, ...]
     tokens: tuple[int, int]
+    masters: str = "exact"
 
 
 SMALL = dict(
@@ -55,17 +57,25 @@ LARGE = dict(
     vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
 )  # fmt: skip
 PLACES = {1: (0, 4, 8, 12, 13), 2: (0, 2, 4, 6, 7)}
-CASES = {
-    f"47M, 2 x 128 tokens, {dtype}, {layers} layer{'s' * (layers > 1)}{', checkpointing' * checkpointing}": Case(
-        dtype, layers, checkpointing, SMALL, PLACES[layers], (2, 128)
-    )
-    for dtype in ("float32", "bfloat16")
-    for layers in (1, 2)
-    for checkpointing in (False, True)
-} | {
-    f"110M, 4 x 256 tokens, {dtype}, 1 layer": Case(dtype, 1, False, LARGE, PLACES[1], (4, 256))
-    for dtype in ("float32", "bfloat16")
-}
+CASES = (
+    {
+        f"47M, 2 x 128 tokens, {dtype}, {layers} layer{'s' * (layers > 1)}{', checkpointing' * checkpointing}": Case(
+            dtype, layers, checkpointing, SMALL, PLACES[layers], (2, 128)
+        )
+        for dtype in ("float32", "bfloat16")
+        for layers in (1, 2)
+        for checkpointing in (False, True)
+    }
+    | {
+        f"110M, 4 x 256 tokens, {dtype}, 1 layer": Case(dtype, 1, False, LARGE, PLACES[1], (4, 256))
+        for dtype in ("float32", "bfloat16")
+    }
+    | {
+        "47M, 2 x 128 tokens, bfloat16, 1 layer, rounded": Case(
+            "bfloat16", 1, False, SMALL, PLACES[1], (2, 128), "rounded"
+        )
+    }
+)
 STEPS, ROUNDS = 3, 1  # of a block's turn, without the last two; turns of each block
 DEADLINE_S = 600  # of a step
 SIDES = ("badam", "ours")
@@ -87,7 +97,8 @@ def ours(case: Case) -> Iterator[Any]:
     yield
     rule, batch = build_rule("badam"), random_batch(case.shape, *case.tokens)
     overrides = [f"model.dtype={case.dtype}", f"data.micro_batch_size={case.tokens[0]}", "optimizer.clip_norm=0"]
-    overrides += [f"blocks.layers_per_block={case.layers}", f"model.gradient_checkpointing={case.checkpointing}"]
+    overrides += [f"model.masters={case.masters}", f"blocks.layers_per_block={case.layers}"]
+    overrides += [f"model.gradient_checkpointing={case.checkpointing}"]
     with one_client() as make:
         config, client = make(case.shape, overrides)
         step = lonely_step(config, client, rule, batch)
