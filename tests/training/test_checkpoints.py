@@ -14,7 +14,8 @@ from torch.distributed import HashStore
 
 from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
-from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
+from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.state import TrainingState, set_random_state
 from deca_ds.errors import CheckpointError

@@ -16,7 +16,7 @@ import torch
 from fake_clients import SCHEDULE, in_threads, tensors_of, training_state
 from torch.distributed import HashStore
 
-from deca_ds.checkpoint.steps import open_checkpoint
+from deca_ds.checkpoint.open_steps import open_checkpoint
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.elastic.handover import receive, send
 from deca_ds.engine import state as listing
