@@ -46,8 +46,8 @@ from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
-from deca_ds.training.metrics import check_logging
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
+from deca_ds.training.trackers import check_logging
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
