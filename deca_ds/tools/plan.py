@@ -33,7 +33,7 @@ from deca_ds.gossip import subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.theory import agreement, slow_mixing
+from deca_ds.gossip.theory import agreement, large_momentum, slow_mixing
 from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.launch.launcher import ClientLayout
@@ -161,13 +161,16 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
         absent = ", ".join(map(str, sorted(config.cluster.absent)))
         console.print(f"at the start: client {absent} absent, spectral gap {gap:.4g}", highlight=False)
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
-    for warning in slow_mixing(
+    warnings = slow_mixing(
         mixing,
         inner_steps=config.algorithm.inner_steps,
         gossip_every=config.gossip.every,
         lr=config.optimizer.lr,
         weight_scale=scale,
-    ):
+    )
+    if config.algorithm.method == "gasloc":
+        warnings += large_momentum(mixing, config.algorithm.outer_momentum)
+    for warning in warnings:
         _warn(console, warning)
 
 

@@ -117,6 +117,9 @@ def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, 
     told = plan("gossip.wire=bfloat16", "algorithm.method=gt-adam")
     assert "bfloat16, 2 bytes a parameter of 2 tensors; " in told and f"sends {decimal(2 * 2 * parameters)}" in told
     assert "traffic:" not in plan("gossip.graph=isolated")
+    gasloc = ("algorithm.method=gasloc", "gossip.every=4", "gossip.graph=ring", "algorithm.outer_momentum=0.6")
+    assert "algorithm.outer_momentum=0.6 is large for this graph" in plan(*gasloc)
+    assert "large for this graph" not in plan(*gasloc[1:], "algorithm.method=diloco")
 
 
 def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
