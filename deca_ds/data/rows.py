@@ -148,6 +148,26 @@ def encode_rows(
         return write_rows(path, features, counted())
 
 
+class Scratch:
+    """Writes rows that nobody needs any more when the entry is made. folder: has no such files yet, and has to be there
+    as long as the rows are."""
+
+    def __init__(self, folder: Path, work: Work):
+        self._folder, self._work, self._files = folder, work, 0
+
+    def select(self, dataset: Dataset, indices: npt.NDArray[np.int64]) -> Dataset:
+        """See `select_rows`."""
+        return select_rows(dataset, indices, self._next("indices.arrow"))
+
+    def encode(self, dataset: Dataset, encode: Callable[..., Batch], features: Features, what: str) -> Dataset:
+        """See `encode_rows`."""
+        return encode_rows(self._next("arrow"), dataset, encode, features, what, self._work)
+
+    def _next(self, ending: str) -> Path:
+        self._files += 1
+        return self._folder / f"{self._files}.{ending}"
+
+
 @dataclass(frozen=True)
 class _Job:
     dataset: Dataset

@@ -65,6 +65,10 @@ class BlockState:
         """Views of the same elements of all tensors."""
         return {name: tensor[elements] for name, tensor in self.tensors.items()}
 
+    def by_parameter(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Views of a flat tensor of this layout, one a parameter."""
+        return dict(zip(self.names, tensor.split(list(self.local_steps.sizes)), strict=True))
+
 
 @dataclass(frozen=True)
 class GradientStats:
@@ -129,7 +133,6 @@ class Client:
         internals.forget_trace(self._zero)
         leaves = [internals.leaf(parameter) for parameter in parameters]
         self._reducer = GradientReducer(self.model, parameters, tensors["grad"].split(sizes), leaves, _BUCKET_NUMEL)
-        self._layout = list(zip(names, sizes, strict=True))
         return_freed_memory()  # what the block before has left: its gradients and activations had other sizes
         local_steps = LocalSteps(sizes, [len(self.shapes[name]) >= 2 for name in names])
         self._state = BlockState(block, tensors, tuple(names), local_steps, [False] * len(names))
@@ -261,25 +264,22 @@ class Client:
 
     def _masters(self) -> dict[str, Tensor]:
         """The active block's, by parameter, if there is one."""
-        if self._state is None:
-            return {}
-        parts = self._state.theta.split([size for _, size in self._layout])
-        return {name: part for (name, _), part in zip(self._layout, parts, strict=True)}
+        return {} if self._state is None else self._state.by_parameter(self._state.theta)
 
     def block_shards(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
         """(name, start, stop, state) of this rank's slices of the active block, if there is one; state: views of all of
         the block's tensors."""
         if self._state is None:
             return
-        sizes = [size for _, size in self._layout]
-        parts = {key: tensor.split(sizes) for key, tensor in self._state.tensors.items()}
-        for place, (name, _) in enumerate(self._layout):
-            state = {key: split[place] for key, split in parts.items()}
+        parts = {key: self._state.by_parameter(tensor) for key, tensor in self._state.tensors.items()}
+        for name in self._state.names:
+            state = {key: part[name] for key, part in parts.items()}
             yield name, *internals.shard_range(self._parameters[name]), state
 
     def block_numels(self) -> list[int]:
         """Elements of the active block's parameters, whole, in the order of its shard."""
-        return [prod(self.shapes[name]) for name, _ in self._layout]
+        assert self._state is not None
+        return [prod(self.shapes[name]) for name in self._state.names]
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Persistent buffers, which are part of a saved model and whole on every rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,11 +62,12 @@ class GradientReducer:
         leaves: Sequence[nn.Module | None],
         bucket_numel: int,
     ):
-        self._parameters, self._shards, self._leaves = parameters, shards, leaves
+        self._shards, self._in_leaf = shards, [leaf is not None for leaf in leaves]
         self._ranks = dist.get_world_size()
         self._width = max(1, bucket_numel // self._ranks)  # columns of a bucket
-        self._columns = sum(internals.partitioned(parameter).ds_tensor.ds_numel for parameter in parameters)
-        self.forget()
+        self._sizes = [internals.partitioned(parameter).ds_tensor.ds_numel for parameter in parameters]
+        self.reached = [False] * len(parameters)
+        self._turns, self._buckets = self._new_pass()
         hooks: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(lambda p, index=index: self._take(index, p))
             for index, p in enumerate(parameters)
@@ -80,79 +81,111 @@ class GradientReducer:
 
     def forget(self) -> None:
         """Begin an inner step: no parameter has been reached."""
-        self.reached = [False] * len(self._parameters)
-        self._begin()
+        self.reached = [False] * len(self._sizes)
+        self._turns, self._buckets = self._new_pass()
 
     def finish(self) -> None:
         """Send what is left of this backward pass and wait until every shard has it."""
         if self._ranks > 1:
-            self._send_before(len(self._parameters))
-            self._receive()
-        self._begin()
+            for index in self._turns.all_left():
+                self._buckets.put(index, self._turns.kept)
+            self._buckets.receive()
+        self._turns, self._buckets = self._new_pass()
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
-    def _begin(self) -> None:
-        """Expect a forward pass."""
-        self._called: dict[int, None] = {}  # parameters, in the order of the calls of their modules
-        self._order: list[int] | None = None  # of sending, once the backward pass has begun
-        self._next = 0  # place in it
-        self._left = self._columns
-        self._kept: dict[int, Tensor] = {}
-        self._filling: _Bucket | None = None
-        self._sent: _Sent | None = None
+    def _new_pass(self) -> tuple[_Turns, _Buckets]:
+        """For a forward and a backward pass."""
+        return _Turns(self._in_leaf), _Buckets(self._shards, self._sizes, self._ranks, self._width)
 
     def _noting(self, own: Sequence[int]) -> Callable[..., None]:
         """A hook that notes a call of the module with these parameters in the forward pass."""
-
-        def note(*_: object) -> None:
-            if self._order is None:
-                self._called.update(dict.fromkeys(own))
-
-        return note
+        return lambda *_: self._turns.note_call(own)
 
     def _take(self, index: int, parameter: nn.Parameter) -> None:
         self.reached[index] = True
         if self._ranks == 1:
             add_into(self._shards[index], _take_gradient(parameter))
             return
-        order = self._fix_order()
-        if index in order[: self._next]:
+        if self._turns.is_over(index):
             shape = tuple(internals.partitioned(parameter).ds_shape)
             raise RuntimeError(f"a gradient of shape {shape} came after its turn to be reduced")
-        self._keep(index, parameter)
-        while (place := self._next_sure()) is not None and order[place] in self._kept:
-            self._send_before(place + 1)
+        self._turns.keep(index, _take_gradient(parameter))
+        for each in self._turns.due():
+            self._buckets.put(each, self._turns.kept)
 
-    def _keep(self, index: int, parameter: nn.Parameter) -> None:
-        gradient = _take_gradient(parameter)
-        self._kept[index] = self._kept[index] + gradient if index in self._kept else gradient
+
+class _Turns:
+    """When each gradient of a pass is sent. in_leaf: which parameters belong to a leaf.
+
+    kept: gradients, by parameter, that wait for their turn; whoever sends one takes it out.
+    """
+
+    def __init__(self, in_leaf: Sequence[bool]):
+        self.kept: dict[int, Tensor] = {}
+        self._in_leaf = in_leaf
+        self._called: dict[int, None] = {}  # parameters, in the order of the calls of their modules
+        self._order: list[int] | None = None  # of sending, once the backward pass has begun
+        self._sure = 0  # places before this one have a time to be sent at
+        self._next = 0  # place
+
+    def note_call(self, parameters: Sequence[int]) -> None:
+        """In the forward pass: the module that has these is called."""
+        if self._order is None:
+            self._called.update(dict.fromkeys(parameters))
+
+    def is_over(self, index: int) -> bool:
+        """Whether this parameter's turn is over."""
+        return index in self._fix_order()[: self._next]
+
+    def keep(self, index: int, gradient: Tensor) -> None:
+        """A parameter that is used in two places may get two."""
+        self.kept[index] = self.kept[index] + gradient if index in self.kept else gradient
+
+    def due(self) -> Iterator[int]:
+        """The parameters whose turn has come."""
+        order = self._fix_order()
+        while (place := self._next_sure()) is not None and order[place] in self.kept:
+            yield from self._before(place + 1)
+
+    def all_left(self) -> Iterator[int]:
+        """The parameters that have not had their turn."""
+        return self._before(len(self._in_leaf))
 
     def _fix_order(self) -> list[int]:
         if self._order is None:
-            self._sure = len(self._called)  # places before this one have a time to be sent at
-            rest = (index for index in range(len(self._parameters)) if index not in self._called)
+            self._sure = len(self._called)
+            rest = (index for index in range(len(self._in_leaf)) if index not in self._called)
             self._order = [*reversed(self._called), *reversed(list(rest))]
         return self._order
 
     def _next_sure(self) -> int | None:
         """Place of the next parameter outside leaves that need not wait for the end."""
         order = self._fix_order()
-        return next((k for k in range(self._next, self._sure) if self._leaves[order[k]] is None), None)
+        return next((k for k in range(self._next, self._sure) if not self._in_leaf[order[k]]), None)
 
-    def _send_before(self, place: int) -> None:
-        """Put the parameters before this place of the order into buckets; send those that are full, and the last."""
-        for index in self._fix_order()[self._next : place]:
-            self._put(index)
+    def _before(self, place: int) -> Iterator[int]:
+        """The parameters before this place of the order."""
+        yield from self._fix_order()[self._next : place]
         self._next = place
 
-    def _put(self, index: int) -> None:
-        gradient = self._kept.pop(index, None)
-        size = internals.partitioned(self._parameters[index]).ds_tensor.ds_numel
-        start = 0
+
+class _Buckets:
+    """Reduces the gradients of a pass into shards, bucket by bucket. sizes: columns of each. width: of a bucket."""
+
+    def __init__(self, shards: Sequence[Tensor], sizes: Sequence[int], ranks: int, width: int):
+        self._shards, self._sizes, self._ranks, self._width = shards, sizes, ranks, width
+        self._left = sum(sizes)  # columns of which no bucket has been sent
+        self._filling: _Bucket | None = None
+        self._sent: _Sent | None = None
+
+    def put(self, index: int, kept: dict[int, Tensor]) -> None:
+        """Take the gradient of a parameter, zero if there is none, and send the buckets that it fills."""
+        gradient = kept.pop(index, None)
+        size, start = self._sizes[index], 0
         while start < size:
             bucket = self._filling
             if bucket is None:
@@ -174,16 +207,7 @@ class GradientReducer:
                 self._filling = None
                 self._send(bucket)
 
-    def _send(self, bucket: _Bucket) -> None:
-        """Start the reduce-scatter of the full bucket; the one before it is waited for."""
-        self._receive()
-        mine = torch.empty_like(bucket.rows[0])
-        work = dist.reduce_scatter_tensor(mine, bucket.rows.view(-1), op=dist.ReduceOp.SUM, async_op=True)
-        assert work is not None, "this rank is part of the group"
-        self._left -= bucket.filled
-        self._sent = _Sent(bucket, work, mine)
-
-    def _receive(self) -> None:
+    def receive(self) -> None:
         """Wait for the bucket on its way and add it to the shards."""
         if self._sent is None:
             return
@@ -193,6 +217,15 @@ class GradientReducer:
         for (index, start, _), part in zip(parts, sent.mine.split([p[2] for p in parts]), strict=True):
             target = self._shards[index][start : start + part.numel()]
             target.add_(part[: target.numel()])
+
+    def _send(self, bucket: _Bucket) -> None:
+        """Start the reduce-scatter of the full bucket; the one before it is waited for."""
+        self.receive()
+        mine = torch.empty_like(bucket.rows[0])
+        work = dist.reduce_scatter_tensor(mine, bucket.rows.view(-1), op=dist.ReduceOp.SUM, async_op=True)
+        assert work is not None, "this rank is part of the group"
+        self._left -= bucket.filled
+        self._sent = _Sent(bucket, work, mine)
 
 
 def _fill(rows: Tensor, gradient: Tensor, size: int, start: int) -> None:

@@ -95,34 +95,37 @@ class Message:
 
     x: the own values, which do not change before the mean is made. number: in the averaging.
 
-    buffers: of what each source sends, by client; staged: of what this rank sends, if not `x` itself. weights: j ->
-    w_ij, also of this client.
+    weights: j -> w_ij, also of this client. Once it has started, buffers: of what each source sends, by client; staged:
+    of what this rank sends, if not `x` itself.
     """
 
     def __init__(self, averaging: Averaging, chunk: Chunk, name: str, x: Tensor, number: int):
+        gossip, client, t = averaging.gossip, averaging.gossip.transport.client, averaging.t
         self.chunk, self.name, self.x = chunk, name, x.detach()
-        self._averaging, self._number = averaging, number
-        self._exchange: Exchange | None = None  # None: not started, or nobody to talk to
-        self._connections = -1  # what Transport.epoch was at the start
+        self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*gossip.schedule.sources(client, t), client)}
         self.buffers: dict[int, Tensor] = {}
+        self.staged: Tensor | None = None
+        self._averaging, self._number, self._connections = averaging, number, gossip.transport.epoch
+        self._started, self._received = False, False
+        self._exchange: Exchange | None = None  # None: not started, or nobody to talk to
+        self._mean: Tensor | None = None
+
+    def on_new_connections(self) -> Message:
+        """The same values to be sent once more, or this message itself if the connections are those that it is for."""
+        if self._connections == self._averaging.gossip.transport.epoch:
+            return self
+        return Message(self._averaging, self.chunk, self.name, self.x, self._number)
 
     def start(self) -> None:
-        """Send and receive; does nothing the second time, unless the transport's connections are new since then."""
-        averaging, gossip = self._averaging, self._averaging.gossip
-        transport, client, t = gossip.transport, gossip.transport.client, self._averaging.t
-        if self._connections == transport.epoch:
+        """Send and receive; does nothing the second time."""
+        if self._started:
             return
-        self._exchange, self._received = None, False
-        self._mean: Tensor | None = None
-        self.buffers = {}
-        self.staged: Tensor | None = None
-        self.weights = {j: gossip.schedule.weight(client, j, t) for j in (*gossip.schedule.sources(client, t), client)}
-        sources, destinations = averaging.partners()
+        sources, destinations = self._averaging.partners()
         if sources or destinations:
-            transport.progress.enter("gossip")
-            averaging.before_sending(self)
+            self._averaging.gossip.transport.progress.enter("gossip")
+            self._averaging.before_sending(self)
             self._send(sources, destinations)
-        self._connections = transport.epoch
+        self._started = True
 
     def _send(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         averaging, gossip, x = self._averaging, self._averaging.gossip, self.x
@@ -159,7 +162,7 @@ class Message:
         return {j: gossip.codec.decode(wire) for j, wire in wires.items()} | {gossip.transport.client: own}
 
     def mean(self, place: int = 0) -> Tensor:
-        """sum_j W_ij x_j, float32, on the device of x, by a codec as codec.py says. Kept until the connections are new.
+        """sum_j W_ij x_j, float32, on the device of x, by a codec as codec.py says. Made once.
 
         Terms are added in ascending client order, the own one in its place, so that the result does not depend on the
         transport. place: of the buffer that it is kept in. With nobody to talk to it is x itself. Raises GossipError

@@ -148,6 +148,7 @@ class Committed(Whole):
         broken, self._broken = self._broken, None
         if broken is not None:
             raise broken
+        self._messages = [message.on_new_connections() for message in self._messages]
         for message in self._messages:
             message.start()
         for place, message in enumerate(self._messages):

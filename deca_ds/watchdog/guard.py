@@ -2,10 +2,8 @@
 
 The first rank that fails writes its message to the job's store. A thread in every other rank sees it there and ends its
 process, whatever the process waits for (a collective, a message, a slow disk). The job leaves a FAILED marker with the
-message of that first rank, or a DONE marker. What may quote a client's data is told on that client's own output and in
-its own FAILED file; the others learn which rank it was and what kind of failure. The same thread sends this rank's
-heartbeats and ends waits that last too long (heartbeats.py). It ends this process as well when the store no longer
-answers (store_watch.py).
+message of that first rank (ending.py), or a DONE marker. The same thread sends this rank's heartbeats and ends waits
+that last too long (heartbeats.py). It ends this process as well when the store no longer answers (store_watch.py).
 
 What becomes of a rank depends on its role (role.py). With cluster.on_failure=continue, from the first step on: a rank
 that fails tells it on its own output and in FAILED_client_NNN and kills itself, as the MPI library expects of the dead.
@@ -17,27 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch.distributed import Store
 
 from deca_ds.errors import (
     FAILURE_CODE,
-    ConnectionLostError,
     CutOffError,
     MessageError,
     RankLostError,
     StallError,
     exit_code,
-    public_message,
     whole_message,
 )
 from deca_ds.launch.launcher import Launch
@@ -47,10 +40,10 @@ from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
 from deca_ds.watchdog.ancestors import Ancestors
 from deca_ds.watchdog.early_end import EarlyEnd, StopBeforeTraining
-from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, rank_is_gone
+from deca_ds.watchdog.ending import Ending, end_process
+from deca_ds.watchdog.failure import Failure, rank_is_gone
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
-from deca_ds.watchdog.restart import come_back
 from deca_ds.watchdog.role import Elasticity, Event, Outcome, Role, Visitor, on_event
 from deca_ds.watchdog.stop import StopByCommit, StopByStore, is_requested
 from deca_ds.watchdog.store_watch import StoreWatch, no_answer
@@ -61,7 +54,13 @@ _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
 _CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice that the client is cut off
 _NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does not answer
 _OTHERS_S = 60.0  # for the survivors to put out who hangs and to put up another store, until all ends
-_LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
+
+
+class _Watch(NamedTuple):
+    """The thread that watches the job through a store, and what counts for how long that gives no answer."""
+
+    thread: threading.Thread
+    silence: StoreWatch
 
 
 class JobGuard:
@@ -75,18 +74,15 @@ class JobGuard:
         self._survey = Survey(self.heartbeats)
         timeout_s = store.timeout.total_seconds()
         self.stop: StopByStore | StopByCommit = StopByStore(launch.rank, launch.world_size, timeout_s)
-        self.output: Path | None = None  # the run's folder, as soon as it is ours to write to
         self._role = Role.MEMBER if visitor is None else Role.VISITOR
         self._return_s = 0.0 if visitor is None else visitor.return_s
         self._elasticity: Elasticity | None = None
-        self._at_exit: list[Callable[[], None]] = []
         self._ancestors = Ancestors()
         self._finished = threading.Event()
-        # Taken, and never given back, by whoever ends this process: its own watcher sees a failure as soon as it is
-        # reported, and must not end the process before the message is told.
-        self._leaving = threading.Lock()
-        self.early_end = EarlyEnd(self._leaving, partial(self._meet, key=_EARLY_KEY, waits=True), self._end_early)
-        self._start_watching()
+        self._ending = Ending(launch, self.site, self.heartbeats)
+        met = partial(self._meet, key=_EARLY_KEY, waits=True)
+        self.early_end = EarlyEnd(self._ending.begun, met, self._end_early)
+        self._watch = self._start_watching()
 
     @property
     def progress(self) -> Progress:
@@ -98,14 +94,19 @@ class JobGuard:
         """The job's, wherever it is now."""
         return self.site.store
 
+    @property
+    def output(self) -> Path | None:
+        """The run's folder, as soon as it is ours to write to."""
+        return self._ending.output
+
     def write_to(self, output: Path) -> None:
         """The run's folder is known, and ours to write to."""
-        self.output = output
+        self._ending.write_to(output)
         self.heartbeats.write_to(output / HEARTBEATS)
 
     def on_exit(self, callback: Callable[[], None]) -> None:
         """Have `callback` called when this rank is through, so that nobody takes its end for a death."""
-        self._at_exit.append(callback)
+        self._ending.at_exit.append(callback)
 
     def enter_elastic(self, elasticity: Elasticity) -> None:
         """The ranks of this job are connected so that it can go on without those who fail, as soon as all of them
@@ -133,52 +134,28 @@ class JobGuard:
 
     def _end_early(self, store: Store) -> NoReturn:
         self._meet(store, _DONE_KEY, waits=self.launch.rank == self.site.host)
-        self._end(0)
+        end_process(0)
 
     def fail(self, error: BaseException) -> None:
         """Report `error`, unless another rank was first, and end this process. Does not return."""
         self.early_end.forbid()
-        self._leaving.acquire()
-        event = self._event(error)
-        match self._outcome(event):
+        self._ending.begun.acquire()
+        match self._outcome(self._event(error)):
             case Outcome.COME_BACK:
                 self.come_back(f"was cut off: {error}")
             case Outcome.COME_BACK_UNNOTICED:
                 self.come_back(f"hangs: {error}", through=False)
             case Outcome.END_THE_CLIENT:
-                self._die(self._told(error)[1])
+                self._ending.end_the_client(error)
             case Outcome.END:
-                self._leave(self._report(whole_message(error), exit_code(error)))
+                self._leave(self._ending.report(whole_message(error), exit_code(error)))
             case _:
-                self._end_the_job(error)
-
-    def _end_the_job(self, error: BaseException) -> None:
-        code, (public, whole) = exit_code(error), self._told(error)
-        report = first = self._report(public, code)
-        with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
-            first = report.report(self.store.store)
-        self._leave(self._report(whole, code) if first == report else first)
-
-    def _told(self, error: BaseException) -> tuple[str, str]:
-        """What people read of `error`, on other clients' outputs and on the own one. Of a connection that broke off, a
-        traceback would be of whom it hit, not of whom it is about."""
-        if is_lost_connection(error):
-            rank = error.rank if isinstance(error, ConnectionLostError) else None
-            if others := self.heartbeats.other_end(self.store.store, rank):
-                lost = lost_connection(error, others)
-                return lost, lost
-        seen = self._last_seen(error)
-        return public_message(error) + seen, whole_message(error) + seen
+                self._ending.end_the_job(error)
 
     def come_back(self, why: str, *, through: bool = True) -> NoReturn:
         """Become a new process that tries to join the others again. through: whether the others hear that this rank is
         through, by `on_exit`."""
-        client = self.heartbeats.own().client
-        who = "this client" if client is None else f"client {client}"
-        print(f"\nWARNING: {who} {why}; it tries to come back for {self._return_s:.0f} s", file=sys.stderr)
-        for callback in self._at_exit if through else ():
-            callback()
-        come_back(self._return_s)
+        self._ending.come_back(why, self._return_s, through=through)
 
     def _outcome(self, event: Event) -> Outcome:
         return on_event(self._role, event, self._return_s > 0)
@@ -201,17 +178,17 @@ class JobGuard:
         """Stop watching: every rank is through. The store's host leaves last. After a death, ends this process."""
         self.early_end.forbid()
         self.progress.enter("done")
-        for callback in self._at_exit:
+        for callback in self._ending.at_exit:
             callback()
         store = self.store.store
         # one that dies now, all being through, is nobody's concern
         with contextlib.suppress(RuntimeError) if self._role is Role.OUTLIVED else contextlib.nullcontext():
             self._meet(store, _DONE_KEY, waits=self.launch.rank == self.site.host)
         self._finished.set()
-        self._thread.join(timeout=2 * _POLL_S)
+        self._watch.thread.join(timeout=2 * _POLL_S)
         self.heartbeats.beat(store, last=True)
         if self._view_has_changed:
-            self._end(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
+            end_process(0)  # MPI_Finalize, an exit handler, may wait for the dead for ever
         gc.freeze()  # or the interpreter would look for garbage in everything, several times: a second of each rank
 
     def _meet(self, store: Store, key: str, *, waits: bool) -> None:
@@ -236,16 +213,17 @@ class JobGuard:
         """See Membership.subscribe: the host of the old store may have gone."""
         if view.announcement:
             self.site.move(view.announcement, self._ranks()[0])
-            self._silence.close()
-            self._start_watching()
+            self._watch.silence.close()
+            self._watch = self._start_watching()
 
-    def _start_watching(self) -> None:
+    def _start_watching(self) -> _Watch:
         timeout_s = self.store.timeout.total_seconds()
-        self._silence = StoreWatch(self.progress, timeout_s, self._no_answer, self._store_grace_s)
-        watch = self._watch if self.launch.world_size > 1 else self._beat
-        arguments = self.store, self.store.reconnect(), self._silence
-        self._thread = threading.Thread(target=watch, args=arguments, daemon=True)
-        self._thread.start()
+        silence = StoreWatch(self.progress, timeout_s, self._no_answer, self._store_grace_s)
+        watch = self._watch_others if self.launch.world_size > 1 else self._beat
+        arguments = self.store, self.store.reconnect(), silence
+        thread = threading.Thread(target=watch, args=arguments, daemon=True)
+        thread.start()
+        return _Watch(thread, silence)
 
     def _store_grace_s(self) -> float:
         """For the others to put up another store."""
@@ -256,13 +234,13 @@ class JobGuard:
         silence.close()
         while not self._finished.wait(_POLL_S):
             if (report := self._look_at_launcher()) is not None:
-                self._leaving.acquire()
+                self._ending.begun.acquire()
                 self._leave(report)
             self._look_for_stop(store)
             if self.heartbeats.beat(store):
                 self._hear_request()
 
-    def _watch(self, job: JobStore, store: Store, silence: StoreWatch) -> None:
+    def _watch_others(self, job: JobStore, store: Store, silence: StoreWatch) -> None:
         while self.store is job and not self._finished.wait(_STOPPING_POLL_S if self.stop.pending else _POLL_S):
             self._leave_if_out()
             try:
@@ -278,11 +256,11 @@ class JobGuard:
                 why = "it ended without a report"
                 why += ", before this client was let in: join again" if self._role is Role.VISITOR else ""
                 ((who, when),) = self.heartbeats.other_end(None, self.site.host)
-                report = self._report(rank_is_gone(who, when, why), FAILURE_CODE)
+                report = self._ending.report(rank_is_gone(who, when, why), FAILURE_CODE)
             except Exception as error:  # without its watcher a rank could wait for ever
-                report = self._report(f"the watcher has failed: {error!r}", FAILURE_CODE)
+                report = self._ending.report(f"the watcher has failed: {error!r}", FAILURE_CODE)
             if report is not None:
-                self._leaving.acquire()
+                self._ending.begun.acquire()
                 self._leave(report)
         silence.close()
 
@@ -296,13 +274,13 @@ class JobGuard:
         silence = no_answer(self.site.host, self.progress.place, idle_s, silent_s)
         self._come_back_to_a_lost_job(Event.STORE_SILENT)
         # the main thread may have taken it, to tell the store what that will never hear
-        self._leaving.acquire(timeout=_NO_ANSWER_S)
-        self._leave(self._report(str(silence), silence.code))
+        self._ending.begun.acquire(timeout=_NO_ANSWER_S)
+        self._leave(self._ending.report(str(silence), silence.code))
 
     def _come_back_to_a_lost_job(self, event: Event) -> None:
         """Returns if that is not what this rank does."""
         if self._outcome(event) is Outcome.COME_BACK:
-            self._leaving.acquire()
+            self._ending.begun.acquire()
             self.come_back("has lost the job before it was let in")
 
     def _look(self, store: Store) -> Failure | None:
@@ -319,12 +297,12 @@ class JobGuard:
         stall = self.heartbeats.stalled(store, own=self._role is Role.OUTLIVED)
         if stall is None or self._others_see_to(stall):
             return None
-        report = self._report(str(stall), stall.code)
+        report = self._ending.report(str(stall), stall.code)
         return report if self._role is Role.VISITOR else report.report(store)
 
     def _look_at_launcher(self) -> Failure | None:
         why = self._ancestors.look(self.launch, self.stop)
-        return None if why is None else self._report(why, FAILURE_CODE)
+        return None if why is None else self._ending.report(why, FAILURE_CODE)
 
     def _look_for_stop(self, store: Store) -> None:
         self.stop.look(store)
@@ -347,44 +325,8 @@ class JobGuard:
             put_out()
         return True
 
-    def _last_seen(self, error: BaseException) -> str:
-        """Where the awaited ranks are, if `error` is of a connection or a library's wait."""
-        of_others = (MessageError, RankLostError, RuntimeError)
-        if isinstance(error, of_others) and not isinstance(error, CutOffError) and self.launch.world_size > 1:
-            with contextlib.suppress(RuntimeError):  # the store is gone
-                return self.heartbeats.last_seen(self.store.store)
-        return ""
-
-    def _report(self, message: str, code: int) -> Failure:
-        place = self.progress.place
-        return Failure(self.launch.rank, self.launch.host, "" if place == "starting" else place, message, code)
-
     def _leave(self, report: Failure) -> None:
-        if report.rank == self.launch.rank:
-            report.tell(alone=self.launch.world_size == 1)
-        if self._role is not Role.VISITOR:
-            report.mark(self.output, "FAILED")
-        if self.launch.rank == self.site.host and self.launch.world_size > 1:
-            time.sleep(_LINGER_S)
-        self._end(report.code)
-
-    def _die(self, message: str) -> None:
-        """End this rank, and with it its client, while the others go on. Does not return."""
-        client = self.heartbeats.own().client
-        report = self._report(message, FAILURE_CODE)
-        report.tell(of_client=client)
-        report.mark(self.output, f"FAILED_client_{client:03d}")
-        sys.stdout.flush()
-        # not an exit: mpirun lets the others go on after a process that died, and ends them after one that failed
-        os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(_LINGER_S)
-
-    @staticmethod
-    def _end(code: int) -> NoReturn:
-        # not sys.exit: exit handlers of MPI and of process groups wait for the ranks that failed
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        self._ending.leave(report, mark=self._role is not Role.VISITOR)
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ class Watch:
 
     def look(self, when):
         self.alive = [each for each in self.alive if not each[0].expired()]
-        filling = self.client._reducer._filling
+        filling = self.client._reducer._buckets._filling
         buckets = 0 if filling is None else filling.rows.nbytes
         most, sizes = self.most[when], [(size, in_leaf) for _, size, in_leaf in self.alive]
         most["all"] = max(most["all"], buckets + sum(size for size, _ in sizes))

@@ -15,7 +15,7 @@ from deca_ds.errors import ConfigError, DataError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.launch.view import Membership, View
-from deca_ds.watchdog import early_end
+from deca_ds.watchdog import early_end, ending
 from deca_ds.watchdog import guard as module
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.guard import guarded
@@ -42,7 +42,7 @@ with guarded(launch, open_job_store(launch, 60), visitor) as guard:
     elif what == "user":
         raise ConfigError("the value is odd", where="some.key", fix="make it even")
     elif what == "slow":  # long after the report is in the store, the message is still being put together
-        module.whole_message = lambda error: time.sleep(3) or "told in full"
+        ending.whole_message = lambda error: time.sleep(3) or "told in full"
         raise RuntimeError("a defect")
     elif what == "data":
         raise DataError("row 3 says 'secret'")

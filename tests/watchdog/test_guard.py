@@ -105,7 +105,7 @@ def test_a_connection_that_broke_is_told_as_what_it_means(error, words, monkeypa
     made.progress.watch(ClientLayout(1, 2), 60.0)
     beat = Heartbeat(1, "n1", 0, "gradient", 3, "layer 1", None, 0.1, time.time())
     store.set("heartbeat/1", json.dumps(asdict(beat)))
-    monkeypatch.setattr(made, "_leave", left.append)
+    monkeypatch.setattr(made._ending, "leave", left.append)
     try:
         raise error
     except Exception as caught:

@@ -89,16 +89,14 @@ def look(
     texts: dict[int, dict[str, Contents]] = {}
     with closing(Cache(config.data.cache if sample is None else str(scratch / "cache"))) as cache:
         for number in numbers:
-            entry = Preparation(config, tokenizer, number, cache, work, sample).entry()
-            again = Preparation(config, tokenizer, number, cache, work, sample)
+            preparation = Preparation(config, tokenizer, number, cache, work, sample)
+            entry = preparation.entry()
             own = scratch / f"client_{number}"
             own.mkdir()
-            of = again.examples(own)
+            of = preparation.examples(own)
             sets = {TRAIN: of.train, OWN: of.own, COMMON: of.common}
             labels = {
-                name: _labels(rows, again.words)
-                for name, rows in sets.items()
-                if FORMATS[config.data.format].has_labels
+                name: _labels(rows, of.words) for name, rows in sets.items() if FORMATS[config.data.format].has_labels
             }
             texts[number] = {name: contents(rows) for name, rows in sets.items()}
             data = read_client_data(entry.folder)
