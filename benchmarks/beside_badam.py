@@ -8,7 +8,7 @@ switches; masters, gradients and moments are float32 on both sides. BAdam: `Bloc
 its single-process mode, with the block list of our plan. Ours: method `badam`, DeepSpeed's defaults. Neither clips.
 
 Each side is one process with one thread. The two take turns, a step at a time, and while one works the other waits.
-Ratios are ours over BAdam's, of steps that follow each other. Two steps of a turn do not count: the last, in which both
+Ratios are ours over BAdam's, of steps that follow each other, and of the sums of each block's least times. Two steps of a turn do not count: the last, in which both
 sides switch blocks, and the one before it, whose calls of Python functions (and of C functions from Python) are
 counted. Memory is the peak of a process's resident memory, all of it and what came after the imports.
 Prints a line for each case, and writes them to benchmarks/results/beside_badam.json.
@@ -76,7 +76,7 @@ CASES = (
         )
     }
 )
-STEPS, ROUNDS = 3, 1  # of a block's turn, without the last two; turns of each block
+STEPS, ROUNDS = 6, 1  # of a block's turn, without the last two; turns of each block
 DEADLINE_S = 600  # of a step
 SIDES = ("badam", "ours")
 
@@ -206,6 +206,11 @@ def summary(taken: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
         low, middle, high = (round(quotient, 3) for quotient in statistics.quantiles(quotients, n=4))
         result[clock] = {side: round(statistics.median(each), 3) for side, each in steps.items()}
         result[clock] |= {"ratio": middle, "quartiles": [low, high]}
+        # of each block the least, which other jobs on the machine have disturbed least
+        least = {
+            side: sum(min(step[clock] for step in turn[:STEPS]) for turn in turns[1:]) for side, turns in taken.items()
+        }
+        result[clock]["ratio_of_least"] = round(least["ours"] / least["badam"], 3)
     calls = {side: [turn[STEPS]["calls"] for turn in turns[1:]] for side, turns in taken.items()}
     result["calls"] = {side: int(statistics.median(each)) for side, each in calls.items()}
     ends = {side: turns[-1][-1] for side, turns in taken.items()}
