@@ -8,9 +8,10 @@ switches; masters, gradients and moments are float32 on both sides. BAdam: `Bloc
 its single-process mode, with the block list of our plan. Ours: method `badam`, DeepSpeed's defaults. Neither clips.
 
 Each side is one process with one thread. The two take turns, a step at a time, and while one works the other waits.
-Ratios are ours over BAdam's, of steps that follow each other, and of the sums of each block's least times. Two steps of a turn do not count: the last, in which both
-sides switch blocks, and the one before it, whose calls of Python functions (and of C functions from Python) are
-counted. Memory is the peak of a process's resident memory, all of it and what came after the imports.
+Ratios are ours over BAdam's, of steps that follow each other, and of the sums of each block's least times. Two steps of
+a turn do not count: the last, in which both sides switch blocks, and the one before it, whose calls of Python functions
+(and of C functions from Python) are counted. Memory is the peak of a process's resident memory, all of it and what came
+after the imports.
 Prints a line for each case, and writes them to benchmarks/results/beside_badam.json.
 """
 
