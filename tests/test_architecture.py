@@ -108,6 +108,28 @@ def test_what_benchmarks_and_examples_import_is_there():
                         assert there, f"{path}: no {alias.name} in {node.module}"
 
 
+def exports(part: str) -> set[str]:
+    """What the package of a part names in __all__."""
+    found: set[str] = set()
+    for node in ast.parse((PACKAGE / part / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            found |= set(ast.literal_eval(node.value))
+    return found
+
+
+def test_what_a_package_exports_other_packages_import_from_there():
+    doors = {part: exports(part) for part in MAY_IMPORT if (PACKAGE / part).is_dir()}
+    assert doors["gossip"] and doors["transport"] and doors["algorithm"]
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            part, _, module = node.module.removeprefix("deca_ds.").partition(".")
+            if module and part != part_of(path):
+                behind = doors.get(part, set()) & {alias.name for alias in node.names}
+                assert not behind, f"{path}: import {behind} from deca_ds.{part}"
+
+
 def test_every_part_has_its_rule():
     assert {part_of(path) for path in MODULES} == MAY_IMPORT.keys() | {"__init__"}
 
