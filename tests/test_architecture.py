@@ -2,7 +2,7 @@
 object's attributes are its own business."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -106,6 +106,28 @@ def test_what_benchmarks_and_examples_import_is_there():
                     for alias in node.names:
                         there = f"{node.module}.{alias.name}" in known or alias.name in defined(known[node.module])
                         assert there, f"{path}: no {alias.name} in {node.module}"
+
+
+def exports(part: str) -> set[str]:
+    """What the package of a part names in __all__."""
+    found: set[str] = set()
+    for node in ast.parse((PACKAGE / part / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            found |= set(ast.literal_eval(node.value))
+    return found
+
+
+def test_what_a_package_exports_other_packages_import_from_there():
+    doors = {part: exports(part) for part in MAY_IMPORT if (PACKAGE / part).is_dir()}
+    assert doors["gossip"] and doors["transport"] and doors["algorithm"]
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            part, _, module = node.module.removeprefix("deca_ds.").partition(".")
+            if module and part != part_of(path):
+                behind = doors.get(part, set()) & {alias.name for alias in node.names}
+                assert not behind, f"{path}: import {behind} from deca_ds.{part}"
 
 
 def test_every_part_has_its_rule():
@@ -216,3 +238,55 @@ def test_attributes_that_are_set_from_outside_are_seen(tmp_path):
     )
     expected = {"other.me", "self.other.name", "given.done", "given.place", "given.count", "given.file"}
     assert set_from_outside(path) == expected | {"setattr(given, 'text')"}
+
+
+def set_after_construction(paths: Iterable[Path]) -> set[str]:
+    """Class.attribute, of those that a method sets on self though neither a class's body nor a constructor does."""
+    classes = [
+        node for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    ]
+
+    def known(made: ast.ClassDef) -> set[str]:
+        bases = {_name(base) for base in made.bases}
+        found = set().union(*(known(other) for other in classes if other.name in bases and other is not made))
+        for node in made.body:
+            if isinstance(node, ast.FunctionDef) and node.name in ("__init__", "__post_init__"):
+                found |= _set_on_self(node)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                found |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        return found
+
+    found = set()
+    for made in classes:
+        methods = [node for node in made.body if isinstance(node, ast.FunctionDef)]
+        late = set().union(*map(_set_on_self, methods)) - known(made)
+        found |= {f"{made.name}.{name}" for name in late}
+    return found
+
+
+def _set_on_self(function: ast.FunctionDef) -> set[str]:
+    attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+    return {
+        node.attr for node in attributes if not isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "self"
+    }
+
+
+def test_objects_are_whole_when_they_are_made():
+    assert set_after_construction(MODULES) == set()
+
+
+def test_attributes_that_are_set_later_are_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "class Base:\n"
+        "    kind: str\n"
+        "    count = 0\n"
+        "    def __init__(self): self.own = 1\n"
+        "class Made(Base):\n"
+        "    def __init__(self, given): self.given, (self.other, _) = given, given\n"
+        "    def begin(self):\n"
+        "        self.kind, self.count, self.own, self.given, self.other = range(5)\n"
+        "        for self.place in range(3): self.given.name = 'x'\n"
+        "        self.late: int = 1\n"
+    )
+    assert set_after_construction([path]) == {"Made.place", "Made.late"}

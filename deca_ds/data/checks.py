@@ -6,10 +6,10 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from deca_ds.config import Config
 from deca_ds.config.checks import check_names, check_ranges
 from deca_ds.config.data import DataConfig
 from deca_ds.config.paths import check_writable
-from deca_ds.config.schema import Config
 from deca_ds.data.files import DOCUMENT, TABLES, Found, kind_of, some
 from deca_ds.data.formats import FORMATS, Format
 from deca_ds.data.sources import HubName, Source, find_sources, look_through

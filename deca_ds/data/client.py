@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from deca_ds.config.schema import Config
+from deca_ds.config import Config
 from deca_ds.data.cache import Cache, Entry
 from deca_ds.data.prepare import COMMON, OWN, TRAIN, Preparation
 from deca_ds.data.rows import Work

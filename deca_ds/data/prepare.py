@@ -19,8 +19,8 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from deca_ds.config import Config
 from deca_ds.config.data import DataConfig
-from deca_ds.config.schema import Config
 from deca_ds.data.cache import Cache, Entry
 from deca_ds.data.encoding import CANDIDATES, IGNORED, SEQUENCES, Encoder, pack
 from deca_ds.data.formats import FORMATS

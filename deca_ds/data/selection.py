@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from deca_ds.config import Config
 from deca_ds.config.data import DataConfig
-from deca_ds.config.schema import Config
 from deca_ds.data.cache import Cache
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.code import code_of

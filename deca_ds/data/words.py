@@ -29,11 +29,30 @@ class Slot:
     optional: bool
 
 
-def mask(conversation: Mapping[str, Any], *, tags: bool) -> tuple[dict[str, Any], list[Slot], list[str]]:
-    """The conversation with a word in the place of each text, what the words stand for, and the texts.
+@dataclass(frozen=True)
+class Masked:
+    """A conversation with a word in the place of each text. slots, texts: what each word stands for. untrained: turns
+    of the assistant that are not to be trained. shape: the same for conversations that differ in their texts alone."""
 
-    tags: let tags stay where they are in a content, with the blanks around them.
-    """
+    messages: Messages
+    tools: Any
+    untrained: Sequence[int]
+    slots: Sequence[Slot]
+    texts: Sequence[str]
+    shape: str
+
+    @property
+    def answers(self) -> list[int]:
+        """The assistant's turns."""
+        return [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def kind(self, turn: int) -> int:
+        """Of the characters of an answer: TRAINED or LEFT_OUT."""
+        return LEFT_OUT if turn in self.untrained else TRAINED
+
+
+def mask(conversation: Mapping[str, Any], *, tags: bool) -> Masked:
+    """tags: let tags stay where they are in a content, with the blanks around them."""
     slots: list[Slot] = []
     texts: list[str] = []
     wanted = [tuple(link) for link in conversation["wanted"]]
@@ -76,7 +95,8 @@ def mask(conversation: Mapping[str, Any], *, tags: bool) -> tuple[dict[str, Any]
                 optional = field in ("name", "tool_call_id") and (turn, field) not in wanted
                 masked[field] = word(value, turn, field, optional)
         messages.append(masked)
-    return {**conversation, "messages": messages}, slots, texts
+    shape = json.dumps({**conversation, "messages": messages}, ensure_ascii=False)
+    return Masked(messages, conversation["tools"], conversation["untrained"], slots, texts, shape)
 
 
 def split(text: str) -> tuple[list[str], list[int]]:

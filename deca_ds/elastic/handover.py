@@ -23,7 +23,7 @@ from torch import Tensor
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import Piece, Scope, Sharded, TrainingState, Value, Whole
 from deca_ds.errors import DisconnectedError
-from deca_ds.transport.transport import HANDOVER_TAG, Transport
+from deca_ds.transport import HANDOVER_TAG, Transport
 
 _MESSAGE = 2**22  # elements; bounds the receiver's buffer
 

@@ -8,8 +8,7 @@ from enum import Enum, auto
 
 from deca_ds.config.schema import ClusterConfig
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import subset
-from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch.view import View
 
 

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deca_ds.elastic.agreement import OPEN, YES, Decision
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 
 GRACE_S = 20.0  # for the others to notice that the old coordinator is lost; a silent host takes them about 11 s
 ALIVE_S = 5.0  # at most, between two signs of life of a coordinator

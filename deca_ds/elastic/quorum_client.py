@@ -17,7 +17,7 @@ from deca_ds.elastic.rejoin import Visit
 from deca_ds.elastic.voter import Addresses, Effects, Voter
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import CutOffError, DisconnectedError, UserError
-from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, own_address
 
 

@@ -11,7 +11,7 @@ from itertools import count
 
 from deca_ds.elastic.protocol import Coordinator, Message, Sends
 from deca_ds.elastic.wire import JsonConnection
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 
 
 class QuorumServer:

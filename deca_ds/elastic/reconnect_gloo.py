@@ -25,8 +25,7 @@ from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
-from deca_ds.transport.gloo import GlooTransport, TorchExchange
-from deca_ds.transport.transport import Endpoint
+from deca_ds.transport import Endpoint, GlooTransport, TorchExchange
 
 _CONNECT_S = 30.0  # for the survivors, who have just agreed, to meet in a new group
 _LOOK_S = 0.02  # between two looks at whether a client has gone

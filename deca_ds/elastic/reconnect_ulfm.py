@@ -24,8 +24,7 @@ from torch import Tensor
 from deca_ds.elastic.survivor_commit import answers_in, bits
 from deca_ds.errors import DisconnectedError, RankLostError
 from deca_ds.launch.view import View
-from deca_ds.transport.mpi import MpiExchange, MpiTransport, poll
-from deca_ds.transport.transport import Endpoint
+from deca_ds.transport import Endpoint, MpiExchange, MpiTransport, poll
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -16,7 +16,7 @@ from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.voter import Addresses
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import AbsentError, LaunchError
-from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, join_job_store, own_address
 from deca_ds.watchdog.restart import JOIN
 

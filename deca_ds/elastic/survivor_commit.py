@@ -10,7 +10,7 @@ from typing import Protocol
 from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.view import View
-from deca_ds.transport.commit import Commit, Result
+from deca_ds.transport import Commit, Result
 
 _SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
 

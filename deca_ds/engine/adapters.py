@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deca_ds.algorithm.blocks import Block, BlockPlan, find_layers, parameter_shapes
-from deca_ds.algorithm.methods import METHODS
-from deca_ds.config.schema import Config
+from deca_ds.algorithm import METHODS, Block, BlockPlan, find_layers, parameter_shapes
+from deca_ds.config import Config
 from deca_ds.errors import ConfigError, ModelError
 
 _NAME = "default"  # peft can keep several adapters on a layer

@@ -11,7 +11,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deca_ds.config.schema import Config, ModelConfig
+from deca_ds.config import Config
+from deca_ds.config.schema import ModelConfig
 from deca_ds.engine.load import given_weights, meta_model
 from deca_ds.errors import DataError, ModelError
 

@@ -14,10 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deca_ds.algorithm.blocks import Block, BlockPlan, parameter_shapes
-from deca_ds.algorithm.local import LocalSteps
-from deca_ds.algorithm.norms import squared_norm
-from deca_ds.config.schema import Config
+from deca_ds.algorithm import Block, BlockPlan, LocalSteps, parameter_shapes, squared_norm
+from deca_ds.config import Config
 from deca_ds.engine import internals
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.gradients import GradientReducer

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
-from deca_ds.config.schema import Config
+from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.chunked_loss import positions_at_a_time, summed_loss
 from deca_ds.engine.load import DTYPES, expert_lists, meta_model

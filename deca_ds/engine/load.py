@@ -26,11 +26,11 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from deca_ds.algorithm.blocks import BlockPlan, split_into_blocks
-from deca_ds.algorithm.methods import METHODS
+from deca_ds.algorithm import METHODS, BlockPlan, split_into_blocks
+from deca_ds.config import Config
 from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.paths import check_model_folder
-from deca_ds.config.schema import Config, ModelConfig
+from deca_ds.config.schema import ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
 from deca_ds.engine.compare_weights import GivenWeights, Slice

@@ -24,8 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm import Rule, Schedule
 from deca_ds.engine.client import Client
 from deca_ds.engine.slices import Slice, buffer_name
 

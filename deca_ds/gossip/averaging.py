@@ -14,10 +14,7 @@ from deca_ds.errors import DivergedMessageError
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.late import without
 from deca_ds.gossip.mean import not_finite, weighted_mean
-from deca_ds.transport.checksums import Exchange
-from deca_ds.transport.chunks import exchange_chunk
-from deca_ds.transport.intersections import Chunk
-from deca_ds.transport.transport import chunk_tag
+from deca_ds.transport import Chunk, Exchange, chunk_tag, exchange_chunk
 
 
 class Mean(NamedTuple):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deca_ds.algorithm.norms import squared_norm
+from deca_ds.algorithm import squared_norm
 
 
 @dataclass(frozen=True)

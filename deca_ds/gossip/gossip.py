@@ -24,9 +24,7 @@ from deca_ds.gossip.codec import CODECS, Codec
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.skip_log import SkipLog
 from deca_ds.gossip.stragglers import LateExchange
-from deca_ds.transport.commit import Commit
-from deca_ds.transport.intersections import Chunk
-from deca_ds.transport.transport import Transport
+from deca_ds.transport import Chunk, Commit, Transport
 
 
 class Gossip:

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from deca_ds.transport.transport import Transport
+from deca_ds.transport import Transport
 
 
 class SkipLog:

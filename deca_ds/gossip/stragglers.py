@@ -22,11 +22,7 @@ from torch.distributed import Store
 
 from deca_ds.gossip.buffers import BufferPool
 from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision
-from deca_ds.transport.checksums import Exchange
-from deca_ds.transport.chunks import exchange_chunk
-from deca_ds.transport.intersections import Chunk
-from deca_ds.transport.mpi import poll
-from deca_ds.transport.transport import Transport
+from deca_ds.transport import Chunk, Exchange, Transport, exchange_chunk, poll
 
 _Edge = Generator[None, None, EdgeDecision]
 

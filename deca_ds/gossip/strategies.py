@@ -23,8 +23,7 @@ from deca_ds.gossip.averaging import Averaging, Mean, Message
 from deca_ds.gossip.clip import Clip, clipped_weights, squared_distance
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.stragglers import LateExchange
-from deca_ds.transport.checksums import Exchange
-from deca_ds.transport.intersections import Chunk
+from deca_ds.transport import Chunk, Exchange
 
 WINDOW = 4  # chunks under way at a time: bounds the receive buffers
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import deca_ds
+from deca_ds.config import Config
 from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.paths import KEYS as PATHS
 from deca_ds.config.resume import flat
-from deca_ds.config.schema import Config
 from deca_ds.errors import LaunchError
 from deca_ds.launch.digests import code_digest, digest
 from deca_ds.launch.given import look_at_hosts

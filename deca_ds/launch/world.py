@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
+from deca_ds.config import Config
 from deca_ds.config.checks import check_world
-from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch.devices import take_device, take_threads
 from deca_ds.launch.launcher import MPI_LAUNCHERS, ClientLayout, Launch

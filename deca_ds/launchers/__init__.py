@@ -1,1 +1,1 @@
-"""The file that launchers start on every rank."""
+"""The file that launchers start on every rank, train.py."""

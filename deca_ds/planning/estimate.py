@@ -10,15 +10,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from deca_ds.algorithm.blocks import BlockPlan, parameter_shapes
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm import BlockPlan, Rule, Schedule, parameter_shapes
 from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.dry_pass import DryModel, NotWithoutValues, PassMemory
 from deca_ds.engine.load import find_blocks, meta_model, zero3_config
-from deca_ds.gossip.codec import CODECS
-from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip import CODECS, MixingSchedule
 from deca_ds.planning.gathered import Gathered, peak_gathered
 from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
 from deca_ds.planning.roofline import Gpu, StepTime, Work, pass_flops, step_time

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from deca_ds.algorithm.methods import METHODS
+from deca_ds.algorithm import METHODS
 from deca_ds.config import Config
 
 

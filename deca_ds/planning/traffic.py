@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from deca_ds.algorithm.schedule import Schedule
-from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.algorithm import Schedule
+from deca_ds.gossip import MixingSchedule
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deca_ds.algorithm.rule import State
+from deca_ds.algorithm import State
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip.clip import clipped_weights
-from deca_ds.gossip.codec import CODECS
-from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip import CODECS, MixingSchedule, clipped_weights
 
 
 def means_of(values: State, mixing: MixingSchedule, t: int, config: GossipConfig) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_archite
 from deca_ds.engine.losses import check_own_loss
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.gossip import MixingSchedule, build_mixing
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.chosen_method import build_schedule, check_method, rule_of

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deca_ds.algorithm.blocks import BlockPlan
-from deca_ds.algorithm.local import LocalSteps
+from deca_ds.algorithm import BlockPlan, LocalSteps
 from deca_ds.engine.losses import count_targets, token_losses, training_loss
 from deca_ds.engine.masters import rounded
 

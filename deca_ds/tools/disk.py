@@ -12,9 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from deca_ds.algorithm.blocks import BlockPlan, parameter_shapes
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm import BlockPlan, Rule, Schedule, parameter_shapes
 from deca_ds.checkpoint.steps import FOLDER
 from deca_ds.config.schema import ModelConfig
 from deca_ds.config.watching import CheckpointConfig

@@ -16,27 +16,31 @@ from rich.filesize import decimal
 from rich.markup import escape
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deca_ds.algorithm.blocks import BlockPlan, fused_parameters
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm import BlockPlan, Schedule, fused_parameters
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world, is_used
 from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.data.prepare import check_tokenizer
-from deca_ds.elastic.policy import check_absent
+from deca_ds.elastic import check_absent
 from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import subset
-from deca_ds.gossip.codec import CODECS
-from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.theory import agreement, large_momentum, slow_mixing
+from deca_ds.gossip import (
+    CODECS,
+    MixingSchedule,
+    agreement,
+    build_mixing,
+    check_wait,
+    large_momentum,
+    slow_mixing,
+    subset,
+)
+from deca_ds.launch import ClientLayout
 from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
-from deca_ds.launch.launcher import ClientLayout
 from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
 from deca_ds.planning.traffic import Traffic, traffic

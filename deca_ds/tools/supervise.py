@@ -29,12 +29,11 @@ import psutil
 
 from deca_ds.checkpoint.done import FAILED, is_done, stopped_without
 from deca_ds.checkpoint.steps import FOLDER, steps_in
-from deca_ds.config import load_config
+from deca_ds.config import Config, load_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import tells_divergence
-from deca_ds.config.schema import Config
 from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError
-from deca_ds.launch.launcher import ClientLayout, read_launch
+from deca_ds.launch import ClientLayout, read_launch
 from deca_ds.tools.train_arguments import parser as train_parser
 from deca_ds.training.terminal import on_stop
 from deca_ds.watchdog.heartbeats import read_heartbeats

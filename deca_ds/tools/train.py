@@ -15,7 +15,7 @@ from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
 from deca_ds.config import Config, load_config
 from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
-from deca_ds.elastic.rejoin import Visit, join_job
+from deca_ds.elastic import Visit, join_job
 from deca_ds.errors import UserError
 from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given

@@ -13,17 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from deca_ds.checkpoint.steps import FOLDER as CHECKPOINTS
 from deca_ds.data import ClientData, evaluation_batches, training_batches
-from deca_ds.elastic.agent import ElasticAgent
-from deca_ds.elastic.invitation import Invitation
-from deca_ds.elastic.network_partition import Lookout
-from deca_ds.elastic.rejoin import save_addresses
+from deca_ds.elastic import ElasticAgent, Invitation, Lookout, save_addresses
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import padding_of
 from deca_ds.engine.state import TrainingState
-from deca_ds.gossip.clip import Clip
-from deca_ds.gossip.codec import CODECS
-from deca_ds.gossip.gossip import Gossip
-from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip import CODECS, Clip, Gossip, LateExchange
 from deca_ds.launch.compare_ranks import software
 from deca_ds.launch.digests import digest
 from deca_ds.launch.view import View
@@ -40,7 +34,7 @@ from deca_ds.training.loop import Trainer
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.pace import pace_from
 from deca_ds.training.ways_to_start import Start
-from deca_ds.transport.commit import Commit
+from deca_ds.transport import Commit
 from deca_ds.watchdog.lifelines import Lifeline
 
 

@@ -6,17 +6,13 @@ from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
 
-from deca_ds.algorithm import methods
-from deca_ds.algorithm.deca import SIGNALS
-from deca_ds.algorithm.methods import METHODS, Method
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule, Step, learning_rate
+from deca_ds.algorithm import METHODS, SIGNALS, Method, Rule, Schedule, Step, build_rule, learning_rate
 from deca_ds.config import Config
 from deca_ds.config.checks import check_names
 from deca_ds.config.schema import AlgorithmConfig, OptimizerConfig
 from deca_ds.engine.adapters import require_peft
 from deca_ds.errors import ConfigError
-from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip import CODECS
 
 NAMES: dict[str, Collection[str]] = {  # of keys that name something in a registry
     "algorithm.method": METHODS,
@@ -28,7 +24,7 @@ NAMES: dict[str, Collection[str]] = {  # of keys that name something in a regist
 def rule_of(config: Config) -> Rule:
     """The rule of algorithm.method with those keys of the section that it takes."""
     keys = {field.name: getattr(config.algorithm, field.name) for field in fields(config.algorithm)}
-    return methods.build_rule(**keys)
+    return build_rule(**keys)
 
 
 def build_schedule(config: Config, blocks: int, rounds: int) -> Schedule:

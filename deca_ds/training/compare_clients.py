@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from deca_ds.engine.client import Client
 from deca_ds.errors import DataError
+from deca_ds.launch import ClientLayout
 from deca_ds.launch.digests import digest
-from deca_ds.launch.launcher import ClientLayout
 
 _PIECE = 2**20  # elements that are worked on at a time
 _GOLDEN, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from typing import Protocol
 
-from deca_ds.elastic.survivor_commit import Question, SurvivorCommit
+from deca_ds.elastic import Question, SurvivorCommit
 from deca_ds.errors import CheckpointError
 from deca_ds.launch.progress import EVERYBODY
 from deca_ds.launch.world import Cluster

@@ -9,17 +9,11 @@ from pathlib import Path
 from torch.distributed import PrefixStore
 
 from deca_ds.config import Config
-from deca_ds.elastic.quorum_client import QuorumClient, open_votes
-from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
-from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
-from deca_ds.elastic.rejoin import Visit
-from deca_ds.elastic.survivor_commit import SurvivorCommit
-from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.elastic import QuorumClient, ReconnectingGloo, ReconnectingUlfm, SurvivorCommit, Visit, open_votes
+from deca_ds.gossip import MixingSchedule
 from deca_ds.launch.progress import EVERYBODY
 from deca_ds.launch.world import Cluster
-from deca_ds.transport.gloo import GlooTransport
-from deca_ds.transport.mpi import MpiTransport
-from deca_ds.transport.transport import Endpoint, Transport
+from deca_ds.transport import Endpoint, GlooTransport, MpiTransport, Transport
 from deca_ds.watchdog.guard import JobGuard
 from deca_ds.watchdog.role import Elasticity
 from deca_ds.watchdog.stop import StopByCommit

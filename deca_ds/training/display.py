@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm import Schedule
 from deca_ds.config.watching import LoggingConfig
 from deca_ds.training.pace import Pace, duration
 from deca_ds.watchdog.heartbeats import Heartbeat

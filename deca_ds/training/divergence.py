@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deca_ds.algorithm.schedule import Step
+from deca_ds.algorithm import Step
 from deca_ds.checkpoint.steps import step_folder
 from deca_ds.engine.client import Client, GradientStats
 from deca_ds.errors import DivergedError

@@ -10,9 +10,10 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from deca_ds.algorithm.methods import METHODS
+from deca_ds.algorithm import METHODS
+from deca_ds.config import Config
 from deca_ds.config.resume import flat
-from deca_ds.config.schema import AlgorithmConfig, Config, LoraConfig
+from deca_ds.config.schema import AlgorithmConfig, LoraConfig
 from deca_ds.data.files import TABLES, kind_of
 from deca_ds.data.formats import FORMATS
 from deca_ds.data.sources import HubName, Source, find_sources

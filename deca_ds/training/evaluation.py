@@ -13,7 +13,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor
 
-from deca_ds.algorithm.norms import squared_norm
+from deca_ds.algorithm import squared_norm
 from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
 from deca_ds.engine.masters import round_into
@@ -21,9 +21,7 @@ from deca_ds.errors import DivergedError
 from deca_ds.launch.world import Cluster
 from deca_ds.training.divergence import FIX
 from deca_ds.training.summary import MEAN_MODEL, SETS
-from deca_ds.transport.collectives import all_reduce_sum, gather_json, sum_slices
-from deca_ds.transport.commit import Commit
-from deca_ds.transport.transport import Transport
+from deca_ds.transport import Commit, Transport, all_reduce_sum, gather_json, sum_slices
 
 MEAN = "the mean of the clients' models"
 POOLED = ("loss", "accuracy", "macro_f1")

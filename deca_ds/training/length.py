@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm import Schedule
 from deca_ds.config import Config
 from deca_ds.engine.state import position
 from deca_ds.errors import CheckpointError, ConfigError

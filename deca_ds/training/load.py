@@ -14,8 +14,7 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deca_ds.algorithm.blocks import fused_parameters
-from deca_ds.algorithm.methods import METHODS
+from deca_ds.algorithm import METHODS, fused_parameters
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.config import Config
@@ -29,8 +28,8 @@ from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
 from deca_ds.errors import DataError
+from deca_ds.launch import Launch
 from deca_ds.launch.devices import machine
-from deca_ds.launch.launcher import Launch
 from deca_ds.launch.progress import SHARED
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import Cluster

@@ -11,15 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Schedule, Step
+from deca_ds.algorithm import Rule, Schedule, Step
 from deca_ds.checkpoint.write_shards import save_shards
-from deca_ds.config.schema import Config
-from deca_ds.elastic.agent import ElasticAgent
+from deca_ds.config import Config
+from deca_ds.elastic import ElasticAgent
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.engine.state import TrainingState, model_pieces
 from deca_ds.errors import DataError, DivergedError
-from deca_ds.gossip.gossip import Gossip
+from deca_ds.gossip import Gossip
 from deca_ds.launch.world import Cluster
 from deca_ds.training import best
 from deca_ds.training.checkpoints import Checkpoints, slice_groups
@@ -32,7 +31,7 @@ from deca_ds.training.pace import evaluates
 from deca_ds.training.step import inner_step
 from deca_ds.training.summary import Evaluation
 from deca_ds.training.tables import untrained
-from deca_ds.transport.collectives import barrier
+from deca_ds.transport import barrier
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 

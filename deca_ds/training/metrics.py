@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deca_ds.algorithm.schedule import Schedule, Step
+from deca_ds.algorithm import Schedule, Step
 from deca_ds.config.watching import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch.world import Cluster

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from typing import TYPE_CHECKING
 
-from deca_ds.algorithm.schedule import Schedule
+if TYPE_CHECKING:
+    from deca_ds.algorithm import Schedule
 
 _MEMORY = 20  # steps, of which loss and speed are the mean
 

@@ -21,9 +21,8 @@ from deca_ds.checkpoint.steps import FOLDER, remove_newer, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL, rank_folder
 from deca_ds.config import Config
 from deca_ds.errors import CheckpointError
-from deca_ds.gossip import subset
-from deca_ds.gossip.schedule import MixingSchedule
-from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.gossip import MixingSchedule, subset
+from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.length import count_rounds, one_block, too_short

@@ -15,14 +15,11 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_folder, check_writable
 from deca_ds.config.resume import SAVED_CONFIG, check_folder, save_changes
 from deca_ds.data import validate_data_config
-from deca_ds.elastic.invitation import Invitation
-from deca_ds.elastic.policy import check_absent
-from deca_ds.elastic.rejoin import Visit
+from deca_ds.elastic import Invitation, Visit, check_absent
 from deca_ds.errors import CheckpointError
-from deca_ds.gossip.late import check_wait
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.gossip import MixingSchedule, build_mixing, check_wait
+from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.compare_ranks import compare_software, software
-from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import check_on_failure, connect
 from deca_ds.training.build import build

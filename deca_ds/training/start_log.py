@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import deca_ds
-from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.algorithm import BlockPlan
 from deca_ds.config import Config
 from deca_ds.config.resume import STARTS
-from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.gossip import MixingSchedule
 from deca_ds.launch.compare_ranks import software
 
 

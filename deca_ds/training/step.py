@@ -6,15 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from deca_ds.algorithm.local import local_step
-from deca_ds.algorithm.norms import squared_norm
-from deca_ds.algorithm.rule import Rule
-from deca_ds.algorithm.schedule import Step
+from deca_ds.algorithm import Rule, Step, local_step, squared_norm
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
-from deca_ds.gossip.averaging import Mean
-from deca_ds.gossip.gossip import Gossip
-from deca_ds.gossip.strategies import begin
+from deca_ds.gossip import Gossip, Mean, begin
 
 # Ends an averaging of which everything has been sent, by calling what it is given, once and before anybody looks at the
 # model, the block's state or what gossip counts. Between, the last chunks travel.

@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from deca_ds.algorithm.blocks import BlockPlan
+from deca_ds.algorithm import BlockPlan
 
 
 def data_table(summaries: Sequence[dict[str, Any]]) -> Group:

@@ -12,17 +12,15 @@ from typing import Any
 
 from rich.console import Console
 
-from deca_ds.algorithm.schedule import Schedule
+from deca_ds.algorithm import Schedule
 from deca_ds.checkpoint.done import DONE
 from deca_ds.config import Config, save_config
 from deca_ds.config.resume import SAVED_CONFIG, check_new
 from deca_ds.data import ClientData
-from deca_ds.elastic.agent import ElasticAgent
-from deca_ds.elastic.invitation import Invitation
+from deca_ds.elastic import ElasticAgent, Invitation
 from deca_ds.engine.client import Client
 from deca_ds.engine.state import TrainingState
-from deca_ds.gossip import subset
-from deca_ds.gossip.theory import agreement
+from deca_ds.gossip import agreement, subset
 from deca_ds.launch.compare_ranks import compare_start
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import take_for_job
@@ -35,8 +33,7 @@ from deca_ds.training.restore import compare_with_saved, restore, rewind, save_s
 from deca_ds.training.resume import Resumption
 from deca_ds.training.start_log import record_start
 from deca_ds.training.tables import data_table, print_notes
-from deca_ds.transport.collectives import gather_json
-from deca_ds.transport.edges import probe_edges, save_edges
+from deca_ds.transport import gather_json, probe_edges, save_edges
 
 
 class Start(ABC):

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from deca_ds.errors import MessageError
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 
 
 class Exchange(Protocol):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from deca_ds.errors import DisconnectedError, MessageError
+from deca_ds.launch import Launch
 from deca_ds.launch.given import look_at_hosts
-from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.transport.transport import PROBE_TAG, Transport
 

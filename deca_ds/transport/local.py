@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 from deca_ds.transport.transport import Endpoint, Transport
 
 

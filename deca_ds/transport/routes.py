@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 from deca_ds.transport.intersections import Chunk, Range, cuts, held
 
 

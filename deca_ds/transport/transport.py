@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deca_ds.errors import KILLED, LOOK_AT_THE_KILLED, ConnectionLostError, MessageError
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.view import Membership, View
 from deca_ds.transport.checksums import CheckedExchange, Exchange

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from deca_ds.launch.launcher import Launch
+from deca_ds.launch import Launch
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 _SHELLS = ("sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh")

@@ -26,7 +26,7 @@ from deca_ds.errors import (
     public_message,
     whole_message,
 )
-from deca_ds.launch.launcher import Launch
+from deca_ds.launch import Launch
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection
 from deca_ds.watchdog.heartbeats import Heartbeats

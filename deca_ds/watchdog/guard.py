@@ -33,7 +33,7 @@ from deca_ds.errors import (
     exit_code,
     whole_message,
 )
-from deca_ds.launch.launcher import Launch
+from deca_ds.launch import Launch
 from deca_ds.launch.progress import SHARED, Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.store_site import StoreSite

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deca_ds.errors import StallError
-from deca_ds.launch.launcher import Launch
+from deca_ds.launch import Launch
 from deca_ds.launch.progress import EVERYBODY, SHARED, Progress, place
 from deca_ds.watchdog.signs import Signs
 

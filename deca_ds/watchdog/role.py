@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 from deca_ds.launch.view import Membership
 from deca_ds.watchdog.stop import StopByCommit
 

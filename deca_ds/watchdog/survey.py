@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch.distributed import Store
 
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.launch import ClientLayout
 from deca_ds.launch.progress import EVERYBODY, SHARED
 from deca_ds.watchdog.heartbeats import Heartbeats, Sighting, Sightings, look_after_s, told_key
 

@@ -16,9 +16,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from deca_ds.config import Config
-from deca_ds.data import ClientData, read_client_data
+from deca_ds.data import ClientData, read_client_data, validate_data_config
 from deca_ds.data.cache import Cache
-from deca_ds.data.checks import own_sources, tell_files, validate_data_config
+from deca_ds.data.checks import own_sources, tell_files
 from deca_ds.data.encoding import IGNORED
 from deca_ds.data.formats import FORMATS
 from deca_ds.data.prepare import COMMON, OWN, TRAIN, Preparation

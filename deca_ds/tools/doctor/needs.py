@@ -12,8 +12,8 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.paths import could_be_hub_name
 from deca_ds.data.sources import LOOKS_LIKE_A_PATH
 from deca_ds.engine.load import load_architecture
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.launch.launcher import ClientLayout
+from deca_ds.gossip import MixingSchedule, build_mixing
+from deca_ds.launch import ClientLayout
 from deca_ds.planning.estimate import Estimate
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.tools.doctor.facts import Needs

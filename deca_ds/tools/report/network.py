@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import UserError
-from deca_ds.gossip.schedule import MixingSchedule, build_mixing
+from deca_ds.gossip import MixingSchedule, build_mixing
 from deca_ds.tools.report.records import Edge, Run
 from deca_ds.tools.report.summary import graph_name, sent_by_client
 

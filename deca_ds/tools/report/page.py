@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deca_ds import __version__
-from deca_ds.config.schema import Config
+from deca_ds.config import Config
 from deca_ds.errors import ConfigError
 from deca_ds.tools.report import charts, curves, figures, tables
 from deca_ds.tools.report.charts import Figure
