@@ -64,7 +64,7 @@ def _notes(estimate: Estimate) -> Iterator[str]:
     if estimate.gpu:
         kept_freed = "what CUDA's allocator keeps of freed memory, which was never measured"
     else:
-        kept_freed = "what glibc keeps of freed memory: 3 to 16 % of the peak with one rank, up to half with two"
+        kept_freed = "what glibc keeps of freed memory: 1 to 9 % of the peak with one rank, 7 to 16 % with two"
     yield f"Not in the table: {kept_freed}; and cached pages of the data"
     if not estimate.gpu:
         yield "The table is for computing on CPUs; --gpu NAME or run.device=cuda shows it for GPUs"
