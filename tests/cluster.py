@@ -134,7 +134,7 @@ class Cluster:
         command: Sequence[object],
         *,
         cwd: Path = REPOSITORY,
-        deadline_s: float = 300,
+        deadline_s: float = 600,
         during: Callable[[subprocess.Popen], None] = lambda process: None,
         **env: str,
     ) -> Finished:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # while a worker imports what all tests need: looking for garbage among it takes more than a second
+
 import os
 from pathlib import Path
 
@@ -36,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     real = {item.path for item in items if item.get_closest_marker("multiprocess")}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST) + (item.path not in real)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

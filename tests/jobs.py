@@ -35,7 +35,7 @@ class Finished:
 def run_command(
     command: list[str],
     *,
-    deadline_s: float = 300,
+    deadline_s: float = 600,
     cwd: Path = REPOSITORY,
     during: Callable[[subprocess.Popen], None] = lambda process: None,
     **env: str,
@@ -183,9 +183,11 @@ def as_on(processor: str | None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens at; below those that the system gives to connections, which could take it next."""
+    """A port that nobody listens at; below those that the system gives to connections, which could take it next, as
+    another worker of pytest could: each has an eighth of them."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(20_000 + worker, 32_000, 8)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

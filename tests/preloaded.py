@@ -23,6 +23,8 @@ from pathlib import Path
 
 ADDRESS = "DECA_TEST_SERVER"  # names the server's socket in the environment
 PYTHON = [sys.executable, str(Path(__file__).parent)]  # stands for an interpreter: scripts run preloaded
+READY = b"ready\n"
+_CHECKOUT = Path(__file__).resolve().parent.parent
 _MOST_BYTES = 2**18
 _NETWORK, _CLONE_NEWNET = "/proc/self/ns/net", 0x40000000
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -60,7 +62,8 @@ class Server:
         command = [sys.executable, __file__, self.address]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
-        assert self._process.stdout.readline(), "the server did not start"
+        told = self._process.stdout.readline()
+        assert told == READY, told.decode() or "the server did not start"
 
     def close(self) -> None:
         """End it, and all that it has forked."""
@@ -73,6 +76,12 @@ def import_once() -> None:
     """All but what takes hold of MPI, and what is found out once. DeepSpeed chooses its accelerator here, so forks are
     for runs on a CPU."""
     gc.disable()
+    import deca_ds
+
+    found = Path(deca_ds.__file__).resolve().parent.parent
+    if found != _CHECKOUT:
+        print(f"ranks would run deca_ds of {found}: set PYTHONPATH={_CHECKOUT}, whose tests these are", flush=True)
+        sys.exit(1)
     import datasets
     import deepspeed
     import torch
@@ -80,8 +89,10 @@ def import_once() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import deca_ds.tools.train
-    import deca_ds.training.start  # noqa: F401
+    import deca_ds.training.start
+    from deca_ds.config import load_config
 
+    load_config(None, ["model.path=x", "data.train=[x]"])  # reads the schema
     assert deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("mixtral")
     assert not torch.distributed.is_initialized() and "mpi4py.MPI" not in sys.modules
     del datasets, deepspeed, transformers
@@ -102,7 +113,7 @@ def serve(address: str) -> None:
         signal.set_wakeup_fd(woken.fileno())
         for what in (server, ended, sys.stdin):
             ready.register(what, selectors.EVENT_READ)
-        print("ready", flush=True)
+        os.write(1, READY)
         while True:
             for key, _ in ready.select():
                 if key.fileobj is sys.stdin:
@@ -172,7 +183,7 @@ def run(asked: dict, streams: list[int]) -> None:
     restart._STARTED_WITH = dict(os.environ)  # of when it is imported
     os.chdir(asked["folder"])
     sys.argv = asked["command"]
-    sys.orig_argv = [sys.executable, *sys.argv]
+    sys.orig_argv = [*PYTHON, *sys.argv]  # a rank that becomes a new process is forked once more
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 

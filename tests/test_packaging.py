@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_the_lowest_versions_fit_each_other(library):
         own = NEEDED.get(asked.name.replace("_", "-"))
         if own is not None and (asked.marker is None or asked.marker.evaluate({"extra": ""})):
             assert asked.specifier.contains(lowest(own)), f"{library} asks for {asked}, pyproject.toml for {own}"
+
+
+def test_ranks_of_tests_run_the_package_that_is_tested(tmp_path):
+    (tmp_path / "deca_ds").mkdir()
+    (tmp_path / "deca_ds/__init__.py").touch()
+    command = [sys.executable, REPOSITORY / "tests/preloaded.py", tmp_path / "socket"]
+    told = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, text=True, timeout=200
+    )
+    assert told.returncode == 1 and told.stdout.count("\n") == 1
+    assert f"ranks would run deca_ds of {tmp_path}: set PYTHONPATH={REPOSITORY}" in told.stdout
 
 
 def test_the_changelog_is_one_of_releases():

@@ -12,6 +12,7 @@ from transformers import (
     MixtralConfig,
     Qwen2Config,
 )
+from transformers.initialization import no_init_weights
 
 from deca_ds.algorithm.blocks import (
     Block,
@@ -34,7 +35,7 @@ ARCHITECTURES = {
 
 
 def build(config):
-    with init_empty_weights():
+    with init_empty_weights(), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return model

@@ -7,15 +7,16 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deca_ds.data.examples import ExampleRules, generate_examples
 from deca_ds.data.files import COMPRESSIONS, SUFFIXES
+from deca_ds.data.formats import FORMATS
 from deca_ds.data.sources import read_rows
 from deca_ds.errors import DataError
 
-LIGHT = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIGHT = settings(max_examples=60)
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
@@ -67,7 +68,6 @@ def test_a_damaged_parquet_file(tmp_path, data):
     rows_of(path, bytes(content[: data.draw(st.integers(0, len(content)))]))
 
 
-@pytest.mark.parametrize("format", ["text", "alpaca", "messages", "sharegpt", "classification"])
 @LIGHT
 @given(
     rows=st.lists(
@@ -79,13 +79,13 @@ def test_a_damaged_parquet_file(tmp_path, data):
         max_size=4,
     )
 )
-def test_any_rows_of_any_format(tmp_path, format, rows):
+def test_any_rows_of_any_format(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rules = ExampleRules(format=format)
-    try:
-        examples = list(generate_examples([path], rules))
-    except DataError as error:
-        assert str(path) in str(error)
-    else:
-        assert len(examples) == len(rows)
+    for format in FORMATS:
+        try:
+            examples = list(generate_examples([path], ExampleRules(format=format)))
+        except DataError as error:
+            assert str(path) in str(error)
+        else:
+            assert len(examples) == len(rows)

@@ -64,7 +64,7 @@ def folder(keys) -> Path:
     def job(launcher: str, ranks: int, runs: list[tuple[list[str], int | None]]) -> None:
         listed = folder / "runs.json"
         listed.write_text(json.dumps([{"keys": keys, "leave_after": leave_after} for keys, leave_after in runs]))
-        finished = launch(launcher, ranks, [str(listed)], script="tests/integration/resume_worker.py", deadline_s=400)
+        finished = launch(launcher, ranks, [str(listed)], script="tests/integration/resume_worker.py", deadline_s=800)
         assert finished.code == 0, finished.output[-4000:]
 
     saving = {**CASES["deca"], "checkpoint.every": 4}

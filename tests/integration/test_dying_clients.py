@@ -50,7 +50,6 @@ def run(
         start = [sys.executable, str(tests / "by_hand.py"), str(ranks), str(free_port()), worker]
     return run_command(
         [*start, *keys],
-        deadline_s=300,
         DECA_TEST_DYING=deaths,
         DECA_TEST_JOIN=str(joins),
         DECA_TEST_SUPERVISED=str(supervised),
