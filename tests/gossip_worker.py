@@ -26,7 +26,7 @@ from deca_ds.transport import collectives
 from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.transport import Endpoint, Transport
 
-GRAPHS = ["ring", "one_peer_exponential", "erdos_renyi"]
+GRAPHS = ["ring", "one_peer_exponential", "base", "erdos_renyi"]
 NUMEL, CHUNK_MIB, STEPS = 10_007, 0.01, 9
 SILENT_TAG = 99
 

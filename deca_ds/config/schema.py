@@ -252,11 +252,21 @@ class GossipConfig:
         "hypercube",
         "exponential",
         "one_peer_exponential",
+        "base",
         "erdos_renyi",
         "bipartite",
         "edge_list",
         "isolated",
-    ] = key("ring", "Communication graph of the clients; with `isolated` every client trains alone.")
+    ] = key(
+        "ring",
+        "Communication graph of the clients; with `isolated` every client trains alone.",
+        "algorithm.md#graphs",
+    )
+    degree: int = key(
+        1,
+        "For the graph `base`: most neighbours that a client averages with at a time (k).",
+        allowed=at_least(1),
+    )
     weights: Literal["metropolis", "max_degree", "lazy_metropolis"] = key(
         "metropolis", "Rule that makes the mixing matrix W from the graph."
     )

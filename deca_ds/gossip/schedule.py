@@ -11,6 +11,7 @@ import numpy as np
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip import graphs, weights
+from deca_ds.gossip.base_graph import base_graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +114,8 @@ def build_mixing(config: GossipConfig, clients: int, seed: int) -> MixingSchedul
             where=f"gossip.edges={config.edges}",
             fix="set gossip.graph=edge_list, or remove gossip.edges",
         )
+    if config.graph == "base":
+        return MixingSchedule(f"base (degree {config.degree})", clients, base_graph(clients, config.degree))
     period = graphs.build_graphs(
         config.graph, clients, edges=config.edges, probability=config.edge_probability, seed=seed
     )

@@ -11,7 +11,7 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip.graphs import build_graphs
 
-KINDS = [kind for kind in get_args(get_type_hints(GossipConfig)["graph"]) if kind != "edge_list"]
+KINDS = [kind for kind in get_args(get_type_hints(GossipConfig)["graph"]) if kind not in ("edge_list", "base")]
 
 
 def neighbours(graph: nx.DiGraph, i: int) -> set[int]:

@@ -16,7 +16,7 @@ from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 
 
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from([*KINDS, "base"]),
     rule=st.sampled_from(["metropolis", "max_degree", "lazy_metropolis"]),
     n=st.sampled_from([1, 2, 4, 8, 16]),
     t=st.integers(0, 40),
@@ -48,7 +48,7 @@ def test_one_peer_exponential_averages_exactly_in_one_period(n: int, start: int)
 
 
 def test_one_client_mixes_with_nobody_whatever_the_graph():
-    for kind in [*KINDS, "edge_list"]:
+    for kind in [*KINDS, "base", "edge_list"]:
         np.testing.assert_array_equal(build_mixing(GossipConfig(graph=kind), 1, seed=0).matrix(7), [[1.0]])
 
 

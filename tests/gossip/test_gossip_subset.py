@@ -22,7 +22,7 @@ from deca_ds.gossip.strategies import WINDOW, begin
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork
 
-GRAPHS = ["ring", "complete", "star", "exponential", "one_peer_exponential", "erdos_renyi", "bipartite", "isolated"]
+GRAPHS = ["ring", "complete", "star", "exponential", "one_peer_exponential", "base", "bipartite", "isolated"]
 
 
 @st.composite

@@ -60,6 +60,7 @@ def test_extremes():
         ("ring", 3, "after every averaging all clients have the same block"),
         ("complete", 9, "after every averaging all clients have the same block"),
         ("one_peer_exponential", 8, "after every 3 averagings all clients have the same block"),
+        ("base", 6, "after every 4 averagings all clients have the same block"),
         ("ring", 4, "every averaging brings the clients' models 3.0 times closer together"),
         ("one_peer_exponential", 5, r"every 3 averagings bring the clients' models \d.\d times closer together"),
         ("ring", 64, "about 311 averagings bring the clients' models 2.7 times closer together"),

@@ -37,6 +37,7 @@ CASES = [
     ("data.split=test", HUB),
     ("data.subset=small", HUB),
     ("data.text_columns=[body]", CLASSES),
+    ("gossip.degree=2", ["gossip.graph=base"]),
     ("gossip.edge_probability=0.9", ["gossip.graph=erdos_renyi"]),
     ("gossip.graph=complete", []),
     ("gossip.weights=max_degree", []),
