@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: install demo test faults lint docs site bundle clean
+.PHONY: install demo test pytest faults lint docs site bundle clean
 
 install: $(VENV)/installed
 
@@ -18,7 +18,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python examples/demo/demo.py --runs $(RUNS)
 
-test: install lint
+# beside the tests, as mypy keeps one core busy for half a minute
+test: install
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 # two hours for 80 and 150; FAULTS=10 SURVIVED=10 for a look
