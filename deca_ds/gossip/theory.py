@@ -39,10 +39,9 @@ def agreement(mixing: MixingSchedule) -> str:
         return "averaging over a period need not bring the clients' models closer together"
     often = "every averaging" if period == 1 else f"every {period} averagings"
     if gap >= 1:
-        return (
-            f"after {often} all clients have the same block, as with a server that averages all of them; for clients "
-            "that keep models of their own set gossip.weights=lazy_metropolis or another gossip.graph"
-        )
+        same = f"after {often} all clients have the same block, as with a server that averages all of them"
+        own = "; for clients that keep models of their own set gossip.weights=lazy_metropolis or another gossip.graph"
+        return same + own * (period == 1)
     closer = (1 - gap) ** -period
     if closer < _CLOSER:
         often, closer = f"about {averagings_to_agree(mixing):.3g} averagings", math.e
