@@ -154,7 +154,15 @@ class Estimate:
         again = self.config.model.gradient_checkpointing
         total = sum(multiplied.values())
         share = (part + over) / total if total else 0.0
-        flops = pass_flops(total, over, part, scores, scores * share, tokens / self.ranks, again)
+        flops = pass_flops(
+            total,
+            above=over,
+            block=part,
+            attention=scores,
+            attention_above=scores * share,
+            tokens=tokens / self.ranks,
+            again=again,
+        )
         k, w = self.ranks, self.width
         passes = max(1, ceil(self.config.data.batch_size / self.ranks / self.rows))
         every = sum(self._numels.values())
@@ -164,7 +172,15 @@ class Estimate:
         received = read * (k - 1) / k + 4 * passes * block.numel * (k - 1) / k
         sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
         fetched = read / k if self._offload else 0.0
-        return Work(flops, read + optimizer, received, fetched, spans, sent * sharing, 2 * sent / k)
+        return Work(
+            flops,
+            moved=read + optimizer,
+            gathered=received,
+            fetched=fetched,
+            spans=spans,
+            messages=sent * sharing,
+            copied=2 * sent / k,
+        )
 
     @cached_property
     def _zero(self) -> Mapping[str, Any]:
