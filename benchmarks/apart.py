@@ -11,6 +11,8 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).resolve().parent.parent
+# on CPUs with one thread; tensors in huge pages, as launchers/train.py has them
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def run_apart(script: str, ranks: int, arguments: Sequence[str], more: Mapping[str, str], deadline_s: float) -> None:
@@ -24,6 +26,6 @@ def run_apart(script: str, ranks: int, arguments: Sequence[str], more: Mapping[s
         launcher += ["--log_level", "error", "--hostfile", os.devnull]
     subprocess.run(
         [*launcher, script, *arguments],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | more, check=True,
-        timeout=deadline_s, stdout=subprocess.DEVNULL,
+        cwd=REPOSITORY, env=os.environ | ENVIRONMENT | more, check=True, timeout=deadline_s,
+        stdout=subprocess.DEVNULL,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """An averaging beside the bare messages of the same bytes, in one run: how much of the network's speed is left.
 
     python benchmarks/gossip_speed.py [--results FILE] [--transports mpi mpi-tcp torch] [--ranks 2 4]
-        [--mib 1 4 16 64 256] [--chunk-mib 4]
+        [--mib 1 4 16 64 256] [--chunk-mib 8]
 
 Starts the ranks by itself, each a client of a ring on this machine with a shard of so many MiB. They are joined by MPI
 in shared memory, by MPI over TCP as between hosts (Open MPI with OMPI_MCA_btl=tcp,self), or by gloo. In turns, a
@@ -11,7 +11,7 @@ repetition each:
                 Isend, Irecv and Waitall of MPI, or send, recv and wait of gloo
     arithmetic  what an averaging computes, without messages: checksums of what is sent and received, and the mean
     plain       an averaging as the trainer does it, but without checksums (gossip.checksums=false)
-    checked     an averaging as the trainer does it; with --chunk-mib also with chunks of these sizes (checked_4)
+    checked     an averaging as the trainer does it; with --chunk-mib also with chunks of these sizes (checked_8)
 
 A repetition takes as long as its slowest rank. Prints a line of JSON for each transport, number of ranks and size: the
 machine's load, milliseconds (median and least) and the part of raw's speed that is left, raw / averaging, as the median

@@ -11,7 +11,7 @@ DEVICE = "lan"
 
 def ip(*command: str) -> None:
     """Run `ip`. Raises subprocess.SubprocessError or OSError."""
-    subprocess.run(["ip", *command], check=True, capture_output=True, timeout=20)
+    subprocess.run(["ip", *command], check=True, capture_output=True, timeout=100)
 
 
 def may_make_hosts() -> bool:
@@ -38,7 +38,8 @@ class Hosts:
         self.switch = f"{self.prefix}s"
 
     def set_up(self) -> None:
-        """Make them, with their links up."""
+        """Make them, with their links up. A process of the same number may have left some when it was killed."""
+        self.clean_up()
         for name in (self.switch, *self.names):
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
@@ -85,4 +86,4 @@ class Hosts:
     def clean_up(self) -> None:
         """Remove them; what runs there has been ended before."""
         for name in (self.switch, *self.names):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=100)

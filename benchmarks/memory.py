@@ -38,18 +38,19 @@ LEAN = f"deepspeed={REPOSITORY / 'ds_configs' / 'zero3_lean.json'}"
 WARM_UP_SWITCHES, SWITCHES = 40, 200
 # Of glibc: freed memory of that size goes back to the system at once instead of staying in the process's heap.
 RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-# Of torch: tensors of 2 MB and more in huge pages, where the kernel has them.
-HUGE = {"THP_MEM_ALLOC_ENABLE": "1"}
+# Of torch: tensors of 2 MB and more in the kernel's usual pages. The other cases have huge ones, as the trainer does.
+SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "0"}
 LIMIT = 0.05  # of the plan's error
 # name: kind, ranks, overrides, environment
 CASES: dict[str, tuple[str, int, list[str], dict[str, str]]] = {
     "AdamW, whole model": ("adamw", 1, [], {}),
     "DECA, 1 rank, DeepSpeed's defaults": ("deca", 1, [], {}),
     "DECA, 1 rank, lean": ("deca", 1, [LEAN], {}),
+    "DECA, 1 rank, lean, small pages": ("deca", 1, [LEAN], SMALL_PAGES),
     "DECA, 1 rank, lean, freed memory returned": ("deca", 1, [LEAN], RETURN),
     "DECA, 2 ranks, lean": ("deca", 2, [LEAN], {}),
+    "DECA, 2 ranks, lean, small pages": ("deca", 2, [LEAN], SMALL_PAGES),
     "DECA, 2 ranks, lean, freed memory returned": ("deca", 2, [LEAN], RETURN),
-    "DECA, 2 ranks, lean, huge pages": ("deca", 2, [LEAN], HUGE),
     "DECA, 200 switches": ("switches", 1, [LEAN], {}),
 }
 

@@ -178,7 +178,7 @@ class Cluster:
         self._network.clean_up()
 
 
-def _wait(until: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def _wait(until: Callable[[], bool], what: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not until():
         if time.monotonic() > deadline:

@@ -11,8 +11,10 @@ from jobs import REPOSITORY
 from words import make_tiny_model, make_word_files
 
 # no test's outcome depends on how busy the machine is, nor on the day; `--hypothesis-profile=search` looks further
-hypothesis.settings.register_profile("search", deadline=None)
-hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+HealthCheck = hypothesis.HealthCheck  # too_slow goes by the clock; a folder may serve all examples of a test
+TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+hypothesis.settings.register_profile("search", **TIMELESS)
+hypothesis.settings.register_profile("same", **TIMELESS, derandomize=True)
 hypothesis.settings.load_profile("same")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

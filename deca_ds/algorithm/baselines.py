@@ -38,7 +38,9 @@ class QgAdam(AdamRule):
         d = (theta - theta') / (|theta - theta'|_2 + eps)                   the 2-norm over the whole block
         mh = a1 mh + (1 - a1) d           vh = a2 vh + (1 - a2) d*d         kept
 
-    At a step without a neighbour theta' is theta_half. State: mh, vh (named m, v).
+    At a step without a neighbour theta' is theta_half. d has the norm 1 whatever the gradient is: where the block's
+    gradient is small beside it, each step renews the direction of the ones before, at a full learning rate. State: mh,
+    vh (named m, v).
     """
 
     @property
@@ -150,7 +152,9 @@ class GasLoC(AdamRule):
 
     with mu the outer momentum; y_previous starts at theta. The paper's outer learning rate is 1 here, and its gossip
     step times the graph's Laplacian is I - W. The clients' mean then makes DiLoCo's outer step with outer_lr 1 on
-    every graph. A step without a neighbour is an inner step. State: m, v, previous. Adam's moments live on.
+    every graph. What keeps the clients apart follows the heavy ball method: an averaging leaves sqrt(mu) of it from
+    mu = (1 - sqrt(spectral gap))^2 on, which suits the graph best; see gossip.theory. A step without a neighbour is an
+    inner step. State: m, v, previous. Adam's moments live on.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "previous")

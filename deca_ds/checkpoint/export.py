@@ -29,8 +29,9 @@ from deca_ds.checkpoint.done import DONE, missing_clients
 from deca_ds.checkpoint.file_format import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.files import sync
 from deca_ds.checkpoint.generation import adapt_saved
+from deca_ds.checkpoint.open_steps import find_checkpoint
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import FOLDER, find_checkpoint, steps_in
+from deca_ds.checkpoint.steps import FOLDER, steps_in
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError

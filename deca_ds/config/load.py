@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -28,16 +30,16 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Of algorithm.rounds and algorithm.epochs just one is set then. Raises ConfigError with the file or argument, the key
     and the value for anything unknown, of the wrong type, missing or contradictory.
     """
-    config = OmegaConf.structured(Config)
+    config = deepcopy(_schema())
     if path is not None:
-        config = _merge(config, _read_yaml(path), source=str(path))
+        _merge(config, _read_yaml(path), source=str(path))
     for argument in overrides:
         override, source = _read_argument(argument), f"command line, {argument!r}"
         key = argument.partition("=")[0]
         for mapping in keys_of(dict):  # a mapping replaces the file's, as lists do; data.label_names.x=y adds to it
             if (key == mapping or mapping.startswith(f"{key}.")) and OmegaConf.select(override, mapping) is not None:
                 OmegaConf.update(config, mapping, {}, merge=False)
-        config = _merge(config, override, source)
+        _merge(config, override, source)
     try:
         OmegaConf.resolve(config)
         if config.algorithm.rounds is None and config.algorithm.epochs is None:
@@ -61,6 +63,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config(path)` gives it back."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True), encoding="utf-8")
+
+
+@cache
+def _schema() -> DictConfig:
+    """With its defaults; not to be changed."""
+    return cast(DictConfig, OmegaConf.structured(Config))
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -107,9 +115,10 @@ def _read_argument(argument: str) -> DictConfig:
         raise ConfigError(f"cannot read the argument {argument!r}: {error}", where="command line") from error
 
 
-def _merge(config: DictConfig, addition: DictConfig, source: str) -> DictConfig:
+def _merge(config: DictConfig, addition: DictConfig, source: str) -> None:
+    """In place: OmegaConf.merge would copy all of the schema, for every argument."""
     try:
-        return cast(DictConfig, OmegaConf.merge(config, addition))
+        config.merge_with(addition)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise _explain(error, source, addition) from error
 
@@ -122,7 +131,7 @@ def _explain(error: Exception, source: str, addition: DictConfig) -> ConfigError
     fix = None
     if isinstance(error, ConfigKeyError):
         parent, _, leaf = str(key).rpartition(".")
-        section = OmegaConf.select(OmegaConf.structured(Config), parent) if parent else OmegaConf.structured(Config)
+        section = OmegaConf.select(_schema(), parent) if parent else _schema()
         known = [str(k) for k in section] if isinstance(section, DictConfig) else []
         close = difflib.get_close_matches(leaf, known, n=1)
         dotted = ".".join(filter(None, [parent, close[0]])) if close else None

@@ -297,7 +297,7 @@ class GossipConfig:
         "algorithm.md#damaged-and-diverged-messages",
     )
     chunk_mib: float = key(
-        8.0,
+        4.0,
         "Size of a chunk in MiB of float32 values: one chunk travels while the next is computed, larger ones are fewer "
         "messages, and smaller ones stay in the CPU's cache from one pass over them to the next.",
         allowed=inside("(0, 1024]"),

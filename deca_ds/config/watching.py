@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
 from deca_ds.config.key import at_least, key, more_than, or_null
 
-# OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] stays spelt out.
+# OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: UP045
 
 
@@ -62,6 +62,10 @@ class LoggingConfig:
 
     every: int = key(1, "Inner steps between two lines of the metrics.", allowed=at_least(1))
     tensorboard: bool = key(False, "Also write TensorBoard event files, which needs the extra `tensorboard`.")
+    tracker: Literal["none", "wandb", "trackio"] = key(
+        "none", "Where the same numbers go, too: Weights & Biases or trackio, an extra each.", "output.md#trackers"
+    )
+    project: str = key("deca_ds", "Name of the project there.")
     progress: bool = key(
         True, "Show on rank 0's stderr how far the run is: a bar on a terminal, else lines.", "output.md#while-it-runs"
     )

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
@@ -95,10 +96,10 @@ def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def meta_model(model: ModelConfig, architecture: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model's modules on the meta device: shapes without memory. options: of transformers."""
+    """The model's modules on the meta device: shapes without memory or values. options: of transformers."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(), explained(model.path, "model.path", BAD_FILE):
+    with init_empty_weights(), no_init_weights(), explained(model.path, "model.path", BAD_FILE):
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
             architecture, dtype=DTYPES[model.dtype], trust_remote_code=model.trust_remote_code, **options
         )

@@ -8,7 +8,7 @@ from deca_ds.gossip.late import check_wait
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.strategies import WINDOW, begin
-from deca_ds.gossip.theory import agreement, slow_mixing
+from deca_ds.gossip.theory import agreement, large_momentum, slow_mixing
 
 __all__ = [
     "CODECS",
@@ -23,5 +23,6 @@ __all__ = [
     "build_mixing",
     "check_wait",
     "clipped_weights",
+    "large_momentum",
     "slow_mixing",
 ]

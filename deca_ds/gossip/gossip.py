@@ -42,7 +42,7 @@ class Gossip:
         self,
         transport: Transport,
         schedule: MixingSchedule,
-        chunk_mib: float = 8.0,
+        chunk_mib: float = 4.0,
         device: torch.device | str = "cpu",
         *,
         codec: Codec = CODECS["float32"],

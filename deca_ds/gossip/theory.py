@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from deca_ds.gossip.schedule import MixingSchedule
 
 # Of the standard deviation of freshly drawn weights: a disagreement as large as this is no small perturbation.
@@ -89,3 +91,33 @@ def slow_mixing(
             "A graph with a larger spectral gap, a smaller optimizer.lr or a smaller gossip.every helps"
         )
     return found
+
+
+def left_with_momentum(matrix: np.ndarray, momentum: float) -> float:
+    """What an averaging with momentum leaves of the clients' distance to their mean, in the long run and at worst.
+
+    matrix: a symmetric W. Without local steps x_(t+1) = W x_t + mu (x_t - x_(t-1)), the heavy ball method, makes of an
+    eigenvalue w the larger root of z^2 - (w + mu) z + mu: sqrt(mu) from mu = (1 - sqrt(1 - w))^2 on.
+    """
+    n = len(matrix)
+    trace = np.linalg.eigvalsh(matrix - np.full((n, n), 1.0 / n)) + momentum
+    root = np.sqrt(np.maximum(trace**2 - 4 * momentum, 0.0))
+    return float(np.maximum((np.abs(trace) + root) / 2, np.sqrt(momentum)).max())
+
+
+def large_momentum(mixing: MixingSchedule, momentum: float) -> list[str]:
+    """A warning, a whole sentence, where clients that average with momentum agree later than without it; else empty.
+
+    Nothing is said of directed or time-varying matrices, nor of clients that do not gossip.
+    """
+    matrix, gap = mixing.matrix(0), mixing.spectral_gap
+    if mixing.period > 1 or mixing.messages == 0 or gap <= 0 or not np.allclose(matrix, matrix.T):
+        return []
+    left = left_with_momentum(matrix, momentum)
+    if left < 1 - gap + 0.005:  # the numbers below would look the same
+        return []
+    return [
+        f"algorithm.outer_momentum={momentum:g} is large for this graph: an averaging leaves up to {left:.2g} of what "
+        f"keeps the clients apart, and {1 - gap:.2g} without momentum. (1 - sqrt(spectral gap))^2 = "
+        f"{(1 - math.sqrt(gap)) ** 2:.2g} brings them together fastest"
+    ]

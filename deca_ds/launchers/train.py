@@ -1,8 +1,11 @@
 """Train with DECA. Started on every rank by `deepspeed`, mpirun or python; see docs/launching.md."""
 
 import gc
+import os
 import sys
 
+# of torch: tensors of 2 MB and more lie in huge pages, where the kernel has them (docs/memory.md)
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 gc.disable()  # until all is imported: looking for garbage among what modules make takes a second of each rank
 
 from deca_ds.training.terminal import own_streams  # noqa: E402

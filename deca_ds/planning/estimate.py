@@ -147,10 +147,6 @@ class Estimate:
         multiplied = self._multiplied
         part = sum(multiplied.get(name, 0) for name in of_block)
         over = sum(multiplied.get(name, 0) for name in above)
-        length = self.config.data.max_length
-        text = self.architecture.get_text_config()
-        layers, hidden = getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
-        scores = 2.0 * layers * hidden * length  # of two products of causal attention, half of each
         again = self.config.model.gradient_checkpointing
         total = sum(multiplied.values())
         share = (part + over) / total if total else 0.0
@@ -158,8 +154,8 @@ class Estimate:
             total,
             above=over,
             block=part,
-            attention=scores,
-            attention_above=scores * share,
+            attention=self._scores,
+            attention_above=self._scores * share,
             tokens=tokens / self.ranks,
             again=again,
         )
@@ -173,7 +169,7 @@ class Estimate:
         sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
         fetched = read / k if self._offload else 0.0
         return Work(
-            flops,
+            flops=flops,
             moved=read + optimizer,
             gathered=received,
             fetched=fetched,
@@ -181,6 +177,38 @@ class Estimate:
             messages=sent * sharing,
             copied=2 * sent / k,
         )
+
+    def evaluation_time(
+        self, gpu: Gpu, net: float | None, spans: bool, sharing: float, *, own: int, common: int
+    ) -> StepTime:
+        """Of one evaluation, of full sequences. own, common: sequences of the client's own set and of the common one.
+        net, spans, sharing: see `step_times`."""
+        config, k, n = self.config, self.ranks, self.config.cluster.clients
+        rows, length = config.evaluation.batch_size, config.data.max_length
+        passes = sum(ceil(sequences / (rows * k)) for sequences in (own, common))
+        averaged = 0.0
+        if config.evaluation.mean_model and n > 1:
+            passes += ceil(common / (rows * k * n)) if common else ceil(own / (rows * k))
+            averaged = 2 * (n - 1) / n * _FLOAT32 * sum(block.numel for block in self.plan.blocks)
+        flops = passes * rows * length * (2 * sum(self._multiplied.values()) + self._scores)
+        read = self.width * passes * sum(self._numels.values())
+        work = Work(
+            flops=flops,
+            moved=read,
+            gathered=read * (k - 1) / k,
+            fetched=read / k if self._offload else 0.0,
+            spans=spans,
+            messages=averaged * sharing,
+            copied=averaged / k,
+        )
+        return step_time(work, gpu, net, config.model.dtype)
+
+    @cached_property
+    def _scores(self) -> float:
+        """Operations a token of the attention's scores: of two products of causal attention, half of each."""
+        text = self.architecture.get_text_config()
+        layers, hidden = getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
+        return 2.0 * layers * hidden * self.config.data.max_length
 
     @cached_property
     def _zero(self) -> Mapping[str, Any]:

@@ -26,11 +26,7 @@ class Gpu:
 
 
 _MIB = 2**20
-# A100, H100: glennklockwood.com/garden/processors/A100 and /h100, which cite NVIDIA's data sheets and white papers
-# H100-PCIe, H200: kunwar.page/chapter/appendix-d-hardware-reference; H200's arithmetic is the H100's
-# L40S: NVIDIA's table at mullet.se/product.html?product_id=355414; L4: grokipedia.com/page/NVIDIA_L4_vs_L40S, of which
-# half is sparsity; RTX4090: waredb.com/processor/nvidia-geforce-rtx-4090; RTX3090: Tom's Hardware by way of
-# holynerdvana.blogspot.com/2022/10, where float32 sums run at half the float16 rate
+# docs/memory.md names the sheets
 # memory: nvidia-smi's output, as people post it
 GPUS: dict[str, Gpu] = {
     "H200": Gpu(143_771 * _MIB, 989e12, 67e12, 4.8e12, 450e9, 64e9),

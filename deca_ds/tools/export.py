@@ -57,7 +57,8 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
     from huggingface_hub import HfApi
 
     from deca_ds.checkpoint.export import export_model
-    from deca_ds.checkpoint.steps import FOLDER, find_checkpoint
+    from deca_ds.checkpoint.open_steps import find_checkpoint
+    from deca_ds.checkpoint.steps import FOLDER
     from deca_ds.tools.card import Card
     from deca_ds.tools.push import Repository
 

@@ -28,7 +28,16 @@ from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import CODECS, MixingSchedule, agreement, build_mixing, check_wait, slow_mixing, subset
+from deca_ds.gossip import (
+    CODECS,
+    MixingSchedule,
+    agreement,
+    build_mixing,
+    check_wait,
+    large_momentum,
+    slow_mixing,
+    subset,
+)
 from deca_ds.launch import ClientLayout
 from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
@@ -36,13 +45,14 @@ from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
 from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
-from deca_ds.tools.plan_tables import print_fit, print_memory, print_times
+from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
-from deca_ds.training.metrics import check_logging
+from deca_ds.training.pace import evaluations_left
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
+from deca_ds.training.trackers import check_logging
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
 
@@ -76,7 +86,7 @@ def print_plan(
     estimate = Estimate(config, architecture, mixing, min(ranks) if ranks else 1, on_gpu)
     _print_model(console, config, estimate)
     _print_gossip(console, config, mixing, architecture)
-    summaries = _print_data(console, config, tokenizer)
+    summaries, sequences = _print_data(console, config, tokenizer)
     rounds_are_known = bool(summaries) or config.algorithm.rounds is not None
     schedule = _print_length(console, config, len(estimate.plan.blocks), summaries)
     sent = traffic([estimate.message_bytes(block.numel) for block in estimate.plan.blocks], schedule, mixing)
@@ -87,7 +97,7 @@ def print_plan(
     time = None
     if card is not None:
         print_fit(console, estimate, *card)
-        time = estimate.step_times(card[1], rate, *_on_hosts(hosts))
+        time = _times(estimate, card[1], rate, _on_hosts(hosts), sequences, len(schedule) if rounds_are_known else None)
         print_times(console, estimate, *card, rate, time)
     disk = disk_need(Stored.of(estimate.model, estimate.plan, config.model, estimate.rule), schedule, config.checkpoint)
     _print_disk(console, disk, config)
@@ -99,7 +109,8 @@ def print_plan(
             "traffic": {k: v for k, v in asdict(sent).items() if rounds_are_known or not k.startswith("run")},
             "length": asdict(length_of(config, schedule, summaries)) if rounds_are_known else None,
             "disk": asdict(disk),
-            "seconds_of_a_step": None if time is None else asdict(time) | {"step": time.step},
+            "seconds_of_a_step": None if time is None else asdict(time.step) | {"step": time.step.step},
+            "seconds_of_the_run": None if time is None else time.run,
         }
         print(json.dumps(told, indent=1))
 
@@ -156,22 +167,28 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
         absent = ", ".join(map(str, sorted(config.cluster.absent)))
         console.print(f"at the start: client {absent} absent, spectral gap {gap:.4g}", highlight=False)
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
-    for warning in slow_mixing(
+    warnings = slow_mixing(
         mixing,
         inner_steps=config.algorithm.inner_steps,
         gossip_every=config.gossip.every,
         lr=config.optimizer.lr,
         weight_scale=scale,
-    ):
+    )
+    if config.algorithm.method == "gasloc":
+        warnings += large_momentum(mixing, config.algorithm.outer_momentum)
+    for warning in warnings:
         _warn(console, warning)
 
 
-def _print_data(console: Console, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Of all clients, and returns their summaries; none where each client's files are for its own ranks to open."""
+def _print_data(
+    console: Console, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
+    """Of all clients, and returns their summaries, and how many sequences the longest `own` and the `common` evaluation
+    set have; none where each client's files are for its own ranks to open."""
     if config.data.per_client:
         check_tokenizer(config, tokenizer)
         console.print("data: one path per client; each client's ranks open their own only")
-        return []
+        return [], None
     data = load_all(config, tokenizer)
     for line in tell_files(config.data):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -179,7 +196,26 @@ def _print_data(console: Console, config: Config, tokenizer: PreTrainedTokenizer
     compare_data(summaries, [part.label_names for part in data])
     console.print(data_table(summaries))
     print_notes(data[0].notes)
-    return summaries
+    sets = {"own": [part.own_evaluation for part in data], "common": [part.common_evaluation for part in data]}
+    sequences = {name: max(0 if rows is None else len(rows) for rows in every) for name, every in sets.items()}
+    return summaries, sequences
+
+
+def _times(
+    estimate: Estimate,
+    gpu: Gpu,
+    rate: float | None,
+    on_hosts: tuple[bool, float],
+    sequences: dict[str, int] | None,
+    steps: int | None,
+) -> RunTime:
+    """sequences: see `_print_data`. steps: of the run, if that is known."""
+    evaluation = None
+    if sequences is not None:
+        own, common = sequences["own"], sequences["common"]
+        evaluation = estimate.evaluation_time(gpu, rate, *on_hosts, own=own, common=common)
+    evaluations = 0 if steps is None else evaluations_left(0, steps, estimate.config.evaluation.every)
+    return RunTime(estimate.step_times(gpu, rate, *on_hosts), evaluation, steps, evaluations)
 
 
 def _check_output(console: Console, config: Config) -> None:

@@ -1,8 +1,9 @@
-"""The plan's tables for people: what a rank holds, and how long a step takes on a GPU."""
+"""The plan's tables for people: what a rank holds, and how long steps and the run take on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -63,7 +64,7 @@ def _notes(estimate: Estimate) -> Iterator[str]:
     if estimate.gpu:
         kept_freed = "what CUDA's allocator keeps of freed memory, which was never measured"
     else:
-        kept_freed = "what glibc keeps of freed memory: 3 to 16 % of the peak with one rank, up to half with two"
+        kept_freed = "what glibc keeps of freed memory: 1 to 9 % of the peak with one rank, 7 to 16 % with two"
     yield f"Not in the table: {kept_freed}; and cached pages of the data"
     if not estimate.gpu:
         yield "The table is for computing on CPUs; --gpu NAME or run.device=cuda shows it for GPUs"
@@ -92,26 +93,55 @@ def _needs(estimate: Estimate, setting: Setting) -> int:
     return estimate.changed(setting.config, setting.ranks).worst.at_most("gpu")
 
 
-def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: float | None, time: StepTime) -> None:
-    """Of a step and of the run, and what the roofline assumes."""
+@dataclass(frozen=True)
+class RunTime:
+    """Seconds. step: the mean over blocks. evaluation: None where it is not known what it scores. steps, evaluations:
+    how many the run has; None where its length is not known."""
+
+    step: StepTime
+    evaluation: StepTime | None
+    steps: int | None
+    evaluations: int
+
+    @property
+    def run(self) -> float | None:
+        """Of steps and evaluations, as far as both are known."""
+        if self.steps is None:
+            return None
+        return self.steps * self.step.step + self.evaluations * (
+            0.0 if self.evaluation is None else self.evaluation.step
+        )
+
+
+def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: float | None, time: RunTime) -> None:
+    """Of a step, of an evaluation and of the run, and what the roofline assumes and leaves out."""
     table = Table(title=f"time on {name}: a roofline, never checked on a GPU")
-    for column in ("", "a step", "share"):
+    for column in ("", "time", "share"):
         table.add_column(column, justify="left" if not column else "right")
-    parts = {"compute": time.compute, "ZeRO-3, where compute does not hide it": time.zero3, "gossip": time.gossip}
+    step = time.step
+    parts = {"compute": step.compute, "ZeRO-3, where compute does not hide it": step.zero3, "gossip": step.gossip}
     for part, seconds in parts.items():
-        table.add_row(part, duration(seconds), f"{seconds / time.step:.0%}")
-    table.add_section()
-    table.add_row("step, mean over blocks", duration(time.step), "")
-    steps = len(estimate.schedule)
-    table.add_row(f"run of {steps:,} steps, without evaluations", duration(steps * time.step), "")
+        table.add_row(part, duration(seconds), f"{seconds / step.step:.0%}")
+    table.add_row("a step, mean over blocks", duration(step.step), "")
+    if time.evaluation is not None:
+        table.add_row("an evaluation", duration(time.evaluation.step), "")
+    if (run := time.run) is not None and time.steps is not None:
+        table.add_section()
+        table.add_row(f"{time.steps:,} steps", duration(time.steps * step.step), f"{time.steps * step.step / run:.0%}")
+        if time.evaluation is not None:
+            scored = time.evaluations * time.evaluation.step
+            table.add_row(f"{time.evaluations:,} evaluations", duration(scored), f"{scored / run:.0%}")
+        table.add_row("the run" if time.evaluation is not None else "the run, without evaluations", duration(run), "")
     console.print(table)
     dtype = estimate.config.model.dtype
     rate = gpu.bf16 if dtype == "bfloat16" else gpu.fp32
     links = {"between GPUs": gpu.link, "to the host": gpu.pcie} | ({} if net is None else {"between hosts": net})
     told = [f"{dtype} {rate / 1e12:g} TFLOP/s x {ARITHMETIC}", f"memory {decimal(round(gpu.bandwidth))}/s x {MEMORY}"]
     told += [f"{where} {decimal(round(speed))}/s x {LINK}" for where, speed in links.items()]
+    console.print(f"assumed: {', '.join(told)}; all sequences are full", highlight=False)
     console.print(
-        f"assumed: {', '.join(told)}; all sequences are full, and nobody waits for anybody",
+        "left out: loading, writing checkpoints, waiting for slower ranks, and what the host and small kernels take, "
+        "which is most of the time where models or batches are small",
         highlight=False,
     )
     if net is None and estimate.neighbours:

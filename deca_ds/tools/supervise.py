@@ -34,7 +34,7 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.resume import tells_divergence
 from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError
 from deca_ds.launch import ClientLayout, read_launch
-from deca_ds.tools.train import parser as train_parser
+from deca_ds.tools.train_arguments import parser as train_parser
 from deca_ds.training.terminal import on_stop
 from deca_ds.watchdog.heartbeats import read_heartbeats
 from deca_ds.watchdog.restart import JOIN

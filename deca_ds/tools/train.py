@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
 from deca_ds.config import Config, load_config
-from deca_ds.config.arguments import add_config, chosen
+from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
 from deca_ds.elastic import Visit, join_job
 from deca_ds.errors import UserError
@@ -21,11 +21,12 @@ from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
+from deca_ds.tools.train_arguments import parser
 from deca_ds.training.claim import check_held
 from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
 from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.guard import JobGuard, guarded
-from deca_ds.watchdog.restart import JOIN, tries_until
+from deca_ds.watchdog.restart import tries_until
 from deca_ds.watchdog.role import Visitor
 from deca_ds.watchdog.stop import forget_request
 
@@ -36,19 +37,6 @@ _LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
 _INTERRUPTED = "interrupted: the job stops, and saves a checkpoint if it has trained; Ctrl-C again ends it at once"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
 _START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
-
-
-def parser(program: str | None = None) -> argparse.ArgumentParser:
-    """program: its name in messages; None: the script's."""
-    parser = argparse.ArgumentParser(
-        prog=program, description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip."
-    )
-    add_config(parser)
-    parser.add_argument(JOIN, action="store_true", help="return to a running job that goes on without this client")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
-    # what the deepspeed launcher adds; the rank is read from the environment
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -26,10 +27,12 @@ from deca_ds.checkpoint.done import ended
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError
 from deca_ds.launch import Launch
-from deca_ds.launch.store import JobStore
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import PERIOD_S
 from deca_ds.watchdog.stop import forget_request
+
+if TYPE_CHECKING:
+    from deca_ds.launch.store import JobStore
 
 _WATCH_S = 3 * PERIOD_S  # for a sign of life
 _WRITTEN_S = 2.0  # for who has just created the file to write into it

@@ -81,6 +81,7 @@ READ: dict[str, Reading] = {
     "gossip.graph": (lambda config: config.gossip.matrix is None, "gossip.matrix takes its place"),
     "gossip.weights": (lambda config: config.gossip.matrix is None, "gossip.matrix takes its place"),
     "logging.progress_s": (lambda config: config.logging.progress, "logging.progress=false"),
+    "logging.project": (lambda config: config.logging.tracker != "none", "logging.tracker=none"),
     "model.masters": (lambda config: config.model.dtype == "bfloat16", "the model is not bfloat16"),
     "model.revision": (lambda config: not os.path.isdir(config.model.path), "model.path is a folder"),
     "optimizer.final_lr_ratio": (lambda config: config.optimizer.schedule != "constant", "the schedule is constant"),

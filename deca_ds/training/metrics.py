@@ -1,4 +1,4 @@
-"""What a run reports: a JSON line per step and evaluation, TensorBoard events if wanted, and what people see of it.
+"""What a run reports: a JSON line per step and evaluation, the same for trackers, and what people see of it.
 
 Every client's leader writes its own file, so that nobody waits for anybody to log. Rank 0 also writes what concerns all
 clients, to job.jsonl.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch.world import Cluster
 from deca_ds.training.display import Display
 from deca_ds.training.summary import Evaluation
+from deca_ds.training.trackers import Tracker, open_trackers
 
 
 class JsonLines:
@@ -53,22 +54,18 @@ class JsonLines:
 
 
 class Log:
-    """One file of the metrics, and its numbers as TensorBoard events in the folder `events`; None: in none."""
+    """One file of the metrics, whose numbers go to `trackers`, too."""
 
-    def __init__(self, path: Path, events: Path | None):
-        self._lines = JsonLines(path)
-        self._board = None
-        if events is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(events))
+    def __init__(self, path: Path, trackers: Sequence[Tracker]):
+        self._lines, self._trackers = JsonLines(path), trackers
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
         """Append a line. Raises CheckpointError where it cannot be written."""
         self._lines.write({"kind": kind, "step": step, **record})
-        if self._board is not None:
-            for key, value in _numbers(record):
-                self._board.add_scalar(f"{kind}/{key}", value, step)
+        if self._trackers:
+            numbers = {f"{kind}/{key}": value for key, value in _numbers(record)}
+            for tracker in self._trackers:
+                tracker.add(numbers, step)
 
     def reopen(self) -> None:
         """After the file of this name has become another one."""
@@ -76,24 +73,24 @@ class Log:
 
     def close(self) -> None:
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class Metrics:
     """This rank's part of the reporting; every method may be called on every rank. display: of the client's leader."""
 
     def __init__(self, config: LoggingConfig, cluster: Cluster, output: Path, schedule: Schedule, display: Display):
-        self._cluster, self._output, self._tensorboard = cluster, output, config.tensorboard
+        self._cluster, self._output, self._config = cluster, output, config
         self._own = self._open(f"client_{cluster.client:03d}") if cluster.is_leader else None
         self._job = self._open("job") if cluster.is_job_leader else None
-        self._every, self._steps, self._display = config.every, len(schedule), display
+        self._steps, self._display = len(schedule), display
 
     def step(self, step: Step, record: dict[str, Any]) -> None:
         """Log one inner step of this client; every logging.every-th is written."""
         done = step.index + 1
         self._display.step(done, step.block, record)
-        if done % self._every == 0:
+        if done % self._config.every == 0:
             self._write(self._own, "step", done, record)
 
     def evaluation(self, steps_done: int, own: dict[str, Any], job: dict[str, Any]) -> None:
@@ -110,7 +107,11 @@ class Metrics:
         """Log who is left after a death, while inner step `step` or what follows it is under way; this rank may be the
         one now that speaks for the job."""
         if self._job is None and self._cluster.is_job_leader:
-            self._job = self._open("job")
+            try:
+                self._job = self._open("job")
+            except ConfigError as error:  # of a tracker: the job goes on
+                print(f"WARNING: {error}", file=sys.stderr, flush=True)
+                self._job = Log(self._path("job"), ())
             self._display.show()
         self.job("membership", step, record)
 
@@ -130,23 +131,15 @@ class Metrics:
                 log.close()
 
     def _open(self, name: str) -> Log:
-        events = self._output / "tensorboard" / name if self._tensorboard else None
-        return Log(self._output / "metrics" / f"{name}.jsonl", events)
+        return Log(self._path(name), open_trackers(self._config, self._output, name))
+
+    def _path(self, name: str) -> Path:
+        return self._output / "metrics" / f"{name}.jsonl"
 
     @staticmethod
     def _write(log: Log | None, kind: str, step: int, record: dict[str, Any]) -> None:
         if log is not None:
             log.write(kind, step, record)
-
-
-def check_logging(config: LoggingConfig) -> None:
-    """Raise ConfigError for what the logging needs and is not installed."""
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise ConfigError(
-            "logging.tensorboard=true, but TensorBoard is not installed",
-            where="logging.tensorboard",
-            fix="pip install 'deca_ds[tensorboard]', or leave it off",
-        )
 
 
 def peak_memory_bytes(device: torch.device) -> list[int]:

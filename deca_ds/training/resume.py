@@ -15,8 +15,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from deca_ds.checkpoint.done import inner_steps, is_done
+from deca_ds.checkpoint.open_steps import open_checkpoint
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import FOLDER, open_checkpoint, remove_newer, step_folder, steps_in
+from deca_ds.checkpoint.steps import FOLDER, remove_newer, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL, rank_folder
 from deca_ds.config import Config
 from deca_ds.errors import CheckpointError

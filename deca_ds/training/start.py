@@ -27,9 +27,9 @@ from deca_ds.training.chosen_method import check_method
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import Job, connect_clients
 from deca_ds.training.loop import Trainer
-from deca_ds.training.metrics import check_logging
 from deca_ds.training.resume import choose, keep_model, look_at_run
 from deca_ds.training.template_date import agree_on_date, with_date
+from deca_ds.training.trackers import check_logging
 from deca_ds.training.ways_to_start import NewRun, ResumedRun, Return, Start
 from deca_ds.watchdog.guard import JobGuard
 
@@ -90,7 +90,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
     layout = ClientLayout.of(check_world(config, launch.world_size))
     guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
-    check_logging(config.logging)
+    check_logging(config.logging, speaks=layout.shard_of(launch.rank) == 0)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))

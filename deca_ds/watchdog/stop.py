@@ -20,11 +20,12 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any
-
-from torch.distributed import Store
+from typing import TYPE_CHECKING, Any
 
 from deca_ds.errors import AbsentError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
 _NOWHERE = -1  # where a rank that does not train yet may end

@@ -38,12 +38,13 @@ Keys = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a study's table. keys: its whole configuration but the seed and what is tuned."""
+    """One row of a study's table. keys: its whole configuration but the seed and what is tuned. seeds: reported."""
 
     study: str
     dataset: str
     name: str
     keys: Keys
+    seeds: tuple[int, ...]
 
 
 def load_studies(name: str = "ablation") -> dict[str, Any]:
@@ -58,10 +59,11 @@ def variants(studies: dict[str, Any], wanted: list[str] | None = None) -> Iterat
     for study, content in studies["studies"].items():
         if wanted and study not in wanted:
             continue
+        seeds = tuple(content.get("seeds", studies["tune"]["seeds"]))
         for dataset in content["datasets"]:
             for name, changes in content["variants"].items():
                 keys = studies["base"] | studies["datasets"][dataset] | content.get("keys", {}) | changes
-                yield Variant(study, dataset, name, _pooled(keys) if keys.pop("pooled", False) else keys)
+                yield Variant(study, dataset, name, _pooled(keys) if keys.pop("pooled", False) else keys, seeds)
 
 
 def _pooled(keys: Keys) -> Keys:
@@ -93,7 +95,7 @@ class Runner:
         self._loaded: dict[str, Any] = {}
 
     def run(self, variant: Variant) -> str:
-        """Tune on the first seed, then run the other seeds at the best value; returns a line for people."""
+        """Tune on the tuning seed, then run the variant's seeds at the best value; returns a line for people."""
         scores = {value: self._score(variant, value, self.tune["tuning_seed"]) for value in self.tune["grid"]}
         for _ in range(MAX_EXTENSIONS):
             best = min(scores, key=scores.__getitem__)
@@ -102,7 +104,7 @@ class Runner:
             value = best / 2 if best == min(scores) else best * 2
             scores[value] = self._score(variant, value, self.tune["tuning_seed"])
         best = min(scores, key=scores.__getitem__)
-        values = [self._score(variant, best, seed) for seed in self.tune["seeds"]]
+        values = [self._score(variant, best, seed) for seed in variant.seeds]
         return f"{variant.study}/{variant.dataset}/{variant.name}: best {best:g}, " + ", ".join(
             f"{value:.4f}" for value in values
         )

@@ -82,7 +82,7 @@ def main() -> None:
         parser.error(f"there are no runs in {results}: ablation.py --studies {arguments.studies} makes them")
     runs, wanted = finished(results / "runs.jsonl"), load_studies(arguments.studies)
     studies = list(summarize(wanted, runs))
-    (results / "tables.md").write_text(head(arguments.studies, wanted["tune"]) + tables(studies, runs))
+    (results / "tables.md").write_text(head(arguments.studies, wanted) + tables(studies, runs))
     if results == BENCHMARKS / "learnable":
         README.write_text(between_marks(README.read_text(), first_screen(studies)))
     if not arguments.no_plots:
@@ -98,9 +98,19 @@ def between_marks(page: str, text: str) -> str:
     return f"{before}{MARKS[0]}\n{text}{MARKS[1]}\n{after}"
 
 
-def head(name: str, tune: Mapping[str, Any]) -> str:
-    """What the tables say. name: of the file of studies. tune: its part of that name."""
-    return HEAD.format(name=name, tuned=tune["tuning_seed"], seeds=", ".join(map(str, tune["seeds"]))) + "\n"
+def head(name: str, wanted: Mapping[str, Any]) -> str:
+    """What the tables say. name: of the file of studies. wanted: its content."""
+    tune = wanted["tune"]
+    own = [
+        f"Of the study {study}, seeds {_listed(content['seeds'])} are reported, at the same learning rates.\n"
+        for study, content in wanted["studies"].items()
+        if "seeds" in content
+    ]
+    return "\n".join([HEAD.format(name=name, tuned=tune["tuning_seed"], seeds=_listed(tune["seeds"])), *own, ""])
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def tables(studies: Studies, runs: Mapping[str, Run]) -> str:

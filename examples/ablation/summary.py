@@ -124,7 +124,7 @@ def _row(variant: Variant, tune: Mapping[str, Any], runs: Mapping[str, Run]) -> 
     if not tried:
         return Row(variant, None, (), {})
     best = min(tried, key=tried.__getitem__)
-    at_best = [run(best, seed) for seed in tune["seeds"]]
+    at_best = [run(best, seed) for seed in variant.seeds]
     if any(found is None for found in at_best):  # still being tuned
         return Row(variant, None, (), tried)
     return Row(variant, best, tuple(found for found in at_best if found is not None), tried)
@@ -170,22 +170,24 @@ def agreeing(values: Sequence[float]) -> int:
 
 
 def pairs_without_signal(studies: Studies) -> Iterator[tuple[str, str, Row, Row]]:
-    """(study, data set, deca, gossip-adam) of all settings that ran with both; a setting of several studies comes once.
+    """(study, data set, deca, gossip-adam) of all settings that ran with both; a setting of several studies comes once,
+    but for studies with other seeds.
 
     The one's keys are the other's with another method, so that the signal is all that differs.
     """
-    with_signal: dict[str, tuple[str, str, Row]] = {}
+    with_signal: dict[tuple[str, tuple[int, ...]], tuple[str, str, Row]] = {}
     for study, dataset, rows in studies:
         for row in rows:
-            with_signal.setdefault(run_key(row.variant.keys), (study, dataset, row))
+            with_signal.setdefault((run_key(row.variant.keys), row.variant.seeds), (study, dataset, row))
     seen = set()
     for _, _, rows in studies:
         for row in rows:
             keys = {name: value for name, value in row.variant.keys.items() if name != "algorithm.method"}
-            if row.variant.keys.get("algorithm.method") == "gossip-adam" and run_key(keys) in with_signal:
-                study, dataset, deca = with_signal[run_key(keys)]
-                if run_key(keys) not in seen and deca.runs and row.runs:
-                    seen.add(run_key(keys))
+            setting = run_key(keys), row.variant.seeds
+            if row.variant.keys.get("algorithm.method") == "gossip-adam" and setting in with_signal:
+                study, dataset, deca = with_signal[setting]
+                if setting not in seen and deca.runs and row.runs:
+                    seen.add(setting)
                     yield study, dataset, deca, row
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 from method_contract import (
@@ -72,6 +73,24 @@ def test_the_mean_of_gasloc_makes_diloco_s_outer_step(graph):
     torch.testing.assert_close(means["gasloc"], means["diloco"], rtol=0, atol=1e-12)
     assert (means["gasloc"] - torch.tensor(start[0])).abs().max() > 12 * LR, "no momentum"
     assert (states["gasloc"]["theta"] - states["diloco"]["theta"]).abs().max() > LR
+
+
+def test_qg_adam_needs_no_gradient_to_go_on():
+    """What it keeps has the norm 1 and the direction of the last step, so one gradient is enough for a whole turn."""
+    sizes = {}
+    for method in ("qg-adam", "gossip-adam"):
+        rule = build_rule(method)
+        state = stacked_state(rule, np.zeros((1, 4)))
+        state["grad"].copy_(torch.tensor([[1e-3, -2e-3, 4e-3, -8e-3]]))
+        for r in range(24):
+            before = state["theta"].clone()
+            rule.local_step(state, inner=r, lr=LR)
+            rule.accept(state, "grad", state["grad"].clone())  # all clients agree
+            rule.finish(state, lr=LR, norm=state["grad"].norm(), mixed=True)
+            sizes[method] = (before - state["theta"]).abs() / LR
+            state["grad"].zero_()
+    torch.testing.assert_close(sizes["qg-adam"], torch.ones(1, 4, dtype=torch.float64), rtol=0.1, atol=0)
+    assert sizes["gossip-adam"].max() < 0.1
 
 
 def test_a_rule_takes_its_own_coefficients_from_the_configuration():

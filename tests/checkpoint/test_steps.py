@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from saved_states import zero3_slices
 
 from deca_ds.checkpoint import files, write_shards
+from deca_ds.checkpoint.open_steps import open_checkpoint
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import open_checkpoint, remove_part, step_folder, steps_in
+from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, rank_folder, save_shards
 from deca_ds.errors import CheckpointError
 

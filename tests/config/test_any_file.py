@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deca_ds.config import load_config
@@ -13,7 +13,7 @@ from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.load import save_config
 from deca_ds.errors import ConfigError
 
-LIGHT = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIGHT = settings(max_examples=100)
 BASE = {"model": {"path": "model"}, "data": {"train": ["rows.jsonl"]}}
 VALUES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.lists(st.integers(), max_size=2)

@@ -7,7 +7,7 @@ import pytest
 from deca_ds.config.arguments import chosen
 from deca_ds.config.load import load_config
 from deca_ds.errors import ConfigError
-from deca_ds.tools.train import parser
+from deca_ds.tools.train_arguments import parser
 
 
 def of(*arguments):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deca_ds.config import load_config, save_config
@@ -181,7 +181,7 @@ def test_a_text_is_a_list_of_one(tmp_path):
             load_config(None, ["model.path=x", wrong])
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     text=st.sampled_from(CHANGED)
     | st.text(st.characters(exclude_characters="$", exclude_categories=["Cs"]), max_size=8)

@@ -90,7 +90,7 @@ CONVERSATION = st.lists(
 
 @pytest.mark.parametrize("template", ENDS)
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "metaspace"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turns=CONVERSATION)
 def test_any_conversation(template, tokenizer, turns):
     """The answers and their ends; where tokens hold more than a character, but for blanks at the borders."""

@@ -38,7 +38,7 @@ def test_everything_comes_over_whatever_the_sizes(sizes, done, monkeypatch):
     """done: within a block, and between two."""
     monkeypatch.setattr(handover, "_MESSAGE", 4)
     layout = ClientLayout.of(sizes)
-    network = LocalNetwork(sizes, 20.0)
+    network = LocalNetwork(sizes, 100.0)
 
     def body(number: int):
         gives = layout.client_of(number) == 0
@@ -58,7 +58,7 @@ def test_everything_comes_over_whatever_the_sizes(sizes, done, monkeypatch):
 def test_when_the_giver_is_lost_amid_it_another_one_of_another_size_begins_anew(giver):
     """Client 0 is lost after half of its messages; the block that client 3 has opened stays open."""
     sizes = (2, 1, 3, 2)
-    layout, before, after = ClientLayout.of(sizes), LocalNetwork(sizes, 0.3), LocalNetwork(sizes, 20.0)
+    layout, before, after = ClientLayout.of(sizes), LocalNetwork(sizes, 0.3), LocalNetwork(sizes, 100.0)
 
     def body(number: int):
         client = layout.client_of(number)
@@ -92,7 +92,7 @@ def test_when_the_giver_is_lost_amid_it_another_one_of_another_size_begins_anew(
 def test_a_damaged_slice_is_noticed_by_whoever_gets_it(sizes, monkeypatch):
     """Of the first client's last rank, an element of the block's masters changes on its way."""
     layout = ClientLayout.of(sizes)
-    network, deliver = LocalNetwork(sizes, 20.0), LocalTransport._exchange
+    network, deliver = LocalNetwork(sizes, 100.0), LocalTransport._exchange
     at = sizes[0] - 1
 
     def damaging(self, to_send, destinations, receives, tag):

@@ -69,7 +69,7 @@ def test_all_ranks_see_the_same_views(tmp_path):
         def on_all(*calls: Callable[[], object]) -> list:
             return [each.result() for each in [pool.submit(call) for call in calls]]
 
-        stores = [open_job_store(launch, 20.0) for launch in launches]
+        stores = [open_job_store(launch, 100.0) for launch in launches]
         made = zip(launches, job.votes, stores, strict=True)
         ranks: list[Rank] = on_all(*(partial(Rank, job, *parts) for parts in made))
         on_all(*(rank.exchange for rank in ranks))

@@ -136,6 +136,35 @@ def test_settings_with_and_without_a_signal_are_found_by_their_keys(rows):
     other = with_keys(without, y=1)
     studies = [("methods", "news", [rows["first"], rows["second"], without, other]), ("again", "news", [without])]
     assert list(pairs_without_signal(studies)) == [("methods", "news", rows["first"], without)]
+    again = [replace(row, variant=replace(row.variant, seeds=(6, 7))) for row in (rows["first"], without)]
+    assert list(pairs_without_signal([*studies, ("confirmation", "news", again)]))[1:] == [
+        ("confirmation", "news", *again)
+    ]
+
+
+def test_a_study_may_report_seeds_of_its_own(tmp_path):
+    """And tunes nothing again: the rate that the tuning seed has chosen holds for them."""
+    from ablation import Runner, run_key, variants
+    from summary import summarize
+
+    studies = STUDIES | {
+        "studies": {"confirmation": {"datasets": ["news"], "seeds": [6, 7], "variants": {"first": VARIANTS["first"]}}}
+    }
+    (variant,) = variants(studies)
+    asked = []
+
+    class Known(Runner):
+        def _simulate(self, keys):
+            asked.append((keys["lr"], keys["run.seed"]))
+            return {"loss": abs(keys["lr"] - 2.0) + 0.1 * keys["run.seed"]}
+
+    assert "best 2, 0.6000, 0.7000" in Known({}, tmp_path, studies["tune"]).run(variant)
+    assert asked == [(1.0, 0), (2.0, 0), (4.0, 0), (2.0, 6), (2.0, 7)]
+    runs = {
+        run_key(variant.keys | {"lr": lr, "run.seed": seed}): {"loss": abs(lr - 2.0) + 0.1 * seed} for lr, seed in asked
+    }
+    ((_, _, (row,)),) = summarize(studies, runs)
+    assert row.lr == 2.0 and [run["loss"] for run in row.runs] == pytest.approx([0.6, 0.7])
 
 
 def test_the_table(rows):
@@ -233,8 +262,10 @@ def test_the_head_says_which_seeds_are_tuned_on_and_reported():
     from ablation import load_studies
     from report import head
 
-    text = head("learnable", load_studies("learnable")["tune"])
+    text = head("learnable", load_studies("learnable"))
     assert "found on seed 0 by" in text and "seeds 1, 2, 3, 4, 5 are reported" in text and "{" not in text
+    assert "Of the study confirmation, ring, seeds 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 are reported" in text
+    assert "Of the study" not in head("ablation", load_studies())
 
 
 def test_without_runs_the_command_that_makes_them_is_named(tmp_path, monkeypatch, capsys):
@@ -255,7 +286,7 @@ def test_the_tables_in_the_repository_are_made_from_its_runs(name):
     results, wanted = RESULTS.with_name(name), load_studies(name)
     runs = finished(results / "runs.jsonl")
     studies = list(summarize(wanted, runs))
-    made = head(name, wanted["tune"]) + tables(studies, runs)
+    made = head(name, wanted) + tables(studies, runs)
     again = f"run python examples/ablation/report.py --studies {name}"
     assert made == (results / "tables.md").read_text(), again
     if name == "learnable":

@@ -20,7 +20,7 @@ from jobs import BIN, REPOSITORY, run_command, steps_done, wait_until, whole_lin
 from deca_ds.config import load_config
 from deca_ds.config.schema import Config
 from deca_ds.tools import supervise
-from deca_ds.tools.train import parser
+from deca_ds.tools.train_arguments import parser
 
 TEMPLATES = REPOSITORY / "examples/clusters"
 SLURM = [TEMPLATES / "slurm_srun.sh", TEMPLATES / "slurm_mpirun.sh"]

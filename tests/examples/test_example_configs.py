@@ -15,7 +15,7 @@ from deca_ds.config.load import load_config
 from deca_ds.config.schema import Config
 from deca_ds.data import validate_data_config
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.tools.train import parser
+from deca_ds.tools.train_arguments import parser
 from deca_ds.training.doubts import doubts
 
 REPOSITORY = Path(__file__).parents[2]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip.schedule import build_mixing
 
-LIGHT = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIGHT = settings(max_examples=100)
 NUMBERS = st.sampled_from(
     ["0", "1", "2", "3", "-1", "0.5", "1/3", "1/2", "1/0", "nan", "inf", "1e309", "x", "#", ",", ";"]
 )

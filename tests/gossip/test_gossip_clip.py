@@ -28,7 +28,7 @@ CLIENTS, NUMEL, CHUNK_MIB = 4, 1000, 0.001
 
 def clipped(x: torch.Tensor, graph: str, radius: float | None, steps: int = 3) -> torch.Tensor:
     """Gossip of all clients in threads, chunk by chunk. x: [n, numel]."""
-    network = LocalNetwork(CLIENTS, 20.0)
+    network = LocalNetwork(CLIENTS, 100.0)
     schedule = build_mixing(GossipConfig(graph=graph), CLIENTS, seed=4)
 
     def body(client: int) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_rows_of_clipped_weights_sum_to_one(raw, distances, radius):
 @pytest.mark.parametrize("radius", [None, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_poisoned_message_is_refused_by_name_before_anything_of_it_is_used(radius, value):
-    network, schedule = LocalNetwork(2, 5.0), build_mixing(GossipConfig(), 2, seed=0)
+    network, schedule = LocalNetwork(2, 100.0), build_mixing(GossipConfig(), 2, seed=0)
     clip = None if radius is None else Clip(radius)
     here, there = (Gossip(network.transport(i), schedule, clip=clip) for i in range(2))
     here.transport.progress.enter("gradient", step=412, block="layers 0-1")

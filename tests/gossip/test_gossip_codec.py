@@ -114,7 +114,7 @@ def test_every_averaging_is_the_dense_one_and_keeps_the_mean_of_the_clients(wire
 
 def test_a_value_that_a_codec_cannot_hold_is_refused_by_name():
     """Checked after decoding: float32's largest number is beyond bfloat16's."""
-    network, schedule = LocalNetwork(2, 5.0), build_mixing(GossipConfig(), 2, seed=0)
+    network, schedule = LocalNetwork(2, 100.0), build_mixing(GossipConfig(), 2, seed=0)
     there, here = (Gossip(network.transport(i), schedule, codec=CODECS["bfloat16"]) for i in range(2))
     large = torch.ones(50)
     large[3] = torch.finfo(torch.float32).max

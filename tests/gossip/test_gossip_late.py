@@ -101,7 +101,7 @@ def test_two_threads_decide_alike_many_times():
         found = []
         for t in range(300):
             word = EdgeDecision(store, t, client, 1 - client)
-            start.wait(30)
+            start.wait(100)
             word.write(TAKEN if (t // 2 + client * t) % 2 else SKIPPED)
             found.append(word.is_(TAKEN))
         return found
@@ -186,9 +186,9 @@ def test_a_client_that_stops_for_a_while_is_left_out_and_comes_back(radius: floa
         if client == 0 and t == 6:
             gone_on.set()
         if client == 2 and t == 3:
-            assert gone_on.wait(60)
+            assert gone_on.wait(100)
 
-    wait_s, store = lambda t: 1.0 if 3 <= t < 6 else 60.0, HashStore()
+    wait_s, store = lambda t: 3.0 if 3 <= t < 6 else 100.0, HashStore()
     shards, skipped, ends = run_clients(schedule, 20, pause, wait_s=wait_s, clip_radius=radius, wire=wire, store=store)
     assert skipped[0] == [[], [], [], [2], [2], [2], [2], *[[]] * 13]
     assert skipped[2][3] == [0, 1] and skipped[2][7:] == [[]] * 13
@@ -225,7 +225,7 @@ def test_a_neighbour_that_is_away_keeps_one_averaging_of_buffers_alive():
 
     def pause(client: int, t: int) -> None:
         if client == 1 and t == 0:
-            assert back.wait(30)
+            assert back.wait(100)
         if client == 0:
             sent.append(t)
             if t == 10:
@@ -239,7 +239,7 @@ def test_a_neighbour_that_is_away_keeps_one_averaging_of_buffers_alive():
 
 def test_without_anybody_late_the_bits_are_those_of_waiting():
     schedule = build_mixing(GossipConfig(graph="ring"), 4, seed=0)
-    shards, skipped, _ = run_clients(schedule, 6, lambda client, t: None, wait_s=30)
+    shards, skipped, _ = run_clients(schedule, 6, lambda client, t: None, wait_s=100)
     network = LocalNetwork(4)
 
     def body(client: int) -> torch.Tensor:

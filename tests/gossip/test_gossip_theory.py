@@ -7,10 +7,19 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
+from deca_ds.algorithm.methods import build_rule
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.theory import agreement, averagings_to_agree, predicted_disagreement, slow_mixing
+from deca_ds.gossip.theory import (
+    agreement,
+    averagings_to_agree,
+    large_momentum,
+    left_with_momentum,
+    predicted_disagreement,
+    slow_mixing,
+)
 
 
 def mixing(graph: str, clients: int):
@@ -86,3 +95,54 @@ def test_slow_graphs_are_warned_of(graph, clients, changes, words):
     assert len(found) == len(words)
     for sentence, word in zip(found, words, strict=True):
         assert word in sentence and ("gossip.graph" in sentence or "optimizer.lr" in sentence)
+
+
+@pytest.mark.parametrize("graph", ["ring", "erdos_renyi", "complete", "star"])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.3, 0.9])
+def test_what_gasloc_leaves_of_a_disagreement(graph, momentum):
+    """Without local steps, by the method's own rule; the rate is of many averagings, at worst and reached."""
+    matrix, rule = mixing(graph, 8).matrix(0), build_rule("gasloc", outer_momentum=momentum)
+    mixed, start = torch.tensor(matrix), np.random.default_rng(0).standard_normal((8, 5))
+    state = {name: torch.zeros(8, 5, dtype=torch.float64) for name in ("theta", "grad", "previous")}
+    state["theta"].copy_(torch.tensor(start - start.mean(axis=0)))
+    rule.open(state)
+    sizes = []
+    for _ in range(160):
+        state["grad"].copy_(state["theta"])
+        rule.accept(state, "grad", mixed @ state["grad"])
+        sizes.append(max(1e-300, float(state["theta"].norm())))
+    rate = (max(sizes[150:]) / max(sizes[50:60])) ** (1 / 100)
+    if sizes[-1] > 1e-12:
+        assert rate == pytest.approx(left_with_momentum(matrix, momentum), rel=0.01)
+    assert left_with_momentum(matrix, 0.0) == pytest.approx(1 - mixing(graph, 8).spectral_gap)
+
+
+def test_the_momentum_that_suits_a_graph():
+    gap = mixing("ring", 8).spectral_gap
+    matrix, best = mixing("ring", 8).matrix(0), (1 - math.sqrt(gap)) ** 2
+    assert left_with_momentum(matrix, best) == pytest.approx(math.sqrt(best), rel=1e-6) == 1 - math.sqrt(gap)
+    assert left_with_momentum(matrix, 0.9) == pytest.approx(math.sqrt(0.9))
+    for other in (best / 2, 1.5 * best, 0.9):
+        assert left_with_momentum(matrix, other) > left_with_momentum(matrix, best) + 0.05
+
+
+@pytest.mark.parametrize(
+    ("graph", "clients", "momentum", "words"),
+    [
+        ("ring", 8, 0.9, ["up to 0.95 of what keeps the clients apart, and 0.8 without momentum", "= 0.31 brings"]),
+        ("complete", 8, 0.9, ["up to 0.95 of what keeps the clients apart, and 0 without momentum", "= 0 brings"]),
+        ("ring", 8, 0.3, []),
+        ("ring", 8, 0.0, []),
+        ("ring", 16, 0.9, []),
+        ("isolated", 8, 0.9, []),
+        ("exponential", 8, 0.9, []),
+        ("one_peer_exponential", 8, 0.9, []),
+        ("ring", 1, 0.9, []),
+    ],
+)
+def test_a_momentum_that_keeps_clients_apart_is_warned_of(graph, clients, momentum, words):
+    found = large_momentum(mixing(graph, clients), momentum)
+    assert len(found) == bool(words)
+    for sentence in found:
+        assert all(word in sentence for word in words)
+        assert sentence.startswith(f"algorithm.outer_momentum={momentum:g} is large for this graph: ")

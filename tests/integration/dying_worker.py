@@ -4,8 +4,8 @@ DECA_TEST_DYING=RANK:STEP:PLACE[,...] says which. STEP: inner step, counted from
 error (the same, by an exception), nan (there, a parameter is), sent (its first chunk of the averaging), evaluation
 (while the mean model after STEP is averaged), returned (before the local step, STEP steps after a client has come
 back). All but error and nan is SIGKILL. And damaged: a bit of its first chunk flips on the way; hangs: its main thread
-does, before the local step; stopped: its process is, there, for 30 s. A rank that is started with --join does none of
-that. While a client is missing, steps take DECA_TEST_AWAY_S seconds, or one.
+does, before the local step; stopped: its process is, there, until the others have put it out. A rank that is started
+with --join does none of that. While a client is missing, steps take DECA_TEST_AWAY_S seconds, or one.
 """
 
 import gc
@@ -30,6 +30,7 @@ deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":
 last, place = deaths.get(read_launch().rank, (0, "never"))
 if "--join" in sys.argv:
     last = 0
+job = next(word for word in sys.argv if word.startswith("run.output=")).partition("=")[2] + "/metrics/job.jsonl"
 gradient = Client.gradient
 steps, since_return, membership, damaged = 0, -1, None, []
 
@@ -46,7 +47,8 @@ def counting_gradient(self, *arguments):
     if (steps == last and place == "before") or (since_return == last and place == "returned"):
         os.kill(os.getpid(), signal.SIGKILL)
     if steps == last and place == "stopped":
-        subprocess.Popen(["sh", "-c", f"sleep 30; kill -CONT {os.getpid()}"])
+        out = f'until grep -qs \'"from_step": {steps},\' "{job}" || ! kill -0 {os.getpid()}; do sleep 0.1; done'
+        subprocess.Popen(["sh", "-c", f"{out}; kill -CONT {os.getpid()}"], stderr=subprocess.DEVNULL)
         os.kill(os.getpid(), signal.SIGSTOP)
     if steps == last and place == "hangs":
         time.sleep(600.0)

@@ -14,8 +14,9 @@ import torch
 from jobs import Finished, launch, processes_below, ranks_of, steps_done, wait_until, word_job
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deca_ds.checkpoint.open_steps import find_checkpoint
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import find_checkpoint, step_folder, steps_in
+from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.config import load_config
 from deca_ds.engine.load import find_blocks, load_architecture, meta_model
 from deca_ds.tools.disk import Stored, disk_need

@@ -8,16 +8,17 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, lacking
-from jobs import word_job
+from jobs import steps_done, wait_until, word_job
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
+from deca_ds.cli import main
+
+pytestmark = pytest.mark.multiprocess
 HEALTHY = ("n0", "n1", "n2")
 
 
@@ -63,17 +64,11 @@ def job(cluster: Cluster, name: str, hosts: dict[str, int], *options: str, **key
 def in_training(cluster: Cluster, host: str, output: Path, client: int) -> Callable[[subprocess.Popen], None]:
     """Waits until that client, whose first rank is on that host, has made three steps."""
 
-    def wait(process: subprocess.Popen) -> None:
-        metrics = cluster.of(host) / output.name / "metrics" / f"client_{client:03d}.jsonl"
-        deadline = time.monotonic() + 150
-        while not metrics.exists() or '"step": 3' not in metrics.read_text():
-            assert time.monotonic() < deadline and process.poll() is None, "no training"
-            time.sleep(0.2)
-
-    return wait
+    metrics = cluster.of(host) / output.name / "metrics" / f"client_{client:03d}.jsonl"
+    return lambda process: wait_until(lambda: steps_done(metrics) >= 3, "in training", process=process)
 
 
-def test_pdsh_a_host_with_two_clients_and_a_client_on_two_hosts(cluster):
+def test_pdsh_a_host_with_two_clients_and_a_client_on_two_hosts(cluster, capsys):
     command, output = job(cluster, "whole", {"n0": 2, "n1": 1, "n2": 1}, sizes=(1, 1, 2))
     finished = cluster.run("n0", command)
     assert finished.code == 0, finished.output[-4000:]
@@ -90,13 +85,12 @@ def test_pdsh_a_host_with_two_clients_and_a_client_on_two_hosts(cluster):
     }
     edges = json.loads((cluster.of("n0") / output.name / "edges.json").read_text())
     assert [edge["clients"] for edge in edges] == [[0, 1], [0, 2], [1, 2]]
-    exported = cluster.run("n0", ["deca", "export", output, cluster.disk / "mean"])
-    assert exported.code == 2 and "missing: client 2" in exported.output, "it is on other hosts' disks"
+    run, mean = cluster.of("n0") / output.name, cluster.of("n0") / "mean"
+    assert main(["export", str(run), str(mean)]) == 2
+    assert "missing: client 2" in capsys.readouterr().err, "it is on other hosts' disks"
     for name in ("n1", "n2"):
-        shutil.copytree(cluster.of(name) / output.name / "model", cluster.of("n0") / output.name / "model",
-                        dirs_exist_ok=True)  # fmt: skip
-    exported = cluster.run("n0", ["deca", "export", output, cluster.disk / "mean"])
-    assert exported.code == 0 and (cluster.of("n0") / "mean" / "config.json").exists(), exported.output
+        shutil.copytree(cluster.of(name) / output.name / "model", run / "model", dirs_exist_ok=True)
+    assert main(["export", str(run), str(mean)]) == 0 and (mean / "config.json").exists()
     assert not cluster.left()
 
 

@@ -26,7 +26,7 @@ def on_all_ranks(body) -> list[str]:
     def rank(number: int) -> str:
         here.rank = number
         try:
-            body(Launch("python", number, RANKS, 0, None), JobStore(shared, None, timedelta(seconds=20)))
+            body(Launch("python", number, RANKS, 0, None), JobStore(shared, None, timedelta(seconds=100)))
         except LaunchError as error:
             return str(error)
         return ""

@@ -119,7 +119,7 @@ def take(monkeypatch, wanted: str, gpus: int, ranks: int, layout: ClientLayout) 
     store, found = HashStore(), [None] * ranks
 
     def of(rank: int) -> None:
-        launch, job = Launch("deepspeed", rank, ranks, None, None), JobStore(store, None, timedelta(seconds=20))
+        launch, job = Launch("deepspeed", rank, ranks, None, None), JobStore(store, None, timedelta(seconds=100))
         try:
             found[rank] = take_device(wanted, launch, layout, job, range(ranks))
         except LaunchError as error:
@@ -129,7 +129,7 @@ def take(monkeypatch, wanted: str, gpus: int, ranks: int, layout: ClientLayout) 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(100)
     assert len(current) == (ranks if gpus and wanted != "cpu" else 0)
     return found
 

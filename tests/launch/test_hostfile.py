@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deca_ds.errors import LaunchError
@@ -19,7 +19,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(content=st.binary(max_size=40) | LINES.map(lambda lines: "\n".join(lines).encode()))
 @example(content=b"a slots=4x\n")
 @example(content=b"a slots=2\na slots=2\n")

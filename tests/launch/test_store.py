@@ -35,8 +35,8 @@ def rank(number: int, address: str, port: int) -> Launch:
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_all_that_listens_is_reached_at_the_address_of_the_job(address):
     port = free_port()
-    job = open_job_store(rank(0, address, port), 20)
-    other = open_job_store(rank(1, address, port), 20)
+    job = open_job_store(rank(0, address, port), 100)
+    other = open_job_store(rank(1, address, port), 100)
     job.store.set("key", "value")
     assert other.store.get("key") == b"value" and own_address((address, port)) == address
     server = job.publish_server("client")
@@ -45,17 +45,17 @@ def test_all_that_listens_is_reached_at_the_address_of_the_job(address):
     again = host_again(job)
     again.store.set("key", "again")
     assert again.address is not None and join_again(other, again.address).store.get("key") == b"again"
-    coordinator = QuorumServer(ClientLayout(2, 1), 0, address, 20, [0, 1], 20)
-    socket.create_connection(coordinator.address, 5).close()
+    coordinator = QuorumServer(ClientLayout(2, 1), 0, address, 100, [0, 1], 100)
+    socket.create_connection(coordinator.address, 100).close()
     lines = []
     threads = [
-        threading.Thread(target=lambda shard, of: lines.append(Lifeline(of, shard, 2, 20, print)), args=(shard, of))
+        threading.Thread(target=lambda shard, of: lines.append(Lifeline(of, shard, 2, 100, print)), args=(shard, of))
         for shard, of in enumerate((server, other.join_server("client")))
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(100)
     for line in lines:
         line.close()
     assert len(lines) == 2
@@ -66,7 +66,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(LaunchError, match=rf"port {port} is in use on this host\n.*MASTER_PORT={port}\n"):
-            open_job_store(rank(0, "127.0.0.1", port), 20)
+            open_job_store(rank(0, "127.0.0.1", port), 100)
         with pytest.raises(LaunchError, match=rf"a program listens there that is not the job's store\n.*={port}\n"):
             open_job_store(rank(1, "127.0.0.1", port), 5)
     # torch aborts an interpreter that ends while it still tries to connect

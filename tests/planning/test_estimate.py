@@ -13,6 +13,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.gathered import Gathered, peak_gathered
 from deca_ds.planning.memory import ACTIVATIONS, BUCKET_NUMEL, PROCESS, Shape, parts, peak, totals
+from deca_ds.planning.roofline import ARITHMETIC, LINK, Gpu
 
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
 LENGTH = 16
@@ -155,3 +156,27 @@ def test_a_step_takes_the_work_of_its_passes_and_messages():
     spread = estimate(2, True, "data.batch_size=2", "model.dtype=bfloat16")._work(1, True, 0.5)
     assert spread.flops == pytest.approx(work[1].flops / 2) and spread.messages == work[1].messages / 2
     assert spread.gathered > 2 * sum(prod(p.shape) for p in found.model.parameters()) / 2
+
+
+def test_an_evaluation_scores_its_sets_and_the_mean_model():
+    """Arithmetic alone, then memory and links, on a card of 1 operation or 1 byte a second."""
+    parameters = 4 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 2 * 512 * 64 + 64
+    matrices = parameters - 512 * 64 - 9 * 64  # but embeddings and norms
+    a_pass = 2 * LENGTH * (2 * matrices + 2 * 4 * 64 * LENGTH)  # of two sequences; attention's scores
+    arithmetic = Gpu(memory=1, bf16=1.0, fp32=1.0, bandwidth=1e30, link=1e30, pcie=1e30)
+    card = Gpu(memory=1, bf16=1e30, fp32=1e30, bandwidth=1e30, link=1.0, pcie=1.0)
+
+    def seconds(card, ranks, *changes, net=None, own=5, common=12):
+        planned = estimate(ranks, True, "evaluation.batch_size=2", *changes)
+        return planned.evaluation_time(card, net, False, 1.0, own=own, common=common)
+
+    # own: 3 passes; common: 6; the mean model's share of common: 2, or own once more
+    for (own, common), passes in {(5, 12): 3 + 6 + 2, (5, 0): 3 + 3, (0, 0): 0}.items():
+        time = seconds(arithmetic, 1, own=own, common=common)
+        assert time.compute == pytest.approx(passes * a_pass / ARITHMETIC)
+    assert seconds(arithmetic, 1, "evaluation.mean_model=false").compute == pytest.approx(9 * a_pass / ARITHMETIC)
+    two = seconds(card, 2)  # own: 2 passes of each of two ranks; common: 3; mean model: 1
+    assert two.zero3 == pytest.approx(6 * 4 * parameters / 2 / LINK)
+    averaged = 2 * 2 / 3 * 4 * parameters  # n = 3
+    assert two.gossip == pytest.approx(averaged / 2 / LINK)
+    assert seconds(card, 2, net=4.0).gossip == pytest.approx(averaged / 2 / LINK + averaged / 4 / LINK)

@@ -1,4 +1,4 @@
-"""The commands that look at files do without torch and what is as slow: an answer, or a help text, comes at once."""
+"""The commands that look at files or start others do without torch and what is as slow: they answer at once."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
     )
     (run / "DONE").write_text("3 of 3 inner steps\n")
     helps = [[name, "--help"] for name in ("status", "report", "data", "doctor", "export", "plan", "where")]
-    commands = json.dumps([["--help"], ["status", str(run)], ["where"], *helps])
+    keys = (f"run.output={run}", "model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=1")
+    about = [["status", str(run)], ["stop", str(run)], ["supervise", "true", "train.py", *keys]]
+    commands = json.dumps([["--help"], *about, ["where"], *helps])
     wide = os.environ | {"COLUMNS": "160"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, commands], capture_output=True, text=True, timeout=120, env=wide
     )
     assert done.returncode == 0, done.stderr
     assert "gossip, waiting for client 1" in done.stdout and "3 of 3 inner steps" in done.stdout
+    assert "nothing to stop: DONE" in done.stdout

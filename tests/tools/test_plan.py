@@ -1,5 +1,6 @@
 """What a dry run refuses before it loads anything, and what it tells."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from deca_ds.tools.plan import print_plan
 @pytest.fixture(autouse=True)
 def without_memory(monkeypatch):
     """Which takes half a second a plan, and has tests of its own."""
-    monkeypatch.setattr("deca_ds.tools.plan.print_memory", lambda *_: None)
+    for name in ("print_memory", "print_fit", "memory_json"):
+        monkeypatch.setattr(f"deca_ds.tools.plan.{name}", lambda *_: None)
 
 
 def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
@@ -117,6 +119,34 @@ def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, 
     told = plan("gossip.wire=bfloat16", "algorithm.method=gt-adam")
     assert "bfloat16, 2 bytes a parameter of 2 tensors; " in told and f"sends {decimal(2 * 2 * parameters)}" in told
     assert "traffic:" not in plan("gossip.graph=isolated")
+    gasloc = ("algorithm.method=gasloc", "gossip.every=4", "gossip.graph=ring", "algorithm.outer_momentum=0.6")
+    assert "algorithm.outer_momentum=0.6 is large for this graph" in plan(*gasloc)
+    assert "large for this graph" not in plan(*gasloc[1:], "algorithm.method=diloco")
+
+
+def test_the_time_is_that_of_all_steps_and_evaluations(tiny_model, word_files, tmp_path, capsys):
+    keys = [
+        f"run.output={tmp_path / 'run'}",
+        f"model.path={tiny_model}",
+        "cluster.clients=2",
+        "data.client_holdout=0.2",
+    ]
+    files = ",".join(map(str, word_files[:2]))
+    keys += ["algorithm.epochs=9"]
+    shared, own = [*keys, f"data.train=[{files}]"], [*keys, f"data.per_client=[{files}]"]
+
+    def plan(keys: list[str], *changes: str, as_json: bool = True) -> str:
+        print_plan(load_config(None, [*keys, *changes]), gpu="H100", as_json=as_json)
+        return capsys.readouterr().out
+
+    ends, every = json.loads(plan(shared)), json.loads(plan(shared, "evaluation.every=1"))
+    steps, step = ends["length"]["steps"], ends["seconds_of_a_step"]["step"]
+    evaluation = (every["seconds_of_the_run"] - ends["seconds_of_the_run"]) / (steps - 1)
+    assert evaluation > 0 and ends["seconds_of_the_run"] == pytest.approx(steps * step + 2 * evaluation)
+    assert json.loads(plan(own))["seconds_of_the_run"] is None
+    told = plan(shared, as_json=False)
+    assert f"│ {steps:,} steps " in told and "│ 2 evaluations " in told and "│ the run " in told
+    assert "left out: loading" in told
 
 
 def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):

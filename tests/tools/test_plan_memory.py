@@ -2,13 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 from rich.filesize import decimal
 from transformers import LongcatFlashConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
-from deca_ds.planning.memory import CONTEXT
 from deca_ds.planning.roofline import GPUS, USABLE
 from deca_ds.tools.plan import _on_hosts, print_plan
 
@@ -51,8 +51,9 @@ def test_a_gpu_is_told_to_fit_or_not_and_how_long_a_step_takes(tiny_model, word_
     code, told = plan("--gpu", "h100", "--net", "10G")
     assert code == 0 and re.search(r"fits: \S+ GB of 85.5 GB on an H100", told)
     assert "bfloat16" not in told and "float32 67 TFLOP/s x 0.4" in told and "between hosts 1.2 GB/s x 0.8" in told
-    small = GPUS["H100"].__class__(**vars(GPUS["H100"]) | {"memory": int(1.0001 * CONTEXT / USABLE)})
-    monkeypatch.setitem(GPUS, "H100", small)
+    memory = json.loads(plan("--gpu", "h100", "--json")[1])["memory"]
+    needed = max(memory["blocks"][memory["fullest_block"]]["gpu"].values())
+    monkeypatch.setitem(GPUS, "H100", replace(GPUS["H100"], memory=int((needed - 1) / USABLE)))
     code, told = plan("--gpu", "H100")
     assert "does not fit" in told and "nearest setting that fits: " in told
     assert "Without --net, messages between hosts take no time here" in told

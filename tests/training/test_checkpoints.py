@@ -14,7 +14,8 @@ from torch.distributed import HashStore
 
 from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
-from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
+from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.state import TrainingState, set_random_state
 from deca_ds.errors import CheckpointError
@@ -69,12 +70,12 @@ def job(tmp_path: Path):
         cluster = SimpleNamespace(
             client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=View.of_all(1),
             launch=SimpleNamespace(world_size=world), progress=Progress(),
-            store=JobStore(store, None, timedelta(seconds=5)),
+            store=JobStore(store, None, timedelta(seconds=100)),
         )  # fmt: skip
         client = OneRank()
-        options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 5.0, "resumed": resumed}
+        options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 100.0, "resumed": resumed}
         schedule = Schedule(rounds=2, blocks=2, inner_steps=5)
-        written = StoreCount(cluster, 7, 5.0)
+        written = StoreCount(cluster, 7, 100.0)
         state = TrainingState(client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
         made = Checkpoints(CheckpointConfig(**config), cluster, state, gossip, written, **options)
         return made, client, store
@@ -125,8 +126,8 @@ def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
     # what was complete when each was written, for a run that finds none whole
     whole = [open_checkpoint(tmp_path / "checkpoints", step, client=0, rank=0, ranks=1) for step in (4, 5)]
     assert [saved.states[0, 0]["earlier"] for saved in whole] == [None, 3]
+    saver._written._timeout_s = 0.2
     with pytest.raises(CheckpointError, match="not all ranks have saved step 5"):
-        saver._cluster.store = JobStore(store, None, timedelta(seconds=0.2))
         saver.wait_for_all()
     for done in (4, 5):
         store.add(f"checkpoint/7/{done}", 1)
@@ -141,20 +142,20 @@ def test_training_goes_on_while_one_is_written_and_the_next_waits(job, tmp_path:
 
     def slow(*arguments, **options):
         writing.set()
-        assert go.wait(timeout=20)
+        assert go.wait(timeout=100)
         return original(*arguments, **options)
 
     monkeypatch.setattr(module, "save_shards", slow)
     client.value = 1.0
     after_step(saver, 1)
-    assert writing.wait(timeout=20)
+    assert writing.wait(timeout=100)
     client.value = 2.0  # training goes on: what is written is a copy
     next_one = threading.Thread(target=after_step, args=(saver, 2))
     next_one.start()
     next_one.join(timeout=0.2)
     assert next_one.is_alive()
     go.set()
-    next_one.join(timeout=20)
+    next_one.join(timeout=100)
     saver.wait()
     for step in (1, 2):
         saved = open_checkpoint(tmp_path / "checkpoints", step, client=0, rank=0, ranks=1)

@@ -41,6 +41,7 @@ CASES = [
     ("gossip.graph=complete", []),
     ("gossip.weights=max_degree", []),
     ("logging.progress_s=5", []),
+    ("logging.project=ours", ["logging.tracker=trackio"]),
     ("model.masters=rounded", ["model.dtype=bfloat16"]),
     ("model.revision=v2", ["model.path=owner/name"]),
     ("optimizer.final_lr_ratio=0.1", ["optimizer.schedule=cosine"]),

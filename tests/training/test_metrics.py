@@ -4,10 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deca_ds.cli import main
 from deca_ds.config.schema import LoggingConfig
 from deca_ds.errors import CheckpointError
-from deca_ds.training import metrics
 from deca_ds.training.metrics import JsonLines, Metrics, _numbers
 
 
@@ -67,14 +65,3 @@ def test_another_rank_writes_the_jobs_events_when_the_first_has_gone(tmp_path):
     written.membership(3, {"left": [1]})
     written.close()
     assert list((tmp_path / "tensorboard" / "job").glob("events*"))
-
-
-def test_a_missing_tensorboard_is_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        "model: {path: /missing}\ndata: {train: [/missing.jsonl]}\nlogging: {tensorboard: true}\n"
-        f"run: {{output: {tmp_path / 'run'}}}\n"
-    )
-    assert main(["plan", "--config", str(config)]) == 2
-    assert "TensorBoard is not installed" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1, abs
     shared = HashStore()
 
     def choice(rank: int):
-        store = JobStore(shared, None, timedelta(seconds=5))
+        store = JobStore(shared, None, timedelta(seconds=100))
         return choose(config, Launch("python", rank, ranks, rank, None), store, ClientLayout(1, ranks), mixing)
 
     with ThreadPoolExecutor(ranks) as threads:
@@ -168,5 +168,5 @@ def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> 
     config.run.output, config.run.resume = str(tmp_path), "require"
     guard = SimpleNamespace(progress=Progress())
     with pytest.raises(CheckpointError, match="no run to continue"):
-        start(config, Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=5)), guard)
+        start(config, Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=100)), guard)
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,8 @@ from torch.distributed import HashStore
 from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint import write_shards
-from deca_ds.checkpoint.steps import open_checkpoint, step_folder, steps_in
+from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.checkpoint.write_shards import rank_folder
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.state import TrainingState
@@ -87,11 +88,11 @@ class Job:
         cluster = SimpleNamespace(
             client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=View.of_all(1),
             launch=SimpleNamespace(world_size=1), progress=Progress(),
-            store=JobStore(HashStore(), None, timedelta(seconds=5)),
+            store=JobStore(HashStore(), None, timedelta(seconds=100)),
         )  # fmt: skip
         self.client, self.config = Trained(schedule), CheckpointConfig(**config)
-        options = {"folder": folder, "attempt": 1, "timeout_s": 5.0, "resumed": resumed}
-        written = StoreCount(cluster, 1, 5.0)
+        options = {"folder": folder, "attempt": 1, "timeout_s": 100.0, "resumed": resumed}
+        written = StoreCount(cluster, 1, 100.0)
         self.state = TrainingState(self.client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
         self.state.best = known or {}
         self.saver = Checkpoints(self.config, cluster, self.state, gossip, written, **options)

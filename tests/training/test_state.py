@@ -16,7 +16,7 @@ import torch
 from fake_clients import SCHEDULE, in_threads, tensors_of, training_state
 from torch.distributed import HashStore
 
-from deca_ds.checkpoint.steps import open_checkpoint
+from deca_ds.checkpoint.open_steps import open_checkpoint
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.elastic.handover import receive, send
 from deca_ds.engine import state as listing
@@ -74,15 +74,15 @@ def make(ranks: int, shard: int, number: int, done: int) -> TrainingState:
 def cluster(ranks: int, shard: int) -> SimpleNamespace:
     return SimpleNamespace(
         client=0, clients=1, shard=shard, ranks=ranks, is_job_leader=True, members=View.of_all(1), progress=Progress(),
-        launch=SimpleNamespace(world_size=ranks), store=JobStore(HashStore(), None, timedelta(seconds=5)),
+        launch=SimpleNamespace(world_size=ranks), store=JobStore(HashStore(), None, timedelta(seconds=100)),
     )  # fmt: skip
 
 
 def save(state: TrainingState, ranks: int, shard: int, folder: Path) -> None:
     gossip = SimpleNamespace(schedule=SimpleNamespace(matrices=(np.eye(1),)))
     here = cluster(ranks, shard)
-    options = {"folder": folder, "attempt": 1, "timeout_s": 5.0}
-    saver = Checkpoints(CheckpointConfig(), here, state, gossip, StoreCount(here, 1, 5.0), **options)
+    options = {"folder": folder, "attempt": 1, "timeout_s": 100.0}
+    saver = Checkpoints(CheckpointConfig(), here, state, gossip, StoreCount(here, 1, 100.0), **options)
     saver.save()
     saver.wait()
 
@@ -95,7 +95,7 @@ def load(state: TrainingState, done: int, ranks: int, shard: int, folder: Path) 
 
 def summing(ranks: int) -> Callable[[torch.Tensor], None]:
     """An all_reduce of `ranks` threads."""
-    barrier, parts = threading.Barrier(ranks, timeout=20), []
+    barrier, parts = threading.Barrier(ranks, timeout=100), []
 
     def all_reduce(tensor: torch.Tensor) -> None:
         parts.append(tensor.clone())
@@ -167,7 +167,7 @@ def test_all_pieces_are_saved_and_restored(before, after, done, tmp_path, monkey
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (2, 3)])
 def test_all_pieces_are_handed_over_but_what_is_a_ranks_own(sizes, done) -> None:
     layout = ClientLayout.of(sizes)
-    network = LocalNetwork(sizes, 20.0)
+    network = LocalNetwork(sizes, 100.0)
 
     def body(number: int) -> TrainingState:
         gives, way = layout.client_of(number) == 0, network.transport(number)

@@ -57,13 +57,13 @@ def test_a_boundary_decides_when_an_averaging_ends_and_not_what_comes_of_it(chun
         return client.state.theta
 
     def run(boundary) -> list[torch.Tensor]:
-        network = LocalNetwork(2, 20.0)
+        network = LocalNetwork(2, 100.0)
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda c: train(Client(c), network.transport(c), boundary), range(2)))
 
     expected = run(at_once)
 
-    network, clients = LocalNetwork(2, 20.0), [Client(0), Client(1)]
+    network, clients = LocalNetwork(2, 100.0), [Client(0), Client(1)]
     ends = []
     for number, client in enumerate(clients):  # one after the other: neither waits for the other before its end
         train(client, network.transport(number), ends.append)

@@ -19,7 +19,7 @@ from deca_ds.training import template_date
 
 def agreed(run: Path, todays: list[str], monkeypatch: pytest.MonkeyPatch, *changes: str) -> list[str | None]:
     """data.date of each rank, where rank i takes todays[i] for today and only rank 0 sees what is in `run`."""
-    store = JobStore(HashStore(), None, timedelta(seconds=20))
+    store = JobStore(HashStore(), None, timedelta(seconds=100))
     own = iter(todays)
     monkeypatch.setattr(template_date, "today", lambda: next(own))
 

@@ -19,7 +19,7 @@ from deca_ds.transport.mpi import MpiTransport
 from deca_ds.transport.transport import Endpoint
 from deca_ds.watchdog.guard import guarded
 
-TIMEOUT_S, WORK_S, LAYOUT = 4.0, 8.0, ClientLayout(2, 1)
+TIMEOUT_S, WORK_S, LAYOUT = 8.0, 10.0, ClientLayout(2, 1)
 
 launch = read_launch()
 store = open_job_store(launch, 60)

@@ -20,7 +20,7 @@ TAG = 5
 
 
 def pair(checksums: bool = True) -> tuple[LocalNetwork, LocalTransport, LocalTransport]:
-    network = LocalNetwork(2, timeout_s=5)
+    network = LocalNetwork(2, timeout_s=100)
     ends = network.transport(0), network.transport(1)
     for end in ends:
         end.checksums = checksums

@@ -22,12 +22,12 @@ from deca_ds.transport.transport import PROBE_TAG
 
 def probe(graph: str, clients: int, ranks: int) -> list[list[dict]]:
     """`probe_edges` of all ranks, in threads."""
-    network, store = LocalNetwork([ranks] * clients, 20.0), HashStore()
+    network, store = LocalNetwork([ranks] * clients, 100.0), HashStore()
     mixing = build_mixing(GossipConfig(graph=graph), clients, seed=0)
 
     def body(rank: int) -> list[dict]:
         transport, launch = network.transport(rank), Launch("python", rank, clients * ranks, 0, None)
-        job = JobStore(store, None, timedelta(seconds=20))
+        job = JobStore(store, None, timedelta(seconds=100))
         return probe_edges(transport, mixing.neighbours(transport.client), launch, job)
 
     with ThreadPoolExecutor(clients * ranks) as pool:
@@ -62,7 +62,7 @@ def test_an_edge_that_does_not_carry_messages_is_named_with_both_ends(what):
     if what == "another message":
         for _ in range(2):
             network.transport(1).exchange(torch.zeros(8, dtype=torch.uint8), [0], {}, PROBE_TAG)
-    launch, job = Launch("python", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=5))
+    launch, job = Launch("python", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=100))
     with pytest.raises(GossipError) as caught:
         probe_edges(network.transport(0), [1], launch, job)
     assert "edge between client 0 (rank 0 on" in str(caught.value) and "client 1 (rank 1 on far)" in str(caught.value)

@@ -48,7 +48,7 @@ STEPS = 3
 class Ranks:
     """All ranks of clients of these sizes, a thread each."""
 
-    def __init__(self, sizes: tuple[int, ...], timeout_s: float = 20.0):
+    def __init__(self, sizes: tuple[int, ...], timeout_s: float = 100.0):
         self.layout, self.total = ClientLayout.of(sizes), sum(sizes)
         self.network = LocalNetwork(sizes, timeout_s)
         self._meet = [threading.Barrier(size) for size in sizes]
@@ -66,9 +66,9 @@ class Ranks:
 
         def summed(value: float) -> float:
             self._numbers[rank] = value
-            self._meet[client].wait(20)
+            self._meet[client].wait(100)
             total = sum(self._numbers[other] for other in self.layout.ranks_of(client))
-            self._meet[client].wait(20)
+            self._meet[client].wait(100)
             return total
 
         return summed
@@ -176,7 +176,7 @@ def rounding_of(whole: torch.Tensor) -> float:
 def test_averages_are_those_of_clients_of_one_size(sizes, graph, travelling, radius, wire):
     schedule = build_mixing(GossipConfig(graph=graph), len(sizes), seed=4)
     whole = torch.randn(len(sizes), travelling, sum(NUMELS), generator=torch.Generator().manual_seed(0))
-    network, ranks = LocalNetwork(len(sizes), 20.0), Ranks(sizes)
+    network, ranks = LocalNetwork(len(sizes), 100.0), Ranks(sizes)
 
     def even(client: int) -> tuple[list[torch.Tensor], int]:
         clip = None if radius is None else Clip(radius)
@@ -227,7 +227,7 @@ class Without(Commit):
 def test_an_averaging_is_done_again_without_a_client_that_dies_amid_it(sizes, travelling):
     """What has been sent of the second averaging is lost; then the scores of the mean model are without it, too."""
     ranks, dead, numel = Ranks(sizes), 1, sum(NUMELS)
-    new = LocalNetwork(sizes, 20.0)
+    new = LocalNetwork(sizes, 100.0)
     schedule = build_mixing(GossipConfig(graph="complete"), len(sizes), seed=4)
     whole = torch.randn(len(sizes), travelling, numel, generator=torch.Generator().manual_seed(0))
 
@@ -311,7 +311,7 @@ def test_every_pair_of_ranks_of_an_edge_is_timed(sizes, tmp_path):
     mixing = build_mixing(GossipConfig(graph="complete"), len(sizes), seed=0)
 
     def body(rank: int):
-        job, launch = JobStore(store, None, timedelta(seconds=20)), Launch("python", rank, ranks.total, 0, None)
+        job, launch = JobStore(store, None, timedelta(seconds=100)), Launch("python", rank, ranks.total, 0, None)
         transport = ranks.transport(rank)
         return probe_edges(transport, mixing.neighbours(transport.client), launch, job)
 

@@ -101,7 +101,7 @@ def test_a_connection_that_broke_is_told_as_what_it_means(error, words, monkeypa
     """To all ranks, by who is at the other end, where and when, what to look at, and the library's words last; not by
     the traceback of whom it hit."""
     store, left = HashStore(), []
-    made = JobGuard(Launch("deepspeed", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=20)))
+    made = JobGuard(Launch("deepspeed", 0, 2, 0, None), JobStore(store, None, timedelta(seconds=100)))
     made.progress.watch(ClientLayout(1, 2), 60.0)
     beat = Heartbeat(1, "n1", 0, "gradient", 3, "layer 1", None, 0.1, time.time())
     store.set("heartbeat/1", json.dumps(asdict(beat)))

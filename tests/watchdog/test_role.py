@@ -46,7 +46,7 @@ def test_a_rank_trains_with_others_that_go_on_without_it_once_and_for_good():
 
 
 def guard(visitor: Visitor | None = None) -> JobGuard:
-    return JobGuard(Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=20)), visitor)
+    return JobGuard(Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=100)), visitor)
 
 
 @pytest.mark.parametrize("visitor", [None, Visitor(host=0)])

@@ -121,7 +121,7 @@ def test_ranks_that_never_agree_are_told_of() -> None:
 def test_all_ranks_hear_what_is_asked_in_a_folder_that_one_of_them_sees(tmp_path, ranks):
     shared = HashStore()
     guards = [
-        JobGuard(Launch("python", rank, ranks, rank, None), JobStore(shared, None, timedelta(seconds=20)))
+        JobGuard(Launch("python", rank, ranks, rank, None), JobStore(shared, None, timedelta(seconds=100)))
         for rank in range(ranks)
     ]
     assert all(guard.stop.may_pass(0) for guard in guards)
