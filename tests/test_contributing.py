@@ -33,9 +33,12 @@ def patched(section: str) -> dict[str, str]:
     for file, hunks in re.findall(r"^\+\+\+ b/([^\n]*)\n(.*?)(?=^--- |\Z)", diff, re.M | re.S):
         path = REPOSITORY / file
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
+        for sizes, hunk in re.findall(r"^@@ (.*?) @@\n(.*?)(?=^@@ |\Z)", hunks, re.M | re.S):
             lines = [line if line.strip() else " \n" for line in hunk.splitlines(keepends=True)]
-            old, new = ("".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
+            sides = [[line[1:] for line in lines if line[0] in signs] for signs in (" -", " +")]
+            said = [int(size.partition(",")[2] or 1) for size in sizes.split()]
+            assert said == list(map(len, sides)), f"in CONTRIBUTING.md, {section!r}, {file}, count anew: @@ {sizes} @@"
+            old, new = map("".join, sides)
             assert text.count(old) == 1 or not path.exists(), (
                 f"in CONTRIBUTING.md, {section!r}, write the diff of {file} anew: the file as it is has this "
                 f"{text.count(old)} times\n{old}"

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,20 +86,17 @@ def export_model(
 
     run: a run's output folder with hf/ (configuration, tokenizer) and model/ (sharded state); adapters that it trained
     are merged. client: its number; None: the mean. checkpoint: the one after so many inner steps, in place of the
-    trained model. dtype: "float32", "bfloat16" or "float16"; None: that of the model
-    which was trained. Where it was bfloat16 with exact masters, float32 writes these.
-    max_shard_bytes: largest weight file; a single larger tensor gets a file of its own. progress: called with (bytes
-    done, bytes in all) after each tensor. card: what the export's README.md says; None: there is none.
+    trained model. dtype: "float32", "bfloat16" or "float16"; None: that of the model which was trained. Where it was
+    bfloat16 with exact masters, float32 writes these. max_shard_bytes: largest weight file; a single larger tensor gets
+    a file of its own. progress: called with (bytes done, bytes in all) after each tensor. card: what the export's
+    README.md says; None: there is none.
     The mean leaves out the clients that DONE, or the checkpoint, names as missing. A run that is not marked DONE is
     exported if its sharded state is complete; the report then says so.
     Raises CheckpointError if `output` exists, the run is incomplete or damaged, a parameter is not finite or any check
     of the result fails; `output` is then not there.
     """
     started = time.monotonic()
-    if os.path.lexists(output):
-        raise CheckpointError("the output exists already", where=str(output), fix="give a new folder or remove it")
-    if not run.is_dir():
-        raise CheckpointError("no such run folder", where=str(run), fix="give the run.output folder of a run")
+    _check_folders(run, output)
     shards, missing = _find_shards(run, client, checkpoint)
     adapters = read_adapters(run)
     saved = MergedModel(shards, adapters) if adapters else shards
@@ -117,21 +114,29 @@ def export_model(
             stops = adapt_saved(partial, tokenizer) if tokenizer is not None else None
             if card is not None:
                 chat = tokenizer is not None and bool(tokenizer.chat_template)
-                said = card.text(parameters=parameters, dtype=_label(stream.dtype), chat=chat)
-                (partial / "README.md").write_text(said, encoding="utf-8")
+                text = card.text(parameters=parameters, dtype=_label(stream.dtype), chat=chat)
+                (partial / "README.md").write_text(text, encoding="utf-8")
             written = sum((partial / name).stat().st_size for name in files)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the export failed: {error}", where=str(output), fix="check the disk's free space and permissions"
         ) from error
-    source = stream.source
-    if missing and client is None:
-        source += f" (without {', '.join(map(str, missing))}, gone before the end)"
-    if checkpoint is not None:
-        source += f", after {checkpoint} inner steps"
+    source = stream.source + _which_state(missing if client is None else [], checkpoint)
     note = _unfinished(run) if checkpoint is None else None
-    seconds = time.monotonic() - started
-    return ExportReport(output, parameters, written, len(files), source, seconds, note, stops)
+    return ExportReport(output, parameters, written, len(files), source, time.monotonic() - started, note, stops)
+
+
+def _check_folders(run: Path, output: Path) -> None:
+    if os.path.lexists(output):
+        raise CheckpointError("the output exists already", where=str(output), fix="give a new folder or remove it")
+    if not run.is_dir():
+        raise CheckpointError("no such run folder", where=str(run), fix="give the run.output folder of a run")
+
+
+def _which_state(left_out: Sequence[int], checkpoint: int | None) -> str:
+    """For people; empty for the trained models of all that the mean is of."""
+    without = f" (without {', '.join(map(str, left_out))}, gone before the end)" if left_out else ""
+    return without if checkpoint is None else f"{without}, after {checkpoint} inner steps"
 
 
 def _find_shards(run: Path, client: int | None, checkpoint: int | None) -> tuple[ShardedModel, list[int]]:

@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from deca_ds.errors import CheckpointError
 
 
-def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The causal language model that `folder`/config.json describes, on the meta device, tied weights tied.
 
     Raises CheckpointError if there is no config.json or no model can be made from it.

@@ -65,7 +65,7 @@ def compare_file(path: Path, digests: Mapping[str, str]) -> None:
         )
 
 
-def reload_model(folder: Path, *, trust_remote_code: bool = False) -> None:
+def reload_model(folder: Path, *, trust_remote_code: bool) -> None:
     """Load `folder` as a user would, but on to the meta device: tensors are read and let go of one by one.
 
     Raises CheckpointError if it does not load, or with missing, unexpected or mismatched keys.
@@ -83,7 +83,7 @@ def reload_model(folder: Path, *, trust_remote_code: bool = False) -> None:
         raise CheckpointError(f"the export loads with {'; '.join(problems)}", fix=_LOAD_FIX)
 
 
-def reload_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+def reload_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `folder`, None if there is none. Raises CheckpointError if it does not load."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None

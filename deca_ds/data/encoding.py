@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deca_ds.data.code import code_of
 from deca_ds.data.layout import Conversations
+from deca_ds.data.rows import Batch
 from deca_ds.data.template import ChatTemplate
 from deca_ds.data.tokens import Spanning
 from deca_ds.errors import DataError
@@ -26,8 +27,6 @@ _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "t
 SEQUENCES = Features(_TOKENS | {"length": Value("int32")})
 CANDIDATES = Features(_TOKENS | {name: Value("int32") for name in ("example", "candidate", "label")})
 PIECES = Features({name: Value("string") for name in ("text", "group")} | {"ids": List(Value("int32"))})
-
-Batch = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from deca_ds.config.data import DataConfig
 from deca_ds.data.cache import Cache
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.code import code_of
-from deca_ds.data.encoding import PIECES, Batch
+from deca_ds.data.encoding import PIECES
 from deca_ds.data.examples import check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.labels import normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
-from deca_ds.data.rows import Scratch, Work, column
+from deca_ds.data.rows import Batch, Scratch, Work, column
 from deca_ds.data.sources import Source, find_sources
 from deca_ds.errors import ConfigError, DataError
 

@@ -150,7 +150,15 @@ class Estimate:
         again = self.config.model.gradient_checkpointing
         total = sum(multiplied.values())
         share = (part + over) / total if total else 0.0
-        flops = pass_flops(total, over, part, self._scores, self._scores * share, tokens / self.ranks, again)
+        flops = pass_flops(
+            total,
+            above=over,
+            block=part,
+            attention=self._scores,
+            attention_above=self._scores * share,
+            tokens=tokens / self.ranks,
+            again=again,
+        )
         k, w = self.ranks, self.width
         passes = max(1, ceil(self.config.data.batch_size / self.ranks / self.rows))
         every = sum(self._numels.values())
@@ -160,7 +168,15 @@ class Estimate:
         received = read * (k - 1) / k + 4 * passes * block.numel * (k - 1) / k
         sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
         fetched = read / k if self._offload else 0.0
-        return Work(flops, read + optimizer, received, fetched, spans, sent * sharing, 2 * sent / k)
+        return Work(
+            flops=flops,
+            moved=read + optimizer,
+            gathered=received,
+            fetched=fetched,
+            spans=spans,
+            messages=sent * sharing,
+            copied=2 * sent / k,
+        )
 
     def evaluation_time(
         self, gpu: Gpu, net: float | None, spans: bool, sharing: float, *, own: int, common: int

@@ -100,7 +100,7 @@ def step_time(work: Work, gpu: Gpu, net: float | None, dtype: str) -> StepTime:
 
 
 def pass_flops(
-    matrices: float, above: float, block: float, attention: float, attention_above: float, tokens: float, again: bool
+    matrices: float, *, above: float, block: float, attention: float, attention_above: float, tokens: float, again: bool
 ) -> float:
     """Operations of a forward and a backward pass over `tokens`.
 

@@ -45,10 +45,15 @@ def test_messages_take_the_network_and_the_way_to_the_host():
     assert step_time(work(messages=10.0, copied=2 * LINK), CARD, None, "bfloat16").gossip == pytest.approx(0.5)
 
 
+def flops(**differing) -> float:
+    given = {"above": 30, "block": 20, "attention": 0, "attention_above": 0, "tokens": 1, "again": False}
+    return pass_flops(100, **given | differing)
+
+
 def test_operations_of_passes():
     # 100 elements of matrices; 30 after the block, 20 in it: forward 2, gradients of activations 2, of weights 2
-    assert pass_flops(100, 30, 20, 0, 0, tokens=7, again=False) == 7 * (200 + 60 + 80)
-    assert pass_flops(100, 30, 20, 5, 2, tokens=1, again=True) == 200 + 5 + 60 + 80 + 4 + 100 + 2
+    assert flops(tokens=7) == 7 * (200 + 60 + 80)
+    assert flops(attention=5, attention_above=2, again=True) == 200 + 5 + 60 + 80 + 4 + 100 + 2
 
 
 def test_names_and_rates():

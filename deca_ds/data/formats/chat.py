@@ -67,31 +67,27 @@ TURN_REFUSED = (
 
 
 def _messages(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
-    return _conversation(row, MESSAGES, _openai_turn, "role", "content", place, unused)
+    return _conversation(row, MESSAGES, _openai_turn, place, unused)
 
 
 def _sharegpt(row: Mapping[str, Any], rules: ExampleRules, place: str, unused: set[str]) -> dict[str, Any]:
-    return _conversation(row, SHAREGPT, _sharegpt_turn, "from", "value", place, unused)
+    return _conversation(row, SHAREGPT, _sharegpt_turn, place, unused)
 
 
 def _conversation(
     row: Mapping[str, Any],
     format: Format,
     reader: Callable[[Mapping[str, Any], str], dict[str, Any]],
-    role_key: str,
-    text_key: str,
     place: str,
     unused: set[str],
 ) -> dict[str, Any]:
+    """reader: makes a message of a turn and its place."""
     refuse_unwanted(row, place, unused)
     column = format.turns
     turns = value_of(row, column, place)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(
-            f"column {column!r} is no list of messages",
-            where=place,
-            fix=f'write [{{"{role_key}": ..., "{text_key}": ...}}]',
-        )
+        keys = ", ".join(f'"{key}": ...' for key in format.sample[column][0])
+        raise DataError(f"column {column!r} is no list of messages", where=place, fix=f"write [{{{keys}}}]")
     messages: list[dict[str, Any]] = []
     untrained: list[int] = []
     if not missing(row.get("system")):

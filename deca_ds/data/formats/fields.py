@@ -152,7 +152,7 @@ def text_of(row: Mapping[str, Any], column: str, place: str, *, blank: bool = Fa
     return encodable(value)
 
 
-def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, ...] = ()) -> str:
+def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, ...]) -> str:
     """The label in a column, by the rule of `normal_label`. known: texts that are labels, whatever they look like.
 
     Raises DataError if it is missing, infinite, or a list or object.

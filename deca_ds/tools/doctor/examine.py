@@ -45,8 +45,8 @@ def examine(
     remote: bool,
     port: int,
     within_s: float,
-    needs: Needs | None = None,
-    mistake: UserError | None = None,
+    needs: Needs | None,
+    mistake: UserError | None,
 ) -> Facts:
     """slots: host -> ranks. remote: whether over ssh; else the one host is this machine. within_s: for each answer.
     Raises LaunchError where not even this machine answers."""

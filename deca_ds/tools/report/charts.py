@@ -146,7 +146,6 @@ def heat_map(
     columns: Sequence[str],
     rows: Sequence[str],
     shown: Mapping[str, str],
-    colour: str = "var(--heat)",
     step: int = 34,
 ) -> Spec:
     """A cell each of "column", "row", "share" (0 to 1: how strong its colour is) and "text". across, down: titles of
@@ -165,7 +164,7 @@ def heat_map(
         "encoding": {"x": x, "y": y, "tooltip": tooltip},
         "layer": [
             {
-                "mark": {"type": "rect", "color": colour, "stroke": "var(--paper)"},
+                "mark": {"type": "rect", "color": "var(--heat)", "stroke": "var(--paper)"},
                 "encoding": {"fillOpacity": strength},
             },
             {
