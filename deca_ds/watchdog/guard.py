@@ -47,7 +47,7 @@ from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
 from deca_ds.watchdog.ancestors import Ancestors
 from deca_ds.watchdog.early_end import EarlyEnd, StopBeforeTraining
-from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, rank_is_gone
+from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, rank_is_gone, tell_exit_code
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
@@ -362,8 +362,8 @@ class JobGuard:
     def _leave(self, report: Failure) -> None:
         if report.rank == self.launch.rank:
             report.tell(alone=self.launch.world_size == 1)
-        if self._role is not Role.VISITOR:
-            report.mark(self.output, "FAILED")
+        report.mark(None if self._role is Role.VISITOR else self.output, "FAILED")
+        tell_exit_code(report.code)
         if self.launch.rank == self.site.host and self.launch.world_size > 1:
             time.sleep(_LINGER_S)
         self._end(report.code)
