@@ -75,6 +75,12 @@ class DisconnectedError(GossipError):
     code = FAILURE_CODE
 
 
+class EndedError(UserError):
+    """This rank was told to end where the job cannot save anything yet."""
+
+    code = FAILURE_CODE
+
+
 class StallError(UserError):
     """A rank waited longer than cluster.timeout_s for ranks that do not move on.
 

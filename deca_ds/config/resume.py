@@ -49,13 +49,15 @@ BEFORE_CONFIG = {
     "heartbeats",
     "FAILED",
 }  # what may be there of a run that ended before it had saved its configuration
+_TRAINED = (STARTS, "checkpoints", "model", "DONE")  # one of these is there of a run that has come to train
 
 
 def check_folder(config: Config) -> None:
     """Raise a UserError unless run.output is what run.resume wants: a new folder, or that of a run to be continued.
 
-    With run.resume=auto an empty folder will do, and one whose run has not come to its first checkpoint. A run that has
-    finished can be continued, too.
+    With run.resume=auto an empty folder will do, and one whose run has not come to its first checkpoint; if it has not
+    even come to train, there is nothing that the configuration could contradict. A run that has finished can be
+    continued, too.
     """
     output = Path(config.run.output)
     saved = output / SAVED_CONFIG
@@ -72,6 +74,8 @@ def check_folder(config: Config) -> None:
             where="run.output",
             fix="name the output folder of the run, or leave run.resume out",
         )
+    if config.run.resume == "auto" and not has_begun(output):
+        return
     allowed = MAY_CHANGE + (AFTER_DIVERGENCE if has_diverged(output) else ())
     changed = changes(load_config(saved), config, allowed)
     if changed:
@@ -88,12 +92,18 @@ def check_folder(config: Config) -> None:
 def check_new(config: Config) -> None:
     """The same for a run that begins anew, because there was none to be continued when it looked first."""
     check_folder(config)
-    if (Path(config.run.output) / SAVED_CONFIG).exists():
+    if has_begun(Path(config.run.output)):
         raise ConfigError(
             f"another job has begun a run in {config.run.output!r} meanwhile",
             where="run.output",
             fix="start this one again, to continue that run, or name another folder",
         )
+
+
+def has_begun(output: Path) -> bool:
+    """Whether the run in `output` has come to train. One that ended while it loaded has left its configuration there,
+    and maybe its data's table, but nothing to go on from."""
+    return (output / SAVED_CONFIG).is_file() and any((output / name).exists() for name in _TRAINED)
 
 
 def has_diverged(output: Path) -> bool:

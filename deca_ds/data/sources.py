@@ -6,6 +6,7 @@ A row that cannot be read is an error that names the file and the line. Nothing 
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import glob
 import gzip
@@ -33,6 +34,7 @@ from deca_ds.data.strict_json import Reader, parse
 from deca_ds.errors import DataError
 
 LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
+_PART = 2**20  # bytes
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 
@@ -323,10 +325,17 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _undecodable_line(path: Path) -> str:
+    """Where the first bytes are that are no UTF-8. However long a line is, not more than a part of it is in memory."""
+    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        while True:
+            part = file.read(_PART)
             try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
+                decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                # `object` begins with what was left of the part before, in which no line ends
+                number += error.object.count(b"\n", 0, error.start)
                 return f"{path}, line {number}"
-    return str(path)
+            if not part:
+                return str(path)
+            number += part.count(b"\n")

@@ -198,6 +198,8 @@ class Coordinator:
         if client in self.clients:
             self._send(peer, "out", why=f"client {client} is still in the job")
             return
+        if peer.rank in self._visitors:
+            self._dismiss(client, f"another process has asked to join as rank {peer.rank}")
         self._visitors[peer.rank] = peer
         ranks = self._layout.ranks_of(client)
         if all(rank in self._visitors for rank in ranks):

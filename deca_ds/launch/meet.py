@@ -4,7 +4,6 @@ named."""
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 
 from deca_ds.errors import AbsentError
 from deca_ds.launch.given import Given, given, look_at_hosts
@@ -24,7 +23,7 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
         return
     store.store.set(_HERE.format(launch.rank), launch.host)
     is_first = launch.rank == launch.first
-    if not (_all_come(launch, store, meet_s) if is_first else _told(store, meet_s + _FIRST_S)):
+    if not (_all_come(launch, store, meet_s) if is_first else store.comes(_ALL, meet_s + _FIRST_S)):
         silent = [rank for rank in launch.ranks if not store.store.check([_HERE.format(rank)])]
         raise AbsentError(
             silence(silent, launch, given(), meet_s) if silent else f"rank {launch.first} has met all, but told nobody",
@@ -39,22 +38,13 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
 
 
 def _all_come(launch: Launch, store: JobStore, within_s: float) -> bool:
-    """Whether all ranks come. One rank may ask again and again; a wait that ends in vain makes torch print a lot."""
+    """Whether all ranks come."""
     deadline = time.monotonic() + within_s
     keys = [_HERE.format(rank) for rank in launch.ranks]
     while not store.store.check(keys):
         if time.monotonic() > deadline:
             return False
         time.sleep(_POLL_S)
-    return True
-
-
-def _told(store: JobStore, within_s: float) -> bool:
-    """Whether the first rank tells that all have come."""
-    try:
-        store.store.wait([_ALL], timedelta(seconds=within_s))
-    except RuntimeError:
-        return store.store.check([_ALL])
     return True
 
 

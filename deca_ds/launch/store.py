@@ -28,6 +28,7 @@ from deca_ds.launch.progress import EVERYBODY, Progress
 
 _ANSWER = timedelta(seconds=30)
 MEETING = "job store"  # name of the thread that makes the store
+_SHORTEST_S, _LONGEST_S = 0.001, 0.25  # between two questions whether a key is there
 _RESOLVES_S = 10.0  # for the name of the first rank's host to become known
 
 
@@ -65,27 +66,32 @@ class JobStore:
         return dict(json.loads(self._get(key, launch, own)))
 
     def _get(self, key: str, launch: Launch, parts: dict[int, str]) -> bytes:
-        try:
-            with self.progress.waiting(EVERYBODY if len(parts) == len(launch.ranks) else None):
-                while self.progress.timeout_s is not None:  # the watcher knows how long
-                    if self._comes(key):
-                        break
-                return self.store.get(key)
-        except RuntimeError as error:
-            missing = [rank for rank, part in parts.items() if not self.store.check([part])]
-            raise AbsentError(
-                f"rank {launch.rank} on {launch.host} waited {self.timeout.total_seconds():g} s for "
-                + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {min(parts)}, which knows of all"),
-                where=key.rsplit("/", 1)[0],
-                fix="look at the output of these ranks",
-            ) from error
+        within_s = self.timeout.total_seconds()
+        with self.progress.waiting(EVERYBODY if len(parts) == len(launch.ranks) else None):
+            while not self.comes(key, within_s):
+                if self.progress.timeout_s is not None:  # the watcher knows how long
+                    continue
+                missing = [rank for rank, part in parts.items() if not self.store.check([part])]
+                raise AbsentError(
+                    f"rank {launch.rank} on {launch.host} waited {within_s:g} s for "
+                    + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {min(parts)}, which knows of all"),
+                    where=key.rsplit("/", 1)[0],
+                    fix="look at the output of these ranks",
+                )
+            return self.store.get(key)
 
-    def _comes(self, key: str) -> bool:
-        """Whether there is such a key within the store's time limit. Raises RuntimeError if the store is gone."""
-        try:
-            self.store.wait([key])
-        except RuntimeError:
-            return self.store.check([key])
+    def comes(self, key: str, within_s: float) -> bool:
+        """Whether there is such a key within so many seconds. Raises RuntimeError if the store is gone.
+
+        It is asked again and again: Python handles no signal while torch waits, and a wait in vain has torch print a
+        lot.
+        """
+        deadline, pause_s = time.monotonic() + within_s, _SHORTEST_S
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_S)
         return True
 
     def publish_server(self, key: str) -> Store:
@@ -99,14 +105,13 @@ class JobStore:
 
     def join_server(self, key: str) -> Store:
         """Connect to the store that another rank published under `key`. Raises LaunchError if it does not."""
-        try:
-            host, port = self.store.get(key).decode().split()
-        except RuntimeError as error:
+        if not self.comes(key, self.timeout.total_seconds()):
             raise AbsentError(
                 f"nobody hosted a store within {self.timeout.total_seconds():g} s",
                 where=key,
                 fix="look at the output of that client's first rank",
-            ) from error
+            )
+        host, port = self.store.get(key).decode().split()
         return TCPStore(host, int(port), is_master=False, timeout=self.timeout, wait_for_workers=False)
 
 

@@ -9,6 +9,9 @@ that was started by itself, in a job that goes on without its client, is started
     it has diverged: it would do so again                      the same
     some stopped because others are gone                       starts the job again, like one that has failed
     `restarts` starts in a row have brought nothing new        it gives up, with that exit code
+
+A launcher may lose the exit code of its ranks. What these have told (watchdog/failure.py), and the marker of a job's
+end in the run's folder, go before it.
 """
 
 from __future__ import annotations
@@ -19,15 +22,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from deca_ds.checkpoint.done import FAILED, is_done, stopped_without
+from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, is_done, stopped_without
 from deca_ds.checkpoint.steps import FOLDER, steps_in
 from deca_ds.config import Config, load_config
 from deca_ds.config.checks import check_world
@@ -36,6 +40,7 @@ from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError
 from deca_ds.launch import ClientLayout, read_launch
 from deca_ds.tools.train_arguments import parser as train_parser
 from deca_ds.training.terminal import on_stop
+from deca_ds.watchdog.failure import EXIT_CODES, told_exit_codes
 from deca_ds.watchdog.heartbeats import read_heartbeats
 from deca_ds.watchdog.restart import JOIN
 
@@ -158,9 +163,13 @@ class Supervisor:
         """Returns the exit code of the last start."""
         vain, command = 0, list(self.command)
         while True:
-            before, failures, started = self._reached(), self._failures(), time.monotonic()
-            code = self._start(command)
+            before, failures, ends, started = self._reached(), self._failures(), self._ends(), time.monotonic()
+            code, told = self._start(command)
             reached = self._reached()
+            if code and self._ends() - ends and self._failures() == failures:
+                code = 0
+            elif code and told == {USER_ERROR_CODE}:
+                code = USER_ERROR_CODE
             if self._told or self._is_through(code):
                 return code
             if diverged := [marker for marker, _ in self._failures() - failures if tells_divergence(marker)]:
@@ -181,13 +190,16 @@ class Supervisor:
             if self.joins and JOIN not in command:
                 command.append(JOIN)
 
+    def _ends(self) -> set[tuple[Path, int]]:
+        """The markers of a job that has ended in order, with their times; a rank by itself may have ended before."""
+        return set() if self.joins else _with_times(self.output / name for name in (DONE, STOPPED))
+
     def _failures(self) -> set[tuple[Path, int]]:
         """The markers of failures in the run's folder, with their times; of clients, where this is the rank of one, its
         own alone."""
         others = self.output.glob(f"{FAILED}_client_*") if self.client is None else ()
         own = () if self.client is None else (self.output / f"{FAILED}_client_{self.client:03d}",)
-        markers = (self.output / FAILED, *own, *others)
-        return {(marker, marker.stat().st_mtime_ns) for marker in markers if marker.is_file()}
+        return _with_times((self.output / FAILED, *own, *others))
 
     def _wait(self, seconds: float) -> bool:
         """Whether it has been told to stop meanwhile."""
@@ -196,16 +208,20 @@ class Supervisor:
             time.sleep(0.1)
         return self._told
 
-    def _start(self, command: Sequence[str]) -> int:
-        try:
-            self._process = subprocess.Popen(command, start_new_session=self._is_apart)
-        except OSError as error:
-            raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise") from None
-        if self._told:  # by a signal that found no job
-            self._hand_on()
-        code = self._process.wait()
-        self._process = None
-        return code if code >= 0 else 128 - code  # as a shell has it
+    def _start(self, command: Sequence[str]) -> tuple[int, set[int]]:
+        """Returns the launcher's exit code, and those of the ranks of this host that have failed."""
+        with tempfile.TemporaryDirectory(prefix="deca_supervise_", ignore_cleanup_errors=True) as folder:
+            codes = Path(folder) / "codes"
+            environment = os.environ | {EXIT_CODES: str(codes)}
+            try:
+                self._process = subprocess.Popen(command, env=environment, start_new_session=self._is_apart)
+            except OSError as error:
+                raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise") from None
+            if self._told:  # by a signal that found no job
+                self._hand_on()
+            code = self._process.wait()
+            self._process = None
+            return code if code >= 0 else 128 - code, told_exit_codes(codes)  # as a shell has it
 
     def _is_through(self, code: int) -> bool:
         """Whether there is nothing to start again."""
@@ -269,3 +285,8 @@ class Supervisor:
     @staticmethod
     def _say(what: str) -> None:
         print(f"deca supervise: {what}", file=sys.stderr, flush=True)
+
+
+def _with_times(markers: Iterable[Path]) -> set[tuple[Path, int]]:
+    """Those that are there."""
+    return {(marker, marker.stat().st_mtime_ns) for marker in markers if marker.is_file()}

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import argparse
 import gc
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
 from deca_ds.config import Config, load_config
 from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
 from deca_ds.elastic import Visit, join_job
-from deca_ds.errors import UserError
+from deca_ds.errors import EndedError, UserError
 from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.tools.train_arguments import parser
-from deca_ds.training.claim import check_held
+from deca_ds.training.claim import check_held, take_place
 from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
 from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
+from deca_ds.watchdog.failure import tell_exit_code
 from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import tries_until
 from deca_ds.watchdog.role import Visitor
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             launch, store = _open_store(config, launch)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
+        tell_exit_code(error.code)
         return error.code
     with guarded(launch, store, visitor) as guard:
         if isinstance(config, UserError):
@@ -95,6 +98,7 @@ def _join(config: Config | UserError, launch: Launch) -> tuple[Visit, JobStore]:
     if isinstance(config, UserError):
         raise config
     layout, output = ClientLayout.of(check_world(config, launch.world_size)), Path(config.run.output)
+    take_place(output, launch.rank)
     return join_job(launch, layout, output, _START_TIMEOUT_S, config.cluster.timeout_s, tries_until())
 
 
@@ -111,7 +115,9 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
         on_interrupt(guard.hear, _INTERRUPTED if is_first else "")
 
     all_start = visit is None and config.cluster.on_failure == "stop"
-    if all_start:
+    if not all_start:
+        on_stop(_end_before_training)
+    else:
         hear_signals()
         guard.let_stop_before_training(lambda: _end_early(guard.output) if is_first else None)
     trainer = start(config, launch, store, guard, visit)
@@ -137,6 +143,15 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
         trainer.checkpoints.forget()
     if trainer.agent is not None and trainer.agent.returns:
         guard.come_back("is in the smaller part of the network, or alone")
+
+
+def _end_before_training(number: int, *_: Any) -> NoReturn:
+    """A signal handler for ranks that cannot stop together yet, as clients may die: this one fails, all hear why."""
+    on_stop(signal.SIG_IGN)
+    raise EndedError(
+        f"{signal.Signals(number).name} came before training began: nothing was trained",
+        fix="give the same command again, with run.resume=auto",
+    )
 
 
 def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:

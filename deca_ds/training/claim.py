@@ -5,6 +5,8 @@ ends with the process, however that ends. So a job that comes second is refused,
 stands in nobody's way. A lock says nothing where the file system has none or keeps it on one host, nor of a job whose
 first rank is gone while others go on. So a job that finds the file of one that left no word of its end takes the folder
 only if nobody there shows a sign of life.
+
+A rank that joins a job by itself does not take the folder, but its own place there, in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import psutil
 
 from deca_ds.checkpoint.done import ended
 from deca_ds.config.checks import LOCK
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch import Launch
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import PERIOD_S
@@ -49,6 +51,9 @@ class Holder:
     pid: int
     created: float
     started: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started}"
 
     @staticmethod
     def this_process(job: str) -> Holder:
@@ -99,6 +104,32 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
         release(output)
         raise
     return job
+
+
+def take_place(output: Path, rank: int) -> None:
+    """For a process that joins the job in `output` as `rank`: keep others that do so away, as long as it lives.
+
+    Raises LaunchError if one has come before, as far as the file system tells.
+    """
+    file = output / HEARTBEATS / f"rank_{rank:04d}.joined"
+    try:
+        file.parent.mkdir(exist_ok=True)
+        descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+    except FileNotFoundError:  # there is no such run, which is told elsewhere
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {file}"
+        ) from error
+    if _lock(descriptor) is False:
+        holder = _wait_for_word(descriptor, False)
+        os.close(descriptor)
+        raise LaunchError(
+            f"another process joins the job as rank {rank}, or has joined it" + f": {holder}" * (holder is not None),
+            where=str(file),
+            fix="leave that one alone, or end it first",
+        )
+    _sign(descriptor, "")
 
 
 def check_held(output: Path) -> None:
@@ -152,10 +183,14 @@ def _create(file: Path, output: Path, job: str) -> None:
             os.close(descriptor)
             raise
         os.close(descriptor)
+    _sign(descriptor, job)
+    _held[file] = descriptor, job
+
+
+def _sign(descriptor: int, job: str) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(asdict(Holder.this_process(job))).encode() + b"\n", 0)
     os.fsync(descriptor)
-    _held[file] = descriptor, job
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -203,7 +238,7 @@ def _heartbeats(output: Path) -> dict[str, bytes]:
 def _taken(file: Path, output: Path, holder: Holder | None) -> ConfigError:
     who = "another job"
     if holder is not None:
-        who += f": process {holder.pid} on {holder.host}, started {holder.started}"
+        who += f": {holder}"
     return ConfigError(
         f"the output folder {str(output)!r} is taken by {who}",
         where=f"run.output, {file}",

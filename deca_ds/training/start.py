@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_folder, check_writable
-from deca_ds.config.resume import SAVED_CONFIG, check_folder, save_changes
+from deca_ds.config.resume import check_folder, has_begun, save_changes
 from deca_ds.data import validate_data_config
 from deca_ds.elastic import Invitation, Visit, check_absent
 from deca_ds.errors import CheckpointError
@@ -103,14 +103,14 @@ def begin_or_resume(
     config: Config, launch: Launch, store: JobStore, guard: JobGuard, mixing: MixingSchedule
 ) -> NewRun | ResumedRun | None:
     """From the newest checkpoint that all ranks can use, or from the end of a run that is to be longer; a run that had
-    begun in this folder goes on in it. None: it has come to its end. All ranks call this. Raises UserErrors."""
+    come to train in this folder goes on in it. None: it has come to its end. All ranks call this. Raises UserErrors."""
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
         check_folder(config)
     if config.run.resume == "never":
         return NewRun()
     output, own = Path(config.run.output), None
-    if launch.rank == launch.first and (output / SAVED_CONFIG).is_file():
+    if launch.rank == launch.first and has_begun(output):
         own = look_at_run(config)
     begun: dict[str, Any] | None = store.gather(launch, "output/begun", own)[launch.first]
     if begun is not None:

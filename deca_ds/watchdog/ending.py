@@ -28,7 +28,7 @@ from deca_ds.errors import (
 )
 from deca_ds.launch import Launch
 from deca_ds.launch.store_site import StoreSite
-from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection
+from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, tell_exit_code
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
 
@@ -83,6 +83,7 @@ class Ending:
             report.tell(alone=self._launch.world_size == 1)
         if mark:
             report.mark(self.output, "FAILED")
+        tell_exit_code(report.code)
         if self._launch.rank == self._site.host and self._launch.world_size > 1:
             time.sleep(_LINGER_S)
         end_process(report.code)

@@ -1,9 +1,11 @@
-"""What a rank tells of a failure: to the others through the job's store, on its own output, and in the run's folder."""
+"""What a rank tells of a failure: to the others through the job's store, on its own output, in the run's folder, and to
+the `deca supervise` above its launcher."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _KEY = "job/failed"
+EXIT_CODES = "DECA_EXIT_CODES"  # in the environment: a file for those of the ranks of a host
 _LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited")
 
 
@@ -82,3 +85,17 @@ class Failure:
             return
         with contextlib.suppress(OSError), open(output / name, "x", encoding="utf-8", errors="replace") as marker:
             marker.write(f"{self.where}\n{self.message}\n")
+
+
+def tell_exit_code(code: int) -> None:
+    """By a rank that ends with it, if anybody has asked: a launcher may make another one of it, as torchrun does."""
+    if path := os.environ.get(EXIT_CODES):
+        with contextlib.suppress(OSError), open(path, "a", encoding="ascii") as codes:
+            codes.write(f"{code}\n")
+
+
+def told_exit_codes(path: Path) -> set[int]:
+    """What the ranks have told there."""
+    with contextlib.suppress(OSError):
+        return {int(code) for code in path.read_text(encoding="ascii").split()}
+    return set()

@@ -18,6 +18,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     save_config(load_config(None, [*BASE, f"run.output={folder}"]), folder / "config.yaml")
+    (folder / "starts.json").write_text("[]")
     return folder
 
 
@@ -50,6 +51,25 @@ def test_there_must_be_a_run_to_continue(tmp_path: Path) -> None:
     for resume in ("auto", "require"):
         with pytest.raises(CheckpointError, match="no run to continue"):
             check_folder(configured(tmp_path, resume=resume))
+
+
+def test_a_start_that_failed_while_it_loaded_binds_nobody(run: Path) -> None:
+    """The mistake may be in what it has written down."""
+    (run / "starts.json").unlink()
+    (run / "data.json").write_text("[torn")
+    (run / "hf").mkdir()
+    changed = configured(run, "model.path=y", "algorithm.epochs=2", resume="auto")
+    check_folder(changed)
+    check_new(changed)
+    with pytest.raises(ConfigError, match="already used"):
+        check_folder(configured(run, resume="never"))
+    with pytest.raises(ConfigError, match=r"model\.path = 'y'"):
+        check_folder(configured(run, "model.path=y", resume="require"))
+    for name in ("starts.json", "checkpoints", "model"):
+        (run / name).mkdir()
+        with pytest.raises(ConfigError, match=r"model\.path = 'y'"):
+            check_folder(changed)
+        (run / name).rmdir()
 
 
 @pytest.mark.parametrize(
@@ -100,5 +120,6 @@ def test_a_file_that_only_says_who_has_the_folder_is_no_run(tmp_path: Path) -> N
     for resume in ("never", "auto"):
         check_new(configured(tmp_path, resume=resume))
     save_config(configured(tmp_path, resume="auto"), tmp_path / "config.yaml")
+    (tmp_path / "starts.json").write_text("[]")
     with pytest.raises(ConfigError, match="another job has begun a run"):
         check_new(configured(tmp_path, resume="auto"))

@@ -192,6 +192,20 @@ def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path
     assert (decision.clients, decision.joining) == ((0, 2), ())
 
 
+def test_of_two_processes_that_join_as_one_rank_the_first_is_told(tmp_path):
+    job = Job(3)
+    wait_until_connected(job)
+    job.servers[0].invite(invitation(job))
+    job.end(1)
+    assert job.vote({0: 1, 2: 1})[0].clients == (0, 2)
+    first = come_back(job, 1, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        entering = pool.submit(first.enter)
+        come_back(job, 1, tmp_path)
+        with pytest.raises(CutOffError, match="another process has asked to join as rank 1"):
+            entering.result(60)
+
+
 def test_nobody_to_join_is_said(tmp_path):
     launch = Launch("deepspeed", 1, 2, 0, None)
     with pytest.raises(LaunchError, match="no addresses of a job to join"):

@@ -13,6 +13,7 @@ import pytest
 from jobs import launch, processes_below, ranks_of, steps_done, wait_until
 
 from deca_ds.cli import main
+from deca_ds.watchdog.failure import told_exit_codes
 
 pytestmark = pytest.mark.multiprocess
 LONG = ["algorithm.inner_steps=100000", "evaluation.every=0", "logging.progress=false"]
@@ -30,11 +31,13 @@ LONG = ["algorithm.inner_steps=100000", "evaluation.every=0", "logging.progress=
     ],
 )  # fmt: skip
 def test_a_user_mistake_is_one_message_and_nothing_is_written(config, tmp_path, launcher, overrides, message):
-    finished = launch(launcher, 2, ["--config", str(config), *overrides])
+    codes = tmp_path / "codes"
+    finished = launch(launcher, 2, ["--config", str(config), *overrides], DECA_EXIT_CODES=str(codes))
     assert finished.code != 0
     assert finished.output.count(message) == 1, finished.output[-3000:]
     assert "Traceback" not in finished.output
     assert not (tmp_path / "run").exists()
+    assert told_exit_codes(codes) == {2}
 
 
 def test_one_client_s_bad_data_ends_the_job_with_file_and_line(config, tmp_path, rows):

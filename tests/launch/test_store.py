@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from datetime import timedelta
@@ -59,6 +60,21 @@ def test_all_that_listens_is_reached_at_the_address_of_the_job(address):
     for line in lines:
         line.close()
     assert len(lines) == 2
+
+
+def test_a_rank_that_waits_for_others_handles_signals():
+    port = free_port()
+    job = open_job_store(rank(0, "127.0.0.1", port), 20)
+    other = open_job_store(rank(1, "127.0.0.1", port), 20)
+    before = signal.signal(signal.SIGUSR1, lambda *_: other.store.set("here/1/1", "7"))  # what it waits for
+    timer = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+    try:
+        timer.start()
+        assert job.gather(rank(0, "127.0.0.1", port), "here", 5) == {0: 5, 1: 7}
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert not job.comes("nobody", 0.0)
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):

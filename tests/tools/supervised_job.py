@@ -9,6 +9,7 @@ lost:CODE       the same, because client 1 is gone
 diverged:CODE   the same after a new checkpoint, with a FAILED marker of a client that diverged
 other:CODE      the same, with that of client 0, which is not the rank's own
 waits:CODE      the same with a STOPPED marker, after SIGUSR1
+told:CODE       the same below a launcher that makes CODE of exit code 2
 join:...        any of these, with --join on the command line
 """
 
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deca_ds.checkpoint.done import mark_done, mark_stopped  # no torch: it is started often
+from deca_ds.watchdog.failure import tell_exit_code
 
 output = Path(next(word for word in sys.argv if word.startswith("run.output=")).partition("=")[2])
 plan = output.with_suffix(".plan")
@@ -45,6 +47,8 @@ elif what == "trained":
     beats = read_heartbeats(output)
     beat = Heartbeat(0, "n0", 0, "gossip", beats[0].step + 1 if beats else 3, "layers 0-1", None, 0.0, time.time())
     (output / FOLDER / "rank_0000.json").write_text(json.dumps(asdict(beat)))
+elif what == "told":
+    tell_exit_code(2)
 elif what == "done":
     mark_done(output, "8 of 8 inner steps")
 elif what in ("stopped", "lost"):

@@ -47,6 +47,11 @@ def supervise(folder: Path, plan: str, *keys: str) -> tuple[int, int]:
         ("saved:137 saved:1 done:0 1", 0, 3, "newest checkpoint: inner step 20. Starting"),
         ("1 done:0 1", 0, 2, "newest checkpoint: inner step 0. Starting it again in 0.01 s (1 of 2 that bring"),
         ("2 done:0", 2, 1, ""),  # a mistake
+        ("told:1 done:0", 2, 1, ""),  # a mistake, under torchrun
+        ("saved:1 told:1 done:0 1", 0, 3, "the job ended with 2"),
+        ("done:247 1", 0, 1, ""),  # a client was killed, and deepspeed tells its code
+        ("1 stopped:1 1", 0, 2, "the job ended with 1"),  # torchrun
+        ("lost:247 done:0 1", 0, 2, "the job ended with 0"),
         ("trained:2 done:0 1", 0, 2, "Starting it again"),  # a rank that hung
         ("saved:1 2 done:0 1", 0, 3, "(1 of 2 that bring nothing new)"),  # a host that is not back yet
         ("stopped:0 1", 0, 1, ""),  # told by somebody else

@@ -1,3 +1,4 @@
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
@@ -6,7 +7,7 @@ import pytest
 from torch.distributed import HashStore
 
 from deca_ds.config import load_config
-from deca_ds.errors import DataError, LaunchError
+from deca_ds.errors import DataError, EndedError, LaunchError
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
@@ -45,3 +46,17 @@ def test_a_launched_dry_run_looks_for_every_client_s_file(tiny_model, word_files
     assert first.result()[0].data.per_client == config.data.per_client
     with pytest.raises(DataError, match=r"(?s)no such file.*absent\.jsonl.*data\.per_client\[1\], of client 1"):
         second.result()
+
+
+def test_a_signal_before_training_is_told_as_a_failure_once():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        train.on_stop(train._end_before_training)
+        with pytest.raises(EndedError, match="SIGUSR1 came before training began") as caught:
+            signal.raise_signal(signal.SIGUSR1)
+        assert caught.value.code == 1
+        signal.raise_signal(signal.SIGTERM)  # while it tells the others
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from deca_ds.config.checks import LOCK
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.training import claim
-from deca_ds.training.claim import check_held, release, take
+from deca_ds.training.claim import check_held, release, take, take_place
 from deca_ds.watchdog.stop import is_requested, request_stop
 
 HOLDER = """
@@ -122,3 +122,18 @@ def test_what_another_job_has_done_meanwhile_is_seen_when_the_folder_is_taken(tm
     with pytest.raises(ConfigError, match="a run has begun"):
         take(folder, check)
     assert not folder.exists()
+
+
+def test_a_rank_joins_once_at_a_time(tmp_path: Path) -> None:
+    take_place(tmp_path / "no run", 3)
+    assert not list(tmp_path.iterdir())
+    joining = "import sys; from pathlib import Path; from deca_ds.training.claim import take_place\n"
+    joining += "take_place(Path(sys.argv[1]), 3); print('in', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", joining, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in\n"
+        with pytest.raises(LaunchError, match=rf"joins the job as rank 3, or has joined it: process {first.pid} on "):
+            take_place(tmp_path, 3)
+        take_place(tmp_path, 2)
+        first.kill()
+    take_place(tmp_path, 3)
