@@ -123,9 +123,8 @@ class Runner:
         from deca_ds.simulation.setup import build, load_data
 
         config = load_config(None, [f"{key}={self._place(value)}" for key, value in keys.items()])
-        parts = {
-            name: value for name, value in keys.items() if name.startswith(("data.", "model.", "cluster.", "run."))
-        }
+        sections = ("data.", "model.", "cluster.", "run.", "evaluation.")  # that load_data reads
+        parts = {name: value for name, value in keys.items() if name.startswith(sections)}
         where = run_key(parts)
         if where not in self._loaded:
             if len(self._loaded) > 8:

@@ -277,6 +277,18 @@ def test_without_runs_the_command_that_makes_them_is_named(tmp_path, monkeypatch
     assert "ablation.py --studies learnable makes them" in capsys.readouterr().err
 
 
+def test_runs_of_one_process_are_scored_on_as_much_as_each_asks_for(tiny_model, word_files, tmp_path):
+    """Data sets stay loaded from run to run, but not where the evaluation is another one."""
+    from ablation import Runner
+
+    runner = Runner({}, tmp_path, {})
+    keys = {"model.path": str(tiny_model), "cluster.clients": 2, "data.train": [str(file) for file in word_files]}
+    keys |= {"data.common_holdout": 0.3, "data.max_length": 16}
+    built = [runner.build(keys | {"evaluation.max_examples": number}) for number in (2, 3, 2)]
+    assert [len(simulation.data[0].common_evaluation) for simulation in built] == [2, 3, 2]
+    assert built[2].data is built[0].data is not built[1].data
+
+
 @pytest.mark.parametrize("name", ["ablation", "learnable"])
 def test_the_tables_in_the_repository_are_made_from_its_runs(name):
     from ablation import finished, load_studies
