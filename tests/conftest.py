@@ -7,6 +7,7 @@ import gc
 gc.disable()  # while a worker imports what all tests need: looking for garbage among it takes more than a second
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -42,9 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(LONGEST) + (item.path not in real)))
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -36,9 +36,7 @@ class Coefficients:
     clip_radius: float | None = None
 
 
-def signal_of(c: Coefficients, theta, half, mixed, lr: float) -> np.ndarray | None:
-    if c.method != "deca" or c.signal == "none":
-        return None
+def signal_of(c: Coefficients, theta, half, mixed, lr: float) -> np.ndarray:
     if c.signal in ("descent", "trivial"):
         return theta - mixed
     if c.signal == "transcribed":
@@ -50,6 +48,47 @@ def signal_of(c: Coefficients, theta, half, mixed, lr: float) -> np.ndarray | No
     if c.signal == "quasi_global":
         return (theta - mixed) / lr
     return (theta - mixed) / (np.linalg.norm(theta - mixed) + c.eps)
+
+
+# The end of a client's inner step, by method: what it makes of the averaging. k: the client, which holds x before the
+# step, half after its local step, and m_half and v_half then. alone: nobody was averaged with.
+
+
+def adam(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
+    k.x, k.m, k.v = mixed, k.m_half, k.v_half
+
+
+def deca(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
+    if c.signal != "trivial":
+        k.m, k.v = k.m_half, k.v_half
+    if not alone and c.signal != "none":
+        h = signal_of(c, k.x, k.half, mixed, lr)
+        k.m, k.v = c.b1 * k.m + (1 - c.b1) * h, c.b2 * k.v + (1 - c.b2) * h**2
+    k.x = mixed
+
+
+def qg_adam(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
+    d = (k.x - mixed) / (np.linalg.norm(k.x - mixed) + c.eps)
+    k.x, k.m, k.v = mixed, c.a1 * k.m + (1 - c.a1) * d, c.a2 * k.v + (1 - c.a2) * d**2
+
+
+def diloco(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
+    adam(c, k, mixed, alone, lr)
+    if not alone:
+        delta = k.anchor - mixed
+        k.b = c.outer_momentum * k.b + delta
+        k.x = k.anchor - c.outer_lr * (delta + c.outer_momentum * k.b)
+        k.anchor = k.x.copy()
+
+
+def gasloc(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
+    adam(c, k, mixed, alone, lr)
+    if not alone:
+        k.x, k.y = mixed + c.outer_momentum * (k.half - k.y), k.half
+
+
+ENDS = {"deca": deca, "qg-adam": qg_adam, "diloco": diloco, "gasloc": gasloc}  # all others: adam
+TRACKS = ("gt-adam",)  # whose gradients are tracked: s is averaged, too
 
 
 def average(w: np.ndarray, x: np.ndarray, radius: float | None) -> np.ndarray:
@@ -92,7 +131,7 @@ def activation(
             there = ~np.isnan(g)
             k.made += there
             g = np.where(there, g, 0.0)
-            if c.method == "gt-adam":
+            if c.method in TRACKS:
                 k.s, k.g = k.s + g - k.g, g
                 g = k.s
             k.m_half = np.where(there, c.a1 * k.m + (1 - c.a1) * g, k.m)
@@ -107,26 +146,8 @@ def activation(
         mixed = average(w, np.stack([k.half for k in clients]), c.clip_radius)
         tracked = w @ np.stack([k.s for k in clients])
         for i, k in enumerate(clients):
-            before, k.s = k.x, tracked[i]
-            has_neighbour = w[i, i] < 1
-            if c.method == "diloco" and has_neighbour:
-                delta = k.anchor - mixed[i]
-                k.b = c.outer_momentum * k.b + delta
-                k.x = k.anchor - c.outer_lr * (delta + c.outer_momentum * k.b)
-                k.anchor = k.x.copy()
-            elif c.method == "gasloc" and has_neighbour:
-                k.x, k.y = mixed[i] + c.outer_momentum * (k.half - k.y), k.half
-            else:
-                k.x = mixed[i]
-            if c.method == "qg-adam":
-                d = (before - k.x) / (np.linalg.norm(before - k.x) + c.eps)
-                k.m, k.v = c.a1 * k.m + (1 - c.a1) * d, c.a2 * k.v + (1 - c.a2) * d**2
-                continue
-            if c.method != "deca" or c.signal != "trivial":
-                k.m, k.v = k.m_half, k.v_half
-            h = signal_of(c, before, k.half, mixed[i], lr) if has_neighbour else None
-            if h is not None:
-                k.m, k.v = c.b1 * k.m + (1 - c.b1) * h, c.b2 * k.v + (1 - c.b2) * h**2
+            k.s = tracked[i]
+            ENDS.get(c.method, adam)(c, k, mixed[i], not w[i, i] < 1, lr)
     return clients
 
 

@@ -37,7 +37,7 @@ CASES = {
     1: (RING, 6, [2, 2, 2], LINEAR, {"gossip.graph": "ring"}),
     2: (STAR, 3, [2, 1, 1], ["q_proj", "down_proj"], {"gossip.graph": "star", "gossip.every": 2, "lora.rank": 3}),
 }
-UNTRAINED = {"gossip.graph": "isolated", "optimizer.lr": 0}
+UNTRAINED = {"gossip.graph": "isolated", "optimizer.lr": 0, "algorithm.rounds": 1, "algorithm.inner_steps": 2}
 ROUNDED = {"model.dtype": "bfloat16", "model.gradient_checkpointing": True, "lora.dropout": 0.2}
 
 

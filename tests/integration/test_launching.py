@@ -25,7 +25,7 @@ def records(run: Path, name: str, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("launcher", "ranks", "expected"),
-    [("deepspeed", 4, "torch"), ("openmpi", 2, "mpi"), ("mpirun", 2, "mpi"), ("python", 1, None)],
+    [("deepspeed", 2, "torch"), ("openmpi", 2, "mpi"), ("mpirun", 4, "mpi"), ("python", 1, None)],
 )
 def test_every_launcher_runs_the_same_job(config, tmp_path, launcher, ranks, expected):
     options = {"hostfile": tmp_path / "hosts"} if launcher == "openmpi" else {}

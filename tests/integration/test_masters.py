@@ -22,7 +22,7 @@ RUNS = {
     "exact": HALF,
     "rounded": HALF | {"model.masters": "rounded"},
     "adapters": HALF | {"algorithm.method": "dec-lora", "blocks.layers_per_block": "null", "lora.rank": 2},
-    "random": HALF | {"model.init": "random", "optimizer.lr": 0.0},
+    "random": HALF | {"model.init": "random", "optimizer.lr": 0.0, "algorithm.rounds": 1, "algorithm.inner_steps": 1},
 }
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from deca_ds.engine.masters import join
 from deca_ds.launch.launcher import ClientLayout
@@ -54,18 +53,20 @@ def test_private_sets_are_pooled_by_size():
 @pytest.mark.parametrize("seed", range(5))
 def test_class_scores_equal_those_of_scikit_learn(seed):
     """Classes that do not occur, and classes that nobody answers, are among them."""
+    from sklearn import metrics  # here, as every worker imports this file
+
     random = np.random.default_rng(seed)
     names = [f"class {index}" for index in range(6)]
     truth, predicted = random.choice([0, 1, 3, 4], 30), random.choice([0, 2, 3, 5], 30)
     scores = _class_scores(truth, predicted, names)
     present = sorted(set(truth))
-    recall = recall_score(truth, predicted, labels=present, average=None, zero_division=0)
-    assert scores["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+    recall = metrics.recall_score(truth, predicted, labels=present, average=None, zero_division=0)
+    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
     assert scores["macro_f1"] == pytest.approx(
-        f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
+        metrics.f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
     )
     assert scores["recall"] == pytest.approx({names[k]: value for k, value in zip(present, recall, strict=True)})
-    counts = confusion_matrix(truth, predicted, labels=range(6))
+    counts = metrics.confusion_matrix(truth, predicted, labels=range(6))
     assert scores["confusion"] == [[names[i], names[j], counts[i, j]] for i, j in np.argwhere(counts)]
 
 

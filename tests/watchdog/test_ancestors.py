@@ -142,6 +142,6 @@ def test_without_its_launcher_a_rank_ends_and_without_the_runner_it_stops(monkey
     ends = launcher == "deepspeed" and who == "launcher"
     wait_until(lambda: left if ends else made.stop.pending if stops else store.check(["heartbeat/0"]), "a look")
     made._finished.set()
-    made._thread.join(timeout=100)
+    made._watch.thread.join(timeout=100)
     assert bool(left) == ends and made.stop.pending == stops
     assert ("`deepspeed` is gone" in capfd.readouterr().err) == stops
