@@ -165,7 +165,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "data": ("show what each client trains on: examples, lengths, labels, repeats", _data),
     "doctor": ("look at every host, before a job is started on them", _doctor),
     "export": ("make a Hugging Face model of a run, or of a checkpoint", _export),
-    "plan": ("check a configuration and show blocks, graph, data, steps and memory", _plan),
+    "plan": ("check a configuration and show blocks, graph, data, steps, memory and time", _plan),
     "report": ("make one HTML file of what one or several runs did", _report),
     "simulate": ("train all clients of a configuration in this one process", _simulate),
     "status": ("show what every rank of a run is doing", _status),

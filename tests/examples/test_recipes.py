@@ -17,6 +17,7 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 PLANS = [
     # recipe, shape, billions of parameters, GPU, what passes may take of it in GB: at least, as the plan tells it
     ("llama_8b_eight_gpus", "llama_8b", 8.03, "RTX4090", 0.9),
+    ("llama_8b_two_nodes", "llama_8b", 8.03, "H100", 7.7),
     ("llama_70b_clients_of_eight", "llama_70b", 70.55, "H100", 10.5),
 ]
 
