@@ -10,8 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.write_shards import LinkedFile, begin_part, rank_folder
+from deca_ds.checkpoint.write_shards import LinkedFile, begin_part
 from deca_ds.errors import CheckpointError
 
 
@@ -23,8 +24,8 @@ class Links:
     refused: OSError | None = None
 
 
-def link_files(folder: Path, base: Path, names: Collection[str], *, client: int, rank: int, ranks: int) -> Links:
-    """Begin a rank's part of `folder` with links to those files of its part of `base` that are called `names`.
+def link_files(folder: Path, base: Path, names: Collection[str], part: Part) -> Links:
+    """Begin the part in `folder` with links to those files of it in `base` that are called `names`.
 
     The manifest in `base` has to have its checksum, all files in it their sizes, and the client as many ranks: else
     nothing is linked. Whatever is not linked has to be written. Reads manifests only.
@@ -32,15 +33,15 @@ def link_files(folder: Path, base: Path, names: Collection[str], *, client: int,
     files: dict[str, LinkedFile] = {}
     refused = None
     try:
-        manifest = ShardedModel(base, [client], [rank]).manifests[client, rank]
-        if manifest["ranks"] != ranks:
+        manifest = ShardedModel(base, [part.client], [part.rank]).manifests[part.client, part.rank]
+        if manifest["ranks"] != part.ranks:
             return Links()
-        partial = begin_part(folder, client, rank)
+        partial = begin_part(folder, part)
     except (CheckpointError, OSError):
         return Links()
     for name in (name for name in names if name in manifest["files"]):
         try:
-            os.link(rank_folder(base, client, rank) / name, partial / name)
+            os.link(part.folder(base) / name, partial / name)
         except OSError as error:
             refused = error
             continue

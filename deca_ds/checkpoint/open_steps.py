@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
-from deca_ds.checkpoint.write_shards import MANIFEST, rank_folder
+from deca_ds.checkpoint.write_shards import MANIFEST
 from deca_ds.errors import CheckpointError
 
 
-def open_checkpoint(folder: Path, step: int, *, client: int, rank: int, ranks: int) -> ShardedModel:
-    """What `rank` of the client's `ranks` needs of a checkpoint, every file of it verified.
+def open_checkpoint(folder: Path, step: int, own: Part) -> ShardedModel:
+    """What a rank needs of a checkpoint, every file of it verified.
 
     Written by as many ranks, it is this rank's own part, and only that must be here. Else it is the whole client's.
     Raises CheckpointError if a part is missing or damaged or comes from another attempt at the run.
     """
     here = step_folder(folder, step)
-    has_own = (rank_folder(here, client, rank) / MANIFEST).is_file()
-    saved = ShardedModel(here, [client], [rank] if has_own else None)
-    if has_own and saved.ranks[client] != ranks:
-        saved = ShardedModel(here, [client])
+    has_own = (own.folder(here) / MANIFEST).is_file()
+    saved = ShardedModel(here, [own.client], [own.rank] if has_own else None)
+    if has_own and saved.ranks[own.client] != own.ranks:
+        saved = ShardedModel(here, [own.client])
     attempts = {state.get("attempt") for state in saved.states.values()}
     if saved.step != step or len(attempts) != 1:
         raise CheckpointError("its parts are not from one attempt at the run", where=str(here))

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum
-from deca_ds.checkpoint.write_shards import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION, rank_folder
+from deca_ds.checkpoint.part import rank_folder
+from deca_ds.checkpoint.write_shards import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION
 from deca_ds.engine.slices import is_buffer
 from deca_ds.errors import CheckpointError
 

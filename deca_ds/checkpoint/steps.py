@@ -13,6 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
+from deca_ds.checkpoint.part import Part
+
 FOLDER = "checkpoints"  # in a run's folder
 
 
@@ -27,20 +29,21 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def remove_part(folder: Path, step: int, *, client: int, rank: int, ranks: int) -> None:
-    """Remove what `rank` answers for: with k ranks, the parts of rank, rank + k, ..., whoever wrote them."""
+def remove_part(folder: Path, step: int, own: Part) -> None:
+    """Remove what a rank answers for: with k ranks, the parts of rank, rank + k, ..., whoever wrote them."""
     here = step_folder(folder, step)
-    for path in here.glob(f"client_{client:03d}/rank_*"):
+    of_client = own.folder(here).parent
+    for path in of_client.glob("rank_*"):
         number = re.match(r"rank_(\d+)", path.name)
-        if number and int(number[1]) % ranks == rank:
+        if number and int(number[1]) % own.ranks == own.rank:
             shutil.rmtree(path)
     with contextlib.suppress(OSError):  # the others' parts are still there, or another rank was first
-        (here / f"client_{client:03d}").rmdir()
+        of_client.rmdir()
         here.rmdir()
 
 
-def remove_newer(folder: Path, step: int, *, client: int, rank: int, ranks: int) -> None:
-    """Remove what `rank` answers for, see `remove_part`, of all checkpoints after `step`."""
+def remove_newer(folder: Path, step: int, own: Part) -> None:
+    """Remove what a rank answers for, see `remove_part`, of all checkpoints after `step`."""
     for newer in steps_in(folder):
         if newer > step:
-            remove_part(folder, newer, client=client, rank=rank, ranks=ranks)
+            remove_part(folder, newer, own)

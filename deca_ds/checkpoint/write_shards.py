@@ -24,17 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum, sync
+from deca_ds.checkpoint.part import Part
 from deca_ds.engine.slices import Slice
 from deca_ds.errors import CheckpointError
 
 VERSION = 1
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.blake2b"
 PARTIAL = ".partial"
-
-
-def rank_folder(folder: Path, client: int, rank: int) -> Path:
-    """Where `rank` of `client` keeps its slices."""
-    return folder / f"client_{client:03d}" / f"rank_{rank:03d}"
 
 
 def file_name(index: int, label: str) -> str:
@@ -50,9 +46,9 @@ class LinkedFile:
     tensors: Mapping[str, Mapping[str, Any]]
 
 
-def begin_part(folder: Path, client: int, rank: int) -> Path:
-    """Make the unfinished folder of a rank, empty, and return it. Raises OSError if that cannot be."""
-    target = rank_folder(folder, client, rank)
+def begin_part(folder: Path, part: Part) -> Path:
+    """Make the unfinished folder of a part, empty, and return it. Raises OSError if that cannot be."""
+    target = part.folder(folder)
     partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     partial.mkdir(parents=True)
@@ -62,11 +58,9 @@ def begin_part(folder: Path, client: int, rank: int) -> Path:
 def save_shards(
     folder: Path,
     groups: Iterable[tuple[str, Iterable[Slice]]],
+    part: Part,
     *,
-    client: int,
     clients: int,
-    rank: int,
-    ranks: int,
     step: int,
     state: Mapping[str, Any] | None = None,
     linked: Mapping[str, LinkedFile] | None = None,
@@ -74,20 +68,19 @@ def save_shards(
     """Write one rank's slices and return its folder. No communication; one group at a time is on the host.
 
     groups: (label, slices) pairs, consumed lazily. Every rank passes the same names, empty slices included.
-    clients, ranks: the run's number of clients and this client's number of ranks. step: inner steps done. state: what
-    else this rank wants to find again, JSON-able; it goes into the manifest. linked: by name, the files that
-    `link_files` has put there: their groups are not looked at.
+    clients: of the run. step: inner steps done. state: what else this rank wants to find again, JSON-able; it goes into
+    the manifest. linked: by name, the files that `link_files` has put there: their groups are not looked at.
     Raises CheckpointError if the folder exists or cannot be written; what was written of it is taken away again then.
     """
-    target = rank_folder(folder, client, rank)
+    target = part.folder(folder)
     if target.exists():
         raise CheckpointError("this rank's model is saved already", where=str(target), fix="write to a new folder")
     partial = target.with_name(target.name + PARTIAL)
     try:
         if not linked:
-            begin_part(folder, client, rank)
-        manifest: dict[str, Any] = {"version": VERSION, "client": client, "clients": clients, "rank": rank}
-        manifest |= {"ranks": ranks, "step": step, "state": dict(state or {}), "tensors": {}, "files": {}}
+            begin_part(folder, part)
+        manifest: dict[str, Any] = {"version": VERSION, "client": part.client, "clients": clients, "rank": part.rank}
+        manifest |= {"ranks": part.ranks, "step": step, "state": dict(state or {}), "tensors": {}, "files": {}}
         for index, (label, slices) in enumerate(groups):
             name = file_name(index, label)
             if linked and name in linked:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deca_ds.checkpoint.links import Links, link_files
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import file_name, save_shards
 from deca_ds.config.watching import CheckpointConfig
@@ -60,6 +61,7 @@ class Checkpoints:
         check: Callable[[], None] = lambda: None,
     ):
         self._config, self._cluster, self._state = config, cluster, state
+        self._own = Part(cluster.client, cluster.shard, cluster.ranks)
         self._gossip, self._written = gossip, written
         self.folder, self._attempt = folder, attempt
         self._resumed, self._timeout_s, self._check = resumed, timeout_s, check
@@ -149,9 +151,7 @@ class Checkpoints:
             step_folder(self.folder, done),
             step_folder(self.folder, base),
             [file_name(index, label) for index, label in enumerate(labels) if index not in trained],
-            client=cluster.client,
-            rank=cluster.shard,
-            ranks=cluster.ranks,
+            self._own,
         )
         if links.refused and not self._told and cluster.is_job_leader:
             self._told = True
@@ -177,7 +177,6 @@ class Checkpoints:
         }
 
     def _write(self, done: int, groups: Groups, manifest: dict[str, Any], links: Links) -> None:
-        cluster = self._cluster
         self._remove_old()  # by now all ranks have written what this one wrote before
         manifest["earlier"] = max((step for step in self._saved if step != done and self._complete(step)), default=None)
         need = sum(piece.nbytes for _, slices in groups for piece in slices)
@@ -185,10 +184,8 @@ class Checkpoints:
             save_shards(
                 step_folder(self.folder, done),
                 groups,
-                client=cluster.client,
-                clients=cluster.clients,
-                rank=cluster.shard,
-                ranks=cluster.ranks,
+                self._own,
+                clients=self._cluster.clients,
                 step=done,
                 state=manifest,
                 linked=links.files,
@@ -218,8 +215,7 @@ class Checkpoints:
         return set(self._bests)
 
     def _remove(self, step: int) -> None:
-        cluster = self._cluster
-        remove_part(self.folder, step, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
+        remove_part(self.folder, step, self._own)
 
     def _complete(self, step: int) -> bool:
         return step == self._resumed or self._written.complete(step)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from deca_ds.algorithm import Rule, Schedule, Step
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.write_shards import save_shards
 from deca_ds.config import Config
 from deca_ds.elastic import ElasticAgent
@@ -226,10 +227,8 @@ class Trainer:
         save_shards(
             self.output / "model",
             slice_groups(model_pieces(self.client), self.cluster),
-            client=self.cluster.client,
+            Part(self.cluster.client, self.cluster.shard, self.cluster.ranks),
             clients=self.cluster.clients,
-            rank=self.cluster.shard,
-            ranks=self.cluster.ranks,
             step=len(self.schedule),
             state=state,
         )

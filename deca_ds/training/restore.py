@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import FOLDER, remove_newer
 from deca_ds.engine.slices import Slice
@@ -27,7 +28,7 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
     An evaluation comes after the checkpoint of its step, so that it is repeated. A client that dies does so after the
     newest checkpoint that has its part. Its parts of newer ones are removed.
     """
-    remove_newer(output / FOLDER, done, client=cluster.client, rank=cluster.shard, ranks=cluster.ranks)
+    remove_newer(output / FOLDER, done, Part(cluster.client, cluster.shard, cluster.ranks))
     if cluster.is_leader:
         _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
         shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)

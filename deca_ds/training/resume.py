@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 
 from deca_ds.checkpoint.done import inner_steps, is_done
 from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import FOLDER, remove_newer, step_folder, steps_in
-from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL, rank_folder
+from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL
 from deca_ds.config import Config
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import MixingSchedule, subset
@@ -126,7 +127,7 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     """
     folder = Path(config.run.output) / FOLDER
     client = layout.client_of(launch.rank)
-    own = {"client": client, "rank": layout.shard_of(launch.rank), "ranks": len(layout.ranks_of(client))}
+    own = Part(client, layout.shard_of(launch.rank), len(layout.ranks_of(client)))
     seen = store.gather(launch, "resume/seen", steps_in(folder))
     refused: list[str] = []
     earlier: set[int | None] = set()  # the newest that was complete when these were written
@@ -137,8 +138,8 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
         attempts = {answer.get("attempt") for answer in answers.values()}
         if len(attempts) == 1 and None not in attempts:
             assert saved is not None
-            same = saved.ranks[client] == own["ranks"]
-            state = saved.states[client, own["rank"] if same else 0]
+            same = saved.ranks[client] == own.ranks
+            state = saved.states[client, own.rank if same else 0]
             _refuse_other_mixing(state, mixing)
             at = state["schedule"]
             verdict = f"going on after inner step {at['done']} of {at['of']}: {saved.folder}"
@@ -160,15 +161,14 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
     return Resumption()
 
 
-def keep_model(output: Path, *, client: int, rank: int, ranks: int) -> None:
+def keep_model(output: Path, own: Part) -> None:
     """Make the trained model of a finished run a checkpoint of its last step, where there is none: it is all that is
-    left of the state then. A rank answers for the parts of `rank`, `rank` + `ranks`, ..., see `remove_part`
-    of checkpoint/steps.py.
+    left of the state then. A rank does so with the parts that it answers for, see `remove_part` of checkpoint/steps.py.
 
     Raises CheckpointError if that cannot be.
     """
-    for part in sorted((output / "model" / f"client_{client:03d}").glob("rank_*")):
-        if part.suffix == PARTIAL or int(part.name.removeprefix("rank_")) % ranks != rank:
+    for part in sorted(own.folder(output / "model").parent.glob("rank_*")):
+        if part.suffix == PARTIAL or int(part.name.removeprefix("rank_")) % own.ranks != own.rank:
             continue
         try:
             step = json.loads((part / MANIFEST).read_text())["step"]
@@ -189,14 +189,12 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _try(
-    folder: Path, step: int, own: dict[str, int], absent: Collection[int]
-) -> tuple[ShardedModel | None, dict[str, Any]]:
+def _try(folder: Path, step: int, own: Part, absent: Collection[int]) -> tuple[ShardedModel | None, dict[str, Any]]:
     """The checkpoint and its attempt, or None and why this rank cannot use it."""
     try:
-        saved = open_checkpoint(folder, step, **own)
+        saved = open_checkpoint(folder, step, own)
     except CheckpointError as error:
-        written = rank_folder(step_folder(folder, step), own["client"], own["rank"]).exists()
+        written = own.folder(step_folder(folder, step)).exists()
         return None, {"reason": f"{error.what} ({error.where})", "written": written}
     except (OSError, SafetensorError) as error:
         return None, {"reason": f"{error} ({step_folder(folder, step)})"}
@@ -206,11 +204,9 @@ def _try(
     return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 
-def _leave_behind(
-    output: Path, step: int, own: dict[str, int], launch: Launch, refused: list[str], verdict: str
-) -> None:
+def _leave_behind(output: Path, step: int, own: Part, launch: Launch, refused: list[str], verdict: str) -> None:
     """Remove this rank's parts of checkpoints after `step` and how the last attempt ended; say so."""
-    remove_newer(output / FOLDER, step, **own)
+    remove_newer(output / FOLDER, step, own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)
     if launch.rank == launch.first:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore
 
+from deca_ds.checkpoint.part import Part
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_folder, check_writable
@@ -124,7 +125,7 @@ def begin_or_resume(
     finished = begun is not None and begun["finished"]
     if finished:
         client = layout.client_of(launch.rank)
-        keep_model(output, client=client, rank=layout.shard_of(launch.rank), ranks=len(layout.ranks_of(client)))
+        keep_model(output, Part(client, layout.shard_of(launch.rank), len(layout.ranks_of(client))))
     resumption = choose(config, launch, store, layout, mixing)
     if begun is not None:  # how the run had ended before is no longer told there
         guard.write_to(output)

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.write_shards import Slice, save_shards
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
@@ -70,7 +71,7 @@ def save_clients(folder: Path, states: list[State], *, ranks: int, step: int = 7
                 (f"layers {i}", zero3_slices({name: state[name] for name in half}, rank, ranks))
                 for i, half in enumerate(halves)
             ]
-            save_shards(folder, groups, client=client, clients=len(states), rank=rank, ranks=ranks, step=step)
+            save_shards(folder, groups, Part(client, rank, ranks), clients=len(states), step=step)
 
 
 def model_state(model: PreTrainedModel) -> State:

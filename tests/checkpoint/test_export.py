@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deca_ds.checkpoint import export as export_module
 from deca_ds.checkpoint.export import export_model
+from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder
-from deca_ds.checkpoint.write_shards import rank_folder, save_shards
+from deca_ds.checkpoint.write_shards import save_shards
 from deca_ds.cli import main
 from deca_ds.engine.slices import buffer_name
 from deca_ds.errors import CheckpointError, ConfigError
@@ -111,8 +112,8 @@ def save_checkpoint(run: Path, step: int, states: list[dict[str, torch.Tensor]],
             groups = [("all", zero3_slices(own, rank, 2)), ("m", zero3_slices(buffers, rank, 2))]
             if client not in state.get("missing", ()):
                 save_shards(
-                    step_folder(run / "checkpoints", step), groups, client=client, clients=len(states), rank=rank,
-                    ranks=2, step=step, state={"attempt": 1, **state},
+                    step_folder(run / "checkpoints", step), groups, Part(client, rank, 2), clients=len(states),
+                    step=step, state={"attempt": 1, **state},
                 )  # fmt: skip
 
 

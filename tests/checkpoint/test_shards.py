@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from saved_states import save_clients, zero3_slices
 from torch import Tensor
 
+from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.write_shards import MANIFEST, Slice, rank_folder, save_shards
+from deca_ds.checkpoint.write_shards import MANIFEST, Slice, save_shards
 from deca_ds.errors import CheckpointError
 
 SHAPES = {"odd": (7, 3), "one": (1,), "two": (2,), "scalar": (), "wide": (3, 5, 2)}
@@ -77,7 +78,7 @@ def test_one_group_is_consumed_at_a_time_and_slices_may_share_a_buffer(tmp_path:
             views = {f"{index}.a": buffer[:4], f"{index}.b": buffer[4:]}
             yield f"block {index}", zero3_slices(views, 0, 1)
 
-    folder = save_shards(tmp_path, groups(), client=0, clients=1, rank=0, ranks=1, step=0)
+    folder = save_shards(tmp_path, groups(), Part(0, 0, 1), clients=1, step=0)
     assert written == [0, 1]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     assert names == ["000_block-0.safetensors", "001_block-1.safetensors"]
@@ -89,7 +90,7 @@ def test_clients_may_have_different_numbers_of_ranks(tmp_path: Path) -> None:
     for client, ranks in enumerate((1, 3)):
         for rank in range(ranks):
             groups = [("all", zero3_slices(state, rank, ranks))]
-            save_shards(tmp_path, groups, client=client, clients=2, rank=rank, ranks=ranks, step=1)
+            save_shards(tmp_path, groups, Part(client, rank, ranks), clients=2, step=1)
     assert torch.equal(ShardedModel(tmp_path).mean("odd"), state["odd"])
 
 
@@ -118,7 +119,7 @@ def test_an_interrupted_save_is_not_taken_for_a_saved_model(tmp_path: Path) -> N
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_shards(tmp_path, broken(), client=0, clients=1, rank=0, ranks=1, step=0)
+        save_shards(tmp_path, broken(), Part(0, 0, 1), clients=1, step=0)
     with pytest.raises(CheckpointError, match="no saved model"):
         ShardedModel(tmp_path)
     save_clients(tmp_path, [random_state(0, torch.float32)], ranks=1)  # and the left-over is no obstacle
@@ -129,7 +130,7 @@ def test_an_interrupted_save_is_not_taken_for_a_saved_model(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "client_000").touch()  # a file where a folder must be
     with pytest.raises(CheckpointError, match=r"cannot save the model[\s\S]*rank_000"):
-        save_shards(tmp_path, [], client=0, clients=1, rank=0, ranks=1, step=0)
+        save_shards(tmp_path, [], Part(0, 0, 1), clients=1, step=0)
 
 
 @pytest.mark.parametrize("case", ["wrong length", "given twice"])
@@ -137,7 +138,7 @@ def test_a_caller_error_is_a_plain_value_error(tmp_path: Path, case: str) -> Non
     good = Slice("w", (4,), 0, 4, torch.ones(4))
     bad = Slice("w", (4,), 0, 3, torch.ones(4)) if case == "wrong length" else good
     with pytest.raises(ValueError, match=r"w: |w is given twice") as raised:
-        save_shards(tmp_path, [("a", [good]), ("b", [bad])], client=0, clients=1, rank=0, ranks=1, step=0)
+        save_shards(tmp_path, [("a", [good]), ("b", [bad])], Part(0, 0, 1), clients=1, step=0)
     assert not isinstance(raised.value, CheckpointError)
 
 
@@ -201,7 +202,7 @@ def test_torn_files(tmp_path: Path) -> None:
 def test_gaps_and_overlaps(tmp_path: Path, intervals: list[tuple[int, int]], message: str) -> None:
     for rank, (start, stop) in enumerate(intervals):
         piece = Slice("w", (10,), start, stop, torch.ones(stop - start))
-        save_shards(tmp_path, [("all", [piece])], client=0, clients=1, rank=rank, ranks=2, step=0)
+        save_shards(tmp_path, [("all", [piece])], Part(0, rank, 2), clients=1, step=0)
     with pytest.raises(CheckpointError, match=f"client 0, {message}"):
         ShardedModel(tmp_path)
 
@@ -217,7 +218,7 @@ def test_gaps_and_overlaps(tmp_path: Path, intervals: list[tuple[int, int]], mes
 def test_clients_that_differ(tmp_path: Path, other: Tensor, step: int, message: str) -> None:
     for client, (tensor, at) in enumerate([(torch.ones(2, 3), 7), (other, step)]):
         groups = [("all", zero3_slices({"w": tensor}, 0, 1))]
-        save_shards(tmp_path, groups, client=client, clients=2, rank=0, ranks=1, step=at)
+        save_shards(tmp_path, groups, Part(client, 0, 1), clients=2, step=at)
     with pytest.raises(CheckpointError, match=message):
         ShardedModel(tmp_path)
 

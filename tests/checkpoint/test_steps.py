@@ -14,9 +14,10 @@ from saved_states import zero3_slices
 
 from deca_ds.checkpoint import files, write_shards
 from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
-from deca_ds.checkpoint.write_shards import MANIFEST, rank_folder, save_shards
+from deca_ds.checkpoint.write_shards import MANIFEST, save_shards
 from deca_ds.errors import CheckpointError
 
 STATE = {"w": torch.arange(21.0).view(7, 3), "m/w": torch.arange(21.0, 42.0).view(7, 3), "b": torch.ones(1)}
@@ -26,7 +27,7 @@ def save(folder: Path, step: int, *, ranks: int = 2, rank: int | None = None, at
     for r in range(ranks) if rank is None else [rank]:
         groups = [(name, zero3_slices({name: tensor}, r, ranks)) for name, tensor in STATE.items()]
         state = {"attempt": attempt}
-        save_shards(step_folder(folder, step), groups, client=0, clients=1, rank=r, ranks=ranks, step=step, state=state)
+        save_shards(step_folder(folder, step), groups, Part(0, r, ranks), clients=1, step=step, state=state)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -38,13 +39,13 @@ def flip_a_bit(path: Path) -> None:
 def test_a_rank_of_the_same_layout_needs_its_own_part_only(tmp_path: Path) -> None:
     save(tmp_path, 5)
     shutil.rmtree(rank_folder(step_folder(tmp_path, 5), 0, 0))
-    saved = open_checkpoint(tmp_path, 5, client=0, rank=1, ranks=2)
+    saved = open_checkpoint(tmp_path, 5, Part(0, 1, 2))
     assert saved.states == {(0, 1): {"attempt": 1}} and saved.ranks == {0: 2}
     assert torch.equal(saved.read_range("w", 0, 11, 21), STATE["w"].flatten()[11:])
     with pytest.raises(CheckpointError, match=r"w: elements \[10, 11\) of 21 are missing"):
         saved.read_range("w", 0, 10, 21)
     with pytest.raises(CheckpointError, match="missing: client 0 rank 0"):
-        open_checkpoint(tmp_path, 5, client=0, rank=0, ranks=1)
+        open_checkpoint(tmp_path, 5, Part(0, 0, 1))
 
 
 @settings(max_examples=40)
@@ -56,7 +57,7 @@ def test_any_ranks_read_what_any_others_wrote(
     tensor = torch.randn(numel)
     for rank in range(before):
         groups = [("all", zero3_slices({"w": tensor}, rank, before))]
-        save_shards(folder / "s", groups, client=0, clients=1, rank=rank, ranks=before, step=0)
+        save_shards(folder / "s", groups, Part(0, rank, before), clients=1, step=0)
     saved = ShardedModel(folder / "s", [0])
     for rank in range(now):
         start, stop = (min(numel, r * ceil(numel / now)) for r in (rank, rank + 1))
@@ -81,18 +82,18 @@ def test_damage_is_found_before_anything_is_used(tmp_path: Path, damaged: str, h
     if (damaged, how) == ("manifest.blake2b", "gone"):
         return  # the checksum alone is no part of the state
     with pytest.raises(CheckpointError):
-        open_checkpoint(tmp_path, 8, client=0, rank=1, ranks=2)
+        open_checkpoint(tmp_path, 8, Part(0, 1, 2))
     with pytest.raises(CheckpointError):
-        open_checkpoint(tmp_path, 8, client=0, rank=0, ranks=1)
-    open_checkpoint(tmp_path, 8, client=0, rank=0, ranks=2)
-    open_checkpoint(tmp_path, 4, client=0, rank=1, ranks=2)
+        open_checkpoint(tmp_path, 8, Part(0, 0, 1))
+    open_checkpoint(tmp_path, 8, Part(0, 0, 2))
+    open_checkpoint(tmp_path, 4, Part(0, 1, 2))
 
 
 def test_parts_of_two_attempts_are_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 5, rank=0, attempt=1)
     save(tmp_path, 5, rank=1, attempt=2)
     with pytest.raises(CheckpointError, match="not from one attempt"):
-        open_checkpoint(tmp_path, 5, client=0, rank=0, ranks=1)
+        open_checkpoint(tmp_path, 5, Part(0, 0, 1))
 
 
 @pytest.mark.parametrize("stage", ["first file", "second file", "sync", "manifest", "rename"])
@@ -128,10 +129,10 @@ def test_a_full_disk_at_any_stage_leaves_the_checkpoint_before(
     monkeypatch.undo()
     assert not list(step_folder(tmp_path, 8).rglob("*rank*"))
     with pytest.raises(CheckpointError):
-        open_checkpoint(tmp_path, 8, client=0, rank=1, ranks=2)
-    open_checkpoint(tmp_path, 4, client=0, rank=1, ranks=2)
+        open_checkpoint(tmp_path, 8, Part(0, 1, 2))
+    open_checkpoint(tmp_path, 4, Part(0, 1, 2))
     save(tmp_path, 8)
-    open_checkpoint(tmp_path, 8, client=0, rank=1, ranks=2)
+    open_checkpoint(tmp_path, 8, Part(0, 1, 2))
 
 
 def test_every_rank_removes_what_it_answers_for(tmp_path: Path) -> None:
@@ -140,8 +141,8 @@ def test_every_rank_removes_what_it_answers_for(tmp_path: Path) -> None:
     (step_folder(tmp_path, 4) / "client_000/rank_003.partial").mkdir()
     (tmp_path / "step_other").mkdir()
     assert steps_in(tmp_path) == [4, 8] and steps_in(tmp_path / "nowhere") == []
-    remove_part(tmp_path, 4, client=0, rank=1, ranks=2)
+    remove_part(tmp_path, 4, Part(0, 1, 2))
     assert sorted(path.name for path in tmp_path.glob("step_00000004/client_000/*")) == ["rank_000", "rank_002"]
-    remove_part(tmp_path, 4, client=0, rank=0, ranks=2)
+    remove_part(tmp_path, 4, Part(0, 0, 2))
     assert steps_in(tmp_path) == [8]
-    remove_part(tmp_path, 4, client=0, rank=0, ranks=2)  # it is gone already
+    remove_part(tmp_path, 4, Part(0, 0, 2))  # it is gone already

@@ -19,6 +19,7 @@ import torch
 from tiny_models import rows
 from transformers import AutoModelForCausalLM
 
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.write_shards import save_shards
 from deca_ds.config import load_config
 from deca_ds.engine import chunked_loss
@@ -99,10 +100,8 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
     save_shards(
         run / "model",
         slice_groups(model_pieces(client), cluster),
-        client=0,
+        Part(0, cluster.shard, cluster.ranks),
         clients=1,
-        rank=cluster.shard,
-        ranks=cluster.ranks,
         step=0,
     )
     if cluster.is_job_leader:

@@ -15,6 +15,7 @@ from torch.distributed import HashStore
 from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.state import TrainingState, set_random_state
@@ -95,7 +96,7 @@ def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_pa
         after_step(saver, done)
     saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [3]
-    saved = open_checkpoint(tmp_path / "checkpoints", 3, client=0, rank=0, ranks=1)
+    saved = open_checkpoint(tmp_path / "checkpoints", 3, Part(0, 0, 1))
     assert set(saved.names) == {"a", "b", "c", "d", "m/a", "v/a"}
     assert saved.states[0, 0]["local_steps"] == [1]
     assert saved.dtype("a") == saved.dtype("d") == torch.float32 and saved.dtype("b") == torch.bfloat16
@@ -124,7 +125,7 @@ def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
     saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [2, 3, 4, 5]
     # what was complete when each was written, for a run that finds none whole
-    whole = [open_checkpoint(tmp_path / "checkpoints", step, client=0, rank=0, ranks=1) for step in (4, 5)]
+    whole = [open_checkpoint(tmp_path / "checkpoints", step, Part(0, 0, 1)) for step in (4, 5)]
     assert [saved.states[0, 0]["earlier"] for saved in whole] == [None, 3]
     saver._written._timeout_s = 0.2
     with pytest.raises(CheckpointError, match="not all ranks have saved step 5"):
@@ -158,7 +159,7 @@ def test_training_goes_on_while_one_is_written_and_the_next_waits(job, tmp_path:
     next_one.join(timeout=100)
     saver.wait()
     for step in (1, 2):
-        saved = open_checkpoint(tmp_path / "checkpoints", step, client=0, rank=0, ranks=1)
+        saved = open_checkpoint(tmp_path / "checkpoints", step, Part(0, 0, 1))
         assert torch.equal(saved.read("m/a", 0), torch.full((3, 2), float(step)))
 
 
@@ -178,7 +179,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(job, tmp_path: Path,
         for _ in range(200):
             saver._thread.submit(lambda: None).result()  # until the write is through
             after_step(saver, 5)
-    open_checkpoint(tmp_path / "checkpoints", 2, client=0, rank=0, ranks=1)
+    open_checkpoint(tmp_path / "checkpoints", 2, Part(0, 0, 1))
     assert not list(step_folder(tmp_path / "checkpoints", 4).rglob("*rank*"))
 
 

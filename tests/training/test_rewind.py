@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.steps import step_folder, steps_in
-from deca_ds.checkpoint.write_shards import Slice, rank_folder, save_shards
+from deca_ds.checkpoint.write_shards import Slice, save_shards
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip.schedule import build_mixing
@@ -41,7 +42,7 @@ def make_checkpoint(
     }
     groups = [("all", [Slice("w", (3,), 0, 3, torch.ones(3))])]
     folder = step_folder(run / "checkpoints", step)
-    return save_shards(folder, groups, client=0, clients=1, rank=rank, ranks=ranks, step=step, state=state)
+    return save_shards(folder, groups, Part(0, rank, ranks), clients=1, step=step, state=state)
 
 
 def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1, absent: Sequence[int] = ()):

@@ -19,8 +19,8 @@ from deca_ds.algorithm.local import LocalSteps
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.checkpoint import write_shards
 from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.steps import step_folder, steps_in
-from deca_ds.checkpoint.write_shards import rank_folder
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.engine.state import TrainingState
 from deca_ds.errors import CheckpointError, DivergedError
@@ -108,7 +108,7 @@ class Job:
         self.state.done = done
 
     def open(self, step: int):
-        return open_checkpoint(self.folder, step, client=0, rank=0, ranks=1)
+        return open_checkpoint(self.folder, step, Part(0, 0, 1))
 
     def assert_holds(self, step: int) -> None:
         """What the client had after `step` inner steps, every checksum compared."""
@@ -237,7 +237,7 @@ def test_an_earlier_one_that_is_not_as_it_was_written_is_not_built_on(tmp_path: 
 @pytest.mark.parametrize(("ranks", "links"), [(1, True), (2, False)])
 def test_a_run_that_went_on_builds_on_what_it_went_on_from(tmp_path: Path, ranks: int, links: bool) -> None:
     before = Job(tmp_path, SCHEDULE, keep=1)
-    before.saver._cluster.ranks = ranks
+    before.saver._cluster.ranks, before.saver._own = ranks, Part(0, 0, ranks)
     before.save(4)
     job = Job(tmp_path, SCHEDULE, keep=1, resumed=4)
     job.train(4)

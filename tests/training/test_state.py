@@ -17,6 +17,7 @@ from fake_clients import SCHEDULE, in_threads, tensors_of, training_state
 from torch.distributed import HashStore
 
 from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.part import Part
 from deca_ds.config.schema import CheckpointConfig
 from deca_ds.elastic.handover import receive, send
 from deca_ds.engine import state as listing
@@ -88,7 +89,7 @@ def save(state: TrainingState, ranks: int, shard: int, folder: Path) -> None:
 
 
 def load(state: TrainingState, done: int, ranks: int, shard: int, folder: Path) -> None:
-    saved = open_checkpoint(folder, done, client=0, rank=shard, ranks=ranks)
+    saved = open_checkpoint(folder, done, Part(0, shard, ranks))
     same = saved.ranks[0] == ranks
     restore(Resumption(done, saved, saved.states[0, shard if same else 0], same), cluster(ranks, shard), state)
 

@@ -1,0 +1,24 @@
+"""Whose part of a saved model something is, and where it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def rank_folder(folder: Path, client: int, rank: int) -> Path:
+    """Where `rank` of `client` keeps its slices."""
+    return folder / f"client_{client:03d}" / f"rank_{rank:03d}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank saves: number `rank` of the `ranks` of client number `client`."""
+
+    client: int
+    rank: int
+    ranks: int
+
+    def folder(self, of: Path) -> Path:
+        """Where its slices are, in the folder of a whole model."""
+        return rank_folder(of, self.client, self.rank)
