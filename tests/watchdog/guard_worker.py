@@ -32,7 +32,7 @@ def until_ready(ranks: int) -> None:
 
 
 visitor = Visitor(host=0) if what == "visits" else None
-with guarded(launch, open_job_store(launch, 60), visitor) as guard:
+with guarded(launch, open_job_store(launch, 300), visitor) as guard:
     guard.write_to(output)
     if what == "wait":
         time.sleep(600)
