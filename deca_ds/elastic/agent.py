@@ -16,7 +16,8 @@ from deca_ds.elastic.policy import Action, Situation, decide, named
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.survivor_commit import Question, SurvivorCommit
 from deca_ds.engine.state import TrainingState
-from deca_ds.gossip import Gossip, MixingSchedule, subset
+from deca_ds.gossip import MixingSchedule, subset
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.view import View
 from deca_ds.launch.world import Cluster
 from deca_ds.watchdog.stop import StopByCommit

@@ -15,7 +15,8 @@ from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.dry_pass import DryModel, NotWithoutValues, PassMemory
 from deca_ds.engine.load import find_blocks, meta_model, zero3_config
-from deca_ds.gossip import CODECS, MixingSchedule
+from deca_ds.gossip import MixingSchedule
+from deca_ds.gossip.codec import CODECS
 from deca_ds.planning.gathered import Gathered, peak_gathered
 from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
 from deca_ds.planning.roofline import Gpu, StepTime, Work, pass_flops, step_time

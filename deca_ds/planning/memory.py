@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deca_ds.engine.dry_pass import PassMemory
-from deca_ds.gossip import WINDOW
+from deca_ds.gossip.strategies import WINDOW
 from deca_ds.planning.gathered import Gathered
 
 Place = Literal["gpu", "host"]

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from deca_ds.algorithm import State
 from deca_ds.config.schema import GossipConfig
-from deca_ds.gossip import CODECS, MixingSchedule, clipped_weights
+from deca_ds.gossip import MixingSchedule
+from deca_ds.gossip.clip import clipped_weights
+from deca_ds.gossip.codec import CODECS
 
 
 def means_of(values: State, mixing: MixingSchedule, t: int, config: GossipConfig) -> dict[str, Tensor]:

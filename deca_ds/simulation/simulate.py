@@ -15,7 +15,8 @@ from deca_ds.algorithm import LocalSteps, Rule, Schedule, State, Step, local_ste
 from deca_ds.config import Config
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.engine.masters import rounded
-from deca_ds.gossip import CODECS, MixingSchedule
+from deca_ds.gossip import MixingSchedule
+from deca_ds.gossip.codec import CODECS
 from deca_ds.simulation.averaging import means_of
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.chosen_method import step_learning_rate

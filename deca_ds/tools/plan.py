@@ -28,16 +28,9 @@ from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import (
-    CODECS,
-    MixingSchedule,
-    agreement,
-    build_mixing,
-    check_wait,
-    large_momentum,
-    slow_mixing,
-    subset,
-)
+from deca_ds.gossip import MixingSchedule, agreement, build_mixing, large_momentum, slow_mixing, subset
+from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.late import check_wait
 from deca_ds.launch import ClientLayout
 from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile

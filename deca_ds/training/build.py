@@ -17,7 +17,10 @@ from deca_ds.elastic import ElasticAgent, Invitation, Lookout, save_addresses
 from deca_ds.engine.client import Client
 from deca_ds.engine.load import padding_of
 from deca_ds.engine.state import TrainingState
-from deca_ds.gossip import CODECS, Clip, Gossip, LateExchange
+from deca_ds.gossip.clip import Clip
+from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import Gossip
+from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.launch.compare_ranks import software
 from deca_ds.launch.digests import digest
 from deca_ds.launch.view import View

@@ -27,7 +27,8 @@ from deca_ds.config.watching import CheckpointConfig
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import FROZEN, Piece, Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError, DivergedError
-from deca_ds.gossip import Gossip, MixingSchedule
+from deca_ds.gossip import MixingSchedule
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
 from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX

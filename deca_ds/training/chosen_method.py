@@ -12,7 +12,7 @@ from deca_ds.config.checks import check_names
 from deca_ds.config.schema import AlgorithmConfig, OptimizerConfig
 from deca_ds.engine.adapters import require_peft
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import CODECS
+from deca_ds.gossip.codec import CODECS
 
 NAMES: dict[str, Collection[str]] = {  # of keys that name something in a registry
     "algorithm.method": METHODS,

@@ -19,7 +19,7 @@ from deca_ds.elastic import ElasticAgent
 from deca_ds.engine.client import BlockState, Client, GradientStats
 from deca_ds.engine.state import TrainingState, model_pieces
 from deca_ds.errors import DataError, DivergedError
-from deca_ds.gossip import Gossip
+from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
 from deca_ds.training import best
 from deca_ds.training.checkpoints import Checkpoints, slice_groups

@@ -18,7 +18,8 @@ from deca_ds.config.resume import check_folder, has_begun, save_changes
 from deca_ds.data import validate_data_config
 from deca_ds.elastic import Invitation, Visit, check_absent
 from deca_ds.errors import CheckpointError
-from deca_ds.gossip import MixingSchedule, build_mixing, check_wait
+from deca_ds.gossip import MixingSchedule, build_mixing
+from deca_ds.gossip.late import check_wait
 from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.compare_ranks import compare_software, software
 from deca_ds.launch.store import JobStore

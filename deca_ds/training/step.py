@@ -9,7 +9,9 @@ from torch import Tensor
 from deca_ds.algorithm import Rule, Step, local_step, squared_norm
 from deca_ds.config.schema import OptimizerConfig
 from deca_ds.engine.client import BlockState, Client, GradientStats
-from deca_ds.gossip import Gossip, Mean, begin
+from deca_ds.gossip.averaging import Mean
+from deca_ds.gossip.gossip import Gossip
+from deca_ds.gossip.strategies import begin
 
 # Ends an averaging of which everything has been sent, by calling what it is given, once and before anybody looks at the
 # model, the block's state or what gossip counts. Between, the last chunks travel.

@@ -11,7 +11,6 @@ from torch.distributed import HashStore
 
 from deca_ds.config.data import DataConfig
 from deca_ds.config.schema import Config, ModelConfig
-from deca_ds.data import client as client_module
 from deca_ds.engine.load import load_tokenizer
 from deca_ds.errors import DataError
 from deca_ds.launch import Launch
@@ -63,13 +62,13 @@ def words(path, text="w1"):
 
 def test_one_rank_a_host_prepares_and_all_have_the_same(hosts, tiny_model, tmp_path, monkeypatch):
     names, barrier, gathered, prepared = ["a", "a", "b"], threading.Barrier(3), [None] * 3, []
-    original = client_module.Preparation.entry
+    original = module.prepare_client_data
 
-    def entry(self):
-        prepared.append(self.config.data.cache)
-        return original(self)
+    def prepare(config, *rest):
+        prepared.append(config.data.cache)
+        return original(config, *rest)
 
-    monkeypatch.setattr(client_module.Preparation, "entry", entry)
+    monkeypatch.setattr(module, "prepare_client_data", prepare)
     tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
 
     def load(trains):
