@@ -20,7 +20,6 @@ from typing import Protocol
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,6 +31,7 @@ from deca_ds.checkpoint.generation import adapt_saved
 from deca_ds.checkpoint.open_steps import find_checkpoint
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import FOLDER, steps_in
+from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum, sync
 from deca_ds.checkpoint.part import Part
+from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.engine.slices import Slice
 from deca_ds.errors import CheckpointError
 

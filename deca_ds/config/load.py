@@ -84,7 +84,11 @@ def _read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
+        raise ConfigError(
+            f"not valid YAML: {getattr(error, 'problem', error)}",
+            where=f"{path}{line}",
+            fix="indent with blanks, never with tabs, and the keys of one section alike; what is wrong may begin before",
+        ) from error
     except ConfigError:
         raise
     except (OmegaConfBaseException, AssertionError, ValueError, RecursionError, OSError) as error:

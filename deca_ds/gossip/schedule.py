@@ -89,7 +89,7 @@ class MixingSchedule:
         return (
             f"{self.name} on {self.size} client{'s' if self.size > 1 else ''}{period}: "
             f"at most {self.max_degree} neighbour{'s' if self.max_degree != 1 else ''} a client, "
-            f"{self.messages:g} block{'s' if self.messages != 1 else ''} sent per averaging, "
+            f"the block is sent {self.messages:g} time{'s' if self.messages != 1 else ''} per averaging, "
             f"spectral gap {self.spectral_gap:.4g}"
         )
 

@@ -74,7 +74,7 @@ def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
         step, missing = saved.step, sorted(set(range(saved.clients_of_run)) - set(saved.clients))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("export", total=None)
         report = export_model(
             args.run,

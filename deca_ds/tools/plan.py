@@ -326,10 +326,10 @@ def _rounded(plan: BlockPlan, ranks: int) -> str:
 
 def _all_logits(config: Config, model: PreTrainedModel) -> str:
     """What the loss of a model takes that is not a body and a head."""
-    mib = 4 * model.config.get_text_config().vocab_size * config.data.micro_batch_size * config.data.max_length / 2**20
+    size = 4 * model.config.get_text_config().vocab_size * config.data.micro_batch_size * config.data.max_length
     return (
         f"logits: the forward of {type(model).__name__} is not a body and one linear head, so that the loss holds all "
-        f"logits of a micro-batch: {mib:,.1f} MiB in float32, and as much for their gradient"
+        f"logits of a micro-batch: {decimal(size)} in float32, and as much for their gradient"
     )
 
 

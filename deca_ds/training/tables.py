@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,17 +18,17 @@ def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
     """What each client trains on, and with labels how many examples of each. summaries: `ClientData.summary` of every
     client."""
     table = Table(title="data of each client")
-    for column in ("client", "train", "left out", "cut", "own eval", "common eval", "target tokens"):
+    for column in ("client", "train", "dropped", "cut", "own eval", "common eval", "target tokens"):
         table.add_column(column, justify="right")
     labels = Table(title="training examples by label", box=None)  # beside the numbers they would be a word a line
     labels.add_column("client", justify="right")
     labels.add_column("label and examples")
     numbers = ("client", "train", "dropped", "cut", "own_evaluation", "common_evaluation", "target_tokens")
     for summary in summaries:
-        table.add_row(*(str(summary[key]) for key in numbers))
+        table.add_row(*(f"{summary[key]:,}" for key in numbers))
         if summary["labels"]:
             counts = sorted(summary["labels"].items(), key=lambda item: -item[1])
-            labels.add_row(str(summary["client"]), escape(", ".join(f"{label} {count}" for label, count in counts)))
+            labels.add_row(str(summary["client"]), escape(", ".join(f"{label} {count:,}" for label, count in counts)))
     return Group(table, labels) if labels.row_count else Group(table)
 
 
@@ -44,8 +45,8 @@ def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
         table.add_column(column, justify="left" if column == "what" else "right")
     total = sum(block.numel for block in plan.blocks)
     for index, block in enumerate(plan.blocks):
-        mib = bytes_per_parameter * block.numel / ranks / 2**20
-        table.add_row(str(index), block.label, f"{block.numel:,}", f"{block.numel / total:.1%}", f"{mib:,.1f} MiB")
+        state = decimal(bytes_per_parameter * block.numel // ranks)
+        table.add_row(str(index), block.label, f"{block.numel:,}", f"{block.numel / total:.1%}", state)
     if len(plan.frozen) > len(plan.beside):
         table.add_row("-", f"frozen: {len(plan.frozen) - len(plan.beside)} parameters", "", "", "")
     if plan.beside:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,18 @@ def test_one_client_reloads_bit_equal(tmp_path: Path, make_run: MakeRun, archite
     assert (report.files > 1) == (tmp_path / "out" / "model.safetensors.index.json").exists()
     assert report.note is None
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("story") == 2
+
+
+def test_whoever_may_read_the_other_files_may_read_the_weights(tmp_path: Path, make_run: MakeRun) -> None:
+    umask = os.umask(0o027)
+    try:
+        run, _ = make_run()
+        export_model(run, tmp_path / "out")
+    finally:
+        os.umask(umask)
+    files = [*run.rglob("*.safetensors"), *(tmp_path / "out").glob("*.safetensors")]
+    assert len(files) > 1
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "mixtral", "qwen2_tied"])
@@ -445,7 +458,7 @@ def test_launcher(tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixtu
     size = ("--max-shard-size", "0.02MB", "--dtype", "bfloat16")
     assert launch(run, tmp_path / "out", "--client", 2, *size) == 0
     printed = capsys.readouterr().out
-    assert "client 2" in printed and str(tmp_path / "out") in printed and "not marked DONE" in printed
+    assert printed.startswith("exported client 2") and str(tmp_path / "out") in printed and "not marked DONE" in printed
     assert_same(reload_state(tmp_path / "out"), {n: t.bfloat16() for n, t in model_state(trained[2]).items()})
     assert launch(run, tmp_path / "mean", "--mean") == 0
     assert "mean of 3 clients" in capsys.readouterr().out

@@ -31,6 +31,13 @@ def test_file_then_dotlist_then_saved_and_read_back(tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
 
 
+def test_a_file_that_is_no_yaml_is_named_with_its_line_and_a_remedy(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  path: here\n cluster:\n  clients: 4\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML[\s\S]*run\.yaml, line 3\n  fix: .*indent with blanks"):
+        load_config(file, [])
+
+
 def test_how_long_a_run_is_is_said_once(tmp_path):
     def length(*overrides):
         config = load_config(file, [*BASE, *overrides])

@@ -100,7 +100,7 @@ def test_a_wrong_value_names_its_key(change: dict, clients: int, key: str):
 def test_summary_says_what_a_dry_run_needs():
     ring = build_mixing(GossipConfig(), 8, seed=0)
     assert ring.summary() == (
-        "ring (metropolis) on 8 clients: at most 2 neighbours a client, 16 blocks sent per averaging, "
+        "ring (metropolis) on 8 clients: at most 2 neighbours a client, the block is sent 16 times per averaging, "
         "spectral gap 0.1953"
     )
     assert (

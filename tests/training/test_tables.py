@@ -20,19 +20,19 @@ def shown(table) -> str:
 
 
 def test_data_table_has_a_row_per_client_with_its_labels():
-    keys = {"train": 5, "dropped": 7, "cut": 33, "own_evaluation": 1, "common_evaluation": 2, "target_tokens": 50}
+    keys = {"train": 5, "dropped": 7, "cut": 33, "own_evaluation": 1, "common_evaluation": 2, "target_tokens": 5432}
     text = shown(
-        data_table([{"client": 0, **keys, "labels": {"a [b]": 1, "b": 4}}, {"client": 1, **keys, "labels": {}}])
+        data_table([{"client": 0, **keys, "labels": {"a [b]": 1, "b": 4000}}, {"client": 1, **keys, "labels": {}}])
     )
-    assert "b 4, a [b] 1" in text and text.count("50") == 2
+    assert "b 4,000, a [b] 1" in text and text.count("5,432") == 2
     assert "by label" not in shown(data_table([{"client": 1, **keys, "labels": {}}]))
-    assert "left out" in text and text.count("33") == 2, "what is lost is told"
+    assert "dropped" in text and text.count("33") == 2, "what is lost is told"
 
 
 def test_block_table_gives_the_state_of_a_rank():
     plan = BlockPlan((Block("layers 0-1", ("x",), 2**20), Block("head", ("y",), 3 * 2**20)), ("z",))
     text = shown(block_table(plan, ranks=2, bytes_per_parameter=16))
-    assert "8.0 MiB" in text and "24.0 MiB" in text and "25.0%" in text and "frozen: 1" in text
+    assert "8.4 MB" in text and "25.2 MB" in text and "25.0%" in text and "frozen: 1" in text
 
 
 def test_what_is_frozen_and_what_is_much_larger_is_said():
