@@ -75,12 +75,6 @@ class DisconnectedError(GossipError):
     code = FAILURE_CODE
 
 
-class EndedError(UserError):
-    """This rank was told to end where the job cannot save anything yet."""
-
-    code = FAILURE_CODE
-
-
 class StallError(UserError):
     """A rank waited longer than cluster.timeout_s for ranks that do not move on.
 
@@ -134,6 +128,10 @@ class CutOffError(RankLostError):
     """The other clients go on without this one, or are out of its reach."""
 
 
+class EndedError(BaseException):
+    """This rank was told to end where the job cannot save anything yet. No Exception: libraries handle these."""
+
+
 def exit_code(error: BaseException) -> int:
     """With which a rank that fails with `error` ends."""
     return error.code if isinstance(error, UserError) else FAILURE_CODE
@@ -147,6 +145,8 @@ def public_message(error: BaseException) -> str:
     kind = type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, EndedError):
+        return str(error)
     if isinstance(error, UserError):
         return f"{kind}; its message stays with that rank, see its own output" if error.private else str(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -158,4 +158,4 @@ def whole_message(error: BaseException) -> str:
     """What the own output says of `error`: everything."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    return str(error) if isinstance(error, UserError | EndedError) else "".join(traceback.format_exception(error))

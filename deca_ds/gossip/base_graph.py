@@ -106,7 +106,7 @@ def _sizes(n: int, degree: int) -> tuple[int, ...] | None:
         return ()
     found = [
         (*rest, size)
-        for size in range(2, degree + 2)
+        for size in range(2, min(n, degree + 1) + 1)
         if n % size == 0 and (rest := _sizes(n // size, degree)) is not None
     ]
     return min(found, key=len, default=None)

@@ -166,7 +166,7 @@ class Supervisor:
             before, failures, ends, started = self._reached(), self._failures(), self._ends(), time.monotonic()
             code, told = self._start(command)
             reached = self._reached()
-            if code and self._ends() - ends and self._failures() == failures:
+            if code and self._ends() - ends and not self._failures() - failures:
                 code = 0
             elif code and told == {USER_ERROR_CODE}:
                 code = USER_ERROR_CODE

@@ -9,8 +9,9 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
 from deca_ds.config import Config, load_config
@@ -116,7 +117,7 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
 
     all_start = visit is None and config.cluster.on_failure == "stop"
     if not all_start:
-        on_stop(_end_before_training)
+        on_stop(partial(_end_before_training, guard))
     else:
         hear_signals()
         guard.let_stop_before_training(lambda: _end_early(guard.output) if is_first else None)
@@ -145,13 +146,10 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
         guard.come_back("is in the smaller part of the network, or alone")
 
 
-def _end_before_training(number: int, *_: Any) -> NoReturn:
+def _end_before_training(guard: JobGuard, number: int, *_: Any) -> None:
     """A signal handler for ranks that cannot stop together yet, as clients may die: this one fails, all hear why."""
-    on_stop(signal.SIG_IGN)
-    raise EndedError(
-        f"{signal.Signals(number).name} came before training began: nothing was trained",
-        fix="give the same command again, with run.resume=auto",
-    )
+    what = f"{signal.Signals(number).name} came before training began: nothing was trained"
+    guard.early_end.interrupt(EndedError(f"{what}\n  fix:   give the same command again, with run.resume=auto"))
 
 
 def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:

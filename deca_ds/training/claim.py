@@ -115,21 +115,22 @@ def take_place(output: Path, rank: int) -> None:
     try:
         file.parent.mkdir(exist_ok=True)
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+        if _lock(descriptor) is not False:
+            _sign(descriptor, "")
+            return
     except FileNotFoundError:  # there is no such run, which is told elsewhere
         return
     except OSError as error:
         raise ConfigError(
             f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {file}"
         ) from error
-    if _lock(descriptor) is False:
-        holder = _wait_for_word(descriptor, False)
-        os.close(descriptor)
-        raise LaunchError(
-            f"another process joins the job as rank {rank}, or has joined it" + f": {holder}" * (holder is not None),
-            where=str(file),
-            fix="leave that one alone, or end it first",
-        )
-    _sign(descriptor, "")
+    holder = _wait_for_word(descriptor, False)
+    os.close(descriptor)
+    raise LaunchError(
+        f"another process joins the job as rank {rank}, or has joined it" + f": {holder}" * (holder is not None),
+        where=str(file),
+        fix="leave that one alone, or end it first",
+    )
 
 
 def check_held(output: Path) -> None:

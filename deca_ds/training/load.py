@@ -4,6 +4,7 @@ the hub, and tokenises its client's data, for the others there."""
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,6 +16,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deca_ds.algorithm import METHODS, fused_parameters
+from deca_ds.checkpoint.adapters import FILE as ADAPTERS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.config import Config
@@ -36,6 +38,8 @@ from deca_ds.launch.world import Cluster
 from deca_ds.training.connect import Job
 from deca_ds.training.doubts import doubts
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
+
+_BASE = "hf"  # in the run's folder: the model's configuration and the tokenizer
 
 
 def load_base(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -68,7 +72,7 @@ def load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTok
 
 def load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Client:
     """The model on this client's shards; what Hugging Face needs beside its weights is in the run's folder then."""
-    config, cluster, folder = job.config, job.cluster, job.output / "hf"
+    config, cluster, folder = job.config, job.cluster, job.output / _BASE
     cluster.progress.enter("loading the model", works=True, awaits=SHARED)
     model = load_model(config, architecture)
     if cluster.is_job_leader:
@@ -85,6 +89,13 @@ def load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedT
         warn_of_blocks(console, client.plan)
         warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
     return client
+
+
+def forget_base(output: Path) -> None:
+    """Remove what `load_client` has put into the run's folder. A start that failed may have had another model,
+    tokenizer or method."""
+    shutil.rmtree(output / _BASE, ignore_errors=True)
+    (output / ADAPTERS).unlink(missing_ok=True)
 
 
 @contextmanager

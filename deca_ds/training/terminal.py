@@ -42,7 +42,7 @@ def own_streams() -> None:
         setattr(sys, name, io.TextIOWrapper(raw, before.encoding, "backslashreplace", **options))
 
 
-def on_stop(handler: Callable[..., Any] | signal.Handlers) -> None:
+def on_stop(handler: Callable[..., Any]) -> None:
     """Have `handler` called when the job is told to stop.
 
     Slurm and mpirun do that by SIGTERM; mpirun hands SIGUSR1 on to the ranks without ending them; a terminal that is

@@ -28,6 +28,7 @@ from deca_ds.training.compare_clients import compare_data, digest_of_start
 from deca_ds.training.connect import Job
 from deca_ds.training.doubts import doubts_of_length
 from deca_ds.training.length import check_place, count_rounds, tell_length, tell_other_length
+from deca_ds.training.load import forget_base
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.restore import compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.resume import Resumption
@@ -146,6 +147,7 @@ class NewRun(_Together):
         take_for_job(job.output, job.cluster.launch, job.cluster.store, partial(check_new, job.config))
 
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
+        forget_base(job.output)
         save_config(job.config, job.output / SAVED_CONFIG)
         save_summaries(job.output, summaries)
         told = f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}"

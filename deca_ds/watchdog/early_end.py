@@ -36,11 +36,11 @@ class EarlyEnd:
         """The main thread ends already, and must not be interrupted any more."""
         self._too_late = True
 
-    def interrupt(self) -> None:
-        """In a signal handler of the main thread: raise StopBeforeTraining there, once."""
+    def interrupt(self, end: BaseException | None = None) -> None:
+        """In a signal handler of the main thread: raise `end`, or else StopBeforeTraining, there, once."""
         if not self._too_late:
             self._too_late = True
-            raise StopBeforeTraining
+            raise end or StopBeforeTraining
 
     def watch(self, store: Store) -> None:
         """In the watcher's thread, which has this connection: have SIGUSR1 interrupt the main thread, by a handler that

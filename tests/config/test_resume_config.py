@@ -45,7 +45,8 @@ def test_a_new_folder_starts_a_run(tmp_path: Path, resume: str) -> None:
 def test_there_must_be_a_run_to_continue(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no run to continue in .*new"):
         check_folder(configured(tmp_path / "new"))
-    (tmp_path / "heartbeats").mkdir()  # a run that was killed before it had saved its configuration is none
+    (tmp_path / "heartbeats").mkdir()  # a run that ended before it had saved its configuration is none
+    (tmp_path / "STOPPED").touch()
     check_folder(configured(tmp_path, resume="auto"))
     (tmp_path / "something").touch()
     for resume in ("auto", "require"):

@@ -27,6 +27,11 @@ def test_all_agree_after_a_period_with_few_neighbours_at_a_time(degree: int):
         np.testing.assert_allclose(product, np.full((n, n), 1 / n), atol=1e-14)
 
 
+def test_no_client_needs_more_neighbours_than_there_are_others():
+    for most, asked in zip(base_graph(7, 6), base_graph(7, 10**12), strict=True):
+        np.testing.assert_array_equal(most, asked)
+
+
 def test_of_six_clients_the_period_is_that_of_two_groups_of_three():
     assert [len(base_graph(n, 1)) for n in (2, 3, 4, 5, 6, 7, 8)] == [1, 3, 2, 5, 4, 5, 3]
     assert [len(base_graph(n, 2)) for n in (3, 4, 6, 9)] == [1, 2, 2, 2]

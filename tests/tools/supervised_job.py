@@ -7,6 +7,7 @@ done:CODE       the same with a DONE marker
 stopped:CODE    the same with a STOPPED marker
 lost:CODE       the same, because client 1 is gone
 diverged:CODE   the same after a new checkpoint, with a FAILED marker of a client that diverged
+failed:CODE     the same with a FAILED marker
 other:CODE      the same, with that of client 0, which is not the rank's own
 waits:CODE      the same with a STOPPED marker, after SIGUSR1
 told:CODE       the same below a launcher that makes CODE of exit code 2
@@ -47,6 +48,8 @@ elif what == "trained":
     beats = read_heartbeats(output)
     beat = Heartbeat(0, "n0", 0, "gossip", beats[0].step + 1 if beats else 3, "layers 0-1", None, 0.0, time.time())
     (output / FOLDER / "rank_0000.json").write_text(json.dumps(asdict(beat)))
+elif what == "failed":
+    (output / "FAILED").write_text("rank 0 on n0, gradient, step 3\nkilled\n")
 elif what == "told":
     tell_exit_code(2)
 elif what == "done":

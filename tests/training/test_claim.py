@@ -3,6 +3,7 @@ in nobody's way."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -137,3 +138,12 @@ def test_a_rank_joins_once_at_a_time(tmp_path: Path) -> None:
         take_place(tmp_path, 2)
         first.kill()
     take_place(tmp_path, 3)
+
+
+def test_a_rank_that_joins_tells_of_a_disk_that_is_full(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ConfigError, match="cannot be written to: No space left on device"):
+        take_place(tmp_path, 3)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.checkpoint.write_shards import Slice, save_shards
+from deca_ds.config import load_config
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip.schedule import build_mixing
@@ -26,6 +28,7 @@ from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.restore import _rewind_lines, compare_with_saved
 from deca_ds.training.resume import choose
 from deca_ds.training.start import start
+from deca_ds.training.ways_to_start import NewRun
 
 ALONE = build_mixing(GossipConfig(graph="isolated"), 1, 0)
 
@@ -171,3 +174,15 @@ def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="no run to continue"):
         start(config, Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=100)), guard)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_new_run_keeps_nothing_of_a_start_that_failed_while_it_loaded(tmp_path: Path) -> None:
+    """That may have had another tokenizer, and adapters."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "chat_template.jinja").touch()
+    save_adapters(tmp_path, [])
+    numbers = ("client", "train", "dropped", "cut", "own_evaluation", "common_evaluation", "target_tokens")
+    config = load_config(None, ["model.path=x", f"run.output={tmp_path}"])
+    job = SimpleNamespace(output=tmp_path, config=config, mixing=ALONE)
+    NewRun()._describe(job, [dict.fromkeys(numbers, 0) | {"labels": {}}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "data.json"]
