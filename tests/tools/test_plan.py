@@ -161,9 +161,7 @@ def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, wor
     vocabulary = AutoConfig.from_pretrained(tiny_model).vocab_size
     sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
     BertConfig(**sizes, vocab_size=vocabulary, is_decoder=True).save_pretrained(tmp_path / "bert")
-    told = (
-        f"BertLMHeadModel is not a body and one linear head, .* {decimal(4 * 2 * 32 * vocabulary)} in float32"
-    )
+    told = f"BertLMHeadModel is not a body and one linear head, .* {decimal(4 * 2 * 32 * vocabulary)} in float32"
     assert re.search(told, plan(tmp_path / "bert"))
 
 
