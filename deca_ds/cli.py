@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deca", description="Train with DECA, and tools for its runs.")
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train; started on every rank by a launcher, or by itself as one client")
     for name, (about, _) in _COMMANDS.items():
         commands.add_parser(name, help=about)

@@ -87,7 +87,7 @@ def _read_yaml(path: Path) -> DictConfig:
         raise ConfigError(
             f"not valid YAML: {getattr(error, 'problem', error)}",
             where=f"{path}{line}",
-            fix="indent with blanks, not tabs, and the keys of one section alike; what is wrong may begin before",
+            fix="indent with blanks, never with tabs, and the keys of a section alike; look at the lines before, too",
         ) from error
     except ConfigError:
         raise

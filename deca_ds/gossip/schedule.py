@@ -85,9 +85,11 @@ class MixingSchedule:
 
     def summary(self) -> str:
         """One line for a dry run."""
+        if self.size == 1:
+            return f"{self.name} on 1 client"
         period = f", period {self.period}" if self.period > 1 else ""
         return (
-            f"{self.name} on {self.size} client{'s' if self.size > 1 else ''}{period}: "
+            f"{self.name} on {self.size} clients{period}: "
             f"at most {self.max_degree} neighbour{'s' if self.max_degree != 1 else ''} a client, "
             f"the block is sent {self.messages:g} time{'s' if self.messages != 1 else ''} per averaging, "
             f"spectral gap {self.spectral_gap:.4g}"

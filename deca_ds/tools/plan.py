@@ -66,7 +66,8 @@ def print_plan(
     checked, because each client's files are for its own ranks to open. gpu, net: tell the time on such
     GPUs, with a network of that rate in bits a second. as_json: print numbers for programs instead.
     """
-    console = Console(quiet=as_json)
+    # mpirun shows its ranks a terminal, also into a file
+    console = Console(quiet=as_json, color_system=None if world_size is not None else "auto")
     card, rate = _find_card(gpu, net)
     disable_progress_bars()
     slots = None if hostfile is None else read_hostfile(hostfile)

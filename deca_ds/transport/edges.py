@@ -72,7 +72,7 @@ def save_edges(edges: list[dict[str, Any]], folder: Path) -> str:
     return (
         f"slowest of {len(edges)} edge{'s' if len(edges) > 1 else ''}: client {i} on {here} - client {j} on {there}, "
         f"round trip {max(shard['round_trip_ms'] for shard in slowest['shards']):.2f} ms, "
-        f"{min(shard['mb_per_s'] for shard in slowest['shards']):.0f} MB/s"
+        f"{min(shard['mb_per_s'] for shard in slowest['shards']):,.0f} MB/s"
     )
 
 

@@ -109,6 +109,10 @@ def test_summary_says_what_a_dry_run_needs():
     )
 
 
+def test_one_client_has_no_neighbours_to_be_told_of():
+    assert build_mixing(GossipConfig(), 1, seed=0).summary() == "ring (metropolis) on 1 client"
+
+
 def test_a_schedule_refuses_a_matrix_that_loses_the_mean():
     with pytest.raises(GossipError, match="column 0"):
         MixingSchedule("bad", 2, (np.array([[1.0, 0.0], [0.5, 0.5]]),))

@@ -40,3 +40,4 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "gossip, waiting for client 1" in done.stdout and "3 of 3 inner steps" in done.stdout
     assert "nothing to stop: DONE" in done.stdout
+    assert "usage: deca [-h] [--version] COMMAND ...\n" in done.stdout, "its list of commands is no part of the usage"

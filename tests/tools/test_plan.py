@@ -50,6 +50,15 @@ def test_a_folder_that_is_used_is_told_last_and_hides_no_mistake(tiny_model, wor
         print_plan(load_config(None, [*keys, "run.resume=require"]))
 
 
+def test_ranks_write_no_colours_into_the_file_that_mpirun_writes(tiny_model, word_files, tmp_path, capsys, monkeypatch):
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color")):
+        monkeypatch.setenv(name, value)  # so that stdout is taken for a terminal
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
+    print_plan(load_config(None, keys), world_size=1)
+    told = capsys.readouterr().out
+    assert "launch: 1 ranks" in told and "\x1b" not in told
+
+
 CLASSES = ["data.format=classification"]
 
 

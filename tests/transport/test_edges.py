@@ -51,6 +51,12 @@ def test_every_edge_of_any_matrix_is_timed_once_on_every_shard(graph, clients, t
     assert json.loads((tmp_path / "edges.json").read_text()) == every[0]
 
 
+def test_the_slowest_edge_is_told_in_numbers_that_can_be_read(tmp_path):
+    edge = {"clients": [0, 1], "hosts": ["n0", "n1"], "shards": [{"round_trip_ms": 0.5, "mb_per_s": 4321.4}]}
+    line = "slowest of 1 edge: client 0 on n0 - client 1 on n1, round trip 0.50 ms, 4,321 MB/s"
+    assert save_edges([edge], tmp_path) == line
+
+
 def test_isolated_clients_have_no_edges():
     assert probe("isolated", 2, ranks=1) == [[], []]
 
