@@ -288,5 +288,9 @@ class Supervisor:
 
 
 def _with_times(markers: Iterable[Path]) -> set[tuple[Path, int]]:
-    """Those that are there."""
-    return {(marker, marker.stat().st_mtime_ns) for marker in markers if marker.is_file()}
+    """Those that are there. Another host may remove one at any time."""
+    found = set()
+    for marker in markers:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.add((marker, marker.stat().st_mtime_ns))
+    return found
