@@ -254,7 +254,7 @@ def survive(output: Path, clients: int, kinds: list[str], draw: random.Random, l
                 raise Failure(f"{fault.kind} ended the job with {code}")
             if fault.kind in ("hang", "disk", "message") and not errors:
                 raise Failure(f"{fault.kind} ended the job without an error")
-            if fault.kind == "message" and f"client {fault.rank} was damaged" not in " ".join(errors):
+            if fault.kind == "message" and f"(client {fault.rank}) was damaged" not in " ".join(errors):
                 raise Failure(f"a damaged message of client {fault.rank} ended the job with {errors}")
         except Failure as failure:
             raise Failure(f"{failure}; last fault: {fault}\n{job.doing()}") from None
