@@ -57,10 +57,11 @@ of one-peer exponential makes an exact mean, its single averagings have no such 
 
 README, FIRST = BENCHMARKS.parent / "README.md", "methods, ring"  # the study whose table stands there
 SCREEN = """
-Does it help? Eight clients on a ring have AG News, most of it of one or two of the four labels each, and fine-tune a
-Llama of 1.3 million parameters that has read news. Each method has its own best learning rate; +- is a 95 % interval
-over the seeds, bold a difference from DECA with p < 0.05 after correction for the number of methods. MB are what a
-client sends and what it keeps while it trains. [What was run, and what it says](benchmarks/learnable/README.md):
+Eight clients on a ring fine-tune a Llama of 1.3 million parameters, pretrained on news, to classify AG News; most of a
+client's examples have one or two of the four labels. Each method has its own best learning rate. +- is a 95 % interval
+over the seeds; bold is a difference from DECA with p < 0.05, corrected for the number of methods. The columns in MB say
+what a client sends, and what it keeps while it trains. [What was run and what it
+shows](benchmarks/learnable/README.md):
 
 ![Accuracy of each method, between clients alone and all data](benchmarks/learnable/accuracy.png)
 
@@ -84,7 +85,7 @@ def main() -> None:
     studies = list(summarize(wanted, runs))
     (results / "tables.md").write_text(head(arguments.studies, wanted) + tables(studies, runs))
     if results == BENCHMARKS / "learnable":
-        README.write_text(between_marks(README.read_text(), first_screen(studies)))
+        README.write_text(between_marks(README.read_text(), readme_results(studies)))
     if not arguments.no_plots:
         from plots import draw
 
@@ -166,7 +167,7 @@ def _signal_table(studies: Studies) -> str:
     return "\n".join(lines) + "\n"
 
 
-def first_screen(studies: Studies) -> str:
+def readme_results(studies: Studies) -> str:
     """What the README says of FIRST: how often the clients answer rightly, and what it costs. Empty until DECA and both
     brackets are done; other rows follow as they are."""
     rows = next((rows for study, _, rows in studies if study == FIRST), [])
