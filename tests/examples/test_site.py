@@ -37,7 +37,8 @@ def test_the_site_has_every_page_of_the_manual():
     entries = re.findall(r"^\.\./\S+$", (SITE / "index.md").read_text(), re.M)
     pages = {(SITE / entry).resolve() for entry in entries}
     assert all(page.with_suffix(".md").is_file() for page in pages)
-    found = {path.with_suffix("") for pattern in ("*.md", "docs/*.md") for path in REPOSITORY.glob(pattern)}
+    patterns = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/**/*.md")
+    found = {path.with_suffix("") for pattern in patterns for path in REPOSITORY.glob(pattern)}
     assert found <= pages, "docs/site/index.md has the order of the pages"
 
 
