@@ -84,7 +84,7 @@ class DataConfig:
         None,
         "Folder of tokenised data, which each host keeps for later starts; `null` takes `deca_ds` in the cache of the "
         "datasets library (`HF_DATASETS_CACHE`, `HF_HOME` or `~/.cache/huggingface`).",
-        "data.md#what-is-kept",
+        "data.md#preparation-and-cache",
     )
     max_length: int = key(512, "Largest number of tokens in a sequence; longer sequences are cut.", allowed=at_least(2))
     packing: bool = key(
