@@ -114,7 +114,7 @@ class ClusterConfig:
 
 @dataclass
 class ModelConfig:
-    """The causal language model. [Models](models.md) tells what is checked."""
+    """The causal language model. [Models](models.md) says what is checked."""
 
     path: str = key("???", "A Hugging Face model directory or hub name.")
     revision: Optional[str] = key(None, "Revision on the hub.")
@@ -165,8 +165,8 @@ class AlgorithmConfig:
     method: str = key("deca", "Training method.", "algorithm.md#methods")
     rounds: Optional[int] = key(
         None,
-        "Number of rounds (T), in each of which every block is active once; `null` takes 4, or what `algorithm.epochs` "
-        "comes to.",
+        "Number of rounds (T), in each of which every block is active once; `null` takes 4, or as many as "
+        "`algorithm.epochs` needs.",
         allowed=or_null(at_least(1)),
     )
     epochs: Optional[float] = key(
@@ -177,7 +177,9 @@ class AlgorithmConfig:
     )
     inner_steps: int = key(48, "Number of consecutive steps for which a block is active (R).", allowed=at_least(1))
     signal: str = key(
-        "descent", "What gossip tells Adam's moments (block-wise moment approximation).", "algorithm.md#the-signal"
+        "descent",
+        "What Adam's moments take in from an averaging (block-wise moment approximation).",
+        "algorithm.md#the-signal",
     )
     a1: float = key(0.9, "Decay of the first moment when it takes in the local gradient.", allowed=inside("[0, 1)"))
     a2: float = key(0.999, "Decay of the second moment when it takes in the local gradient.", allowed=inside("[0, 1)"))
@@ -216,21 +218,21 @@ class OptimizerConfig:
 
     lr: float = key(5e-5, "Peak learning rate.", allowed=at_least(0))
     schedule: Literal["constant", "linear", "cosine"] = key(
-        "constant", "Course of the learning rate over all inner steps of the run."
+        "constant", "How the learning rate changes over the inner steps of the run, after the warm-up."
     )
     warmup_steps: int = key(
         0, "Inner steps at the start of the run in which the learning rate rises linearly from 0.", allowed=at_least(0)
     )
     final_lr_ratio: float = key(
         0.0,
-        "What the schedules `linear` and `cosine` fall to, as a multiple of `optimizer.lr`; they come to it one step "
-        "after the last, so that no step is spent on a rate of 0.",
+        "What the schedules `linear` and `cosine` fall to, as a multiple of `optimizer.lr`; they reach it one step "
+        "after the last, so that no step has a rate of 0.",
         allowed=inside("[0, 1]"),
     )
     weight_decay: float = key(
         0.0,
-        "Decoupled weight decay; it spares norms and biases (parameters of one dimension) and every parameter that "
-        "gets no gradient in a step.",
+        "Decoupled weight decay; it leaves out norms and biases (parameters of one dimension) and every parameter "
+        "that gets no gradient in a step.",
         allowed=at_least(0),
     )
     clip_norm: float = key(
@@ -264,7 +266,7 @@ class GossipConfig:
     )
     degree: int = key(
         1,
-        "For the graph `base`: most neighbours that a client averages with at a time (k).",
+        "For the graph `base`: largest number of neighbours that a client averages with at a time (k).",
         allowed=at_least(1),
     )
     weights: Literal["metropolis", "max_degree", "lazy_metropolis"] = key(
@@ -297,8 +299,8 @@ class GossipConfig:
     )
     wire: str = key(
         "float32",
-        "Data type in which values travel; a narrower one than `float32` saves traffic and keeps the mean of the "
-        "clients, which then agree to its bits of mantissa at best.",
+        "Data type of the values that clients send; a narrower one than `float32` saves traffic and preserves the "
+        "clients' mean, but clients then agree at best to its bits of mantissa.",
         "algorithm.md#what-goes-over-the-wire",
     )
     checksums: bool = key(
@@ -308,8 +310,8 @@ class GossipConfig:
     )
     chunk_mib: float = key(
         4.0,
-        "Size of a chunk in MiB of float32 values: one chunk travels while the next is computed, larger ones are fewer "
-        "messages, and smaller ones stay in the CPU's cache from one pass over them to the next.",
+        "Size of a chunk in MiB of float32 values: one chunk travels while the next is computed; larger chunks mean "
+        "fewer messages, smaller ones stay in the CPU's cache between passes over them.",
         allowed=inside("(0, 1024]"),
     )
 
