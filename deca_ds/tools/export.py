@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `run_export` reads."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `run` reads."""
     parser.add_argument("run", type=path_argument, help="output folder of a run (run.output)")
     parser.add_argument("output", type=path_argument, help="new folder for the Hugging Face model")
     which = parser.add_mutually_exclusive_group()
@@ -49,7 +49,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--public", action="store_true", help="with --push: let everybody read it; default: private")
 
 
-def run_export(args: argparse.Namespace, api: HfApi | None = None) -> int:
+def run(args: argparse.Namespace, api: HfApi | None = None) -> int:
     """Export with a progress bar, print a summary, and push where asked; returns the exit status 0. Raises UserError.
 
     api: the hub; None: the one that the hub library is set up for.

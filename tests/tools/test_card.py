@@ -143,9 +143,9 @@ def exported(tmp_path: Path, monkeypatch, hub: Hub, *more: str) -> int:
 
     monkeypatch.setattr("deca_ds.checkpoint.export.export_model", export_model)
     parser = argparse.ArgumentParser()
-    export.add_export_arguments(parser)
+    export.add_arguments(parser)
     run = tmp_path / "run"
-    return export.run_export(parser.parse_args([str(run), str(tmp_path / "out"), *more]), api=hub)
+    return export.run(parser.parse_args([str(run), str(tmp_path / "out"), *more]), api=hub)
 
 
 @pytest.mark.parametrize("public", [False, True])

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+from deca_ds.cli import _COMMANDS
+
 SCRIPT = """
 import json, sys
 from deca_ds.cli import main
@@ -29,7 +31,7 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
         ' "idle_s": 0.5, "time": 1.0}'
     )
     (run / "DONE").write_text("3 of 3 inner steps\n")
-    helps = [[name, "--help"] for name in ("status", "report", "data", "doctor", "export", "plan", "where")]
+    helps = [[name, "--help"] for name in _COMMANDS if name != "simulate"]  # which trains
     keys = (f"run.output={run}", "model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=1")
     about = [["status", str(run)], ["stop", str(run)], ["supervise", "true", "train.py", *keys]]
     commands = json.dumps([["--help"], *about, ["where"], *helps])
