@@ -12,7 +12,7 @@ from deca_ds.algorithm.rule import Rule, State
 class Run:
     """Elements [start, stop) of a block's state that make the same local step.
 
-    decays: whether weight decay applies to them. inner: their Adam steps before this one; None: they make none.
+    decays: whether weight decay applies to them. inner: their Adam steps before this one; None: they make no step.
     """
 
     start: int
@@ -51,7 +51,7 @@ class LocalSteps:
 
 
 def local_step(rule: Rule, state: State, runs: Iterable[Run], chunk: slice, *, lr: float, weight_decay: float) -> None:
-    """What `rule` does locally to the elements `chunk` of one client's state."""
+    """Apply the rule's local step to the elements `chunk` of one client's state, run by run. lr: of this step."""
     for run in runs:
         elements = slice(max(run.start, chunk.start), min(run.stop, chunk.stop))
         if elements.start >= elements.stop:

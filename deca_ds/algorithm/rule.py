@@ -10,9 +10,10 @@
         rule.stay(state)                                where it has none
         rule.finish(state, ...)                         theta is where the next gradient is taken
 
-A state is a mapping of tensors of one shape: "theta", "grad" and the rule's own `buffers`, all float32. Everything but
-`finish`'s norm is elementwise, so the same code works on a chunk of a ZeRO-3 shard, on a whole block and on the stacked
-blocks of n clients. A rule itself holds nothing but coefficients: who keeps the state keeps all there is.
+A state is a mapping of tensors of one shape: "theta", "grad" and the rule's own `buffers`, all float32. All operations
+are elementwise, except for the norm that `finish` gets, so the same code works on a chunk of a ZeRO-3 shard [elements],
+on a whole block, and on the stacked blocks of n clients [n, elements]. A rule itself holds only coefficients, so saving
+the state saves everything.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ MASTERS, GRADIENT = "theta", "grad"  # tensors that every state has
 class Rule(ABC):
     """A method's inner step. Subclasses are frozen dataclasses of their coefficients.
 
-    buffers: state beside theta and grad; float32 tensors, 4 bytes per active parameter each.
-    travels: what neighbours average, in this order; "grad" stands for theta_half, which lies there by then.
+    buffers: names of the state beside theta and grad; float32 tensors, 4 bytes per active parameter each.
+    travels: names of the tensors that neighbours average, in this order; "grad" holds theta_half by then.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -47,18 +48,18 @@ class Rule(ABC):
 
     @property
     def needs_norm(self) -> bool:
-        """Whether `finish` looks at the norm, which costs a reduction over the client's ranks."""
+        """Whether `finish` needs the norm, which takes a reduction over the client's ranks."""
         return False
 
     def open(self, state: State) -> None:  # noqa: B027 (most rules start from zeros)
-        """Prepare the buffers of a block that becomes active; they come in zero."""
+        """Initialise the buffers of a block that becomes active; they are zero when this is called."""
 
     @abstractmethod
     def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
-        """Take the gradient into the buffers and leave theta_half in state["grad"]; theta stays, for later parts.
+        """Update the buffers with the gradient and leave theta_half in state["grad"]; theta itself must not change.
 
         inner: r, the local steps that these parameters have made since the block became active: 0 .. R-1. decay:
-        coefficient of the decoupled weight decay, of all of theta.
+        coefficient of the decoupled weight decay, which applies to all of theta.
         """
 
     @torch.no_grad()
@@ -69,7 +70,8 @@ class Rule(ABC):
 
     @abstractmethod
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """Take the neighbours' average of what travelled under `name`; called for each of `travels`, in their order."""
+        """Take in the weighted mean of state[name] over this client and its neighbours; called for each name of
+        `travels`, in that order. mixed: of the state's shape, float32."""
 
     def stay(self, state: State) -> None:
         """End a step at which the client has no neighbour, instead of `accept`: theta becomes theta_half."""
@@ -78,6 +80,6 @@ class Rule(ABC):
     def finish(self, state: State, *, lr: float, norm: Tensor | float = 0.0, mixed: bool) -> None:  # noqa: B027
         """Update the buffers after `accept` (mixed) or `stay`.
 
-        norm: if `needs_norm`, the 2-norm over the whole block of what these left in state["grad"]. One number, or a
-        column of one per client for stacked states.
+        norm: if `needs_norm`, the 2-norm over the whole block of what `accept` or `stay` left in state["grad"]. One
+        number, or [n, 1] for the stacked states of n clients.
         """

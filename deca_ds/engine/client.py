@@ -29,13 +29,13 @@ _BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 2
 
 @dataclass
 class BlockState:
-    """This rank's float32 shard of the active block: flat tensors of one layout.
+    """This rank's shard of the active block: 1-D float32 tensors of one layout and length.
 
     tensors: by name, "theta" (master parameters), "grad" (the gradient, and after the local step what the method's rule
-    leaves there) and the rule's buffers. names: its parameters, which follow each other without padding; same-index
-    ranks of clients with as many ranks have the same layout. local_steps: how many of them each parameter has made;
-    weight decay applies to those of two and more dimensions. reached: whether a gradient has reached each at this inner
-    step, on any of the client's ranks.
+    leaves there) and the rule's buffers. names: the block's parameters, whose slices follow each other without padding;
+    ranks with the same index in clients of the same size have the same layout. local_steps: how many each parameter has
+    made; weight decay applies to parameters of two and more dimensions. reached: for each parameter, whether a gradient
+    has reached it in this inner step, on any of the client's ranks.
     """
 
     block: Block
@@ -70,11 +70,11 @@ class BlockState:
 
 @dataclass(frozen=True)
 class GradientStats:
-    """Of one inner step, over all ranks of the client.
+    """The numbers of one inner step, over all ranks of the client.
 
-    loss: mean over `targets` predicted tokens, in nats, with the model's auxiliary loss if it has one. tokens: all
-    tokens seen, padding left out. norm: 2-norm of the block's gradient before clipping. kept: see `Client.kept`, of the
-    step before. by_rank: what the reduction of [loss, norm^2, *kept] was made of, on this rank.
+    loss: mean over `targets` predicted tokens, in nats, plus the model's auxiliary loss if it has one. tokens: all
+    tokens seen, without padding. norm: 2-norm of the block's gradient before clipping. kept: see `Client.kept`, from
+    the previous step. by_rank: this rank's own [loss, norm^2, *kept], before the reduction; float64, 1-D.
     """
 
     loss: float
@@ -86,7 +86,7 @@ class GradientStats:
 
 
 class Client:
-    """The model of one client, over all its ranks; every method is to be called by all of them."""
+    """The model of one client on ZeRO-3 shards. All ranks of the client must call every method together."""
 
     def __init__(self, config: Config, model: PreTrainedModel, device: torch.device):
         import deepspeed
@@ -114,7 +114,8 @@ class Client:
         return self._state
 
     def open_block(self, index: int, buffers: Sequence[str]) -> BlockState:
-        """Make a block the active one: its float32 masters, `buffers` zero, gradients for it alone."""
+        """Make a block the active one: allocate its float32 masters and zero `buffers`, and switch on gradients for its
+        parameters alone. index: in `plan.blocks`."""
         assert self._state is None, "close the active block first"
         block = self.plan.blocks[index]
         names = sorted(block.names, key=lambda name: len(self.shapes[name]) < 2)  # stable: matrices first
@@ -137,8 +138,8 @@ class Client:
         return self._state
 
     def close_block(self) -> None:
-        """End the active block's turn; its optimizer state is freed. Its masters are those of its last `write_back`:
-        what the shards do not hold of them goes to the host."""
+        """End the active block's activation and free its optimizer state. The bits of its masters that rounding took
+        from the shards in the last `write_back` are kept on the host."""
         assert self._state is not None and self._reducer is not None
         self._reducer.close()
         for name, theta in self._masters().items():
@@ -156,9 +157,10 @@ class Client:
     ) -> GradientStats:
         """Fill the active block's `grad` with the gradient of the mean loss over all of the client's target tokens.
 
-        micro_batches: this rank's part of the client's batch. clip_norm: the gradient's 2-norm over the block is scaled
-        down to it; 0: not at all. A gradient that is not finite stays as it is. tick: called before every micro-batch.
-        Notes which parameters a gradient has reached. Leaves the model partitioned.
+        micro_batches: this rank's part of the client's batch; tensors [rows, tokens] by name ("input_ids",
+        "attention_mask", ...). clip_norm: if the gradient's 2-norm over the block is larger, it is scaled down to this;
+        0 switches clipping off. A gradient that is not finite is not scaled. tick: called before every micro-batch.
+        Also records which parameters a gradient has reached. Leaves the model partitioned.
         """
         assert self._state is not None and self._reducer is not None
         grad = self._state.grad.zero_()
@@ -194,8 +196,9 @@ class Client:
         return GradientStats(total_loss, targets, int(counts[1]), norm, kept, own)
 
     def kept(self) -> tuple[list[float], Tensor]:
-        """Tells whether the last `write_back` found the block's state finite: the squared 2-norm of theta and the sum
-        of each buffer, over all ranks and on this one. The next `gradient` brings the same at no cost."""
+        """What shows whether the block's state was finite at the last `write_back`: the squared 2-norm of theta and the
+        sum of each buffer, over all ranks, and on this rank (float64, 1-D). The next `gradient` returns the same
+        without a reduction of its own."""
         summed = self._kept.clone()
         dist.all_reduce(summed)
         return summed.tolist(), self._kept
@@ -237,23 +240,22 @@ class Client:
             yield name, *internals.shard_range(parameter), internals.shard(parameter)
 
     def low_bits(self, names: Sequence[str]) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, start, bits) of what rounding took from this rank's slices of those parameters that have masters
-        beside their shards: on the host, written through. Of the active block it is out of date."""
+        """(name, start, bits) of this rank's slices of the parameters that have masters beside their shards: the 16
+        bits that rounding took from each master, int16 on the host, as views. Out of date for the active block."""
         for name in (name for name in names if name in self._low):
             yield name, internals.shard_range(self._parameters[name])[0], self._low[name]
 
     def masters(self, names: Sequence[str]) -> Iterator[tuple[str, int, int, Tensor, Tensor | None]]:
-        """(name, start, stop, values, low bits) of this rank's slices, which `masters.join` makes masters of. Active
-        ones have none of the latter, as values are masters; nor have parameters of which the shards are all there is.
-        """
+        """(name, start, stop, values, low bits) of this rank's slices; `masters.join` makes masters of the last two.
+        Low bits are None for the active block, whose values are the masters, and for parameters without masters."""
         active = self._masters()
         for name, start, stop, shard in self.shards(names):
             held = (active[name], None) if name in active else (shard, self._low.get(name))
             yield name, start, stop, *held
 
     def set_master(self, name: str, values: Tensor) -> None:
-        """Overwrite this rank's slice of a parameter with float32 masters, or other values; of an active one, the
-        block's state, too."""
+        """Overwrite this rank's slice of a parameter with float32 masters, or with values of its own dtype; if it is
+        active, in the block's state too."""
         if (active := self._masters().get(name)) is not None:
             active.copy_(values)
         round_into(internals.shard(self._parameters[name]), values)
@@ -261,7 +263,7 @@ class Client:
             self._low[name].copy_(low_bits(values.float()))
 
     def _masters(self) -> dict[str, Tensor]:
-        """The active block's, by parameter, if there is one."""
+        """The active block's masters, by parameter; empty if no block is active."""
         return {} if self._state is None else self._state.by_parameter(self._state.theta)
 
     def block_shards(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
@@ -275,7 +277,7 @@ class Client:
             yield name, *internals.shard_range(self._parameters[name]), state
 
     def block_numels(self) -> list[int]:
-        """Elements of the active block's parameters, whole, in the order of its shard."""
+        """Number of elements of each parameter of the active block, over all ranks, in the order of the shard."""
         assert self._state is not None
         return [prod(self.shapes[name]) for name in self._state.names]
 
@@ -286,8 +288,11 @@ class Client:
 
     @contextmanager
     def borrowed_shards(self, names: Sequence[str]) -> Iterator[list[tuple[Tensor, Callable[[slice], Tensor]]]]:
-        """The values of `shards`, for overwriting them, each with what makes a copy of float32 masters, those of some
-        of its elements, on the host; the values come back at the end."""
+        """Lend the values of `shards` to be overwritten; they are restored at the end.
+
+        Each comes with a function that copies the float32 masters of a slice of its elements, as they were before, to
+        the host.
+        """
         active = self._masters()
         own = {name: (shard, shard.to("cpu", copy=True)) for name, _, _, shard in self.shards(names)}
 

@@ -15,8 +15,9 @@ from deca_ds.engine.masters import join
 class Slice:
     """Elements [start, stop) of the flat parameter (or persistent buffer) `name`, whose full shape is `shape`.
 
-    values: 1-D, stop - start elements, on any device. low: on the host, what makes float32 masters of bfloat16 values;
-    these are stored then. write: overwrites what the slice was made from with what is stored; None: `values` are that.
+    values: 1-D, stop - start elements, on any device. low: for bfloat16 values, the int16 bits on the host that make
+    float32 masters of them; the masters are stored then. write: writes stored values back to where the slice came from;
+    None: `values` is a view of it.
     """
 
     name: str
@@ -29,26 +30,26 @@ class Slice:
 
     @property
     def nbytes(self) -> int:
-        """Of what is stored."""
+        """Size of what is stored."""
         return self.values.nbytes + (0 if self.low is None else self.low.nbytes)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is stored."""
+        """Data type of what is stored."""
         return self.values.dtype if self.low is None else torch.float32
 
     def copy(self) -> Slice:
-        """One of its own, on the host."""
+        """The same slice with copies of its tensors on the host."""
         low = None if self.low is None else _on_host(self.low)
         return Slice(self.name, self.shape, self.start, self.stop, _on_host(self.values), low)
 
     def stored(self) -> Tensor:
-        """On the host, in the data type to be stored."""
+        """The values to store: 1-D, on the host, in `dtype`."""
         values = self.values.detach().to("cpu")
         return values if self.low is None else join(values, self.low)
 
     def fill(self, stored: Tensor) -> None:
-        """Overwrite it with what `stored` gave, on any device."""
+        """Write back what `stored` returned; it may be on any device."""
         if self.write is None:
             self.values.copy_(stored)
         else:

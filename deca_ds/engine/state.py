@@ -1,14 +1,15 @@
-"""What a run's next step depends on, listed once: saving, restoring and handing over walk `TrainingState.pieces`.
+"""The training state: all that a run's next step depends on, listed once, in `TrainingState.pieces`.
 
-A piece says how it lies over the ranks of a client, and that settles what becomes of it:
+Saving, restoring and the handover to a returning client iterate over the pieces. The type of a piece says how it is
+distributed over the ranks of a client, which determines how it is saved, restored and handed over:
 
-    Sharded   every rank has a slice of each tensor, as ZeRO-3 cuts it: it saves that one, reads what it needs from
-              whatever slices there are, and is handed over those that intersect its own
-    Whole     every rank has the tensors: each saves a part, and one rank of the giver hands them over
-    Value     what JSON can write, see Scope
+    Sharded   every rank has a slice of each tensor, as ZeRO-3 cuts it. It saves that slice, restores its slice from
+              whatever slices were saved, and in a handover receives the slices that intersect its own.
+    Whole     every rank has the whole tensors. Each rank saves a part, and one rank of the sender hands them over.
+    Value     a JSON-able value; see Scope.
 
-What follows from these is not listed: the data's order and the place in it from the seed and the step, the matrices of
-the averagings from the configuration and the clients that are in.
+What follows from these is not listed: the order of the data and the place in it follow from the seed and the step, the
+mixing matrices from the configuration and the clients in the job.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class Scope(Enum):
     """Whose a value is."""
 
     CLIENT = "the same on all ranks of a client: saved, restored and handed over"
-    RANK = "a rank's own: saved, and restored where a client has as many ranks; else begun anew, and after a handover"
+    RANK = "a rank's own: saved, and restored if the client has as many ranks; otherwise, and in a handover, set anew"
     ATTEMPT = "of this attempt at the run: handed over, and not saved"
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """Tensors of which every rank has a slice. label: the group's, and so its file's, in a checkpoint."""
+    """Tensors of which every rank has a slice. label: names the group, and its file in a checkpoint."""
 
     label: str
     own: Iterable[Slice]
@@ -71,7 +72,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Value:
-    """What JSON can write. name: its key in a checkpoint's manifest. anew: for Scope.RANK, begins without a value."""
+    """A JSON-able value. name: its key in a checkpoint's manifest. anew: for Scope.RANK, sets it if none was saved."""
 
     name: str
     get: Callable[[], Any]
@@ -92,8 +93,8 @@ class Traffic(Protocol):
 
 @dataclass
 class TrainingState:
-    """Where one rank's training stands. done: inner steps. stopping: whether the job stops here. seed: of this rank.
-    best: see training/best.py; JSON-able."""
+    """The training state of one rank. done: inner steps so far. stopping: whether the job stops here. seed: of this
+    rank. best: see training/best.py; JSON-able."""
 
     client: Client
     rule: Rule
@@ -105,7 +106,8 @@ class TrainingState:
     best: dict[str, Any] = field(default_factory=dict)
 
     def pieces(self) -> Iterator[Piece]:
-        """All there is, in an order in which it can be set: the step comes first, as it opens the block of the rest."""
+        """All pieces, in the order in which they must be set: the step comes first, because it opens the block that
+        others need."""
         client = self.client
         yield Value("schedule", lambda: position(self.schedule, self.done), self._stand_at)
         yield Value("stopping", lambda: self.stopping, partial(setattr, self, "stopping"), Scope.ATTEMPT)
@@ -144,14 +146,14 @@ _TRAFFIC = ("bytes_sent", "wait_seconds")
 
 
 def model_pieces(client: Client) -> Iterator[Sharded | Whole]:
-    """What a trained model is: a group of parameters a block, then the frozen ones, then buffers.
+    """The trained model: one group of parameters per block, then the frozen parameters, then the buffers.
 
-    Of parameters that have masters, these.
+    Parameters that have masters are represented by their masters.
     """
     for block in client.plan.blocks:
         yield Sharded(block.label, _parameters(client, block.names))
     yield Sharded(FROZEN, _parameters(client, client.plan.frozen))
-    yield Whole(BUFFERS, client.buffers())  # which a forward pass may change: apart from what never does
+    yield Whole(BUFFERS, client.buffers())  # a forward pass may change them, so they are apart from frozen parameters
 
 
 def _parameters(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
@@ -160,13 +162,13 @@ def _parameters(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
 
 
 def _block_slices(client: Client, key: str) -> Iterator[Slice]:
-    """Of one of the rule's buffers."""
+    """This rank's slices of one of the rule's buffers."""
     for name, start, stop, tensors in client.block_shards():
         yield Slice(buffer_name(key, name), client.shapes[name], start, stop, tensors[key])
 
 
 def _join(tensor: Tensor, start: int, stop: int, part: Tensor) -> None:
-    """Overwrite `tensor` with what the client's ranks have of it, this one elements [start, stop)."""
+    """Overwrite `tensor` on all ranks of the client. Each contributes a part: this one `part`, elements [start, stop)."""
     flat = torch.zeros_like(tensor).reshape(-1)
     flat[start:stop] = part
     dist.all_reduce(flat.view(torch.uint8))  # everybody else's bytes are zero
@@ -174,7 +176,7 @@ def _join(tensor: Tensor, start: int, stop: int, part: Tensor) -> None:
 
 
 def position(schedule: Schedule, done: int) -> dict[str, int]:
-    """Where a run stands after `done` inner steps: of the step that comes next, what the schedule says about it."""
+    """Where a run stands after `done` inner steps: the place of the next step in the schedule."""
     if done == len(schedule):
         return {"done": done, "of": len(schedule)}
     step = schedule.step(done)

@@ -18,7 +18,7 @@ from deca_ds.transport import Chunk, Exchange, chunk_tag, exchange_chunk
 
 
 class Mean(NamedTuple):
-    """What `send` was given, averaged. values: float32 on the device of what was sent, valid until the next one."""
+    """The mean of what `send` got. values: 1-D float32 on the device of what was sent, valid until the next Mean."""
 
     chunk: Chunk
     name: str
@@ -26,10 +26,10 @@ class Mean(NamedTuple):
 
 
 class Averaging(ABC):
-    """Averaging t of this rank. All ranks of all clients send the same chunks in the same order, and settle.
+    """Averaging t of this rank. All ranks of all clients send the same chunks in the same order, and then settle.
 
     mixes: whether this client averages with anybody; after `settle` whether it has. outlived: whether messages may
-    outlive the averaging, so that what is sent has to be a copy.
+    outlive the averaging, so that it has to send a copy.
     """
 
     outlived = False
@@ -41,18 +41,20 @@ class Averaging(ABC):
 
     @abstractmethod
     def send(self, chunk: Chunk, name: str, x: Tensor) -> list[Mean]:
-        """Send `x`, flat float32, this rank's part of a chunk; means that had to be made to make room, oldest first.
+        """Start to send `x` and return the means, oldest first, that had to be finished to make room.
 
-        `x` must not change before its mean is here. name: for the caller, which of several tensors it is. On a GPU the
-        call waits until `x` is computed and copied to the host, but not for its messages.
+        x: 1-D float32, this rank's part of the chunk; must not change before its mean is returned. name: tells the
+        caller which of several tensors a mean is of. On a GPU the call waits until `x` is computed and copied to the
+        host, but not for the messages.
         """
 
     @abstractmethod
     def settle(self) -> Iterator[Mean]:
-        """All has been sent: the means that are left, in order; none if this client has averaged with nobody.
+        """Finish the averaging after the last `send`: the remaining means, in order; none if this client has averaged
+        with nobody.
 
-        All ranks of all clients call this, also those whose shard is empty. Raises GossipError if a neighbour does not
-        answer or has sent a value that is not finite, naming it.
+        All ranks of all clients call this, also those whose shard is empty. Raises GossipError, naming the neighbour,
+        if one does not answer or has sent a value that is not finite.
         """
 
     def partners(self) -> tuple[Sequence[int], Sequence[int]]:
@@ -88,12 +90,12 @@ class Averaging(ABC):
 
 
 class Message:
-    """One chunk under way: what is sent, what comes, and the mean of it. Made by Averaging.send.
+    """One chunk under way: what is sent, what is received, and their mean. Made by Averaging.send.
 
-    x: the own values, which do not change before the mean is made. number: in the averaging.
+    x: this rank's own values, which must not change before the mean is made. number: of the message in the averaging.
 
-    weights: j -> w_ij, also of this client. Once it has started, buffers: of what each source sends, by client; staged:
-    of what this rank sends, if not `x` itself.
+    weights: j -> w_ij of all sources and of this client. Once started, buffers: what each source sends, by client;
+    staged: what this rank sends, if not `x` itself.
     """
 
     def __init__(self, averaging: Averaging, chunk: Chunk, name: str, x: Tensor, number: int):
@@ -108,7 +110,7 @@ class Message:
         self._mean: Tensor | None = None
 
     def on_new_connections(self) -> Message:
-        """The same values to be sent once more, or this message itself if the connections are those that it is for."""
+        """This message, or, if the connections have changed since it was made, a new one that sends the same values."""
         if self._connections == self._averaging.gossip.transport.epoch:
             return self
         return Message(self._averaging, self.chunk, self.name, self.x, self._number)
@@ -152,18 +154,19 @@ class Message:
         gossip.transport.progress.tick()
 
     def terms(self) -> dict[int, Tensor]:
-        """By client, what sources have sent and what they have received from this one: float32 on the device of x."""
+        """By client, the values that sources have sent, and those that this client has sent them: decoded to float32,
+        on the device of x."""
         gossip, numel = self._averaging.gossip, self.x.numel()
         wires = {j: buffer[:numel].to(self.x.device, non_blocking=True) for j, buffer in self.buffers.items()}
         own = gossip.codec.coded(self.x)
         return {j: gossip.codec.decode(wire) for j, wire in wires.items()} | {gossip.transport.client: own}
 
     def mean(self, place: int = 0) -> Tensor:
-        """sum_j W_ij x_j, float32, on the device of x, by a codec as codec.py says. Made once.
+        """sum_j W_ij x_j, 1-D float32 on the device of x; with a lossy codec as in codec.py. Computed once.
 
-        Terms are added in ascending client order, the own one in its place, so that the result does not depend on the
-        transport. place: of the buffer that it is kept in. With nobody to talk to it is x itself. Raises GossipError
-        if a neighbour does not answer or has sent a value that is not finite, naming it; then x is what it was.
+        Terms are added in ascending order of clients, this one's included, so that the result does not depend on the
+        transport. place: of the output buffer that holds it. Without neighbours it is x itself. Raises GossipError,
+        naming the neighbour, if one does not answer or has sent a value that is not finite; x is unchanged then.
         """
         if self._exchange is None:
             return self.x
@@ -182,7 +185,7 @@ class Message:
         return mean
 
     def refuse_not_finite(self) -> None:
-        """Raise GossipError, naming the client, if any of the received values or of the own ones is not finite."""
+        """Raise GossipError, naming the client, if any received value, or any of this client's, is not finite."""
         for j, term in self.terms().items():
             bad = not_finite(term)
             if bad:

@@ -1,13 +1,13 @@
-"""What goes over the wire in an averaging: how a float32 value is coded, element by element.
+"""How an averaging encodes float32 values for the wire, element by element.
 
-With a codec Q that loses something, what is averaged is y_i = Q(x_i), by its owner too, and what coding took stays at
-home:
+With a lossy codec Q every client, the owner included, averages y_i = Q(x_i), and each client adds back its own coding
+error:
 
     x_i <- sum_j w_ij y_j + (x_i - y_i)
 
-With a doubly stochastic W the mean of all clients stays, to rounding. With the own x_i in place of y_i it would move by
-the mean of (1 - w_ii) (y_i - x_i). Clients that agree in y differ in what stays at home, so that the distance between
-them ends at about the codec's resolution.
+With a doubly stochastic W this preserves the mean of all clients, up to rounding. With the owner's x_i in place of y_i
+the mean would move by the mean of (1 - w_ii) (y_i - x_i). Clients that agree in y still differ by their coding errors,
+so the distance between them does not fall below about the codec's resolution.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Codec:
     dtype: torch.dtype
 
     def encode(self, x: Tensor, out: Tensor) -> None:
-        """out <- what is sent for the float32 `x`; `out` has its shape and `dtype`, and may be on another device."""
+        """Write what is sent for the float32 `x` to `out`, which has x's shape and `dtype`, on any device."""
         out.copy_(x)
 
     def decode(self, wire: Tensor) -> Tensor:
-        """Float32, on the device of `wire`; may be `wire` itself. What is not finite stays so."""
+        """The float32 values of `wire`, on its device; may be `wire` itself. What is not finite must stay so."""
         return wire.float()
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is lost, so that float32 values are sent as they are."""
+        """Whether the codec is lossless: float32 values are sent as they are."""
         return self.dtype == torch.float32
 
     @property
@@ -43,7 +43,7 @@ class Codec:
         return self.dtype.itemsize
 
     def coded(self, x: Tensor) -> Tensor:
-        """What others decode of `x`; `x` itself if nothing is lost."""
+        """The float32 values that receivers get for `x`; `x` itself if the codec is lossless."""
         if self.exact:
             return x
         wire = torch.empty_like(x, dtype=self.dtype)

@@ -30,12 +30,15 @@ from deca_ds.transport import Chunk, Commit, Transport
 class Gossip:
     """Mixes this rank's shards with what the ranks of neighbouring clients hold of the same parameters.
 
-    chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel by way of page-locked host memory.
-    codec: what goes over the wire. commit: where clients may die, what an averaging counts for all survivors by.
-    stragglers: where late neighbours are left out; not both. clip: where neighbours are clipped. skip_log: who was
-    late, by client_sum, the sum of a number over the client's ranks; told on stderr if this rank reports.
-    wait_seconds: spent waiting for messages so far. bytes_sent: of parameters, by this rank to neighbours. Raises
-    GossipError if the schedule is for another number of clients than the transport joins.
+    chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel through page-locked host memory.
+    codec: how values are sent. commit: makes an averaging count for all survivors, if clients may die. stragglers:
+    leaves out late neighbours, if that is configured; not together with such a commit. clip: clips neighbours, if that
+    is configured. client_sum: sums a number over the client's ranks. reports: whether this rank prints on stderr who
+    was late.
+
+    skip_log: which neighbours were left out. wait_seconds: time spent waiting for messages so far. bytes_sent: bytes of
+    parameters that this rank has sent to neighbours. Raises GossipError if the schedule is for another number of
+    clients than the transport joins.
     """
 
     def __init__(
@@ -68,11 +71,11 @@ class Gossip:
         self.outputs = Outputs(self.device)
         self.skip_log = SkipLog(transport, client_sum, reports)
         self.clip, self.stragglers = clip, stragglers
-        self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)  # of a chunk
-        self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # of each block so far
+        self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
+        self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # by block, as far as they have been needed
 
     def average_by(self, schedule: MixingSchedule) -> None:
-        """From now on, or from the next attempt at an averaging that is done again."""
+        """Use this schedule from now on; an averaging that is repeated uses it from its next attempt."""
         self.schedule = schedule
 
     def has_neighbours(self, t: int) -> bool:
@@ -81,14 +84,14 @@ class Gossip:
         return bool(self.schedule.sources(client, t) or self.schedule.destinations(client, t))
 
     def chunks(self, numels: Sequence[int]) -> list[Chunk]:
-        """A block of parameters of `numels` elements, in the order of its shard, as parts of the shard of at most
-        chunk_mib each. Where clients differ in size, parts may be empty."""
+        """The chunks of a block: consecutive parts of this rank's shard of at most chunk_mib each. If clients differ in
+        size, parts may be empty. numels: elements of each of the block's parameters, in the order of the shard."""
         block = tuple(numels)
         if block not in self._chunks:
             self._chunks[block] = self.transport.routes.chunks(block, self._chunk_elements)
         return self._chunks[block]
 
     def drain(self) -> None:
-        """Wait until no message is under way that nobody waits for. All clients call this before they part."""
+        """Wait for messages that no averaging waits for any more. All clients call this before they disconnect."""
         if self.stragglers is not None:
             self.stragglers.drain()

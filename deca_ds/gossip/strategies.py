@@ -1,12 +1,12 @@
-"""How an averaging goes on, from its first chunk to its last mean.
+"""The strategies of an averaging, from its first chunk to its last mean.
 
-    Windowed       at most WINDOW chunks are under way, and each is averaged as it comes
+    Windowed       at most WINDOW chunks are under way, and each is averaged as it arrives
     Whole          all chunks are received before the first is averaged, because the weights depend on all of them
-    Committed      the same, until it counts for all survivors, or again without the dead (elastic/survivor_commit.py)
-    WithoutLate    the same, without neighbours that are late (stragglers.py)
+    Committed      like Whole; if a client dies, the survivors repeat it without the dead (elastic/survivor_commit.py)
+    WithoutLate    like Whole, but leaves out neighbours that are late (stragglers.py)
 
-Receive buffers are used again: the window's take at most WINDOW * degree * chunk_mib, the others' degree times the
-shard of the block.
+Receive buffers are reused. Windowed takes at most WINDOW * degree * chunk_mib, the others degree times the block's
+shard.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WINDOW = 4  # chunks under way at a time: bounds the receive buffers
 
 
 def begin(gossip: Gossip, t: int | None) -> Averaging:
-    """Averaging t, of which nothing is sent yet; None: none at this step. One goes on at a time."""
+    """Begin averaging t, without sending anything yet; one at a time. t: None at a step without an averaging."""
     if t is None:
         return NotNow()
     if gossip.commit.may_repeat:
@@ -40,7 +40,7 @@ def begin(gossip: Gossip, t: int | None) -> Averaging:
 
 
 class Windowed(Averaging):
-    """Means are made while later chunks travel."""
+    """Each chunk is averaged while later chunks travel."""
 
     def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
@@ -64,7 +64,7 @@ class Windowed(Averaging):
 
 
 class Whole(Averaging):
-    """Means are made when everything is here."""
+    """Chunks are averaged when all of them have arrived."""
 
     def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
@@ -78,7 +78,7 @@ class Whole(Averaging):
         return []
 
     def settle(self) -> Iterator[Mean]:
-        """See Averaging. What all ranks agree on is agreed on when it returns, before the first mean is taken."""
+        """See Averaging. Ranks have agreed on all that they must agree on when it returns, before the first mean."""
         self._complete()
         if self._clip is not None:
             self._reweigh(self._clip)
@@ -89,7 +89,7 @@ class Whole(Averaging):
         message.start()
 
     def _reweigh(self, clip: Clip) -> None:
-        """Give the messages the weights that clip."""
+        """Replace the messages' weights by those that clip the neighbours; see clip.py."""
         client, sources = self.gossip.transport.client, self.gossip.schedule.sources
         squares = dict.fromkeys(sources(client, self.t), 0.0)
         for message in self._messages:
@@ -109,18 +109,18 @@ class Whole(Averaging):
             message.weights = clipped_weights(message.weights, client, near, clip.radius)
 
     def _complete(self) -> None:
-        """Have everything here that the weights depend on, and know with whom this client averages."""
+        """Receive everything that the weights depend on, and determine with whom this client averages."""
 
 
 class Committed(Whole):
-    """All is received by all survivors, or again without the dead; then the schedule and the neighbours may be new."""
+    """Repeated until all survivors have received everything; without the dead, schedule and neighbours may change."""
 
     def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
-        self._broken: MessageError | None = None  # what stops the sending, for the commit
+        self._broken: MessageError | None = None  # why sending has stopped; the commit handles it
 
     def _start(self, message: Message) -> None:
-        if self._broken is None:  # else it only comes to the commit, without a sign of moving on
+        if self._broken is None:  # otherwise go straight to the commit, without a tick of progress
             try:
                 message.start()
                 self._make_room()
@@ -132,18 +132,18 @@ class Committed(Whole):
         message.refuse_not_finite()
 
     def _make_room(self) -> None:
-        """The means of chunks take less than what they are made of."""
+        """Average an earlier chunk: its mean takes less memory than its receive buffers."""
         place = len(self._messages) - WINDOW
         if self._clip is None and place >= 0:
             self._messages[place].mean(place)
 
     def _complete(self) -> None:
-        # also where nobody is left to send: more than messages is agreed on
+        # also if no neighbour is left: the commit agrees on more than messages
         self.gossip.commit.run(self._receive, last=True)
         self.mixes = self.gossip.has_neighbours(self.t)
 
     def _receive(self) -> None:
-        """All of an averaging, from the start if the connections are new. May be repeated."""
+        """Receive the whole averaging, from the start if the connections are new. May be repeated."""
         broken, self._broken = self._broken, None
         if broken is not None:
             raise broken
@@ -158,7 +158,7 @@ class Committed(Whole):
 
 
 class WithoutLate(Whole):
-    """Neighbours that are late count as none, on both ends of the edge."""
+    """Late neighbours are left out, on both ends of the edge."""
 
     outlived = True
 
@@ -167,12 +167,12 @@ class WithoutLate(Whole):
         self._stragglers = stragglers
 
     def partners(self) -> tuple[Sequence[int], Sequence[int]]:
-        """See Averaging. Edges that rest carry nothing."""
+        """See Averaging. Resting edges carry nothing."""
         carrying = self._stragglers.carrying(super().partners()[0])
         return carrying, carrying
 
     def exchange(self, message: Message, send: Tensor, destinations: Sequence[int], tag: int) -> Exchange:
-        """See Averaging. What is sent is the edges' own from here on."""
+        """See Averaging. The buffer of what is sent belongs to the edges from here on."""
         staged, message.staged = message.staged, None
         assert staged is not None
         return self._stragglers.exchange(self.gossip.pool, staged, message.chunk, message.buffers, tag)
@@ -180,7 +180,7 @@ class WithoutLate(Whole):
     def _complete(self) -> None:
         gossip, started = self.gossip, time.perf_counter()
         neighbours = gossip.schedule.sources(gossip.transport.client, self.t)
-        # a shard without elements has no messages
+        # an empty shard has no messages
         skipped = self._stragglers.settle(self.t, neighbours) if self._messages else {}
         gossip.wait_seconds += time.perf_counter() - started
         for message in self._messages:
@@ -190,7 +190,7 @@ class WithoutLate(Whole):
 
 
 class NotNow(Averaging):
-    """At a step without an averaging."""
+    """The strategy of a step without an averaging."""
 
     def __init__(self) -> None:
         self.mixes = False

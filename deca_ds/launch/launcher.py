@@ -20,8 +20,9 @@ _VARIABLES: dict[str, tuple[str, str]] = {
     "flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
-# (rank on the host, rank): what is said of the host counts where the rank is this one's. PMI says nothing of the host,
-# but the program that set it does; and the variables of a batch script's shell are those of all that it starts.
+# (variable of the rank on its host, variable of the rank): the first counts only if the second equals this rank. PMI
+# itself has no rank on the host, but the programs that set it do; and processes inherit the variables of a batch
+# script's shell, which are not theirs.
 _ON_HOST = (
     ("LOCAL_RANK", "RANK"),
     ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK"),
@@ -40,9 +41,9 @@ _WHERE = "environment of this process, from its launcher"
 class Launch:
     """This process among all processes of the job.
 
-    rank, world_size: over all clients. local_rank: on this host; None where the launcher does not say. master: host and
-    port that the launcher reserved for the job's store, or None under MPI. absent: ranks of the world that are not
-    started with the others.
+    rank, world_size: over all clients. local_rank: on this host; None if the launcher does not say. master: host and
+    port that the launcher reserved for the job's store, or None under MPI. absent: ranks of the world that do not start
+    with the others.
     """
 
     launcher: str
@@ -54,7 +55,7 @@ class Launch:
 
     @property
     def ranks(self) -> list[int]:
-        """Those that are started together, ascending."""
+        """The ranks that start together, ascending."""
         return [rank for rank in range(self.world_size) if rank not in self.absent]
 
     @property
@@ -63,11 +64,11 @@ class Launch:
         return self.ranks[0]
 
     def clients(self, layout: ClientLayout) -> tuple[int, ...]:
-        """Those that are started together, ascending."""
+        """The clients that start together, ascending."""
         return tuple(client for client in range(layout.clients) if layout.leader_of(client) not in self.absent)
 
     def without(self, clients: Sequence[int], layout: ClientLayout) -> Launch:
-        """The same without these clients. Raises LaunchError if this rank is of one of them."""
+        """The same launch without these clients. Raises LaunchError if this rank belongs to one of them."""
         client = layout.client_of(self.rank)
         if client in clients:
             raise LaunchError(
@@ -85,7 +86,7 @@ class Launch:
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Read the launcher's variables; a plain `python` start is one rank of one.
 
-    Raises LaunchError that names them where they contradict each other, are incomplete or are no numbers.
+    Raises LaunchError, which names them, if they contradict each other, are incomplete or are not numbers.
     """
     for launcher, (rank_key, size_key) in _VARIABLES.items():
         if rank_key not in environ or size_key not in environ:

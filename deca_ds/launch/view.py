@@ -1,4 +1,4 @@
-"""Who is in: one immutable view, and the cell of each rank that holds the current one."""
+"""Which clients are in the job: an immutable View, and the Membership that holds a rank's current one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from deca_ds.launch.launcher import ClientLayout
 
 @dataclass(frozen=True)
 class View:
-    """The clients that train, by their numbers, of `total`.
+    """The clients that are in the job, by number, of `total`.
 
-    number: of the agreement in which those who are in found themselves; it grows from view to view, and the same number
-    is the same view on all of them. 0: nobody has agreed on it yet, it is what the launcher, or an invitation, says.
-    clients: ascending, but that those who have come later are the last. announcement: what the leader of the first
-    client has told the others in that agreement.
+    number: of the agreement that made this view; it grows from view to view, and the same number means the same view on
+    all clients. 0: not agreed on, but given by the launcher or an invitation. clients: ascending, except that clients
+    that joined later come last, in the order in which they joined. announcement: what the leader of the first client
+    told the others in that agreement.
     """
 
     number: int
@@ -29,7 +29,7 @@ class View:
 
     @classmethod
     def of_all(cls, total: int) -> View:
-        """Nobody is missing, from the start."""
+        """The view at a start from which no client is absent."""
         return cls(0, tuple(range(total)), total)
 
     @property
@@ -49,7 +49,7 @@ class View:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """Ascending."""
+        """The clients that are not in the job, ascending."""
         return tuple(sorted(self._everybody.difference(self.clients)))
 
     def place(self, client: int) -> int:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
 _INTERRUPTED = "interrupted: the job stops, and saves a checkpoint if it has trained; Ctrl-C again ends it at once"
-_START_TIMEOUT_S = 600.0  # for ranks to find each other, where there is no configuration to tell
-_START_S = 60.0  # that ranks may need to start, however short cluster.timeout_s is
+_START_TIMEOUT_S = 600.0  # for ranks to find each other if the configuration cannot be read
+_START_S = 60.0  # granted to ranks for starting, however short cluster.timeout_s is
 
 
 def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 def _read_config(arguments: argparse.Namespace, launch: Launch) -> Config | UserError:
-    """Or the mistake in it, for the guard to tell the other ranks, too."""
+    """The configuration, or the mistake in it, which the guard then reports to the other ranks."""
     try:
         given().check(launch.world_size)
         return load_config(*chosen(arguments))
@@ -84,7 +84,8 @@ def _read_config(arguments: argparse.Namespace, launch: Launch) -> Config | User
 
 
 def _open_store(config: Config | UserError, launch: Launch) -> tuple[Launch, JobStore]:
-    """The job's store, and who is started together, as the configuration says; without one, so that all hear why."""
+    """The launch without cluster.absent, and the job's store. It is opened even if the configuration is wrong, so that
+    all ranks learn why the job ends."""
     patience_s, meet_s = _START_TIMEOUT_S, _START_S
     if not isinstance(config, UserError):
         patience_s, meet_s = max(_START_S, config.cluster.timeout_s), config.cluster.meet_s
@@ -95,7 +96,7 @@ def _open_store(config: Config | UserError, launch: Launch) -> tuple[Launch, Job
 
 
 def _join(config: Config | UserError, launch: Launch) -> tuple[Visit, JobStore]:
-    """The visit of a client that comes back, and the store of the job that goes on without it."""
+    """Ask the running job to let this client in again: the visit, and the job's store."""
     if isinstance(config, UserError):
         raise config
     layout, output = ClientLayout.of(check_world(config, launch.world_size)), Path(config.run.output)
@@ -147,13 +148,14 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
 
 
 def _end_before_training(guard: JobGuard, number: int, *_: Any) -> None:
-    """A signal handler for ranks that cannot stop together yet, as clients may die: this one fails, all hear why."""
+    """A signal handler for jobs whose clients may die, whose ranks cannot stop together yet: this rank fails, and all
+    learn why."""
     what = f"{signal.Signals(number).name} came before training began: nothing was trained"
     guard.early_end.interrupt(EndedError(f"{what}\n  fix:   give the same command again, with run.resume=auto"))
 
 
 def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
-    """Mark the run's folder, and tell the results and what to do with them. missing: clients."""
+    """Mark the run's folder as DONE, and print the results and the next commands. missing: clients."""
     mark_done(trainer.output, _steps(trainer), missing)
     print_summary(evaluations(trainer.output, trainer.cluster.client))
     commands = next_commands(trainer.output, best=trainer.config.checkpoint.best)
@@ -161,7 +163,7 @@ def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
 
 
 def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
-    """Mark the run's folder, and tell how to go on. missing: clients."""
+    """Mark the run's folder as STOPPED, and print how to continue. missing: clients."""
     config, steps = trainer.config, _steps(trainer) + trainer.stopped_early
     mark_stopped(trainer.output, steps, missing)
     how = "the same command with run.resume=require"
@@ -176,7 +178,7 @@ def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
 
 
 def _end_early(output: Path | None) -> None:
-    """The same before any training. output: None before the run's folder is taken."""
+    """The same if the job stops before any training. output: None before the run's folder is taken."""
     how = "the same command"
     if output is not None:
         if not is_done(output):  # of a finished run that was to be longer
@@ -195,8 +197,8 @@ def _without(missing: Sequence[int]) -> str:
 
 
 def _plan(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> None:
-    """Check on every rank what a start checks there, then print the plan on the first. A plain python start is no
-    launch: how many ranks there will be, and where, is not known."""
+    """Check on every rank what a real start checks there, then print the plan on the first rank. Under plain python
+    the number of ranks of the real launch is unknown, and only the plan is printed."""
     from deca_ds.tools.plan import print_plan
 
     if launch.launcher == "python":

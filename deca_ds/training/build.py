@@ -1,4 +1,4 @@
-"""Make all that one rank trains with, on a connected job whose configuration has been checked."""
+"""Construct one rank's Trainer, on a connected job whose configuration has been checked."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from deca_ds.watchdog.lifelines import Lifeline
 
 
 def build(job: Job, start: Start) -> Trainer:
-    """Everything that `Trainer` needs; all ranks call this. For a client that comes back it ends when the others have
-    let it in."""
+    """Load tokenizer, data and model, and construct the Trainer; all ranks call this. For a client that comes back, it
+    returns when the others have let it in. Raises UserErrors."""
     config, cluster = job.config, job.cluster
     display = Display(config.logging, job.guard.heartbeats.own)
     if cluster.is_job_leader:
@@ -95,7 +95,7 @@ def _digest_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _make_gossip(job: Job, client: Client, attempt: int) -> Gossip:
-    """The averaging with neighbours; where late ones are left out, on a connection of its own to the job's store."""
+    """The averaging with neighbours. With gossip.wait_s it gets a connection of its own to the job's store."""
     config, cluster = job.config, job.cluster
     radius = config.gossip.clip_radius
     stragglers = None
@@ -145,7 +145,7 @@ def _invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, v
 
 
 def _make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) -> ElasticAgent:
-    """What goes on without clients that have died. From here on a rank that dies takes its client along."""
+    """The agent that lets the others continue when clients die. From here on a rank that dies ends its client."""
     cluster, config = job.cluster, job.config.cluster
     assert cluster.client_store is not None, "`connect` opens it"
     lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.timeout_s, job.guard.fail)
@@ -158,7 +158,7 @@ def _make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) ->
 
 
 def _make_batches(job: Job, data: ClientData, pad_id: int, done: int) -> Iterator[list[dict[str, Tensor]]]:
-    """This rank's part of those that come after `done` inner steps."""
+    """This rank's part of the batches that follow after `done` inner steps."""
     config, cluster = job.config, job.cluster
     return training_batches(
         data.train,
@@ -208,6 +208,6 @@ def _make_checkpoints(
 
 
 def _check_before_saving(watch: Watch, output: Path) -> None:
-    """Raise an error for a folder that is not ours any more, or a state that must not be saved."""
+    """Raise an error if the run's folder is no longer this job's, or if the state is not finite."""
     check_held(output)
     watch.state()

@@ -38,7 +38,7 @@ from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 @dataclass
 class Trainer:
-    """Everything that one rank trains with; made by `deca_ds.training.build.build`."""
+    """Trains on one rank; constructed by `deca_ds.training.build.build`."""
 
     config: Config
     cluster: Cluster
@@ -53,8 +53,8 @@ class Trainer:
     output: Path
     agent: ElasticAgent | None = None  # where clients may die
     stopped_early: str = field(default="", init=False)  # why, for people
-    told: set[int] = field(default_factory=set)  # blocks of which parameters were said to get no gradient
-    _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, if it is made
+    told: set[int] = field(default_factory=set)  # blocks whose parameters without a gradient have been reported
+    _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, once it is made
 
     @property
     def client(self) -> Client:
@@ -73,14 +73,14 @@ class Trainer:
 
     @property
     def done(self) -> int:
-        """Inner steps."""
+        """Inner steps so far."""
         return self.state.done
 
     def train(self) -> bool:
-        """Run the schedule from where it stands and save the trained shards. All ranks of all clients call this.
+        """Run the rest of the schedule and save the trained shards. All ranks of all clients call this.
 
-        Returns False if the job was told to stop before, or stops early: then the checkpoints of all ranks are on the
-        disk. Raises DivergedError, which names the newest checkpoint, at the first value that is not finite.
+        Returns False if the job was told to stop before the end, or stops early: then the checkpoints of all ranks are
+        on the disk. Raises DivergedError, which names the newest checkpoint, at the first value that is not finite.
         """
         try:
             return self._train()
@@ -88,10 +88,10 @@ class Trainer:
             raise with_checkpoint(error, self.checkpoints.folder, self.checkpoints.newest()) from None
 
     def _train(self) -> bool:
-        through: dict[str, Any] = {}  # what is known of the state before the last evaluation
+        through: dict[str, Any] = {}  # manifest of the state before the last evaluation
         while self._goes_on():
             is_through = self.done == len(self.schedule)
-            if is_through:  # should the evaluation or the saving fail, the next start goes on from here
+            if is_through:  # if the evaluation or the saving fails, the next start continues from here
                 self.checkpoints.save()
                 self.checkpoints.wait_for_all()
                 through = self.checkpoints.manifest()
@@ -118,7 +118,7 @@ class Trainer:
         self.gossip.commit.run(lambda: barrier(self.gossip.transport))
 
     def _goes_on(self) -> bool:
-        """Whether the job is not to stop here; before that, clients that come back are let in."""
+        """Whether the job continues here, after letting in clients that come back."""
         if self.agent is not None:
             self.state.stopping = not self.stop.may_pass(self.done)
             self.agent.let_in(self.state)
@@ -151,7 +151,7 @@ class Trainer:
         end()
 
     def _tell_untrained(self, step: Step, state: BlockState) -> None:
-        """Say once for every block what no gradient has reached in its activation: its inner steps are wasted on it."""
+        """Report, once for every block, the parameters that no gradient has reached while it was active."""
         names = state.never_reached
         if names and self.cluster.is_leader and step.block not in self.told:
             self.told.add(step.block)
@@ -180,8 +180,11 @@ class Trainer:
         }
 
     def _compare(self, loss: float | None, is_through: bool) -> bool:
-        """Whether the run stops early. A checkpoint of the best evaluation comes first, and what is saved of a run that
-        stops is from before this evaluation: whoever goes on from there evaluates again."""
+        """Take note of an evaluation; returns whether the run stops early. loss: None without an evaluation set.
+
+        Saves the checkpoint of the best evaluation before it changes `state.best`: a run that resumes from a checkpoint
+        repeats the evaluation of that step. Raises DataError if a key needs a loss and there is none.
+        """
         wanted, patience = self.config.checkpoint.best, self.config.evaluation.patience
         if loss is None:
             if wanted or patience:
@@ -204,7 +207,7 @@ class Trainer:
         return False
 
     def _evaluate(self) -> float | None:
-        """Returns what evaluations are compared by."""
+        """Evaluate and log; returns the loss by which evaluations are compared, in nats per token."""
         self.watch.state()
         started, before = time.perf_counter(), peak_memory_bytes(self.client.device)
         scores = self.evaluator.evaluate()
@@ -222,8 +225,10 @@ class Trainer:
         return Evaluation.of(self.done, self.cluster.client, own, job).loss
 
     def _save(self, state: Mapping[str, Any]) -> None:
-        """Every rank writes its own slices, a file a block; `deca export` puts them together. state: for a run that is
-        to be longer."""
+        """Write this rank's slices of the trained model, one file per block; `deca export` puts them together.
+
+        state: a manifest from which the run can be continued if it is made longer.
+        """
         save_shards(
             self.output / "model",
             slice_groups(model_pieces(self.client), self.cluster),

@@ -1,5 +1,5 @@
-"""The start of a run on one rank, from its configuration to what it trains with: cheapest checks first, and nothing is
-written before everything is known to fit."""
+"""The start of a run on one rank, from its configuration to its Trainer: cheapest checks first, and nothing is written
+before everything has been checked."""
 
 from __future__ import annotations
 
@@ -39,9 +39,12 @@ from deca_ds.watchdog.guard import JobGuard
 def start(
     config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None = None
 ) -> Trainer | None:
-    """Check the configuration, join the other ranks and build the run, or what is left of it; None: nothing is. Raises
-    UserErrors, before anything is written; only the model's come after the output folder is made. visit: of a client
-    that comes back."""
+    """Check the configuration, connect to the other ranks and build the trainer; None if the run has nothing left to
+    do.
+
+    visit: of a client that comes back. Raises UserErrors, before anything is written; only those about the model come
+    after the output folder is made.
+    """
     way: Start | None
     if visit is None:
         config, mixing = check_together(config, launch, store, guard)

@@ -13,13 +13,14 @@ from deca_ds.gossip.averaging import Mean
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.strategies import begin
 
-# Ends an averaging of which everything has been sent, by calling what it is given, once and before anybody looks at the
-# model, the block's state or what gossip counts. Between, the last chunks travel.
+# Called, when all chunks have been sent, with the function that ends the averaging. It must call that function once,
+# before anybody looks at the model, the block's state or gossip's counters. What it does before that overlaps with the
+# last messages.
 Boundary = Callable[[Callable[[], None]], None]
 
 
 def at_once(end: Callable[[], None]) -> None:
-    """The Boundary that leaves nothing between."""
+    """The Boundary that overlaps nothing with the last messages."""
     end()
 
 
@@ -35,11 +36,14 @@ def inner_step(
     check: Callable[[Step, GradientStats], None] = lambda step, stats: None,
     boundary: Boundary = at_once,
 ) -> GradientStats:
-    """Train the active block for one step and average it with the neighbours; equations in algorithm/.
+    """Train the active block for one step and average it with the neighbours; the equations are in algorithm/.
 
-    micro_batches: this rank's share of the client's batch. The block's shard is worked through in chunks: while one
-    travels, the next one is computed. At the end theta holds the mixed masters, and the model's shards these, rounded.
-    check: raises an error for a gradient that must not be used. boundary: where the averaging ends.
+    The block's shard is processed in chunks: while one chunk travels, the local step of the next is computed. At the
+    end `state.theta` holds the averaged float32 masters, and the model's shards hold them rounded to the model's dtype.
+
+    micro_batches: this rank's share of the client's batch; see Client.gradient. lr: of this step. check: raises an
+    error for a gradient that must not be used, such as DivergedError. boundary: see Boundary. Raises GossipError if a
+    neighbour does not answer or sends values that must not be averaged.
     """
     stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     check(step, stats)
@@ -59,7 +63,7 @@ def inner_step(
 
     def end() -> None:
         accept(averaging.settle())
-        if not averaging.mixes:  # where clients may die, or are left out, some neighbours may have
+        if not averaging.mixes:  # known only now, as neighbours may have died or been left out
             rule.stay(state.tensors)
         norm = client.client_sum(float(squared_norm(state.grad))) ** 0.5 if rule.needs_norm else 0.0
         rule.finish(state.tensors, lr=lr, norm=norm, mixed=averaging.mixes)

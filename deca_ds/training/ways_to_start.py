@@ -38,10 +38,10 @@ from deca_ds.transport import gather_json, probe_edges, save_edges
 
 
 class Start(ABC):
-    """What differs between the ways. `build` calls the methods in this order, on all ranks that start.
+    """What differs between the ways to start. `build` calls the methods in this order, on all ranks that start.
 
-    resumed: inner steps of the checkpoint that the run goes on from; None without one. joins: the clients that are in
-    already; None where all start together.
+    resumed: inner steps of the checkpoint that the run continues from; None without one. joins: the clients that are
+    training already; None where all start together.
     """
 
     resumed: int | None = None
@@ -54,7 +54,7 @@ class Start(ABC):
 
     @abstractmethod
     def schedule(self, job: Job, client: Client) -> Schedule:
-        """What the run trains when, and so how long it is, which the first rank tells."""
+        """Which block the run trains at which step, and so its length, which the first rank prints."""
 
     @abstractmethod
     def agree(self, job: Job, client: Client, vocabulary: str) -> int:
@@ -63,11 +63,11 @@ class Start(ABC):
 
     @abstractmethod
     def restore(self, job: Job, state: TrainingState) -> None:
-        """Bring `state`, which is that of a new run, to where this rank's own files let it go on."""
+        """Bring `state`, which is that of a new run, to where this rank's own files let it continue."""
 
     @abstractmethod
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
-        """Where clients may die: become one of those that are in, and bring `state` to where they are."""
+        """If clients may die: become a member of the job, and bring `state` to where the other members are."""
 
 
 class _Together(Start):
@@ -121,22 +121,22 @@ class _Together(Start):
 
     @abstractmethod
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
-        """Write what the run is, or compare it with what is written. summaries: of all clients' data."""
+        """Write the description of the run, or compare it with the one on disk. summaries: of all clients' data."""
 
     def _count_rounds(self, config: Config, blocks: int) -> int:
         return count_rounds(config, blocks, [summary["train"] for summary in self._summaries])
 
     @abstractmethod
     def _check_schedule(self, job: Job, schedule: Schedule) -> None:
-        """Raise UserErrors for one that the run cannot go on with."""
+        """Raise UserErrors if the run cannot continue with this schedule."""
 
     @abstractmethod
     def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """Raise LaunchError unless all clients start from the same."""
+        """Raise LaunchError unless all clients start from the same model and tokenizer."""
 
 
 class NewRun(_Together):
-    """From the weights of the model."""
+    """Start from the weights of the model."""
 
     def restore(self, job: Job, state: TrainingState) -> None:
         """See Start."""
@@ -164,15 +164,15 @@ class NewRun(_Together):
 
 
 class ResumedRun(_Together):
-    """From a checkpoint, in the folder that has been taken when it was chosen."""
+    """Continue from a checkpoint; the run's folder was taken when the checkpoint was chosen."""
 
     def __init__(self, resumption: Resumption, rounds: int):
-        """rounds: of the run from here on."""
+        """rounds: the run's length from here on."""
         super().__init__()
         self.resumption, self.resumed, self._rounds = resumption, resumption.step, rounds
 
     def restore(self, job: Job, state: TrainingState) -> None:
-        """See Start. From here on a run that had finished has not."""
+        """See Start. Removes the DONE of a run that had finished."""
         if job.cluster.is_job_leader:
             (job.output / DONE).unlink(missing_ok=True)
         rewind(job.output, job.cluster, self.resumption.step)
@@ -180,7 +180,7 @@ class ResumedRun(_Together):
         restore(self.resumption, job.cluster, state)
 
     def _take(self, job: Job) -> None:
-        """See ResumedRun."""
+        """Nothing: see ResumedRun."""
 
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
         compare_with_saved(job.output, summaries)
@@ -195,11 +195,11 @@ class ResumedRun(_Together):
             print(tell_other_length(job.config, schedule, place), file=sys.stderr, flush=True)
 
     def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """They are what the run has made of them."""
+        """Nothing: the checkpoint has each client's own model."""
 
 
 class Return(Start):
-    """As a client that the others go on without, and that has been invited to join them."""
+    """Rejoin as a client that the others continued without, and that they have invited."""
 
     def __init__(self, invitation: Invitation):
         self._invitation, self.joins = invitation, invitation.clients
@@ -215,7 +215,7 @@ class Return(Start):
         return build_schedule(job.config, len(client.plan.blocks), self._invitation.rounds)
 
     def agree(self, job: Job, client: Client, vocabulary: str) -> int:
-        """See Start. It is the job's, and a neighbour's model is taken over."""
+        """See Start. The number is the job's. Models need not be compared, as a neighbour's is taken over."""
         return self._invitation.attempt
 
     def restore(self, job: Job, state: TrainingState) -> None:
@@ -224,7 +224,7 @@ class Return(Start):
         job.cluster.progress.enter("starting", works=True)
 
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
-        """See Start. Waits until it is let in, and takes over a neighbour's state."""
+        """See Start. Waits until the job lets this client in, and takes over a neighbour's state."""
         agent.wait_for_admission(state)
         for marker in (f"FAILED_client_{job.cluster.client:03d}", "STOPPED"):
             (job.output / marker).unlink(missing_ok=True)

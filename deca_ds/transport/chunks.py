@@ -1,4 +1,4 @@
-"""A chunk between clients: every rank is sent what it holds of it, packed where that does not lie in one piece."""
+"""Exchange a chunk between clients: every rank gets what it holds of the chunk, packed if that is not contiguous."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def exchange_chunk(
     receives: Mapping[int, Tensor],
     tag: int,
 ) -> Exchange:
-    """Start sending this rank's part of a chunk to the ranks of each client of `destinations`, and receiving what those
-    of each source client hold of it into its buffer. See Transport.exchange.
+    """Start sending this rank's part of a chunk to the ranks of each client in `destinations`, and receiving what the
+    ranks of each source client hold of it into that client's buffer. See Transport.exchange.
 
-    Ranks that hold the same get one message, so that between clients of one size it goes as it is, and once.
+    send: 1-D, chunk.numel elements. receives: by client, buffers like `send`. Ranks that hold the same ranges share one
+    exchange; between clients of one size nothing is copied.
     """
     assert send.shape == (chunk.numel,), f"{tuple(send.shape)} is not the part of {chunk.numel} elements"
     buffers: dict[int, Tensor] = {}
@@ -49,7 +50,7 @@ def exchange_chunk(
 
 
 class _Packed:
-    """The Exchange of several messages. packed: received values, the buffer that they belong to, and where."""
+    """An Exchange of several messages. packed: received values, the buffer to copy them to, and its ranges."""
 
     def __init__(self, started: Sequence[Exchange], packed: Sequence[tuple[Tensor, Tensor, Sequence[Range]]]):
         self._started, self._packed = started, packed

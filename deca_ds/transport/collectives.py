@@ -1,6 +1,6 @@
-"""What all clients do together, once over `Transport.exchange`: results are bit-identical over every transport.
+"""Collectives over all clients, built on `Transport.exchange`: results are bit-identical over every transport.
 
-All ranks of all clients call these in the same order. `members` are those that take part, in their order.
+All ranks of all clients call these in the same order. The clients of `transport.members` take part, in that order.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Result = TypeVar("Result")
 
 
 def all_reduce_sum(transport: Transport, tensor: Tensor) -> None:
-    """Sum over clients, in place. A contiguous CPU tensor, the same on all ranks of a client.
+    """Sum a tensor over clients, in place. tensor: contiguous, on the CPU, the same on all ranks of a client.
 
-    Each client sums a slice for all: 2 (n-1)/n of the tensor per client travel.
+    Each client sums one slice for all, so each sends 2 (n-1)/n times the tensor. Raises ValueError for other tensors.
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"all_reduce_sum takes a contiguous CPU tensor, got one on {tensor.device}")
@@ -40,12 +40,13 @@ def all_reduce_sum(transport: Transport, tensor: Tensor) -> None:
 def sum_slices(
     transport: Transport, numels: Sequence[int], held: Sequence[int], values: Callable[[int, slice], Tensor]
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """Sums over clients of parameters of `numels` elements, of which this rank holds slices of `held`: (number of the
-    parameter, elements of the slice, their sum), piece by piece, in order.
+    """Sum parameters over clients: yields (index of the parameter, elements of this rank's slice, their sum), piece by
+    piece, in order. All must be taken.
 
-    values: makes the own values of a piece, a contiguous CPU tensor, which becomes the sum. A few pieces live at a
-    time: while one is worked on, others travel. All must be taken. Where clients differ in size everybody gets
-    everything: n-1 times its slice is what a rank sends, n/2 times what it sends among clients of one size.
+    numels: elements of each whole parameter. held: elements of this rank's slice of each. values: makes this client's
+    values of a piece, a contiguous CPU tensor, which becomes the sum. A few pieces live at a time: while one is worked
+    on, others travel. Where clients differ in size every rank sends its slice to all other clients: n-1 times the
+    slice, n/2 times what it sends among clients of one size.
     """
 
     def pieces() -> Iterator[tuple[tuple[int, slice, Tensor], Iterator[None]]]:
@@ -64,7 +65,8 @@ def sum_slices(
 
 
 def gather_json(transport: Transport, value: Any) -> list[Any]:
-    """Every client's JSON-able value, on every rank. The wire format is the length as int64, then the text as UTF-8."""
+    """Every client's JSON-able value, on every rank, in the order of the members. The wire format is the length as
+    int64, then the text as UTF-8. Raises GossipError for a length that cannot be, or a text that is not JSON."""
     payload = json.dumps(value).encode()
     if len(payload) > MAX_JSON_BYTES:
         raise ValueError(f"{len(payload)} bytes of JSON are more than the {MAX_JSON_BYTES} of a gathered value")
@@ -82,7 +84,7 @@ def gather_json(transport: Transport, value: Any) -> list[Any]:
 
 
 def barrier(transport: Transport) -> None:
-    """Wait until every client is here: everybody hears from everybody."""
+    """Wait until every client has reached this call."""
     heard = {j: torch.empty(1, dtype=torch.uint8) for j in _others(transport)}
     _tell(transport, torch.zeros(1, dtype=torch.uint8), heard, BARRIER_TAG).wait()
 
@@ -99,7 +101,7 @@ def _others(transport: Transport) -> list[int]:
 
 
 def _tell(transport: Transport, own: Tensor, heard: dict[int, Tensor], tag: int) -> Exchange:
-    """Send what is alike on all ranks of this client to every client of `heard`, and hear theirs."""
+    """Send `own`, which all ranks of this client share, to every client in `heard`, and receive theirs into it."""
     routes = transport.routes
     hearers = [rank for j in heard for rank in routes.hearers(j)]
     return transport.exchange(own, hearers, {routes.source(j): buffer for j, buffer in heard.items()}, tag)
@@ -138,7 +140,7 @@ def _sum_chunk(transport: Transport, chunk: Chunk, piece: Tensor) -> Iterator[No
 
 
 def _add_up(transport: Transport, terms: dict[int, Tensor], own: Tensor) -> None:
-    """own <- own and `terms`, by client, in the order of `members`."""
+    """Add `terms`, by client, to `own`, in the order of `members`, so that all clients get the same bits."""
     terms[transport.client] = own.clone()
     own.zero_()
     for j in transport.members.clients:
@@ -146,8 +148,10 @@ def _add_up(transport: Transport, terms: dict[int, Tensor], own: Tensor) -> None
 
 
 def _in_stages(works: Iterable[tuple[Result, Iterator[None]]]) -> Iterator[Result]:
-    """Run works that pause at most twice, three at a time, each a stage behind the one before it; their results, in
-    order. All clients start messages in the same order so."""
+    """Run works that pause at most twice as a pipeline of three stages; yields their results, in order.
+
+    Each work is one stage behind the one before it, so all clients start their messages in the same order.
+    """
     under_way: deque[tuple[Result, Iterator[None]] | None] = deque()
     for work in chain(works, (None, None)):
         under_way.append(work)

@@ -9,7 +9,8 @@ Result = TypeVar("Result")
 
 
 class Commit:
-    """Where a client that dies ends the job, work that is through counts. elastic/survivor_commit.py has the other one.
+    """The commit of a job that ends when a client dies: completed work counts. elastic/survivor_commit.py has the one
+    for jobs whose clients may die.
 
     may_repeat: whether `run` may run work again.
     """
@@ -17,11 +18,11 @@ class Commit:
     may_repeat = False
 
     def run(self, work: Callable[[], Result], *, last: bool = False) -> Result:
-        """Run `work`, exchanges that every rank of every client runs at this place, until it counts for all of them.
+        """Run `work`, which every rank of every client runs at this place, until it counts for all of them.
 
-        Where a client may die, all survivors agree that they are through; if not, they let go of what was received and
-        of the dead clients, and run `work` again. So it may be repeated, does nothing but exchange (a collective inside
-        the client would wait for a rank that has given up), and what follows from it comes after. last: nothing else is
-        exchanged before the end of the inner step, where a client may then come back.
+        If clients may die, all survivors agree whether they have completed it; if not, they discard what they received,
+        drop the dead clients, and run `work` again. So `work` must be repeatable and only exchange messages (a
+        collective inside the client would wait for a rank that has given up); act on its result after `run` returns.
+        last: whether this is the last exchange of the inner step, after which a client may come back.
         """
         return work()

@@ -1,7 +1,7 @@
-"""What a transport is: messages between job ranks of different clients.
+"""The interface of a transport: messages between job ranks of different clients.
 
-A transport moves bytes. It knows of which client each rank is, to say so in errors and in what this rank waits for, and
-nothing of mixing: routes.py says who exchanges what with whom.
+A transport moves bytes. It knows the client of each rank only to name it in errors and in the note of what this rank
+waits for. It knows nothing of mixing: routes.py says who exchanges what with whom.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from deca_ds.launch.view import Membership, View
 from deca_ds.transport.checksums import CheckedExchange, Exchange
 from deca_ds.transport.routes import Routes
 
-# Tags fit MPI's guaranteed range 0..32767. Messages of one source and tag arrive in the order in which they were sent,
-# on every transport, so a tag that comes round again is harmless. Tags let an error name what was waited for.
+# Tags fit MPI's guaranteed range 0..32767. On every transport, messages of one source and tag arrive in the order in
+# which they were sent, so it is safe to reuse tags. They let an error name the message that was waited for.
 _CHUNK_TAGS = 4096
 _STEP_TAGS = 7
 REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG, HANDOVER_TAG = (_STEP_TAGS * _CHUNK_TAGS + k for k in range(5))
@@ -35,9 +35,9 @@ def chunk_tag(t: int, chunk: int) -> int:
 class Endpoint:
     """One rank's end of the network between clients, whatever carries the messages.
 
-    layout, rank: which rank this is, and of which client. timeout_s: longest wait for one message. membership: who is
-    in; None: all, for good. progress: what this rank is doing; waits note for which client they are. checksums: whether
-    messages carry checksums (checksums.py); the same for all ranks.
+    layout, rank: which rank this is, and of which client. timeout_s: longest wait for one message. membership: the
+    clients in the job; None: all, always. progress: what this rank is doing; every wait notes the client that it waits
+    for. checksums: whether messages carry checksums (checksums.py); the same for all ranks.
     """
 
     layout: ClientLayout
@@ -49,9 +49,10 @@ class Endpoint:
 
 
 class Transport(ABC):
-    """Carries the messages of one end, to and from the ranks of its group (ClientLayout.group_of) whose clients are in.
+    """Carries the messages of one rank, to and from the ranks of its group (ClientLayout.group_of) whose clients are in
+    the job.
 
-    epoch: how often the connections have been made anew. bytes_sent: what this rank has handed to the network so far.
+    epoch: how often the connections have been made anew. bytes_sent: bytes that this rank has sent so far.
     """
 
     def __init__(self, end: Endpoint):
@@ -68,7 +69,8 @@ class Transport(ABC):
     def exchange(self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int) -> Exchange:
         """Start sending `send` to each rank of `destinations` and receiving from each source rank into its buffer.
 
-        Contiguous CPU tensors of any dtype; a message is as long as its buffer. Neither may be touched before `wait`.
+        Tensors are contiguous, on the CPU, of any dtype; a message is as long as its buffer. Do not touch any of them
+        before `wait` has returned. Waiting raises MessageError if a message is lost, damaged or of another length.
         """
         if self.checksums and (destinations or receives):
             return CheckedExchange(self._exchange, self.layout, self.rank, send, destinations, receives, tag)
@@ -82,21 +84,21 @@ class Transport(ABC):
 
     @property
     def members(self) -> View:
-        """Those that are in; the collectives join these."""
+        """The clients in the job, which the collectives join."""
         return self.membership.view
 
     @property
     def peers(self) -> list[int]:
-        """The ranks that the connections join, this one too, in their order there."""
+        """The ranks that the connections join, including this one, in the order of the group."""
         return self.routes.peers(self.members.clients)
 
     def note_wait(self, peer: int) -> None:
-        """Note that this rank waits for that one's client."""
+        """Note that this rank waits for the client of rank `peer`."""
         self.progress.wait_for(self.layout.client_of(peer))
 
     @abstractmethod
     def close(self) -> None:
-        """Give the connections back. May be called twice."""
+        """Close the connections. May be called twice."""
 
     def no_answer(self, peer: int, direction: str, tag: int) -> MessageError:
         """The error of a message that did not get through. direction: "from" or "to" the peer."""
