@@ -1,4 +1,5 @@
-"""What a rank does when the view changes: other matrices, what the failure policy says, and the state for newcomers."""
+"""What a rank does when the view changes: it adapts the matrices, obeys the failure policy, and hands its state over to
+clients that come back."""
 
 from __future__ import annotations
 
@@ -33,9 +34,12 @@ class Records(Protocol):
 
 @dataclass
 class ElasticAgent:
-    """Subscribes to the view, and asks with every agreement of the commit. rejoinable: over torch, the transport, which
-    lets clients in. mixing: the matrices that the run was started with. lookout: on leaders, with cluster.return_s.
-    returns: whether this client ends its training here to join the others."""
+    """Subscribes to changes of the view, and adds its questions to every agreement of the commit.
+
+    rejoinable: the transport over torch, which lets clients in; None over MPI. mixing: the matrices from the start of
+    the run. lookout: on leaders, with cluster.return_s. returns: whether this client stops training here to join the
+    others.
+    """
 
     config: ClusterConfig
     cluster: Cluster
@@ -55,13 +59,13 @@ class ElasticAgent:
         self.cluster.membership.subscribe(self._view_changed)
 
     def begin(self, done: int) -> None:
-        """After `done` inner steps, at the start of this attempt at the run: with those that are there."""
+        """Begin this attempt at the run, after `done` inner steps, with the clients that are present."""
         if self.cluster.members.missing:
             self.cluster.progress.enter("starting", step=done)
             self._regroup(f"{named(self.cluster.members.missing)} absent", done + 1)
 
     def let_in(self, state: TrainingState) -> None:
-        """Between two inner steps: let in whom the last agreement has announced, and give it what it needs."""
+        """Between two inner steps: let in the clients that the last agreement announced, and hand the state over."""
         if self.rejoinable is not None and self.rejoinable.joining:
             newcomers = self.rejoinable.joining
             self.cluster.progress.enter("letting a client in")
@@ -73,7 +77,7 @@ class ElasticAgent:
                     self.metrics.job("handover", state.done, record)
 
     def wait_for_admission(self, state: TrainingState) -> None:
-        """For a client that comes back: wait until it is let in, and take over where training stands."""
+        """For a client that comes back: wait until it is let in, and take over a neighbour's state."""
         assert self.rejoinable is not None
         self.cluster.progress.enter("waiting to be let in")
         self.rejoinable.enter()
@@ -88,13 +92,13 @@ class ElasticAgent:
             send(self.gossip.transport, to, state)
 
     def _giver(self, to: int) -> int:
-        """Who gives client `to` its state: the first neighbour that averages with it, else the first member."""
+        """The client that hands its state to client `to`: its first neighbour among the members, else the first."""
         mixing, members = self.gossip.schedule, self.cluster.members
         sources = {j for t in range(mixing.period) for j in mixing.sources(to, t)}
         return next((client for client in members.clients if client in sources), members.first)
 
     def _goes_first(self) -> bool:
-        """Whether no other part of the network is known to which this one has to come."""
+        """Whether this rank knows of no other part of the network that this part has to join."""
         return self.lookout is None or not self.lookout.found
 
     def _heard_of_another(self, all_say_no: bool) -> None:
@@ -110,7 +114,7 @@ class ElasticAgent:
         self._regroup(f"{named(back)} back" if back else f"{named(view.missing)} gone", from_step)
 
     def _regroup(self, who: str, from_step: int) -> None:
-        """Average among those who are in, and do what the policy says."""
+        """Average among the members from now on, and obey the policy."""
         view = self.cluster.members
         mixing = subset.without(self.mixing, view.missing)
         parts = subset.parts(mixing, view.clients)
@@ -121,7 +125,7 @@ class ElasticAgent:
         self._record(view, parts, gap, from_step)
 
     def _obey(self, now: Situation) -> str:
-        """Do what the policy says, and return what is to be told."""
+        """Obey the policy, and return its reason."""
         verdict = decide(now, self.config)
         if verdict.action is not Action.CONTINUE:
             self.returns |= verdict.action is Action.REJOIN

@@ -1,4 +1,4 @@
-"""The failure policy: what the job does about who is in, as a rule of the view and the graph alone."""
+"""The failure policy: whether the job continues with the clients that are left; depends on the view and the graph."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from deca_ds.launch.view import View
 
 
 class Action(Enum):
-    """CONTINUE: train on. STOP: save a checkpoint after this inner step, and end. REJOIN: the same, and then try for
-    cluster.return_s to join the others."""
+    """CONTINUE: train on. STOP: save a checkpoint after this inner step, and end. REJOIN: stop like that, and then try
+    for cluster.return_s to join the others."""
 
     CONTINUE = auto()
     STOP = auto()
@@ -23,8 +23,8 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Situation:
-    """view: who is in. parts: its clients in the groups that the graph still joins. larger_part: whether another part
-    of a network that was split is in reach again, and the larger one (network_partition.py)."""
+    """view: the clients in the job. parts: these clients, in the groups that the graph still connects. larger_part:
+    whether a larger part of a split network can be reached again (network_partition.py)."""
 
     view: View
     parts: Sequence[Sequence[int]]
@@ -33,14 +33,14 @@ class Situation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """why: what is told beside who is in; empty where nothing is to be said."""
+    """why: what to print beside the members; may be empty."""
 
     action: Action
     why: str = ""
 
 
 def decide(now: Situation, config: ClusterConfig) -> Verdict:
-    """What all ranks do; they see the same situation, so that they come to the same verdict."""
+    """The verdict for a situation. All ranks see the same situation, so they reach the same verdict."""
     view = now.view
     if now.larger_part:
         clients = named(sorted(view.clients))
@@ -57,7 +57,7 @@ def decide(now: Situation, config: ClusterConfig) -> Verdict:
 
 
 def check_absent(config: ClusterConfig, mixing: MixingSchedule) -> None:
-    """Raise ConfigError where the job would stop as it starts, because the graph does not join those that are there."""
+    """Raise ConfigError if the job would stop at once, because without cluster.absent the graph is not connected."""
     there = [client for client in range(mixing.size) if client not in config.absent]
     parts = subset.parts(subset.without(mixing, config.absent), there)
     starts = Situation(View(0, tuple(there), mixing.size), parts)

@@ -1,33 +1,37 @@
-"""The membership protocol: all ranks agree on what counts and on who is in, while clients die, hang and come back.
+"""The membership protocol: all ranks agree on what counts and on the members, while clients die, hang and come back.
 
-This module has a coordinator's part, voter.py a rank's. Both are states that change with a message, the end of a
-connection or the passing of time, and say what to send. Time is a parameter, in seconds of any clock that does not go
-back. Sockets, threads and clocks are in quorum_server.py, quorum_client.py and wire.py, so that tests drive whole jobs
-through faults in no time.
+This module has the coordinator, voter.py the rank. Both are pure state machines: a message, the end of a connection or
+the passing of time changes their state, and they return what to send. Time is a parameter, in seconds of any monotonic
+clock. Sockets, threads and clocks are in quorum_server.py, quorum_client.py and wire.py, so tests can drive whole jobs
+through faults within milliseconds.
 
-Each client's leader has a coordinator. One of them at a time is at work, at the start that of client 0. Every rank
-keeps a connection to it. Messages are JSON objects of a few hundred bytes:
+Each client's leader has a coordinator. One of them is active at a time, at the start that of the first client. Every
+rank keeps a connection to it. Messages are JSON objects of a few hundred bytes:
 
-    rank to coordinator    hello (rank, the last decision that it knows, coordinators that it has lost), vote, goodbye,
-                           leave (its client does), stalled (it has voted, and for cluster.timeout_s nobody in the job
-                           has moved on)
-    coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (you are), alive
-    of a returning client  join, ready; to it: invitation, asleep (another one is the coordinator), addresses (of all)
-    of another part        who; to it: part (the clients that are in, none if this coordinator is not at work)
+    rank to coordinator    hello (its rank, the last decision that it knows, coordinators that it has lost), vote,
+                           goodbye, leave (its client leaves the job), stalled (it has voted, and nobody in the job has
+                           made progress for cluster.timeout_s)
+    coordinator to rank    welcome, interrupt (the next decision will not be a yes), decision, out (the rank's client
+                           has been dropped), alive
+    a returning client     sends join and ready; receives invitation, asleep (this coordinator is not active),
+                           addresses (of all coordinators)
+    another network part   sends who; receives part (the members, none if this coordinator is not active)
 
-1. All ranks of all clients that are in vote under one number. The decision is the AND of their answers, bit by bit.
-2. A connection that ends without a goodbye puts its client out. The next decision names the clients that are left.
-   Whoever votes no, or such a loss, interrupts all at once, so that nobody waits for messages that will not come.
-3. When the coordinator itself is lost, every rank says hello to the leader of the next client. Its coordinator begins
-   as soon as its own rank has come, which has lost the old one then, too; those who have not come after a while are
-   out. Whoever misses a decision that another rank knows is given it: nobody is further apart than one, because a
-   decision takes the votes of all who know the one before. Who knows less has been out meanwhile.
-4. A client that has gone may come back, as new processes. When all its ranks are ready, the next decision to which all
-   have voted yes and OPEN announces it. From the agreement after that one on it votes like the others. It stands at the
-   end of the line of those who become coordinator, so that it takes nobody's place.
-5. A client that hangs is put out like one that has gone: when somebody is stalled all others are interrupted, and whose
-   votes are still missing then is out. A coordinator that gives no sign of life for cluster.timeout_s is lost. One that
-   finds its own client hanging, or that was stopped itself for so long, closes all connections: then it is lost, too.
+1. All ranks of all members vote on the same number. The decision is the bitwise AND of their answers.
+2. If a connection ends without a goodbye, its client is dropped. The next decision names the clients that are left. A
+   no vote or a lost connection interrupts all ranks at once, so that nobody waits for messages that will not come.
+3. When the coordinator itself is lost, every rank says hello to the leader of the next client. That client's
+   coordinator becomes active as soon as its own rank has said hello, because that rank has then lost the old one too.
+   Clients that have not said hello after a while are dropped. A rank that missed a decision gets it from those that
+   know it. Ranks are at most one decision apart, because a decision needs the votes of all ranks that know the one
+   before; a rank that is further behind was dropped in the meantime.
+4. A client that was dropped may come back, as new processes. When all its ranks are ready, the next decision to which
+   all have voted yes and OPEN announces it. It votes from the agreement after that one on, and is the last in the order
+   in which clients take over as coordinator.
+5. A client that hangs is dropped like one that has died: when some rank is stalled, all others are interrupted, and the
+   clients whose votes are still missing after that are dropped. A coordinator without a sign of life for
+   cluster.timeout_s counts as lost. One that finds its own client hanging, or that was itself stopped for so long,
+   closes all connections, and so counts as lost, too.
 """
 
 from __future__ import annotations
@@ -50,9 +54,11 @@ Sends = list[tuple[int, Message]]  # connection and message
 
 @dataclass
 class _Peer:
-    """At the other end of a connection. rank: who it is. known: number of the last decision sent to it.
-    Of a returning client, ready: whether it only waits to come in; address: of its coordinator, from its leader; store:
-    address of the job's when it was invited."""
+    """The rank at the other end of a connection. known: number of the last decision sent to it.
+
+    For a rank of a returning client, ready: whether it only waits to be let in; address: of its coordinator, if it is
+    the leader; store: address of the job's store when it was invited.
+    """
 
     connection: int
     rank: int
@@ -63,11 +69,12 @@ class _Peer:
 
 
 class Coordinator:
-    """Of client `client`. timeout_s: for all ranks to come at the start of the job, which is that of `clients`.
-    silence_s: after so long without a sign of life a coordinator is lost.
+    """The coordinator of client `client`. clients: the members at the start of the job. timeout_s: time for all their
+    ranks to connect at the start. silence_s: time without a sign of life after which a coordinator counts as lost. now:
+    the time, as in the methods.
 
-    Connections have numbers, which whoever holds them chooses. last: the last decision that it knows. invitation: what
-    a returning client has to know. retired: whether all connections are to be closed, for good.
+    Connections are identified by numbers that the caller chooses. last: the last decision that it knows. invitation:
+    what a returning client needs to know. retired: whether the caller must close all connections, for good.
     """
 
     def __init__(
@@ -79,36 +86,36 @@ class Coordinator:
         self.invitation: Message | None = None
         self.retired = False
         self._at_work = False
-        self._gone: set[int] = set()  # put out after the last decision
+        self._gone: set[int] = set()  # clients dropped since the last decision
         self._peers: dict[int, _Peer] = {}  # by connection
-        self._lines: dict[int, _Peer] = {}  # by rank: those that are in
-        self._visitors: dict[int, _Peer] = {}  # by rank: of clients that want to come back
+        self._lines: dict[int, _Peer] = {}  # members, by rank
+        self._visitors: dict[int, _Peer] = {}  # of clients that want to come back, by rank
         self._visits = 0
         self._done: set[int] = set()  # ranks that have said goodbye
         self._votes: dict[int, tuple[int, str]] = {}
-        self._gathered: float | None = None  # after which nobody is waited for who has never come
-        self._stalled: tuple[float, float] | None = None  # when somebody was so first, of late, and last
+        self._gathered: float | None = None  # time after which ranks that have never connected are dropped
+        self._stalled: tuple[float, float] | None = None  # first and last time of the current series of `stalled`
         self._signed = now  # when it gave the last sign of life
         self._sends: Sends = []
 
     @property
     def clients(self) -> list[int]:
-        """Who is in, once it is at work, in the order in which they become coordinator."""
+        """The members, in the order in which they become coordinator; empty while this one is not active."""
         return [client for client in self.last.everybody if client not in self._gone] if self._at_work else []
 
     def invite(self, invitation: Message) -> None:
-        """What clients that come back are told from now on has changed."""
+        """Send this invitation to returning clients from now on."""
         self.invitation = invitation
 
     def heard(self, connection: int, message: Message, now: float) -> Sends:
-        """A message has come. Raises KeyError, TypeError or ValueError if it is of none of our ranks."""
+        """Handle a message. Raises KeyError, TypeError or ValueError if it is not one of this protocol."""
         if not self.retired:
             self._heard(connection, message, now)
             self._decide()
         return self._taken()
 
     def ended(self, connection: int) -> Sends:
-        """The connection has ended."""
+        """Handle the end of a connection."""
         peer = self._peers.pop(connection, None)
         if peer is not None and not self.retired:
             if self._visitors.get(peer.rank) is peer:

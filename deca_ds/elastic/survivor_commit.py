@@ -1,4 +1,4 @@
-"""Work that outlives dead clients: it counts for all survivors, or is done again without the dead."""
+"""The commit of a job whose clients may die: work counts for all survivors, or is repeated without the dead."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.view import View
 from deca_ds.transport import Commit, Result
 
-_SPURIOUS = 3  # failed exchanges in a row after which everybody is still there: then it is no death
+_SPURIOUS = 3  # exchanges that may fail in a row although nobody has died
 
 
 @dataclass
 class Question:
-    """What every agreement asks all ranks beside. answer: this rank's. heard: called with whether all have said yes."""
+    """A further question that every agreement asks all ranks. answer: this rank's. heard: called with whether all ranks
+    have said yes."""
 
     answer: Callable[[], bool]
     heard: Callable[[bool], None]
@@ -30,24 +31,24 @@ class Reconnecting(Protocol):
 
     @property
     def members(self) -> View:
-        """Those that are in."""
+        """The clients in the job."""
         ...
 
     def give_up(self) -> None:
-        """Let those that wait for this rank's messages, or for messages of those who wait, do so no more."""
+        """Release the ranks that wait for this rank's messages, directly or through others."""
         ...
 
     def agree(self, answers: Sequence[bool]) -> list[bool]:
-        """Whether all survivors say yes, question by question, the same for all of them; empty if one has died."""
+        """For each question, whether all survivors say yes; all get the same result. Empty if a client has died."""
         ...
 
     def reconnect(self) -> bool:
-        """Connect those who are left anew, change `membership`; whether there are fewer now."""
+        """Reconnect the clients that are left and change `membership`; returns whether there are fewer now."""
         ...
 
 
 class SurvivorCommit(Commit):
-    """See Commit; `run` goes on without clients that have died."""
+    """See Commit; `run` continues without clients that have died."""
 
     may_repeat = True
 
@@ -57,16 +58,16 @@ class SurvivorCommit(Commit):
 
     @property
     def members(self) -> View:
-        """Those that are in."""
+        """The clients in the job."""
         return self._connections.members
 
     def also_ask(self, question: Question) -> None:
-        """With every agreement from here on; all ranks ask the same, in the same order."""
+        """Ask this with every agreement from here on; all ranks ask the same questions, in the same order."""
         self._questions.append(question)
 
     def run(self, work: Callable[[], Result], *, last: bool = False) -> Result:
-        """See Commit. Raises RankLostError if this client has lost a rank, DisconnectedError if messages fail though
-        nobody has died."""
+        """See Commit. Raises RankLostError if this client has lost a rank, DisconnectedError if messages keep failing
+        although nobody has died."""
         spurious, connections, progress = 0, self._connections, self._connections.progress
         last_error: MessageError | None = None
         while spurious < _SPURIOUS:

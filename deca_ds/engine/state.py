@@ -168,7 +168,7 @@ def _block_slices(client: Client, key: str) -> Iterator[Slice]:
 
 
 def _join(tensor: Tensor, start: int, stop: int, part: Tensor) -> None:
-    """Overwrite `tensor` on all ranks of the client. Each contributes a part: this one `part`, elements [start, stop)."""
+    """Overwrite `tensor` on all ranks of the client. Each contributes a part, this one elements [start, stop)."""
     flat = torch.zeros_like(tensor).reshape(-1)
     flat[start:stop] = part
     dist.all_reduce(flat.view(torch.uint8))  # everybody else's bytes are zero

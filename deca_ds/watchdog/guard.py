@@ -5,10 +5,10 @@ process, whatever the process waits for (a collective, a message, a slow disk). 
 message of that first rank (ending.py), or a DONE marker. The same thread sends this rank's heartbeats and ends waits
 that last too long (heartbeats.py). It ends this process as well when the store no longer answers (store_watch.py).
 
-What becomes of a rank depends on its role (role.py). With cluster.on_failure=continue, from the first step on: a rank
-that fails tells it on its own output and in FAILED_client_NNN and kills itself, as the MPI library expects of the dead.
-The store may go with its host, until the survivors have put up another one. A rank that hangs, or waits too long for
-others of its client, ends that client; over torch the others put it out, too, if its process does not run.
+What a failure leads to depends on the rank's role (role.py). With cluster.on_failure=continue, from the first step on,
+a rank that fails reports that on its own output and in FAILED_client_NNN and kills itself, as the MPI library expects
+of dead ranks. The store may be lost with its host; the survivors then open another one. A rank that hangs, or waits too
+long for other ranks of its client, ends that client; over torch the others also drop it if its process does not run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _DONE_KEY, _EARLY_KEY = "job/done", "job/early"
 _POLL_S, _STOPPING_POLL_S = 0.5, 0.05
 _CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice that the client is cut off
 _NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does not answer
-_OTHERS_S = 60.0  # for the survivors to put out who hangs and to put up another store, until all ends
+_OTHERS_S = 60.0  # for the survivors to drop a client that hangs and to open another store, before the job ends
 
 
 class _Watch(NamedTuple):
@@ -64,8 +64,10 @@ class _Watch(NamedTuple):
 
 
 class JobGuard:
-    """Watches the job for this rank. visitor: of a client that comes back, which is not of the job yet. site: where the
-    job's store is. stop: how the job is told to stop, and where."""
+    """Watches the job for this rank. visitor: for a client that comes back and is not a member yet.
+
+    site: where the job's store is. stop: how a request to stop reaches all ranks, and after which step they stop.
+    """
 
     def __init__(self, launch: Launch, store: JobStore, visitor: Visitor | None = None):
         self.launch = launch
