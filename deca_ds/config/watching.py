@@ -7,7 +7,7 @@ from typing import Literal, Optional
 
 from deca_ds.config.key import at_least, key, more_than, or_null
 
-# OmegaConf reads the annotations at run time, on Python 3.10 too: Optional[...] and Literal[...] stay spelt out.
+# OmegaConf reads the annotations at run time: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: UP045
 
 

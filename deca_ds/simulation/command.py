@@ -21,10 +21,7 @@ from deca_ds.config import load_config, save_config
 from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.checks import check_output
 from deca_ds.training.claim import release, take
-from deca_ds.training.doubts import doubts
-from deca_ds.training.start_log import record_start
 from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
-from deca_ds.training.tables import print_notes, untrained
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
@@ -40,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went."""
     from deca_ds.simulation.setup import build, check
+    from deca_ds.training.doubts import doubts
+    from deca_ds.training.tables import print_notes
 
     config = load_config(*chosen(arguments))
     check(config)
@@ -64,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 def write(simulation: Simulation, output: Path) -> None:
     """config.yaml, data.json, starts.json and simulation.jsonl: a line a step and a line an evaluation, all clients in
     each."""
+    from deca_ds.training.start_log import record_start
+
     output.mkdir(parents=True, exist_ok=True)
     save_config(simulation.config, output / "config.yaml")
     clients = simulation.clients
@@ -84,7 +85,9 @@ def write(simulation: Simulation, output: Path) -> None:
 
 
 def report(simulation: Simulation, seconds: float) -> None:
-    """A table of the evaluations, and what travelled."""
+    """Print a table of the evaluations, and the traffic. seconds: that the simulation took."""
+    from deca_ds.training.tables import untrained
+
     table = Table(
         title=f"{simulation.config.algorithm.method}, {simulation.mixing.summary()}",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, title_justify="left",

@@ -31,7 +31,7 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
         ' "idle_s": 0.5, "time": 1.0}'
     )
     (run / "DONE").write_text("3 of 3 inner steps\n")
-    helps = [[name, "--help"] for name in _COMMANDS if name != "simulate"]  # which trains
+    helps = [[name, "--help"] for name in _COMMANDS]
     keys = (f"run.output={run}", "model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=1")
     about = [["status", str(run)], ["stop", str(run)], ["supervise", "true", "train.py", *keys]]
     commands = json.dumps([["--help"], *about, ["where"], *helps])
