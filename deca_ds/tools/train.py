@@ -133,7 +133,7 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
     if trainer is None:
         if is_first:
             print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
-                  f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
+                  f"{next_commands(Path(config.run.output), config.cluster.clients)}", flush=True)  # fmt: skip
         return
     if not all_start:
         hear_signals()
@@ -164,7 +164,8 @@ def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
     """Mark the run's folder, and tell the results and what to do with them. missing: clients."""
     mark_done(trainer.output, _steps(trainer), missing)
     print_summary(evaluations(trainer.output, trainer.cluster.client))
-    commands = next_commands(trainer.output, best=trainer.config.checkpoint.best)
+    clients, best = trainer.config.cluster.clients, trainer.config.checkpoint.best
+    commands = next_commands(trainer.output, clients, best=best)
     print(f"done{_without(missing)}: {trainer.output}\n{commands}", flush=True)
 
 
