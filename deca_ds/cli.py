@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from deca_ds import __version__
-from deca_ds.errors import UserError
+from deca_ds.errors import ConfigError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return train(given[1:], "deca train")
     if not given or given[0] not in _COMMANDS:
-        _overview().parse_args(given)  # which exits: with help, the version or a mistake
+        return _without_command(given)
     about, module = _COMMANDS[given[0]]
     command = import_module(f"deca_ds.{module}")
     parser = argparse.ArgumentParser(prog=f"deca {given[0]}", description=f"{about[0].upper()}{about[1:]}.")
@@ -39,6 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nERROR: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _without_command(given: Sequence[str]) -> int:
+    """Help, the version, or what is wrong."""
+    if not given:
+        _overview().print_help(sys.stderr)
+        return 2
+    if given[0] in ("-h", "--help", "--version"):
+        _overview().parse_args(given[:1])  # which exits
+    close = difflib.get_close_matches(given[0], ["train", *_COMMANDS], n=1)
+    fix = f"did you mean deca {close[0]}?" if close else "deca --help lists the commands"
+    print(f"ERROR: {ConfigError(f'deca has no command {given[0]!r}', fix=fix)}", file=sys.stderr)
+    return 2
 
 
 def _overview() -> argparse.ArgumentParser:

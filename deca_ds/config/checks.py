@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -257,17 +257,26 @@ def check_output(config: Config) -> Path:
     output = Path(config.run.output)
     check_writable(output, "run.output")
     if is_used(output):
-        raise ConfigError(
-            f"the output folder {str(output)!r} is already used",
-            where="run.output",
-            fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
-        )
+        raise already_used(output)
     return output
 
 
 def is_used(output: Path) -> bool:
     """Whether the folder holds more than the word of a job that has just come to it."""
-    return output.is_dir() and any(path.name != LOCK for path in output.iterdir())
+    return output.is_dir() and holds_more(path.name for path in output.iterdir())
+
+
+def holds_more(names: Iterable[str]) -> bool:
+    """The same of a folder with files of these names."""
+    return any(name != LOCK for name in names)
+
+
+def already_used(output: Path) -> ConfigError:
+    return ConfigError(
+        f"the output folder {str(output)!r} is already used",
+        where="run.output",
+        fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
+    )
 
 
 def _check_finite(section: Any, prefix: str) -> None:

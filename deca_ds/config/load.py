@@ -72,6 +72,9 @@ def _schema() -> DictConfig:
 
 
 def _read_yaml(path: Path) -> DictConfig:
+    if os.path.isdir(path):
+        within = " in it" * bool(list(path.glob("*.y*ml")))
+        raise ConfigError(f"{str(path)!r} is a folder", where="command line", fix=f"name the YAML file{within}")
     if not os.path.isfile(path):
         raise ConfigError(f"no configuration file {str(path)!r}", where="command line", fix=look_for(str(path)))
     try:

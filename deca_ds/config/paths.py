@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -64,7 +65,25 @@ def look_for(path: str) -> str:
     for link in (path, *map(str, Path(path).parents)):
         if os.path.islink(link) and not os.path.exists(link):
             return f"{link!r} is a link to {os.readlink(link)!r}, which is not there"
-    return _meaningless(path) or f"check the path, from {Path.cwd()}"
+    if (why := _meaningless(path)) is not None:
+        return why
+    close = _closest(Path(path))
+    return f"check the path, from {Path.cwd()}" + (f"; did you mean {str(close)!r}?" if close else "")
+
+
+def _closest(path: Path) -> Path | None:
+    """What is there where one name of `path` was misspelt."""
+    for above in reversed(path.parents):
+        missing, *rest = path.relative_to(above).parts
+        if os.path.lexists(above / missing):
+            continue
+        try:
+            there = os.listdir(above)
+        except OSError:
+            return None
+        found = (above.joinpath(name, *rest) for name in difflib.get_close_matches(missing, there))
+        return next((each for each in found if each.exists()), None)
+    return None
 
 
 def check_model_folder(model: ModelConfig) -> None:

@@ -129,7 +129,7 @@ def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
             f"there is no file or folder {name.name!r} in {Path.cwd()}, and it cannot be loaded from the Hugging Face "
             f"hub: {type(error).__name__}: {reason}",
             where=f"data.train or data.evaluation (subset {subset}, split {split})",
-            fix="check the path; or, for a data set of the hub, its name, data.subset, data.split and the network",
+            fix=f"{look_for(name.name)}; or, for the hub, the name, data.subset, data.split and the network",
         ) from error
 
 

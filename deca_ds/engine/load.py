@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from deca_ds.algorithm import METHODS, BlockPlan, split_into_blocks
 from deca_ds.config import Config
 from deca_ds.config.checks import read_deepspeed_json
-from deca_ds.config.paths import check_model_folder
+from deca_ds.config.paths import check_model_folder, look_for
 from deca_ds.config.schema import ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
@@ -253,11 +253,14 @@ def explained(path: str, key: str, kinds: tuple[type[Exception], ...] = _BAD_FOL
     except ModelError:
         raise
     except kinds as error:
-        here = "" if Path(path).is_dir() else f", which is no folder in {Path.cwd()} and so a name of the hub"
+        here, fix = "", "give a folder with config.json, weights and tokenizer"
+        if not Path(path).is_dir():
+            here = f", which is no folder in {Path.cwd()} and so a name of the hub"
+            fix = f"{look_for(path)}; or, for a model of the hub, its name and the network"
         raise ModelError(
             f"cannot load {path!r}{here}: {' '.join(str(error).split()) or type(error).__name__}",
             where=key,
-            fix="give a folder with config.json, weights and tokenizer, or a hub name that this host can reach",
+            fix=fix,
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

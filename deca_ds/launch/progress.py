@@ -53,7 +53,16 @@ class Progress:
 
     def tick(self) -> None:
         """Note that the phase goes on."""
-        self.moved = time.monotonic()
+        self.moved = max(self.moved, time.monotonic())  # it may be granted more
+
+    @contextmanager
+    def granted(self, seconds: float) -> Iterator[None]:
+        """Note that the body may wait for so long for what is no rank and gives no sign: standing still begins then."""
+        self.moved = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self.moved = time.monotonic()
 
     @property
     def at_work(self) -> bool:

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deca_ds.algorithm import BlockPlan, Schedule, fused_parameters
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world, is_used
-from deca_ds.config.resume import check_folder
 from deca_ds.data import load_all, validate_data_config
 from deca_ds.data.checks import tell_files
 from deca_ds.data.prepare import check_tokenizer
@@ -44,6 +43,7 @@ from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
 from deca_ds.training.pace import evaluations_left
+from deca_ds.training.resume import look_at_output
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 from deca_ds.training.trackers import check_logging
 
@@ -221,7 +221,7 @@ def _check_output(console: Console, config: Config) -> None:
             "refused there: name another one in run.output, or set run.resume=require to continue that run",
         )
     else:
-        check_folder(config)
+        look_at_output(config)
 
 
 def _print_length(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:

@@ -29,6 +29,7 @@ from rich.text import Text
 
 from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended
 from deca_ds.config.paths import argument as path_argument
+from deca_ds.config.paths import look_for
 from deca_ds.config.resume import SAVED_CONFIG, STARTS
 from deca_ds.errors import FAILURE_CODE, CheckpointError
 from deca_ds.training.pace import duration
@@ -133,6 +134,8 @@ def _picture(state: State) -> Group:
 
 
 def _beats(folder: Path) -> list[Heartbeat]:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {str(folder)!r}", where="RUN", fix=look_for(str(folder)))
     if not (folder / FOLDER).is_dir():
         run_without = (folder / SAVED_CONFIG).is_file()
         raise CheckpointError(

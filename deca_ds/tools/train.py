@@ -24,7 +24,7 @@ from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.tools.train_arguments import parser
-from deca_ds.training.claim import check_held, take_place
+from deca_ds.training.claim import check_held, leave_place, take_place
 from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
 from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import tell_exit_code
@@ -101,7 +101,11 @@ def _join(config: Config | UserError, launch: Launch) -> tuple[Visit, JobStore]:
         raise config
     layout, output = ClientLayout.of(check_world(config, launch.world_size)), Path(config.run.output)
     take_place(output, launch.rank)
-    return join_job(launch, layout, output, _START_TIMEOUT_S, config.cluster.timeout_s, tries_until())
+    try:
+        return join_job(launch, layout, output, _START_TIMEOUT_S, config.cluster.timeout_s, tries_until())
+    except BaseException:
+        leave_place(output, launch.rank)
+        raise
 
 
 def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None) -> None:
@@ -122,11 +126,15 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
     else:
         hear_signals()
         guard.let_stop_before_training(lambda: _end_early(guard.output) if is_first else None)
-    trainer = start(config, launch, store, guard, visit)
+    try:
+        trainer = start(config, launch, store, guard, visit)
+    except BaseException:
+        leave_place(Path(config.run.output), launch.rank)
+        raise
     if trainer is None:
         if is_first:
             print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
-                  f"{next_commands(Path(config.run.output))}", flush=True)  # fmt: skip
+                  f"{next_commands(Path(config.run.output), config.cluster.clients)}", flush=True)  # fmt: skip
         return
     if not all_start:
         hear_signals()
@@ -158,7 +166,8 @@ def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
     """Mark the run's folder as DONE, and print the results and the next commands. missing: clients."""
     mark_done(trainer.output, _steps(trainer), missing)
     print_summary(evaluations(trainer.output, trainer.cluster.client))
-    commands = next_commands(trainer.output, best=trainer.config.checkpoint.best)
+    clients, best = trainer.config.cluster.clients, trainer.config.checkpoint.best
+    commands = next_commands(trainer.output, clients, best=best)
     print(f"done{_without(missing)}: {trainer.output}\n{commands}", flush=True)
 
 

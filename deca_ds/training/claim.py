@@ -107,19 +107,26 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
 
 
 def take_place(output: Path, rank: int) -> None:
-    """For a process that joins the job in `output` as `rank`: keep others that do so away, as long as it lives.
+    """For a process that joins the job in `output` as `rank`: keep others that do so away, as long as it lives or until
+    it leaves the place.
 
     Raises LaunchError if one has come before, as far as the file system tells.
     """
-    file = output / HEARTBEATS / f"rank_{rank:04d}.joined"
+    file = _place(output, rank)
+    if not output.is_dir():  # there is no such run, which is told elsewhere
+        return
     try:
         file.parent.mkdir(exist_ok=True)
-        descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
-        if _lock(descriptor) is not False:
-            _sign(descriptor, "")
-            return
-    except FileNotFoundError:  # there is no such run, which is told elsewhere
-        return
+        while True:
+            descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+            if _lock(descriptor) is False:
+                break
+            with contextlib.suppress(FileNotFoundError):  # left meanwhile
+                if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                    _sign(descriptor, "")
+                    _held[file] = descriptor, ""
+                    return
+            os.close(descriptor)
     except OSError as error:
         raise ConfigError(
             f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {file}"
@@ -131,6 +138,15 @@ def take_place(output: Path, rank: int) -> None:
         where=str(file),
         fix="leave that one alone, or end it first",
     )
+
+
+def leave_place(output: Path, rank: int) -> None:
+    """Leave no trace of a process that has not come to join the job."""
+    _give_back(_place(output, rank))
+
+
+def _place(output: Path, rank: int) -> Path:
+    return output.resolve() / HEARTBEATS / f"rank_{rank:04d}.joined"
 
 
 def check_held(output: Path) -> None:
@@ -152,7 +168,10 @@ def check_held(output: Path) -> None:
 
 def release(output: Path) -> None:
     """Give back a folder that nobody goes on in; it is removed if it is empty."""
-    file = output.resolve() / LOCK
+    _give_back(output.resolve() / LOCK)
+
+
+def _give_back(file: Path) -> None:
     descriptor, _ = _held.pop(file, (None, ""))
     if descriptor is not None:
         file.unlink(missing_ok=True)

@@ -66,26 +66,38 @@ def tell_length(config: Config, schedule: Schedule, summaries: Sequence[Mapping[
     asked = ""
     if config.algorithm.epochs is not None:
         asked = f" (algorithm.epochs={config.algorithm.epochs:g}, in whole rounds of {epochs / schedule.rounds:.3g})"
-    line = f"length: {epochs:.3g} epochs{asked}, {length.sequences:,} sequences, about {length.tokens:,} tokens"
+    line = f"length: {_times(epochs)} epochs{asked}, {length.sequences:,} sequences, about {length.tokens:,} tokens"
     fewest, most = min(passes.values()), max(passes.values())
     if len(passes) > 1:
-        often = f"{most:.3g}" if f"{fewest:.3g}" == f"{most:.3g}" else f"{fewest:.3g} to {most:.3g}"
+        few, many = _times(fewest), _times(most)
+        often = many if few == many else f"{few} to {many}"
         line += f" of all clients; a client goes over its data {often} times"
     lines = [line]
     if most > MANY_TIMES:
         client = max(passes, key=passes.__getitem__)
         held = next(each["train"] for each in summaries if each["client"] == client)
         lines.append(
-            f"WARNING: client {client} goes over its {held} training sequences {most:.3g} times and will know them by "
-            f"heart. {_shorter(schedule, most)}"
+            f"WARNING: client {client} goes over its {held} training sequences {_times(most)} times and will know them "
+            f"by heart. {_shorter(schedule, most)}"
+        )
+    least = min(summaries, key=lambda each: int(each["train"]))
+    if (batch := config.data.batch_size) > least["train"]:
+        lines.append(
+            f"WARNING: data.batch_size = {batch} is more than the {least['train']} training sequences of client "
+            f"{least['client']}: each of its batches has every sequence about {_times(batch / least['train'])} times. "
+            "Lower data.batch_size"
         )
     return lines
+
+
+def _times(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _shorter(schedule: Schedule, passes: float) -> str:
     if schedule.rounds > 1 and passes / schedule.rounds <= MANY_TIMES:
         return "Lower algorithm.rounds, or set algorithm.epochs instead"
-    return f"One round is {passes / schedule.rounds:.3g} times: lower algorithm.inner_steps, or data.batch_size"
+    return f"One round is {_times(passes / schedule.rounds)} times: lower algorithm.inner_steps, or data.batch_size"
 
 
 def check_place(schedule: Schedule, saved: Mapping[str, int]) -> None:

@@ -22,7 +22,7 @@ from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch.world import Cluster
 from deca_ds.training.display import Display
 from deca_ds.training.summary import Evaluation
-from deca_ds.training.trackers import Tracker, open_trackers
+from deca_ds.training.trackers import CLOSE_S, START_S, Tracker, open_trackers
 
 
 class JsonLines:
@@ -128,10 +128,13 @@ class Metrics:
         self._display.close()
         for log in (self._own, self._job):
             if log is not None:
-                log.close()
+                with self._cluster.progress.granted(CLOSE_S):
+                    log.close()
 
     def _open(self, name: str) -> Log:
-        return Log(self._path(name), open_trackers(self._config, self._output, name))
+        with self._cluster.progress.granted(START_S):
+            trackers = open_trackers(self._config, self._output, name)
+        return Log(self._path(name), trackers)
 
     def _path(self, name: str) -> Path:
         return self._output / "metrics" / f"{name}.jsonl"

@@ -21,6 +21,7 @@ from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import FOLDER, remove_newer, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL
 from deca_ds.config import Config
+from deca_ds.config.resume import check_folder, has_begun
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import ClientLayout, Launch
@@ -51,11 +52,19 @@ class Resumption:
         return at
 
 
-def look_at_run(config: Config) -> dict[str, Any]:
-    """JSON-able: rounds, of the run from here on; finished: it was DONE; ends: it is to be no longer than that.
+def look_at_output(config: Config) -> dict[str, Any] | None:
+    """What the first rank's host knows of the run that is to go on in run.output; None where none has begun. JSON-able:
+    rounds, of the run from here on; finished: it was DONE; ends: it is to be no longer than that.
 
-    On the host of the first rank, before anything is loaded. Raises UserErrors for a length that the run cannot get.
+    Before anything is loaded. Raises UserErrors for a folder that is not what run.resume wants, see `check_folder`, and
+    for a length that the run cannot get.
     """
+    check_folder(config)
+    begun = config.run.resume != "never" and has_begun(Path(config.run.output))
+    return _look_at_run(config) if begun else None
+
+
+def _look_at_run(config: Config) -> dict[str, Any]:
     output, starts = Path(config.run.output), read_starts(Path(config.run.output))
     rounds = _wanted(config, starts)
     if not is_done(output):

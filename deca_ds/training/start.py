@@ -14,7 +14,7 @@ from deca_ds.checkpoint.part import Part
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_folder, check_writable
-from deca_ds.config.resume import check_folder, has_begun, save_changes
+from deca_ds.config.resume import check_folder, save_changes
 from deca_ds.data import validate_data_config
 from deca_ds.elastic import Invitation, Visit, check_absent
 from deca_ds.errors import CheckpointError
@@ -29,7 +29,7 @@ from deca_ds.training.chosen_method import check_method
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import Job, connect_clients
 from deca_ds.training.loop import Trainer
-from deca_ds.training.resume import choose, keep_model, look_at_run
+from deca_ds.training.resume import choose, keep_model, look_at_output
 from deca_ds.training.template_date import agree_on_date, with_date
 from deca_ds.training.trackers import check_logging
 from deca_ds.training.ways_to_start import NewRun, ResumedRun, Return, Start
@@ -109,14 +109,12 @@ def begin_or_resume(
 ) -> NewRun | ResumedRun | None:
     """From the newest checkpoint that all ranks can use, or from the end of a run that is to be longer; a run that had
     come to train in this folder goes on in it. None: it has come to its end. All ranks call this. Raises UserErrors."""
+    output, own = Path(config.run.output), None
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
-        check_folder(config)
+        own = look_at_output(config)
     if config.run.resume == "never":
         return NewRun()
-    output, own = Path(config.run.output), None
-    if launch.rank == launch.first and has_begun(output):
-        own = look_at_run(config)
     begun: dict[str, Any] | None = store.gather(launch, "output/begun", own)[launch.first]
     if begun is not None:
         if begun["ends"]:

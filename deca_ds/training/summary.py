@@ -78,6 +78,7 @@ def print_summary(found: Sequence[Evaluation]) -> None:
     console = Console(color_system=None, highlight=False)  # mpirun shows its ranks a terminal, also into a file
     if not found or found[-1].loss is None:
         return
+    console.print(f"scores before and after: step {found[0].step} -> {found[-1].step}")
     console.print(_table(found[0], found[-1]))
     best = best_of(found)
     assert best is not None
@@ -92,12 +93,13 @@ def best_of(found: Sequence[Evaluation]) -> Evaluation | None:
     return min((each for each in found if each.loss is not None), key=lambda each: each.loss or 0.0, default=None)
 
 
-def next_commands(run: Path, *, best: bool = False) -> str:
-    """What to do with a run that is done, a line each. best: there is a checkpoint of the best evaluation."""
+def next_commands(run: Path, clients: int, *, best: bool = False) -> str:
+    """What to do with a run that is done, a line each. clients: of the run. best: there is a checkpoint of the best
+    evaluation."""
     folder = shlex.quote(str(run))
     return (
         f"  deca report {folder}          a page of what happened\n"
-        f"  deca export {folder} MODEL    the mean model as a folder for from_pretrained"
+        f"  deca export {folder} MODEL    the {MEAN_MODEL if clients > 1 else 'model'} as a folder for from_pretrained"
         + f" (the best one: --checkpoint {BEST})"
         * best
     )
@@ -112,10 +114,7 @@ def stopped_commands(run: Path, *, best: bool) -> str:
 def _table(before: Evaluation, after: Evaluation) -> Table:
     sets = [name for name in SETS if any(name in each for each in after.clients.values())]
     mean_set = sets[-1]  # the common set, or the own ones pooled
-    table = Table(
-        title=f"scores before and after: step {before.step} -> {after.step}",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, title_justify="left",
-    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("model", no_wrap=True)
     columns = []
     for name in sets:

@@ -24,7 +24,8 @@ from typing import Any, ClassVar, Protocol
 from deca_ds.config.watching import LoggingConfig
 from deca_ds.errors import ConfigError
 
-_PATIENCE_S = 30  # for what is still to be sent at the end; trackio's own is as long
+START_S = 90  # for a service to answer at the start
+CLOSE_S = 30  # for what is still to be sent at the end; trackio's own is as long
 _STEP = "inner_step"
 
 
@@ -179,7 +180,8 @@ class _Wandb(_Service):
                 x_disable_stats=True,
                 x_save_requirements=False,
                 silent=True,
-                finish_timeout=_PATIENCE_S,
+                finish_timeout=CLOSE_S,
+                init_timeout=START_S,
             ),
         )
         run.define_metric("*", step_metric=_STEP)  # its own count would refuse the steps that a resumed job does again

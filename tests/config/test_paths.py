@@ -13,10 +13,12 @@ import pytest
 from deca_ds.config import load_config, save_config
 from deca_ds.config import paths as rules
 from deca_ds.config.checks import check_output
-from deca_ds.config.paths import KEYS, argument, check_model_folder, check_writable
+from deca_ds.config.paths import KEYS, argument, check_model_folder, check_writable, look_for
 from deca_ds.config.resume import check_folder
 from deca_ds.config.schema import Config, ModelConfig
-from deca_ds.errors import ConfigError, ModelError
+from deca_ds.data.sources import HubName, load_hub
+from deca_ds.engine.load import load_architecture
+from deca_ds.errors import ConfigError, DataError, ModelError
 
 
 @pytest.fixture
@@ -84,6 +86,41 @@ def test_a_missing_model_folder_is_told_as_one(home, monkeypatch, path):
     (home / "owner/name").mkdir(parents=True)
     for known in ("owner/name", "Qwen/Qwen2.5-0.5B", "gpt2", str(home)):
         check_model_folder(ModelConfig(path=known))
+
+
+def test_one_misspelt_name_is_found(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "models/llama-8b").mkdir(parents=True)
+    (home / "run.yaml").touch()
+    for path, meant in (
+        ("modles/llama-8b", "models/llama-8b"),
+        ("./models/lama-8b", "models/llama-8b"),
+        (f"{home}/models/llama_8b", f"{home}/models/llama-8b"),
+        ("run.yml", "run.yaml"),
+        ("modles/other", None),
+        ("run.yaml/below", None),
+        ("", None),
+        ("n" * 300, None),
+    ):
+        expected = f"check the path, from {home}" + (f"; did you mean '{meant}'?" if meant else "")
+        assert look_for(path) == expected, path
+    with pytest.raises(ConfigError, match=r"did you mean 'run.yaml'"):
+        load_config(Path("run.yml"))
+    with pytest.raises(ConfigError, match=r"'\.' is a folder(?s:.*)name the YAML file in it"):
+        load_config(Path("."))
+
+
+def test_what_could_be_a_name_of_the_hub_may_be_a_misspelt_folder(home, monkeypatch):
+    """The tests are offline, so that the hub has nothing."""
+    monkeypatch.chdir(home)
+    (home / "models/llama").mkdir(parents=True)
+    with pytest.raises(ModelError) as caught:
+        load_architecture(ModelConfig(path="modles/llama"))
+    assert f"no folder in {home} and so a name of the hub" in caught.value.what
+    with pytest.raises(DataError, match=r"no file or folder 'modles/llama' in .*hub") as unread:
+        load_hub(HubName("modles/llama"), None, "train")
+    for error in (caught.value, unread.value):
+        assert "did you mean 'models/llama'?; or, for" in error.fix
 
 
 def test_places_that_cannot_be_written_to(home, monkeypatch):

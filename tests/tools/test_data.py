@@ -74,6 +74,8 @@ def test_counts_lengths_labels_and_repeats(look, tmp_path):
     assert [place.rpartition(", ")[2] for place in again["places"]] == ["line 2", "line 1"]
     assert [Path(place).name for place in scored["places"]] == ["eval.jsonl, line 1", "train.jsonl, line 3"]
     told = look(data, clients=2)
+    headings = ("repeated", "also at others", "own eval trained on")
+    assert all(re.search(rf"┃ {heading} +┃", told) for heading in headings)
     assert "common evaluation set: 2 examples, 1 of them trained on" in told and "WARNING: 1 scored example" in told
     assert (
         "[blue]" in told

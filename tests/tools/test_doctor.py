@@ -74,6 +74,16 @@ def test_one_machine_with_a_configuration(tmp_path, tiny_model, word_files, monk
     code, found, _ = doctor(capsys, "--config", "run.yaml", f"data.per_client=[{word_files[0]},gone.jsonl]")
     wrong = {check: of["what"] for (check, _), of in found.items() if of["state"] == "fail"}
     assert code == 2 and wrong == {"files": "data.per_client: gone.jsonl is not there"}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes").touch()
+    for keys, why in (
+        (["run.output=old"], "the output folder 'old' is already used"),
+        (["run.output=old", "run.resume=auto"], "there is no run to continue in 'old': it has no config.yaml"),
+        (["run.output=old/notes"], "cannot write to 'old/notes': it is a file"),
+    ):
+        code, found, _ = doctor(capsys, "--config", "run.yaml", *keys)
+        wrong = {check: of["what"] for (check, _), of in found.items() if of["state"] == "fail"}
+        assert code == 2 and wrong == {"output": why}
     code = main(["doctor", "--config", "run.yaml", "cluster.ranks=[1]", "--port", str(free_port())])
     shown = capsys.readouterr().out
     assert code == 2 and "FAIL plan" in shown and "cluster.ranks" in shown and "fix:" in shown

@@ -23,8 +23,11 @@ from deca_ds.tools.doctor.table import show
 GIB = 2**30
 FAIL, WARN = State.FAIL, State.WARN
 GPU = "NVIDIA H100 80GB HBM3, 550.54, 81559 MiB"
+USED = Folder(at="/out", free=100 * GIB, error="", holds=["LOCK", "config.yaml"])
 EACH = {"n0": GIB, "n1": GIB}
-NEEDS = Needs("out", "auto", "auto", False, {}, EACH, EACH, {"n1": 90 * GIB}, {"n1": 2 * GIB}, [("n0", "n1")])
+NEEDS = Needs(
+    "out", "never", None, "auto", "auto", False, {}, EACH, EACH, {"n1": 90 * GIB}, {"n1": 2 * GIB}, [("n0", "n1")]
+)
 
 
 def sight(i: int, **changes: Any) -> Sight:
@@ -41,7 +44,7 @@ def sight(i: int, **changes: Any) -> Sight:
 
 
 def host(i: int, **changes: Any) -> HostFacts:
-    output = Folder(at="/out", free=100 * GIB, error="")
+    output = Folder(at="/out", free=100 * GIB, error="", holds=[])
     both = frozenset({"n0", "n1"})
     every = HostFacts(2, [f"10.0.0.{i}"], sight(i), clock=Clock(0.01, 0.001), output=output, sees=both)
     return replace(every, **changes)
@@ -152,10 +155,19 @@ BROKEN = [
     ),
     (
         "output",
-        facts(n1=host(1, output=Folder(at="/out", free=0, error="Read-only file system"))),
+        facts(n1=host(1, output=Folder(at="/out", free=0, error="Read-only file system", holds=[]))),
         FAIL, "n1", "cannot write in /out: Read-only file system", "run.output",
     ),
-    ("disk", facts(n1=host(1, output=Folder(at="/out", free=GIB, error=""))), FAIL, "n1", "plan needs 2.1 GB", "room"),
+    ("output", facts(n1=host(1, output=USED)), FAIL, "n1", "'out' is already used", "run.resume=require"),
+    (
+        "output",
+        facts(needs=replace(NEEDS, resume="require", refused=ConfigError("no run", fix="do")), sees_first=True),
+        FAIL, "n0", "no run", "do",
+    ),
+    (
+        "disk", facts(n1=host(1, output=Folder(at="/out", free=GIB, error="", holds=[]))),
+        FAIL, "n1", "plan needs 2.1 GB", "room",
+    ),
     ("memory", facts(n1=seen(1, memory=GIB // 2)), FAIL, "n1", "536.9 MB of memory free", "more ranks"),
     (
         "memory", facts(n1=seen(1, gpus=[GPU], torch_gpus=1)), FAIL, "n1",
@@ -182,6 +194,15 @@ def test_what_is_wrong_is_told_of_its_host_with_one_fix(check, these, state, hos
 
 def test_every_check_has_a_fault_in_this_file():
     assert {check for check, *_ in BROKEN} | {"variables", ".deepspeed_env"} == CHECKS.keys()
+
+
+def test_a_folder_is_refused_only_where_a_start_would_look_at_it():
+    """Other hosts have not got the run's configuration, and this machine may not share the first one's folder."""
+    unseen = facts(needs=replace(NEEDS, resume="require", refused=ConfigError("no run")))
+    resumed = facts(n1=host(1, output=USED), needs=replace(NEEDS, resume="auto"))
+    killed = facts(n1=host(1, output=USED | {"holds": ["LOCK"]}))
+    for fine in (unseen, resumed, killed):
+        assert {each.state for each in found("output", fine)} == {State.OK}
 
 
 def test_a_host_that_does_not_answer_has_no_other_finding():

@@ -99,3 +99,6 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("")
     assert main(["status", str(tmp_path)]) == 2
     assert "which is no run's folder" not in capsys.readouterr().err
+    for command in ("status", "stop"):
+        assert main([command, str(tmp_path / "away")]) == 2
+        assert f"there is no folder '{tmp_path / 'away'}'" in capsys.readouterr().err

@@ -34,6 +34,18 @@ def test_ranks_look_for_each_other_as_long_as_the_configuration_says(monkeypatch
     assert f"nobody came for {meet_s} s of {timeout_s} s" in capsys.readouterr().err
 
 
+def test_who_cannot_join_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    """In a folder of something else, as in that of a run which refuses it."""
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    keys = ["model.path=x", "cluster.clients=2", "cluster.on_failure=continue", f"run.output={tmp_path}"]
+    (tmp_path / "notes").touch()
+    assert train.main([*keys, "--join"]) == 2
+    assert "there are no addresses of a job to join" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
 def test_a_launched_dry_run_looks_for_every_client_s_file(tiny_model, word_files, tmp_path):
     files, shared = [word_files[0], tmp_path / "absent.jsonl"], HashStore()
     keys = [f"model.path={tiny_model}", "cluster.clients=2", f"data.per_client=[{files[0]},{files[1]}]"]

@@ -16,7 +16,7 @@ import pytest
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.training import claim
-from deca_ds.training.claim import check_held, release, take, take_place
+from deca_ds.training.claim import check_held, leave_place, release, take, take_place
 from deca_ds.watchdog.stop import is_requested, request_stop
 
 HOLDER = """
@@ -137,6 +137,10 @@ def test_a_rank_joins_once_at_a_time(tmp_path: Path) -> None:
             take_place(tmp_path, 3)
         take_place(tmp_path, 2)
         first.kill()
+    take_place(tmp_path, 3)
+    for rank in (2, 3):
+        leave_place(tmp_path, rank)
+    assert not list(tmp_path.iterdir())
     take_place(tmp_path, 3)
 
 

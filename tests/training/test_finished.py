@@ -7,23 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from deca_ds.config import Config, load_config
+from deca_ds.config import Config, load_config, save_config
 from deca_ds.engine.state import position
 from deca_ds.errors import CheckpointError, ConfigError, UserError
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.length import check_place, tell_other_length
-from deca_ds.training.resume import look_at_run
+from deca_ds.training.resume import look_at_output
 
 STEPS = 2 * 4 * 5  # rounds, blocks, inner steps
 
 
 def config(run: Path, *keys: str) -> Config:
     fixed = ["model.path=x", "cluster.clients=2", "algorithm.inner_steps=5", "data.batch_size=2"]
-    return load_config(None, [*fixed, f"run.output={run}", "data.micro_batch_size=1", *keys])
+    return load_config(None, [*fixed, f"run.output={run}", "run.resume=auto", "data.micro_batch_size=1", *keys])
 
 
 def make_run(run: Path, *, done: bool = True, blocks: int = 4, state: bool = True, epochs: float | None = None) -> Path:
     """Of two rounds."""
+    save_config(config(run), run / "config.yaml")
     start = {"rounds": 2, "epochs": epochs, "model": {"blocks": [[str(block), 1] for block in range(blocks)]}}
     (run / "starts.json").write_text(json.dumps([start]))
     (run / "data.json").write_text(json.dumps([{"client": 0, "train": 10}, {"client": 1, "train": 30}]))
@@ -37,17 +38,17 @@ def make_run(run: Path, *, done: bool = True, blocks: int = 4, state: bool = Tru
 
 def test_a_finished_run_ends_or_gets_longer(tmp_path):
     run = make_run(tmp_path)
-    assert look_at_run(config(run, "algorithm.rounds=2")) == {"rounds": 2, "finished": True, "ends": True}
-    assert look_at_run(config(run, "algorithm.rounds=3")) == {"rounds": 3, "finished": True, "ends": False}
+    assert look_at_output(config(run, "algorithm.rounds=2")) == {"rounds": 2, "finished": True, "ends": True}
+    assert look_at_output(config(run, "algorithm.rounds=3")) == {"rounds": 3, "finished": True, "ends": False}
     (run / "DONE").unlink()
-    assert look_at_run(config(run, "algorithm.rounds=3")) == {"rounds": 3, "finished": False, "ends": False}
+    assert look_at_output(config(run, "algorithm.rounds=3")) == {"rounds": 3, "finished": False, "ends": False}
 
 
 def test_lengths_are_compared_by_what_they_come_to(tmp_path):
     run = make_run(tmp_path)
     a_round = 2 * 2 * 4 * 5 / 40  # epochs
-    assert look_at_run(config(run, f"algorithm.epochs={2 * a_round}"))["ends"]
-    assert look_at_run(config(run, f"algorithm.epochs={2 * a_round + 0.1}")) == {
+    assert look_at_output(config(run, f"algorithm.epochs={2 * a_round}"))["ends"]
+    assert look_at_output(config(run, f"algorithm.epochs={2 * a_round + 0.1}")) == {
         "rounds": 3, "finished": True, "ends": False,
     }  # fmt: skip
 
@@ -55,11 +56,11 @@ def test_lengths_are_compared_by_what_they_come_to(tmp_path):
 def test_epochs_are_as_many_rounds_as_when_the_run_started_with_them(tmp_path):
     """Another client may have come since, and its data with it."""
     run = make_run(tmp_path, epochs=3.5)
-    assert look_at_run(config(run, "algorithm.epochs=3.5"))["ends"]
+    assert look_at_output(config(run, "algorithm.epochs=3.5"))["ends"]
     longer = {"rounds": 5, "epochs": 9.0, "model": {"blocks": [["0", 1]] * 4}}
     (run / "starts.json").write_text(json.dumps([*json.loads((run / "starts.json").read_text()), longer]))
-    assert look_at_run(config(run, "algorithm.epochs=3.5"))["ends"], "the start that would have been longer died"
-    assert look_at_run(config(run, "algorithm.epochs=9"))["rounds"] == 5
+    assert look_at_output(config(run, "algorithm.epochs=3.5"))["ends"], "the start that would have been longer died"
+    assert look_at_output(config(run, "algorithm.epochs=9"))["rounds"] == 5
 
 
 @pytest.mark.parametrize(
@@ -72,14 +73,14 @@ def test_epochs_are_as_many_rounds_as_when_the_run_started_with_them(tmp_path):
 )
 def test_lengths_that_a_finished_run_cannot_get_are_refused(tmp_path, made, keys, kind, message):
     with pytest.raises(kind, match=message):
-        look_at_run(config(make_run(tmp_path, **made), *keys))
+        look_at_output(config(make_run(tmp_path, **made), *keys))
 
 
 @pytest.mark.parametrize("name", ["starts.json", "data.json"])
 def test_a_length_that_nothing_tells_is_refused_with_the_file(tmp_path, name):
     (make_run(tmp_path) / name).write_text("[torn")
     with pytest.raises(CheckpointError, match=rf"cannot tell how long the run is[\s\S]*{name}"):
-        look_at_run(config(tmp_path, "algorithm.epochs=2"))
+        look_at_output(config(tmp_path, "algorithm.epochs=2"))
 
 
 def schedule(run: Path, rounds: int, blocks: int = 4):

@@ -52,6 +52,15 @@ def test_very_many_passes_over_few_sequences_are_warned_of():
     assert "One round is 40 times: lower algorithm.inner_steps" in one_round
 
 
+def test_a_batch_that_repeats_its_sequences_is_warned_of():
+    assert len(lengths("algorithm.rounds=1", "data.batch_size=10")) == 1, "as many as the smallest client has"
+    twice = lengths("algorithm.rounds=1", "data.batch_size=20")[-1]
+    assert twice.startswith("WARNING: data.batch_size = 20 is more than the 10 training sequences of client 0: each of")
+    assert "every sequence about 2 times" in twice
+    many = lengths("algorithm.rounds=1", "data.batch_size=100000")
+    assert "10,000 times" in many[-1] and "e+" not in "".join(many)
+
+
 def test_length_in_numbers():
     config = load_config(None, [*KEYS, "algorithm.rounds=2"])
     summaries = [{"client": client, "train": rows, "train_tokens": 7 * rows} for client, rows in enumerate(ROWS)]

@@ -6,6 +6,7 @@ import pytest
 
 from deca_ds.config.schema import LoggingConfig
 from deca_ds.errors import CheckpointError
+from deca_ds.launch.progress import Progress
 from deca_ds.training.metrics import JsonLines, Metrics, _numbers
 
 
@@ -37,7 +38,7 @@ def test_tensorboard_has_the_numbers_of_the_lines(tmp_path):
     """The job's, too: the mean model and the consensus distance."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=True)
+    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=True, progress=Progress())
     shown = SimpleNamespace(step=lambda *_: None, evaluated=lambda *_: None, show=lambda: None, close=lambda: None)
     written = Metrics(LoggingConfig(tensorboard=True), rank, tmp_path, range(8), shown)
     written.step(SimpleNamespace(index=3, block=0), {"loss": 1.5, "block": "layers 0-1"})
@@ -57,7 +58,7 @@ def test_tensorboard_has_the_numbers_of_the_lines(tmp_path):
 
 
 def test_another_rank_writes_the_jobs_events_when_the_first_has_gone(tmp_path):
-    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=False)
+    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=False, progress=Progress())
     shown = SimpleNamespace(show=lambda: None, close=lambda: None)
     written = Metrics(LoggingConfig(tensorboard=True), rank, tmp_path, range(8), shown)
     assert not (tmp_path / "tensorboard" / "job").exists()

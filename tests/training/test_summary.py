@@ -57,6 +57,7 @@ def test_clients_that_tell_each_other_nothing_have_a_table_of_one(tmp_path, caps
     print_summary(evaluations(tmp_path, 0))
     said = capsys.readouterr().out
     assert "3.000 -> 1.000" in said and "mean model" not in said
+    assert said.startswith("scores before and after: step 0 -> 9\n"), "however narrow the table is"
     assert "best evaluation: the last one; loss of the client: 1.000" in said
 
 
@@ -67,4 +68,6 @@ def test_a_run_without_sets_has_no_table(tmp_path, capsys):
 
 
 def test_the_next_commands_can_be_pasted(tmp_path):
-    assert "deca export 'a b' MODEL" in next_commands(tmp_path.__class__("a b"))
+    of_two, of_one = (next_commands(tmp_path.__class__("a b"), clients) for clients in (2, 1))
+    assert "deca export 'a b' MODEL    the mean model as a folder" in of_two
+    assert "MODEL    the model as a folder" in of_one and "mean" not in of_one

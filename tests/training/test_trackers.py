@@ -2,16 +2,21 @@
 
 import importlib.machinery
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from torch.distributed import HashStore
 
 from deca_ds.cli import main
 from deca_ds.config.schema import LoggingConfig
 from deca_ds.errors import ConfigError
+from deca_ds.launch import ClientLayout, Launch
+from deca_ds.launch.progress import Progress
 from deca_ds.training.metrics import Metrics
-from deca_ds.training.trackers import check_logging, open_trackers
+from deca_ds.training.trackers import CLOSE_S, START_S, check_logging, open_trackers
+from deca_ds.watchdog.heartbeats import Heartbeats
 
 
 class Run:
@@ -62,8 +67,8 @@ def logging(package, **keys):
     return LoggingConfig(tracker=package.__name__, **keys)
 
 
-def metrics(config, output):
-    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=True)
+def metrics(config, output, progress=None):
+    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=True, progress=progress or Progress())
     shown = SimpleNamespace(step=lambda *_: None, evaluated=lambda *_: None, show=lambda: None, close=lambda: None)
     return Metrics(config, rank, output, range(8), shown)
 
@@ -123,8 +128,32 @@ def test_one_that_fails_later_does_not_end_the_run(package, tmp_path, capsys):
     assert capsys.readouterr().err.count("gets no more") == 1
 
 
+def test_a_service_that_is_slow_to_answer_is_no_standstill(package, tmp_path, monkeypatch):
+    """With both files of a rank, where its wait is the longest that it may be and cluster.timeout_s is shorter."""
+    now, store = [1000.0], HashStore()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    seen = Heartbeats(Launch("deepspeed", 0, 2, 0, None), lambda: [0, 1])
+    seen.progress.watch(ClientLayout.of([1, 1]), 20.0)
+    stalls = []
+
+    def wait(seconds):
+        for _ in range(seconds):
+            now[0] += 1
+            seen.beat(store)
+            stalls.append(seen.stalled(store) or (seen.own().idle_s > 0 and "it stands still"))
+
+    monkeypatch.setattr(package, "init", lambda start=package.init, **keys: (wait(START_S), start(**keys))[1])
+    monkeypatch.setattr(Run, "finish", lambda self: wait(CLOSE_S))
+    written = metrics(logging(package), tmp_path, seen.progress)
+    seen.progress.enter("the end")
+    written.close()
+    assert len(stalls) == 2 * (START_S + CLOSE_S) and not any(stalls)
+    wait(20)
+    assert seen.own().idle_s == 20, "nothing is granted beyond"
+
+
 def test_who_takes_over_the_job_goes_on_without_one_that_does_not_start(package, tmp_path, capsys):
-    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=False)
+    rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=False, progress=Progress())
     written = Metrics(logging(package), rank, tmp_path, range(8), SimpleNamespace(show=lambda: None))
     rank.is_job_leader, package.refuses = True, OSError("no network")
     written.membership(3, {"left": [1]})

@@ -156,13 +156,13 @@ def _labels(console: Console, found: Found) -> list[Table]:
 
 def _repeats(console: Console, found: Found) -> None:
     of, several = found.repeats, len(found.clients) > 1
-    table = Table(title="examples that occur more than once (but for blanks and case)")
+    table = Table(title="examples that occur more than once")
     titles = [
         "client",
-        "repeated in its training",
-        *(["trained elsewhere, too"] * several),
+        "repeated",
+        *(["also at others"] * several),
         "own eval",
-        "of it trained",
+        "own eval trained on",
     ]
     for title in titles:
         table.add_column(title, justify="right")
@@ -174,7 +174,10 @@ def _repeats(console: Console, found: Found) -> None:
         leaks += each.scored
     console.print(table)
     common = found.clients[0].data.summary["common_evaluation"]
-    console.print(f"common evaluation set: {common:,} examples, {of.common:,} of them trained on", highlight=False)
+    if common:
+        console.print(f"common evaluation set: {common:,} examples, {of.common:,} of them trained on", highlight=False)
+    else:
+        console.print("no common evaluation set")
     if leaks:
         told = f"{leaks:,} scored examples are trained on, so scores tell more of memory than of skill"
         console.print(f"[bold]WARNING[/bold]: {told}", highlight=False)

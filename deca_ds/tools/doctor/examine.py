@@ -72,14 +72,17 @@ def examine(
             fault = f"this machine's own python: {hosts[own].fault}"
             raise LaunchError(fault, where="deca doctor", fix="raise --deadline")
         hosts.pop(_OWN, None)
+        sees_first = False
         answering = {name: agents[name] for name, of in hosts.items() if of.sight is not None}
         if needs is not None:
             hosts = _share(hosts, answering, needs.output)
+            sees_first = names[0] in answering and _sees(agents[own], hosts[names[0]])
         pairs = needs.pairs if needs is not None else _pairs(list(slots))
         links = _links([pair for pair in pairs if set(pair) <= answering.keys()], answering, found)
     finally:
         at_once(lambda name: agents[name].close(), names)
-    facts = Facts(hosts, here, remote, port, links, None, read_environment_files(os.environ), needs, mistake)
+    environment = read_environment_files(os.environ)
+    facts = Facts(hosts, here, remote, port, links, None, environment, needs, mistake, sees_first)
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
     return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))
 
@@ -119,7 +122,9 @@ def _share(hosts: Mapping[str, HostFacts], agents: Mapping[str, Host], output: s
 
     def leave(name: str) -> HostFacts:
         try:
-            return replace(hosts[name], output=agents[name].ask("write", folder=output, name=names[name]))
+            folder = agents[name].ask("write", folder=output, name=names[name])
+            holds = [each for each in folder["holds"] if each not in names.values()]
+            return replace(hosts[name], output=folder | {"holds": holds}, left=names[name])
         except (Unreachable, OSError) as error:
             return _silent(hosts[name], error)
 
@@ -136,6 +141,16 @@ def _share(hosts: Mapping[str, HostFacts], agents: Mapping[str, Host], output: s
         return replace(found[name], sees=frozenset(of for of, file in names.items() if file in seen))
 
     return found | at_once(see, list(agents))
+
+
+def _sees(own: Host, first: HostFacts) -> bool:
+    """Whether this machine sees the file that the first host has left in run.output."""
+    if first.output is None or first.output["error"]:
+        return False
+    try:
+        return bool(own.ask("see", folder=first.output["at"], names=[first.left]))
+    except (Unreachable, OSError):
+        return False
 
 
 def _pairs(hosts: Sequence[str]) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ class Clock:
 class HostFacts:
     """One host. addresses: of its name, seen from here; None where nobody asked. sight: None if it does not answer, and
     then why and what ssh said. wrong_paths: of the configuration, what is wrong with them. output: where run.output is
-    or will be. sees: hosts whose files in run.output it sees, itself included."""
+    or will be. left: the file that it has left there. sees: hosts whose files it sees there, itself included."""
 
     slots: int = 1
     addresses: Sequence[str] | None = None
@@ -37,6 +37,7 @@ class HostFacts:
     clock: Clock | None = None
     wrong_paths: Mapping[str, str] = field(default_factory=dict)
     output: Folder | None = None
+    left: str = ""
     sees: frozenset[str] = frozenset()
 
 
@@ -51,11 +52,14 @@ class MpiTrial:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a configuration wants of the hosts. paths: host -> (key, path) of files that ranks there read. disk: bytes
-    that a host's ranks write in run.output. memory: bytes that they hold at least on CPUs; gpu_memory, beside_gpus: on
-    GPUs, and on the host then. pairs: of hosts that send each other messages."""
+    """What a configuration wants of the hosts. refused: why a start would not take run.output as this machine sees it.
+    paths: host -> (key, path) of files that ranks there read. disk: bytes that a host's ranks write in run.output.
+    memory: bytes that they hold at least on CPUs; gpu_memory, beside_gpus: on GPUs, and on the host then. pairs: of
+    hosts that send each other messages."""
 
     output: str
+    resume: str
+    refused: UserError | None
     transport: str
     device: str
     mixed_versions: bool
@@ -78,7 +82,8 @@ class EnvironmentFile:
 @dataclass(frozen=True)
 class Facts:
     """Everything. here: this machine. remote: whether launchers reach the hosts over ssh. links: by the host that
-    connects and the one that listens. mistake: why the configuration has no plan."""
+    connects and the one that listens. mistake: why the configuration has no plan. sees_first: whether this
+    machine sees what the first host writes in run.output."""
 
     hosts: Mapping[str, HostFacts]
     here: Sight
@@ -89,6 +94,7 @@ class Facts:
     environment_files: Sequence[EnvironmentFile] = ()
     needs: Needs | None = None
     mistake: UserError | None = None
+    sees_first: bool = False
 
     @property
     def seen(self) -> dict[str, Sight]:

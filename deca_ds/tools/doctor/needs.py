@@ -12,12 +12,14 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.paths import could_be_hub_name
 from deca_ds.data.sources import LOOKS_LIKE_A_PATH
 from deca_ds.engine.load import load_architecture
+from deca_ds.errors import UserError
 from deca_ds.gossip import MixingSchedule, build_mixing
 from deca_ds.launch import ClientLayout
 from deca_ds.planning.estimate import Estimate
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.tools.doctor.facts import Needs
 from deca_ds.training.chosen_method import check_method
+from deca_ds.training.resume import look_at_output
 
 
 def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
@@ -42,6 +44,8 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
         beside_gpus[host] += on_gpus[k].at_rest("host")
     return Needs(
         output=config.run.output,
+        resume=config.run.resume,
+        refused=_refused(config),
         transport=config.cluster.transport,
         device=config.run.device,
         mixed_versions=config.cluster.allow_mixed_versions,
@@ -52,6 +56,14 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
         beside_gpus=dict(beside_gpus),
         pairs=pairs_of(layout, mixing, host_of),
     )
+
+
+def _refused(config: Config) -> UserError | None:
+    try:
+        look_at_output(config)
+    except UserError as error:
+        return error
+    return None
 
 
 def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> dict[str, list[tuple[str, str]]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.filesize import decimal
 
-from deca_ds.tools.doctor.facts import Facts
+from deca_ds.config.checks import already_used, holds_more
+from deca_ds.errors import UserError
+from deca_ds.tools.doctor.facts import Facts, Needs
 from deca_ds.tools.doctor.findings import HERE, Verdict, check, fail, ok, warn
+from deca_ds.tools.doctor.sights import Folder
 
 _SHARED_PER_RANK = 128 * 2**20  # of /dev/shm, for NCCL and DeepSpeed
 _FILES, _FILES_PER_RANK = 512, 16  # open at once: libraries and data, and connections to each other rank
@@ -41,9 +45,11 @@ def files(facts: Facts) -> Iterator[Verdict]:
 
 @check("output")
 def output(facts: Facts) -> Iterator[Verdict]:
-    """Whether ranks can write run.output, and which hosts share it."""
-    if facts.needs is None:
+    """Whether ranks can write run.output, a start would take it, and which hosts share it."""
+    needs = facts.needs
+    if needs is None:
         return
+    first = next(iter(facts.hosts))
     everybody = {host for host, of in facts.hosts.items() if of.output is not None and not of.output["error"]}
     for host in facts.seen:
         of = facts.hosts[host]
@@ -52,6 +58,8 @@ def output(facts: Facts) -> Iterator[Verdict]:
         if of.output["error"]:
             fix = "name a run.output that every host can write, or mend the mount"
             yield fail(host, f"cannot write in {of.output['at']}: {of.output['error']}", fix)
+        elif (refused := _refused(needs, of.output, host == first and facts.sees_first)) is not None:
+            yield fail(host, refused.what, refused.fix or "name another folder in run.output")
         elif len(everybody) > 1 and 1 < len(of.sees) < len(everybody):
             what = f"{of.output['at']} is shared with {', '.join(sorted(of.sees - {host}))} only"
             yield warn(host, what, "let all hosts share run.output, or none: deca export wants all parts in one place")
@@ -59,6 +67,13 @@ def output(facts: Facts) -> Iterator[Verdict]:
             yield ok(host, "shared by all" if len(of.sees) == len(everybody) else "a disk of its own")
         else:
             yield ok(host, of.output["at"])
+
+
+def _refused(needs: Needs, folder: Folder, seen_here: bool) -> UserError | None:
+    """Why a start would not take a host's run.output. seen_here: it is what this machine sees, too."""
+    if needs.refused is not None and seen_here:
+        return needs.refused
+    return already_used(Path(needs.output)) if needs.resume == "never" and holds_more(folder["holds"]) else None
 
 
 @check("disk")

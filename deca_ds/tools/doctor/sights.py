@@ -232,11 +232,13 @@ def _unreadable(path: str) -> str:
 
 
 class Folder(TypedDict):
-    """Of one host: at: the folder that exists, or the nearest one above. error: why nothing can be written."""
+    """Of one host: at: the folder that exists, or the nearest one above. error: why nothing can be written. holds:
+    names of what is in the folder itself."""
 
     at: str
     free: int
     error: str
+    holds: list[str]
 
 
 def write(folder: str, name: str) -> Folder:
@@ -244,12 +246,13 @@ def write(folder: str, name: str) -> Folder:
     at = Path(folder).absolute()
     while not at.is_dir() and at != at.parent:
         at = at.parent
-    error = ""
+    error, holds = "", []
     try:
+        holds = os.listdir(folder) if os.path.isdir(folder) else []
         os.close(os.open(at / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as failed:
         error = failed.strerror or str(failed)
-    return Folder(at=str(at), free=shutil.disk_usage(at).free, error=error)
+    return Folder(at=str(at), free=shutil.disk_usage(at).free, error=error, holds=holds)
 
 
 def see(folder: str, names: Sequence[str]) -> list[str]:
