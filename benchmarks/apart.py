@@ -13,6 +13,8 @@ BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).resolve().parent.parent
 # on CPUs with one thread; tensors in huge pages, as launchers/train.py has them
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "THP_MEM_ALLOC_ENABLE": "1"}
+# Of glibc: freed memory of that size goes back to the system at once instead of staying in the process's heap.
+RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def run_apart(script: str, ranks: int, arguments: Sequence[str], more: Mapping[str, str], deadline_s: float) -> None:

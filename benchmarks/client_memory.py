@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apart import REPOSITORY, run_apart
+from apart import REPOSITORY, RETURN, run_apart
 
 DEADLINE_S = 1200
 LENGTH = 256
@@ -43,10 +43,13 @@ SHAPE = dict(
 TINY = SHAPE | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 OVERRIDES = ["model.dtype=bfloat16", "data.micro_batch_size=1"]
 LEAN = f"deepspeed={REPOSITORY / 'ds_configs' / 'zero3_lean.json'}"
-# ranks, overrides, places of the blocks in the plan and whether they make steps: 0 is the largest, the embeddings
+# name, ranks, overrides, environment, places of the blocks in the plan and whether they make steps: 0 is the largest,
+# the embeddings
 CASES = [
-    (1, [], {8: True, 0: True}),
-    (2, [LEAN], {8: True, 0: False}),  # a step of the embeddings would take both ranks over the memory of the machine
+    ("1 rank", 1, [], {}, {8: True, 0: True}),
+    # a step of the embeddings would take both ranks over the memory of the machine
+    ("2 ranks", 2, [LEAN], {}, {8: True, 0: False}),
+    ("2 ranks, freed memory returned", 2, [LEAN], RETURN, {8: True, 0: False}),
 ]
 # what allocates, by part of the operations' names; the first that fits
 KINDS = {
@@ -148,6 +151,7 @@ def measure(places: dict[int, bool], overrides: list[str]) -> dict[str, Any]:
         for place in (place for place, steps in places.items() if steps):  # last: a profile takes memory, too
             found = result["blocks"][client.plan.blocks[place].label]["peak"]
             state = client.open_block(place, rule.buffers)
+            step(state)  # so that ZeRO-3 gathers as in the step that was measured: the first one, it gathers less ahead
             found |= balance(found["bytes"], found["parts"] | allocated_at_peak(partial(step, state)))
             del state
             client.close_block()
@@ -159,21 +163,21 @@ def balance(total: int, parts: dict[str, int]) -> dict[str, Any]:
     return {"bytes": total, "parts": dict(parts), "unexplained": round(rest / total, 4)}
 
 
-def run(ranks: int, overrides: list[str], places: dict[int, bool]) -> dict[str, Any]:
+def run(ranks: int, overrides: list[str], environment: dict[str, str], places: dict[int, bool]) -> dict[str, Any]:
     """One case in processes of its own; of several ranks, the first."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         asked = [",".join(f"{place}:{int(steps)}" for place, steps in places.items()), *overrides]
-        run_apart(__file__, ranks, asked, {"DECA_BENCHMARK": str(output)}, DEADLINE_S)
+        run_apart(__file__, ranks, asked, environment | {"DECA_BENCHMARK": str(output)}, DEADLINE_S)
         return json.loads(output.read_text())
 
 
 def main() -> None:
     results = []
-    for ranks, overrides, places in CASES:
-        results.append(run(ranks, overrides, places))
+    for name, *case in CASES:
+        results.append({"case": name} | run(*case))
         for label, found in results[-1]["blocks"].items():
-            print(ranks, "ranks,", label, json.dumps(found), flush=True)
+            print(f"{name}, {label}: {json.dumps(found)}", flush=True)
     target = REPOSITORY / "benchmarks" / "results" / "client_memory.json"
     target.write_text(json.dumps(results, indent=1) + "\n")
 

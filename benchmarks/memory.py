@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apart import REPOSITORY, run_apart
+from apart import REPOSITORY, RETURN, run_apart
 
 if TYPE_CHECKING:
     from deca_ds.config import Config
@@ -36,8 +36,6 @@ TINY = SHAPE | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_h
 SMALL = SHAPE | dict(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4)
 LEAN = f"deepspeed={REPOSITORY / 'ds_configs' / 'zero3_lean.json'}"
 WARM_UP_SWITCHES, SWITCHES = 40, 200
-# Of glibc: freed memory of that size goes back to the system at once instead of staying in the process's heap.
-RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # Of torch: tensors of 2 MB and more in the kernel's usual pages. The other cases have huge ones, as the trainer does.
 SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "0"}
 LIMIT = 0.05  # of the plan's error
