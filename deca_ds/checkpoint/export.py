@@ -35,6 +35,7 @@ from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError
+from deca_ds.plural import several
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.partial")
 
@@ -136,7 +137,7 @@ def _check_folders(run: Path, output: Path) -> None:
 def _which_state(left_out: Sequence[int], checkpoint: int | None) -> str:
     """For people; empty for the trained models of all that the mean is of."""
     without = f" (without {', '.join(map(str, left_out))}, gone before the end)" if left_out else ""
-    return without if checkpoint is None else f"{without}, after {checkpoint} inner steps"
+    return without if checkpoint is None else f"{without}, after {several(checkpoint, 'inner step')}"
 
 
 def _find_shards(run: Path, client: int | None, checkpoint: int | None) -> tuple[ShardedModel, list[int]]:

@@ -12,6 +12,7 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.errors import GossipError
 from deca_ds.gossip import graphs, weights
 from deca_ds.gossip.base_graph import base_graph
+from deca_ds.plural import several
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +90,8 @@ class MixingSchedule:
             return f"{self.name} on 1 client"
         period = f", period {self.period}" if self.period > 1 else ""
         return (
-            f"{self.name} on {self.size} clients{period}: "
-            f"at most {self.max_degree} neighbour{'s' if self.max_degree != 1 else ''} a client, "
+            f"{self.name} on {several(self.size, 'client')}{period}: "
+            f"at most {several(self.max_degree, 'neighbour')} a client, "
             f"the block is sent {self.messages:g} time{'s' if self.messages != 1 else ''} per averaging, "
             f"spectral gap {self.spectral_gap:.4g}"
         )

@@ -20,6 +20,7 @@ from rich.table import Table
 from deca_ds.config import load_config, save_config
 from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.checks import check_output
+from deca_ds.plural import several
 from deca_ds.training.claim import release, take
 from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 
@@ -109,7 +110,7 @@ def report(simulation: Simulation, seconds: float) -> None:
         console.print(untrained(label, names), highlight=False)
     sent = simulation.steps[-1]["bytes_sent"]
     console.print(
-        f"{len(simulation.steps)} inner steps of {len(sent)} clients in {seconds:.1f} s; "
+        f"{several(len(simulation.steps), 'inner step')} of {several(len(sent), 'client')} in {seconds:.1f} s; "
         f"sent by a client: {_range([each / 1e6 for each in sent])} MB"
     )
 

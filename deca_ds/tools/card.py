@@ -13,10 +13,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from deca_ds.plural import several
 from deca_ds.tools.report.reading import CONFIG, read_runs
 from deca_ds.tools.report.records import Run
 from deca_ds.tools.report.summary import Row, length, rounds_of, score_rows
-from deca_ds.tools.report.wording import count, percent, several, significant
+from deca_ds.tools.report.wording import count, percent, significant
 from deca_ds.training.summary import MEAN_MODEL
 
 NAME = "README.md"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from deca_ds.checkpoint.done import missing_clients
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.plural import several
 from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 
 if TYPE_CHECKING:
@@ -87,8 +88,7 @@ def run(args: argparse.Namespace, api: HfApi | None = None) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             card=Card(args.run, args.client, missing if args.client is None else [], args.base_model, step),
         )
-    files = "1 file" if report.files == 1 else f"{report.files} files"
-    size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {files}"
+    size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {several(report.files, 'file')}"
     console.print(f"exported {report.source}: {size}")
     console.print(f"verified and written to {report.output} in {report.seconds:.1f} s")
     if report.stops:

@@ -36,6 +36,7 @@ from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
 from deca_ds.planning.traffic import Traffic, traffic
+from deca_ds.plural import several
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import build_schedule, check_method
@@ -228,15 +229,16 @@ def _print_length(console: Console, config: Config, blocks: int, summaries: Sequ
     """How long the run is, and returns its schedule. summaries: of all clients' data; none where nobody has opened the
     files."""
     algorithm, batch = config.algorithm, config.data.batch_size
+    inner = several(algorithm.inner_steps, "inner step")
     if summaries or algorithm.rounds is not None:
         rounds = count_rounds(config, blocks, [each["train"] for each in summaries])
-        steps = f"{rounds} rounds x {blocks} blocks x {algorithm.inner_steps} inner steps = "
+        steps = f"{several(rounds, 'round')} x {several(blocks, 'block')} x {inner} = "
         steps += f"{rounds * blocks * algorithm.inner_steps}"
     else:
         rounds = ANY_ROUNDS
-        steps = f"algorithm.epochs={algorithm.epochs:g} of what the clients' files hold, in whole rounds of {blocks} "
-        steps += f"blocks x {algorithm.inner_steps} inner steps"
-    console.print(f"steps: {steps}, {batch} sequences per client and step", highlight=False)
+        steps = f"algorithm.epochs={algorithm.epochs:g} of what the clients' files hold, in whole rounds of "
+        steps += f"{several(blocks, 'block')} x {inner}"
+    console.print(f"steps: {steps}, {several(batch, 'sequence')} per client and step", highlight=False)
     schedule = build_schedule(config, blocks, rounds)
     if summaries or algorithm.rounds is not None:
         warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
@@ -248,7 +250,7 @@ def _print_length(console: Console, config: Config, blocks: int, summaries: Sequ
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
     """What the run needs, and a warning where this host has less."""
     every, clients = config.checkpoint.every, config.cluster.clients
-    how = f"every {every} inner steps, keep {config.checkpoint.keep}"
+    how = f"every {several(every, 'inner step')}, keep {config.checkpoint.keep}"
     how = how if every else "one, at the end or when told to stop"
     how += ", and the best" * config.checkpoint.best
     console.print(
@@ -278,12 +280,13 @@ def _print_launch(
             "state per rank above is for k = 1"
         )
     elif len(set(ranks)) == 1:
-        console.print(f"launch: {sum(ranks)} ranks = {clients} clients x {ranks[0]} ranks")
+        shape = f"{several(clients, 'client')} x {several(ranks[0], 'rank')}"
+        console.print(f"launch: {several(sum(ranks), 'rank')} = {shape}")
     else:
         named = ", ".join(f"client {client}: {k}" for client, k in enumerate(ranks))
         console.print(
             f"launch: {sum(ranks)} ranks of clients of different sizes ({named}); state per rank above is that of "
-            f"{min(ranks)} rank{'s' if min(ranks) > 1 else ''} a client"
+            f"{several(min(ranks), 'rank')} a client"
         )
     if hosts is not None:
         _print_hosts(console, hosts)

@@ -3,21 +3,23 @@ same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-State = Mapping[str, Any]  # step, loss: of the best evaluation; since: how many came after it; empty before the first
+# step, loss, sets: of the best evaluation, see Evaluation; since: how many came after it; empty before the first
+State = Mapping[str, Any]
 
 
-def is_better(best: State, loss: float) -> bool:
-    """Whether an evaluation with this loss is the best so far."""
-    return not best or loss < float(best["loss"])
+def is_better(best: State, loss: float, sets: Sequence[int]) -> bool:
+    """Whether an evaluation with this loss is the best so far. One on other sets is: losses of different examples tell
+    nothing about models, so the search begins anew."""
+    return not best or list(best.get("sets", sets)) != list(sets) or loss < float(best["loss"])
 
 
-def after(best: State, step: int, loss: float) -> dict[str, Any]:
+def after(best: State, step: int, loss: float, sets: Sequence[int]) -> dict[str, Any]:
     """What `best` becomes by an evaluation after `step` inner steps."""
-    if is_better(best, loss):
-        return {"step": step, "loss": loss, "since": 0}
+    if is_better(best, loss, sets):
+        return {"step": step, "loss": loss, "sets": list(sets), "since": 0}
     return {**best, "since": best["since"] + 1}
 
 

@@ -66,7 +66,8 @@ def tell_length(config: Config, schedule: Schedule, summaries: Sequence[Mapping[
     asked = ""
     if config.algorithm.epochs is not None:
         asked = f" (algorithm.epochs={config.algorithm.epochs:g}, in whole rounds of {epochs / schedule.rounds:.3g})"
-    line = f"length: {_times(epochs)} epochs{asked}, {length.sequences:,} sequences, about {length.tokens:,} tokens"
+    long = "1 epoch" if _times(epochs) == "1" else f"{_times(epochs)} epochs"
+    line = f"length: {long}{asked}, {length.sequences:,} sequences, about {length.tokens:,} tokens"
     fewest, most = min(passes.values()), max(passes.values())
     if len(passes) > 1:
         few, many = _times(fewest), _times(most)

@@ -179,13 +179,14 @@ class Trainer:
             **({"skipped": skipped} if skipped else {}),
         }
 
-    def _compare(self, loss: float | None, is_through: bool) -> bool:
-        """Take note of an evaluation; returns whether the run stops early. loss: None without an evaluation set.
+    def _compare(self, evaluation: Evaluation, is_through: bool) -> bool:
+        """Take note of an evaluation; returns whether the run stops early.
 
         Saves the checkpoint of the best evaluation before it changes `state.best`: a run that resumes from a checkpoint
         repeats the evaluation of that step. Raises DataError if a key needs a loss and there is none.
         """
         wanted, patience = self.config.checkpoint.best, self.config.evaluation.patience
+        loss, sets = evaluation.loss, evaluation.own_sets
         if loss is None:
             if wanted or patience:
                 raise DataError(
@@ -194,9 +195,9 @@ class Trainer:
                     fix="name one in data.evaluation, or hold one out with data.common_holdout or data.client_holdout",
                 )
             return False
-        if wanted and self.done and best.is_better(self.state.best, loss):
+        if wanted and self.done and best.is_better(self.state.best, loss, sets):
             self.checkpoints.save(best=True)
-        found = best.after(self.state.best, self.done, loss)
+        found = best.after(self.state.best, self.done, loss, sets)
         if not is_through and best.gives_up(found, patience):
             self.stopped_early = (
                 f", because {found['since']} evaluation{'s' * (found['since'] > 1)} in a row found no lower loss than "
@@ -206,8 +207,8 @@ class Trainer:
         self.state.best = found
         return False
 
-    def _evaluate(self) -> float | None:
-        """Evaluate and log; returns the loss by which evaluations are compared, in nats per token."""
+    def _evaluate(self) -> Evaluation:
+        """Evaluate and log."""
         self.watch.state()
         started, before = time.perf_counter(), peak_memory_bytes(self.client.device)
         scores = self.evaluator.evaluate()
@@ -222,7 +223,7 @@ class Trainer:
         if self.gossip.skip_log.times:
             own["gossip_skipped"] = {str(j): times for j, times in sorted(self.gossip.skip_log.times.items())}
         self.metrics.evaluation(self.done, own, job)
-        return Evaluation.of(self.done, self.cluster.client, own, job).loss
+        return Evaluation.of(self.done, self.cluster.client, own, job)
 
     def _save(self, state: Mapping[str, Any]) -> None:
         """Write this rank's slices of the trained model, one file per block; `deca export` puts them together.

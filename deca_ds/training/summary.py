@@ -54,9 +54,17 @@ class Evaluation:
         )
 
     @property
+    def own_sets(self) -> list[int]:
+        """The clients on whose own sets `loss` is measured, ascending; none if it is on the common set. Losses can be
+        compared if these are the same."""
+        if any("common" in sets for sets in self.clients.values()):
+            return []
+        return sorted(client for client, sets in self.clients.items() if "own" in sets)
+
+    @property
     def loss(self) -> float | None:
         """What evaluations are compared by: of the mean model, else the mean over clients, on the common set if there
-        is one."""
+        is one. In nats per token; None without an evaluation set."""
         if self.mean:
             return float(self.mean["loss"])
         for name in reversed(SETS):
@@ -89,8 +97,9 @@ def print_summary(found: Sequence[Evaluation]) -> None:
 
 
 def best_of(found: Sequence[Evaluation]) -> Evaluation | None:
-    """The first with the lowest loss."""
-    return min((each for each in found if each.loss is not None), key=lambda each: each.loss or 0.0, default=None)
+    """The first with the lowest loss, of those on the same sets as the last one."""
+    comparable = (each for each in found if each.loss is not None and each.own_sets == found[-1].own_sets)
+    return min(comparable, key=lambda each: each.loss or 0.0, default=None)
 
 
 def next_commands(run: Path, clients: int, *, best: bool = False) -> str:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deca_ds.algorithm import BlockPlan
+from deca_ds.plural import several
 
 
 def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
@@ -48,9 +49,9 @@ def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
         state = decimal(bytes_per_parameter * block.numel // ranks)
         table.add_row(str(index), block.label, f"{block.numel:,}", f"{block.numel / total:.1%}", state)
     if len(plan.frozen) > len(plan.beside):
-        table.add_row("-", f"frozen: {len(plan.frozen) - len(plan.beside)} parameters", "", "", "")
+        table.add_row("-", f"frozen: {several(len(plan.frozen) - len(plan.beside), 'parameter')}", "", "", "")
     if plan.beside:
-        table.add_row("-", f"frozen: {len(plan.beside)} parameters for other input than text", "", "", "")
+        table.add_row("-", f"frozen: {several(len(plan.beside), 'parameter')} for other input than text", "", "", "")
     return table
 
 
@@ -60,7 +61,8 @@ def warn_of_blocks(console: Console, plan: BlockPlan) -> None:
         console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
     if plan.beside:
         console.print(
-            f"frozen: {len(plan.beside)} parameters for other input than text ({_some(plan.beside)})", highlight=False
+            f"frozen: {several(len(plan.beside), 'parameter')} for other input than text ({_some(plan.beside)})",
+            highlight=False,
         )
 
 

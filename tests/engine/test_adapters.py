@@ -124,4 +124,4 @@ def test_plan_shows_the_adapters_as_the_only_block(tiny_model, word_files, tmp_p
     print_plan(dec_lora(tiny_model, data, "cluster.clients=3", f"run.output={tmp_path / 'run'}", "lora.rank=2"))
     shown = capsys.readouterr().out
     assert "adapters" in shown
-    assert "4 rounds x 1 blocks x 48 inner steps" in shown
+    assert "4 rounds x 1 block x 48 inner steps" in shown

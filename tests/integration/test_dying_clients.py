@@ -223,3 +223,26 @@ def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(key
     assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0\n"
     assert not (output / "STOPPED").exists()
     assert_numbers(output, keys, {0: 6})
+
+
+def test_the_rest_stop_early_together(keys, tmp_path):
+    """With a learning rate of 0 no evaluation is better than the first. Client 1 of three dies between two of them, and
+    has examples that nobody else is scored on, so that the first evaluation without it begins the search anew."""
+    output = tmp_path / "run"
+    early = ["optimizer.lr=0", "evaluation.every=2", "evaluation.patience=2", "checkpoint.best=true"]
+    keys = [*keys, "cluster.clients=3", "algorithm.rounds=2", *early]
+    finished = run(3, "1:3:before", keys, "torch")
+    assert finished.code == 0, finished.output[-6000:]
+    job = output / "metrics" / "job.jsonl"
+    (lost,) = records(job, "membership")
+    assert (lost["from_step"], lost["missing"]) == (3, [1])
+    assert [record["step"] for record in records(job, "evaluation")] == [0, 2, 4, 6, 8]
+    for client in (0, 2):
+        lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")
+        assert [line["step"] for line in lines] == list(range(1, 9))
+    why = "2 evaluations in a row found no lower loss than the one after step 4"
+    assert (output / "STOPPED").read_text() == f"8 of 16 inner steps, because {why}\nmissing clients: 1\n"
+    assert not (output / "FAILED").exists()
+    best, newest = steps_in(output / "checkpoints")
+    assert (best, newest) == (4, 8) and clients_in(output, 4) == clients_in(output, 8) == [0, 2]
+    ShardedModel(step_folder(output / "checkpoints", best), [0, 2]).verify()

@@ -112,6 +112,6 @@ def test_random_weights_do_not_depend_on_the_number_of_ranks(config, tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
     finished = launch("hand", 2, ["--config", str(config), "--dry-run"])
     assert finished.code == 0, finished.output[-3000:]
-    for shown in ("embeddings", "layers 0-1", "spectral gap 1", "= 12", "2 ranks = 2 clients x 1 ranks", "each client"):
+    for shown in ("embeddings", "layers 0-1", "spectral gap 1", "= 12", "2 ranks = 2 clients x 1 rank", "each client"):
         assert shown in finished.output
     assert not (tmp_path / "run").exists()

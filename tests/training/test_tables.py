@@ -40,7 +40,7 @@ def test_what_is_frozen_and_what_is_much_larger_is_said():
         (Block("embeddings", ("x",), 90), Block("layers 0-1", ("y",), 10)), ("z", "t.a", "t.b"), ("t.a", "t.b")
     )
     rows = " ".join(shown(block_table(plan, ranks=1, bytes_per_parameter=16)).split())
-    assert "frozen: 1 parameters" in rows and "frozen: 2 parameters for other input than text" in rows
+    assert "frozen: 1 parameter" in rows and "frozen: 2 parameters for other input than text" in rows
     console = Console(width=300)
     with console.capture() as capture:
         warn_of_blocks(console, plan)

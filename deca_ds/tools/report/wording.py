@@ -113,11 +113,6 @@ def moment(time: float | None) -> str:
         return NONE
 
 
-def several(number: int, noun: str) -> str:
-    """3 clients."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def clients(numbers: Sequence[int], shown: int = 8) -> str:
     """client 1; clients 1, 2 and 4."""
     if len(numbers) == 1:
