@@ -135,7 +135,8 @@ def _table(before: Evaluation, after: Evaluation) -> Table:
         earlier = before.clients.get(client, {})
         table.add_row(f"client {client}", *(_change(earlier.get(n, {}), scores.get(n, {}), key) for n, key in columns))
     if after.mean:
-        means = (_change(before.mean, after.mean, key) if name == mean_set else "" for name, key in columns)
+        earlier = before.mean if before.own_sets == after.own_sets else {}
+        means = (_change(earlier, after.mean, key) if name == mean_set else "" for name, key in columns)
         table.add_row(MEAN_MODEL, *means)
     return table
 

@@ -21,7 +21,7 @@ from deca_ds.tools.report import charts, page
 from deca_ds.tools.report.compare_runs import differences, gaps
 from deca_ds.tools.report.network import network
 from deca_ds.tools.report.reading import read_runs
-from deca_ds.tools.report.summary import averaged, length
+from deca_ds.tools.report.summary import averaged, length, score_rows
 from deca_ds.tools.report.wording import redact, setting, short
 
 EVIL = "<script>alert('x')</script>{{ 7 * 7 }}"
@@ -223,6 +223,21 @@ def test_who_was_there_is_told(tmp_path):
         (8, (score(0, 8) + score(1, 8)) / 2),
         (16, score(1, 16)),
     ]
+
+
+def test_scores_of_all_on_own_sets_are_not_compared_with_those_before_a_client_left(tmp_path):
+    folder = write_job(tmp_path / "job")
+    for path in (folder / "metrics").glob("client_*.jsonl"):
+        path.write_text(path.read_text().replace('"common"', '"own"'))
+    own = [json.loads(line) for line in (folder / "metrics/client_002.jsonl").read_text().splitlines()]
+    write_lines(folder / "metrics/client_002.jsonl", [line for line in own if line["step"] < 6])
+    gone = {"kind": "membership", "step": 6, "from_step": 6, "clients": [0, 1], "spectral_gap": 0.5, "time": 1.75e9 + 9}
+    with (folder / "metrics/job.jsonl").open("a") as file:
+        file.write(json.dumps(gone) + "\n")
+    (run,) = read_runs([folder])
+    mean_model, average, first, *_ = score_rows(run, "own")
+    assert mean_model.base is None and average.base is None and first.base is not None
+    assert mean_model.best_loss == (16, 1.0) and average.after.loss == (score(0, 16) + score(1, 16)) / 2
 
 
 def test_restarts_and_late_neighbours_are_told(tmp_path):

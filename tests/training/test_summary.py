@@ -51,6 +51,19 @@ def test_the_table_has_every_client_and_the_mean_before_and_after(tmp_path, caps
     assert "best evaluation: after step 24 of 48; loss of the mean model: 0.500" in said
 
 
+def test_the_mean_model_on_the_sets_of_other_clients_is_not_compared(tmp_path, capsys):
+    """Client 0 leaves with the examples that the model was worst on."""
+    there = {0: {"0": {"own": scores(7.0)}, "1": {"own": scores(1.0)}}, 24: {"1": {"own": scores(1.0)}}}
+    lines = [{"step": step, "clients": sets, "mean": scores(4.0 if step == 0 else 5.0)} for step, sets in there.items()]
+    write(tmp_path, "job.jsonl", [{"kind": "evaluation", **line} for line in lines])
+    own = [{"kind": "evaluation", "step": step, "own": scores(1.0)} for step in there]
+    write(tmp_path, "client_001.jsonl", own)
+    print_summary(evaluations(tmp_path, 1))
+    said = capsys.readouterr().out
+    assert "? -> 5.000" in said and "1.000 -> 1.000" in said
+    assert "best evaluation: the last one; loss of the mean model: 5.000" in said
+
+
 def test_clients_that_tell_each_other_nothing_have_a_table_of_one(tmp_path, capsys):
     own = [{"kind": "evaluation", "step": step, "common": scores(loss)} for step, loss in ((0, 3.0), (9, 1.0))]
     write(tmp_path, "client_000.jsonl", own)

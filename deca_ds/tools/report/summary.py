@@ -168,12 +168,19 @@ def score_rows(run: Run, kind: str) -> list[Row]:
     ]
     first = []
     if (kind == "common" or "common" not in run.kinds) and (
-        row := _row(MEAN_MODEL, "mean", run.mean_scores)
+        row := _row(MEAN_MODEL, "mean", _comparable(run, kind, run.mean_scores))
     ) is not None:
         first.append(row)
-    if len(found) > 1 and (row := _row("mean of the clients", "average", averaged(run, kind))) is not None:
+    averages = _comparable(run, kind, averaged(run, kind))
+    if len(found) > 1 and (row := _row("mean of the clients", "average", averages)) is not None:
         first.append(row)
     return [*first, *found]
+
+
+def _comparable(run: Run, kind: str, every: Sequence[tuple[int, Scores]]) -> list[tuple[int, Scores]]:
+    """The scores of all clients together that are of the same examples as the last: a client that has left has taken
+    its own set with it."""
+    return [each for each in every if kind == "common" or run.members(each[0] + 1) == run.members(every[-1][0] + 1)]
 
 
 def averaged(run: Run, kind: str) -> list[tuple[int, Scores]]:
