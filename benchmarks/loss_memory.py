@@ -50,7 +50,7 @@ def case(kind: str, head: bool, dtype: str, whole: bool) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from deca_ds.engine import losses
-    from deca_ds.engine.losses import token_losses, training_loss
+    from deca_ds.engine.losses import token_scores, training_loss
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def case(kind: str, head: bool, dtype: str, whole: bool) -> dict[str, Any]:
             loss.backward()
         else:
             with torch.no_grad():
-                loss = token_losses(model, batch, cpu)[0].mean()
+                loss = token_scores(model, batch, cpu).losses.mean()
         found.append(float(loss.detach()))
 
     used = time.process_time()

@@ -22,7 +22,8 @@ class ClientData:
 
     train: input_ids and labels (-100 where there is no loss), a sequence a row. own_evaluation, common_evaluation: the
     same columns, for classification a row for each example and answer word with the columns example, candidate and
-    label. label_names: classification's answer words in the order of label and candidate. summary: counts, for JSON.
+    label. label_names: classification's answer words in the order of label and candidate. answers: whether the loss is
+    on answers alone, and not on prompts or running text. summary: counts, for JSON.
     lengths: [tokens of a training example before it is cut, how many examples have so many], ascending. content: the
     same where all of these are. notes: what the user should know of the files; they may name what only this client may
     see.
@@ -32,6 +33,7 @@ class ClientData:
     own_evaluation: Dataset | None
     common_evaluation: Dataset | None
     label_names: list[str]
+    answers: bool
     summary: dict[str, Any]
     lengths: list[list[int]]
     content: str

@@ -94,6 +94,7 @@ class Preparation:
         }
         return {
             "label_names": encoder.label_names,
+            "answers": self._data.answers_only and not FORMATS[self._data.format].documents,
             "summary": summary,
             "lengths": sorted([one["values"], one["counts"]] for one in pc.value_counts(length).to_pylist()),
             "content": _content(folder),

@@ -26,22 +26,25 @@ def positions_at_a_time(head: OutputHead) -> int:
     return max(1, LOGITS_BYTES // (4 * head.linear.out_features))
 
 
-def chunked_losses(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every target, float32 [batch, length, 1], zero where labels are -100; no gradients.
+def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every target, and 1 if it is the likeliest token, else 0; no gradients.
 
-    hidden: [batch, length, hidden]. labels: [batch, length], on the CPU, those that each position predicts.
+    hidden: [batch, length, hidden]. labels: [batch, length], on the CPU, those that each position predicts. Returns
+    float32 [batch, length, 2], zero where labels are -100.
     """
-    losses = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
+    scores = torch.zeros(labels.numel(), 2, dtype=torch.float32, device=hidden.device)
     rows = hidden.flatten(0, 1)
     with torch.no_grad():
         for at, targets in _chunks(labels, head, hidden.device):
             logits = head.logits(model, F.linear(rows[at], head.linear.weight, head.linear.bias))
-            losses[at] = F.cross_entropy(logits.float(), targets, reduction="none")
-    return losses.view(*labels.shape, 1)
+            right = logits.argmax(dim=-1) == targets
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            scores[at] = torch.stack([losses, right.float()], dim=1)
+    return scores.view(*labels.shape, 2)
 
 
 def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
-    """The sum of the same over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
+    """The sum of these losses over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
     return summed_loss(model, head, hidden, _chunks(labels, head, hidden.device), divisor)
 
 

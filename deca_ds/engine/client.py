@@ -21,7 +21,7 @@ from deca_ds.engine.causality import check_causal
 from deca_ds.engine.gradients import GradientReducer
 from deca_ds.engine.heap import return_freed_memory
 from deca_ds.engine.load import find_blocks, zero3_config
-from deca_ds.engine.losses import check_own_loss, count_targets, token_losses, training_loss
+from deca_ds.engine.losses import RowScores, check_own_loss, count_targets, row_scores, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
 
 _BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
@@ -214,12 +214,11 @@ class Client:
             round_into(internals.shard(self._parameters[name]), part)
 
     @torch.no_grad()
-    def score(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Per row of the batch: summed loss of its target tokens in nats, and their number; both [batch], on CPU."""
+    def score(self, batch: Mapping[str, Tensor]) -> RowScores:
+        """How well the model predicts the targets of each row of the batch."""
         internals.follow_writes(self._zero)
         self.model.eval()
-        losses, mask = token_losses(self.model, batch, self.device)
-        return losses.sum(dim=1).cpu(), mask.sum(dim=1).cpu()
+        return row_scores(self.model, batch, self.device)
 
     def check_loss(self, batch: Mapping[str, Tensor]) -> None:
         """Raise ModelError unless the model's class computes the loss that is trained here, and its attention is

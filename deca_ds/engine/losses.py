@@ -4,30 +4,58 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deca_ds.engine.chunked_loss import chunked_loss, chunked_losses
+from deca_ds.engine.chunked_loss import chunked_loss, chunked_scores
 from deca_ds.engine.output_head import OutputHead, find_head
 from deca_ds.errors import ModelError
 
 _ROUNDING = 1e-3  # relative; what another order of summing may make in float32
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every next token in nats, zero where labels are -100, and the others' mask: [batch, length-1].
+class TokenScores(NamedTuple):
+    """How well a model predicts each next token; all [batch, length - 1].
+
+    losses: cross-entropy in nats, float32, zero where labels are -100. right: whether the target is the likeliest token
+    of all. targets: where labels are not -100. Both bool.
+    """
+
+    losses: Tensor
+    right: Tensor
+    targets: Tensor
+
+
+class RowScores(NamedTuple):
+    """The same summed over each row, on the CPU: loss in nats, tokens that are right, and targets; all [batch]."""
+
+    losses: Tensor
+    right: Tensor
+    targets: Tensor
+
+
+def row_scores(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> RowScores:
+    """`token_scores`, summed over each row."""
+    scores = token_scores(model, batch, device)
+    return RowScores(*(each.sum(dim=1).cpu() for each in scores))
+
+
+def token_scores(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> TokenScores:
+    """How well the model predicts every next token.
 
     batch: input_ids, attention_mask and labels, int64 [batch, length]. Without gradients, positions without a target
     have no logits and those of the others are bounded, as in training.
     """
     head = None if torch.is_grad_enabled() else find_head(model)
-    if head is None:
-        return losses_of(model(**_inputs(batch, device)).logits, batch["labels"].to(device))
-    return _chunked_losses(model, head, batch, device)
+    if head is not None:
+        return _chunked_scores(model, head, batch, device)
+    logits, labels = model(**_inputs(batch, device)).logits, batch["labels"].to(device)
+    losses, targets = losses_of(logits, labels)
+    return TokenScores(losses, logits[:, :-1].argmax(dim=-1) == labels[:, 1:], targets)
 
 
 def training_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device, targets: int) -> Tensor:
@@ -77,7 +105,7 @@ def check_own_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: 
             "loss in its config.json",
         )
     if (head := find_head(model)) is not None:
-        by_chunks = float(_chunked_losses(model, head, batch, device)[0].sum() / mask.sum())
+        by_chunks = float(_chunked_scores(model, head, batch, device).losses.sum() / mask.sum())
         if _differ(by_chunks, mean):
             raise ModelError(
                 f"{name} has the loss {by_chunks:.6g} with the logits of each position by itself, and {mean:.6g} with "
@@ -106,16 +134,17 @@ def _predicted(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-def _chunked_losses(
+def _chunked_scores(
     model: nn.Module, head: OutputHead, batch: Mapping[str, Tensor], device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> TokenScores:
     labels = _predicted(batch["labels"])
-    losses, _ = head.run(model, lambda hidden: chunked_losses(model, head, hidden, labels), _inputs(batch, device))
-    return losses[:, :-1, 0], (labels[:, :-1] != -100).to(device)
+    scores, _ = head.run(model, lambda hidden: chunked_scores(model, head, hidden, labels), _inputs(batch, device))
+    losses, right = scores[:, :-1].unbind(dim=2)
+    return TokenScores(losses, right.bool(), (labels[:, :-1] != -100).to(device))
 
 
 def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_losses` of whole logits, [batch, length, vocabulary]."""
+    """`losses` and `targets` of TokenScores, of whole logits, [batch, length, vocabulary]."""
     labels = _predicted(labels)  # logits[:, :-1] would copy them, and in the backward pass their gradient
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return losses.view(labels.shape)[:, :-1].contiguous(), labels[:, :-1] != -100

@@ -27,7 +27,13 @@ from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
 
-SCORES = {"loss": "loss", "accuracy": "accuracy", "macro_f1": "macro-F1"}
+SCORES = {
+    "loss": "loss",
+    "token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

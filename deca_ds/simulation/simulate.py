@@ -21,7 +21,7 @@ from deca_ds.simulation.averaging import means_of
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.chosen_method import step_learning_rate
 from deca_ds.training.divergence import diverged
-from deca_ds.training.evaluation import MEAN, average, summarize
+from deca_ds.training.evaluation import MEAN, average, empty_totals, summarize, take_in
 
 SPREAD_COLUMNS = 1 << 14  # of all clients at a time: what a processor's cache holds in double precision
 
@@ -185,15 +185,13 @@ class Simulation:
         self.evaluations.append(record)
 
     def _score(self, row: Tensor, dataset: Dataset, whose: str) -> dict[str, Any]:
-        totals = torch.zeros(len(dataset), 2, dtype=torch.float64)
+        totals = empty_totals(len(dataset))
         batches = evaluation_batches(
             dataset, batch_size=self.config.evaluation.batch_size, rank=0, ranks=1, pad_id=self.pad_id
         )
         for batch in batches:
-            losses, counts = self.clients.score(row, batch)
-            kept = batch["row"] >= 0
-            totals[batch["row"][kept]] = torch.stack([losses[kept].double(), counts[kept].double()], dim=1)
-        return summarize(totals, dataset, self.data[0].label_names, whose)
+            take_in(totals, batch["row"], self.clients.score(row, batch))
+        return summarize(totals, dataset, self.data[0], whose)
 
     def _batches(self, client: int) -> Iterator[list[dict[str, Tensor]]]:
         return training_batches(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deca_ds.algorithm import BlockPlan, LocalSteps
-from deca_ds.engine.losses import count_targets, token_losses, training_loss
+from deca_ds.engine.losses import RowScores, count_targets, row_scores, training_loss
 from deca_ds.engine.masters import rounded
 
 Batch = Mapping[str, Tensor]
@@ -118,13 +118,11 @@ class StackedClients:
         return total, norm, reached
 
     @torch.no_grad()
-    def score(self, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Per row of the batch, for the model with the parameters `row` ([numel]): summed loss of its targets in nats,
-        and their number; both [batch]."""
+    def score(self, row: Tensor, batch: Batch) -> RowScores:
+        """How well the model with the parameters `row` ([numel]) predicts the targets of each row of the batch."""
         self._become(row)
         self._mode(training=False)
-        losses, mask = token_losses(self._model, batch, _CPU)
-        return losses.sum(dim=1), mask.sum(dim=1)
+        return row_scores(self._model, batch, _CPU)
 
     def _mode(self, *, training: bool) -> None:
         if self._model.training != training:  # it visits every module, of which a small model has many

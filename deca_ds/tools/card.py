@@ -165,6 +165,8 @@ def _score_table(row: Row) -> str:
 
 _SCORES = (
     ("loss (nats per target token)", attrgetter("loss"), significant),
+    ("token accuracy", attrgetter("token_accuracy"), percent),
+    ("exact match", attrgetter("exact_match"), percent),
     ("accuracy", attrgetter("accuracy"), percent),
     ("macro-F1", attrgetter("macro_f1"), significant),
     ("examples", attrgetter("examples"), count),

@@ -1,4 +1,5 @@
-"""Score a model on an evaluation set: loss per token, and accuracy and macro-F1 for classification."""
+"""Score a model on an evaluation set: loss and accuracy per token, exact matches of answers, and for classification
+accuracy and macro-F1."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from deca_ds.algorithm import squared_norm
 from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
+from deca_ds.engine.losses import RowScores
 from deca_ds.engine.masters import round_into
 from deca_ds.errors import DivergedError
 from deca_ds.launch.world import Cluster
@@ -24,7 +26,7 @@ from deca_ds.training.summary import MEAN_MODEL, SETS
 from deca_ds.transport import Commit, Transport, all_reduce_sum, gather_json, sum_slices
 
 MEAN = "the mean of the clients' models"
-POOLED = ("loss", "accuracy", "macro_f1")
+POOLED = ("loss", "token_accuracy", "exact_match", "accuracy", "macro_f1")
 TOLD = (*POOLED, "examples")  # what clients tell each other of scores on sets of their own
 JOB_SCORES = ("consensus_distance", "mean", "clients")  # of all clients together
 
@@ -119,20 +121,18 @@ class Evaluator:
             members, layout = self.cluster.members, self.cluster.layout
             sizes = [len(layout.ranks_of(client)) for client in members.clients]
             rank, ranks = sum(sizes[: members.place(self.cluster.client)]) + rank, sum(sizes)
-        totals = torch.zeros(len(dataset), 2, dtype=torch.float64)  # loss and target tokens of every row
+        totals = empty_totals(len(dataset))
         batches = evaluation_batches(dataset, batch_size=self.batch_size, rank=rank, ranks=ranks, pad_id=self.pad_id)
         for number, batch in enumerate(batches):
             self.cluster.progress.tick()
             self.scored(what, min(number * self.batch_size * ranks, len(dataset)), len(dataset))
-            losses, counts = self.client.score(batch)
-            kept = batch["row"] >= 0  # the rest fills up so that all ranks run as many forward passes
-            totals[batch["row"][kept]] = torch.stack([losses[kept].double(), counts[kept].double()], dim=1)
+            take_in(totals, batch["row"], self.client.score(batch))
         on_device = totals.to(self.client.device)
         dist.all_reduce(on_device)
         totals = on_device.cpu().contiguous()
         if shared:
             totals = self.commit.run(lambda: self._sum(totals))
-        return summarize(totals, dataset, self.data.label_names, whose or f"client {self.cluster.client}")
+        return summarize(totals, dataset, self.data, whose or f"client {self.cluster.client}")
 
     def _sum(self, totals: Tensor) -> Tensor:
         """Over all clients."""
@@ -141,15 +141,29 @@ class Evaluator:
         return totals
 
 
-def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str], whose: str = "the model") -> dict[str, Any]:
-    """Scores from per-row sums. totals: [rows, 2], summed loss in nats and number of target tokens. whose: they are.
+def empty_totals(rows: int) -> Tensor:
+    """For `take_in`: RowScores of every row, [rows, 3], none of them known."""
+    return torch.zeros(rows, len(RowScores._fields), dtype=torch.float64)
 
-    Returns loss (nats per target token), perplexity, examples; for classification, where a row is an example with one
-    of the labels as its answer and the likeliest answer counts, also accuracy, macro_f1, recall by label, and the
-    entries of the confusion matrix that are not 0, as [right label, answer, number of examples].
+
+def take_in(totals: Tensor, rows: Tensor, scores: RowScores) -> None:
+    """Write the scores of a batch to its rows. rows: [batch]; -1 fills up, so that all ranks run as many passes."""
+    kept = rows >= 0
+    totals[rows[kept]] = torch.stack([each[kept].double() for each in scores], dim=1)
+
+
+def summarize(totals: Tensor, dataset: Dataset, data: ClientData, whose: str = "the model") -> dict[str, Any]:
+    """Scores of `dataset`, one of `data`'s sets, from those of its rows. totals: RowScores, [rows, 3]. whose: they are.
+
+    Returns loss (nats per target token), perplexity and examples. Then token_accuracy, the share of the targets that
+    are the likeliest token after what precedes them, and where the targets are answers exact_match, the share of rows
+    all of whose targets are: there greedy decoding gives the answer, token for token. In place of these, for
+    classification, where a row is an example with one of the labels as its answer and the likeliest answer counts:
+    accuracy, macro_f1, recall by label, and the entries of the confusion matrix that are not 0, as [right label,
+    answer, number of examples].
     Raises DivergedError if any row's loss is not finite: of such losses none is the smallest.
     """
-    losses, counts = totals.numpy().T
+    losses, right, counts = totals.numpy().T
     bad = len(losses) - int(np.isfinite(losses).sum())
     if bad:
         raise DivergedError(
@@ -158,16 +172,18 @@ def summarize(totals: Tensor, dataset: Dataset, label_names: Sequence[str], whos
             fix=FIX,
         )
     if "candidate" not in dataset.column_names:
-        return _language_scores(losses, counts)
+        exact = {"exact_match": float(np.mean(right == counts))} if data.answers else {}
+        token_accuracy = float(right.sum() / max(1.0, counts.sum()))
+        return _language_scores(losses, counts) | {"token_accuracy": token_accuracy} | exact
     columns = dataset.with_format("numpy")
     example, candidate, label = (np.asarray(columns[name][:]) for name in ("example", "candidate", "label"))
-    scores = np.full((example.max() + 1, len(label_names)), -np.inf)
+    scores = np.full((example.max() + 1, len(data.label_names)), -np.inf)
     scores[example, candidate] = -losses
     truth = np.zeros(len(scores), dtype=int)
     truth[example] = label
     predicted = scores.argmax(axis=1)
-    right = candidate == label
-    return _language_scores(losses[right], counts[right]) | _class_scores(truth, predicted, label_names)
+    answers = candidate == label
+    return _language_scores(losses[answers], counts[answers]) | _class_scores(truth, predicted, data.label_names)
 
 
 def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:

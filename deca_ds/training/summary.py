@@ -13,11 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-Scores = Mapping[str, Any]  # loss, and accuracy of classification
+Scores = Mapping[str, Any]  # see training/evaluation.py
 SETS = {"own": "own set", "common": "common set"}
 MEAN_MODEL = "mean model"
 BEST, NEWEST = "best", "newest"  # for deca export --checkpoint
-_SHARES = ("accuracy",)
+_SHARES = {"accuracy": "accuracy", "exact_match": "exact match"}  # of examples, and their titles
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _table(before: Evaluation, after: Evaluation) -> Table:
         for key in ("loss", *_SHARES):
             if any(key in each.get(name, {}) for each in after.clients.values()):
                 columns.append((name, key))
-                table.add_column(f"{SETS[name]}\n{key}", justify="right", no_wrap=True)
+                table.add_column(f"{SETS[name]}\n{_SHARES.get(key, key)}", justify="right", no_wrap=True)
     for client, scores in after.clients.items():
         earlier = before.clients.get(client, {})
         table.add_row(f"client {client}", *(_change(earlier.get(n, {}), scores.get(n, {}), key) for n, key in columns))
@@ -147,7 +147,7 @@ def _change(before: Scores, after: Scores, key: str) -> str:
 
 def _ranges(scores: Sequence[Scores]) -> str:
     known = [key for key in ("loss", *_SHARES) if key in scores[0]]
-    return ", ".join(f"{key} {_range(key, [each[key] for each in scores])}" for key in known)
+    return ", ".join(f"{_SHARES.get(key, key)} {_range(key, [each[key] for each in scores])}" for key in known)
 
 
 def _range(key: str, values: Sequence[float]) -> str:

@@ -156,7 +156,7 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
     with client.borrowed_shards(names) as shards:
         for values, _ in shards:
             values.zero_()
-        losses, counts = client.score(batch)
+        losses, _, counts = client.score(batch)
         found["uniform_loss"] = float(losses.sum() / counts.sum()) / math.log(vocabulary)
         client.end_scoring()
     found["restored"] = float(client.score(batch)[0].sum() - original)

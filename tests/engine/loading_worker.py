@@ -66,7 +66,7 @@ def look(cluster: Cluster, folder: Path, options: list[str]) -> dict:
     client = Client(config, model, cluster.device)
     batch = rows(cluster.shard, cluster.ranks)
     client.check_loss(batch)
-    losses, counts = client.score(batch)
+    losses, _, counts = client.score(batch)
     client.end_scoring()
     found = {
         "score": client.client_sum(float(losses.sum())) / client.client_sum(float(counts.sum())),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from deca_ds.engine import chunked_loss, losses
-from deca_ds.engine.losses import check_own_loss, token_losses, training_loss
+from deca_ds.engine.losses import check_own_loss, token_scores, training_loss
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ModelError
 
@@ -65,7 +65,7 @@ def compute_whole(model, batch=ROWS):
 
 
 def compute(model, batch=ROWS):
-    """Loss, gradients and how often each came, losses of tokens, mask."""
+    """Loss, gradients and how often each came, scores of tokens."""
     model.zero_grad()
     came: dict[str, int] = {}
 
@@ -80,9 +80,9 @@ def compute(model, batch=ROWS):
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        by_token, mask = token_losses(model, batch, CPU)
+        by_token = token_scores(model, batch, CPU)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, came, by_token, mask
+    return loss.detach(), gradients, came, by_token
 
 
 class Largest(TorchDispatchMode):
@@ -107,14 +107,15 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", HEADS)
 def test_equals_the_loss_of_all_logits_in_training_and_evaluation(name, chunked):
     model = build(HEADS[name])
-    loss, gradients, came, by_token, mask = compute_whole(model)
+    loss, gradients, came, by_token = compute_whole(model)
     chunked(model)
-    by_chunks, same_gradients, came_by_chunks, same_losses, same_mask = compute(model)
+    by_chunks, same_gradients, came_by_chunks, same = compute(model)
     assert came_by_chunks == came and set(came.values()) == {1}
     torch.testing.assert_close(by_chunks, loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(same_losses, by_token, rtol=0, atol=2e-6)
-    assert torch.equal(same_mask, mask)
+    torch.testing.assert_close(same.losses, by_token.losses, rtol=0, atol=2e-6)
+    assert torch.equal(same.right, by_token.right)
+    assert torch.equal(same.targets, by_token.targets)
     check_own_loss(model.eval(), ROWS, CPU)
 
 
@@ -168,8 +169,8 @@ def test_nothing_to_train_and_no_targets(chunked):
     model = build(CONFIGS["llama"])
     chunked(model)
     nothing = ROWS | {"labels": torch.full_like(ROWS["labels"], -100)}
-    loss, gradients, _, by_token, mask = compute(model, nothing)
-    assert float(loss) == 0 and not by_token.any() and not mask.any()
+    loss, gradients, _, by_token = compute(model, nothing)
+    assert float(loss) == 0 and not any(each.any() for each in by_token)
     assert all(not gradient.any() for gradient in gradients.values())
     assert len(gradients) == len(list(model.parameters()))
     for parameter in model.parameters():

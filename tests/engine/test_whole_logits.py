@@ -7,7 +7,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.modeling_outputs import CausalLMOutput
 
-from deca_ds.engine.losses import token_losses, training_loss
+from deca_ds.engine.losses import token_scores, training_loss
 
 ROWS, LENGTH, VOCABULARY = 3, 37, 50
 
@@ -36,7 +36,7 @@ def batch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_has_the_bits_of_shifted_logits(batch, dtype):
     model, targets = Fixed(dtype), 70
-    losses, mask = token_losses(model, batch, torch.device("cpu"))
+    losses, right, mask = token_scores(model, batch, torch.device("cpu"))
     loss = training_loss(model, batch, torch.device("cpu"), targets)
     loss.backward()
 
@@ -45,6 +45,7 @@ def test_it_has_the_bits_of_shifted_logits(batch, dtype):
     (wanted.view(labels.shape).sum() / targets).backward()
     assert torch.equal(losses, wanted.view(labels.shape))
     assert torch.equal(mask, labels != -100)
+    assert torch.equal(right, model.values[:, :-1].argmax(dim=-1) == labels)
     assert torch.equal(loss, wanted.view(labels.shape).sum() / targets)
     assert torch.equal(model.values.grad, logits.grad)
 

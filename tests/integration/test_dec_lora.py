@@ -22,7 +22,7 @@ from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.config import load_config
 from deca_ds.data import evaluation_batches, load_client_data
 from deca_ds.engine.adapters import add_adapters
-from deca_ds.engine.losses import token_losses
+from deca_ds.engine.losses import token_scores
 from deca_ds.engine.masters import rounded
 
 pytestmark = pytest.mark.multiprocess
@@ -219,7 +219,7 @@ def test_exports_are_merged_plain_models(runs, references, tmp_path):
         rows = data.own_evaluation
         (batch,) = evaluation_batches(rows, batch_size=len(rows), rank=0, ranks=1, pad_id=0)
         with torch.no_grad():
-            losses, mask = token_losses(model.eval(), batch, torch.device("cpu"))
+            losses, _, mask = token_scores(model.eval(), batch, torch.device("cpu"))
         score += float(losses.sum() / mask.sum()) * len(rows)
         examples += len(rows)
     assert last_line(run / "metrics/job.jsonl")["mean"]["loss"] == pytest.approx(score / examples, rel=1e-5)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
-from deca_ds.engine.losses import count_targets, token_losses
+from deca_ds.engine.losses import count_targets, token_scores
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import ConfigError
 from deca_ds.simulation.command import _contraction, report
@@ -211,7 +211,7 @@ def test_bfloat16_equals_adam_on_masters_that_live_on_or_are_rounded(keys, maste
             for _ in range(4):
                 (batch,) = next(batches)
                 model.zero_grad()
-                (token_losses(model, batch, torch.device("cpu"))[0].sum() / count_targets(batch)).backward()
+                (token_scores(model, batch, torch.device("cpu")).losses.sum() / count_targets(batch)).backward()
                 for name in block.names:
                     trained[name].grad = model.get_parameter(name).grad.float()
                 adam.step()

@@ -240,6 +240,17 @@ def test_scores_of_all_on_own_sets_are_not_compared_with_those_before_a_client_l
     assert mean_model.best_loss == (16, 1.0) and average.after.loss == (score(0, 16) + score(1, 16)) / 2
 
 
+def test_scores_of_answers_are_those_of_tokens_and_exact_matches(tmp_path):
+    folder = write_job(tmp_path / "job", data__format="alpaca")
+    for path in (folder / "metrics").glob("*.jsonl"):
+        lines = path.read_text().replace('"macro_f1": 0.8125', '"token_accuracy": 0.75')
+        path.write_text(lines.replace('"accuracy": 0.875', '"exact_match": 0.125'))
+    made = report(folder)
+    assert {"Token accuracy", "Exact match"} <= made.charts.keys() and "Accuracy" not in made.charts
+    assert "|75.0%|75.0%|12.5%|12.5%|" in made.text
+    assert "exact match, mean model" in made.text
+
+
 def test_restarts_and_late_neighbours_are_told(tmp_path):
     folder = write_job(tmp_path / "job")
     (start,) = json.loads((folder / "starts.json").read_text())

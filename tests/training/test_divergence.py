@@ -66,9 +66,10 @@ def test_what_is_left_to_go_on_from_is_named() -> None:
 @pytest.mark.parametrize("bad", BAD)
 def test_a_score_that_is_not_finite_never_chooses_a_label(bad: float) -> None:
     """The row of the wrong answer: loss and label would pass for scores."""
+    data = SimpleNamespace(label_names=["red", "blue"], answers=True)
     rows = {"example": [0, 0], "candidate": [0, 1], "label": [0, 0]}
-    totals = torch.tensor([[1.0, 1], [bad, 1]], dtype=torch.float64)
+    totals = torch.tensor([[1.0, 0, 1], [bad, 0, 1]], dtype=torch.float64)
     with pytest.raises(DivergedError, match="client 3 has diverged: the loss of 1 of 2 rows"):
-        summarize(totals, Dataset.from_dict(rows), ["red", "blue"], "client 3")
+        summarize(totals, Dataset.from_dict(rows), data, "client 3")
     with pytest.raises(DivergedError, match="the model has diverged"):
-        summarize(totals, Dataset.from_dict({"labels": [[1], [2]]}), [])
+        summarize(totals, Dataset.from_dict({"labels": [[1], [2]]}), data)

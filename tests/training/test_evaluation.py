@@ -8,17 +8,28 @@ import pytest
 import torch
 from datasets import Dataset
 
+from deca_ds.engine.losses import RowScores
 from deca_ds.engine.masters import join
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.training.evaluation import Evaluator, _class_scores, average, summarize
+from deca_ds.training.evaluation import Evaluator, _class_scores, average, empty_totals, summarize, take_in
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork
 
 
-def test_language_scores_are_per_token():
-    dataset = Dataset.from_dict({"input_ids": [[1], [2]], "labels": [[1], [2]]})
-    scores = summarize(torch.tensor([[6.0, 3], [2.0, 1]], dtype=torch.float64), dataset, [])
-    assert scores == {"loss": 2.0, "perplexity": pytest.approx(math.e**2), "examples": 2}
+@pytest.mark.parametrize("answers", [True, False])
+def test_language_scores_are_per_token_and_answers_match_whole(answers):
+    dataset = Dataset.from_dict({"input_ids": [[1], [2], [3], [4]], "labels": [[1], [2], [3], [4]]})
+    totals = torch.tensor([[6.0, 2, 3], [2.0, 1, 1], [1.5, 0, 1], [0.5, 5, 5]], dtype=torch.float64)
+    scores = summarize(totals, dataset, SimpleNamespace(label_names=[], answers=answers))
+    wanted = {"loss": 1.0, "perplexity": pytest.approx(math.e), "examples": 4, "token_accuracy": 0.8}
+    assert scores == (wanted | {"exact_match": 0.5} if answers else wanted)
+
+
+def test_rows_that_fill_up_a_batch_are_not_taken_in():
+    totals = empty_totals(3)
+    each = torch.tensor([5.0, 6.0, 7.0])
+    take_in(totals, torch.tensor([2, -1, 0]), RowScores(each, each.int() + 10, each.int() + 20))
+    assert totals.tolist() == [[7, 17, 27], [0, 0, 0], [5, 15, 25]]
 
 
 def test_the_likeliest_label_counts():
@@ -31,14 +42,14 @@ def test_the_likeliest_label_counts():
             "label": [row[2] for row in rows],
         }
     )
-    totals = torch.tensor([[row[3], 1] for row in rows], dtype=torch.float64)
-    scores = summarize(totals, dataset, ["red", "blue"])
+    totals = torch.tensor([[row[3], 0, 1] for row in rows], dtype=torch.float64)
+    scores = summarize(totals, dataset, SimpleNamespace(label_names=["red", "blue"], answers=True))
     assert scores["accuracy"] == pytest.approx(2 / 3)
     assert scores["recall"] == {"red": 1.0, "blue": 0.5}
     assert scores["confusion"] == [["red", "red", 1], ["blue", "red", 1], ["blue", "blue", 1]]
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert scores["loss"] == pytest.approx((1.0 + 0.5 + 3.0) / 3), "only the right answers count"
-    assert scores["examples"] == 3
+    assert scores["examples"] == 3 and "exact_match" not in scores
 
 
 def test_private_sets_are_pooled_by_size():
@@ -47,6 +58,9 @@ def test_private_sets_are_pooled_by_size():
     )
     assert pooled["loss"] == 2.5 and pooled["accuracy"] == 0.75 and pooled["examples"] == 4
     assert "macro_f1" not in pooled
+    assert average(
+        [{"loss": 1.0, "examples": 1, "exact_match": 1.0}, {"loss": 2.0, "examples": 3, "exact_match": 0.0}]
+    )["exact_match"] == pytest.approx(0.25)
     assert average([None, None]) == {}
 
 

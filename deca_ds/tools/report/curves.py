@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from statistics import fmean
 from typing import TypedDict
 
@@ -27,8 +28,14 @@ class Look(TypedDict, total=False):
 
 
 _SHARE: Look = {"numbers": ".1%", "axis": ".0%", "points": True}
-_SCORE: Look = {"points": True}
+_LOSS: Look = {"points": True}
 _FROM_ZERO: Look = {"zero": True}
+_SCORES: tuple[tuple[str, Callable[[Scores], float | None], Look], ...] = (
+    ("Evaluation loss", attrgetter("loss"), _LOSS),
+    ("Token accuracy", attrgetter("token_accuracy"), _SHARE),
+    ("Exact match", attrgetter("exact_match"), _SHARE),
+    ("Accuracy", attrgetter("accuracy"), _SHARE),
+)
 
 
 def learning(run: Run) -> list[Figure]:
@@ -40,7 +47,7 @@ def learning(run: Run) -> list[Figure]:
     for kind in run.kinds:
         with_mean = kind == "common" or "common" not in run.kinds
         model = [Series("mean", MEAN_MODEL, None)] if with_mean else []
-        for name, value, look in (("Evaluation loss", _loss, _SCORE), ("Accuracy", _accuracy, _SHARE)):
+        for name, value, look in _SCORES:
             curves = {f"c{client}": _curve(run.scores(client, kind), value) for client in run.evaluations}
             curves["mean"] = _curve(run.mean_scores, value)
             found.append(_figure(name, f"On {SETS[kind]}.", curves, [*clients, *model], name.lower(), look))
@@ -80,13 +87,13 @@ def overlaid(runs: Sequence[Run]) -> list[Figure]:
     losses = {key: list(_of_steps(run, _step_loss).values()) for key, run in named.items()}
     found = [_ranges("Training loss", "", losses, series, "loss", {})]
     for kind in ("common", "own"):
-        for name, value, look in (("Evaluation loss", _loss, _SCORE), ("Accuracy", _accuracy, _SHARE)):
+        for name, value, look in _SCORES:
             every = {
                 key: [_curve(run.scores(client, kind), value) for client in run.evaluations]
                 for key, run in named.items()
             }
             found.append(_ranges(name, f" On {SETS[kind]}.", every, series, name.lower(), look))
-    for name, value, look in (("Loss", _loss, _SCORE), ("Accuracy", _accuracy, _SHARE)):
+    for name, value, look in _SCORES:
         means = {key: _curve(run.mean_scores, value) for key, run in named.items()}
         title = f"{name} of the mean model"
         found.append(_figure(title, "On the common set, else pooled.", means, series, name.lower(), look))
@@ -183,11 +190,3 @@ def _curve(every: Sequence[tuple[int, Scores]], value: Callable[[Scores], float 
 
 def _step_loss(step: Step) -> float | None:
     return step.loss
-
-
-def _loss(scores: Scores) -> float | None:
-    return scores.loss
-
-
-def _accuracy(scores: Scores) -> float | None:
-    return scores.accuracy

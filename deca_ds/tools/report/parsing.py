@@ -93,9 +93,11 @@ def _scores(value: Any) -> records.Scores | None:
     return records.Scores(
         loss=number(value.get("loss")),
         perplexity=number(value.get("perplexity")),
+        examples=count(value.get("examples")),
+        token_accuracy=number(value.get("token_accuracy")),
+        exact_match=number(value.get("exact_match")),
         accuracy=number(value.get("accuracy")),
         macro_f1=number(value.get("macro_f1")),
-        examples=count(value.get("examples")),
         recall={
             str(label): share
             for label, of in (recall.items() if isinstance(recall, dict) else ())

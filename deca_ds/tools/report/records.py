@@ -31,9 +31,11 @@ class Scores:
 
     loss: float | None
     perplexity: float | None
-    accuracy: float | None
-    macro_f1: float | None
     examples: int | None
+    token_accuracy: float | None = None
+    exact_match: float | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
     recall: Mapping[str, float] = field(default_factory=dict)
     confusion: Mapping[tuple[str, str], int] = field(default_factory=dict)
 

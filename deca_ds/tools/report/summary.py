@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,10 @@ def _before_and_after(run: Run, kind: str) -> Iterator[tuple[str, str]]:
     if row is None:
         return
     before = row.base
-    if row.after.accuracy is not None:
-        start = f"{percent(before.accuracy)} → " if before is not None else ""
-        yield f"accuracy, {row.model}", start + percent(row.after.accuracy)
+    for name, share in (("accuracy", attrgetter("accuracy")), ("exact match", attrgetter("exact_match"))):
+        if share(row.after) is not None:
+            start = f"{percent(share(before))} → " if before is not None else ""
+            yield f"{name}, {row.model}", start + percent(share(row.after))
     start = f"{significant(before.loss)} → " if before is not None else ""
     yield f"loss, {row.model}", start + significant(row.after.loss)
 
@@ -197,9 +199,11 @@ def averaged(run: Run, kind: str) -> list[tuple[int, Scores]]:
                 Scores(
                     loss=mean([scores.loss for scores in there]),
                     perplexity=mean([scores.perplexity for scores in there]),
+                    examples=there[0].examples,
+                    token_accuracy=mean([scores.token_accuracy for scores in there]),
+                    exact_match=mean([scores.exact_match for scores in there]),
                     accuracy=mean([scores.accuracy for scores in there]),
                     macro_f1=mean([scores.macro_f1 for scores in there]),
-                    examples=there[0].examples,
                 ),
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from deca_ds.tools.report.compare_runs import Gap, changed, clients_scores, gaps
@@ -56,13 +57,13 @@ def scores(run: Run, kind: str) -> Table:
     rows = score_rows(run, kind)
     labelled = any(row.after.accuracy is not None for row in rows)
     head = ["model", "loss before", "after", "best (step)"]
-    head += ["accuracy before", "after", "best (step)", "macro F1 after"] if labelled else ["perplexity after"]
+    head += ["accuracy before", "after", "best (step)", "macro F1 after"] if labelled else _TOKENS
     last = max((row.step for row in rows), default=0)
     body = [
         [
             row.model if row.step == last else f"{row.model} (until step {count(row.step)})",
             *_losses(row),
-            *(_rights(row) if labelled else [significant(row.after.perplexity, 4)]),
+            *(_rights(row) if labelled else _tokens(row)),
         ]
         for row in rows
     ]
@@ -83,6 +84,18 @@ def _rights(row: Row) -> list[str]:
     best = f"{percent(row.best_accuracy[1])} ({count(row.best_accuracy[0])})" if row.best_accuracy is not None else NONE
     before = percent(row.base.accuracy) if row.base is not None else NONE
     return [before, percent(row.after.accuracy), best, percent(row.after.macro_f1)]
+
+
+_TOKENS = ["perplexity after", "token accuracy before", "after", "exact match before", "after"]
+
+
+def _tokens(row: Row) -> list[str]:
+    shares = [
+        percent(None if scores is None else share(scores))
+        for share in (attrgetter("token_accuracy"), attrgetter("exact_match"))
+        for scores in (row.base, row.after)
+    ]
+    return [significant(row.after.perplexity, 4), *shares]
 
 
 def data(run: Run) -> Table:
@@ -218,6 +231,8 @@ def _column(run: Run, net: Network, gap: Gap | None) -> dict[str, str]:
         "clients": count(run.clients),
         "inner steps": f"{count(run.reached)} of {count(total)}" if total else count(run.reached),
         "loss": loss(final.loss if final is not None else None),
+        "token accuracy": percent(final.token_accuracy if final is not None else None),
+        "exact match": percent(final.exact_match if final is not None else None),
         "accuracy": percent(final.accuracy if final is not None else None),
         "loss of the mean model": loss(means[-1].loss if means else None),
         "accuracy of the mean model": percent(means[-1].accuracy if means else None),
