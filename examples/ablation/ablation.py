@@ -72,6 +72,7 @@ def _pooled(keys: Keys) -> Keys:
     pooled = keys | {"data.batch_size": keys["data.batch_size"] * clients, "gossip.graph": "ring"}
     if "data.per_client" in keys:
         pooled["data.train"] = pooled.pop("data.per_client")
+    pooled.pop("data.partition_column", None)
     return pooled | {"data.partition": "iid"}
 
 

@@ -69,6 +69,7 @@ shows](benchmarks/learnable/README.md):
 """
 MARKS = ("<!-- accuracies, by examples/ablation/report.py -->", "<!-- end of accuracies -->")
 LEVEL = 0.05
+SHARES = {"accuracy": "accuracy", "exact_match": "exact matches"}  # score -> its name in a table
 ORDERING = ("deca (descent)", "gossip-adam, per block", "deca (trivial)")
 
 
@@ -174,7 +175,7 @@ def readme_results(studies: Studies) -> str:
     done = [place for place, row in enumerate(rows) if row.runs]
     if not {ORDERING[0], LOCAL, CENTRAL} <= {rows[place].name for place in done}:
         return ""
-    accuracy, losses = _accuracy_columns(rows), _loss_columns(rows)
+    accuracy, losses = _share_columns(rows), _loss_columns(rows)
     columns = {
         "accuracy of the clients, %": accuracy["clients' accuracy, %"],
         "minus DECA's, points": accuracy["against the first, points"],
@@ -188,10 +189,13 @@ def readme_results(studies: Studies) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Cost and loss; below it, for classification, who answers how often rightly."""
+    """Cost and loss; below it, where answers are right or wrong, who answers how often rightly."""
     losses = {name: cells for name, cells in _loss_columns(rows).items() if any(cells)}
-    accuracies = {name: cells for name, cells in _accuracy_columns(rows).items() if any(cells)}
-    return _markdown(rows, losses) + ("\n" + _markdown(rows, accuracies) if accuracies else "")
+    parts = [_markdown(rows, losses)]
+    for key, name in SHARES.items():
+        shares = {title: cells for title, cells in _share_columns(rows, key, name).items() if any(cells)}
+        parts += [_markdown(rows, shares)] if shares else []
+    return "\n".join(parts)
 
 
 def _markdown(rows: Sequence[Row], columns: Mapping[str, Sequence[str]]) -> str:
@@ -231,16 +235,18 @@ def _loss_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     }
 
 
-def _accuracy_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    accuracy = clients_mean("accuracy")
-    changes = [_changes(row, rows[0], accuracy) for row in rows]
+def _share_columns(rows: Sequence[Row], key: str = "accuracy", name: str = "accuracy") -> dict[str, list[str]]:
+    """Of a score that is a share of the examples. key, name: see SHARES."""
+    share = clients_mean(key)
+    changes = [_changes(row, rows[0], share) for row in rows]
+    macro_f1 = {"macro-F1, %": _column(rows, clients_mean("macro_f1"), digits=1, scale=100)}
     return {
-        "clients' accuracy, %": _column(rows, accuracy, digits=1, scale=100),
+        f"clients' {name}, %": _column(rows, share, digits=1, scale=100),
         "against the first, points": _differences(changes, scale=100, planned=len(rows) - 1),
         "p": _p_values(changes, planned=len(rows) - 1),
-        "macro-F1, %": _column(rows, clients_mean("macro_f1"), digits=1, scale=100),
-        "mean model's accuracy, %": _column(rows, mean_model("accuracy"), digits=1, scale=100),
-        "share of the gap closed": [_shown(gap_closed(row, rows, accuracy), digits=2) for row in rows],
+        **(macro_f1 if key == "accuracy" else {}),
+        f"mean model's {name}, %": _column(rows, mean_model(key), digits=1, scale=100),
+        "share of the gap closed": [_shown(gap_closed(row, rows, share), digits=2) for row in rows],
     }
 
 

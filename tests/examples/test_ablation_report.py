@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 import sys
 
 import pytest
@@ -87,6 +88,20 @@ def test_means_and_intervals(rows):
     assert closed.mean == pytest.approx((0.5 + 0.4 + 0.3) / 0.8 / 3)
     assert gap_closed(rows["adamw, alone"], list(rows.values()), clients_loss).mean == 0
     assert gap_closed(rows["second"], [rows["first"], rows["second"]], clients_loss) is None
+
+
+def test_exact_matches_have_a_table_of_their_own(rows):
+    from report import _table
+
+    def answers(run):
+        scores = [{"loss": score["loss"], "exact_match": score["accuracy"] / 2} for score in run["clients"]]
+        return {**run, "clients": scores, "mean": scores[0]}
+
+    matched = [replace(rows[name], runs=tuple(map(answers, rows[name].runs))) for name in ("first", "second")]
+    assert "clients' exact matches, %" not in _table([rows["first"], rows["second"]])
+    losses, matches = _table(matched).split("\n\n")
+    assert "clients' loss" in losses and matches.startswith("| | clients' exact matches, % | against the first, points")
+    assert "| first | 30.0 +- 12.4 |" in matches and "accuracy" not in matches and "macro-F1" not in matches
 
 
 def test_p_values_are_corrected_for_the_number_of_comparisons(rows):
