@@ -81,13 +81,21 @@ def diloco(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, 
         k.anchor = k.x.copy()
 
 
+def noloco(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
+    adam(c, k, mixed, alone, lr)
+    if not alone:
+        k.b = c.outer_momentum * k.b + (k.anchor - mixed)
+        k.x = k.anchor - c.outer_lr * k.b
+        k.anchor = k.x.copy()
+
+
 def gasloc(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
     adam(c, k, mixed, alone, lr)
     if not alone:
         k.x, k.y = mixed + c.outer_momentum * (k.half - k.y), k.half
 
 
-ENDS = {"deca": deca, "qg-adam": qg_adam, "diloco": diloco, "gasloc": gasloc}  # all others: adam
+ENDS = {"deca": deca, "qg-adam": qg_adam, "diloco": diloco, "noloco": noloco, "gasloc": gasloc}  # all others: adam
 TRACKS = ("gt-adam",)  # whose gradients are tracked: s is averaged, too
 
 

@@ -143,6 +143,29 @@ class DiLoCo(AdamRule):
 
 
 @dataclass(frozen=True)
+class NoLoCo(DiLoCo):
+    """Local AdamW steps between two averagings, then an outer step with momentum that also pulls a client to those that
+    it averages with (Kolehmainen et al., arXiv 2506.10911, after their public implementation).
+
+        delta = anchor - theta'             theta' = sum_j w_ij theta_half_j, after every s-th inner step
+        b     = mu b + delta                theta = anchor - outer_lr b;  anchor = theta
+
+    with mu the outer momentum. -delta is the mean of what the averaged clients have moved plus the mean of their
+    anchors less the own one: both terms of the paper, with the same factor, outer_lr. The paper's pairs are
+    gossip.graph=random_pairs, its outer momentum is below DiLoCo's (0.3 in a configuration of theirs). A step without a
+    neighbour is an inner step. State: m, v, anchor, momentum. Adam's moments live on.
+    """
+
+    @torch.no_grad()
+    def accept(self, state: State, name: str, mixed: Tensor) -> None:
+        """The outer step."""
+        anchor, momentum = state["anchor"], state["momentum"]
+        momentum.mul_(self.outer_momentum).add_(anchor).sub_(mixed)
+        anchor.sub_(momentum, alpha=self.outer_lr)
+        state["theta"].copy_(anchor)
+
+
+@dataclass(frozen=True)
 class GasLoC(AdamRule):
     """Local AdamW steps between two averagings, then an averaging with momentum on where the local steps ended
     (Cagnasso, Belilovsky, Oyallon, arXiv 2606.11081, after a public summary of its equations).

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from deca_ds.algorithm.baselines import DiLoCo, GasLoC, GossipAdam, GtAdam, QgAdam
+from deca_ds.algorithm.baselines import DiLoCo, GasLoC, GossipAdam, GtAdam, NoLoCo, QgAdam
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.algorithm.rule import Rule
 
@@ -44,6 +44,11 @@ METHODS: dict[str, Method] = {
     "gt-adam": Method(GtAdam, "Adam on tracked gradients (arXiv 1602.00591)"),
     "diloco": Method(
         DiLoCo, "`gossip.every` local AdamW steps, then an outer Nesterov step (arXiv 2311.08105), on any graph"
+    ),
+    "noloco": Method(
+        NoLoCo,
+        "`gossip.every` local AdamW steps, then an outer step with momentum towards the average (arXiv 2506.10911); "
+        "with `gossip.graph=random_pairs` as in the paper, or on any graph",
     ),
     "gasloc": Method(
         GasLoC, "`gossip.every` local AdamW steps, then an averaging with momentum (arXiv 2606.11081), on any graph"

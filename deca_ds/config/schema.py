@@ -255,6 +255,7 @@ class GossipConfig:
         "exponential",
         "one_peer_exponential",
         "base",
+        "random_pairs",
         "erdos_renyi",
         "bipartite",
         "edge_list",

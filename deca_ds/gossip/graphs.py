@@ -85,6 +85,24 @@ def one_peer_exponential(n: int) -> Graphs:
     return tuple(_circulant(n, [offset]) for offset in _offsets(n)) or (_circulant(n, []),)
 
 
+def random_pairs(n: int, seed: int) -> Graphs:
+    """2 ceil(log2 n) times, all clients in pairs that are drawn from `seed`, as in NoLoCo (arXiv 2506.10911); of an odd
+    number one client has no partner. Drawn again until the pairs of a period connect all clients."""
+    generator = random.Random(seed)
+    while True:
+        period = [_pairs(n, generator) for _ in range(2 * len(_offsets(n)))]
+        if nx.is_strongly_connected(nx.compose_all(period)):
+            return tuple(period)
+
+
+def _pairs(n: int, generator: random.Random) -> nx.DiGraph[int]:
+    drawn = generator.sample(range(n), n)
+    graph: nx.Graph[int] = nx.Graph()
+    graph.add_nodes_from(range(n))
+    graph.add_edges_from(zip(drawn[::2], drawn[1::2], strict=False))
+    return graph.to_directed()
+
+
 def erdos_renyi(n: int, probability: float, seed: int) -> Graphs:
     """G(n, p), drawn from `seed` again and again until it is connected. Raises GossipError after MAX_DRAWS draws."""
     if not 0.0 < probability <= 1.0:
@@ -187,6 +205,8 @@ def build_graphs(kind: str, n: int, *, edges: str | None = None, probability: fl
         return (graph.to_directed(),)
     if kind in _CIRCULANT:
         return _CIRCULANT[kind](n)
+    if kind == "random_pairs":
+        return random_pairs(n, seed)
     if kind == "erdos_renyi":
         return erdos_renyi(n, probability, seed)
     if kind == "edge_list":

@@ -75,6 +75,19 @@ def test_the_mean_of_gasloc_makes_diloco_s_outer_step(graph):
     assert (states["gasloc"]["theta"] - states["diloco"]["theta"]).abs().max() > LR
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_mean_of_noloco_makes_a_heavy_ball_step_of_the_mean_movement(graph):
+    """With gradients that do not depend on where a client is: on any graph that of clients which all average."""
+    start, gradient = problem(seed=6)
+    rule = build_rule("noloco", outer_lr=0.7, outer_momentum=0.5)
+    means = {}
+    for kind in (graph, "complete"):
+        state = stacked_state(rule, start)
+        run(rule, state, lambda r, i, x: gradient(r, i, start[i]), cycle(matrices_of(kind)), every=3)
+        means[kind] = state["theta"].mean(0)
+    torch.testing.assert_close(means[graph], means["complete"], rtol=0, atol=1e-12)
+
+
 def test_qg_adam_needs_no_gradient_to_go_on():
     """What it keeps has the norm 1 and the direction of the last step, so one gradient is enough for a whole turn."""
     sizes = {}

@@ -49,6 +49,18 @@ def test_one_peer_exponential_has_a_period_of_log2_n(n: int, period: int):
         assert [neighbours(graph, 0) for graph in graphs] == [{-(2**k) % n} for k in range(period)]
 
 
+@pytest.mark.parametrize(("n", "period"), [(2, 2), (3, 4), (8, 6), (9, 8), (20, 10)])
+def test_random_pairs_leave_nobody_out_but_one_of_an_odd_number(n: int, period: int):
+    graphs = build_graphs("random_pairs", n, seed=5)
+    assert len(graphs) == period
+    for graph in graphs:
+        assert sorted(degree for _, degree in graph.in_degree()) == [0] * (n % 2) + [1] * (n - n % 2)
+        assert all(graph.has_edge(b, a) for a, b in graph.edges)
+    again, other = (build_graphs("random_pairs", n, seed=seed) for seed in (5, 6))
+    assert [set(graph.edges) for graph in graphs] == [set(graph.edges) for graph in again]
+    assert n == 2 or [set(graph.edges) for graph in graphs] != [set(graph.edges) for graph in other]
+
+
 def test_random_graph_depends_on_the_seed_alone():
     edges = [sorted(build_graphs("erdos_renyi", 12, probability=0.3, seed=seed)[0].edges) for seed in (1, 1, 2)]
     assert edges[0] == edges[1] != edges[2]

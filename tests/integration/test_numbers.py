@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -83,12 +84,25 @@ def run_all(
 ONE_PEER_OF_3 = [(np.eye(3) + np.roll(np.eye(3), hops, axis=0)) / 2 for hops in (1, 2)]  # from client i - hops
 TWO_OF_3 = np.array([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
 BASE_OF_3 = [TWO_OF_3, np.array([[THIRD, 0.0, 2 * THIRD], [0.0, 1.0, 0.0], [2 * THIRD, 0.0, THIRD]]), TWO_OF_3]
+
+
+def pairs_of_3(seed: int) -> list[np.ndarray]:
+    """Four times the first two of three clients in a random order average; all three have met by then."""
+    draw, matrices = random.Random(seed), []
+    for _ in range(4):
+        a, b, _ = draw.sample(range(3), 3)
+        matrices.append(np.eye(3))
+        matrices[-1][[[a], [b]], [a, b]] = 0.5
+    return matrices
+
+
 MATRICES = {
     "ring": [np.full((3, 3), THIRD)],
     "complete": [np.full((3, 3), THIRD)],
     "star": [STAR_OF_3],
     "one_peer_exponential": ONE_PEER_OF_3,
     "base": BASE_OF_3,  # a client has no neighbour each time
+    "random_pairs": pairs_of_3(seed=0),
 }
 SMOOTH = {"algorithm.eps": 0.1}  # moments of normalised signals are larger, and so is what noise makes of them
 WHOLE = {"blocks.layers_per_block": "null"}
@@ -117,6 +131,7 @@ CASES = {
         ({"algorithm.method": "gt-adam", **WHOLE}, "one_peer_exponential", 1),
         ({"algorithm.method": "diloco", **WHOLE}, "complete", 4),
         ({"algorithm.method": "gasloc"}, "star", 2),
+        ({"algorithm.method": "noloco"}, "random_pairs", 2),
         ({"algorithm.method": "badam"}, "isolated", 1),
         ({"algorithm.method": "adamw", **WHOLE}, "isolated", 1),
     ],
