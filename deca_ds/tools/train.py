@@ -30,7 +30,7 @@ from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import tell_exit_code
 from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import tries_until
-from deca_ds.watchdog.role import Visitor
+from deca_ds.watchdog.standing import Visitor
 from deca_ds.watchdog.stop import forget_request
 
 if TYPE_CHECKING:

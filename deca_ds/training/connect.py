@@ -15,7 +15,7 @@ from deca_ds.launch.progress import EVERYBODY
 from deca_ds.launch.world import Cluster
 from deca_ds.transport import Endpoint, GlooTransport, MpiTransport, Transport
 from deca_ds.watchdog.guard import JobGuard
-from deca_ds.watchdog.role import Elasticity
+from deca_ds.watchdog.standing import Elasticity
 from deca_ds.watchdog.stop import StopByCommit
 
 

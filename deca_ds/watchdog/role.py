@@ -1,15 +1,11 @@
-"""What a rank is to the job that it fails in, and what becomes of it then."""
+"""What a rank is to the job that it fails in, and what an event leads to then: a table without threads and clocks.
+
+standing.py holds this rank's role; guard.py and watcher.py do what the table says.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum, auto
-
-from deca_ds.launch import ClientLayout
-from deca_ds.launch.view import Membership
-from deca_ds.watchdog.stop import StopByCommit
 
 
 class Role(Enum):
@@ -27,12 +23,15 @@ class Role(Enum):
 
 class Event(Enum):
     """What happens to a rank. ERROR: of its own, other than the next two. CUT_OFF: its client is out, or the others are
-    out of its reach. HANGS: its client has stood still for too long. STORE_GONE: the job's store has ended.
-    STORE_SILENT: it has given no answer for too long."""
+    out of its reach. HANGS: its client has stood still for too long. OTHERS_HANG: ranks that it waits for have.
+    STILL_HANG: they, or its client, still do, though the others have had the time to drop them. STORE_GONE: the job's
+    store has ended. STORE_SILENT: it has given no answer for too long."""
 
     ERROR = auto()
     CUT_OFF = auto()
     HANGS = auto()
+    OTHERS_HANG = auto()
+    STILL_HANG = auto()
     STORE_GONE = auto()
     STORE_SILENT = auto()
 
@@ -60,40 +59,19 @@ def on_event(role: Role, event: Event, returns: bool) -> Outcome:
             return Outcome.END_THE_JOB
         case Role.VISITOR, Event.CUT_OFF | Event.STORE_GONE | Event.STORE_SILENT if returns:
             return Outcome.COME_BACK
+        case Role.VISITOR, Event.HANGS | Event.OTHERS_HANG:
+            return Outcome.WAIT
         case Role.VISITOR, _:
             return Outcome.END
         case Role.OUTLIVED, Event.CUT_OFF if returns:
             return Outcome.COME_BACK
         case Role.OUTLIVED, Event.HANGS if returns:
             return Outcome.COME_BACK_UNNOTICED
-        case Role.OUTLIVED, Event.STORE_GONE:
+        case Role.OUTLIVED, Event.OTHERS_HANG | Event.STORE_GONE:
             return Outcome.WAIT
+        case Role.OUTLIVED, Event.STILL_HANG:
+            return Outcome.END_THE_JOB
         case Role.OUTLIVED, Event.STORE_SILENT:
             return Outcome.END
         case _:
             return Outcome.END_THE_CLIENT
-
-
-@dataclass(frozen=True)
-class Visitor:
-    """Of a client that comes back. host: the rank that hosts the job's store. return_s: for how long it still tries."""
-
-    host: int
-    return_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Elasticity:
-    """What a job has in which clients may go and come.
-
-    membership: who is in. stop: how it is told to stop, and where. return_s: cluster.return_s. cut_off: set when this
-    client is out, or the others are out of its reach. put_out_who_hangs: to be called every second while nobody in the
-    job moves on; None where the others cannot put a client out.
-    """
-
-    membership: Membership
-    layout: ClientLayout
-    stop: StopByCommit
-    return_s: float = 0.0
-    cut_off: threading.Event = field(default_factory=threading.Event)
-    put_out_who_hangs: Callable[[], None] | None = None

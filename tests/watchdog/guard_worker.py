@@ -15,11 +15,10 @@ from deca_ds.errors import ConfigError, DataError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.launch.view import Membership, View
-from deca_ds.watchdog import early_end, ending
-from deca_ds.watchdog import guard as module
+from deca_ds.watchdog import early_end, ending, standing
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.guard import guarded
-from deca_ds.watchdog.role import Elasticity, Visitor
+from deca_ds.watchdog.standing import Elasticity, Visitor
 from deca_ds.watchdog.stop import StopByCommit
 
 rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
@@ -71,7 +70,7 @@ with guarded(launch, open_job_store(launch, 300), visitor) as guard:
         cut_off.set()
         time.sleep(600)
     elif what == "visits":  # and nobody moves on, nor is anybody put out
-        module._OTHERS_S = 3.0
+        standing._OTHERS_S = 3.0
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.progress.wait_for("all")
         time.sleep(600)

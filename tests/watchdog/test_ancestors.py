@@ -17,8 +17,8 @@ from torch.distributed import HashStore
 
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
-from deca_ds.watchdog import guard as module
 from deca_ds.watchdog.ancestors import Ancestors, is_runner
+from deca_ds.watchdog.ending import Ending
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.guard import JobGuard
 
@@ -130,18 +130,17 @@ def test_without_its_launcher_a_rank_ends_and_without_the_runner_it_stops(monkey
     """A single rank that nobody has launched goes on."""
     left: list[Failure] = []
 
-    def leave(guard: JobGuard, report: Failure) -> None:
+    def leave(ending: Ending, report: Failure, *, mark: bool = True) -> None:
         left.append(report)
-        guard._finished.set()
+        ending.begun.release()  # the thread goes on, until it is closed
 
-    monkeypatch.setattr(module, "Ancestors", lambda: Gone(who))
-    monkeypatch.setattr(JobGuard, "_leave", leave)
+    monkeypatch.setattr(Ending, "leave", leave)
     store = HashStore()
-    made = JobGuard(Launch(launcher, 0, ranks, 0, None), JobStore(store, None, timedelta(seconds=100)))
+    job = JobStore(store, None, timedelta(seconds=100))
+    made = JobGuard(Launch(launcher, 0, ranks, 0, None), job, ancestors=Gone(who))
     stops = launcher == "deepspeed" and who == "runner"
     ends = launcher == "deepspeed" and who == "launcher"
     wait_until(lambda: left if ends else made.stop.pending if stops else store.check(["heartbeat/0"]), "a look")
-    made._finished.set()
-    made._watch.thread.join(timeout=100)
+    made._watcher.close()
     assert bool(left) == ends and made.stop.pending == stops
     assert ("`deepspeed` is gone" in capfd.readouterr().err) == stops

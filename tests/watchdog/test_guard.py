@@ -117,7 +117,7 @@ def test_a_connection_that_broke_is_told_as_what_it_means(error, words, monkeypa
         assert "s ago: it was killed, or its host is out of reach\n  fix:   look at" in told.message
         assert "Traceback" not in told.message and "dmesg" in told.message
         assert Failure.reported(store).message == told.message
-    made._finished.set()
+    made._watcher.close()
 
 
 def test_one_of_several_ranks_may_be_at_the_other_end():

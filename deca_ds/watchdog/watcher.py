@@ -1,0 +1,152 @@
+"""The thread that watches the job for this rank, through a connection of its own to the job's store.
+
+When the store moves, another thread takes over. A second thread counts for how long the store gives no answer
+(store_watch.py). Either may end this process; `Ending.begun` has only one of a rank's threads do so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch.distributed import Store
+
+from deca_ds.errors import FAILURE_CODE, CutOffError
+from deca_ds.launch import Launch
+from deca_ds.launch.progress import Progress
+from deca_ds.launch.store import JobStore
+from deca_ds.launch.store_site import StoreSite
+from deca_ds.launch.view import View
+from deca_ds.watchdog.early_end import EarlyEnd
+from deca_ds.watchdog.ending import Ending
+from deca_ds.watchdog.failure import Failure, rank_is_gone
+from deca_ds.watchdog.heartbeats import Heartbeats
+from deca_ds.watchdog.look import Look
+from deca_ds.watchdog.role import Event, Outcome, Role
+from deca_ds.watchdog.standing import Standing
+from deca_ds.watchdog.store_watch import StoreWatch, no_answer
+
+_POLL_S, _STOPPING_POLL_S = 0.5, 0.05
+_LEARNS_S = 5.0  # for a main thread to learn by itself that its client is out
+_NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does not answer
+
+
+class _Watch(NamedTuple):
+    """The thread that watches the job through a store, and what counts for how long that gives no answer."""
+
+    thread: threading.Thread
+    silence: StoreWatch
+
+
+class Watcher:
+    """Watches from when it is made until `close`. fail: see Look."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        site: StoreSite,
+        heartbeats: Heartbeats,
+        standing: Standing,
+        ending: Ending,
+        early_end: EarlyEnd,
+        look: Look,
+        fail: Callable[[BaseException], None],
+    ):
+        self._launch, self._site, self._heartbeats, self._look = launch, site, heartbeats, look
+        self._standing, self._ending, self._early_end, self._fail = standing, ending, early_end, fail
+        self._finished = threading.Event()
+        self._watch = self._start()
+
+    def close(self) -> None:
+        """Watch no longer: this rank is through."""
+        self._finished.set()
+        self._watch.thread.join(timeout=2 * _POLL_S)
+
+    def follow(self, before: View, view: View) -> None:
+        """Watch through the store that the view announces. See Membership.subscribe."""
+        if view.announcement:
+            self._site.move(view.announcement, self._standing.ranks()[0])
+            self._watch.silence.close()
+            self._watch = self._start()
+
+    @property
+    def _progress(self) -> Progress:
+        return self._heartbeats.progress
+
+    def _start(self) -> _Watch:
+        job = self._site.store
+        silence = StoreWatch(self._progress, job.timeout.total_seconds(), self._no_answer, self._standing.grace_s)
+        run = self._watch_others if self._launch.world_size > 1 else self._watch_alone
+        thread = threading.Thread(target=run, args=(job, job.reconnect(), silence), daemon=True)
+        thread.start()
+        return _Watch(thread, silence)
+
+    def _watch_alone(self, job: JobStore, store: Store, silence: StoreWatch) -> None:
+        """All that there is to do for a single rank, whose store is in its own memory."""
+        silence.close()
+        while not self._finished.wait(_POLL_S):
+            if (report := self._look.alone(store)) is not None:
+                self._leave(report)
+            self._look_for_stop(store)
+
+    def _watch_others(self, job: JobStore, store: Store, silence: StoreWatch) -> None:
+        while self._site.store is job and not self._finished.wait(self._pause_s()):
+            self._leave_if_out()
+            try:
+                self._look_for_stop(store)
+                report = self._look.among_others(store)
+                silence.answered()
+            except RuntimeError:
+                if self._finished.is_set():
+                    break
+                report = self._lost_store()
+            except Exception as error:  # without its watcher a rank could wait for ever
+                report = self._ending.report(f"the watcher has failed: {error!r}", FAILURE_CODE)
+            if report is not None:
+                self._leave(report)
+        silence.close()
+
+    def _pause_s(self) -> float:
+        return _STOPPING_POLL_S if self._standing.stop.pending else _POLL_S
+
+    def _look_for_stop(self, store: Store) -> None:
+        self._standing.stop.look(store)
+        if self._standing.stop.ends_early:
+            self._early_end.watch(store)
+            self._finished.wait()
+
+    def _leave_if_out(self) -> None:
+        """The others have put this client out, and the main thread, which may hang, does not come to learn of it."""
+        hangs = time.monotonic() - self._progress.moved > (self._progress.timeout_s or 0.0)
+        if hangs and self._standing.is_cut_off() and not self._finished.wait(_LEARNS_S):
+            self._fail(CutOffError("this client is out of the job, and its main thread hangs"))
+
+    def _lost_store(self) -> Failure | None:
+        """None: the survivors will put up another one."""
+        if self._standing.outcome(Event.STORE_GONE) is Outcome.WAIT:
+            return None
+        self._come_back_to_a_lost_job(Event.STORE_GONE)
+        why = "it ended without a report"
+        why += ", before this client was let in: join again" if self._standing.role is Role.VISITOR else ""
+        ((who, when),) = self._heartbeats.other_end(None, self._site.host)
+        return self._ending.report(rank_is_gone(who, when, why), FAILURE_CODE)
+
+    def _no_answer(self, idle_s: float, silent_s: float) -> None:
+        """For StoreWatch, in its thread."""
+        silence = no_answer(self._site.host, self._progress.place, idle_s, silent_s)
+        self._come_back_to_a_lost_job(Event.STORE_SILENT)
+        # the main thread may have begun, to tell the store what that will never hear
+        self._leave(self._ending.report(str(silence), silence.code), within_s=_NO_ANSWER_S)
+
+    def _come_back_to_a_lost_job(self, event: Event) -> None:
+        """Returns if that is not what this rank does."""
+        if self._standing.outcome(event) is Outcome.COME_BACK:
+            self._ending.begun.acquire()
+            self._ending.come_back("has lost the job before it was let in", self._standing.return_s)
+
+    def _leave(self, report: Failure, within_s: float = -1.0) -> None:
+        """within_s: leave even if another thread has begun to, and is not through after so many seconds."""
+        self._ending.begun.acquire(timeout=within_s)
+        self._ending.leave(report, mark=self._standing.role is not Role.VISITOR)
