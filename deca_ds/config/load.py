@@ -1,38 +1,46 @@
-"""Read a YAML file and a dotlist into the schema; every mistake names the key, the value and what would do."""
+"""Read a YAML file, or what a script has in its place, and a dotlist into the schema; every mistake names the key, the
+value and what would do."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from deca_ds.config.checks import check
+from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import expand_all, look_for
 from deca_ds.config.schema import Config
 from deca_ds.config.written import check_argument, check_file, in_type, keys_of
 from deca_ds.errors import ConfigError
 
 _ROUNDS = 4  # of a run of which nobody says how long it is
+_SCRIPT = "the configuration that the script gives"
+
+Given = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `a.b=value` overrides; typed, checked and read-only.
+def load_config(given: Given | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then what is given, then `a.b=value` overrides; typed and checked.
 
-    Of algorithm.rounds and algorithm.epochs just one is set then. Raises ConfigError with the file or argument, the key
-    and the value for anything unknown, of the wrong type, missing or contradictory.
+    given: the path of a YAML file, a mapping of sections like the one in such a file, or a Config. Of algorithm.rounds
+    and algorithm.epochs just one is set then. Raises ConfigError with the file or argument, the key and the value for
+    anything unknown, of the wrong type, missing or contradictory.
     """
-    config = deepcopy(_schema())
-    if path is not None:
-        _merge(config, _read_yaml(path), source=str(path))
+    config, where = deepcopy(_schema()), "command line"
+    if given is not None:
+        where, read = _read(given)
+        _merge(config, read, source=where)
     for argument in overrides:
         override, source = _read_argument(argument), f"command line, {argument!r}"
         key = argument.partition("=")[0]
@@ -48,13 +56,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         if missing:
             raise ConfigError(
                 f"no value for {', '.join(missing)}",
-                where=str(path) if path else "command line",
-                fix=f"set it in the YAML file or as {missing[0]}=VALUE on the command line"
-                + ("" if path else ", or name the file: RUN.yaml"),
+                where=where,
+                fix=f"set it there, or as an override: {missing[0]}=VALUE"
+                if where == _SCRIPT
+                else f"set it in the YAML file or as {missing[0]}=VALUE on the command line"
+                + (", or name the file: RUN.yaml" if given is None else ""),
             )
         typed = cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere or to the wrong type
-        raise _explain(error, str(path) if path else "command line", config) from error
+        raise _explain(error, where, config) from error
     expand_all(typed)
     check(typed)
     return typed
@@ -71,6 +81,49 @@ def _schema() -> DictConfig:
     return cast(DictConfig, OmegaConf.structured(Config))
 
 
+def _read(given: Given) -> tuple[str, DictConfig]:
+    """Where it is from, for messages, and what it says. What a script gives passes the checks of a file's text."""
+    if isinstance(given, str | os.PathLike):
+        path = path_argument(os.fspath(given))
+        return str(path), _read_yaml(path)
+    try:
+        values = OmegaConf.to_container(OmegaConf.structured(given)) if isinstance(given, Config) else dict(given)
+        text = yaml.dump(_plain(values), Dumper=_Dumper, allow_unicode=True, sort_keys=False)
+    except OmegaConfBaseException as error:
+        raise _explain(error, _SCRIPT, OmegaConf.create()) from error
+    except yaml.representer.RepresenterError as error:
+        what, value = error.args
+        raise ConfigError(
+            f"{what}: {value!r}", where=_SCRIPT, fix="use numbers, texts, paths, lists and mappings"
+        ) from error
+    check_file(text, _SCRIPT, lines=False)
+    return _SCRIPT, _in_schema(cast(DictConfig, OmegaConf.create(text)))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all texts, so that none is read as a number."""
+
+
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
+def _plain(value: Any) -> Any:
+    """`value` with the types that YAML has; numbers may be NumPy's."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(each) for each in value]
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def _in_schema(read: DictConfig) -> DictConfig:
+    return cast(DictConfig, OmegaConf.create(in_type(OmegaConf.to_container(read))))
+
+
 def _read_yaml(path: Path) -> DictConfig:
     if os.path.isdir(path):
         within = " in it" * bool(list(path.glob("*.y*ml")))
@@ -83,7 +136,7 @@ def _read_yaml(path: Path) -> DictConfig:
         read = OmegaConf.create(text)
         if not isinstance(read, DictConfig):
             raise ConfigError("the file must hold keys and values, like 'model: {path: ...}'", where=str(path))
-        return cast(DictConfig, OmegaConf.create(in_type(OmegaConf.to_container(read))))
+        return _in_schema(read)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -108,8 +161,7 @@ def _read_argument(argument: str) -> DictConfig:
         )
     try:
         check_argument(key, value)
-        read = OmegaConf.from_dotlist([argument])
-        return cast(DictConfig, OmegaConf.create(in_type(OmegaConf.to_container(read))))
+        return _in_schema(OmegaConf.from_dotlist([argument]))
     except yaml.YAMLError as error:
         raise ConfigError(
             f"cannot read the argument {argument!r}: {error}",

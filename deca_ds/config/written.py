@@ -47,10 +47,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def check_file(text: str, path: str) -> None:
-    """Raise ConfigError for what YAML would change in `text`, a configuration that stands in the file `path`."""
+def check_file(text: str, path: str, *, lines: bool = True) -> None:
+    """Raise ConfigError for what YAML would change in `text`, a configuration that stands in the file `path`. lines:
+    whether these can be looked up there."""
     for node, message, fix in _look_through(text, ""):
-        raise ConfigError(message, where=f"{path}, line {node.start_mark.line + 1}", fix=fix)
+        raise ConfigError(message, where=path + f", line {node.start_mark.line + 1}" * lines, fix=fix)
 
 
 def check_argument(key: str, text: str) -> None:

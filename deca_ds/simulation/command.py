@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
-import time
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from deca_ds.config import load_config, save_config
+from deca_ds.config import load_config
 from deca_ds.config.arguments import add_config, chosen
-from deca_ds.config.checks import check_output
 from deca_ds.plural import several
-from deca_ds.training.claim import release, take
 from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 
 if TYPE_CHECKING:
@@ -43,52 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went."""
-    from deca_ds.simulation.setup import build, check
-    from deca_ds.training.doubts import doubts
-    from deca_ds.training.tables import print_notes
+    from deca_ds.simulation.run import run_to_folder
 
-    config = load_config(*chosen(arguments))
-    check(config)
-    for warning in doubts(config):
-        print(f"WARNING: {warning}", file=sys.stderr)
-    output = Path(config.run.output)
-    take(output, partial(check_output, config))
-    try:
-        simulation = build(config)
-        print_notes(list(dict.fromkeys(note for data in simulation.data for note in data.notes)))
-        started = time.perf_counter()
-        for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
-            pass
-        seconds = time.perf_counter() - started
-        write(simulation, output)
-    finally:
-        release(output)
-    report(simulation, seconds)
+    report(*run_to_folder(load_config(*chosen(arguments))))
     return 0
-
-
-def write(simulation: Simulation, output: Path) -> None:
-    """config.yaml, data.json, starts.json and simulation.jsonl: a line a step and a line an evaluation, all clients in
-    each."""
-    from deca_ds.training.start_log import record_start
-
-    output.mkdir(parents=True, exist_ok=True)
-    save_config(simulation.config, output / "config.yaml")
-    clients = simulation.clients
-    record_start(
-        simulation.config,
-        simulation.mixing,
-        done=0,
-        rounds=simulation.schedule.rounds,
-        architecture=clients.architecture,
-        parameters=clients.values.shape[1],
-        plan=clients.plan,
-    )
-    (output / "data.json").write_text(json.dumps([data.summary for data in simulation.data], indent=2) + "\n")
-    lines = [{"kind": "evaluation", **record} for record in simulation.evaluations]
-    lines += [{"kind": "step", **record} for record in simulation.steps]
-    lines.sort(key=lambda line: line["step"])
-    (output / "simulation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def report(simulation: Simulation, seconds: float) -> None:

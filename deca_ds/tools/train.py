@@ -1,32 +1,36 @@
-"""The command that launchers start: `launchers/train.py --config run.yaml [--dry-run] [key=value ...]`."""
+"""One rank of a job: the command that launchers start, `launchers/train.py --config run.yaml [--dry-run] [key=value
+...]`, and the same for scripts."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import gc
+import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed import is_initialized
+
 from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
-from deca_ds.config import Config, load_config
+from deca_ds.config import Config, Given, load_config
 from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
 from deca_ds.elastic import Visit, join_job
-from deca_ds.errors import EndedError, UserError
+from deca_ds.errors import EndedError, LaunchError, UserError
 from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.tools.train_arguments import parser
 from deca_ds.training.claim import check_held, leave_place, take_place
-from deca_ds.training.summary import evaluations, next_commands, print_summary, stopped_commands
-from deca_ds.training.terminal import on_interrupt, on_stop, own_streams
+from deca_ds.training.summary import RunResult, evaluations, next_commands, print_summary, stopped_commands
+from deca_ds.training.terminal import handlers_kept, on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import tell_exit_code
 from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import tries_until
@@ -46,39 +50,81 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run one rank of the job; returns the exit code. Failures end the process inside (see watchdog/guard.py)."""
     own_streams()
     arguments = parser(program).parse_intermixed_args(argv)
-    # DeepSpeed still calls collectives by names that newer versions of torch have renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    visit, visitor = None, None
     try:
-        launch = read_launch()
-        config = _read_config(arguments, launch)
-        if arguments.join:
-            visit, store = _join(config, launch)
-            visitor = Visitor(visit.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
-        else:
-            launch, store = _open_store(config, launch)
+        _run(lambda: load_config(*chosen(arguments)), join=arguments.join, dry_run=arguments.dry_run)
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         tell_exit_code(error.code)
         return error.code
+    return 0
+
+
+def train(config: Given, overrides: Sequence[str] = (), *, join: bool = False) -> RunResult:
+    """Train as one rank of a job, as `deca train` does: every rank that the launcher starts calls this once, in its
+    main thread. Under plain `python` the job is a single rank.
+
+    config, overrides: see `load_config`. join: whether this client returns to a job that goes on without it; true in
+    any case where the process was started again for that, with --join as its last argument (`cluster.return_s`).
+
+    Returns when the job is done or was told to stop, with the scores that this rank's client knows, as far as they are
+    on this host; the environment and the handling of signals are as before then. Raises UserErrors until the ranks have
+    found each other. After that an error that ends the job or this client ends the process, with a message and an exit
+    code, and so does the end of a job from which clients have gone or to which they have come.
+    """
+    if is_initialized():
+        raise LaunchError(
+            "this process has a process group of torch.distributed already, from an earlier job or the script's own",
+            where="deca_ds.train",
+            fix="train once in a process, and leave the process group to it; start a process for each run",
+        )
+    with _environment_kept(), handlers_kept():
+        typed, launch = _run(lambda: load_config(config, overrides), join=join or tries_until() > 0, dry_run=False)
+    client = ClientLayout.of(check_world(typed, launch.world_size)).client_of(launch.rank)
+    output = Path(typed.run.output)
+    return RunResult(output, evaluations(output, client))
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """The body has libraries see a client's ranks as a world of their own; the script goes on with the launcher's."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+def _run(read: Callable[[], Config], *, join: bool, dry_run: bool) -> tuple[Config, Launch]:
+    """read: gives the configuration."""
+    # DeepSpeed still calls collectives by names that newer versions of torch have renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    launch, visit, visitor = read_launch(), None, None
+    config = _read_config(read, launch)
+    if join:
+        visit, store = _join(config, launch)
+        visitor = Visitor(visit.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
+    else:
+        launch, store = _open_store(config, launch)
     with guarded(launch, store, visitor) as guard:
         if isinstance(config, UserError):
             raise config
         if visit is None:
             guard.progress.enter("meeting the other ranks")
             meet(launch, store, config.cluster.meet_s)
-        if arguments.dry_run:
+        if dry_run:
             _plan(config, launch, store, guard)
         else:
             _train(config, launch, store, guard, visit)
-    return 0
+    return config, launch
 
 
-def _read_config(arguments: argparse.Namespace, launch: Launch) -> Config | UserError:
+def _read_config(read: Callable[[], Config], launch: Launch) -> Config | UserError:
     """The configuration, or the mistake in it, which the guard then reports to the other ranks."""
     try:
         given().check(launch.world_size)
-        return load_config(*chosen(arguments))
+        return read()
     except UserError as mistake:
         return mistake
 

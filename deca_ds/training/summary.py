@@ -74,6 +74,20 @@ class Evaluation:
         return None
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has come to. output: its folder. evaluations: all that there were, in their order; the last one is of
+    the models at the end."""
+
+    output: Path
+    evaluations: Sequence[Evaluation]
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The first with the lowest loss, of those that can be compared with the last one; None without any scores."""
+        return best_of(self.evaluations) if self.evaluations else None
+
+
 def evaluations(run: Path, client: int) -> list[Evaluation]:
     """Those in the run's metrics, as far as they are on this host: of `client`, and what all told each other."""
     job = {line["step"]: line for line in _lines(run / "metrics" / "job.jsonl")}

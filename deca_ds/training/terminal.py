@@ -13,9 +13,10 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _PATIENCE_S = 10.0  # for a reader that does not read, before what is written is dropped until it does
 
 
@@ -42,13 +43,24 @@ def own_streams() -> None:
         setattr(sys, name, io.TextIOWrapper(raw, before.encoding, "backslashreplace", **options))
 
 
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """The signals below are handled after the body as they were before it."""
+    before = {number: signal.getsignal(number) for number in (*_STOP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def on_stop(handler: Callable[..., Any]) -> None:
     """Have `handler` called when the job is told to stop.
 
     Slurm and mpirun do that by SIGTERM; mpirun hands SIGUSR1 on to the ranks without ending them; a terminal that is
     closed sends SIGHUP, which nohup has ignored.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in _STOP:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 

@@ -1,12 +1,14 @@
 """Loading: defaults, YAML, dotlist; every mistake names key, value and remedy."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deca_ds.config import load_config, save_config
+from deca_ds.config import Config, load_config, save_config
 from deca_ds.config.checks import check_output, check_world, read_deepspeed_json
 from deca_ds.errors import ConfigError
 
@@ -224,3 +226,55 @@ def test_deepspeed_json_that_fits(tmp_path):
     assert read_deepspeed_json(file)["zero_optimization"]["offload_param"] == {"device": "cpu"}
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(None, [*BASE, f"deepspeed={tmp_path / 'none.json'}"])
+
+
+SECTIONS = {"model": {"path": "tiny"}, "data": {"train": ["a.jsonl"]}}
+SCRIPT = "where: the configuration that the script gives"
+
+
+def test_what_a_script_gives_is_read_as_the_file_would_be(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {path: '1e3'}\ndata: {train: a.jsonl, format: classification, label_names: {0: 'no', 1: 'yes'}}\n"
+        "optimizer: {lr: 0.25}\nalgorithm: {rounds: 3}\nevaluation: {mean_model: false}\ngossip: {wait_s: null}\n"
+    )
+    mapping = {
+        "model": {"path": Path("1e3")},
+        "data": {"train": Path("a.jsonl"), "format": "classification", "label_names": {0: "no", 1: "yes"}},
+        "optimizer": {"lr": np.float32(0.25)},
+        "algorithm": {"rounds": np.int64(3)},
+        "evaluation": {"mean_model": False},
+        "gossip": {"wait_s": None},
+    }
+    config = load_config(file)
+    assert load_config(str(file)) == load_config(mapping) == load_config(config) == config
+    changed = load_config(config, ["optimizer.lr=1", "data.train=[b,c]"])
+    assert (changed.optimizer.lr, changed.data.train, changed.model.path) == (1.0, ["b", "c"], "1e3")
+    assert config.optimizer.lr == 0.25, "the given one stays as it is"
+    tuples = load_config({**SECTIONS, "data": {"train": ("a: b\nc", "d")}})
+    assert tuples.data.train == ["a: b\nc", "d"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({**SECTIONS, "optimizer.lr": 1.0}, "optimizer.lr: in a file a dot does not part names"),
+        ({**SECTIONS, "optimzer": {"lr": 1.0}}, "did you mean optimizer"),
+        ({**SECTIONS, "optimizer": {"lr": True}}, "a number belongs here"),
+        ({**SECTIONS, "model": {"path": False}}, "model.path: YAML reads"),
+        ({**SECTIONS, "optimizer": {"lr": object()}}, "cannot represent an object"),
+        ({**SECTIONS, "optimizer": {"lr": "large"}}, "could not be converted to Float"),
+        ({"data": {"train": ["a.jsonl"]}}, "no value for model.path"),
+    ],
+)
+def test_mistakes_in_what_a_script_gives(source, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(source)
+    assert SCRIPT in str(caught.value) and "line" not in str(caught.value)
+
+
+def test_a_mistake_in_an_object_is_told_without_a_value_that_is_not_its_own():
+    config = Config()
+    config.model.path, config.optimizer.lr = "tiny", "large"
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr: Value 'large'"):
+        load_config(config)

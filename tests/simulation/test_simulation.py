@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from histories import assert_simulated
+from jobs import REPOSITORY
 from transformers import AutoModelForCausalLM
 
+import deca_ds
 from deca_ds.cli import main
-from deca_ds.config import load_config
+from deca_ds.config import load_config, save_config
 from deca_ds.engine.losses import count_targets, token_scores
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import ConfigError
@@ -234,3 +236,33 @@ def test_a_simulation_that_diverges_ends_with_the_real_run_s_message_and_leaves_
     told = capsys.readouterr().err
     assert "client 0 has diverged: the norm of the block's parameters is not finite" in told
     assert "inner step 1, block embeddings" in told and not (tmp_path / "run").exists()
+
+
+def test_a_script_gets_what_the_command_writes(keys, tmp_path, capsys):
+    config = load_config(None, keys)
+    result = deca_ds.simulate(config)
+    assert "inner steps of" not in capsys.readouterr().out, "the table is the command's"
+    assert main(["simulate", *keys, f"run.output={tmp_path / 'other'}"]) == 0
+    own, other = ((tmp_path / name / "simulation.jsonl").read_text() for name in ("run", "other"))
+    assert own == other and result.output == tmp_path / "run"
+    lines = [line for line in map(json.loads, own.splitlines()) if line["kind"] == "evaluation"]
+    assert [each.step for each in result.evaluations] == [line["step"] for line in lines] == [0, 16]
+    first, last = result.evaluations
+    assert list(last.clients) == list(range(6)) and [*last.clients.values()] == lines[-1]["clients"]
+    assert (last.mean, last.distance) == (lines[-1]["mean"], lines[-1]["consensus_distance"])
+    assert result.best is (last if last.loss < first.loss else first)
+    with pytest.raises(deca_ds.UserError, match="already used"):
+        deca_ds.simulate(config)
+
+
+def test_the_example_for_scripts_runs(keys, tmp_path, monkeypatch, capsys):
+    page = (REPOSITORY / "docs/site/api.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    save_config(load_config(None, keys), tmp_path / "my_run.yaml")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "api.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for graph in ("ring", "exponential"):
+        assert (tmp_path / "runs" / graph / "simulation.jsonl").is_file()
+        losses = r"\[" + ", ".join([r"\d\.\d+"] * 6) + r"\]"
+        assert re.search(rf"^{graph} mean model: \d\.\d+ clients: {losses} consensus distance: 0\.\d+$", printed, re.M)

@@ -7,6 +7,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+import deca_ds
 from deca_ds.cli import _COMMANDS
 
 SCRIPT = """
@@ -43,3 +46,20 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
     assert "gossip, waiting for client 1" in done.stdout and "3 of 3 inner steps" in done.stdout
     assert "nothing to stop: DONE" in done.stdout
     assert "usage: deca [-h] [--version] COMMAND ...\n" in done.stdout, "its list of commands is no part of the usage"
+
+
+def test_the_package_imports_what_a_script_asks_for_and_nothing_before():
+    """Every name is there; only the one that is asked for is imported."""
+    code = (
+        "import sys, deca_ds\n"
+        "assert not {'torch', 'omegaconf', 'deca_ds.config'} & sys.modules.keys()\n"
+        "assert set(deca_ds.__all__) <= set(dir(deca_ds))\n"
+        "deca_ds.UserError, deca_ds.load_config\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in deca_ds.__all__:
+        assert getattr(deca_ds, name).__name__ == name
+    with pytest.raises(AttributeError, match="'deca_ds' has no attribute 'simulte'"):
+        deca_ds.simulte  # noqa: B018

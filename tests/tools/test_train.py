@@ -82,3 +82,20 @@ def test_a_signal_before_training_is_told_as_a_failure_once_wherever_it_comes():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("given", "until", "joins"), [(False, 0.0, False), (True, 0.0, True), (False, 1e12, True)])
+def test_a_script_that_was_started_again_to_return_joins(monkeypatch, tmp_path, given, until, joins):
+    """By cluster.return_s: it need not read its own --join."""
+    seen = []
+
+    def run(read, *, join, dry_run):
+        seen.append((join, dry_run))
+        return read(), Launch("python", 0, 1, 0, None)
+
+    monkeypatch.setattr(train, "_run", run)
+    monkeypatch.setattr(train, "tries_until", lambda: until)
+    keys = ["model.path=x", f"run.output={tmp_path}", "data.train=[x]", "cluster.clients=1"]
+    result = train.train({}, keys, join=given)
+    assert seen == [(joins, False)]
+    assert (result.output, result.evaluations, result.best) == (tmp_path, [], None)

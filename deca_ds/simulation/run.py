@@ -1,0 +1,78 @@
+"""Simulate a run into its folder, for `deca simulate` and for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.progress import track
+
+from deca_ds.config import Config, Given, load_config, save_config
+from deca_ds.config.checks import check_output
+from deca_ds.simulation.setup import build, check
+from deca_ds.simulation.simulate import Simulation
+from deca_ds.training.claim import release, take
+from deca_ds.training.doubts import doubts
+from deca_ds.training.start_log import record_start
+from deca_ds.training.summary import Evaluation, RunResult
+from deca_ds.training.tables import print_notes
+
+
+def simulate(config: Given, overrides: Sequence[str] = ()) -> RunResult:
+    """Train all clients of a configuration in this process, as `deca simulate` does, and write `run.output`.
+
+    config, overrides: see `load_config`. Raises UserErrors: ConfigError before anything is loaded.
+    """
+    simulation, _ = run_to_folder(load_config(config, overrides))
+    evaluations = [
+        Evaluation(each["step"], dict(enumerate(each["clients"])), each.get("mean", {}), each["consensus_distance"])
+        for each in simulation.evaluations
+    ]
+    return RunResult(Path(simulation.config.run.output), evaluations)
+
+
+def run_to_folder(config: Config) -> tuple[Simulation, float]:
+    """The simulation, when it has run and is written, and the seconds that it took. Prints what is to be known of the
+    configuration and the data."""
+    check(config)
+    for warning in doubts(config):
+        print(f"WARNING: {warning}", file=sys.stderr)
+    output = Path(config.run.output)
+    take(output, partial(check_output, config))
+    try:
+        simulation = build(config)
+        print_notes(list(dict.fromkeys(note for data in simulation.data for note in data.notes)))
+        started = time.perf_counter()
+        for _ in track(simulation.run(), "simulating", len(simulation.schedule), disable=not config.logging.progress):
+            pass
+        seconds = time.perf_counter() - started
+        write(simulation, output)
+    finally:
+        release(output)
+    return simulation, seconds
+
+
+def write(simulation: Simulation, output: Path) -> None:
+    """config.yaml, data.json, starts.json and simulation.jsonl: a line a step and a line an evaluation, all clients in
+    each."""
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(simulation.config, output / "config.yaml")
+    clients = simulation.clients
+    record_start(
+        simulation.config,
+        simulation.mixing,
+        done=0,
+        rounds=simulation.schedule.rounds,
+        architecture=clients.architecture,
+        parameters=clients.values.shape[1],
+        plan=clients.plan,
+    )
+    (output / "data.json").write_text(json.dumps([data.summary for data in simulation.data], indent=2) + "\n")
+    lines = [{"kind": "evaluation", **record} for record in simulation.evaluations]
+    lines += [{"kind": "step", **record} for record in simulation.steps]
+    lines.sort(key=lambda line: line["step"])
+    (output / "simulation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
