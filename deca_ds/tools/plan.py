@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_ti
 from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
-from deca_ds.training.length import ANY_ROUNDS, count_rounds, length_of, tell_length
+from deca_ds.training.length import ANY_ROUNDS, Length, count_rounds, length_of, tell_length
 from deca_ds.training.pace import evaluations_left
 from deca_ds.training.resume import look_at_output
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
@@ -69,54 +69,73 @@ def print_plan(
     """
     # mpirun shows its ranks a terminal, also into a file
     console = Console(quiet=as_json, color_system=None if world_size is not None else "auto")
-    card, rate = _find_card(gpu, net)
     disable_progress_bars()
-    slots = None if hostfile is None else read_hostfile(hostfile)
-    ranks = _find_ranks(config, world_size if slots is None else sum(slots.values()))
+    machines = _find_machines(config, world_size, hostfile, gpu, net)
     mixing = _check(config)
-    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
-        _warn(console, escape(warning))
-    on_gpu = card is not None or computes_on_gpu(config.run.device)
-    estimate = Estimate(config, architecture, mixing, min(ranks) if ranks else 1, on_gpu)
-    _print_model(console, config, estimate)
-    _print_gossip(console, config, mixing, architecture)
-    summaries, sequences = _print_data(console, config, tokenizer)
-    rounds_are_known = bool(summaries) or config.algorithm.rounds is not None
-    schedule = _print_length(console, config, len(estimate.plan.blocks), summaries)
-    sent = traffic([estimate.message_bytes(block.numel) for block in estimate.plan.blocks], schedule, mixing)
-    if mixing.messages:
-        console.print(_traffic(config, estimate, sent, rounds_are_known), highlight=False)
-    print_memory(console, estimate)
-    hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
-    time = None
-    if card is not None:
-        print_fit(console, estimate, *card)
-        time = _times(estimate, card[1], rate, _on_hosts(hosts), sequences, len(schedule) if rounds_are_known else None)
-        print_times(console, estimate, *card, rate, time)
-    disk = disk_need(Stored.of(estimate.model, estimate.plan, config.model, estimate.rule), schedule, config.checkpoint)
-    _print_disk(console, disk, config)
-    _print_launch(console, config, ranks, hosts)
+    estimate, tokenizer = _print_model(console, config, mixing, machines)
+    run = _print_run(console, config, estimate, tokenizer)
+    costs = _print_costs(console, config, estimate, run, machines)
+    _print_launch(console, config, machines)
     _check_output(console, config)
     if as_json:
-        told = {
-            "memory": memory_json(estimate),
-            "traffic": {k: v for k, v in asdict(sent).items() if rounds_are_known or not k.startswith("run")},
-            "length": asdict(length_of(config, schedule, summaries)) if rounds_are_known else None,
-            "disk": asdict(disk),
-            "seconds_of_a_step": None if time is None else asdict(time.step) | {"step": time.step.step},
-            "seconds_of_the_run": None if time is None else time.run,
-        }
-        print(json.dumps(told, indent=1))
+        print(json.dumps(_numbers(estimate, run, costs), indent=1))
 
 
-def _find_card(gpu: str | None, net: str | None) -> tuple[tuple[str, Gpu] | None, float | None]:
-    """The GPU with its name, and the network's rate in bytes a second, where they are asked for."""
+@dataclass(frozen=True)
+class _Machines:
+    """What the run will be on. ranks, hosts: of each client, where they are known. card: the GPU with its name, and
+    rate: the network's in bytes a second, where they are asked for."""
+
+    ranks: Sequence[int] | None
+    hosts: Sequence[Sequence[str]] | None
+    card: tuple[str, Gpu] | None
+    rate: float | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is trained, for how long, and what is sent. schedule: stands for the run's where nobody knows how long that
+    is, and length is None. sequences: see `_print_data`."""
+
+    schedule: Schedule
+    length: Length | None
+    sent: Traffic
+    sequences: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Beside memory. time: on the GPU that was asked for."""
+
+    disk: DiskNeed
+    time: RunTime | None
+
+
+def _numbers(estimate: Estimate, run: _Run, costs: _Costs) -> dict[str, Any]:
+    """For programs; None for what is not known."""
+    time = costs.time
+    return {
+        "memory": memory_json(estimate),
+        "traffic": {k: v for k, v in asdict(run.sent).items() if run.length or not k.startswith("run")},
+        "length": None if run.length is None else asdict(run.length),
+        "disk": asdict(costs.disk),
+        "seconds_of_a_step": None if time is None else asdict(time.step) | {"step": time.step.step},
+        "seconds_of_the_run": None if time is None else time.run,
+    }
+
+
+def _find_machines(
+    config: Config, world_size: int | None, hostfile: Path | None, gpu: str | None, net: str | None
+) -> _Machines:
+    """As they are given to `print_plan`."""
     card = None if gpu is None else find_gpu(gpu)
     rate = None if net is None else read_rate(net)
     if card is None and rate is not None:
         raise ConfigError("--net tells nothing without a GPU", where="--net", fix="add --gpu")
-    return card, rate
+    slots = None if hostfile is None else read_hostfile(hostfile)
+    ranks = _find_ranks(config, world_size if slots is None else sum(slots.values()))
+    hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
+    return _Machines(ranks, hosts, card, rate)
 
 
 def _find_ranks(config: Config, world_size: int | None) -> list[int] | None:
@@ -141,8 +160,15 @@ def _warn(console: Console, warning: str) -> None:
     console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
 
 
-def _print_model(console: Console, config: Config, estimate: Estimate) -> None:
-    """Its blocks, and what its kind costs."""
+def _print_model(
+    console: Console, config: Config, mixing: MixingSchedule, machines: _Machines
+) -> tuple[Estimate, PreTrainedTokenizerBase]:
+    """Its blocks, and what its kind costs; and how its clients mix. Loads no weights."""
+    architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
+    for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
+        _warn(console, escape(warning))
+    on_gpu = machines.card is not None or computes_on_gpu(config.run.device)
+    estimate = Estimate(config, architecture, mixing, min(machines.ranks) if machines.ranks else 1, on_gpu)
     model, plan = estimate.model, estimate.plan
     console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
     warn_of_blocks(console, plan)
@@ -151,6 +177,8 @@ def _print_model(console: Console, config: Config, estimate: Estimate) -> None:
         console.print(_rounded(plan, estimate.ranks), highlight=False)
     if find_head(model) is None:
         console.print(_all_logits(config, model), highlight=False)
+    _print_gossip(console, config, mixing, architecture)
+    return estimate, tokenizer
 
 
 def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, architecture: PretrainedConfig) -> None:
@@ -175,6 +203,17 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
         _warn(console, warning)
 
 
+def _print_run(console: Console, config: Config, estimate: Estimate, tokenizer: PreTrainedTokenizerBase) -> _Run:
+    """Data, length and traffic."""
+    summaries, sequences = _print_data(console, config, tokenizer)
+    schedule, length = _print_length(console, config, len(estimate.plan.blocks), summaries)
+    messages = [estimate.message_bytes(block.numel) for block in estimate.plan.blocks]
+    run = _Run(schedule, length, traffic(messages, schedule, estimate.mixing), sequences)
+    if estimate.mixing.messages:
+        console.print(_traffic(config, estimate, run), highlight=False)
+    return run
+
+
 def _print_data(
     console: Console, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
@@ -196,21 +235,28 @@ def _print_data(
     return summaries, sequences
 
 
-def _times(
-    estimate: Estimate,
-    gpu: Gpu,
-    rate: float | None,
-    on_hosts: tuple[bool, float],
-    sequences: dict[str, int] | None,
-    steps: int | None,
-) -> RunTime:
-    """sequences: see `_print_data`. steps: of the run, if that is known."""
-    evaluation = None
-    if sequences is not None:
-        own, common = sequences["own"], sequences["common"]
-        evaluation = estimate.evaluation_time(gpu, rate, *on_hosts, own=own, common=common)
+def _print_costs(console: Console, config: Config, estimate: Estimate, run: _Run, machines: _Machines) -> _Costs:
+    """Memory of a rank, time on the GPU that is asked for, and disk."""
+    print_memory(console, estimate)
+    time = None
+    if machines.card is not None:
+        name, gpu = machines.card
+        print_fit(console, estimate, name, gpu)
+        time = _times(estimate, run, gpu, machines)
+        print_times(console, estimate, name, gpu, machines.rate, time)
+    stored = Stored.of(estimate.model, estimate.plan, config.model, estimate.rule)
+    disk = disk_need(stored, run.schedule, config.checkpoint)
+    _print_disk(console, disk, config)
+    return _Costs(disk, time)
+
+
+def _times(estimate: Estimate, run: _Run, gpu: Gpu, machines: _Machines) -> RunTime:
+    on_hosts, evaluation, steps = _on_hosts(machines.hosts), None, None if run.length is None else run.length.steps
+    if run.sequences is not None:
+        own, common = run.sequences["own"], run.sequences["common"]
+        evaluation = estimate.evaluation_time(gpu, machines.rate, *on_hosts, own=own, common=common)
     evaluations = 0 if steps is None else evaluations_left(0, steps, estimate.config.evaluation.every)
-    return RunTime(estimate.step_times(gpu, rate, *on_hosts), evaluation, steps, evaluations)
+    return RunTime(estimate.step_times(gpu, machines.rate, *on_hosts), evaluation, steps, evaluations)
 
 
 def _check_output(console: Console, config: Config) -> None:
@@ -225,12 +271,13 @@ def _check_output(console: Console, config: Config) -> None:
         look_at_output(config)
 
 
-def _print_length(console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]) -> Schedule:
-    """How long the run is, and returns its schedule. summaries: of all clients' data; none where nobody has opened the
-    files."""
+def _print_length(
+    console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]
+) -> tuple[Schedule, Length | None]:
+    """How long the run is; see _Run. summaries: of all clients' data; none where nobody has opened the files."""
     algorithm, batch = config.algorithm, config.data.batch_size
-    inner = several(algorithm.inner_steps, "inner step")
-    if summaries or algorithm.rounds is not None:
+    inner, known = several(algorithm.inner_steps, "inner step"), bool(summaries) or algorithm.rounds is not None
+    if known:
         rounds = count_rounds(config, blocks, [each["train"] for each in summaries])
         steps = f"{several(rounds, 'round')} x {several(blocks, 'block')} x {inner} = "
         steps += f"{rounds * blocks * algorithm.inner_steps}"
@@ -240,11 +287,12 @@ def _print_length(console: Console, config: Config, blocks: int, summaries: Sequ
         steps += f"{several(blocks, 'block')} x {inner}"
     console.print(f"steps: {steps}, {several(batch, 'sequence')} per client and step", highlight=False)
     schedule = build_schedule(config, blocks, rounds)
-    if summaries or algorithm.rounds is not None:
-        warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
-        for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
-            console.print(line, highlight=False, markup=False)
-    return schedule
+    if not known:
+        return schedule, None
+    warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
+    for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
+        console.print(line, highlight=False, markup=False)
+    return schedule, length_of(config, schedule, summaries)
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
@@ -269,11 +317,9 @@ def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
         )
 
 
-def _print_launch(
-    console: Console, config: Config, ranks: Sequence[int] | None, hosts: Sequence[Sequence[str]] | None
-) -> None:
-    """How many ranks the clients have, and where. ranks, hosts: of each client, where they are known."""
-    clients = config.cluster.clients
+def _print_launch(console: Console, config: Config, machines: _Machines) -> None:
+    """How many ranks the clients have, and where."""
+    clients, ranks = config.cluster.clients, machines.ranks
     if ranks is None:
         console.print(
             f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
@@ -288,8 +334,8 @@ def _print_launch(
             f"launch: {sum(ranks)} ranks of clients of different sizes ({named}); state per rank above is that of "
             f"{several(min(ranks), 'rank')} a client"
         )
-    if hosts is not None:
-        _print_hosts(console, hosts)
+    if machines.hosts is not None:
+        _print_hosts(console, machines.hosts)
 
 
 def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
@@ -337,15 +383,15 @@ def _all_logits(config: Config, model: PreTrainedModel) -> str:
     )
 
 
-def _traffic(config: Config, estimate: Estimate, sent: Traffic, rounds_are_known: bool) -> str:
+def _traffic(config: Config, estimate: Estimate, run: _Run) -> str:
     """What averagings send."""
-    tensors, codec = len(estimate.rule.travels), CODECS[config.gossip.wire]
+    tensors, codec, sent = len(estimate.rule.travels), CODECS[config.gossip.wire], run.sent
     each = f" of {tensors} tensors" if tensors > 1 else ""
     told = (
         f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
         f"sends {decimal(sent.averaging)} from a client to each neighbour; on average a step sends "
         f"{decimal(round(sent.edge))} over an edge and {decimal(round(sent.client))} from a client"
     )
-    if rounds_are_known:
+    if run.length is not None:
         told += f", the run {decimal(round(sent.run_client))} from a client and {decimal(round(sent.run))} in all"
     return told

@@ -53,7 +53,7 @@ class Trainer:
     output: Path
     agent: ElasticAgent | None = None  # where clients may die
     stopped_early: str = field(default="", init=False)  # why, for people
-    told: set[int] = field(default_factory=set)  # blocks whose parameters without a gradient have been reported
+    _untrained_told: set[int] = field(default_factory=set, init=False)  # blocks of which `_tell_untrained` has spoken
     _batch: list[dict[str, Tensor]] | None = field(default=None, init=False)  # of the next inner step, once it is made
 
     @property
@@ -153,8 +153,8 @@ class Trainer:
     def _tell_untrained(self, step: Step, state: BlockState) -> None:
         """Report, once for every block, the parameters that no gradient has reached while it was active."""
         names = state.never_reached
-        if names and self.cluster.is_leader and step.block not in self.told:
-            self.told.add(step.block)
+        if names and self.cluster.is_leader and step.block not in self._untrained_told:
+            self._untrained_told.add(step.block)
             what = untrained(state.block.label, names)
             print(f"client {self.cluster.client}, inner step {step.index + 1}: {what}", file=sys.stderr, flush=True)
 
