@@ -9,6 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from deca_ds.config.hub import HUB_FIX, why_not_on_hub
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.errors import ConfigError, ModelError
 
@@ -86,8 +87,8 @@ def _closest(path: Path) -> Path | None:
     return None
 
 
-def check_model_folder(model: ModelConfig) -> None:
-    """Raise ModelError for a model or tokenizer that is neither a folder here nor a name that the hub could have."""
+def check_model_path(model: ModelConfig) -> None:
+    """Raise ModelError for a model or tokenizer that is neither a folder here nor to be had from the hub."""
     for key, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if path is None or (path and os.path.isdir(path)):
             continue
@@ -95,6 +96,15 @@ def check_model_folder(model: ModelConfig) -> None:
             raise ModelError(f"{path!r} is a file", where=key, fix="name the folder that holds config.json")
         if os.path.islink(path) or not could_be_hub_name(path):
             raise ModelError(f"there is no folder {path!r}", where=key, fix=look_for(path))
+        check_model_on_hub(path, key)
+
+
+def check_model_on_hub(name: str, key: str) -> None:
+    """Raise ModelError if the hub does not give the model or tokenizer `name`, which is no folder here."""
+    if (why := why_not_on_hub(name, "model")) is not None:
+        raise ModelError(
+            f"there is no folder {name!r} in {Path.cwd()}, and {why}", where=key, fix=f"{look_for(name)}; {HUB_FIX}"
+        )
 
 
 def check_writable(folder: Path, key: str) -> None:

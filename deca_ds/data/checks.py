@@ -12,14 +12,14 @@ from deca_ds.config.data import DataConfig
 from deca_ds.config.paths import check_writable
 from deca_ds.data.files import DOCUMENT, TABLES, Found, kind_of, some
 from deca_ds.data.formats import FORMATS, Format
-from deca_ds.data.sources import HubName, Source, find_sources, look_through
+from deca_ds.data.sources import HubName, Source, check_on_hub, find_sources, look_through
 from deca_ds.errors import ConfigError
 
 NAMES: dict[str, Collection[str]] = {"data.format": FORMATS}  # of keys that name something in a registry
 
 
 def validate_data_config(config: Config, client: int | None = None) -> None:
-    """Refuse a data section that cannot work, and paths without files.
+    """Refuse a data section that cannot work, paths without files, and names that the hub does not have.
 
     client: whose per_client paths must exist here; None checks none of them. Other clients' paths are never looked at.
     Raises ConfigError naming the key, DataError naming the path.
@@ -38,6 +38,7 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
         for key in ("per_client", "per_client_evaluation"):
             sources += own_sources(data, key, client)
     _check_columns(data, format, sources)
+    check_on_hub(sources)
 
 
 def tell_files(data: DataConfig, client: int | None = None) -> list[str]:

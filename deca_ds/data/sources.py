@@ -24,10 +24,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
+from deca_ds.config.hub import HUB_FIX, why_not_on_hub
 from deca_ds.config.paths import could_be_hub_name, look_for
 from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind_of
 from deca_ds.data.strict_json import Reader, parse
@@ -116,6 +118,25 @@ def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[st
         raise DataError(f"a damaged compressed file: {error}", where=str(path), fix="copy or make it again") from error
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
+
+
+def check_on_hub(sources: Iterable[Source]) -> None:
+    """Raise DataError if the hub does not give one of those that are no paths."""
+    for source in sources:
+        if not isinstance(source, HubName) or _is_prepared(source.name):
+            continue
+        if (why := why_not_on_hub(source.name, "dataset")) is not None:
+            raise DataError(
+                f"there is no file or folder {source.name!r} in {Path.cwd()}, and {why}",
+                where="data.train or data.evaluation",
+                fix=f"{look_for(source.name)}; {HUB_FIX}",
+            )
+
+
+def _is_prepared(name: str) -> bool:
+    """Whether the `datasets` library has it in its own cache, where it writes case and owner in a way of its own."""
+    folder, letters = Path(datasets.config.HF_DATASETS_CACHE), re.sub("[/_]", "", name).lower()
+    return folder.is_dir() and any(re.sub("_", "", each.name).lower() == letters for each in folder.iterdir())
 
 
 def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:

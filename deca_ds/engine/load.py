@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from deca_ds.algorithm import METHODS, BlockPlan, split_into_blocks
 from deca_ds.config import Config
 from deca_ds.config.checks import read_deepspeed_json
-from deca_ds.config.paths import check_model_folder, look_for
+from deca_ds.config.paths import check_model_path, look_for
 from deca_ds.config.schema import ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
@@ -65,7 +65,7 @@ def zero3_config(config: Config) -> dict[str, Any]:
 
 def load_architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration. Raises ModelError if it cannot be had."""
-    check_model_folder(model)
+    check_model_path(model)
     with explained(model.path, "model.path", BAD_FILE):
         architecture: PretrainedConfig = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -80,7 +80,7 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
     path = model.tokenizer or model.path
-    check_model_folder(model)
+    check_model_path(model)
     with explained(path, "model.tokenizer" if model.tokenizer else "model.path", BAD_FILE):
         return AutoTokenizer.from_pretrained(
             path,

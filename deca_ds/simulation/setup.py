@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deca_ds.config import Config
-from deca_ds.config.paths import check_model_folder
+from deca_ds.config.paths import check_model_path
 from deca_ds.data import ClientData, evaluation_batches, load_all, validate_data_config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.causality import check_causal
@@ -73,7 +73,7 @@ def check(config: Config) -> MixingSchedule:
             fix="leave cluster.absent out",
         )
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    check_model_folder(config.model)
+    check_model_path(config.model)
     for client in range(config.cluster.clients if config.data.per_client else 1):
         validate_data_config(config, client)
     return mixing

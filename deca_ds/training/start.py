@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore
 from deca_ds.checkpoint.part import Part
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
-from deca_ds.config.paths import check_model_folder, check_writable
+from deca_ds.config.paths import check_model_path, check_writable
 from deca_ds.config.resume import check_folder, save_changes
 from deca_ds.data import validate_data_config
 from deca_ds.elastic import Invitation, Visit, check_absent
@@ -99,7 +99,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))
-    check_model_folder(config.model)
+    check_model_path(config.model)
     validate_data_config(config, client=layout.client_of(launch.rank))
     check_writable(Path(config.run.output), "run.output")
 

@@ -13,7 +13,7 @@ import pytest
 from deca_ds.config import load_config, save_config
 from deca_ds.config import paths as rules
 from deca_ds.config.checks import check_output
-from deca_ds.config.paths import KEYS, argument, check_model_folder, check_writable, look_for
+from deca_ds.config.paths import KEYS, argument, check_model_path, check_writable, look_for
 from deca_ds.config.resume import check_folder
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.data.sources import HubName, load_hub
@@ -79,13 +79,13 @@ def test_a_missing_model_folder_is_told_as_one(home, monkeypatch, path):
     os.symlink("away", "dangling")
     for model in (ModelConfig(path=path), ModelConfig(path=".", tokenizer=path)):
         with pytest.raises(ModelError, match=r"(?s)there is no folder.*fix: ") as caught:
-            check_model_folder(model)
+            check_model_path(model)
         assert "repo" not in str(caught.value)
     with pytest.raises(ModelError, match="is a file"):
-        check_model_folder(ModelConfig(path="x"))
+        check_model_path(ModelConfig(path="x"))
     (home / "owner/name").mkdir(parents=True)
     for known in ("owner/name", "Qwen/Qwen2.5-0.5B", "gpt2", str(home)):
-        check_model_folder(ModelConfig(path=known))
+        check_model_path(ModelConfig(path=known))
 
 
 def test_one_misspelt_name_is_found(home, monkeypatch):

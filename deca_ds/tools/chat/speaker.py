@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from deca_ds.config.paths import could_be_hub_name, look_for
+from deca_ds.config.paths import check_model_on_hub, could_be_hub_name, look_for
 from deca_ds.data.template import ERRORS
 from deca_ds.engine.load import BAD_FILE, explained
 from deca_ds.errors import ModelError
@@ -141,7 +141,7 @@ class _Streamer(TextStreamer):
 
 
 def check_model(name: str) -> None:
-    """Raise ModelError for what is neither a model's folder nor a name that the hub could have."""
+    """Raise ModelError for what is neither a model's folder nor to be had from the hub."""
     folder = Path(name)
     if (folder / "config.json").is_file():
         return
@@ -157,3 +157,4 @@ def check_model(name: str) -> None:
         raise ModelError(f"{name!r} is a file", where="MODEL", fix="name the folder that holds config.json")
     if not could_be_hub_name(name):
         raise ModelError(f"there is no folder {name!r}", where="MODEL", fix=look_for(name))
+    check_model_on_hub(name, "MODEL")

@@ -1,0 +1,135 @@
+"""A name that may be the hub's is asked for once, before anything waits for the hub, which is a local server here."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from deca_ds.config.hub import why_not_on_hub
+from deca_ds.config.load import load_config
+from deca_ds.config.paths import check_model_path
+from deca_ds.config.schema import ModelConfig
+from deca_ds.data import validate_data_config
+from deca_ds.errors import DataError, ModelError
+from deca_ds.tools.chat.speaker import check_model
+
+ANSWERS = {  # of the hub: status, and the code that it sends along
+    "known": (200, ""),
+    "no-readme": (404, "EntryNotFound"),
+    "gated": (403, "GatedRepo"),
+    "busy": (503, ""),
+    "unknown": (404, "RepoNotFound"),
+    "private": (401, "RepoNotFound"),
+}
+
+
+def is_at(monkeypatch, port: int) -> None:
+    host = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr(constants, "ENDPOINT", host)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", host + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def silence(monkeypatch) -> None:
+    is_at(monkeypatch, 1)  # where nobody listens
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """A hub that is online, with an empty cache here; gives the paths that it is asked for."""
+    paths = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            paths.append(self.path)
+            status, code = next(answer for name, answer in ANSWERS.items() if f"/{name}/" in self.path)
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    is_at(monkeypatch, server.server_port)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    yield paths
+    server.shutdown()
+    server.server_close()
+
+
+def data(*entries: str, evaluation: str = "owner/known"):
+    return load_config(None, ["model.path=x", f"data.train=[{','.join(entries)}]", f"data.evaluation=[{evaluation}]"])
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_hub_is_asked_once(asked, name):
+    refused = name in ("unknown", "private")
+    for kind, folder in (("model", ""), ("dataset", "/datasets")):
+        asked.clear()
+        why = why_not_on_hub(f"owner/{name}", kind)
+        assert why == (f"the hub has no {kind} of this name, or it is private" if refused else None)
+        assert asked == [f"{folder}/owner/{name}/resolve/main/README.md"]
+
+
+def test_what_the_hub_does_not_have_is_told_as_both(asked, tmp_path):
+    (tmp_path / "owner/unknowm").mkdir(parents=True)
+    message = rf"(?s)there is no folder 'owner/unknown' in {tmp_path}, and the hub has no model of this name"
+    for model, key in (
+        (ModelConfig(path="owner/unknown"), "model.path"),
+        (ModelConfig(path="owner/known", tokenizer="owner/unknown"), "model.tokenizer"),
+    ):
+        with pytest.raises(ModelError, match=message) as caught:
+            check_model_path(model)
+        assert caught.value.where == key and "did you mean 'owner/unknowm'?; for the hub" in caught.value.fix
+    with pytest.raises(ModelError, match=message):
+        check_model("owner/unknown")
+    check_model_path(ModelConfig(path="owner/known", tokenizer="owner/gated"))
+    check_model("owner/known")
+    validate_data_config(data("owner/known", "owner/busy:test"))
+    for config in (data("owner/known", "owner/unknown:test"), data("owner/known", evaluation="owner/unknown")):
+        with pytest.raises(DataError, match=r"no file or folder 'owner/unknown' in .*the hub has no dataset of this"):
+            validate_data_config(config)
+
+
+def test_a_hub_out_of_reach_is_told_at_once_and_not_tried_again(asked, monkeypatch, caplog):
+    silence(monkeypatch)
+    with pytest.raises(
+        ModelError, match=r"no folder 'owner/known' in .*the hub \(http://127.0.0.1:1\) does not answer"
+    ):
+        check_model_path(ModelConfig(path="owner/known"))
+    with pytest.raises(DataError, match=r"no file or folder 'owner/known' in .* does not answer"):
+        validate_data_config(data("owner/known"))
+    assert not asked and "Retry" not in caplog.text
+
+
+def test_a_name_that_the_hub_cannot_have_is_told_too(asked):
+    with pytest.raises(ModelError, match=r"no folder 'owner/a--b' in .*, and "):
+        check_model_path(ModelConfig(path="owner/a--b"))
+    assert not asked
+
+
+def test_what_is_in_a_cache_is_taken_without_a_question(asked, tmp_path, monkeypatch):
+    silence(monkeypatch)
+    (tmp_path / "hub/models--owner--kept/snapshots").mkdir(parents=True)
+    (tmp_path / "hub/datasets--owner--kept/snapshots").mkdir(parents=True)
+    (tmp_path / "datasets/owner___my_prepared-set").mkdir(parents=True)
+    check_model_path(ModelConfig(path="owner/kept"))
+    validate_data_config(data("owner/kept:test", "owner/MyPrepared-set", evaluation="owner/kept"))
+    with pytest.raises(DataError, match="owner/other"):
+        validate_data_config(data("owner/kept", "owner/other"))
+
+
+def test_offline_nobody_asks(asked, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check_model_path(ModelConfig(path="owner/unknown"))
+    validate_data_config(data("owner/unknown", evaluation="owner/unknown"))
+    assert not asked
