@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from deca_ds.config import Config
 from deca_ds.config.resume import check_folder, has_begun
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import MixingSchedule, subset
-from deca_ds.launch import ClientLayout, Launch
+from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.length import count_rounds, one_block, too_short
@@ -36,13 +37,15 @@ class Resumption:
     """What a run goes on from.
 
     step: inner steps done, 0 where there was no checkpoint yet. saved: what this rank reads. state: what it, or another
-    rank of its client, had put into the manifest. same_layout: there are as many ranks as then.
+    rank of its client, had put into the manifest. same_layout: there are as many ranks as then. refused: newer
+    checkpoints, each with the reason.
     """
 
     step: int = 0
     saved: ShardedModel | None = None
     state: dict[str, Any] | None = None
     same_layout: bool = True
+    refused: Sequence[str] = ()
 
     @property
     def place(self) -> dict[str, int]:
@@ -54,7 +57,8 @@ class Resumption:
 
 def look_at_output(config: Config) -> dict[str, Any] | None:
     """What the first rank's host knows of the run that is to go on in run.output; None where none has begun. JSON-able:
-    rounds, of the run from here on; finished: it was DONE; ends: it is to be no longer than that.
+    rounds, of the run from here on; blocks, None if nothing tells them; finished: it was DONE; ends: it is to be no
+    longer than that.
 
     Before anything is loaded. Raises UserErrors for a folder that is not what run.resume wants, see `check_folder`, and
     for a length that the run cannot get.
@@ -68,7 +72,9 @@ def _look_at_run(config: Config) -> dict[str, Any]:
     output, starts = Path(config.run.output), read_starts(Path(config.run.output))
     rounds = _wanted(config, starts)
     if not is_done(output):
-        return {"rounds": rounds, "finished": False, "ends": False}
+        with suppress(CheckpointError):
+            return {"rounds": rounds, "blocks": len(_blocks(output, starts)), "finished": False, "ends": False}
+        return {"rounds": rounds, "blocks": None, "finished": False, "ends": False}
     blocks = len(_blocks(output, starts))
     before = inner_steps(output) // (blocks * config.algorithm.inner_steps)
     if rounds < before:
@@ -77,7 +83,7 @@ def _look_at_run(config: Config) -> dict[str, Any]:
         if blocks == 1:
             raise one_block()
         _check_state(output / "model")
-    return {"rounds": rounds, "finished": True, "ends": rounds == before}
+    return {"rounds": rounds, "blocks": blocks, "finished": True, "ends": rounds == before}
 
 
 def _wanted(config: Config, starts: list[dict[str, Any]]) -> int:
@@ -126,17 +132,14 @@ def _check_state(model: Path) -> None:
             )
 
 
-def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout, mixing: MixingSchedule) -> Resumption:
+def choose(config: Config, launch: Launch, store: JobStore, own: Part, mixing: MixingSchedule) -> Resumption:
     """The newest checkpoint that every rank that is started finds whole, and that was saved with all clients but those
-    of cluster.absent; all ranks call this, before anything else.
+    of cluster.absent; all ranks call this, before anything else. Nothing is changed. own: what this rank saves.
 
-    Newer ones are named on stderr, with the reason, and removed: the run comes to their steps again. If none can be
-    used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is none that all
-    can use, or if the mixing matrices are others than they were.
+    If none can be used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is
+    none that all can use, or if the mixing matrices are others than they were.
     """
     folder = Path(config.run.output) / FOLDER
-    client = layout.client_of(launch.rank)
-    own = Part(client, layout.shard_of(launch.rank), len(layout.ranks_of(client)))
     seen = store.gather(launch, "resume/seen", steps_in(folder))
     refused: list[str] = []
     earlier: set[int | None] = set()  # the newest that was complete when these were written
@@ -147,13 +150,10 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
         attempts = {answer.get("attempt") for answer in answers.values()}
         if len(attempts) == 1 and None not in attempts:
             assert saved is not None
-            same = saved.ranks[client] == own.ranks
-            state = saved.states[client, own.rank if same else 0]
+            same = saved.ranks[own.client] == own.ranks
+            state = saved.states[own.client, own.rank if same else 0]
             _refuse_other_mixing(state, mixing)
-            at = state["schedule"]
-            verdict = f"going on after inner step {at['done']} of {at['of']}: {saved.folder}"
-            _leave_behind(Path(config.run.output), step, own, launch, refused, verdict)
-            return Resumption(step, saved, state, same)
+            return Resumption(step, saved, state, same, refused)
         earlier |= {answer["earlier"] for answer in answers.values() if "earlier" in answer}
         written |= any(answer.get("written", True) for answer in answers.values())
         failing = next((rank for rank, answer in answers.items() if "reason" in answer), None)
@@ -165,30 +165,43 @@ def choose(config: Config, launch: Launch, store: JobStore, layout: ClientLayout
             where=str(folder),
             fix="start anew in a new folder; without a common file system, every rank needs the part that it wrote",
         )
-    verdict = "no checkpoint was complete before: starting anew" if refused else ""
-    _leave_behind(Path(config.run.output), 0, own, launch, refused, verdict)
-    return Resumption()
+    return Resumption(refused=refused)
 
 
-def keep_model(output: Path, own: Part) -> None:
+@contextmanager
+def model_kept(output: Path, own: Part) -> Iterator[None]:
     """Make the trained model of a finished run a checkpoint of its last step, where there is none: it is all that is
     left of the state then. A rank does so with the parts that it answers for, see `remove_part` of checkpoint/steps.py.
 
-    Raises CheckpointError if that cannot be.
+    Raises CheckpointError if that cannot be. After an error, in the block too, nothing is left of it.
     """
-    for part in sorted(own.folder(output / "model").parent.glob("rank_*")):
-        if part.suffix == PARTIAL or int(part.name.removeprefix("rank_")) % own.ranks != own.rank:
-            continue
-        try:
-            step = json.loads((part / MANIFEST).read_text())["step"]
-            kept = step_folder(output / FOLDER, step) / part.parent.name / part.name
-            if not kept.exists():
-                partial = kept.with_name(kept.name + PARTIAL)
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(part, partial, copy_function=_link)
-                partial.rename(kept)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"the trained model cannot be gone on from: {error}", where=str(part)) from error
+    made: list[Path] = []
+    try:
+        for part in sorted(own.folder(output / "model").parent.glob("rank_*")):
+            if part.suffix != PARTIAL and int(part.name.removeprefix("rank_")) % own.ranks == own.rank:
+                _keep(part, output / FOLDER, made)
+        yield
+    except BaseException:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # others' parts are there
+                for above in folder.parents[:3]:  # the client's, the step's, that of all checkpoints
+                    above.rmdir()
+        raise
+
+
+def _keep(part: Path, folder: Path, made: list[Path]) -> None:
+    try:
+        step = json.loads((part / MANIFEST).read_text())["step"]
+        kept = step_folder(folder, step) / part.parent.name / part.name
+        if not kept.exists():
+            partial = kept.with_name(kept.name + PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)
+            made += [partial, kept]
+            shutil.copytree(part, partial, copy_function=_link)
+            partial.rename(kept)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"the trained model cannot be gone on from: {error}", where=str(part)) from error
 
 
 def _link(source: str, target: str) -> None:
@@ -213,16 +226,22 @@ def _try(folder: Path, step: int, own: Part, absent: Collection[int]) -> tuple[S
     return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 
-def _leave_behind(output: Path, step: int, own: Part, launch: Launch, refused: list[str], verdict: str) -> None:
-    """Remove this rank's parts of checkpoints after `step` and how the last attempt ended; say so."""
-    remove_newer(output / FOLDER, step, own)
+def leave_behind(resumption: Resumption, output: Path, launch: Launch, own: Part) -> None:
+    """Remove this rank's parts of newer checkpoints than the one that was chosen, as the run comes to their steps
+    again, and how the last attempt ended; the first rank names what it removes, and where the run goes on."""
+    remove_newer(output / FOLDER, resumption.step, own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)
-    if launch.rank == launch.first:
-        for line in refused:
-            print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
-        if verdict:
-            print(verdict, file=sys.stderr, flush=True)
+    if launch.rank != launch.first:
+        return
+    for line in resumption.refused:
+        print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
+    if resumption.saved is not None:
+        at = resumption.place
+        verdict = f"going on after inner step {at['done']} of {at['of']}: {resumption.saved.folder}"
+        print(verdict, file=sys.stderr, flush=True)
+    elif resumption.refused:
+        print("no checkpoint was complete before: starting anew", file=sys.stderr, flush=True)
 
 
 def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:

@@ -4,6 +4,7 @@ before everything has been checked."""
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from deca_ds.launch.compare_ranks import compare_software, software
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import check_on_failure, connect
 from deca_ds.training.build import build
-from deca_ds.training.chosen_method import check_method
+from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import Job, connect_clients
+from deca_ds.training.length import check_place
 from deca_ds.training.loop import Trainer
-from deca_ds.training.resume import choose, keep_model, look_at_output
+from deca_ds.training.resume import choose, leave_behind, look_at_output, model_kept
 from deca_ds.training.template_date import agree_on_date, with_date
 from deca_ds.training.trackers import check_logging
 from deca_ds.training.ways_to_start import NewRun, ResumedRun, Return, Start
@@ -108,7 +110,8 @@ def begin_or_resume(
     config: Config, launch: Launch, store: JobStore, guard: JobGuard, mixing: MixingSchedule
 ) -> NewRun | ResumedRun | None:
     """From the newest checkpoint that all ranks can use, or from the end of a run that is to be longer; a run that had
-    come to train in this folder goes on in it. None: it has come to its end. All ranks call this. Raises UserErrors."""
+    come to train in this folder goes on in it. None: it has come to its end. All ranks call this. Raises UserErrors,
+    before it changes anything but the file LOCK."""
     output, own = Path(config.run.output), None
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
@@ -120,23 +123,29 @@ def begin_or_resume(
         if begun["ends"]:
             return None
         take_for_job(output, launch, store, partial(check_folder, config))
-        if launch.rank == launch.first and (changed := save_changes(config)):
-            print(f"going on with {changed}", file=sys.stderr, flush=True)
     guard.progress.enter("verifying the checkpoints", works=True)
-    layout = ClientLayout.of(check_world(config, launch.world_size))
+    own_part = _part_of(ClientLayout.of(check_world(config, launch.world_size)), launch.rank)
     finished = begun is not None and begun["finished"]
-    if finished:
-        client = layout.client_of(launch.rank)
-        keep_model(output, Part(client, layout.shard_of(launch.rank), len(layout.ranks_of(client))))
-    resumption = choose(config, launch, store, layout, mixing)
+    with model_kept(output, own_part) if finished else nullcontext():
+        resumption = choose(config, launch, store, own_part, mixing)
+        if resumption.saved is not None and begun is not None and begun["blocks"] is not None:
+            check_place(build_schedule(config, begun["blocks"], begun["rounds"]), resumption.place)
+        if resumption.saved is None and finished:
+            raise CheckpointError(
+                "the run has finished, but its trained model is not there to go on from",
+                where=str(output / "model"),
+                fix="bring it back, or name a new folder in run.output",
+            )
+    if begun is not None and launch.rank == launch.first and (changed := save_changes(config)):
+        print(f"going on with {changed}", file=sys.stderr, flush=True)
+    leave_behind(resumption, output, launch, own_part)
     if begun is not None:  # how the run had ended before is no longer told there
         guard.write_to(output)
-    if resumption.saved is not None and begun is not None:
-        return ResumedRun(resumption, begun["rounds"])
-    if finished:
-        raise CheckpointError(
-            "the run has finished, but its trained model is not there to go on from",
-            where=str(output / "model"),
-            fix="bring it back, or name a new folder in run.output",
-        )
+        if resumption.saved is not None:
+            return ResumedRun(resumption, begun["rounds"])
     return NewRun()
+
+
+def _part_of(layout: ClientLayout, rank: int) -> Part:
+    client = layout.client_of(rank)
+    return Part(client, layout.shard_of(rank), len(layout.ranks_of(client)))

@@ -36,21 +36,25 @@ def make_run(run: Path, *, done: bool = True, blocks: int = 4, state: bool = Tru
     return run
 
 
+def looked_at(rounds: int, *, finished: bool = True, ends: bool = False, blocks: int | None = 4) -> dict:
+    return {"rounds": rounds, "blocks": blocks, "finished": finished, "ends": ends}
+
+
 def test_a_finished_run_ends_or_gets_longer(tmp_path):
     run = make_run(tmp_path)
-    assert look_at_output(config(run, "algorithm.rounds=2")) == {"rounds": 2, "finished": True, "ends": True}
-    assert look_at_output(config(run, "algorithm.rounds=3")) == {"rounds": 3, "finished": True, "ends": False}
+    assert look_at_output(config(run, "algorithm.rounds=2")) == looked_at(2, ends=True)
+    assert look_at_output(config(run, "algorithm.rounds=3")) == looked_at(3)
     (run / "DONE").unlink()
-    assert look_at_output(config(run, "algorithm.rounds=3")) == {"rounds": 3, "finished": False, "ends": False}
+    assert look_at_output(config(run, "algorithm.rounds=3")) == looked_at(3, finished=False)
+    (run / "starts.json").write_text("torn")
+    assert look_at_output(config(run, "algorithm.rounds=3")) == looked_at(3, finished=False, blocks=None)
 
 
 def test_lengths_are_compared_by_what_they_come_to(tmp_path):
     run = make_run(tmp_path)
     a_round = 2 * 2 * 4 * 5 / 40  # epochs
     assert look_at_output(config(run, f"algorithm.epochs={2 * a_round}"))["ends"]
-    assert look_at_output(config(run, f"algorithm.epochs={2 * a_round + 0.1}")) == {
-        "rounds": 3, "finished": True, "ends": False,
-    }  # fmt: skip
+    assert look_at_output(config(run, f"algorithm.epochs={2 * a_round + 0.1}")) == looked_at(3)
 
 
 def test_epochs_are_as_many_rounds_as_when_the_run_started_with_them(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -17,30 +18,39 @@ from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.checkpoint.write_shards import Slice, save_shards
-from deca_ds.config import load_config
+from deca_ds.config import load_config, save_config
 from deca_ds.config.schema import Config, GossipConfig
-from deca_ds.errors import CheckpointError
+from deca_ds.engine.state import position
+from deca_ds.errors import CheckpointError, UserError
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.launcher import Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
+from deca_ds.training.chosen_method import build_schedule
+from deca_ds.training.claim import release
 from deca_ds.training.restore import _rewind_lines, compare_with_saved
-from deca_ds.training.resume import choose
-from deca_ds.training.start import start
-from deca_ds.training.ways_to_start import NewRun
+from deca_ds.training.resume import choose, leave_behind
+from deca_ds.training.start import begin_or_resume, start
+from deca_ds.training.ways_to_start import NewRun, ResumedRun
 
 ALONE = build_mixing(GossipConfig(graph="isolated"), 1, 0)
 
 
 def make_checkpoint(
-    run: Path, step: int, earlier: int | None = 0, rank: int = 0, ranks: int = 1, missing: Sequence[int] = ()
+    run: Path,
+    step: int,
+    earlier: int | None = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    missing: Sequence[int] = (),
+    schedule: Mapping[str, int] | None = None,
 ) -> Path:
     state = {
         "attempt": 1,
         "missing": list(missing),
         "mixing": mixing_digest(ALONE),
-        "schedule": {"done": step, "of": 9},
+        "schedule": schedule or {"done": step, "of": 9},
         "earlier": earlier,
     }
     groups = [("all", [Slice("w", (3,), 0, 3, torch.ones(3))])]
@@ -49,15 +59,17 @@ def make_checkpoint(
 
 
 def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1, absent: Sequence[int] = ()):
-    """What rank 0 chooses."""
+    """What rank 0 chooses, once all ranks have removed what the run will come to again."""
     config = Config()
     config.cluster.absent = list(absent)
     config.run.output, config.run.resume = str(run), resume
     shared = HashStore()
 
     def choice(rank: int):
-        store = JobStore(shared, None, timedelta(seconds=100))
-        return choose(config, Launch("python", rank, ranks, rank, None), store, ClientLayout(1, ranks), mixing)
+        launch, own = Launch("python", rank, ranks, rank, None), Part(0, rank, ranks)
+        found = choose(config, launch, JobStore(shared, None, timedelta(seconds=100)), own, mixing)
+        leave_behind(found, run, launch, own)
+        return found
 
     with ThreadPoolExecutor(ranks) as threads:
         return next(iter(threads.map(choice, range(ranks))))
@@ -132,6 +144,89 @@ def test_another_mixing_matrix_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 2)
     with pytest.raises(CheckpointError, match="mixing matrices are not those"):
         chosen(tmp_path, mixing=SimpleNamespace(matrices=(ALONE.matrices[0] / 2,)))
+
+
+def diverged(run: Path, done: int = 5) -> Config:
+    """Make a run that has diverged after its only checkpoint; returns what goes on with it at another learning rate.
+    It has two rounds of two blocks and 2 inner steps."""
+    model = run.parent / "model"
+    model.mkdir()
+    keys = [f"model.path={model}", f"run.output={run}", "algorithm.rounds=2", "algorithm.inner_steps=2"]
+    run.mkdir()
+    save_config(load_config(None, keys), run / "config.yaml")
+    (run / "starts.json").write_text(
+        json.dumps([{"rounds": 2, "epochs": None, "model": {"blocks": [["a", 3], ["b", 3]]}}])
+    )
+    (run / "FAILED").write_text("rank 0\nclient 0 has diverged")
+    config = load_config(None, [*keys, "run.resume=require", "optimizer.lr=1e-7"])
+    if done:
+        make_checkpoint(run, done, schedule=position(build_schedule(config, 2, 2), done))
+    return config
+
+
+def resumed(config: Config, mixing=ALONE):
+    store = JobStore(HashStore(), None, timedelta(seconds=100))
+    guard = SimpleNamespace(progress=Progress(), write_to=lambda output: None)
+    try:
+        return begin_or_resume(config, Launch("python", 0, 1, 0, None), store, guard, mixing)
+    finally:
+        release(Path(config.run.output))  # as the end of the process would
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def finish(run: Path) -> None:
+    """Make its only checkpoint the trained model of a run that is done."""
+    (step,) = steps_in(run / "checkpoints")
+    step_folder(run / "checkpoints", step).rename(run / "model")
+    (run / "checkpoints").rmdir()
+    (run / "DONE").write_text("8 of 8 inner steps\n")
+
+
+def test_a_run_that_goes_on_notes_what_is_new(tmp_path: Path, capsys) -> None:
+    config = diverged(tmp_path / "run")
+    assert isinstance(resumed(config), ResumedRun)
+    assert load_config(tmp_path / "run/config.yaml").optimizer.lr == 1e-7 and not (tmp_path / "run/FAILED").exists()
+    assert "going on with optimizer.lr = 1e-07 instead of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("no checkpoint", "no checkpoint that all ranks can use"),
+        ("damaged", "no checkpoint that all ranks can use"),
+        ("other matrices", "mixing matrices are not those"),
+        ("too short", "has done 5 inner steps, more than the 4"),
+        ("finished, other matrices", "mixing matrices are not those"),
+        ("finished, damaged", "cannot be gone on from"),
+        ("finished, without a model", "trained model is not there"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(tmp_path: Path, capsys, fault: str, message: str) -> None:
+    run, mixing = tmp_path / "run", ALONE
+    config = diverged(run, done=0 if fault == "no checkpoint" else 8 if "finished" in fault else 5)
+    if "matrices" in fault:
+        mixing = SimpleNamespace(matrices=(ALONE.matrices[0] / 2,))
+    if fault == "damaged":
+        next(run.rglob("*.safetensors")).write_bytes(b"torn")
+    if fault == "too short":
+        config.algorithm.rounds = 1
+    if "finished" in fault:
+        finish(run)
+        config.algorithm.rounds = 3
+    if fault == "finished, damaged":
+        (run / "model/client_000/rank_001").mkdir()
+        (run / "model/client_000/rank_001/manifest.json").write_text('{"state": {"attempt": 1}}')
+    if fault == "finished, without a model":
+        shutil.rmtree(run / "model")
+        config.run.resume = "auto"
+    before = content(run)
+    with pytest.raises(UserError, match=message):
+        resumed(config, mixing)
+    assert content(run) == before
+    assert "going on" not in capsys.readouterr().err
 
 
 def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
