@@ -44,7 +44,7 @@ from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.doubts import doubts, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, Length, count_rounds, length_of, tell_length
 from deca_ds.training.pace import evaluations_left
-from deca_ds.training.resume import look_at_output
+from deca_ds.training.resume import check_start
 from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
 from deca_ds.training.trackers import check_logging
 
@@ -268,7 +268,7 @@ def _check_output(console: Console, config: Config) -> None:
             "refused there: name another one in run.output, or set run.resume=require to continue that run",
         )
     else:
-        look_at_output(config)
+        check_start(config)
 
 
 def _print_length(

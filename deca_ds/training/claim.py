@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _WATCH_S = 3 * PERIOD_S  # for a sign of life
 _WRITTEN_S = 2.0  # for who has just created the file to write into it
+_FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
 _held: dict[Path, tuple[int, str]] = {}  # what this process has taken: file descriptor, which stays open, and job
 
 
@@ -104,6 +106,24 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
         release(output)
         raise
     return job
+
+
+def check_free(output: Path) -> None:
+    """Raise ConfigError if another job has the folder, by the rule of `take`, but without taking it."""
+    file = output.resolve() / LOCK
+    if file in _held:  # and closing it here would give up the lock
+        return
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        locked = _is_free(descriptor)
+        holder = _wait_for_word(descriptor, locked)
+        if locked is False or _shows_life(output, holder, locked):
+            raise _taken(file, output, holder)
+    finally:
+        os.close(descriptor)
 
 
 def take_place(output: Path, rank: int) -> None:
@@ -222,6 +242,17 @@ def _lock(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _is_free(descriptor: int) -> bool | None:
+    """Whether this process would get the lock now, which it does not take: a job that starts at this moment would find
+    it gone. None where the file system knows none."""
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
+    except OSError:
+        return None
+    return bool(struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK)
 
 
 def _wait_for_word(descriptor: int, locked: bool | None) -> Holder | None:

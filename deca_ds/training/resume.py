@@ -28,6 +28,7 @@ from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
+from deca_ds.training.claim import check_free
 from deca_ds.training.length import count_rounds, one_block, too_short
 from deca_ds.training.start_log import read_starts
 
@@ -66,6 +67,13 @@ def look_at_output(config: Config) -> dict[str, Any] | None:
     check_folder(config)
     begun = config.run.resume != "never" and has_begun(Path(config.run.output))
     return _look_at_run(config) if begun else None
+
+
+def check_start(config: Config) -> None:
+    """Raise the UserError with which a start would refuse run.output before it loads anything; changes nothing."""
+    begun = look_at_output(config)
+    if begun is None or not begun["ends"]:
+        check_free(Path(config.run.output))
 
 
 def _look_at_run(config: Config) -> dict[str, Any]:

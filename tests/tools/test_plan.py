@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 from deca_ds.cli import main
 from deca_ds.config import load_config
 from deca_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from deca_ds.tools.doctor.needs import needs_of
 from deca_ds.tools.plan import print_plan
+from deca_ds.training import resume
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,18 @@ def test_a_folder_that_is_used_is_told_last_and_hides_no_mistake(tiny_model, wor
     )
     with pytest.raises(CheckpointError, match="no run to continue"):
         print_plan(load_config(None, [*keys, "run.resume=require"]))
+
+
+def test_a_run_that_goes_on_in_the_folder_is_told_by_plan_and_doctor(tiny_model, word_files, tmp_path, monkeypatch):
+    def taken(output: Path) -> None:
+        raise ConfigError(f"{output.name} is taken")
+
+    monkeypatch.setattr(resume, "check_free", taken)
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
+    config = load_config(None, keys)
+    with pytest.raises(ConfigError, match="run is taken"):
+        print_plan(config)
+    assert needs_of(config, {"here": 1}).refused.what == "run is taken"
 
 
 def test_ranks_write_no_colours_into_the_file_that_mpirun_writes(tiny_model, word_files, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.training import claim
-from deca_ds.training.claim import check_held, leave_place, release, take, take_place
+from deca_ds.training.claim import check_free, check_held, leave_place, release, take, take_place
 from deca_ds.watchdog.stop import is_requested, request_stop
 
 HOLDER = """
@@ -25,6 +25,13 @@ from pathlib import Path
 from deca_ds.training.claim import take
 print(take(Path(sys.argv[1]), lambda: None, "other"), flush=True)
 time.sleep(100)
+"""
+
+ASKS = """
+import sys
+from pathlib import Path
+from deca_ds.training.claim import check_free
+check_free(Path(sys.argv[1]))
 """
 
 
@@ -40,6 +47,26 @@ def other(tmp_path: Path):
     yield process
     process.kill()
     process.wait()
+
+
+def test_one_who_only_asks_is_told_the_same_and_takes_nothing(other, tmp_path: Path, monkeypatch) -> None:
+    before = (tmp_path / LOCK).read_bytes()
+    check_free(tmp_path / "new")
+    with pytest.raises(ConfigError, match=rf"taken by another job: process {other.pid} on .*, started 20"):
+        check_free(tmp_path)
+    assert not (tmp_path / "new").exists() and (tmp_path / LOCK).read_bytes() == before
+    other.kill()
+    other.wait()
+    check_free(tmp_path)
+    beats = iter([{"rank_0001.json": b"1"}, {"rank_0001.json": b"2"}])
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="taken by another job"):
+        patch.setattr(claim, "_heartbeats", lambda output: next(beats))
+        check_free(tmp_path)
+    take(tmp_path, nothing)
+    check_free(tmp_path)  # its own
+    asked = subprocess.run([sys.executable, "-c", ASKS, str(tmp_path)], capture_output=True, text=True)
+    assert f"taken by another job: process {os.getpid()} on" in asked.stderr, "the lock was not lost by asking"
+    release(tmp_path)
 
 
 def test_the_second_job_is_told_who_has_the_folder_and_writes_nothing(other, tmp_path: Path) -> None:

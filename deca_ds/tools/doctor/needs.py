@@ -19,7 +19,7 @@ from deca_ds.planning.estimate import Estimate
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.tools.doctor.facts import Needs
 from deca_ds.training.chosen_method import check_method
-from deca_ds.training.resume import look_at_output
+from deca_ds.training.resume import check_start
 
 
 def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
@@ -60,7 +60,7 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
 
 def _refused(config: Config) -> UserError | None:
     try:
-        look_at_output(config)
+        check_start(config)
     except UserError as error:
         return error
     return None
