@@ -127,6 +127,7 @@ def assert_metrics(run: Path, exact: Simulation, noisy: Simulation) -> None:
     scored = [[record for record in records if record["kind"] == "evaluation"] for records in own]
     assert [record["step"] for record in job] == [record["step"] for record in exact.evaluations]
     assert [records[-1]["gossip_bytes_sent"] for records in scored] == exact.steps[-1]["bytes_sent"]
+    assert job[0]["step"] > 0 or job[0]["consensus_distance"] == 0, "all start from one model"
     found = {
         "loss": [[record["loss"] for record in records if record["kind"] == "step"] for records in own],
         "mean loss": [record["mean"]["loss"] for record in job],

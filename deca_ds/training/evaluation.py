@@ -85,8 +85,8 @@ class Evaluator:
         trained = [name for block in self.client.plan.blocks for name in block.names]
         with self.client.borrowed_shards(trained) as shards:
             numels = [prod(self.client.shapes[name]) for name in trained]
-            squared = self.client.client_sum(self.commit.run(lambda: self._average(shards, numels)))
-            total = self.commit.run(lambda: self._sum(torch.tensor([squared], dtype=torch.float64)))
+            found = [self.client.client_sum(each) for each in self.commit.run(lambda: self._average(shards, numels))]
+            total = self.commit.run(lambda: self._sum(torch.tensor(found, dtype=torch.float64)))
             if self.data.common_evaluation is not None:
                 scores = self._score(self.data.common_evaluation, MEAN_MODEL, MEAN, shared=True)
             else:  # private sets, of which a client may have none
@@ -95,23 +95,32 @@ class Evaluator:
                 told = None if own is None else {key: own[key] for key in TOLD if key in own}
                 scores = average(self.commit.run(lambda: gather_json(self.transport, told)))
             self.client.end_scoring()
-        distance = (float(total) / len(self.cluster.members)) ** 0.5
+        squared, differing = total.tolist()  # of equal models the mean is off by its rounding
+        distance = (squared / len(self.cluster.members)) ** 0.5 if differing else 0.0
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
 
-    def _average(self, shards: Sequence[tuple[Tensor, Callable[[slice], Tensor]]], numels: Sequence[int]) -> float:
-        """Overwrite the shards, given with what makes their masters, with the mean of these; returns |x_i - mean|^2.
+    def _average(
+        self, shards: Sequence[tuple[Tensor, Callable[[slice], Tensor]]], numels: Sequence[int]
+    ) -> tuple[float, int]:
+        """Overwrite the shards, given with what makes their masters, with the mean of these; returns |x_i - mean|^2,
+        and of how many pieces this rank has seen that clients differ.
 
         numels: of the whole parameters.
         """
-        squared = 0.0
+        squared, differing = 0.0, 0
+
+        def differ() -> None:
+            nonlocal differing
+            differing += 1
+
         held = [shard.numel() for shard, _ in shards]
-        sums = sum_slices(self.transport, numels, held, lambda number, elements: shards[number][1](elements))
+        sums = sum_slices(self.transport, numels, held, lambda number, elements: shards[number][1](elements), differ)
         for number, elements, mean in sums:
             shard, masters = shards[number]
             mean /= len(self.cluster.members)
             squared += float(squared_norm(masters(elements).sub_(mean)))
             round_into(shard[elements], mean)
-        return squared
+        return squared, differing
 
     def _score(self, dataset: Dataset, what: str, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
         """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it. what: it

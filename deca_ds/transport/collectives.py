@@ -38,15 +38,20 @@ def all_reduce_sum(transport: Transport, tensor: Tensor) -> None:
 
 
 def sum_slices(
-    transport: Transport, numels: Sequence[int], held: Sequence[int], values: Callable[[int, slice], Tensor]
+    transport: Transport,
+    numels: Sequence[int],
+    held: Sequence[int],
+    values: Callable[[int, slice], Tensor],
+    differ: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, slice, Tensor]]:
     """Sum parameters over clients: yields (index of the parameter, elements of this rank's slice, their sum), piece by
     piece, in order. All must be taken.
 
     numels: elements of each whole parameter. held: elements of this rank's slice of each. values: makes this client's
-    values of a piece, a contiguous CPU tensor, which becomes the sum. A few pieces live at a time: while one is worked
-    on, others travel. Where clients differ in size every rank sends its slice to all other clients: n-1 times the
-    slice, n/2 times what it sends among clients of one size.
+    values of a piece, a contiguous CPU tensor, which becomes the sum. differ: called whenever clients have other values
+    of what this rank adds up; if no rank's is called, all clients have the same. A few pieces live at a time: while one
+    is worked on, others travel. Where clients differ in size every rank sends its slice to all other clients: n-1 times
+    the slice, n/2 times what it sends among clients of one size.
     """
 
     def pieces() -> Iterator[tuple[tuple[int, slice, Tensor], Iterator[None]]]:
@@ -55,11 +60,11 @@ def sum_slices(
                 for start in range(0, count, REDUCE_PIECE):
                     elements = slice(start, min(start + REDUCE_PIECE, count))
                     piece = values(number, elements)
-                    yield (number, elements, piece), _reduce(transport, piece)
+                    yield (number, elements, piece), _reduce(transport, piece, differ)
             else:
                 for chunk in transport.routes.chunks([numel], max(1, REDUCE_PIECE // transport.clients)):
                     piece = values(number, chunk.part)
-                    yield (number, chunk.part, piece), _sum_chunk(transport, chunk, piece)
+                    yield (number, chunk.part, piece), _sum_chunk(transport, chunk, piece, differ)
 
     return _in_stages(pieces())
 
@@ -107,7 +112,7 @@ def _tell(transport: Transport, own: Tensor, heard: dict[int, Tensor], tag: int)
     return transport.exchange(own, hearers, {routes.source(j): buffer for j, buffer in heard.items()}, tag)
 
 
-def _reduce(transport: Transport, piece: Tensor) -> Iterator[None]:
+def _reduce(transport: Transport, piece: Tensor, differ: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Sum over clients, in place; pauses twice, when messages have been started."""
     clients, others, routes = transport.members.clients, _others(transport), transport.routes
     if len(clients) == 1 or piece.numel() == 0:
@@ -122,25 +127,27 @@ def _reduce(transport: Transport, piece: Tensor) -> Iterator[None]:
     yield
     for exchange in started:
         exchange.wait()
-    _add_up(transport, terms, own)
+    _add_up(transport, terms, own, differ)
     del terms
     started = [_tell(transport, own, {j: slices[j] for j in others}, REDUCE_TAG)]
     yield
     started[0].wait()
 
 
-def _sum_chunk(transport: Transport, chunk: Chunk, piece: Tensor) -> Iterator[None]:
+def _sum_chunk(transport: Transport, chunk: Chunk, piece: Tensor, differ: Callable[[], None]) -> Iterator[None]:
     """Sum over clients, in place; pauses when messages have been started."""
     others = _others(transport)
     terms = {j: torch.empty_like(piece) for j in others}
     exchange = exchange_chunk(transport, chunk, piece, others, terms, REDUCE_TAG)
     yield
     exchange.wait()
-    _add_up(transport, terms, piece)
+    _add_up(transport, terms, piece, differ)
 
 
-def _add_up(transport: Transport, terms: dict[int, Tensor], own: Tensor) -> None:
+def _add_up(transport: Transport, terms: dict[int, Tensor], own: Tensor, differ: Callable[[], None]) -> None:
     """Add `terms`, by client, to `own`, in the order of `members`, so that all clients get the same bits."""
+    if not all(torch.equal(term, own) for term in terms.values()):
+        differ()
     terms[transport.client] = own.clone()
     own.zero_()
     for j in transport.members.clients:

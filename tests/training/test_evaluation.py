@@ -1,6 +1,7 @@
 import math
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_the_mean_model_is_made_in_pieces(sizes, monkeypatch):
             (target, lambda elements, values=values: masters(values, elements))
             for target, values in zip(shards[rank], own, strict=True)
         ]
-        squared[rank] = evaluator._average(parts, numels)
+        squared[rank], _ = evaluator._average(parts, numels)
 
     threads = [threading.Thread(target=body, args=(rank,)) for rank in range(sum(sizes))]
     for thread in threads:
@@ -140,3 +141,30 @@ def test_the_mean_model_is_made_in_pieces(sizes, monkeypatch):
         distance = sum(float((x - mean).double().square().sum()) for x, mean in zip(whole[client], means, strict=True))
         assert sum(squared[rank] for rank in ranks) == pytest.approx(distance, rel=1e-6)
     assert max(most) <= 4  # three that travel and the one that is compared with its mean
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize("other", [None, 0, 50, 100])
+def test_models_that_are_equal_are_told_from_those_that_are_not(sizes, other, monkeypatch):
+    """Their mean is not what they are: three times a float32, divided by three, need not be the same."""
+    monkeypatch.setattr("deca_ds.transport.collectives.REDUCE_PIECE", 12)
+    layout, network, numel = ClientLayout.of(sizes), LocalNetwork(sizes, 30), 101
+    whole = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal((whole + whole + whole) / 3, whole)
+
+    def body(rank: int) -> tuple[float, int]:
+        client, shard = layout.client_of(rank), layout.shard_of(rank)
+        own = whole.clone()
+        if other is not None and client == 1:
+            own[other] = own[other].nextafter(torch.tensor(9.0))
+        size = -(-numel // sizes[client])
+        own = own[shard * size : (shard + 1) * size]
+        evaluator = Evaluator(
+            None, SimpleNamespace(members=range(3)), network.transport(rank), Commit(), None, 1, 0, True
+        )
+        return evaluator._average([(torch.zeros_like(own), lambda elements: own[elements].clone())], [numel])
+
+    with ThreadPoolExecutor(sum(sizes)) as threads:
+        found = list(threads.map(body, range(sum(sizes))))
+    assert sum(squared for squared, _ in found) > 0
+    assert (sum(differing for _, differing in found) > 0) == (other is not None)
