@@ -45,7 +45,7 @@ def build(job: Job, start: Start) -> Trainer:
     """Load tokenizer, data and model, and construct the Trainer; all ranks call this. For a client that comes back, it
     returns when the others have let it in. Raises UserErrors."""
     config, cluster = job.config, job.cluster
-    display = Display(config.logging, job.guard.heartbeats.own)
+    display = Display(config.logging, job.guard.heartbeats.own, lambda: job.guard.stop.pending)
     if cluster.is_job_leader:
         display.show()
     architecture, tokenizer = load_base(job)

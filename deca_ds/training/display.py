@@ -24,14 +24,16 @@ from deca_ds.training.pace import Pace, duration
 from deca_ds.watchdog.heartbeats import Heartbeat
 
 _PER_SECOND = 4.0  # pictures of the bar
+_STOPS = "stopping, with a checkpoint of what has been trained"  # also below a traceback of the launcher's
 _STILL_S = 20.0  # a rank that has not moved on for so long shows at what
 
 
 class Display:
-    """What one rank shows of the run once it is told to. beat: this rank's heartbeat as it stands."""
+    """What one rank shows of the run once it is told to. beat: this rank's heartbeat as it stands. stops: whether the
+    job has been told to stop."""
 
-    def __init__(self, config: LoggingConfig, beat: Callable[[], Heartbeat]):
-        self._config, self._beat = config, beat
+    def __init__(self, config: LoggingConfig, beat: Callable[[], Heartbeat], stops: Callable[[], bool]):
+        self._config, self._beat, self._stops = config, beat, stops
         self._rounds = self._steps = self._done = 0
         self._place = self._distance = ""
         self._pace: Pace | None = None
@@ -107,6 +109,8 @@ class Display:
             yield self._distance
 
     def _left(self) -> Iterable[str]:
+        if self._stops():
+            return ("stopping",)
         left = None if self._pace is None else self._pace.left_s
         return () if left is None else (f"{duration(left)} left",)
 
@@ -135,7 +139,8 @@ class Display:
         name = f"evaluation, {what}" if what else "training"
         left = " ".join(self._left())
         grid.add_row(Text(name, "bold"), ProgressBar(max(1, total), done), f"{done}/{total}", left)
-        return Group(grid, Text(", ".join([*self._training(), *self._still()]), "dim"))
+        stopping = [Text(_STOPS, "bold")] if self._stops() else []
+        return Group(grid, Text(", ".join([*self._training(), *self._still()]), "dim"), *stopping)
 
 
 def _moves(stream: Any) -> bool:

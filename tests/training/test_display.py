@@ -15,10 +15,11 @@ from deca_ds.training.pace import pace_from
 from deca_ds.watchdog.heartbeats import Heartbeat
 
 
-def display(idle_s: float = 0.0, **keys) -> Display:
+def display(idle_s: float = 0.0, stops: bool = False, **keys) -> Display:
     return Display(
         LoggingConfig(**keys),
         lambda: Heartbeat(0, "n0", 0, "gossip", 3, "layers 0-1", 1, idle_s, time.time()),
+        lambda: stops,
     )
 
 
@@ -45,6 +46,17 @@ def test_the_start_the_steps_and_the_evaluations_are_told():
 
 def test_who_stands_still_says_what_it_waits_for():
     assert begun(display(idle_s=90)).facts()[-1] == "for 1:30 at: gossip, waiting for client 1"
+
+
+def test_a_run_that_was_told_to_stop_says_so_until_it_has_stopped():
+    """A launcher's traceback may stand between that and the line in which the rank said it first."""
+    shown = begun(display(stops=True))
+    shown.step(1, 0, RECORD)
+    assert shown.facts()[-1] == "stopping"
+    console = Console(width=80, file=io.StringIO())
+    console.print(shown.picture())
+    *_, last = console.file.getvalue().splitlines()
+    assert last.startswith("stopping, with a checkpoint") and " left" not in console.file.getvalue()
 
 
 def test_without_a_terminal_lines_come_by_themselves(monkeypatch):
