@@ -19,7 +19,7 @@ from deca_ds.tools.train_arguments import parser
 from deca_ds.training.doubts import doubts
 
 REPOSITORY = Path(__file__).parents[2]
-FOLDERS_OF_EXAMPLES = ("examples", "examples/demo", "examples/recipes")
+FOLDERS_OF_EXAMPLES = ("examples", "examples/assistant", "examples/demo", "examples/recipes")
 EXAMPLES = sorted(path for folder in FOLDERS_OF_EXAMPLES for path in (REPOSITORY / folder).glob("*.yaml"))
 README = REPOSITORY / "README.md"
 PAGES = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/**/*.md")
