@@ -1,7 +1,7 @@
-"""From the configuration to one client's token sequences, as an entry of the cache.
+"""Prepares one client's token sequences, as the configuration says, and keeps them as an entry of the cache.
 
-What is prepared is named by all that it depends on: the code, the content of the files, the tokenizer, the settings. A
-key of the section data counts unless it is known not to.
+The key of an entry covers everything that it depends on: the code, the content of the files, the tokenizer, the
+settings. It covers every key of the section data except those that are known to change nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TRAIN, OWN, COMMON = "train", "own_evaluation", "common_evaluation"  # the entry
 
 
 class Preparation:
-    """What one client needs, from its files to an entry of the cache: TRAIN, OWN and COMMON, each a table with a row a
-    sequence, and notes that are ClientData's other fields.
+    """Prepares the data of one client as an entry of the cache: the tables TRAIN, OWN and COMMON, with one row for each
+    sequence, and notes, which are the other fields of ClientData.
 
-    first: read so many rows of each source and no more. Raises ConfigError and DataError, see the modules.
+    first: read at most so many rows of each source. Raises ConfigError and DataError, as the modules say.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Preparation:
         self._encoder = _make_encoder(config.data, tokenizer, self._selection.words)
 
     def entry(self) -> Entry:
-        """The entry, made unless it is there."""
+        """Return the entry; make it first if it is not in the cache."""
         parts = self._selection.parts()
 
         def make(folder: Path) -> dict[str, Any]:
@@ -66,12 +66,12 @@ class Preparation:
         return self._cache.entry("tokens", {"encoder": self._encoder.fingerprint, **parts}, make)
 
     def examples(self, folder: Path) -> Examples:
-        """What the entry is made of. folder: an empty one, which has to be there as long as they are."""
+        """Return the examples of which the entry is made. folder: an empty one, which must exist as long as they do."""
         return self._selection.examples(Scratch(folder, self._work), self._encoder.pieces)
 
     def _write_tables(self, examples: Examples, folder: Path, scratch: Scratch) -> dict[str, Any]:
         """Write the tables into `folder`; returns the notes."""
-        found = examples.words != self._selection.words  # the labels, in the files
+        found = examples.words != self._selection.words  # labels that only the files name
         encoder = _make_encoder(self._data, self._tokenizer, examples.words) if found else self._encoder
         sequences = self._sequences(examples.train, encoder, folder, scratch)
         length, count = column(sequences, "length"), len(examples.train)
@@ -102,7 +102,7 @@ class Preparation:
         }
 
     def _sequences(self, examples: Dataset, encoder: Encoder, folder: Path, scratch: Scratch) -> Dataset:
-        """What is trained on, in the entry's table, or where it is yet to be packed."""
+        """Return the sequences to train on: in the entry's table, or in a scratch file if they are yet to be packed."""
         count, data = len(examples), self._data
         if data.packing:  # neighbours in a file are often alike: pack examples in a random order
             order = np.random.default_rng(self._selection.seed(Draw.PACKING, own=True)).permutation(count)
@@ -120,7 +120,7 @@ class Preparation:
         return made
 
     def _write_evaluation(self, examples: Dataset, encoder: Encoder, path: Path) -> int:
-        """Write the table, unless it has no rows; returns its number of examples."""
+        """Write an evaluation table, unless it has no rows; returns the number of its examples."""
         if not len(examples):
             return 0
         if FORMATS[self._data.format].has_labels:
@@ -130,7 +130,7 @@ class Preparation:
         return len(encode_rows(path, examples, encoder.sequences, SEQUENCES, "tokenising", self._work))
 
     def _labels(self, examples: Examples) -> dict[str, int]:
-        """How many training examples have which label, or are of which of the partition's groups."""
+        """Count the training examples of each label, or of each group of the partition."""
         data, labels = self._data, Counter[str]()
         named = FORMATS[data.format].has_labels and data.partition_column in (None, data.label_column)
         groups = {one["values"]: one["counts"] for one in pc.value_counts(column(examples.train, "group")).to_pylist()}
@@ -161,7 +161,7 @@ def _table(folder: Path, name: str) -> Path:
 
 
 def _content(folder: Path) -> str:
-    """Of all sequences: the same wherever they are."""
+    """Return a digest of all sequences, which does not depend on where the files are."""
     total = xxhash.xxh3_128()
     for path in sorted(folder.iterdir()):
         total.update(path.name.encode())
@@ -174,7 +174,7 @@ def _content(folder: Path) -> str:
 
 
 def _unknown(train: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A note on text that the tokenizer does not know, if there is any."""
+    """Return a note on text that the tokenizer does not know, if there is any."""
     if tokenizer.unk_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         return []
     unknown, learned = 0, 0

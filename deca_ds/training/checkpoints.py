@@ -1,10 +1,10 @@
-"""What a run needs to go on exactly where it was, and how it gets to the disk while training goes on.
+"""Saves everything that a run needs to continue exactly where it was, while training continues.
 
-A rank's checkpoint holds its part of what deca_ds/engine/state.py lists: tensors in files, a group of them in each, and
-values in the manifest. It is copied to the host at the end of an inner step, one copy at a time, and written by a
-thread. The files of blocks that have not been trained since the oldest of the checkpoints that stay are
-taken over from that one, which goes when the new one is complete: so the newest ones share no file, and damage to one
-of them leaves the others whole.
+A rank's checkpoint holds its part of what deca_ds/engine/state.py lists: tensors in files, a group in each file, and
+values in the manifest. At the end of an inner step the rank copies them to the host, one copy at a time, and a thread
+writes them. The files of blocks that have not been trained since the oldest of the kept checkpoints are links to the
+files of that one, which is removed when the new one is complete: so the kept ones share no file, and damage to one of
+them leaves the others whole.
 """
 
 from __future__ import annotations
