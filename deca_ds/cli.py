@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_command(given: Sequence[str]) -> int:
-    """Help, the version, or what is wrong."""
+    """Print the help, the version, or what is wrong with the command; returns the exit code."""
     if not given:
         _overview().print_help(sys.stderr)
         return 2

@@ -173,13 +173,14 @@ def _layer_label(group: list[int]) -> str:
 
 
 def _ancestors(name: str) -> list[str]:
-    """The names of the modules around `name`, outermost first."""
+    """Return the names of the modules that contain the module `name`, outermost first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, int]:
-    """name -> length of the lists of modules that lie in no other list and in no tower for other input than text."""
+    """Map names of module lists to their lengths, for lists that lie in no other list and in no tower for other input
+    than text."""
     found: dict[str, int] = {}
     closed: list[str] = []  # prefixes that nothing is looked for in
     for name, module in model.named_modules():
@@ -194,13 +195,14 @@ def _outermost_lists(model: nn.Module) -> dict[str, int]:
 
 
 class _WithHead(Protocol):
-    """A model of transformers' that reads more than text."""
+    """A transformers model with a head, whose body reads more than text."""
 
     def get_output_embeddings(self) -> nn.Module | None: ...
 
 
 def _beside_text(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], layers: str) -> tuple[str, ...]:
-    """Parameters that serve other input than text, where the modules say what they read, as transformers' models do.
+    """Return the parameters that serve other input than text, where the modules say what they read, as models of
+    transformers do.
 
     These are towers that do not read text and, in a model that reads more, what lies outside the text model and is not
     the head. layers: name of a list of the text model's layers.
@@ -218,6 +220,6 @@ def _beside_text(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], layers
 
 
 def _reads(module: nn.Module) -> set[str]:
-    """The kinds of input that a module says it reads; empty if it does not say."""
+    """Return the kinds of input that a module says it reads; empty if it does not say."""
     modalities = getattr(module, "input_modalities", ())
     return {modalities} if isinstance(modalities, str) else set(modalities)

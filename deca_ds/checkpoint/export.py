@@ -135,13 +135,13 @@ def _check_folders(run: Path, output: Path) -> None:
 
 
 def _which_state(left_out: Sequence[int], checkpoint: int | None) -> str:
-    """For people; empty for the trained models of all that the mean is of."""
+    """Return words for messages that say which state a model is; empty for the trained one with no client left out."""
     without = f" (without {', '.join(map(str, left_out))}, gone before the end)" if left_out else ""
     return without if checkpoint is None else f"{without}, after {several(checkpoint, 'inner step')}"
 
 
 def _find_shards(run: Path, client: int | None, checkpoint: int | None) -> tuple[ShardedModel, list[int]]:
-    """The sharded state, and the clients that a mean leaves out."""
+    """Return the sharded state, and the clients that a mean leaves out."""
     if checkpoint is None:
         missing = missing_clients(run)
         return _open_shards(run, client, missing), missing
@@ -151,8 +151,8 @@ def _find_shards(run: Path, client: int | None, checkpoint: int | None) -> tuple
 
 @contextmanager
 def _whole(output: Path, size: int) -> Iterator[Path]:
-    """The path of a folder that the body makes and fills with `size` bytes, and that becomes `output` after that; where
-    anything fails neither is left."""
+    """Yield the path of a folder that the body creates and fills with `size` bytes, then rename it to `output`. If
+    anything fails, neither folder remains."""
     partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")  # no other export's, on any host
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ def _set_dtype(config: Path, dtype: torch.dtype) -> None:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Contiguous, and not a view that would keep a larger tensor alive."""
+    """Return the tensor contiguous, and copied if it is a view that would keep a larger tensor alive."""
     view = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone(memory_format=torch.contiguous_format) if view else tensor.contiguous()
 

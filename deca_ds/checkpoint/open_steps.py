@@ -55,7 +55,7 @@ def find_checkpoint(folder: Path, step: int | None = None, client: int | None = 
 
 
 def _whole(here: Path, client: int | None) -> ShardedModel:
-    """With the clients that were in."""
+    """Open the checkpoint in the folder `here`: of `client`, or of all clients that took part when it was saved."""
     there = sorted(int(path.name.removeprefix("client_")) for path in here.glob("client_*"))
     state = next(iter(ShardedModel(here, there[:1] if client is None else [client]).states.values()))
     missing = state.get("missing", ())

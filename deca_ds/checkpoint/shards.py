@@ -130,7 +130,7 @@ class ShardedModel:
             self._refuse_damaged(path)
 
     def _read_slices(self, name: str, client: int, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
-        """What the slices hold of [start, stop), ascending: (first, last-plus-one, values)."""
+        """Yield what the slices hold of [start, stop), ascending: (first, last-plus-one, values)."""
         for low, high, path in self._slices[name, client]:
             first, last = max(low, start), min(high, stop)
             if first < last:
@@ -219,7 +219,7 @@ class ShardedModel:
         self._intact.add(path)
 
     def _index(self, manifests: dict[tuple[int, int], dict[str, Any]]) -> tuple[dict[str, _Described], _Slices]:
-        """(name -> shape and data type, (name, client) -> slices in ascending order) after all consistency checks."""
+        """Check consistency; return name -> shape and data type, and (name, client) -> slices in ascending order."""
         meta: dict[str, _Described] = {}
         slices: _Slices = {}
         for (client, rank), manifest in sorted(manifests.items()):

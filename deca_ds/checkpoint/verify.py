@@ -97,7 +97,7 @@ def reload_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedToke
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, and without its load report, which the raised error replaces."""
+    """Silence transformers' progress bars, and its load report, which the raised error replaces."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

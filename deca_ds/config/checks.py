@@ -120,7 +120,7 @@ def _check_wait(config: Config) -> None:
 
 
 def _check_best(config: Config) -> None:
-    """What compares evaluations needs several, with one loss that all clients know."""
+    """Raise ConfigError for a key that compares evaluations, unless there are several and all clients know one loss."""
     evaluation = config.evaluation
     for key, value in (("evaluation.patience", evaluation.patience), ("checkpoint.best", config.checkpoint.best)):
         if value and not evaluation.every:

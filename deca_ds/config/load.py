@@ -77,7 +77,7 @@ def save_config(config: Config, path: Path) -> None:
 
 @cache
 def _schema() -> DictConfig:
-    """With its defaults; not to be changed."""
+    """Return the schema with its defaults; callers must not change it."""
     return cast(DictConfig, OmegaConf.structured(Config))
 
 
@@ -175,7 +175,7 @@ def _read_argument(argument: str) -> DictConfig:
 
 
 def _merge(config: DictConfig, addition: DictConfig, source: str) -> None:
-    """In place: OmegaConf.merge would copy all of the schema, for every argument."""
+    """Merge `addition` into `config` in place: OmegaConf.merge would copy the whole schema for every argument."""
     try:
         config.merge_with(addition)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -207,7 +207,7 @@ def _explain(error: Exception, source: str, addition: DictConfig) -> ConfigError
 
 
 def _meaning(key: str) -> str | None:
-    """The sentence of the schema that explains `key`."""
+    """Return the sentence of the schema that explains `key`."""
     section, _, name = key.rpartition(".")
     known = {f.name: f for f in fields(getattr(Config(), section) if section else Config)}
     return known[name].metadata.get("meaning") if name in known else None

@@ -73,7 +73,8 @@ def look_for(path: str) -> str:
 
 
 def _closest(path: Path) -> Path | None:
-    """What is there where one name of `path` was misspelt."""
+    """Return the path that exists and differs from `path` in one name, which is probably misspelt; None if there is
+    none."""
     for above in reversed(path.parents):
         missing, *rest = path.relative_to(above).parts
         if os.path.lexists(above / missing):

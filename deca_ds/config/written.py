@@ -39,7 +39,7 @@ _Changed = Iterator[tuple[yaml.Node, str, str]]  # where, what, fix
 
 
 class _Loader(yaml.SafeLoader):
-    """Resolves unquoted values as OmegaConf does, for whom 1e3 is a number."""
+    """Resolves unquoted values as OmegaConf does, which reads 1e3 as a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -112,7 +112,7 @@ def choices(key: str) -> tuple[str, ...]:
 
 
 def _kinds(section: Any) -> dict[str, Any]:
-    """Of a section's keys."""
+    """Return the type of each key of a section."""
     return _hints(section)
 
 
@@ -199,14 +199,14 @@ def _changed_in_mapping(loader: _Loader, node: yaml.MappingNode, kind: Any, key:
 
 
 def _without_none(kind: Any) -> Any:
-    """X of Optional[X]; any other kind as it is."""
+    """Return X for Optional[X], and any other type as it is."""
     if type(None) in get_args(kind) and get_origin(kind) in (Union, types.UnionType):
         return next(each for each in get_args(kind) if each is not type(None))
     return kind
 
 
 def _shape(kind: Any) -> type[yaml.Node]:
-    """What a value of this kind is in YAML; a list may be written as one value."""
+    """Return the YAML node that a value of this type needs; a list may be written as one value."""
     if is_dataclass(kind) or get_origin(kind) is dict:
         return yaml.MappingNode
     return yaml.SequenceNode if get_origin(kind) is list else yaml.ScalarNode

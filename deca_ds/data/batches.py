@@ -79,7 +79,8 @@ def evaluation_batches(
 
 
 class _EndlessSampler(Sampler[int]):
-    """Indices of epoch after epoch, each in an order of its own, from the `start`-th on; 8 bytes of memory a row."""
+    """Yields the indices of epoch after epoch, each in an order of its own, from the `start`-th on; takes 8 bytes of
+    memory a row."""
 
     def __init__(self, rows: int, *, seed: int, client: int, start: int):
         # Mixed, because epoch e is seeded with seed + e: neighbouring seeds would share their orders.

@@ -112,7 +112,7 @@ class Cache:
         return found
 
     def _whole(self, folder: Path) -> Entry | None:
-        """The entry, if it is there and as it was made."""
+        """Return the entry if it exists and is as it was made, else None."""
         if not folder.is_dir():
             return None
         try:
@@ -157,7 +157,7 @@ class Cache:
             ) from error
 
     def _writable(self) -> Path:
-        """A folder to make entries in."""
+        """Return a folder in which entries can be made: the cache, or a temporary one if that cannot be written to."""
         if self.temporary is not None:
             return self.temporary
         try:
@@ -172,7 +172,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self, target: Path) -> Iterator[None]:
-        """While no other process makes the entry, as far as the file system has locks."""
+        """Keep other processes from making the entry meanwhile, if the file system has locks."""
         lock = target.with_name(f".{target.name}.lock")
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a file system without locks, or the lock of another user
@@ -219,7 +219,7 @@ def _hash(text: str) -> str:
 
 
 def _newest(folder: Path) -> float:
-    """When something in a folder was written to, in seconds; now if that changes just then."""
+    """Return when a file in `folder` was last written to, in seconds; now, if a file goes meanwhile."""
     try:
         return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
     except OSError:

@@ -26,7 +26,7 @@ _LIBRARIES = (
 
 
 def _digest(root: Path) -> str:
-    """Of the source files in this folder and below."""
+    """Return a digest of the source files in this folder and below."""
     files = sorted(root.rglob("*.py"))
     content = [(str(file.relative_to(root)), file.read_bytes()) for file in files]
     return xxhash.xxh3_128_hexdigest(repr(content).encode())

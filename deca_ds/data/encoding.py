@@ -82,8 +82,8 @@ class Encoder:
         self._look_at_words()
 
     def _look_at_words(self) -> None:
-        """Note the words that the tokenizer changes, as those do that know no capitals. Raises DataError for two that
-        it cannot tell apart."""
+        """Note the words that the tokenizer changes, for example by lowercasing. Raises DataError for two words that it
+        cannot tell apart."""
         known: dict[tuple[int, ...], str] = {}
         for word in self.label_names:
             other = known.setdefault(tuple(self._answer(word)), word)
@@ -193,7 +193,7 @@ class Encoder:
         return encoded
 
     def _framed(self, tokens: list[int]) -> list[int]:
-        """`tokens` with BOS and EOS around them, each once."""
+        """Return `tokens` with BOS and EOS around them, each once."""
         before = [] if tokens[:1] == self.bos else self.bos
         after = [] if tokens[-1:] == self.eos else self.eos
         return before + tokens + after
@@ -202,8 +202,8 @@ class Encoder:
         return self.spanning.tokens(texts)
 
     def _row(self, one: _Encoded, *, reserve: int | None = None) -> dict[str, Any]:
-        """One sequence. Of a prompt and an answer that are too long together the prompt loses its left part, down to
-        half of max_length, then the answer its right part; a BOS stays. reserve: room to leave for the answer."""
+        """Make one sequence. If prompt and answer are too long together, the prompt loses its left part, down to half
+        of max_length, then the answer its right part; a BOS stays. reserve: room to leave for the answer."""
         answer_length = len(one.ids) - one.prompt if reserve is None else reserve
         prompt = min(one.prompt, max(self.max_length - answer_length, self.max_length // 2))
         first = min(len(self.bos), prompt) if one.ids[:1] == self.bos else 0
@@ -236,7 +236,7 @@ def pack(batch: Batch, max_length: int) -> Batch:
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    """All that a tokenizer makes tokens by."""
+    """Return everything that determines which tokens a tokenizer makes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # truncation and padding change with every call that uses them, and are not used here
         state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}

@@ -102,7 +102,7 @@ def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterato
 def _check_columns(
     row: Mapping[str, Any], named: Sequence[str], source: Source, rules: ExampleRules, place: str
 ) -> None:
-    """Raise DataError if a source's first row lacks a column: then it is the configuration that does not fit."""
+    """Raise DataError if a source's first row lacks a column: then the configuration does not fit the data."""
     if not (absent := [name for name in named if name not in row]):
         return
     keys = [f"data.{key}" for key in FORMATS[rules.format].keys if key.endswith(("_column", "_columns"))]

@@ -129,7 +129,7 @@ def add_matches(found: Found, matches: Iterable[Path], entry: str, key: str) -> 
 
 
 def _below(folder: Path, key: str) -> Iterator[tuple[Path, str]]:
-    """(file, why it is no data or "") below `folder`, through links, each folder once."""
+    """Yield each file below `folder`, through links and each folder once, with why it is no data, or ""."""
 
     def unreadable(error: OSError) -> None:
         raise DataError(
@@ -229,7 +229,8 @@ def _check_shards(data: list[Path], key: str) -> None:
 
 
 def _splits(data: list[Path]) -> dict[str, list[Path]]:
-    """The files whose names, or folders below what they have in common, say which part of a data set they are."""
+    """Map parts of a data set to the files that belong to them by their names, or by the folders below their common
+    one."""
     root = os.path.commonpath([file.parent for file in data])
     found: dict[str, list[Path]] = {}
     for file in data:
@@ -251,7 +252,8 @@ def _refuse_splits(folder: Path, names: list[str], key: str) -> None:
 
 
 def _current(folder: Path) -> set[str] | None:
-    """The files of a data set that `datasets` has saved; older ones may lie beside them. None: no such folder."""
+    """Return the files of a data set that `datasets` has saved, beside which older ones may lie; None if `folder` holds
+    none."""
     try:
         read = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return {str(file["filename"]) for file in read["_data_files"]}

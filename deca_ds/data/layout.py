@@ -101,7 +101,7 @@ class Conversations:
         return [f"the chat template's marks leave out what ends an answer ({left[0][:40]}): it is not trained"]
 
     def _find_layout(self, masked: Masked, conversation: Conversation, where: str) -> Layout:
-        """The layout of all conversations of this shape."""
+        """Find the layout of all conversations of this shape."""
         literals, numbers, form = self._write(masked, conversation, where)
         pieces: Iterable[tuple[str | int, int]]
         if not self.answers_only and not masked.untrained:
@@ -121,7 +121,8 @@ class Conversations:
             ) from None
 
     def _write(self, masked: Masked, conversation: Conversation, where: str) -> tuple[list[str], list[int], Form]:
-        """The literals of the template, the numbers of the words between them, and the form in which it writes all."""
+        """Return the literals of the template, the numbers of the words between them, and the form in which it writes
+        all words."""
         refused: DataError | None = None
         lost: DataError | None = None
         for form in FORMS:
@@ -160,8 +161,8 @@ class Conversations:
 
 
 def _by_marks(masked: Masked, literals: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[str | int, int]]:
-    """See `Pieces`; by {% generation %}. Raises UnclearError unless the marks enclose the assistant's texts and no
-    others."""
+    """Yield pieces (see `Pieces`) by the marks {% generation %}. Raises UnclearError unless these enclose the
+    assistant's texts and no others."""
     found: list[tuple[str | int, int]] = []  # pieces, each with the number of the mark that it is in, or 0
     owners = [-1]  # whose turn each mark is in
     answers = masked.answers

@@ -95,7 +95,7 @@ def choose(count: int, limit: int | None, seed: int | Sequence[int]) -> Indices:
 
 
 def _members(values: Sequence[str] | Indices) -> list[Indices]:
-    """The places of each value, ascending; the values in their order."""
+    """Return the ascending places of each distinct value, in the order of the values."""
     given = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     _, codes, counts = np.unique(given, return_inverse=True, return_counts=True)
     return np.split(np.argsort(codes, kind="stable"), np.cumsum(counts)[:-1])

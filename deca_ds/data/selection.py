@@ -133,7 +133,7 @@ class Selection:
         return [*self._train, *self._own, *self._common]
 
     def _scored(self, examples: Dataset, scratch: Scratch, *, own: bool = False) -> Dataset:
-        """Those of an evaluation set that are scored."""
+        """Select the examples of an evaluation set that are scored."""
         limit = self._config.evaluation.max_examples
         return scratch.select(examples, choose(len(examples), limit, self.seed(Draw.EVALUATION, own=own)))
 
@@ -157,7 +157,7 @@ class Selection:
         return read_examples(sources, self._rules(words, training=training), self._cache, self._work)
 
     def _words_of(self, pool: Dataset) -> dict[str, str]:
-        """Of classification without data.label_names: each label is its own word."""
+        """Return the words of labels for classification without data.label_names: each label is its own word."""
         if not self._format.has_labels:
             return {}
         words = {value: value for value in _in_order(pool.unique("answer"))}
@@ -203,14 +203,14 @@ def _unused(examples: Dataset) -> set[str]:
 
 
 def _codes(groups: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A number for each value, in the order of the values: as lists of texts they would take ten times the memory."""
+    """Return a number for each value, in the order of the values: lists of texts would take ten times the memory."""
     places = pc.index_in(groups, value_set=pa.array(sorted(groups.unique().to_pylist())))
     codes: npt.NDArray[np.int64] = places.to_numpy().astype(np.int64)
     return codes
 
 
 def _in_order(labels: Sequence[str]) -> list[str]:
-    """Numbers by size, anything else as text."""
+    """Sort labels: numbers by size if all are numbers, else as text."""
     try:
         return sorted(labels, key=float)
     except ValueError:

@@ -86,7 +86,7 @@ def look_through(entries: Iterable[str], key: str, *, hub: bool = True) -> tuple
 
 
 def _hub_name(entry: str) -> HubName | None:
-    """What is no path, and could be the name of a data set."""
+    """Return `entry` as the name of a hub data set; None if it looks like a path, or cannot be such a name."""
     name, _, split = entry.partition(":")
     if os.path.islink(entry) or LOOKS_LIKE_A_PATH.search(entry) or not could_be_hub_name(name):
         return None
@@ -155,14 +155,14 @@ def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
 
 
 def _refuse_pointer(path: Path) -> None:
-    """Raise DataError for what Git LFS puts in the place of a file that it has not fetched."""
+    """Raise DataError for a pointer that Git LFS puts in the place of a file that it has not fetched."""
     with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise DataError("the file is a pointer of Git LFS to the data", where=str(path), fix="run `git lfs pull`")
 
 
 def _open(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed as they are read."""
+    """Open a file; its bytes are decompressed as they are read."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
@@ -324,7 +324,7 @@ def _read_batches(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _as_given(value: Any) -> Any:
-    """`value` without what Arrow adds: in each object the keys of all other rows' objects, with null."""
+    """Return `value` without what Arrow adds to each object: the keys of all other rows' objects, with null."""
     if isinstance(value, dict):
         return {key: _as_given(item) for key, item in value.items() if item is not None}
     return [_as_given(item) for item in value] if isinstance(value, list) else value
@@ -346,7 +346,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _undecodable_line(path: Path) -> str:
-    """Where the first bytes are that are no UTF-8. However long a line is, not more than a part of it is in memory."""
+    """Say where the first bytes are that are no UTF-8. Of a long line only a part is in memory at a time."""
     decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
     with _open(path) as file:
         while True:

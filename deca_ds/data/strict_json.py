@@ -70,7 +70,7 @@ class Reader:
         self._at += 1
 
     def _more(self) -> bool:
-        """Read on, at least as much as there is that is not used yet; False at the end of the file."""
+        """Read on, at least as much as the text that is not used yet; returns False at the end of the file."""
         rest = len(self._text) - self._at
         read = self._file.read(max(_PART, rest))
         if read:

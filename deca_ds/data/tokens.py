@@ -61,7 +61,8 @@ class Spanning:
         return made
 
     def _slow(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[_Found]:
-        """Without offsets: the tokens up to a border are those that the text up to there has on its own."""
+        """Encode with a tokenizer that gives no offsets: the tokens up to a border are those that the text up to there
+        has on its own."""
         made = []
         for text, of_text in zip(texts, spans, strict=True):
             ids, *parts = self.tokens([text, *(text[:border] for span in of_text for border in span)])
@@ -102,7 +103,8 @@ _LONGEST = 100  # characters of a token
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The backend without its post-processor, which may trim offsets; None where it alone is not the tokenizer."""
+    """Return the backend without its post-processor, which may trim offsets; None if the backend alone does not make
+    the tokenizer's tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return None

@@ -57,7 +57,8 @@ class Turns:
                 yield numbers[place], of_words[place]
 
     def _begin(self, turn: int, before: str, number: int) -> int:
-        """Where the turn begins in `before`, what the template writes between the text before it and its own first."""
+        """Return where the turn begins in `before`, the text that the template writes between the preceding text and
+        the turn's first."""
         prompt = self._prompt(turn)
         if prompt.strip() and prompt in before:
             return before.rindex(prompt) + len(prompt)
@@ -72,7 +73,7 @@ class Turns:
         return _common(before, header) if header else len(before)
 
     def _prompt(self, turn: int) -> str:
-        """The prompt that the template writes for an answer at this place, "" if it has none."""
+        """Return the prompt that the template writes for an answer at this place; "" if it has none."""
         asked = turn > 0 and self._messages[turn - 1]["role"] != "assistant"
         for before in ([self._messages[:turn]] if asked else []) + [[PROBE]]:
             without = self._write(before, self._masked.tools)
@@ -82,7 +83,8 @@ class Turns:
         return ""
 
     def _end(self, turn: int, before: str, after: str, number: int) -> int:
-        """Where the turn has ended in `after`, what the template writes between its last text and the next."""
+        """Return where the turn ends in `after`, the text that the template writes between the turn's last text and the
+        next."""
         last = turn == len(self._messages) - 1
         ended = self._messages[: turn + 1]
         alone = after if last else self._after(number, ended)
@@ -110,7 +112,7 @@ class Turns:
         raise UnclearError(f"writes {alone!r} after an answer at the end, but {following[:40]!r} between turns")
 
     def _before_next(self, turn: int, following: str) -> str:
-        """What of the text between a turn and the next is not what the template writes before such a turn."""
+        """Return the text between a turn and the next without what the template writes before a turn like the next."""
         role = "user" if turn == len(self._messages) - 1 else self._messages[turn + 1]["role"]
         text = self._write([{"role": role, "content": WORD}], None)
         header = "" if text is None else split(text)[0][0]
@@ -118,7 +120,7 @@ class Turns:
         return following[: len(following) - shared] if shared else ""
 
     def _after(self, number: int, messages: Messages) -> str | None:
-        """What the template writes after the last time that it writes this word, up to the next."""
+        """Return what the template writes from the last occurrence of this word to the next word."""
         text = self._write(messages, self._masked.tools)
         if text is None:
             return None
@@ -134,5 +136,5 @@ class Turns:
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Return the length of the common prefix of two texts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

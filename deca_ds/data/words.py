@@ -130,7 +130,7 @@ def match(pieces: Pieces, texts: Sequence[str], text: str) -> tuple[Spans, ...] 
 
 
 def _spellings(text: str) -> Iterator[str]:
-    """How a template may write a text: as it is, without blanks at its ends, or as a JSON string."""
+    """Yield the forms in which a template may write a text: as it is, without blanks at its ends, as a JSON string."""
     yield text
     for blanks in (None, "\n"):
         yield text.strip(blanks)
@@ -145,7 +145,7 @@ def _as_is(messages: Messages) -> Messages:
 
 
 def _content_as_parts(messages: Messages) -> Messages:
-    """For templates that know contents as lists of parts alone. Others may write the list itself: WRITTEN_PART."""
+    """Write contents as lists of parts, for templates that expect these. Others may print the list: WRITTEN_PART."""
     return [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]} if turn.get("content") else turn
         for turn in messages
@@ -153,7 +153,7 @@ def _content_as_parts(messages: Messages) -> Messages:
 
 
 def _arguments_as_text(messages: Messages) -> Messages:
-    """For templates that write the arguments of tool calls as JSON text that they are given."""
+    """Write the arguments of tool calls as JSON text, for templates that print them as they are given."""
 
     def call(one: dict[str, Any]) -> dict[str, Any]:
         function = one["function"]

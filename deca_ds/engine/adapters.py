@@ -124,7 +124,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _target_names(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """Full names of the modules that get adapters. wanted: full names or their ends; empty: all in the layers."""
+    """Return full names of modules that get adapters. wanted: full names or their ends; empty: all in the layers."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     if not wanted:
         return _inside_layers(model, linear)
@@ -159,7 +159,7 @@ def _inside_layers(model: nn.Module, linear: Sequence[str]) -> list[str]:
 
 
 def _refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise ModelError for a weight that is another module's too: merging its adapter would change that one as well."""
+    """Raise ModelError for a weight that two modules share: merging the adapter of one would change the other, too."""
     parameters = list(model.named_parameters(remove_duplicate=False))
     for name in names:
         weight = model.get_submodule(name).weight

@@ -77,7 +77,8 @@ def _refuse_layerdrop(architecture: PretrainedConfig) -> None:
 
 
 def _check_attention(model: ModelConfig, architecture: PretrainedConfig, *, needed: bool) -> list[str]:
-    """transformers knows which attention there is, and what each needs, once a model is built with it."""
+    """Raise ModelError if transformers cannot build the model with model.attention. If only this host lacks what that
+    needs, and it is not `needed` here, return a note instead."""
     if not model.attention:
         return []
     try:

@@ -56,7 +56,7 @@ def summed_loss(model: nn.Module, head: OutputHead, hidden: Tensor, chunks: Iter
 
 
 def _chunks(labels: Tensor, head: OutputHead, device: torch.device) -> Iterator[Chunk]:
-    """Positions that have a target, of batch and length flattened, and the targets; some at a time."""
+    """Yield the positions that have a target, in flattened batch and length, and the targets, some at a time."""
     labels = labels.flatten()
     for at in (labels != -100).nonzero().flatten().split(positions_at_a_time(head)):
         yield at.to(device), labels[at].to(device)

@@ -97,7 +97,7 @@ class GivenWeights:
             )
 
     def _read(self, device: str) -> dict[str, Tensor]:
-        """All tensors of the files by name: memory-mapped on the CPU, or without values on the meta device."""
+        """Read all tensors of the files by name: memory-mapped on the CPU, or without values on the meta device."""
         stored: dict[str, Tensor] = {}
         for file in self._files:
             try:
@@ -115,7 +115,8 @@ class GivenWeights:
         return stored
 
     def _assign(self, stored: Iterable[str]) -> tuple[dict[str, _Group], list[str]]:
-        """The files' names, grouped by the first tensor that they make, and those without a place in the model."""
+        """Return the names in the files, grouped by the first tensor that they make, and those without a place in the
+        model."""
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -140,7 +141,7 @@ class GivenWeights:
         return groups, left_out
 
     def _convert(self, target: str, group: _Group, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the model that a group makes, by name."""
+        """Return the tensors of the model that a group makes, by name."""
         if group.converter is None:
             return {target: stored[group.sources[0][0]]}
         converter = deepcopy(group.converter)
@@ -154,7 +155,7 @@ class GivenWeights:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _make_empty(self, stored: Mapping[str, Tensor]) -> set[str]:
-        """Names of all that the files make; refuses other shapes and data types."""
+        """Return the names of all tensors that the files make; refuse other shapes and data types."""
         shapes, types, made = [], [], set()
         for target, group in self._groups.items():
             for name, value in self._convert(target, group, stored).items():
@@ -215,7 +216,7 @@ class GivenWeights:
         return next((f"{n}.weight" for n, m in self._model.named_modules() if m is output), None)
 
     def _disagreeing(self, made: set[str]) -> list[tuple[str, str]]:
-        """Pairs of tied names that the files give different values."""
+        """Return pairs of tied names to which the files give different values."""
         shared: dict[int, list[str]] = {}
         for name in self._held:
             if name in made:
@@ -231,7 +232,7 @@ class GivenWeights:
         ]
 
     def _precision(self, name: str) -> torch.dtype:
-        """The data type that plain transformers keeps a tensor in."""
+        """Return the data type in which plain transformers keeps a tensor."""
         dtype: torch.dtype = self._held[name].dtype
         if dtype.is_floating_point:
             plan: dict[str, torch.dtype] = self._model._get_dtype_plan(dtype)

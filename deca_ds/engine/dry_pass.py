@@ -184,7 +184,7 @@ def _without_values(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextmanager
 def _masks(padded: bool) -> Iterator[None]:
-    """Have transformers make a mask of the size of attention's scores where rows are padded, and none where not."""
+    """Have transformers make a mask of the size of the attention scores if rows are padded, else none."""
     was = masking_utils.is_tracing, masking_utils.fast_all
     masking_utils.is_tracing = lambda *_: False
     masking_utils.fast_all = lambda _: not padded  # type: ignore[assignment, return-value]  # its truth is what is asked
@@ -195,7 +195,8 @@ def _masks(padded: bool) -> Iterator[None]:
 
 
 class _Allocated(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while it is on. level: those that are alive.
+    """Counts the bytes of all tensors that operations make while it is active. level: bytes of the tensors that are
+    alive.
 
     beside: storages that do not count.
     """
@@ -206,7 +207,7 @@ class _Allocated(TorchDispatchMode):
         self.level = self._peak = 0
 
     def take_peak(self) -> int:
-        """The highest level since the last call."""
+        """Return the highest level since the last call."""
         peak, self._peak = self._peak, self.level
         return peak
 

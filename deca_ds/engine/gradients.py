@@ -26,7 +26,7 @@ class _Bucket:
 
 @dataclass
 class _Sent:
-    """A bucket on its way. work: waits for it. mine: this rank's row of the sum."""
+    """A bucket that has been sent. work: waits for the reduction. mine: this rank's row of the sum."""
 
     bucket: _Bucket
     work: dist.Work
@@ -98,11 +98,11 @@ class GradientReducer:
             hook.remove()
 
     def _new_pass(self) -> tuple[_Turns, _Buckets]:
-        """For a forward and a backward pass."""
+        """Return the state of a new forward and backward pass."""
         return _Turns(self._in_leaf), _Buckets(self._shards, self._sizes, self._ranks, self._width)
 
     def _noting(self, own: Sequence[int]) -> Callable[..., None]:
-        """A hook that notes a call of the module with these parameters in the forward pass."""
+        """Return a hook that notes a call of the module with these parameters in the forward pass."""
         return lambda *_: self._turns.note_call(own)
 
     def _take(self, index: int, parameter: nn.Parameter) -> None:
@@ -119,9 +119,9 @@ class GradientReducer:
 
 
 class _Turns:
-    """When each gradient of a pass is sent. in_leaf: which parameters belong to a leaf.
+    """Decides when each gradient of a pass is sent. in_leaf: which parameters belong to a leaf.
 
-    kept: gradients, by parameter, that wait for their turn; whoever sends one takes it out.
+    kept: gradients, by parameter, that wait for their turn; the sender takes them out.
     """
 
     def __init__(self, in_leaf: Sequence[bool]):
@@ -133,7 +133,7 @@ class _Turns:
         self._next = 0  # place
 
     def note_call(self, parameters: Sequence[int]) -> None:
-        """In the forward pass: the module that has these is called."""
+        """Note that the forward pass calls the module with these parameters."""
         if self._order is None:
             self._called.update(dict.fromkeys(parameters))
 
@@ -142,17 +142,17 @@ class _Turns:
         return index in self._fix_order()[: self._next]
 
     def keep(self, index: int, gradient: Tensor) -> None:
-        """A parameter that is used in two places may get two."""
+        """Keep a gradient until its turn; a parameter that is used in two places may get two, which are added."""
         self.kept[index] = self.kept[index] + gradient if index in self.kept else gradient
 
     def due(self) -> Iterator[int]:
-        """The parameters whose turn has come."""
+        """Yield the parameters whose turn has come."""
         order = self._fix_order()
         while (place := self._next_sure()) is not None and order[place] in self.kept:
             yield from self._before(place + 1)
 
     def all_left(self) -> Iterator[int]:
-        """The parameters that have not had their turn."""
+        """Yield the parameters that have not had their turn."""
         return self._before(len(self._in_leaf))
 
     def _fix_order(self) -> list[int]:
@@ -163,12 +163,12 @@ class _Turns:
         return self._order
 
     def _next_sure(self) -> int | None:
-        """Place of the next parameter outside leaves that need not wait for the end."""
+        """Return the place of the next parameter outside leaves that need not wait for the end of the pass."""
         order = self._fix_order()
         return next((k for k in range(self._next, self._sure) if not self._in_leaf[order[k]]), None)
 
     def _before(self, place: int) -> Iterator[int]:
-        """The parameters before this place of the order."""
+        """Yield the remaining parameters before this place of the order."""
         yield from self._fix_order()[self._next : place]
         self._next = place
 
@@ -229,7 +229,8 @@ class _Buckets:
 
 
 def _fill(rows: Tensor, gradient: Tensor, size: int, start: int) -> None:
-    """Copy of every rank's slice of the gradient, of `size` elements, those from `start` on that its row has room for.
+    """Copy into each rank's row the elements of its slice of the gradient, of `size` elements, from `start` on, as far
+    as the row has room.
 
     Beyond the gradient's end there is padding, which stays as it is.
     """
@@ -239,7 +240,7 @@ def _fill(rows: Tensor, gradient: Tensor, size: int, start: int) -> None:
 
 
 def _take_gradient(parameter: nn.Parameter) -> Tensor:
-    """What autograd has just left on the parameter, 1-D; it stays there no longer."""
+    """Remove the gradient that autograd has just left on the parameter, and return it, 1-D."""
     assert parameter.grad is not None
     gradient, parameter.grad = parameter.grad.detach().reshape(-1), None
     return gradient
@@ -248,8 +249,8 @@ def _take_gradient(parameter: nn.Parameter) -> Tensor:
 def _callers(
     model: nn.Module, parameters: Sequence[nn.Parameter], leaves: Sequence[nn.Module | None]
 ) -> dict[nn.Module, list[int]]:
-    """Modules that use parameters of the block, by index, while they run and call none that does so itself: leaves,
-    and outside these the modules at the ends of the tree."""
+    """Map modules to the parameters of the block, by index, that they use while they run, without modules that call
+    another such module: leaves, and outside these the modules at the ends of the tree."""
     places = {id(parameter): index for index, parameter in enumerate(parameters)}
     callers: dict[nn.Module, list[int]] = {}
     for module in model.modules():

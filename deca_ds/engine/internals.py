@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 class _Shard(Protocol):
-    """A rank's slice. ds_numel: its elements, padding included."""
+    """A rank's slice of a parameter. ds_numel: its elements, padding included."""
 
     ds_numel: int
     data: Tensor
 
 
 class _Partitioned(Protocol):
-    """What ZeRO-3 adds to a parameter. ds_shape, ds_numel: of the whole one, without padding."""
+    """The attributes that ZeRO-3 adds to a parameter. ds_shape, ds_numel: of the whole parameter, without padding."""
 
     ds_status: object
     ds_shape: torch.Size
@@ -83,7 +83,7 @@ def follow_writes(zero: Any) -> None:
 
 
 def _gathering_stream(zero: Any) -> Any:
-    """None on a CPU, where nothing is asynchronous."""
+    """Return the stream on which ZeRO-3 gathers; None on a CPU, where nothing is asynchronous."""
     return zero._DeepSpeedZeRoOffload__allgather_stream
 
 
@@ -102,7 +102,7 @@ def forget_trace(zero: Any) -> None:
 
 
 def _release_cache(coordinator_class: Any) -> Any:
-    """The lru_cache around the coordinator's __params_to_release, found through the wrappers that hide it."""
+    """Find the lru_cache around the coordinator's __params_to_release, through the wrappers that hide it."""
     pending: list[Callable[..., Any]] = [coordinator_class._PartitionedParameterCoordinator__params_to_release]
     while pending:
         function = pending.pop()

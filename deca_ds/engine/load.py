@@ -156,7 +156,7 @@ def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWe
 
 
 def _files_beside(path: str, files: Sequence[str]) -> list[str]:
-    """A line that names the other weight files in the folder `path`, if there are any: they may hold other weights."""
+    """Return a line that names the other weight files in the folder `path`, if any: they may hold other weights."""
     read = {Path(file).name for file in files}
     found = {file.name for kind in ("model*.safetensors", "pytorch_model*.bin") for file in Path(path).glob(kind)}
     if not (others := sorted(found - read)):

@@ -130,7 +130,7 @@ def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]
 
 
 def _predicted(labels: Tensor) -> Tensor:
-    """What each position predicts, [batch, length]: at the last one nothing."""
+    """Return what each position predicts, [batch, length]; the last position predicts nothing."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
@@ -151,7 +151,7 @@ def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _auxiliary(model: PreTrainedModel, outputs: Any) -> Tensor | None:
-    """The router's auxiliary loss with its weight, where the model computes one."""
+    """Return the router's auxiliary loss with its weight, if the model computes one."""
     loss = getattr(outputs, "aux_loss", None)
     if not isinstance(loss, Tensor):
         return None

@@ -83,7 +83,7 @@ _found: WeakKeyDictionary[nn.Module, OutputHead | None] = WeakKeyDictionary()
 
 
 class _AnotherForward(Exception):
-    """A model's forward is not a body and a head."""
+    """The forward of a model is not a body followed by a head."""
 
 
 # what a forward may raise that does more with its modules' outputs than stand-ins bear
@@ -113,7 +113,8 @@ def _find_head(model: nn.Module) -> OutputHead | None:
 
 
 class _Run:
-    """One run of a model's forward with stand-ins. linear: the head's layer. output: what it returns, [1, n, v]."""
+    """One run of a model's forward with stand-ins. linear: the head's layer. output: what that layer returns in the
+    run, [1, n, v]."""
 
     def __init__(self, linear: nn.Linear, output: Tensor):
         self.linear, self.output = linear, output
@@ -129,7 +130,7 @@ class _Run:
 
 
 class _StandIn:
-    """Takes a module's place in a run; whatever the module holds is found through it, its modules as stand-ins."""
+    """Takes a module's place in a run. Attributes are those of the module; its submodules come as stand-ins."""
 
     def __init__(self, module: nn.Module, run: _Run):
         self._module, self._run = module, run

@@ -45,7 +45,7 @@ def draw_weights(model: PreTrainedModel, seed: int) -> None:
 
 
 def _draw(module: nn.Module, name: str, rule: _Rule, seed: int, done: set[nn.Parameter]) -> _Drawn:
-    """Draw a module after its children; returns its own parameters, which its parent's rule may change still."""
+    """Draw a module after its children; returns its own parameters, which the rule of its parent may still change."""
     children: _Drawn = []
     for key, child in module.named_children():
         inner = child._init_weights if isinstance(child, PreTrainedModel) else rule
@@ -67,7 +67,7 @@ def _draw(module: nn.Module, name: str, rule: _Rule, seed: int, done: set[nn.Par
 
 
 def _draw_as_constructed(reset: Callable[[], None], own: _Drawn, reseed: Callable[[], None]) -> None:
-    """Values of torch's own rule, the module's `reset`, for what the model's rule leaves to its constructor."""
+    """Draw values by torch's rule, the module's `reset`, where the model's rule leaves them to the constructor."""
     fresh = [(module, key, parameter, torch.empty_like(values)) for module, key, parameter, values in own]
     with _in_place(fresh):
         reseed()
@@ -103,7 +103,7 @@ def _finish(drawn: _Drawn) -> None:
 
 
 def _undrawn(values: Tensor) -> int:
-    """How many elements no rule has drawn."""
+    """Return how many elements no rule has drawn."""
     return int(values.isnan().sum()) if values.sum().isnan() else 0
 
 

@@ -67,5 +67,5 @@ def is_buffer(name: str) -> bool:
 
 
 def _on_host(held: Tensor) -> Tensor:
-    """A copy."""
+    """Return a copy on the host."""
     return held.detach().to("cpu", copy=True)

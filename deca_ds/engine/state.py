@@ -162,7 +162,7 @@ def _parameters(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
 
 
 def _block_slices(client: Client, key: str) -> Iterator[Slice]:
-    """This rank's slices of one of the rule's buffers."""
+    """Yield this rank's slices of one of the rule's buffers."""
     for name, start, stop, tensors in client.block_shards():
         yield Slice(buffer_name(key, name), client.shapes[name], start, stop, tensors[key])
 

@@ -41,8 +41,8 @@ def base_graph(n: int, degree: int) -> tuple[np.ndarray, ...]:
 
 
 def _shorter(n: int, degree: int) -> list[Round]:
-    """n = p q, where p has the prime factors up to k + 1: p groups of q clients agree, then the q p-tuples of clients
-    with the same place in their groups. Or all n at once, if that takes no more rounds."""
+    """Split n = p q, where p has the prime factors up to k + 1: p groups of q clients agree, then the q p-tuples of
+    clients with the same place in their groups. If that takes no more rounds, all n clients agree at once."""
     p = max(d for d in range(1, n + 1) if n % d == 0 and _sizes(d, degree) is not None)
     q = n // p
     groups = [range(start, start + q) for start in range(0, n, q)]
@@ -82,8 +82,8 @@ def _any_number(clients: Sequence[int], degree: int) -> list[Round]:
 
 
 def _cliques(clients: Sequence[int], degree: int) -> list[Round]:
-    """Their number is a product of sizes up to k + 1, and clients are numbered by as many digits. In a round for each
-    digit those that differ in this one alone take their mean (the paper's k-peer hyper-hypercube graph)."""
+    """Return a round for each factor up to k + 1 of the number of clients. With a digit for each factor, clients that
+    differ in one digit alone take their mean in its round (the paper's k-peer hyper-hypercube graph)."""
     sizes = _sizes(len(clients), degree)
     assert sizes is not None
     rounds = []
@@ -101,7 +101,7 @@ def _cliques(clients: Sequence[int], degree: int) -> list[Round]:
 
 @cache
 def _sizes(n: int, degree: int) -> tuple[int, ...] | None:
-    """As few factors of n as possible, each of 2 to k + 1; None if there are none."""
+    """Return as few factors of n as possible, each from 2 to k + 1; None if n is no product of these."""
     if n == 1:
         return ()
     found = [
@@ -113,7 +113,7 @@ def _sizes(n: int, degree: int) -> tuple[int, ...] | None:
 
 
 def _powers(base: int, most: int) -> list[int]:
-    """1, base, base^2, ... up to `most`, the largest first."""
+    """Return the powers 1, base, base^2, ... up to `most`, the largest first."""
     powers = [1]
     while powers[-1] * base <= most:
         powers.append(powers[-1] * base)
@@ -121,5 +121,5 @@ def _powers(base: int, most: int) -> list[int]:
 
 
 def _together(lines: Iterable[list[Round]]) -> list[Round]:
-    """Rounds of clients that have nothing to do with each other, at the same time."""
+    """Merge sequences of rounds whose clients are disjoint, so that they run at the same time."""
     return [sum(edges, []) for edges in zip_longest(*lines, fillvalue=[])]

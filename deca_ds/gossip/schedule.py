@@ -98,7 +98,7 @@ class MixingSchedule:
 
 
 def _others(matrix: np.ndarray) -> list[list[int]]:
-    """The places of each row's entries that are not zero, without the diagonal's."""
+    """Return for each row the places of its entries that are not zero, without the diagonal."""
     return [[int(j) for j in np.flatnonzero(row) if j != i] for i, row in enumerate(matrix)]
 
 

@@ -41,14 +41,15 @@ class _Lease:
 
 @dataclass
 class _Message:
-    """exchange: of one message to or from one neighbour. lease: of its buffer."""
+    """A message to or from one neighbour, with its exchange and the lease of its buffer."""
 
     exchange: Exchange
     lease: _Lease
 
 
 def _through(messages: deque[_Message], then: Callable[[_Message], None]) -> bool:
-    """Whether all are; those that are leave the queue, for `then`. One by one, because torch tests in a thread each."""
+    """Whether all messages are through. Those that are leave the queue and go to `then`; they are tested one by one,
+    because torch starts a thread for each test."""
     while messages and messages[0].exchange.test():
         then(messages.popleft())
     return not messages
@@ -59,7 +60,7 @@ def _release(message: _Message) -> None:
 
 
 class _Settled:
-    """The Exchange of an averaging that is settled: all that is waited for is here."""
+    """The Exchange of an averaging that is settled: all messages that it waits for have arrived."""
 
     def test(self) -> bool:
         """See Exchange."""

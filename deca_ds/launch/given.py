@@ -95,7 +95,7 @@ def _above() -> Iterator[Command]:
 
 
 def _hostfile(words: Sequence[str]) -> str | None:
-    """Of the launcher's own arguments, which end where the script begins."""
+    """Return the hostfile among the launcher's own arguments, which end where the script begins."""
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
         if word.endswith(".py") and index > 1:
@@ -106,7 +106,7 @@ def _hostfile(words: Sequence[str]) -> str | None:
 
 
 def _hosts_of_ranks(words: Sequence[str]) -> tuple[str, ...]:
-    """From what deepspeed's launcher tells the process that it starts on each host."""
+    """Return the host of each rank, from the arguments that deepspeed's launcher gives to its process on each host."""
     for word in words:
         if word.startswith(_WORLD_INFO):
             with contextlib.suppress(ValueError, binascii.Error, AttributeError):

@@ -157,8 +157,8 @@ def open_job_store(launch: Launch, timeout_s: float, meet_s: float | None = None
 
 
 def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPStore:
-    """The store at `address`. A thread makes it: TCPStore waits for ever for the first answer of who is there, be it
-    another program that never gives one."""
+    """Connect to the store at `address`, or host it. A thread makes it, because TCPStore waits for ever for a first
+    answer, which another program at this address may never give."""
     made: queue.Queue[TCPStore | RuntimeError] = queue.Queue()
 
     def make() -> None:
@@ -258,7 +258,7 @@ def join_job_store(address: tuple[str, int], timeout_s: float) -> JobStore:
 
 
 def _join(address: tuple[str, int], timeout: timedelta) -> TCPStore:
-    """A connection to a store that is there already: one that does not answer soon has gone, or is out of reach."""
+    """Connect to a store that exists already: one that does not answer soon has gone, or is out of reach."""
     store = TCPStore(*address, is_master=False, timeout=min(timeout, _ANSWER), wait_for_workers=False)
     store.set_timeout(timeout)
     return store
@@ -274,8 +274,8 @@ def own_address(peer: tuple[str, int]) -> str:
 
 
 def _resolve(address: tuple[str, int], whose: str, within_s: float = 0.0) -> tuple[socket.AddressFamily, Any]:
-    """Family and socket address of a host and port, IPv4 where a name has both. Raises LaunchError if the name stands
-    for nothing; within `within_s` seconds it is looked up again, because that of a host that starts may come late."""
+    """Return family and socket address of a host and port, IPv4 if a name has both. Raises LaunchError if the name does
+    not resolve within `within_s` seconds: the name of a host that is starting may appear late."""
     host, port = address
     deadline = time.monotonic() + within_s
     while True:

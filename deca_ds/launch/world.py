@@ -204,7 +204,7 @@ def check_on_failure(config: Config, launch: Launch, edges: bool) -> None:
 
 
 def _ends_together(config: Config, launch: Launch) -> str | None:
-    """Why all ranks end when one does; None if they do not."""
+    """Return why all ranks end when one does; None if they do not."""
     if launch.launcher in ("openmpi", "mpich") or choose_transport(config.cluster.transport, launch) == "mpi":
         if os.environ.get(_ULFM_VARIABLE, "").lower() in ("1", "true"):  # set by mpirun --with-ft ulfm
             return None

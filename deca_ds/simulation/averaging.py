@@ -25,7 +25,7 @@ def means_of(values: State, mixing: MixingSchedule, t: int, config: GossipConfig
 
 
 def _weights(sent: Tensor, mixing: MixingSchedule, t: int, radius: float | None) -> Tensor:
-    """The matrix [n, n] of averaging t, with clipping the one for these parameters [n, numel]."""
+    """Return the matrix [n, n] of averaging t; with clipping it depends on the parameters [n, numel]."""
     w = mixing.matrix(t)
     if radius is not None:
         w = w.copy()

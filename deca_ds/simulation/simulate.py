@@ -114,7 +114,7 @@ class Simulation:
                 raise diverged(client, name, value, f"inner step {step.index + 1}, block {block}")
 
     def _exchange(self, state: State, rows: Tensor | None, mixed: bool, step: Step, lr: float) -> None:
-        """Average for the clients `rows`, or let them be; None: for all of them, in place."""
+        """Finish an inner step of the clients `rows` (None: of all, in place), with an averaging if `mixed`."""
         part = dict(state) if rows is None else {name: tensor[rows] for name, tensor in state.items()}
         if mixed:
             assert step.gossip is not None
@@ -133,7 +133,7 @@ class Simulation:
                 tensor[rows] = part[name]
 
     def _by_neighbours(self, step: Step) -> list[tuple[Tensor | None, bool]]:
-        """The clients that average at this step and those that do not; [(None, ...)] where all do the same."""
+        """Return the clients that average at this step and those that do not; [(None, ...)] if all do the same."""
         t = step.gossip
         averages = [
             t is not None and bool(self.mixing.sources(i, t) or self.mixing.destinations(i, t))
@@ -165,7 +165,7 @@ class Simulation:
         }
 
     def _evaluate(self, done: int) -> None:
-        """Scores of every client on its own and the common set and of the mean model, and the consensus distance."""
+        """Score every client on its own and on the common set, and the mean model; compute the consensus distance."""
         common = self.data[0].common_evaluation
         mean = self.clients.values.mean(dim=0)
         record: dict[str, Any] = {"step": done, "consensus_distance": spread(self.clients.values), "clients": []}

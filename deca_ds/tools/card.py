@@ -100,7 +100,7 @@ class Card:
 
 
 def _after(run: Run, step: int) -> Run:
-    """As far as it had come then, with the scores of the weights as they were at that step, if there are any."""
+    """Return the run as it was after `step`, with the scores of the weights at that step, if there are any."""
     scored = {each.step for of in run.evaluations.values() for each in of}
     seen = {0, step} if step in scored else set()
     return replace(
@@ -134,7 +134,7 @@ def _settings(run: Run, step: int | None) -> Iterator[tuple[str, str]]:
 
 
 def _data(run: Run) -> Iterator[str]:
-    """Numbers alone."""
+    """Yield lines about the data: numbers alone, nothing private."""
     if not run.data:
         return
     examples = [share.examples for share in run.data]

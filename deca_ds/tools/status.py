@@ -151,7 +151,7 @@ def _beats(folder: Path) -> list[Heartbeat]:
 
 
 def _last_loss(path: Path) -> float | None:
-    """Of the last inner step in a file of metrics."""
+    """Return the loss of the last inner step in a file of metrics; None if there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _configuration(command: Sequence[str]) -> Config:
-    """Of the job, read from its command line."""
+    """Read the configuration of the job from its command line."""
     script = _script(command)
     if script is None:
         raise LaunchError(
@@ -97,8 +97,8 @@ def _configuration(command: Sequence[str]) -> Config:
 
 
 def _script(command: Sequence[str]) -> int | None:
-    """Where the trainer's own arguments begin, less one: at the training script, or at the second word of `deca train`.
-    None where a command line has neither."""
+    """Return the place of the word before the trainer's own arguments: the training script, or the second word of
+    `deca train`. None if a command line has neither."""
     for place, word in enumerate(command):
         if word.endswith(".py"):
             return place
@@ -191,25 +191,26 @@ class Supervisor:
                 command.append(JOIN)
 
     def _ends(self) -> set[tuple[Path, int]]:
-        """The markers of a job that has ended in order, with their times; a rank by itself may have ended before."""
+        """Return the markers of a job that has ended in order, with their times; none for a rank that joins by itself,
+        which may end before the job."""
         return set() if self.joins else _with_times(self.output / name for name in (DONE, STOPPED))
 
     def _failures(self) -> set[tuple[Path, int]]:
-        """The markers of failures in the run's folder, with their times; of clients, where this is the rank of one, its
-        own alone."""
+        """Return the markers of failures in the run's folder, with their times. Of the markers of single clients, a
+        rank that joins by itself looks at its own alone."""
         others = self.output.glob(f"{FAILED}_client_*") if self.client is None else ()
         own = () if self.client is None else (self.output / f"{FAILED}_client_{self.client:03d}",)
         return _with_times((self.output / FAILED, *own, *others))
 
     def _wait(self, seconds: float) -> bool:
-        """Whether it has been told to stop meanwhile."""
+        """Wait; returns whether a signal has asked this process to stop meanwhile."""
         deadline = time.monotonic() + seconds
         while not self._told and time.monotonic() < deadline:
             time.sleep(0.1)
         return self._told
 
     def _start(self, command: Sequence[str]) -> tuple[int, set[int]]:
-        """Returns the launcher's exit code, and those of the ranks of this host that have failed."""
+        """Run the job; returns the launcher's exit code, and those of the ranks of this host that have failed."""
         with tempfile.TemporaryDirectory(prefix="deca_supervise_", ignore_cleanup_errors=True) as folder:
             codes = Path(folder) / "codes"
             environment = os.environ | {EXIT_CODES: str(codes)}
@@ -224,26 +225,27 @@ class Supervisor:
             return code if code >= 0 else 128 - code, told_exit_codes(codes)  # as a shell has it
 
     def _is_through(self, code: int) -> bool:
-        """Whether there is nothing to start again."""
+        """Whether the job must not be started again."""
         if code == 0:
             return self.joins or is_done(self.output) or not stopped_without(self.output)
         # nobody to join, or a mistake
         return (self.joins or code == USER_ERROR_CODE) and self._newest_checkpoint() < 0 and not self._trained()
 
     def _reached(self) -> int:
-        """What the next start has to bring more of: inner steps."""
+        """Return the inner steps done so far, of which the next start has to do more."""
         return self._trained() if self.joins else self._newest_checkpoint()
 
     def _trained(self) -> int:
-        """The furthest inner step of this host's ranks."""
+        """Return the furthest inner step of this host's ranks."""
         return max((beat.step for beat in read_heartbeats(self.output)), default=0)
 
     def _newest_checkpoint(self) -> int:
-        """The step of the newest that a rank of this host has a part of, whole or not; -1: none."""
+        """Return the step of the newest checkpoint of which a rank of this host has a part, complete or not, or -1."""
         return max(steps_in(self.output / FOLDER), default=-1)
 
     def _hand_on(self) -> None:
-        """One rank that is told is enough. SIGTERM would end mpirun's ranks at once, and deepspeed before its job."""
+        """Ask the job to stop by SIGUSR1, for which one rank is enough. SIGTERM would end mpirun's ranks at once, and
+        deepspeed before its job."""
         if self._process is None:
             return
         if self._is_apart:
@@ -257,13 +259,13 @@ class Supervisor:
             self._say(f"no rank to stop: none of {Path(self.command[0]).name}'s processes on this host is one")
 
     def _signal(self, number: signal.Signals) -> None:
-        """To the launcher."""
+        """Send the launcher a signal."""
         if self._process is not None:
             with contextlib.suppress(psutil.Error):
                 psutil.Process(self._process.pid).send_signal(number)
 
     def _ranks(self, pid: int) -> list[psutil.Process]:
-        """Process `pid` and those that were started from it, on this host, as far as they run the training script."""
+        """Return process `pid` and its descendants on this host, as far as they run the training script."""
         found = []
         with contextlib.suppress(psutil.Error):
             for process in (top := psutil.Process(pid), *top.children(recursive=True)):
@@ -288,7 +290,7 @@ class Supervisor:
 
 
 def _with_times(markers: Iterable[Path]) -> set[tuple[Path, int]]:
-    """Those that are there. Another host may remove one at any time."""
+    """Return the markers that exist, with their times. Another host may remove one at any time."""
     found = set()
     for marker in markers:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -142,7 +142,8 @@ class Checkpoints:
             self.folder.rmdir()
 
     def _link(self, done: int) -> Links:
-        """Link what has not changed. Here, not in the thread, because what cannot be linked has to be copied now."""
+        """Link the files of slices that have not changed. The main thread does this, not the one that writes, because
+        slices whose files cannot be linked have to be copied now."""
         if len(self._saved) < self._config.keep or self._saved[-self._config.keep] in self._best():
             return Links()  # the best one stays
         base, cluster = self._saved[-self._config.keep], self._cluster
@@ -161,7 +162,7 @@ class Checkpoints:
         return links
 
     def _groups(self, links: Links) -> Groups:
-        """Copies of all slices that are not in linked files, on the host."""
+        """Copy all slices that are not in linked files to the host."""
         return [
             (label, [] if file_name(index, label) in links.files else [piece.copy() for piece in slices])
             for index, (label, slices) in enumerate(slice_groups(self._state.pieces(), self._cluster))
@@ -210,7 +211,7 @@ class Checkpoints:
                     self._remove(step)
 
     def _best(self) -> set[int]:
-        """The last one that was the best and is complete, and those after it."""
+        """Return the steps of the last complete checkpoint that was the best, and of those after it."""
         complete = [place for place, step in enumerate(self._bests) if self._complete(step)]
         self._bests = self._bests[complete[-1] if complete else 0 :]
         return set(self._bests)

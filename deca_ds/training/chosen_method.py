@@ -101,7 +101,7 @@ def check_method(config: Config) -> None:
 
 
 def _or_instead(method: Method, **changed: Any) -> str:
-    """Names the method that differs in nothing else, if there is one."""
+    """Return words that name the method that differs in `changed` alone, if there is one."""
     wanted = replace(method, about="", **changed)
     alike = [name for name, other in METHODS.items() if replace(other, about="") == wanted]
     return f", or algorithm.method={alike[0]}" if alike else ""

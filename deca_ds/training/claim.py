@@ -234,7 +234,7 @@ def _sign(descriptor: int, job: str) -> None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether this process has the lock now; None where the file system knows none."""
+    """Try to lock the file; returns whether this process has the lock, None if the file system has no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -53,14 +53,14 @@ def digest_of_start(client: Client, layout: ClientLayout) -> str:
 
 
 def _memory(values: torch.Tensor) -> memoryview:
-    """The memory of a tensor, on the host."""
+    """Return the memory of a tensor, or of its copy on the host."""
     flat = values.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 def _digest_of_slices(client: Client) -> str:
-    """Of all parameters, with what rounding took from their masters, and buffers of the client: the same for any number
-    of ranks; all of its ranks call this.
+    """Return a digest of the client's parameters, with what rounding took from their masters, and buffers. It is equal
+    for any number of ranks; all ranks of the client call this.
 
     No two ranks of clients of different sizes hold the same slices, so it is put together from slices of any size:
 
@@ -96,7 +96,7 @@ def weighted_sum(name: str, start: int, values: torch.Tensor) -> int:
 
 
 def _weights(seed: npt.NDArray[np.uint64], start: int, count: int) -> npt.NDArray[np.uint64]:
-    """Odd numbers that hang on seed and position (splitmix64: Steele, Lea, Flood, OOPSLA 2014)."""
+    """Return odd numbers that depend on seed and position (splitmix64: Steele, Lea, Flood, OOPSLA 2014)."""
     z: npt.NDArray[np.uint64] = np.arange(start, start + count, dtype=np.uint64) * _GOLDEN + seed
     z = (z ^ (z >> np.uint64(30))) * _FIRST
     z = (z ^ (z >> np.uint64(27))) * _SECOND

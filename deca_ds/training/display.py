@@ -144,5 +144,5 @@ class Display:
 
 
 def _moves(stream: Any) -> bool:
-    """Whether what is written there can be overwritten."""
+    """Whether text that is written to `stream` can be overwritten."""
     return bool(stream.isatty()) and not Console(file=stream).is_dumb_terminal

@@ -58,7 +58,7 @@ class Watch:
                 raise diverged(self.cluster.client, name, value, f"{self._last}, {self._origin(own)}")
 
     def _origin(self, own: Tensor) -> str:
-        """The ranks whose part is not finite. All ranks of the client call this."""
+        """Name the ranks whose part is not finite. All ranks of the client call this."""
         bad = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.client.device)
         bad[dist.get_rank()] = not own.isfinite()
         dist.all_reduce(bad)

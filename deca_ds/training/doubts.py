@@ -38,7 +38,7 @@ def _format(config: Config) -> str:
 
 
 def _sources(config: Config) -> list[Source]:
-    """Those that may be looked at from anywhere."""
+    """Return the data sources that every machine may read: those of all clients together."""
     data = config.data
     return find_sources(data.train, "data.train") + find_sources(data.evaluation, "data.evaluation")
 

@@ -123,8 +123,8 @@ class Evaluator:
         return squared, differing
 
     def _score(self, dataset: Dataset, what: str, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
-        """Scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part of it. what: it
-        is, for who watches. whose: the model's, for an error's message; this client's if it is left out."""
+        """Return scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part. what: the
+        name of the set on displays. whose: the name of the model in errors; without it that of this client."""
         rank, ranks = self.cluster.shard, self.cluster.ranks
         if shared:
             members, layout = self.cluster.members, self.cluster.layout
@@ -144,7 +144,7 @@ class Evaluator:
         return summarize(totals, dataset, self.data, whose or f"client {self.cluster.client}")
 
     def _sum(self, totals: Tensor) -> Tensor:
-        """Over all clients."""
+        """Sum `totals` over all clients."""
         totals = totals.clone()
         all_reduce_sum(self.transport, totals)
         return totals
@@ -210,8 +210,8 @@ def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def _class_scores(truth: np.ndarray, predicted: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, over the classes that occur in `truth` the recall of each and the mean of their F1 scores, and who was
-    taken for whom how often."""
+    """Return the accuracy, the recall of each class that occurs in `truth`, the mean of their F1 scores, and the
+    confusion matrix."""
     confusion = np.zeros((len(label_names), len(label_names)), dtype=int)
     np.add.at(confusion, (truth, predicted), 1)
     right, actual, answered = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)

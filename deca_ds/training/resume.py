@@ -95,7 +95,8 @@ def _look_at_run(config: Config) -> dict[str, Any]:
 
 
 def _wanted(config: Config, starts: list[dict[str, Any]]) -> int:
-    """Rounds. algorithm.epochs that the run was started with come to what they came to then, whoever has come since."""
+    """Return the number of rounds. If algorithm.epochs is as at an earlier start, so are the rounds, whichever clients
+    have come since."""
     if config.algorithm.rounds is not None:
         return config.algorithm.rounds
     output = Path(config.run.output)
@@ -126,7 +127,7 @@ def _unreadable(path: Path, why: str) -> CheckpointError:
 
 
 def _check_state(model: Path) -> None:
-    """Raise CheckpointError for a model without what a longer run needs, as far as there is one on this host."""
+    """Raise CheckpointError if a trained model on this host lacks the state that a longer run needs."""
     for manifest in model.glob(f"client_*/rank_*/{MANIFEST}"):
         try:
             keeps_state = bool(json.loads(manifest.read_text())["state"])
@@ -220,7 +221,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _try(folder: Path, step: int, own: Part, absent: Collection[int]) -> tuple[ShardedModel | None, dict[str, Any]]:
-    """The checkpoint and its attempt, or None and why this rank cannot use it."""
+    """Return the checkpoint and its attempt, or None and why this rank cannot use it."""
     try:
         saved = open_checkpoint(folder, step, own)
     except CheckpointError as error:

@@ -67,7 +67,7 @@ def check_logging(config: LoggingConfig, *, speaks: bool = False) -> None:
 
 
 def _check_account() -> None:
-    """Raise ConfigError unless Weights & Biases takes what is sent, or nothing is to be sent."""
+    """Raise ConfigError unless Weights & Biases accepts this host's login, or is set to send nothing."""
     wandb: Any = importlib.import_module("wandb")
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
         return
@@ -99,8 +99,8 @@ class _TensorBoard:
 
 
 class _Service(ABC):
-    """See Tracker: a package with runs, which are logged to and finished. A run that fails later does not end
-    training."""
+    """A Tracker over a package that has runs, to which it logs, and which it finishes. A run that fails later does not
+    end training."""
 
     package: ClassVar[str]
     fix: ClassVar[str]  # what to do if a run does not start
@@ -121,7 +121,7 @@ class _Service(ABC):
 
     @abstractmethod
     def _start(self, module: Any, group: str) -> Any:
-        """The run in the package."""
+        """Start the run in the package, and return it."""
 
     @abstractmethod
     def _log(self, numbers: dict[str, float], step: int) -> None:
@@ -129,7 +129,7 @@ class _Service(ABC):
 
     @abstractmethod
     def _place(self) -> str:
-        """Where people find it."""
+        """Return where people find the run."""
 
     def add(self, numbers: Mapping[str, float], step: int) -> None:
         """See Tracker."""
@@ -226,12 +226,12 @@ _SERVICES: dict[str, type[_Service]] = {service.package: service for service in 
 
 
 def _quiet() -> contextlib.AbstractContextManager[object]:
-    """The packages tell on stdout what they do."""
+    """Discard what the packages print on stdout."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def _name_of_run(output: Path, name: str) -> str:
-    """The same at every start of the run, and no other run's."""
+    """Return the tracker's name of the run: the same at every start, and different from that of any other run."""
     path = output / "metrics" / f"{name}.tracker"
     with contextlib.suppress(FileNotFoundError):
         if known := path.read_text().strip():

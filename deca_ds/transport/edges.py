@@ -77,13 +77,13 @@ def save_edges(edges: list[dict[str, Any]], folder: Path) -> str:
 
 
 def _measure(transport: Transport, partner: int) -> tuple[float, float]:
-    """(round trip in ms of 8 bytes, MB/s of LARGE_BYTES) between this rank and that one."""
+    """Return the round trip of 8 bytes in ms, and the rate of LARGE_BYTES in MB/s, between this rank and `partner`."""
     small, large = _fastest(transport, partner, 8), _fastest(transport, partner, LARGE_BYTES)
     return round(1e3 * small, 4), round(2 * LARGE_BYTES / large / 1e6, 1)
 
 
 def _fastest(transport: Transport, partner: int, size: int) -> float:
-    """Seconds of the fastest round trip of a message of `size` bytes; the rank with the lower number begins."""
+    """Return seconds of the fastest round trip of a message of `size` bytes; the rank with the lower number begins."""
     own = transport.rank
     sent = torch.arange(size, dtype=torch.int64).add_(min(own, partner)).to(torch.uint8)
     received = torch.empty_like(sent)

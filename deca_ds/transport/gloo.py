@@ -39,12 +39,12 @@ class GlooTransport(Transport):
             self._group = self._connect(self._key(store), self.peers, timedelta(seconds=self.timeout_s))
 
     def _key(self, store: dist.Store, number: int | None = None) -> dist.Store:
-        """Where the peers meet. number: of the connections, if these are not the first ones."""
+        """Return the part of the store where the peers meet. number: counts later connections; None for the first."""
         group = f"gossip/{self.layout.group_of(self.rank)}"
         return dist.PrefixStore(group if number is None else f"{group}/{number}", store)
 
     def _connect(self, store: dist.Store, peers: list[int], timeout: timedelta) -> dist.ProcessGroupGloo:
-        """A group of `peers`, of which this rank is one."""
+        """Connect the ranks `peers`, of which this rank is one, as a process group."""
         try:
             return dist.ProcessGroupGloo(store, peers.index(self.rank), len(peers), timeout)
         except RuntimeError as error:

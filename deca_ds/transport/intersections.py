@@ -87,7 +87,7 @@ def places(whole: Sequence[Range], some: Sequence[Range]) -> list[Range]:
 
 
 def _clipped(ranges: Sequence[Range], starts: Sequence[int], step: int) -> list[list[Range]]:
-    """What lies in each of the intervals [start, start + step)."""
+    """Return the parts of `ranges` in each of the intervals [start, start + step)."""
     found: list[list[Range]] = [[] for _ in starts]
     for a, b in ranges:
         for place in range(a // step, -(-b // step)):

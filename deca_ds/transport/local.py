@@ -29,15 +29,15 @@ class LocalNetwork:
 
 
 class _Receive:
-    """A message that is expected; None until it is there."""
+    """A message that a rank expects. message: None until it has arrived."""
 
     def __init__(self) -> None:
         self.message: Tensor | None = None
 
 
 class _Mailbox:
-    """Messages of one source, destination and tag go to those who expect them, in the order of both. messages: those
-    that nobody expects yet."""
+    """Delivers messages of one source, destination and tag to the receives, in the order of both. messages: those that
+    no receive expects yet."""
 
     def __init__(self) -> None:
         self.messages: deque[Tensor] = deque()

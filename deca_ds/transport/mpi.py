@@ -35,7 +35,8 @@ def poll(done: Callable[[], bool], deadline: float) -> bool:
 
 
 def _parts(tensor: Tensor) -> list[np.ndarray]:
-    """The memory of a contiguous CPU tensor as bytes (NumPy has no bfloat16), in messages of at most MESSAGE_BYTES."""
+    """Return the memory of a contiguous CPU tensor as bytes (NumPy has no bfloat16), in parts of at most
+    MESSAGE_BYTES."""
     memory = tensor.view(-1).view(torch.uint8).numpy()
     return [memory[a : a + MESSAGE_BYTES] for a in range(0, max(1, memory.nbytes), MESSAGE_BYTES)]
 

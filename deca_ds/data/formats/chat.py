@@ -81,7 +81,7 @@ def _conversation(
     place: str,
     unused: set[str],
 ) -> dict[str, Any]:
-    """reader: makes a message of a turn and its place."""
+    """Read a row as an example of a conversation. reader: makes a message of a turn and its place."""
     refuse_unwanted(row, place, unused)
     column = format.turns
     turns = value_of(row, column, place)
@@ -140,7 +140,7 @@ def _openai_turn(turn: Mapping[str, Any], at: str) -> dict[str, Any]:
 
 
 def _content(turn: Mapping[str, Any], role: str, calls: bool, at: str) -> str:
-    """The content as text; "" only where nothing need be said: beside tool calls, by tools, as the system."""
+    """Return a turn's content as text; it may be "" only beside tool calls, and in turns of tools and of the system."""
     content = turn.get("content") if calls or role == "system" else value_of(turn, "content", at)
     if isinstance(content, list):
         for part in content:

@@ -99,7 +99,7 @@ def talk(speakers: Sequence[Speaker], sampling: Sampling, seed: int, console: Co
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, until the input ends."""
+    """Yield the lines that the user types, until the input ends."""
     asks = sys.stdin.isatty()
     if asks:
         import readline  # noqa: F401  (input() then lets its user edit the line and call earlier ones)

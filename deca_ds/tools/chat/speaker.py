@@ -80,7 +80,7 @@ class Speaker:
         return streamer.text if self.has_template else self._continuation(tokens[0], length) or streamer.text
 
     def _continuation(self, tokens: Tensor, length: int) -> str:
-        """The text of `tokens` from `length` on, with a space that some tokenizers drop at a beginning."""
+        """Return the text of `tokens` from `length` on, with a first space that some tokenizers drop."""
         whole, before = (
             str(self._tokenizer.decode(part, skip_special_tokens=True)) for part in (tokens, tokens[:length])
         )
@@ -114,7 +114,8 @@ class Speaker:
             ) from error
 
     def _generation(self, sampling: Sampling, room: int) -> GenerationConfig:
-        """The model's own, for its special tokens and its kind of sampling; greedy is the same for all."""
+        """Return the model's own settings, with its special tokens and its kind of sampling; greedy decoding takes the
+        special tokens alone, and so is the same for all models."""
         given = self._model.generation_config
         own = {} if given is None else given.to_diff_dict()
         if sampling.temperature:

@@ -125,7 +125,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _here(config: Config, client: int | None) -> tuple[list[int], dict[int, str]]:
-    """The clients to look at, and those whose private files this machine does not have."""
+    """Return the clients to look at, and why others are left out whose private files this machine does not have."""
     if client is not None:
         return [client], {}
     everybody = range(config.cluster.clients)
@@ -157,7 +157,7 @@ def _labels(examples: Dataset, words: Mapping[str, str]) -> Counter[str]:
 
 
 def _some(train: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Shown]:
-    """So many sequences, at equal distances."""
+    """Return `count` sequences at equal distances, or all if there are fewer."""
     numbers = sorted({int(place) for place in np.linspace(0, len(train) - 1, min(count, len(train)))})
     found = []
     for number in numbers:

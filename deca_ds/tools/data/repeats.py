@@ -97,7 +97,7 @@ def repeats(sets: Mapping[int, Mapping[str, Contents]]) -> Repeats:
 
 
 def _again(client: int, of: Contents) -> list[Pair]:
-    """Some pairs within one set."""
+    """Return some pairs of equal examples within one set."""
     _, first, inverse = np.unique(of.hashes, return_index=True, return_inverse=True)
     later = np.flatnonzero(first[inverse] != np.arange(len(of.hashes)))[:_PLACES]
     return _named([((client, of, int(index)), (client, of, int(first[inverse[index]]))) for index in later])
@@ -106,7 +106,7 @@ def _again(client: int, of: Contents) -> list[Pair]:
 def _pairs(
     client: int | None, of: Contents, indices: npt.NDArray[np.intp], train: Mapping[int, Contents]
 ) -> list[Pair]:
-    """Some of the examples with these indices, each with a place where somebody trains on it."""
+    """Return some of the examples with these indices, each with a place where a client trains on it."""
     found = []
     for index in map(int, indices[:_PLACES]):
         for other, there in train.items():

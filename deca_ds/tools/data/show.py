@@ -122,7 +122,7 @@ def _whose(found: Found) -> str:
 
 
 def _labels(console: Console, found: Found) -> list[Table]:
-    """How many examples each client trains on, by label or else by group; as many clients a table as fit."""
+    """Tabulate how many examples each client trains on, by label or else by group; as many clients a table as fit."""
     by_label = bool(found.clients[0].labels)
     columns: dict[str, Counter[str]] = {}
     for client in found.clients:
@@ -209,7 +209,7 @@ def _shortened(text: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """Without characters that move a cursor or turn the direction of writing."""
+    """Return the text without characters that move a cursor or change the direction of writing."""
     return "".join(
         one if one in "\n\t" or unicodedata.category(one) not in ("Cc", "Cf", "Cs") else f"\\u{ord(one):04x}"
         for one in text

@@ -72,5 +72,5 @@ def _port(text: str) -> int:
 
 
 def _ranks(config: Config) -> int:
-    """That one machine would run: a rank a client, where the configuration does not say."""
+    """Return the number of ranks on a single machine: one a client, unless the configuration says."""
     return sum(config.cluster.ranks) if config.cluster.ranks is not None else config.cluster.clients

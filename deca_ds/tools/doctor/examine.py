@@ -88,7 +88,7 @@ def examine(
 
 
 def _silent(of: HostFacts, error: Unreachable | OSError) -> HostFacts:
-    """What is known of a host that has not answered."""
+    """Return what is known of a host that has not answered."""
     return replace(of, sight=None, fault=str(error), said=getattr(error, "said", ""))
 
 
@@ -116,7 +116,7 @@ def _clock(agent: Host) -> Clock:
 
 
 def _share(hosts: Mapping[str, HostFacts], agents: Mapping[str, Host], output: str) -> dict[str, HostFacts]:
-    """Every host leaves a file in run.output and looks for those of the others."""
+    """Have every host write a file into run.output and look for those of the others."""
     names = {name: f".deca-doctor-{secrets.token_hex(8)}" for name in agents}
     found = dict(hosts)
 
@@ -154,7 +154,8 @@ def _sees(own: Host, first: HostFacts) -> bool:
 
 
 def _pairs(hosts: Sequence[str]) -> list[tuple[str, str]]:
-    """Which hosts to try where no configuration tells: each with the next one and with the first."""
+    """Return the pairs of hosts to try without a configuration: all, or of many hosts each with the next and the
+    first."""
     if len(hosts) <= _ALL_PAIRS:
         return list(combinations(hosts, 2))
     near = [*pairwise(hosts), *((hosts[0], host) for host in hosts[2:])]
@@ -204,7 +205,8 @@ def _links(
 
 
 def _try_mpi(here: Sight, hosts: Sequence[str] | None, within_s: float) -> MpiTrial | None:
-    """Two processes here, or one on each of `hosts`; None without mpirun or mpi4py, or where nothing is to be tried."""
+    """Try MPI with two processes here, or one on each of `hosts`; None without mpirun or mpi4py, or if there is nothing
+    to try."""
     mpirun = tool("mpirun")
     if mpirun is None or not here["mpi"]:
         return None
@@ -241,6 +243,6 @@ def _try_mpi(here: Sight, hosts: Sequence[str] | None, within_s: float) -> MpiTr
 
 
 def _first_sentence(text: str) -> str:
-    """Of what mpirun says between its rulers."""
+    """Return the first sentence of what mpirun prints between its rulers."""
     lines = [line.strip() for line in text.splitlines() if line.strip(" -\t")]
     return " ".join(lines).partition(". ")[0][:160]

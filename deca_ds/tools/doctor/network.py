@@ -75,7 +75,7 @@ def _where_to_write(names: dict[str, str]) -> str:
 
 
 def _towards(facts: Facts, host: str, between: list[Interface]) -> str:
-    """The interface of the address that the others know the host by."""
+    """Return the interface with the address by which the others know the host."""
     known = facts.hosts[host].addresses or []
     named = [e["name"] for e in between if any(a.partition("/")[0] in known for a in e["addresses"])]
     return named[0] if named else between[0]["name"]

@@ -70,7 +70,7 @@ def output(facts: Facts) -> Iterator[Verdict]:
 
 
 def _refused(needs: Needs, folder: Folder, seen_here: bool) -> UserError | None:
-    """Why a start would not take a host's run.output. seen_here: it is what this machine sees, too."""
+    """Return why a start would refuse a host's run.output, if so. seen_here: this machine sees the same folder."""
     if needs.refused is not None and seen_here:
         return needs.refused
     return already_used(Path(needs.output)) if needs.resume == "never" and holds_more(folder["holds"]) else None
@@ -116,7 +116,7 @@ def memory(facts: Facts) -> Iterator[Verdict]:
 
 
 def _gpu_bytes(gpu: str) -> int:
-    """Of a line of nvidia-smi: name, driver, "81559 MiB"."""
+    """Return the memory in a line of nvidia-smi, which reads name, driver, "81559 MiB"; 0 if there is none."""
     size = gpu.rsplit(",", 1)[-1].split()
     return int(size[0]) * 2**20 if len(size) == 2 and size[0].isdigit() else 0
 

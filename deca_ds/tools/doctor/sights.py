@@ -119,7 +119,7 @@ def addresses(name: str) -> list[str]:
 
 
 def _code() -> tuple[str, str]:
-    """Digest and folder of the package, without importing it."""
+    """Return digest and folder of the package, without importing it."""
     spec = importlib.util.find_spec("deca_ds")
     if spec is None or spec.origin is None:
         return "", ""
@@ -135,7 +135,7 @@ def _version(package: str) -> str:
 
 
 def _gpus(tool_s: float) -> tuple[list[str], str]:
-    """A line a GPU, and why there is none where there should be one."""
+    """Return a line for each GPU, and why there is none where there should be one."""
     if shutil.which("nvidia-smi") is None:
         return [], ""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -144,7 +144,7 @@ def _gpus(tool_s: float) -> tuple[list[str], str]:
 
 
 def _run(command: Sequence[str], within_s: float) -> tuple[str, str]:
-    """What a program prints, and what went wrong."""
+    """Run a program; return what it prints, and what went wrong."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PMI_"))}
     try:
         ended = subprocess.run(
@@ -204,7 +204,7 @@ def _port_taken(port: int) -> str:
 
 
 def _memory() -> int:
-    """That programs may take: what the host has free, or its control group leaves."""
+    """Return the bytes that programs may use: the host's free memory, or what its control group leaves."""
     free = 0
     with contextlib.suppress(OSError, ValueError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

@@ -61,7 +61,7 @@ def _columns(facts: Facts, findings: Sequence[Finding]) -> list[str]:
 
 
 def _groups(width: int, columns: Sequence[str]) -> list[list[str]]:
-    """The hosts, as many to a table as fit."""
+    """Split the hosts into tables, as many to each as fit."""
     room = width - max(map(len, CHECKS)) - _SEEN - _BORDERS
     groups: list[list[str]] = [[]]
     left = room
@@ -75,7 +75,7 @@ def _groups(width: int, columns: Sequence[str]) -> list[list[str]]:
 
 
 def _wide(host: str) -> int:
-    """Of a column, with its border."""
+    """Return the width of a host's column, with its border."""
     return max(4, len(host)) + 3
 
 
@@ -106,7 +106,7 @@ def _links(console: Console, facts: Facts) -> None:
 
 
 def _merged(findings: Sequence[Finding]) -> list[Finding]:
-    """Those that say the same of several hosts as one."""
+    """Merge findings that say the same of several hosts."""
     hosts: dict[tuple[str, State, str, str], list[str]] = {}
     for finding in findings:
         hosts.setdefault((finding.check, finding.state, finding.what, finding.fix), []).append(finding.host)

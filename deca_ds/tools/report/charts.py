@@ -277,10 +277,10 @@ def thin(rows: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:
 
 
 def _rounded(row: Mapping[str, Value]) -> dict[str, Value]:
-    """To the digits that a chart can show."""
+    """Round the numbers of a row to the digits that a chart can show."""
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _wide(height: int) -> Spec:
-    """As wide as the page lets it be."""
+    """Return the part of a chart's specification that makes it as wide as the page allows."""
     return {"width": "container", "height": height, "autosize": {"type": "fit-x", "contains": "padding"}}

@@ -109,7 +109,7 @@ def logged(run: Run) -> str:
 
 
 def _clients(run: Run) -> list[Series]:
-    """The clients, each with its colour, or what stands for many of them."""
+    """Return a series for each client, or one series for their mean if there are many."""
     if len(run.steps) > SINGLE:
         name = f"mean of {len(run.steps)} clients; the band is their range"
         return [Series("average", name, 0, band=True)]
@@ -133,7 +133,7 @@ def _ranges(
     unit: str,
     look: Look,
 ) -> Figure | None:
-    """every: the curves of each run's clients."""
+    """Draw the mean over clients and their range, for each run. every: the curves of each run's clients."""
     curves: dict[str, Curve] = {}
     for key, own in every.items():
         curves |= _range(key, own)
@@ -142,7 +142,7 @@ def _ranges(
 
 
 def _range(key: str, own: Sequence[Curve]) -> dict[str, Curve]:
-    """The mean of the curves and, of several, their lowest and highest values."""
+    """Return the mean of the curves and, if there are several, their lowest and highest values."""
     values = {step: [curve[step] for curve in own if step in curve] for step in {s for curve in own for s in curve}}
     found: dict[str, Curve] = {key: {step: fmean(each) for step, each in values.items()}}
     if len(own) > 1:
@@ -154,8 +154,8 @@ def _range(key: str, own: Sequence[Curve]) -> dict[str, Curve]:
 def _figure(
     title: str, text: str, curves: Mapping[str, Curve], series: Sequence[Series], unit: str, look: Look
 ) -> Figure | None:
-    """None where none of the series has a value. curves: by their keys, or those of clients, of which "average" and its
-    range are made."""
+    """Draw a figure; None if no series has a value. curves: by the keys of series; those of clients also give the curve
+    "average" and its range."""
     own = [curve for key, curve in curves.items() if key.startswith("c") and curve]
     named = {**curves, **_range("average", own)}
     shown = [s for s in series if named.get(s.key)]
@@ -177,7 +177,7 @@ def _drawn(figures: Sequence[Figure | None]) -> list[Figure]:
 
 
 def _of_steps(run: Run, value: Callable[[Step], float | None]) -> dict[str, Curve]:
-    """A client's curve each."""
+    """Return a curve for each client."""
     return {
         f"c{client}": {step.step: found for step in steps if (found := value(step)) is not None}
         for client, steps in run.steps.items()

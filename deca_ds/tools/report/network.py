@@ -66,7 +66,8 @@ def _mixing(run: Run) -> MixingSchedule | None:
 
 
 def _sent(run: Run, mixing: MixingSchedule | None, i: int, j: int) -> float | None:
-    """A client sends the same to all of its neighbours at an averaging, and over a period to each its share."""
+    """Return the bytes between two clients: a client sends the same to all of its neighbours at an averaging, and over
+    a period to each its share."""
     if mixing is None:
         return None
     sent = sent_by_client(run)
@@ -80,7 +81,7 @@ def _sent(run: Run, mixing: MixingSchedule | None, i: int, j: int) -> float | No
 
 
 def _places(run: Run) -> tuple[tuple[float, float], ...]:
-    """On a circle, client 0 at the top; the hub of a star in its middle."""
+    """Place the clients on a circle, client 0 at the top; the hub of a star is in the middle."""
     n, star = run.clients, run.config.get("gossip.graph") == "star" and run.clients > 2
     around = n - star
     places = [(0.0, 0.0)] if star else []

@@ -64,7 +64,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 class _Places:
-    """Gives each figure its place in the page, and keeps what is to be drawn there."""
+    """Gives each figure its place in the page, and keeps the specifications of the charts."""
 
     def __init__(self) -> None:
         self._specs: dict[str, charts.Spec] = {}
@@ -75,7 +75,7 @@ class _Places:
         return name
 
     def script(self) -> str:
-        """JSON that cannot end the element that it stands in."""
+        """Return all specifications as JSON that cannot end the script element around it."""
         value = {"config": charts.CONFIG, "charts": self._specs}
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -120,12 +120,12 @@ def _comparison(runs: Sequence[Run], nets: Sequence[Network], defaults: dict[str
 
 
 def _mark_class(series: str) -> str:
-    """c12, a client, or r3, a run -> the style sheet's class of its colour."""
+    """Return the style sheet's class for the colour of a series: c12, a client, or r3, a run."""
     return f"m{int(series[1:]) % charts.COLOURS}" if series[1:].isdigit() else "mm"
 
 
 def _hash(script: str) -> str:
-    """What the page's content security policy allows to run, and nothing else."""
+    """Return the hash of a script, by which the page's content security policy allows it alone to run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -145,7 +145,7 @@ def _template() -> Any:
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script, about 0.9 MB."""
+    """Return Vega, Vega-Lite and Vega-Embed in one script, about 0.9 MB."""
     try:
         import vl_convert
     except ImportError as error:

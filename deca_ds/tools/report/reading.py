@@ -60,7 +60,7 @@ def _check(folder: Path) -> None:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The ends of the paths that tell them apart."""
+    """Return for each path the shortest end that distinguishes it from the others."""
     names = []
     for path in paths:
         others = [other.parts for other in paths if other != path]
@@ -150,7 +150,7 @@ class _Folder:
         return (names[-1], self._message(self.path / names[-1])) if names else None
 
     def _text(self, path: Path) -> str:
-        """Of a file that may be gone by now."""
+        """Return the text of a file; "" if it is gone by now."""
         try:
             return path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -163,7 +163,7 @@ class _Folder:
         return self._text(path).strip()[:_LARGEST_MESSAGE]
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The objects of a JSON Lines file; the last line of a run that was killed may be torn."""
+        """Yield the objects of a JSON Lines file; the last line of a run that was killed may be incomplete."""
         bad = 0
         for line in filter(None, self._text(self.path / name).split("\n")):
             record = _json(line)
@@ -176,7 +176,7 @@ class _Folder:
             self.notes.append(f"{name}: {lines} left out")
 
     def _entries(self, name: str) -> list[dict[str, Any]]:
-        """The objects of a JSON list."""
+        """Return the objects of a JSON list."""
         text = self._text(self.path / name)
         read = _json(text)
         if text and not isinstance(read, list):
@@ -194,7 +194,7 @@ class _Folder:
 
 
 def _json(text: str) -> Any:
-    """None for what is no JSON."""
+    """Parse JSON; None if `text` is no JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

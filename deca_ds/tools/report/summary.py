@@ -180,7 +180,7 @@ def score_rows(run: Run, kind: str) -> list[Row]:
 
 
 def _comparable(run: Run, kind: str, every: Sequence[tuple[int, Scores]]) -> list[tuple[int, Scores]]:
-    """The scores of all clients together that are of the same examples as the last: a client that has left has taken
+    """Return those scores of all clients together that cover the same examples as the last: a client that leaves takes
     its own set with it."""
     return [each for each in every if kind == "common" or run.members(each[0] + 1) == run.members(every[-1][0] + 1)]
 

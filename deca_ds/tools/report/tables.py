@@ -206,7 +206,7 @@ def overview(runs: Sequence[Run], nets: Sequence[Network]) -> Table:
 
 
 def _best(runs: Sequence[Run]) -> str:
-    """Who comes first, where that can be said: of runs that all have the same kind of scores."""
+    """Say which run is best, if all runs have the same kind of scores."""
     finals = [(run.name, scores) for run in runs if (scores := clients_scores(run)) is not None]
     losses = [(scores.loss, name) for name, scores in finals if scores.loss is not None]
     rights = [(-scores.accuracy, name) for name, scores in finals if scores.accuracy is not None]
@@ -218,7 +218,7 @@ def _best(runs: Sequence[Run]) -> str:
 
 
 def _column(run: Run, net: Network, gap: Gap | None) -> dict[str, str]:
-    """What there is to say of a run beside others."""
+    """Return the column of a run in the comparison with others."""
     final = clients_scores(run)
     means = [scores for _, scores in run.mean_scores]
     distances = [each.distance for each in run.together if each.distance is not None]
