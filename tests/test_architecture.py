@@ -166,7 +166,7 @@ SET_FROM_OUTSIDE = {
         "config/paths.py": ["setattr(section, name)"],
     },
     "parts of one thing that a module is about, which nobody else sets": {
-        "elastic/protocol.py": ["peer.known", "peer.ready", "self._visitors[rank].store"],
+        "elastic/protocol.py": ["peer.known", "peer.ready", "self._rejoining[rank].store"],
         "engine/client.py": ["self._state.reached"],
         "gossip/averaging.py": ["gossip.bytes_sent", "gossip.wait_seconds"],
         "gossip/strategies.py": ["gossip.wait_seconds", "message.staged", "message.weights"],

@@ -1,4 +1,4 @@
-"""Clients that die and come back: agreements on who is in, the failure policy, new connections, and the handover."""
+"""Clients that die and rejoin: agreements on the members, the failure policy, new connections, and the handover."""
 
 from deca_ds.elastic.agent import ElasticAgent
 from deca_ds.elastic.invitation import Invitation
@@ -7,7 +7,7 @@ from deca_ds.elastic.policy import check_absent
 from deca_ds.elastic.quorum_client import QuorumClient, open_votes
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
-from deca_ds.elastic.rejoin import Visit, join_job, save_addresses
+from deca_ds.elastic.rejoin import Rejoin, join_job, save_addresses
 from deca_ds.elastic.survivor_commit import Question, SurvivorCommit
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "QuorumClient",
     "ReconnectingGloo",
     "ReconnectingUlfm",
+    "Rejoin",
     "SurvivorCommit",
-    "Visit",
     "check_absent",
     "join_job",
     "open_votes",

@@ -1,5 +1,5 @@
 """What a rank does when the view changes: it adapts the matrices, obeys the failure policy, and hands its state over to
-clients that come back."""
+rejoining clients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ElasticAgent:
     """Subscribes to changes of the view, and adds its questions to every agreement of the commit.
 
     rejoinable: the transport over torch, which lets clients in; None over MPI. mixing: the matrices from the start of
-    the run. lookout: on leaders, with cluster.return_s. returns: whether this client stops training here to join the
+    the run. lookout: on leaders, with cluster.return_s. returns: whether this client stops training here to rejoin the
     others.
     """
 
@@ -77,7 +77,7 @@ class ElasticAgent:
                     self.metrics.job("handover", state.done, record)
 
     def wait_for_admission(self, state: TrainingState) -> None:
-        """For a client that comes back: wait until it is let in, and take over a neighbour's state."""
+        """On a rejoining client, wait until it is let in, and take over a neighbour's state."""
         assert self.rejoinable is not None
         self.cluster.progress.enter("waiting to be let in")
         self.rejoinable.enter()
@@ -92,7 +92,8 @@ class ElasticAgent:
             send(self.gossip.transport, to, state)
 
     def _giver(self, to: int) -> int:
-        """The client that hands its state to client `to`: its first neighbour among the members, else the first."""
+        """Return the client that hands its state to client `to`: its first neighbour among the members, else the first
+        member."""
         mixing, members = self.gossip.schedule, self.cluster.members
         sources = {j for t in range(mixing.period) for j in mixing.sources(to, t)}
         return next((client for client in members.clients if client in sources), members.first)
@@ -109,19 +110,19 @@ class ElasticAgent:
     def _view_changed(self, before: View, view: View) -> None:
         back = [client for client in view.clients if client not in before]
         progress = self.cluster.progress
-        # the inner step under way is averaged again, or for the first time
+        # the members average the current inner step again, or for the first time
         from_step = progress.step + (progress.phase not in ("gradient", "gossip"))
         self._regroup(f"{named(back)} back" if back else f"{named(view.missing)} gone", from_step)
 
     def _regroup(self, who: str, from_step: int) -> None:
-        """Average among the members from now on, and obey the policy."""
+        """Restrict averagings to the members from now on, and obey the policy."""
         view = self.cluster.members
         mixing = subset.without(self.mixing, view.missing)
         parts = subset.parts(mixing, view.clients)
         gap = subset.spectral_gap(mixing, view.clients)
         self.gossip.average_by(mixing)
         why = self._obey(Situation(view, parts))
-        self._warn(f"{who}; {why or f'{len(view)} of {view.total} go on, spectral gap {gap:.4g}'}")
+        self._warn(f"{who}; {why or f'{len(view)} of {view.total} continue, spectral gap {gap:.4g}'}")
         self._record(view, parts, gap, from_step)
 
     def _obey(self, now: Situation) -> str:
@@ -151,5 +152,5 @@ class ElasticAgent:
 
 
 def _now() -> float:
-    """Seconds since 1970, to tell apart what happened in one inner step."""
+    """Return seconds since 1970, to distinguish events of one inner step."""
     return round(time.time(), 3)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-YES, OPEN = 1, 2  # bits of a vote: that this counts; that a returning client may come in after it
+YES, OPEN = 1, 2  # bits of a vote: the work since the last decision counts; a client may rejoin after it
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Of agreement `number`. yes: bit by bit, whether all have said so. news: what the first client's leader had to
-    tell. clients: who is in, the coordinator's first. joining: who comes in now, with its coordinator's address."""
+    """The decision of agreement `number`. yes: the bits to which all ranks have voted yes. news: the announcement of
+    the first client's leader. clients: the members, the coordinator's first. joining: the clients that rejoin now, with
+    their coordinators' addresses."""
 
     number: int
     yes: int
@@ -21,7 +22,7 @@ class Decision:
 
     @property
     def everybody(self) -> tuple[int, ...]:
-        """Who is in from now on, in the order in which they become coordinator."""
+        """The members from now on, in the order in which they become coordinator."""
         return (*self.clients, *(client for client, _, _ in self.joining))
 
     @staticmethod

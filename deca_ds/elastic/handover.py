@@ -1,12 +1,12 @@
-"""The state of training, from one client to one that comes back, between two inner steps.
+"""A client hands the state of training over to a rejoining client, between two inner steps.
 
-It takes over all pieces that deca_ds/engine/state.py lists, but what is a rank's own. Its data, its order and its place
-in them follow from its own files and from that.
+The rejoining client takes over all pieces that deca_ds/engine/state.py lists, except those that belong to a single
+rank. Its data, their order and its place in them follow from its own files and from these pieces.
 
-Of each slice a rank receives what it holds, from those ranks of the giver that hold it too: from the one of its index,
-or, where the two clients differ in size, from those whose slices intersect its own. What is the same on all ranks of a
-client comes from one of them. Pairs of ranks meet in the order of the elements that they share, which is one order for
-all, so that none waits in a circle. A digest of all that went from one rank to another comes last.
+A rank receives its part of each slice from the ranks of the giver that hold that part too: from the rank of the same
+index or, where the two clients differ in size, from the ranks whose slices intersect its own. What is the same on all
+ranks of a client comes from one of them. Pairs of ranks exchange in the order of the elements that they share, which is
+one order for all, so that ranks never wait in a circle. A digest of all that went from one rank to another comes last.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ def send(transport: Transport, to: int, state: TrainingState) -> None:
 def receive(transport: Transport, sender: int, state: TrainingState) -> None:
     """Take over this rank's part of what the ranks of client `sender` give.
 
-    Raises DisconnectedError if what came is not what was sent.
+    Raises DisconnectedError if what arrived is not what was sent.
     """
     _StateTransfer(transport, sender, sends=False).all(state)
 
 
 class _StateTransfer:
-    """This rank's end of a handover. other: the other client. sends: whether it goes there, or comes from there."""
+    """This rank's end of a handover. other: the other client. sends: whether this rank sends, or receives."""
 
     def __init__(self, transport: Transport, other: int, sends: bool):
         self._transport, self._other, self._sends = transport, other, sends
-        # of all so far, by rank; beside these, of what is alike
+        # digests of all slices so far, by rank of the other client, and of what is the same on all ranks
         self._slices: dict[int, hashlib.blake2b] = defaultdict(hashlib.blake2b)
         self._alike_digest = hashlib.blake2b()
         routes = transport.routes
         self._hear_alike = routes.hearers(other) if sends else [routes.source(other)]
 
     def all(self, state: TrainingState) -> None:
-        """Everything, and whether it came as it was sent."""
+        """Transfer everything, and compare the digests."""
         for piece in state.pieces():
             self._piece(piece)
         self._end()
@@ -88,11 +88,11 @@ class _StateTransfer:
             value.set(json.loads(bytes(text.numpy())))
 
     def _alike(self, values: Tensor) -> None:
-        """What all ranks of the giver have whole."""
+        """Transfer a tensor that every rank of the giver has as a whole."""
         self._move(self._hear_alike, values, self._alike_digest)
 
     def _move(self, ranks: Sequence[int], values: Tensor, digest: hashlib.blake2b) -> None:
-        """To all of `ranks`, or from the only one."""
+        """Send `values` to all of `ranks`, or receive them from the only one."""
         exchange = self._transport.exchange
         for part in _messages(values):
             if self._sends:
@@ -105,21 +105,21 @@ class _StateTransfer:
             digest.update(on_host.view(torch.uint8).numpy().data)
 
     def _end(self) -> None:
-        """Compare digests of what was sent and what arrived; the receiver raises GossipError if they differ."""
+        """Compare digests of what was sent and what arrived; the receiver raises DisconnectedError if they differ."""
         digests = [([rank], digest) for rank, digest in sorted(self._slices.items())]
         for ranks, digest in [*digests, (self._hear_alike, self._alike_digest)]:
-            told = _bytes(digest.digest())
-            self._move(ranks, told, hashlib.blake2b())
-            if bytes(told.numpy()) != digest.digest():
+            sent = _bytes(digest.digest())
+            self._move(ranks, sent, hashlib.blake2b())
+            if bytes(sent.numpy()) != digest.digest():
                 raise DisconnectedError(
-                    f"what client {self._other} handed over is not what arrived: the digests differ",
+                    f"what arrived is not what client {self._other} handed over: the digests differ",
                     where=f"client {self._transport.client}",
                     fix="join again; if it happens twice, look at the network",
                 )
 
 
 def _messages(values: Tensor) -> Iterator[Tensor]:
-    """Views, none of them empty."""
+    """Split a tensor into views, none of them empty."""
     return (part for part in values.detach().view(-1).split(_MESSAGE) if part.numel())
 
 

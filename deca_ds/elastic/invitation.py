@@ -1,4 +1,4 @@
-"""What a client that comes back is told about the job, and whether it fits in."""
+"""What a rejoining client learns about the job, and whether it fits in."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Invitation:
     """store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host
     and port. attempt: number of this attempt at the run.
     software: see launch/compare_ranks.py. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
-    data, equal for all clients. rounds: of the run. date: data.date. clients: who is in. visit: tells this visit from
-    all others."""
+    data, equal for all clients. rounds: of the run. date: data.date. clients: the members. rejoin_id: a text that no
+    other rejoin of this job has."""
 
     store: tuple[str, int]
     host: int
@@ -31,17 +31,17 @@ class Invitation:
     rounds: int
     date: str | None
     clients: Sequence[int] = ()
-    visit: str = ""
+    rejoin_id: str = ""
 
     def text(self) -> dict[str, Any]:
-        """For the coordinator, which adds `clients` and `visit`."""
-        told = asdict(self)
-        del told["clients"], told["visit"]
-        return told
+        """Return what the coordinator is to send; it adds `clients` and `rejoin_id`."""
+        content = asdict(self)
+        del content["clients"], content["rejoin_id"]
+        return content
 
     @staticmethod
     def read(message: Mapping[str, Any]) -> Invitation:
-        """Raises TypeError if anything is missing."""
+        """Read a message. Raises TypeError if anything is missing."""
         return Invitation(**{key: value for key, value in message.items() if key != "kind"})
 
     def compare_software(self, config: Config, launch: Launch, own: Mapping[str, str]) -> None:

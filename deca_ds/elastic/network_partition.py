@@ -13,22 +13,23 @@ from deca_ds.elastic.wire import JsonConnection
 from deca_ds.launch.view import Membership
 
 _EVERY_S = 3.0
-_TIMES = 3  # in a row that it has to be seen
+_TIMES = 3  # so often in a row the lookout has to see the other part
 _CONNECT_S = 2.0
 
 
 def goes_first(part: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether the clients of `part` go on as they are and those of `other` come to them: the larger part does, of two
-    that are as large the one with the lowest client number. Both parts say the same."""
+    """Whether the clients of `part` continue and those of `other` rejoin them: the larger part continues; of two
+    equally large ones, the one with the lowest client number. Both parts come to the same answer."""
     return (len(part), -min(part)) > (len(other), -min(other))
 
 
 class Lookout:
-    """A thread of a client's leader. While its client is the first of a part, it asks the coordinators of all clients
-    that the part has lost whether they are at work.
+    """A thread on a client's leader. While its client is the first of a part, it asks the coordinators of all clients
+    that the part has lost whether they are active.
 
-    A coordinator that has only just been cut off, and does not know yet, counts clients that it has lost: of this part,
-    too, or so that without them `min_clients` would not be reached. So what it says has to fit, and to be said again.
+    A coordinator that has only just been cut off, and has not noticed yet, still counts clients that it has lost:
+    clients of this part, or so many others that fewer than `min_clients` are really left. So the lookout believes an
+    answer only if it names no client of this part and at least `min_clients`, several times in a row.
     found: whether there is a part that goes first.
     """
 
@@ -59,7 +60,7 @@ class Lookout:
 
 
 def clients_at(address: tuple[str, int]) -> list[int]:
-    """The clients of the coordinator at `address`; none if it is not at work or out of reach."""
+    """Ask the coordinator at `address` for its members; there are none if it is inactive or out of reach."""
     with contextlib.suppress(OSError, KeyError, TypeError), socket.create_connection(address, _CONNECT_S) as connection:
         line = JsonConnection(connection)
         line.send({"kind": "who"})

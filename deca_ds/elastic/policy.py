@@ -13,8 +13,8 @@ from deca_ds.launch.view import View
 
 
 class Action(Enum):
-    """CONTINUE: train on. STOP: save a checkpoint after this inner step, and end. REJOIN: stop like that, and then try
-    for cluster.return_s to join the others."""
+    """CONTINUE: keep training. STOP: save a checkpoint after this inner step, and end. REJOIN: stop in the same way,
+    then try for cluster.return_s to rejoin the others."""
 
     CONTINUE = auto()
     STOP = auto()
@@ -23,8 +23,8 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Situation:
-    """view: the clients in the job. parts: these clients, in the groups that the graph still connects. larger_part:
-    whether a larger part of a split network can be reached again (network_partition.py)."""
+    """What a verdict depends on. view: the clients in the job. parts: these clients, in the groups that the graph still
+    connects. larger_part: whether a larger part of a split network is in reach again (network_partition.py)."""
 
     view: View
     parts: Sequence[Sequence[int]]
@@ -33,25 +33,25 @@ class Situation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """why: what to print beside the members; may be empty."""
+    """What to do. why: what to print beside the members; may be empty."""
 
     action: Action
     why: str = ""
 
 
 def decide(now: Situation, config: ClusterConfig) -> Verdict:
-    """The verdict for a situation. All ranks see the same situation, so they reach the same verdict."""
+    """Return the verdict for a situation. All ranks see the same situation, so they reach the same verdict."""
     view = now.view
     if now.larger_part:
         clients = named(sorted(view.clients))
-        return Verdict(Action.REJOIN, f"the larger part of the network is in reach again: {clients} will join it")
+        return Verdict(Action.REJOIN, f"the larger part of the network is in reach again: {clients} will rejoin it")
     if len(view) < config.min_clients:
         action = Action.REJOIN if config.return_s > 0 else Action.STOP
         return Verdict(action, f"{len(view)} of {view.total} are left, fewer than cluster.min_clients: stopping")
     if len(now.parts) > 1:
         torn = f"{' and '.join(map(str, now.parts))} do not reach each other any more"
         if config.on_partition == "continue":
-            return Verdict(Action.CONTINUE, f"{torn}: each part goes on by itself")
+            return Verdict(Action.CONTINUE, f"{torn}: each part continues by itself")
         return Verdict(Action.STOP, f"{torn}: stopping")
     return Verdict(Action.CONTINUE)
 
@@ -71,5 +71,5 @@ def check_absent(config: ClusterConfig, mixing: MixingSchedule) -> None:
 
 
 def named(clients: Sequence[int]) -> str:
-    """For messages: "client 3" or "clients 3, 4"."""
+    """Name clients in a message: "client 3" or "clients 3, 4"."""
     return f"client{'s' * (len(clients) > 1)} {', '.join(map(str, clients))}"

@@ -1,4 +1,4 @@
-"""A rank's connection to the coordinator at work, in a thread, and its votes (protocol.py)."""
+"""A rank's votes, and a thread with its connection to the active coordinator (protocol.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 from deca_ds.elastic.agreement import Decision
 from deca_ds.elastic.protocol import Message
 from deca_ds.elastic.quorum_server import QuorumServer
-from deca_ds.elastic.rejoin import Visit
+from deca_ds.elastic.rejoin import Rejoin
 from deca_ds.elastic.voter import Addresses, Effects, Voter
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import CutOffError, DisconnectedError, UserError
@@ -22,12 +22,12 @@ from deca_ds.launch.store import JobStore, own_address
 
 
 class QuorumClient:
-    """A thread keeps the connection to whoever is the coordinator, also while this rank is busy with something else.
+    """A thread keeps the connection to the active coordinator, also while this rank is busy with something else.
 
     addresses: of every client's coordinator; at the start, of those that are there. timeout_s: for all ranks to come to
-    an agreement. silence_s: see Coordinator. own: this client's coordinator, on its leader. visit: of a client that
-    comes back; it does not vote before `enter`. cut_off: set when this client is out, or out of the others' reach.
-    interrupted: set as soon as a client has gone or a rank has voted no, until the next decision.
+    an agreement. silence_s: see Coordinator. own: this client's coordinator, on its leader. rejoin: of a rejoining
+    client, which does not vote before `enter`. cut_off: set when this client is out, or out of the others' reach.
+    interrupted: set as soon as a client is dropped or a rank has voted no, until the next decision.
     """
 
     def __init__(
@@ -38,30 +38,30 @@ class QuorumClient:
         timeout_s: float,
         silence_s: float,
         own: QuorumServer | None = None,
-        visit: Visit | None = None,
+        rejoin: Rejoin | None = None,
     ):
         self.own = own
         self.interrupted, self.cut_off = threading.Event(), threading.Event()
         self.client = layout.client_of(rank)
         self._rank, self._timeout_s = rank, timeout_s
-        self._voter = Voter(rank, addresses, timeout_s, silence_s, None if visit is None else visit.coordinator)
-        self._line = None if visit is None else visit.line
-        self._lock = threading.Lock()  # of the voter, and of what is sent for it
+        self._voter = Voter(rank, addresses, timeout_s, silence_s, None if rejoin is None else rejoin.coordinator)
+        self._line = None if rejoin is None else rejoin.line
+        self._lock = threading.Lock()  # guards the voter, and the sending of its messages
         self._inbox: queue.Queue[Decision | UserError] = queue.Queue()
         threading.Thread(target=self._follow, daemon=True).start()
 
     @property
     def clients(self) -> tuple[int, ...]:
-        """Who is in, by the last decision, in the order in which they become coordinator."""
+        """The members by the last decision, in the order in which they become coordinator."""
         return self._voter.last.everybody
 
     @property
     def addresses(self) -> Addresses:
-        """Of every client's coordinator, as it is now."""
+        """The current address of every client's coordinator."""
         return self._voter.addresses
 
     def enter(self) -> Decision:
-        """For a client that comes back: wait until an agreement of the others lets it in, and return that one.
+        """On a rejoining client, wait until an agreement of the others lets it in, and return that decision.
 
         Raises CutOffError if the coordinator is lost before.
         """
@@ -70,9 +70,9 @@ class QuorumClient:
         return self._wait(threading.TIMEOUT_MAX)
 
     def vote(self, yes: int, news: str = "") -> Decision:
-        """Give answers, a bit each, and news, a short text; returns when all have.
+        """Vote with answers, a bit each, and news, a short text; returns the decision once all ranks have voted.
 
-        Raises CutOffError if this client is out or cut off, DisconnectedError if not all ranks come within the time
+        Raises CutOffError if this client is out or cut off, DisconnectedError if not all ranks vote within the time
         limit.
         """
         with self._lock:
@@ -80,26 +80,26 @@ class QuorumClient:
         return self._wait(self._timeout_s)
 
     def leave(self, why: str) -> NoReturn:
-        """Put this client out, so that the others go on. Raises CutOffError."""
+        """Take this client out of the job, so that the others continue. Raises CutOffError."""
         with self._lock:
             self._do(self._voter.leave(why))
         raise CutOffError(f"this client leaves the job: {why}", where=f"rank {self._rank}", fix="look at the network")
 
     def out_of_reach(self) -> list[int]:
-        """Other clients that are in, to whose coordinators there is no connection from here."""
+        """Return the other members to whose coordinators this rank cannot connect."""
         others = [client for client in self.clients if client != self.client]
         with ThreadPoolExecutor(len(others)) as pool:
             reached = list(pool.map(is_in_reach, (self.addresses[client] for client in others)))
         return [client for client, reaches in zip(others, reached, strict=True) if not reaches]
 
     def stalled(self) -> None:
-        """From another thread, again and again while nobody in the job moves on: who hangs has to go. First those who
-        wait for messages stop that, and vote."""
+        """Report that nobody in the job makes progress, so that hanging clients are dropped. First the ranks that wait
+        for messages stop waiting, and vote. Another thread calls this regularly as long as it is so."""
         with self._lock:
             self._do(self._voter.stalled())
 
     def close(self) -> None:
-        """This rank is through."""
+        """Say that this rank is done."""
         with self._lock:
             self._do(self._voter.goodbye())
 
@@ -108,7 +108,7 @@ class QuorumClient:
             decided = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             raise DisconnectedError(
-                f"no agreement within {timeout_s:g} s: not all ranks have come to it",
+                f"no agreement within {timeout_s:g} s: not all ranks have voted",
                 where=f"rank {self._rank}",
                 fix="look for a rank that hangs; if it is only slow, raise cluster.timeout_s",
             ) from None
@@ -117,7 +117,7 @@ class QuorumClient:
         return decided
 
     def _follow(self) -> None:
-        """In the thread: go from coordinator to coordinator."""
+        """In the thread, follow the active coordinator from client to client."""
         while (coordinator := self._voter.coordinator) is not None:
             if self._line is None:
                 self._connect(self.addresses[coordinator])
@@ -139,7 +139,7 @@ class QuorumClient:
             self._do(self._voter.ended(now) if line is None else self._voter.connected(now))
 
     def _hear(self, messages: list[Message] | None) -> None:
-        """Of None, the end of the connection."""
+        """Handle messages or, with None, the end of the connection."""
         assert self._line is not None
         try:
             for message in messages or ():
@@ -153,7 +153,7 @@ class QuorumClient:
             self._do(self._voter.ended(time.monotonic()))
 
     def _do(self, effects: Effects) -> None:
-        """With the lock."""
+        """Carry out effects of the voter; the caller holds the lock."""
         if self._voter.interrupted:
             self.interrupted.set()
         else:
@@ -171,12 +171,13 @@ class QuorumClient:
 def open_votes(
     launch: Launch, layout: ClientLayout, store: JobStore, timeout_s: float, silence_s: float
 ) -> QuorumClient:
-    """Start this client's coordinator, if this rank is its leader, and join the one at work. All ranks call this."""
+    """Start this client's coordinator, if this rank is its leader, and connect to the active one. All ranks call
+    this."""
     client, coordinator = layout.client_of(launch.rank), None
     clients = launch.clients(layout)
     if launch.rank == layout.leader_of(client):
         assert store.address is not None, "a single process has nobody to vote with"
         coordinator = QuorumServer(layout, client, own_address(store.address), timeout_s, clients, silence_s)
-    told = store.gather(launch, "coordinators", coordinator and coordinator.address)
-    addresses: Addresses = {c: tuple(told[layout.leader_of(c)]) for c in clients}
+    gathered = store.gather(launch, "coordinators", coordinator and coordinator.address)
+    addresses: Addresses = {c: tuple(gathered[layout.leader_of(c)]) for c in clients}
     return QuorumClient(launch.rank, layout, addresses, timeout_s, silence_s, coordinator)

@@ -1,4 +1,4 @@
-"""A client's coordinator in a thread: listens, and sends what the protocol says (protocol.py)."""
+"""A thread that runs a client's coordinator: it listens, and sends what the protocol says (protocol.py)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from deca_ds.launch import ClientLayout
 
 
 class QuorumServer:
-    """See Coordinator for all but `host`, the address to listen at.
-
-    address: where ranks reach it.
-    """
+    """host: the address to listen at; for the other parameters see Coordinator. address: where ranks reach it."""
 
     def __init__(
         self, layout: ClientLayout, client: int, host: str, timeout_s: float, clients: Sequence[int], silence_s: float
@@ -33,12 +30,12 @@ class QuorumServer:
 
     @property
     def invitation(self) -> Message | None:
-        """What a returning client has to know."""
+        """What a rejoining client has to know."""
         return self._coordinator.invitation
 
     def invite(self, invitation: Message) -> None:
-        """Tell this to clients that come back, from now on. Called by the leader, again whenever it changes, from its
-        own thread."""
+        """Send this to rejoining clients from now on. The leader calls this from its own thread, again after each
+        change."""
         self._coordinator.invite(invitation)
 
     def _serve(self) -> None:

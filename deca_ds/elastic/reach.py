@@ -1,7 +1,8 @@
-"""Who leaves when some clients cannot reach each other, though all of them reach the coordinator.
+"""Which clients leave when some cannot reach each other, though all of them reach the coordinator.
 
-Every client votes whom it cannot reach, a bit for each ordered pair of clients, so that one agreement tells all of them
-the same. Clients leave until every pair of those who stay can meet: first the one that most cannot reach.
+Every client votes on whom it cannot reach, a bit for each ordered pair of clients, so that all clients learn the same
+from one agreement. Clients leave until every remaining pair can connect; the first to leave is the client that the most
+others cannot reach.
 """
 
 from __future__ import annotations
@@ -12,23 +13,24 @@ from collections.abc import Collection, Sequence
 from deca_ds.elastic.agreement import OPEN, YES
 from deca_ds.errors import DisconnectedError
 
-_ATTEMPTS = 4  # in a row to meet, by the same clients
-_FIRST = 2  # bit: those below are agreement.YES and OPEN
+_ATTEMPTS = 4  # of the same clients to connect, in a row
+_FIRST = 2  # the lowest bit for a pair: the bits below are agreement.YES and OPEN
 
 Pair = tuple[int, int]  # clients, the smaller number first
 
 
 def vote(through: bool, client: int, out_of_reach: Collection[int], total: int) -> int:
-    """What a rank of `client`, of `total` clients, says after an attempt to meet: a number to be joined by AND.
+    """Return the vote of a rank of `client`, of `total` clients, after an attempt to connect. through: whether the rank
+    has connected.
 
-    It lets nobody in: those who meet are not where a client that comes back could take over.
+    The vote lacks OPEN: in the middle of an attempt, no client can rejoin and take over the state.
     """
     apart = sum(1 << _FIRST + client * total + other for other in out_of_reach)
     return ~apart & ~OPEN & (-1 if through else ~YES)
 
 
 def pairs_apart(yes: int, clients: Sequence[int], total: int) -> set[Pair]:
-    """The pairs of `clients` of which one has said in its `vote` that it does not reach the other."""
+    """Return the pairs of `clients` in which one has said in its `vote` that it does not reach the other."""
     return {
         (min(one, other), max(one, other))
         for one in clients
@@ -38,7 +40,7 @@ def pairs_apart(yes: int, clients: Sequence[int], total: int) -> set[Pair]:
 
 
 def who_leaves(apart: Collection[Pair], clients: Sequence[int]) -> list[int]:
-    """Those of `clients` without whom no pair is apart: whoever is in most pairs first, of equals the last one."""
+    """Return clients without which no pair is apart. Those in the most pairs go first; of equals, the last in line."""
     left, leaving = set(apart), []
     while left:
         count = Counter(client for pair in left for client in pair)
@@ -48,7 +50,7 @@ def who_leaves(apart: Collection[Pair], clients: Sequence[int]) -> list[int]:
 
 
 class Attempts:
-    """Of the same clients to meet, one after another. A pair counts as apart when it was so twice in a row."""
+    """Successive attempts of the same clients to connect. A pair counts as apart when it was so twice in a row."""
 
     def __init__(self) -> None:
         self._clients: tuple[int, ...] = ()
@@ -56,7 +58,7 @@ class Attempts:
         self._failed = 0
 
     def failed(self, clients: tuple[int, ...], apart: set[Pair]) -> list[int]:
-        """Who leaves now. Raises DisconnectedError if it has failed too often for no reason that anybody sees."""
+        """Return the clients that leave now. Raises DisconnectedError after too many failures that no pair explains."""
         if clients != self._clients:
             self._clients, self._apart, self._failed = clients, set(), 0
         self._failed += 1
@@ -64,8 +66,8 @@ class Attempts:
         self._apart = apart
         if self._failed == _ATTEMPTS and not leaving:
             raise DisconnectedError(
-                f"{len(clients)} clients have tried {_ATTEMPTS} times to connect anew, in vain, though all of them "
-                "reach each other's coordinators",
+                f"{len(clients)} clients have failed {_ATTEMPTS} times to reconnect, though all of them reach each "
+                "other's coordinators",
                 fix="look for a firewall that lets through only some ports; on several networks set GLOO_SOCKET_IFNAME",
             )
         return leaving

@@ -1,8 +1,8 @@
 """ReconnectingGloo: messages over gloo that outlive dead clients, by votes at a coordinator (elastic/protocol.py).
 
-Gloo cannot take clients out of a group, nor be told to stop waiting. So a thread waits for each message, the rank looks
-meanwhile whether a client has gone, and after a death the survivors make a new group. What was under way in the old one
-is left to its threads: gloo may write into its buffers as long as the connections last.
+Gloo cannot remove clients from a group, and cannot interrupt a wait. So a thread waits for each message while the rank
+watches for the loss of a client, and after a loss the survivors form a new group. The old group's threads keep its
+pending operations: gloo may write into their buffers as long as the connections last.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
 from deca_ds.transport import Endpoint, GlooTransport, TorchExchange
 
-_CONNECT_S = 30.0  # for the survivors, who have just agreed, to meet in a new group
-_LOOK_S = 0.02  # between two looks at whether a client has gone
+_CONNECT_S = 30.0  # for the survivors, who have just agreed, to connect in a new group
+_LOOK_S = 0.02  # between two looks at whether a client was dropped
 
 
 class ReconnectingGloo(GlooTransport):
-    """See GlooTransport and Reconnecting; clients that come back can be let in.
+    """See GlooTransport and Reconnecting; it can also let rejoining clients in, and keeps the end's membership current.
 
-    site: where the store is in which they meet. announcement: what the leader of the first client of a new view tells
-    the others. connected: False for a client that comes back, until it is let in. It keeps the end's membership up to
-    date.
+    site: where the store is through which they connect. announcement: what the leader of the first client of a new view
+    tells the others. connected: False for a rejoining client, until it is let in.
     """
 
     def __init__(
@@ -50,20 +49,21 @@ class ReconnectingGloo(GlooTransport):
     ):
         super().__init__(site.store.store, end, connected=connected)
         self.votes, self._site, self._announcement = votes, site, announcement
-        self._announced: Decision | None = None  # the last one that counts
+        self._announced: Decision | None = None  # the last decision to which all members have agreed
 
     @property
     def joining(self) -> tuple[int, ...]:
-        """Clients that the last agreement has let in, for `admit`."""
+        """The clients that the last agreement has let in, for `admit`."""
         return () if self._announced is None else tuple(client for client, _, _ in self._announced.joining)
 
     def enter(self) -> None:
-        """For a client that comes back: wait until the others let it in."""
+        """On a rejoining client, wait until the others let it in."""
         with self.progress.waiting(EVERYBODY):
             self._announced = self.votes.enter()
 
     def admit(self) -> None:
-        """Connect those that are `joining` with the others; all of them call this. `members` says who has come in."""
+        """Connect the clients in `joining` with the others; all of them call this. Afterwards `members` says which
+        clients are in."""
         assert self._announced is not None
         announced, self._announced, self._group = self._announced, None, None
         with self.progress.waiting(EVERYBODY):
@@ -105,7 +105,7 @@ class ReconnectingGloo(GlooTransport):
             view = View(before.number + 1, self.votes.clients, before.total)
             speaks = self.rank == self.layout.leader_of(view.first)
             decision = self._vote(YES, self._announcement(view) if speaks else "")
-            if decision.clients != view.clients:  # one more: perhaps the one that had something to tell
+            if decision.clients != view.clients:  # one more was lost, perhaps the one with the announcement
                 continue
             if view.clients != self.members.clients:
                 self.membership.change(replace(view, number=decision.number, announcement=decision.news))
@@ -115,9 +115,10 @@ class ReconnectingGloo(GlooTransport):
         return self.members != before
 
     def _meet(self, number: int, attempts: Attempts) -> bool:
-        """Whether the members, all of them, have met in a new group. number: of the agreement that it follows.
+        """Try to connect all members in a new group; returns whether that has worked. number: of the agreement that it
+        follows.
 
-        Raises CutOffError if this client leaves, because some cannot reach it.
+        Raises CutOffError if this client leaves, because some others cannot reach it.
         """
         clients, total, own = self.members.clients, self.members.total, self.votes.client
         through = self._connect_again(number)
@@ -133,16 +134,16 @@ class ReconnectingGloo(GlooTransport):
         return True
 
     def _connect_again(self, number: int) -> bool:
-        """See `_meet`, for this rank."""
+        """Try to connect this rank in a new group; returns whether that has worked."""
         if len(self.members) == 1:
             return True
         store = self._key(self._site.store.store, number)
-        # less than the time after which somebody who waits may be taken for one that hangs
+        # less than the time after which a waiting rank may be taken for a hanging one
         seconds = min(_CONNECT_S, (self.progress.timeout_s or 2 * _CONNECT_S) / 2)
         peers, met = self.peers, list[ProcessGroupGloo]()
 
         def connect() -> None:
-            with contextlib.suppress(GossipError):  # one more is gone, or the store
+            with contextlib.suppress(GossipError):  # one more client is lost, or the store
                 met.append(self._connect(store, peers, timedelta(seconds=seconds)))
 
         # gloo may take far longer where packets are lost without a word
@@ -156,7 +157,7 @@ class ReconnectingGloo(GlooTransport):
 
 
 class VotingExchange(TorchExchange):
-    """See TorchExchange; it ends when a client has gone."""
+    """See TorchExchange; a wait ends when a client is dropped."""
 
     _transport: ReconnectingGloo
 

@@ -1,13 +1,16 @@
-"""ReconnectingUlfm: messages over an MPI that lets the others go on when a process dies (ULFM, `mpirun --with-ft`).
+"""ReconnectingUlfm: messages over an MPI in which the others continue when a process dies (ULFM, `mpirun --with-ft`).
 
-ULFM (user-level failure mitigation) turns a dead peer into an error of the call that needs it. Others may see no error,
-or see it later, so one agreement over all ranks of all clients decides whether an exchange counts. If it does not:
+ULFM (user-level failure mitigation) turns a dead peer into an error of the call that needs it. Other ranks may see no
+error, or see it later, so one agreement over all ranks of all clients decides whether an exchange counts. If it does
+not, the ranks do this:
 
-1. whoever has seen an error revokes the gossip communicator before the agreement, so that nobody waits for messages of
-   somebody who has given up; afterwards every request is completed on its own (one that is dropped, or a failing
-   Waitall, ends the job later);
-2. shrink the world to those who live. The ranks of a client that has lost one leave, until all clients are whole;
-3. split it anew into one gossip communicator a group of ranks, agree that this has worked, and change the view.
+1. A rank that has seen an error revokes the gossip communicator before the agreement, so that no rank waits for
+   messages of one that has given up. Afterwards each rank completes every request on its own (a request that it forgot,
+   or a failing Waitall, would end the job later).
+2. They shrink the world to the living ranks. A client that has lost a rank leaves with the others, until all clients
+   are whole.
+3. They split the world anew, one gossip communicator per group of ranks, agree that this has worked, and change the
+   view.
 """
 
 from __future__ import annotations
@@ -34,10 +37,10 @@ _NEWS_BYTES = 256
 
 
 class ReconnectingUlfm(MpiTransport):
-    """See MpiTransport and Reconnecting.
+    """See MpiTransport and Reconnecting; it keeps the end's membership current.
 
     world: a communicator of all ranks of the job in rank order. announcement: what the leader of the first client of a
-    new view tells the others. It keeps the end's membership up to date.
+    new view tells the others.
     """
 
     def __init__(
@@ -90,12 +93,12 @@ class ReconnectingUlfm(MpiTransport):
                 raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
             view = View(before.number + 1, tuple(whole), before.total)
             if len(living) > sum(len(self.layout.ranks_of(c)) for c in whole):
-                continue  # the next shrink waits until these have left
+                continue  # the next shrink waits until the ranks of incomplete clients have left
             try:
                 comm = self._everybody.Split(color=self._color, key=self.rank)
-                news = self._tell(view)
+                news = self._announce(view)
                 through = True
-            except self._mpi.Exception:  # one more
+            except self._mpi.Exception:  # one more was lost
                 self._everybody.Revoke()
                 through = False
             if self.agree([through]) == [True]:
@@ -108,12 +111,12 @@ class ReconnectingUlfm(MpiTransport):
         return self.members != before
 
     def _living(self) -> set[int]:
-        """The ranks in the shrunk world, as they were numbered at the start."""
+        """Return the ranks of the shrunk world, by their numbers at the start."""
         group = self._everybody.Get_group()
         return set(self._mpi.Group.Translate_ranks(group, list(range(group.size)), self._ranks))
 
-    def _tell(self, view: View) -> str:
-        """The announcement of the lowest rank that lives."""
+    def _announce(self, view: View) -> str:
+        """Return the announcement of the lowest living rank."""
         text = bytearray(_NEWS_BYTES)
         if self._everybody.Get_rank() == 0:
             own = self._announcement(view).encode()
@@ -128,7 +131,7 @@ class ReconnectingUlfm(MpiTransport):
             self._comm.Revoke()
 
     def _end_requests(self) -> None:
-        """Complete all that is under way."""
+        """Complete all pending requests."""
         self.give_up()
         deadline = time.monotonic() + _DRAIN_S
         left = [request for exchange in self._exchanges for request in exchange.requests] + self._abandoned

@@ -1,4 +1,4 @@
-"""A client that has gone from a job comes back: how its ranks find the coordinator (protocol.py) and ask."""
+"""How the ranks of a client that has left a job find the coordinator (protocol.py), and ask it to let them rejoin."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PAUSE_S = 3.0  # before asking again
 
 
 @dataclass(frozen=True)
-class Visit:
-    """line: to the coordinator, of client `coordinator`. invitation: what it says about the job. own: this client's own
-    coordinator, on its leader. addresses: of all coordinators."""
+class Rejoin:
+    """An accepted request to rejoin. line: the connection to the coordinator, of client `coordinator`. invitation: what
+    it says about the job. own: this client's own coordinator, on its leader. addresses: of all coordinators."""
 
     line: JsonConnection
     coordinator: int
@@ -38,13 +38,13 @@ class Visit:
 
 def join_job(
     launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float, silence_s: float, until: float = 0.0
-) -> tuple[Visit, JobStore]:
-    """Ask those whose addresses lie in `folder`, the run's, to let this rank's client come back; the job's store, too.
-    silence_s: see Coordinator.
+) -> tuple[Rejoin, JobStore]:
+    """Ask the coordinators whose addresses lie in `folder`, the run's, to let this rank's client rejoin, and connect to
+    the job's store. silence_s: see Coordinator.
 
-    Raises LaunchError if nobody is there who could, or some of those who are in are out of reach, or the client is
-    still in, or its ranks do not come within `timeout_s` seconds; before the time `until`, by time.time(), it asks
-    again instead.
+    Raises LaunchError if no coordinator can let it in, if a member is out of reach, if the client is still a member, or
+    if its other ranks do not ask within `timeout_s` seconds. Until the time `until`, by time.time(), it asks again
+    instead.
     """
     client = layout.client_of(launch.rank)
     own: QuorumServer | None = None
@@ -55,16 +55,16 @@ def join_job(
                 host, everybody = _address_towards(addresses), range(layout.clients)
                 own = own or QuorumServer(layout, client, host, timeout_s, everybody, silence_s)
                 addresses[client] = own.address
-            visit = _ask_to_join(launch.rank, client, addresses, own, timeout_s)
-            _check_reach(visit)
-            return visit, join_job_store(visit.invitation["store"], timeout_s)
+            rejoin = _ask_to_join(launch.rank, client, addresses, own, timeout_s)
+            _check_reach(rejoin)
+            return rejoin, join_job_store(rejoin.invitation["store"], timeout_s)
         except LaunchError:
             if time.time() > until:
                 raise
         time.sleep(_PAUSE_S)
 
 
-def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer | None, timeout_s: float) -> Visit:
+def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer | None, timeout_s: float) -> Rejoin:
     deadline = time.monotonic() + timeout_s
     for other, address in addresses.items():
         if other == client:
@@ -79,24 +79,24 @@ def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer
         for message in line.receive() or []:
             if message["kind"] == "invitation":
                 connection.settimeout(None)
-                return Visit(line, other, message, own, addresses)
+                return Rejoin(line, other, message, own, addresses)
             if message["kind"] == "out":
-                raise AbsentError(message["why"], where=JOIN, fix="join when the others have lost it")
+                raise AbsentError(message["why"], where=JOIN, fix="join when the others have dropped it")
         if time.monotonic() > deadline:
             raise AbsentError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where=JOIN)
     raise AbsentError(
-        "none of the other clients is there and in training",
+        "no other client answers and is training",
         where=", ".join(f"{host} {port}" for host, port in addresses.values()),
-        fix="join a job that goes on with cluster.on_failure=continue over torch; if it has ended, resume it",
+        fix="join a running job with cluster.on_failure=continue over torch; if it has ended, resume it",
     )
 
 
-def _check_reach(visit: Visit) -> None:
-    """One that some cannot reach would hold them all up, and have to leave again."""
-    everybody = {client: (host, port) for client, host, port in visit.invitation["addresses"]}
-    apart = [client for client in visit.invitation["clients"] if not is_in_reach(everybody[client])]
+def _check_reach(rejoin: Rejoin) -> None:
+    """Raise AbsentError if a member is out of reach: all would wait for this client, and it would have to leave."""
+    everybody = {client: (host, port) for client, host, port in rejoin.invitation["addresses"]}
+    apart = [client for client in rejoin.invitation["clients"] if not is_in_reach(everybody[client])]
     if apart:
-        visit.line.connection.close()
+        rejoin.line.connection.close()
         raise AbsentError(f"client {', '.join(map(str, apart))} is out of reach from here", where=JOIN,
                           fix="look at the network")  # fmt: skip
 
@@ -111,7 +111,7 @@ def _address_towards(addresses: Addresses) -> str:
 
 
 def save_addresses(folder: Path, addresses: Addresses) -> None:
-    """Where a client that comes back finds the others; written as a whole or not at all."""
+    """Write the file in which a rejoining client finds the others, as a whole or not at all."""
     partial = folder / f"{FILE}.{os.getpid()}.partial"
     partial.write_text(json.dumps({str(client): address for client, address in addresses.items()}) + "\n")
     os.replace(partial, folder / FILE)

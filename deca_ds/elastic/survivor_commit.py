@@ -12,20 +12,20 @@ from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.view import View
 from deca_ds.transport import Commit, Result
 
-_SPURIOUS = 3  # exchanges that may fail in a row although nobody has died
+_SPURIOUS = 3  # so many exchanges may fail in a row although no client has died
 
 
 @dataclass
 class Question:
-    """A further question that every agreement asks all ranks. answer: this rank's. heard: called with whether all ranks
-    have said yes."""
+    """A further question that every agreement asks all ranks. answer: gives this rank's answer. heard: called with
+    whether all ranks have said yes."""
 
     answer: Callable[[], bool]
     heard: Callable[[bool], None]
 
 
 class Reconnecting(Protocol):
-    """A transport whose connections can be made anew without dead clients."""
+    """A transport that can connect again without dead clients."""
 
     progress: Progress
 
@@ -35,7 +35,7 @@ class Reconnecting(Protocol):
         ...
 
     def give_up(self) -> None:
-        """Release the ranks that wait for this rank's messages, directly or through others."""
+        """Release the ranks that wait for this rank's messages, directly or indirectly."""
         ...
 
     def agree(self, answers: Sequence[bool]) -> list[bool]:
@@ -43,7 +43,7 @@ class Reconnecting(Protocol):
         ...
 
     def reconnect(self) -> bool:
-        """Reconnect the clients that are left and change `membership`; returns whether there are fewer now."""
+        """Reconnect the remaining clients and change `membership`; returns whether there are fewer now."""
         ...
 
 
@@ -67,7 +67,7 @@ class SurvivorCommit(Commit):
 
     def run(self, work: Callable[[], Result], *, last: bool = False) -> Result:
         """See Commit. Raises RankLostError if this client has lost a rank, DisconnectedError if messages keep failing
-        although nobody has died."""
+        although no client has died."""
         spurious, connections, progress = 0, self._connections, self._connections.progress
         last_error: MessageError | None = None
         while spurious < _SPURIOUS:
@@ -89,17 +89,17 @@ class SurvivorCommit(Commit):
             if spurious and error is not None:
                 print(f"WARNING: {progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
         raise DisconnectedError(
-            f"messages fail again and again, though all clients are there: {last_error or 'another rank says so'}",
+            f"messages keep failing, though all clients are there: {last_error or 'another rank says so'}",
             where=progress.place,
             fix="look at the output of the other ranks; all of them must run the same configuration",
         )
 
 
 def bits(answers: Sequence[bool]) -> int:
-    """Answers as the bits of a number, the first one the lowest; the first two are agreement.YES and OPEN."""
+    """Write answers as bits of a number, the first answer lowest; the first two are agreement.YES and OPEN."""
     return sum(1 << place for place, yes in enumerate(answers) if yes)
 
 
 def answers_in(number: int, count: int) -> list[bool]:
-    """The inverse of `bits`."""
+    """Read the answers in the bits of a number."""
     return [bool(number >> place & 1) for place in range(count)]

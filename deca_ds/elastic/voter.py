@@ -11,19 +11,19 @@ from deca_ds.elastic.protocol import ALIVE_S, GRACE_S, Message
 from deca_ds.errors import CutOffError, UserError
 
 Addresses = dict[int, tuple[str, int]]  # of every client's coordinator
-Effects = list[Message | Decision | UserError]  # to send, in this order; what has been decided; why this client is out
+Effects = list[Message | Decision | UserError]  # in this order: messages to send, decisions, why this client is out
 
-_SILENT_S = 3 * ALIVE_S  # a coordinator that is not at work and gives no sign of life for so long hangs
+_SILENT_S = 3 * ALIVE_S  # an inactive coordinator that gives no sign of life for so long hangs
 
 
 class Voter:
-    """Of rank `rank`. addresses: of the coordinators of those that are in. timeout_s: for all ranks to come at the
-    start of the job. silence_s: see Coordinator. visits: of a client that comes back, whose coordinator it has asked,
-    with a connection to it.
+    """The voter of rank `rank`. addresses: of the members' coordinators. timeout_s: time for all ranks to connect at
+    the start of the job. silence_s: see Coordinator. asked: for a rejoining client, the client whose coordinator it has
+    asked and is connected to.
 
-    coordinator: the client to whose coordinator this rank has a connection or needs one; None when it is out, for the
-    reason `out`. deadline: when the connection counts as lost if nothing comes. last: the last decision. interrupted:
-    whether the next decision will not be a yes.
+    coordinator: the client to whose coordinator this rank is connected or has to connect; None once this rank is out,
+    for the reason `out`. deadline: when the connection counts as lost if nothing comes. last: the last decision.
+    interrupted: whether the next decision will not be a yes.
     """
 
     def __init__(
@@ -32,33 +32,33 @@ class Voter:
         addresses: Mapping[int, tuple[str, int]],
         timeout_s: float,
         silence_s: float,
-        visits: int | None = None,
+        asked: int | None = None,
     ):
         self._rank, self._timeout_s, self._silence_s = rank, timeout_s, silence_s
         self.addresses: Addresses = dict(addresses)
         self.last = Decision(0, 0, "", tuple(addresses))
-        self.coordinator: int | None = self.last.clients[0] if visits is None else visits
+        self.coordinator: int | None = self.last.clients[0] if asked is None else asked
         self.deadline, self.interrupted = math.inf, False
         self.out: UserError | None = None
-        self._waits = visits is not None  # to be let in
-        self._welcome = visits is not None  # the coordinator is at work
+        self._waits = asked is not None  # to be let in
+        self._welcome = asked is not None  # the coordinator is active
         self._signed: float | None = None  # when it gave the last sign of life
         self._lost: list[int] = []  # clients whose coordinators are out of reach
         self._ballot: Message | None = None  # until it is decided
 
     def connected(self, now: float) -> Effects:
-        """There is a connection to `coordinator`."""
+        """Handle a new connection to `coordinator`."""
         self.deadline = now + (2 * GRACE_S if self.last.number or self._lost else self._timeout_s)
         return [{"kind": "hello", "rank": self._rank, "last": asdict(self.last), "lost": list(self._lost)}]
 
     def ended(self, now: float) -> Effects:
-        """The connection to `coordinator` cannot be made, has ended, or `deadline` is over."""
+        """Handle a connection to `coordinator` that could not be made or has ended, or whose `deadline` is over."""
         assert self.coordinator is not None
         if not self._welcome and now >= self.deadline and self._signed is not None and now - self._signed < _SILENT_S:
             what = f"client {self.coordinator} has not lost the coordinator that this rank has lost: it is cut off"
             return self._end(CutOffError(what, where=f"rank {self._rank}", fix="look at the network"))
         if self._waits:
-            what = "the coordinator is lost before this client came in"
+            what = "the coordinator was lost before this client was let in"
             return self._end(CutOffError(what, fix="start it again"))
         self._lost.append(self.coordinator)
         self.interrupted, self._welcome, self._signed, self.deadline = True, False, None, math.inf
@@ -70,7 +70,7 @@ class Voter:
         return []
 
     def heard(self, message: Message, now: float) -> Effects:
-        """A message of `coordinator` has come. Raises KeyError, TypeError or ValueError if it makes no sense."""
+        """Handle a message of `coordinator`. Raises KeyError, TypeError or ValueError if it makes no sense."""
         kind, effects = message["kind"], Effects()
         self._signed = now
         if kind == "out":
@@ -91,33 +91,33 @@ class Voter:
         return effects
 
     def ready(self) -> Effects:
-        """This client, which comes back, only waits to be let in."""
+        """Say that this client, which rejoins, only waits to be let in."""
         return self._said({"kind": "ready"})
 
     def vote(self, yes: int, news: str) -> Effects:
-        """Answers, a bit each, and a short text."""
+        """Vote with answers, a bit each, and a short text."""
         if self.out is not None:
             return [self.out]
         self._ballot = {"kind": "vote", "number": self.last.number + 1, "yes": yes, "news": news}
         return self._said(self._ballot)
 
     def stalled(self) -> Effects:
-        """Nobody in the job moves on. Who waits for messages stops that, and votes; then it is said."""
+        """Handle that nobody in the job makes progress: before this rank votes, stop its waits; after that, report."""
         if self._ballot is None:
             self.interrupted = True
             return []
         return self._said({"kind": "stalled", "number": self._ballot["number"]})
 
     def leave(self, why: str) -> Effects:
-        """This client leaves."""
+        """Say that this client leaves the job."""
         return self._said({"kind": "leave", "why": why})
 
     def goodbye(self) -> Effects:
-        """This rank is through."""
+        """Say that this rank is done."""
         return self._said({"kind": "goodbye"})
 
     def _said(self, message: Message) -> Effects:
-        """To a coordinator at work: a vote is sent again to the next one, else it has lost this client anyway."""
+        """Send to an active coordinator only; the next one gets the vote again, and needs no other message."""
         return [message] if self._welcome and self.out is None else []
 
     def _decided(self, decision: Decision) -> Effects:

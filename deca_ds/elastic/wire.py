@@ -14,7 +14,7 @@ CONNECT_S = 5.0
 
 
 def is_in_reach(address: tuple[str, int]) -> bool:
-    """Whether somebody can be connected to at `address`."""
+    """Whether this host can connect to `address`."""
     with contextlib.suppress(OSError), socket.create_connection(address, CONNECT_S):
         return True
     return False
@@ -29,12 +29,13 @@ class JsonConnection:
         self._text = bytearray()
 
     def send(self, message: dict[str, Any]) -> None:
-        """A message that the system does not take is noticed at the end of the connection."""
+        """Send a message; an error shows later, as the end of the connection."""
         with contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Messages, after waiting for some bytes; None at the end of the connection, or if they make no sense."""
+        """Wait for bytes, and return the messages in them; None at the end of the connection, or if they are no JSON
+        objects."""
         try:
             more = self.connection.recv(_MOST_BYTES)
             self._text += more
@@ -48,6 +49,6 @@ class JsonConnection:
         return messages if all(isinstance(message, dict) for message in messages) else None
 
     def end(self) -> None:
-        """End the connection for both sides; whoever waits in `receive` gets None."""
+        """End the connection for both sides; `receive` then returns None."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)

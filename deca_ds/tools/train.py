@@ -21,7 +21,7 @@ from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
 from deca_ds.config import Config, Given, load_config
 from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
-from deca_ds.elastic import Visit, join_job
+from deca_ds.elastic import Rejoin, join_job
 from deca_ds.errors import EndedError, LaunchError, UserError
 from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
@@ -100,23 +100,23 @@ def _run(read: Callable[[], Config], *, join: bool, dry_run: bool) -> tuple[Conf
     """read: gives the configuration."""
     # DeepSpeed still calls collectives by names that newer versions of torch have renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    launch, visit, visitor = read_launch(), None, None
+    launch, rejoin, visitor = read_launch(), None, None
     config = _read_config(read, launch)
     if join:
-        visit, store = _join(config, launch)
-        visitor = Visitor(visit.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
+        rejoin, store = _join(config, launch)
+        visitor = Visitor(rejoin.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
     else:
         launch, store = _open_store(config, launch)
     with guarded(launch, store, visitor) as guard:
         if isinstance(config, UserError):
             raise config
-        if visit is None:
+        if rejoin is None:
             guard.progress.enter("meeting the other ranks")
             meet(launch, store, config.cluster.meet_s)
         if dry_run:
             _plan(config, launch, store, guard)
         else:
-            _train(config, launch, store, guard, visit)
+            _train(config, launch, store, guard, rejoin)
     return config, launch
 
 
@@ -141,8 +141,8 @@ def _open_store(config: Config | UserError, launch: Launch) -> tuple[Launch, Job
     return launch, open_job_store(launch, patience_s, meet_s)
 
 
-def _join(config: Config | UserError, launch: Launch) -> tuple[Visit, JobStore]:
-    """Ask the running job to let this client in again: the visit, and the job's store."""
+def _join(config: Config | UserError, launch: Launch) -> tuple[Rejoin, JobStore]:
+    """Ask the running job to let this client in again: the rejoin, and the job's store."""
     if isinstance(config, UserError):
         raise config
     layout, output = ClientLayout.of(check_world(config, launch.world_size)), Path(config.run.output)
@@ -154,7 +154,7 @@ def _join(config: Config | UserError, launch: Launch) -> tuple[Visit, JobStore]:
         raise
 
 
-def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None) -> None:
+def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rejoin: Rejoin | None) -> None:
     """Start, train and end."""
     from deca_ds.training.start import start
 
@@ -166,14 +166,14 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, vis
         on_stop(guard.hear)
         on_interrupt(guard.hear, _INTERRUPTED if is_first else "")
 
-    all_start = visit is None and config.cluster.on_failure == "stop"
+    all_start = rejoin is None and config.cluster.on_failure == "stop"
     if not all_start:
         on_stop(partial(_end_before_training, guard))
     else:
         hear_signals()
         guard.let_stop_before_training(lambda: _end_early(guard.output) if is_first else None)
     try:
-        trainer = start(config, launch, store, guard, visit)
+        trainer = start(config, launch, store, guard, rejoin)
     except BaseException:
         leave_place(Path(config.run.output), launch.rank)
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed import PrefixStore
 
 from deca_ds.config import Config
-from deca_ds.elastic import QuorumClient, ReconnectingGloo, ReconnectingUlfm, SurvivorCommit, Visit, open_votes
+from deca_ds.elastic import QuorumClient, ReconnectingGloo, ReconnectingUlfm, Rejoin, SurvivorCommit, open_votes
 from deca_ds.gossip import MixingSchedule
 from deca_ds.launch.progress import EVERYBODY
 from deca_ds.launch.world import Cluster
@@ -65,11 +65,11 @@ class Job:
         return self.connected.elastic
 
 
-def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None = None) -> Connected:
+def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, rejoin: Rejoin | None = None) -> Connected:
     """Join this rank with its peers in the other clients: over MPI where the launcher made an MPI world, else torch.
     Where clients may die, the guard is told how the others go on.
 
-    visit: of a client that comes back; its transport is not connected until it is let in.
+    rejoin: of a client that comes back; its transport is not connected until it is let in.
     """
     cluster.progress.enter("connecting the clients")
     cluster.progress.wait_for(EVERYBODY)
@@ -83,7 +83,7 @@ def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Vi
         config.gossip.checksums,
     )
     if config.cluster.on_failure == "continue":
-        connected = _connect_elastic(config, cluster, guard, visit, end)
+        connected = _connect_elastic(config, cluster, guard, rejoin, end)
     elif cluster.gossip_comm is not None:
         connected = Connected(MpiTransport(cluster.gossip_comm, end))
     else:
@@ -93,7 +93,7 @@ def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, visit: Vi
 
 
 def _connect_elastic(
-    config: Config, cluster: Cluster, guard: JobGuard, visit: Visit | None, end: Endpoint
+    config: Config, cluster: Cluster, guard: JobGuard, rejoin: Rejoin | None, end: Endpoint
 ) -> Connected:
     announcement, stop = partial(guard.site.announcement, layout=cluster.layout), StopByCommit()
     if cluster.gossip_comm is not None:
@@ -102,8 +102,8 @@ def _connect_elastic(
         ulfm = ReconnectingUlfm(MPI.COMM_WORLD, announcement, end)
         guard.enter_elastic(Elasticity(cluster.membership, cluster.layout, stop))
         return Connected(ulfm, Elastic(SurvivorCommit(ulfm), None, stop))
-    votes = _open_votes(config, cluster, visit, end.timeout_s)
-    gloo = ReconnectingGloo(votes, guard.site, announcement, end, connected=visit is None)
+    votes = _open_votes(config, cluster, rejoin, end.timeout_s)
+    gloo = ReconnectingGloo(votes, guard.site, announcement, end, connected=rejoin is None)
     guard.on_exit(votes.close)
     guard.enter_elastic(
         Elasticity(
@@ -118,8 +118,8 @@ def _connect_elastic(
     return Connected(gloo, Elastic(SurvivorCommit(gloo), gloo, stop))
 
 
-def _open_votes(config: Config, cluster: Cluster, visit: Visit | None, timeout_s: float) -> QuorumClient:
+def _open_votes(config: Config, cluster: Cluster, rejoin: Rejoin | None, timeout_s: float) -> QuorumClient:
     launch, layout, silence_s = cluster.launch, cluster.layout, config.cluster.timeout_s
-    if visit is None:
+    if rejoin is None:
         return open_votes(launch, layout, cluster.store, timeout_s, silence_s)
-    return QuorumClient(launch.rank, layout, visit.addresses, timeout_s, silence_s, visit.own, visit)
+    return QuorumClient(launch.rank, layout, rejoin.addresses, timeout_s, silence_s, rejoin.own, rejoin)

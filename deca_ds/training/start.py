@@ -17,7 +17,7 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_path, check_writable
 from deca_ds.config.resume import check_folder, save_changes
 from deca_ds.data import validate_data_config
-from deca_ds.elastic import Invitation, Visit, check_absent
+from deca_ds.elastic import Invitation, Rejoin, check_absent
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import MixingSchedule, build_mixing
 from deca_ds.gossip.late import check_wait
@@ -34,33 +34,33 @@ from deca_ds.training.loop import Trainer
 from deca_ds.training.resume import choose, leave_behind, look_at_output, model_kept
 from deca_ds.training.template_date import agree_on_date, with_date
 from deca_ds.training.trackers import check_logging
-from deca_ds.training.ways_to_start import NewRun, ResumedRun, Return, Start
+from deca_ds.training.ways_to_start import NewRun, RejoinedRun, ResumedRun, Start
 from deca_ds.watchdog.guard import JobGuard
 
 
 def start(
-    config: Config, launch: Launch, store: JobStore, guard: JobGuard, visit: Visit | None = None
+    config: Config, launch: Launch, store: JobStore, guard: JobGuard, rejoin: Rejoin | None = None
 ) -> Trainer | None:
     """Check the configuration, connect to the other ranks and build the trainer; None if the run has nothing left to
     do.
 
-    visit: of a client that comes back. Raises UserErrors, before anything is written; only those about the model come
+    rejoin: of a client that comes back. Raises UserErrors, before anything is written; only those about the model come
     after the output folder is made.
     """
     way: Start | None
-    if visit is None:
+    if rejoin is None:
         config, mixing = check_together(config, launch, store, guard)
         way = begin_or_resume(config, launch, store, guard, mixing)
     else:
-        invitation = Invitation.read(visit.invitation)
-        config, mixing = _check_return(config, launch, guard, invitation)
-        own = PrefixStore(f"visit/{invitation.visit}", store.store)
+        invitation = Invitation.read(rejoin.invitation)
+        config, mixing = _check_rejoin(config, launch, guard, invitation)
+        own = PrefixStore(f"rejoin/{invitation.rejoin_id}", store.store)
         store = JobStore(own, store.address, store.timeout, guard.progress)
-        way = Return(invitation)
+        way = RejoinedRun(invitation)
     if way is None:
         return None
     cluster = connect(config, launch, store, guard.progress, joins=way.joins)
-    connected = connect_clients(config, cluster, guard, visit)
+    connected = connect_clients(config, cluster, guard, rejoin)
     return build(Job(config, cluster, connected, guard, mixing), way)
 
 
@@ -75,7 +75,7 @@ def check_together(config: Config, launch: Launch, store: JobStore, guard: JobGu
     return config, mixing
 
 
-def _check_return(
+def _check_rejoin(
     config: Config, launch: Launch, guard: JobGuard, invitation: Invitation
 ) -> tuple[Config, MixingSchedule]:
     """The same for a client that comes back, which compares itself with the job."""

@@ -198,7 +198,7 @@ class ResumedRun(_Together):
         """Nothing: the checkpoint has each client's own model."""
 
 
-class Return(Start):
+class RejoinedRun(Start):
     """Rejoin as a client that the others continued without, and that they have invited."""
 
     def __init__(self, invitation: Invitation):

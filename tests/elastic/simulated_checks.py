@@ -89,7 +89,7 @@ class Checks:
             raise Violation(f"{process.name} and {other.name} share {decision}, but not the one before")
 
     def votes(self, process: Process, yes: int, place: tuple[Any, ...]) -> None:
-        """Who votes after one decision is at one place of the same work; who was put out does not vote any more."""
+        """Who votes after one decision is at one place of the same work; who was dropped does not vote any more."""
         last = process.voter.last
         if process.client not in last.everybody:
             raise Violation(f"{process.name} votes, though {last} is without it")
@@ -113,7 +113,7 @@ class Checks:
             raise Violation(f"{process.name} is out, and sends {message}")
 
     def is_out(self, process: Process) -> None:
-        """Nobody is put out who has done nothing wrong, unless connections broke between those who live."""
+        """Nobody is dropped who has done nothing wrong, unless connections broke between those who live."""
         if process.through:
             raise Violation(f"{process.name} is through and told to be out")
         if self._job.clean and process.log and (process.client, process.life) not in self._job.faulty:
@@ -147,7 +147,7 @@ class Checks:
                         raise Violation(f"{one.name} and {other.name} have counted other commits: {theirs}")
 
     def is_one_part(self) -> None:
-        """Where no connection broke between those who live, all of them are in one part, and nobody was put out."""
+        """Where no connection broke between those who live, all of them are in one part, and nobody was dropped."""
         ended = [process for process in self._job.processes if process.through]
         if len({process.log[-1] for process in ended}) > 1:
             raise Violation(f"several parts: {[(p.name, p.log[-1]) for p in ended]}")

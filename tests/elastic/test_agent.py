@@ -56,10 +56,10 @@ class Rank:
 def test_a_death_and_a_return_change_the_matrices_and_are_told_once(capsys):
     rank = Rank()
     assert rank.sees(3, 0, 2, 3) and rank.averages_without(1)
-    assert "gradient, step 5: client 1 gone; 3 of 4 go on, spectral gap" in capsys.readouterr().err
+    assert "gradient, step 5: client 1 gone; 3 of 4 continue, spectral gap" in capsys.readouterr().err
     rank.cluster.progress.enter("letting a client in")
     assert rank.sees(6, 0, 2, 3, 1) and rank.averages_without()
-    assert "step 5: client 1 back; 4 of 4 go on, spectral gap" in capsys.readouterr().err
+    assert "step 5: client 1 back; 4 of 4 continue, spectral gap" in capsys.readouterr().err
     (step, gone), (_, back) = rank.records
     assert step == 5 and gone["from_step"] == 5 and (gone["clients"], gone["missing"]) == ([0, 2, 3], [1])
     assert back["from_step"] == 6 and (back["clients"], back["missing"]) == ([0, 1, 2, 3], [])
@@ -70,7 +70,7 @@ def test_a_job_that_starts_without_some_says_so(capsys):
     rank = Rank(clients=(0, 1, 2))
     rank.agent.begin(4)
     assert rank.averages_without(3) and rank.stop.may_pass(5) and rank.records[0][1]["from_step"] == 5
-    assert "starting, step 4: client 3 absent; 3 of 4 go on" in capsys.readouterr().err
+    assert "starting, step 4: client 3 absent; 3 of 4 continue" in capsys.readouterr().err
     whole = Rank()
     whole.agent.begin(4)
     assert not whole.records and not capsys.readouterr().err
@@ -97,5 +97,5 @@ def test_a_larger_part_that_one_leader_sees_is_joined_by_all(capsys):
     larger_part.heard(False)
     larger_part.heard(False)
     assert not rank.stop.may_pass(5) and rank.agent.returns
-    assert capsys.readouterr().err.count("is in reach again: clients 0, 1, 2, 3 will join it") == 1
+    assert capsys.readouterr().err.count("is in reach again: clients 0, 1, 2, 3 will rejoin it") == 1
     assert len(Rank().questions) == 1, "without cluster.return_s nobody looks"

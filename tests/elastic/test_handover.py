@@ -117,4 +117,4 @@ def test_a_damaged_slice_is_noticed_by_whoever_gets_it(sizes, monkeypatch):
 
     told = in_threads(range(sum(sizes)), body)
     assert not any(told[: sizes[0]])
-    assert "what client 0 handed over is not what arrived" in told[-1] and "where: client 1" in told[-1]
+    assert "what arrived is not what client 0 handed over" in told[-1] and "where: client 1" in told[-1]

@@ -48,14 +48,14 @@ def keeps_votes_of_an_older_number(patch) -> None:
 
 def takes_its_own_old_list_of_clients(patch) -> None:
     def hello(self, peer, last, lost, now):
-        at_work = self._at_work
+        active = self._active
         real["_hello"](self, peer, last, lost, now)
-        if not at_work and self._at_work:
+        if not active and self._active:
             self._began_with = self.last
 
     def clients(self):
         everybody = (self._began_with or self.last).everybody
-        return [client for client in everybody if client not in self._gone] if self._at_work else []
+        return [client for client in everybody if client not in self._gone] if self._active else []
 
     def settle(self, decision):
         if decision.clients == tuple(self.clients):
@@ -91,7 +91,7 @@ def interrupts_nobody(patch) -> None:
     patch.setattr(Coordinator, "_interrupt", lambda self: None)
 
 
-def hears_processes_that_were_put_out(patch) -> None:
+def hears_processes_that_were_dropped(patch) -> None:
     def hello(self, peer, last, lost, now):
         if last.number < self.last.number - 1:
             last = replace(last, number=self.last.number - 1)
@@ -101,10 +101,10 @@ def hears_processes_that_were_put_out(patch) -> None:
     patch.setattr(Coordinator, "_hello", hello)
 
 
-def is_silent_until_it_is_at_work(patch) -> None:
+def is_silent_until_it_is_active(patch) -> None:
     def awake(self, now):
         sends = real["awake"](self, now)
-        return sends if self._at_work else []
+        return sends if self._active else []
 
     patch.setattr(Coordinator, "awake", awake)
 
@@ -114,12 +114,12 @@ def takes_silence_for_being_cut_off(patch) -> None:
 
 
 def remembers_goodbyes(patch) -> None:
-    def put_out(self, client, why):
+    def drop(self, client, why):
         done = set(self._done)
-        real["_put_out"](self, client, why)
+        real["_drop"](self, client, why)
         self._done |= done
 
-    patch.setattr(Coordinator, "_put_out", put_out)
+    patch.setattr(Coordinator, "_drop", drop)
 
 
 def hears_goodbyes_of_who_is_out(patch) -> None:
@@ -140,7 +140,7 @@ def goes_on_after_it_was_stopped(patch) -> None:
 
 
 def waits_for_those_who_hang(patch) -> None:
-    patch.setattr(Coordinator, "_put_out_who_hangs", lambda self: None)
+    patch.setattr(Coordinator, "_drop_hanging", lambda self: None)
 
 
 def does_not_vote_again(patch) -> None:
@@ -162,7 +162,7 @@ def does_not_vote_again(patch) -> None:
         (keeps_votes_of_an_older_number, lambda: scenarios.test_a_decision_that_only_one_has_heard_counts_for_all(2)),
         (
             takes_its_own_old_list_of_clients,
-            scenarios.test_who_was_put_out_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out,
+            scenarios.test_who_was_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out,
         ),
         (lets_in_who_is_not_let_in, scenarios.test_nobody_comes_in_unless_all_are_open_to_it),
         (lets_in_amid_a_loss, scenarios.test_nobody_comes_in_with_a_decision_that_another_one_is_lost_by),
@@ -172,18 +172,18 @@ def does_not_vote_again(patch) -> None:
         ),
         (interrupts_nobody, scenarios.test_a_client_that_dies_takes_its_ranks_along_and_the_others_go_on),
         (
-            hears_processes_that_were_put_out,
-            scenarios.test_processes_that_were_put_out_do_not_take_the_place_of_new_ones,
+            hears_processes_that_were_dropped,
+            scenarios.test_processes_that_were_dropped_do_not_take_the_place_of_new_ones,
         ),
-        (is_silent_until_it_is_at_work, scenarios.test_who_is_cut_off_from_a_living_coordinator_leaves),
+        (is_silent_until_it_is_active, scenarios.test_who_is_cut_off_from_a_living_coordinator_leaves),
         (
             takes_silence_for_being_cut_off,
             scenarios.test_a_next_coordinator_that_hangs_is_lost_and_nobody_is_taken_for_cut_off,
         ),
-        (remembers_goodbyes, scenarios.test_the_goodbye_of_a_rank_whose_client_was_put_out_is_forgotten),
-        (hears_goodbyes_of_who_is_out, scenarios.test_the_late_goodbye_of_who_was_put_out_does_not_count),
+        (remembers_goodbyes, scenarios.test_the_goodbye_of_a_rank_whose_client_was_dropped_is_forgotten),
+        (hears_goodbyes_of_who_is_out, scenarios.test_the_late_goodbye_of_who_was_dropped_does_not_count),
         (goes_on_after_it_was_stopped, scenarios.test_coordinators_that_were_stopped_are_lost_and_learn_it_later),
-        (waits_for_those_who_hang, lambda: scenarios.test_who_hangs_is_put_out(1, True)),
+        (waits_for_those_who_hang, lambda: scenarios.test_who_hangs_is_dropped(1, True)),
         (does_not_vote_again, scenarios.test_coordinators_are_lost_one_after_the_other),
     ],
     ids=lambda each: each.__name__ if each.__name__ in globals() else "",

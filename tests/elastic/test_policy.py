@@ -15,10 +15,10 @@ from deca_ds.launch.view import View
 WHOLE, TORN = [[0, 2, 3]], [[0], [2, 3]]
 VIEW = View(5, (2, 3, 0), 5)  # client 0 has come back
 GOES_ON = Verdict(Action.CONTINUE)
-REUNITES = Verdict(Action.REJOIN, "the larger part of the network is in reach again: clients 0, 2, 3 will join it")
+REUNITES = Verdict(Action.REJOIN, "the larger part of the network is in reach again: clients 0, 2, 3 will rejoin it")
 TOO_FEW = "3 of 5 are left, fewer than cluster.min_clients: stopping"
 STOPS = Verdict(Action.STOP, "[0] and [2, 3] do not reach each other any more: stopping")
-PARTS = Verdict(Action.CONTINUE, "[0] and [2, 3] do not reach each other any more: each part goes on by itself")
+PARTS = Verdict(Action.CONTINUE, "[0] and [2, 3] do not reach each other any more: each part continues by itself")
 
 
 def config(min_clients: int, on_partition: str, return_s: float) -> ClusterConfig:
@@ -49,4 +49,4 @@ def test_absent_clients_that_join_the_others_are_refused_unless_parts_go_on():
 
 def test_one_client_that_reunites_is_named_as_one():
     verdict = decide(Situation(View(1, (4,), 5), [[4]], larger_part=True), config(1, "continue", 60.0))
-    assert verdict.why.endswith("in reach again: client 4 will join it")
+    assert verdict.why.endswith("in reach again: client 4 will rejoin it")

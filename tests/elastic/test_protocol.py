@@ -47,7 +47,7 @@ class Faults(RuleBasedStateMachine):
         return [process for process in self.job.processes if process.runs and not process.through]
 
     def _victim(self, number: int) -> Process | None:
-        """The coordinator at work for numbers below 6, else any; None where nobody would be left."""
+        """The active coordinator for numbers below 6, else any; None where nobody would be left."""
         running = self._processes()
         if len({process.client for process in running}) < 2:
             return None

@@ -27,16 +27,16 @@ CLIENTS = 3
 
 
 class Rank:
-    """With all that follows the view. seen: all views, in order. visits: before it is let in."""
+    """With all that follows the view. seen: all views, in order. rejoins: whether it is a rejoining client."""
 
-    def __init__(self, job: Job, launch: Launch, votes: QuorumClient, store: JobStore, visits: bool = False):
-        clients = tuple(c for c in range(CLIENTS) if not visits or c != launch.rank)
+    def __init__(self, job: Job, launch: Launch, votes: QuorumClient, store: JobStore, rejoins: bool = False):
+        clients = tuple(c for c in range(CLIENTS) if not rejoins or c != launch.rank)
         self.membership, self.site = Membership(View(0, clients, CLIENTS)), StoreSite(launch, store, host=0)
         self.seen = [self.membership.view]
         self.membership.subscribe(self._see)
         announcement = partial(self.site.announcement, layout=job.layout)
         end = Endpoint(job.layout, launch.rank, 20.0, self.membership)
-        self.transport = ReconnectingGloo(votes, self.site, announcement, end, connected=not visits)
+        self.transport = ReconnectingGloo(votes, self.site, announcement, end, connected=not rejoins)
         self.commit = SurvivorCommit(self.transport)
 
     def _see(self, before: View, view: View) -> None:
@@ -87,9 +87,9 @@ def test_all_ranks_see_the_same_views(tmp_path):
         told = Invitation(one.site.store.address, 1, addresses, 7, {}, "", [], 0, 4, None)
         job.servers[1].invite(told.text())
         save_addresses(tmp_path, job.votes[1].addresses)
-        visit, store = join_job(launches[0], job.layout, tmp_path, 10.0, 60.0)
-        votes = QuorumClient(0, job.layout, visit.addresses, 20.0, 60.0, visit.own, visit)
-        back = Rank(job, launches[0], votes, store, visits=True)
+        rejoin, store = join_job(launches[0], job.layout, tmp_path, 10.0, 60.0)
+        votes = QuorumClient(0, job.layout, rejoin.addresses, 20.0, 60.0, rejoin.own, rejoin)
+        back = Rank(job, launches[0], votes, store, rejoins=True)
         on_all(one.let_in, two.let_in, back.come_in)
         assert one.seen == two.seen and back.seen[1:] == one.seen[2:] == [View(back.seen[-1].number, (1, 2, 0), 3)]
         assert back.seen[-1].number > gone.number

@@ -37,7 +37,7 @@ def decided(job: Job, rank: int) -> int:
 
 
 def tell_only(job: Job, told: int) -> None:
-    """Until the coordinator at work has made a decision and only `told` knows it; the others' is under way."""
+    """Until the active coordinator has made a decision and only `told` knows it; the others' is under way."""
     before = decided(job, told)
 
     def others(to: Process, message: Message) -> bool:
@@ -82,7 +82,7 @@ def test_a_decision_that_only_one_has_heard_counts_for_all(told):
     ends_well(job, {1, 2})
 
 
-def test_who_was_put_out_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out():
+def test_who_was_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out():
     """Client 3 has lost the coordinator, without knowing why, and only client 2 has heard that it is out."""
     job = in_training(4)
     job.clean = False
@@ -142,7 +142,7 @@ def test_a_next_coordinator_that_hangs_is_lost_and_nobody_is_taken_for_cut_off()
 
 @pytest.mark.parametrize("hanging", [1, 0], ids=["another client", "the coordinator's own client"])
 @pytest.mark.parametrize("whole", [False, True], ids=["a main thread", "processes"])
-def test_who_hangs_is_put_out(hanging, whole):
+def test_who_hangs_is_dropped(hanging, whole):
     job = in_training(3, ranks=2)
     hangs = job.ranks(hanging)
     if whole:
@@ -157,7 +157,7 @@ def test_who_hangs_is_put_out(hanging, whole):
     ends_well(job, set(others))
 
 
-def test_nobody_is_put_out_who_goes_on_after_all():
+def test_nobody_is_dropped_who_goes_on_after_all():
     job = in_training(3)
     job.freeze(job.ranks(2), 32.0)  # the others are about to take it for hanging
     job.run(40)
@@ -327,12 +327,12 @@ def test_the_coordinator_is_lost_before_a_guest_came_in():
     assert job.until(lambda: job.current[2].waits == ("enter",))
     job.kill(job.current[0])
     job.run(5)
-    assert "before this client came in" in str(job.current[2].voter.out)
+    assert "before this client was let in" in str(job.current[2].voter.out)
     come_back(job, 2)
     ends_well(job, {1, 2})
 
 
-def test_the_late_goodbye_of_who_was_put_out_does_not_count():
+def test_the_late_goodbye_of_who_was_dropped_does_not_count():
     """A process that was stopped says goodbye when it runs again; its client has come back meanwhile."""
     job = in_training(3)
     old = job.current[1]
@@ -344,7 +344,7 @@ def test_the_late_goodbye_of_who_was_put_out_does_not_count():
     ends_well(job, {0, 1, 2})
 
 
-def test_the_goodbye_of_a_rank_whose_client_was_put_out_is_forgotten():
+def test_the_goodbye_of_a_rank_whose_client_was_dropped_is_forgotten():
     job = in_training(3, ranks=2)
     job.says(job.current[2], job.current[2].voter.goodbye())
     job.run(0)
@@ -355,8 +355,8 @@ def test_the_goodbye_of_a_rank_whose_client_was_put_out_is_forgotten():
     ends_well(job, {0, 1, 2})
 
 
-def test_processes_that_were_put_out_do_not_take_the_place_of_new_ones():
-    """They run again when another coordinator is at work, which has never heard that they were out."""
+def test_processes_that_were_dropped_do_not_take_the_place_of_new_ones():
+    """They run again when another coordinator is active, which has never heard that they were out."""
     job = in_training(3)
     old = job.current[2]
     job.freeze([old], 120.0)
@@ -365,7 +365,7 @@ def test_processes_that_were_put_out_do_not_take_the_place_of_new_ones():
     job.run(5)
     job.kill(job.current[0], lose=True)
     job.run(80)
-    assert "gone on without it" in str(old.voter.out)
+    assert "continued without it" in str(old.voter.out)
     ends_well(job, {1, 2})
 
 

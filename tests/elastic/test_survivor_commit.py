@@ -70,7 +70,7 @@ def test_whoever_sees_an_error_lets_the_others_stop_waiting_before_it_says_no():
 
 def test_messages_that_fail_again_and_again_though_nobody_has_died_end_the_job(capsys):
     connections = Connections(fewer=False)
-    with pytest.raises(GossipError, match="fail again and again, though all clients are there: damaged"):
+    with pytest.raises(GossipError, match="keep failing, though all clients are there: damaged"):
         SurvivorCommit(connections).run(works(connections, *[MessageError("damaged")] * 3))
     assert connections.told.count("works") == 3
     assert capsys.readouterr().err.count("WARNING: starting: damaged; sent again") == 3

@@ -50,5 +50,5 @@ def test_a_pair_is_apart_that_was_so_twice_and_attempts_are_bounded():
     attempts = Attempts()
     for _ in range(3):
         assert attempts.failed((0, 1, 2), set()) == []
-    with pytest.raises(GossipError, match="3 clients have tried 4 times to connect anew"):
+    with pytest.raises(GossipError, match="3 clients have failed 4 times to reconnect"):
         attempts.failed((0, 1, 2), set())

@@ -162,8 +162,8 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
     votes = come_back(job, 0, tmp_path)
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(votes.enter)
-        visitors = job.servers[1]._coordinator._visitors
-        wait_until(lambda: 0 in visitors and visitors[0].ready, "at the door")
+        rejoining = job.servers[1]._coordinator._rejoining
+        wait_until(lambda: 0 in rejoining and rejoining[0].ready, "at the door")
         assert job.vote({1: YES | OPEN, 2: YES})[1].joining == (), "client 2 cannot have it come in now"
         assert job.vote({1: OPEN, 2: YES | OPEN})[1].joining == (), "this one did not count"
         decided = job.vote({1: YES | OPEN, 2: YES | OPEN})
@@ -187,7 +187,7 @@ def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path
     job.end(1)
     assert job.vote({0: 1, 2: 1})[0].clients == (0, 2)
     come_back(job, 1, tmp_path)._line.end()
-    wait_until(lambda: not job.servers[0]._coordinator._visitors, "forgotten")
+    wait_until(lambda: not job.servers[0]._coordinator._rejoining, "forgotten")
     decision = job.vote({0: YES | OPEN, 2: YES | OPEN})[0]
     assert (decision.clients, decision.joining) == ((0, 2), ())
 

@@ -123,7 +123,7 @@ def test_only_own_messages_that_are_not_finite_end_a_client_where_others_go_on()
 
 
 def test_after_a_message_has_failed_a_rank_comes_to_the_commit_without_a_sign_of_moving_on():
-    """Those who put out a client that hangs measure how long nobody has moved on."""
+    """The clients that drop a hanging one measure how long nobody has moved on."""
     transport, mixing = LocalNetwork(2, 0.05).transport(0), build_mixing(GossipConfig(graph="ring"), 2, seed=0)
     gossip, x = Gossip(transport, mixing, 4 * 8 / 2**20, commit=Repeating(transport)), torch.zeros(8 * (WINDOW + 3))
     averaging, chunks = begin(gossip, 0), gossip.chunks([x.numel()])

@@ -113,12 +113,12 @@ def test_clients_die_over_mpi(keys, tmp_path):
 @pytest.mark.parametrize(
     ("transport", "ranks", "hangs", "deaths", "told"),
     [
-        ("torch", [1, 1, 1, 1], "1:3:stopped,0:5:stopped", {1: 3, 0: 5}, "its rank 1 has not moved on"),
+        ("torch", [1, 1, 1, 1], "1:3:stopped,0:5:stopped", {1: 3, 0: 5}, "its rank 1 has made no progress"),
         pytest.param("mpi", [1, 1, 1], "1:3:hangs", {1: 3}, "no sign of work", marks=MPI.marks),
     ],
     ids=["a client, and the one with coordinator and store", "a main thread, over MPI"],
 )
-def test_a_client_that_hangs_is_put_out(keys, tmp_path, transport, ranks, hangs, deaths, told):
+def test_a_client_that_hangs_is_dropped(keys, tmp_path, transport, ranks, hangs, deaths, told):
     """A main thread that hangs while the process is alive, and processes that are stopped and go on much later."""
     output, clients = tmp_path / "run", len(ranks)
     keys = [key for key in keys if "timeout_s" not in key] + ["cluster.timeout_s=12", f"cluster.clients={clients}"]
@@ -189,7 +189,7 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     absent, back = records(output / "metrics" / "job.jsonl", "membership")
     assert (absent["from_step"], absent["missing"], absent["clients"]) == (1, [0], [1, 2])
     assert (back["clients"], back["missing"]) == ([0, 1, 2], [])
-    assert finished.output.count("client 0 absent; 2 of 3 go on, spectral gap") == 1
+    assert finished.output.count("client 0 absent; 2 of 3 continue, spectral gap") == 1
     assert finished.output.count("client 0 back; 3 of 3 go on") == 1
     assert_numbers(output, keys, {0: 1}, {0: (back["from_step"] - 1, 1)})
     own = records(output / "metrics" / "client_000.jsonl", "step")
@@ -218,7 +218,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(key
     without = [*keys, "run.resume=require", "cluster.absent=[0]", "cluster.on_partition=continue"]
     resumed = run(3, "0:0:never", without, "torch", late=f"0:{tmp_path}/never")
     assert resumed.code == 0, resumed.output[-4000:]
-    assert "[1] and [2] do not reach each other any more: each part goes on by itself" in resumed.output
+    assert "[1] and [2] do not reach each other any more: each part continues by itself" in resumed.output
     assert "going on after inner step 6 of 8" in resumed.output
     assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0\n"
     assert not (output / "STOPPED").exists()

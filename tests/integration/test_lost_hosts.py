@@ -97,7 +97,7 @@ def test_a_network_falls_apart_and_comes_together(tiny_model, word_files, tmp_pa
     said = log.read_text()
     assert [process.returncode for process in processes] == [0, 0, 0], said[-5000:]
     assert "clients 1, 2 gone; 1 of 3 go on" in said and "client 0 gone; 2 of 3 go on" in said
-    assert "the larger part of the network is in reach again: client 0 will join it" in said
+    assert "the larger part of the network is in reach again: client 0 will rejoin it" in said
     jobs = [tmp_path / f"run{i}" / "metrics" / "job.jsonl" for i in range(2)]
     memberships = [[line for line in whole_lines(job) if line["kind"] == "membership"] for job in jobs]
     apart, again = memberships[0][:2]
