@@ -1,18 +1,19 @@
-"""A step of one client without neighbours beside BAdam's public package: time, Python, peak memory, in one sitting.
+"""One client without neighbours against BAdam's public package: time, Python calls and peak memory of a step.
 
     python -m pip install --no-deps badam
     python benchmarks/beside_badam.py [words]       # the cases whose names have all words in them; without: all
 
-Both train the same random Llama on the same batch, with the same blocks in the same order and as many steps between two
-switches; masters, gradients and moments are float32 on both sides. BAdam: `BlockOptimizer` around torch.optim.AdamW in
-its single-process mode, with the block list of our plan. Ours: method `badam`, DeepSpeed's defaults. Neither clips.
+Both train the same random Llama on the same batch, with the same blocks in the same order and equally many steps
+between two switches; masters, gradients and moments are float32 on both sides. BAdam: `BlockOptimizer` around
+torch.optim.AdamW in its single-process mode, with the block list of our plan. Ours: method `badam`, DeepSpeed's
+defaults. Neither clips.
 
-Each side is one process with one thread. The two take turns, a step at a time, and while one works the other waits.
-Ratios are ours over BAdam's, of steps that follow each other, and of the sums of each block's least times. Two steps of
-a turn do not count: the last, in which both sides switch blocks, and the one before it, whose calls of Python functions
-(and of C functions from Python) are counted. Memory is the peak of a process's resident memory, all of it and what came
-after the imports.
-Prints a line for each case, and writes them to benchmarks/results/beside_badam.json.
+Each side is one process with one thread. The two alternate step by step, and while one works the other waits. Ratios
+are ours over BAdam's, of steps that follow each other, and of the sums of each block's least times. Two steps of an
+activation do not count: the last, in which both sides switch blocks, and the one before it, in which the script counts
+calls of Python functions (and of C functions from Python). Memory is the peak of a process's resident memory, in total
+and since the imports.
+The script prints a line for each case, and writes them to benchmarks/results/beside_badam.json.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ CASES = (
         )
     }
 )
-STEPS, ROUNDS = 6, 1  # of a block's turn, without the last two; turns of each block
+STEPS, ROUNDS = 6, 1  # of an activation, without its last two; activations of each block
 DEADLINE_S = 600  # of a step
 SIDES = ("badam", "ours")
 
@@ -89,7 +90,8 @@ def resident(name: str) -> int:
 
 
 def ours(case: Case) -> Iterator[Any]:
-    """Yields once after the imports, then each step's loss, for ever; None at the last of a turn, which switches."""
+    """Yield once after the imports, then each step's loss, for ever; None for the last step of an activation, which
+    switches blocks."""
     import deepspeed  # noqa: F401  part of the imports
     from one_client import lonely_step, one_client, random_batch
 
@@ -179,7 +181,7 @@ def ask(side: subprocess.Popen[str], what: str) -> dict[str, Any]:
 
 
 def compare(case: str) -> dict[str, Any]:
-    """Both sides by turns. The first step of each takes the set-up in and counts for nothing, nor does its block."""
+    """Run both sides alternately. The first step of each contains its set-up, so neither it nor its block counts."""
     environment = os.environ | ENVIRONMENT
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     sides = {side: subprocess.Popen([sys.executable, __file__, side, case], **pipes) for side in SIDES}
@@ -202,24 +204,27 @@ def compare(case: str) -> dict[str, Any]:
 def summary(taken: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
     result: dict[str, Any] = {"steps": STEPS * (len(taken["ours"]) - 1)}
     for clock in ("cpu_seconds", "seconds"):
-        steps = {side: [step[clock] for turn in turns[1:] for step in turn[:STEPS]] for side, turns in taken.items()}
+        steps = {
+            side: [step[clock] for block in blocks[1:] for step in block[:STEPS]] for side, blocks in taken.items()
+        }
         quotients = [x / y for x, y in zip(steps["ours"], steps["badam"], strict=True)]
         low, middle, high = (round(quotient, 3) for quotient in statistics.quantiles(quotients, n=4))
         result[clock] = {side: round(statistics.median(each), 3) for side, each in steps.items()}
         result[clock] |= {"ratio": middle, "quartiles": [low, high]}
         # of each block the least, which other jobs on the machine have disturbed least
         least = {
-            side: sum(min(step[clock] for step in turn[:STEPS]) for turn in turns[1:]) for side, turns in taken.items()
+            side: sum(min(step[clock] for step in block[:STEPS]) for block in blocks[1:])
+            for side, blocks in taken.items()
         }
         result[clock]["ratio_of_least"] = round(least["ours"] / least["badam"], 3)
-    calls = {side: [turn[STEPS]["calls"] for turn in turns[1:]] for side, turns in taken.items()}
+    calls = {side: [block[STEPS]["calls"] for block in blocks[1:]] for side, blocks in taken.items()}
     result["calls"] = {side: int(statistics.median(each)) for side, each in calls.items()}
-    ends = {side: turns[-1][-1] for side, turns in taken.items()}
+    ends = {side: blocks[-1][-1] for side, blocks in taken.items()}
     result["peak_bytes"] = {side: end["peak"] for side, end in ends.items()}
     result["peak_bytes_after_imports"] = {side: end["peak"] - end["imported"] for side, end in ends.items()}
     for name in ("peak_bytes", "peak_bytes_after_imports"):
         result[name]["ratio"] = round(result[name]["ours"] / result[name]["badam"], 3)
-    result["loss"] = {side: [turn[0]["loss"] for turn in turns] for side, turns in taken.items()}
+    result["loss"] = {side: [block[0]["loss"] for block in blocks] for side, blocks in taken.items()}
     return result
 
 

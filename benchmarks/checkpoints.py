@@ -1,13 +1,13 @@
-"""What a checkpoint costs that takes over the files of blocks that were not trained, beside one that writes all.
+"""What a checkpoint costs that links the files of blocks that were not trained, compared with one that writes all.
 
     python benchmarks/checkpoints.py
 
-One rank, on the CPU in float32, with a random Llama of about 110 million parameters whose 32 layers make B blocks. A
-checkpoint is saved amid every block's turn, in turn into two folders on one disk: with hard links, and without, which a
-refused os.link makes of the same code. Training itself is left out: the active block's state is drawn anew. Bytes are
-those of files that were not there before. Seconds: how long training stands still (the copy to the host), and until all
-is on the disk; beside them CPU seconds of both. Medians of 5 checkpoints, after `checkpoint.keep` that are written
-whole. Prints a line a case and writes benchmarks/results/checkpoints.json.
+One rank, on the CPU in float32, has a random Llama of about 110 million parameters whose 32 layers make B blocks. It
+saves a checkpoint in the middle of every activation, alternately into two folders on one disk: with hard links, and
+without, for which the script makes os.link fail. It does not train: it draws the active block's state anew. Bytes are
+those of new files. Seconds: how long training would pause (the copy to the host), and until all is on the disk; beside
+them CPU seconds of both. The figures are medians of 5 checkpoints, after `checkpoint.keep` that are written whole. The
+script prints a line per case and writes benchmarks/results/checkpoints.json.
 """
 
 from __future__ import annotations

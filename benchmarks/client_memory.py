@@ -143,8 +143,8 @@ def measure(places: dict[int, bool], overrides: list[str]) -> dict[str, Any]:
             client.close_block()
         plan = estimate_of(SHAPE, LENGTH, result["ranks"], [*OVERRIDES, *overrides])
         for place in places:
-            turn, found = plan.turns[place], result["blocks"][plan.turns[place].label]
-            for name, estimated in (("at_rest", planned_at_rest(turn)), ("peak", in_step(turn))):
+            block, found = plan.by_block[place], result["blocks"][plan.by_block[place].label]
+            for name, estimated in (("at_rest", planned_at_rest(block)), ("peak", in_step(block))):
                 if name in found:
                     error = round(estimated / found[name]["bytes"] - 1, 4)
                     found[name] |= {"estimated": estimated, "error": error}

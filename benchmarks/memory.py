@@ -144,7 +144,7 @@ def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
         return_freed_memory()
         freed -= resident()
         estimate = estimate_of(SHAPE, LENGTH, torch.distributed.get_world_size(), overrides)
-        planned = max(in_step(turn) for turn in estimate.turns)
+        planned = max(in_step(block) for block in estimate.by_block)
         error, without_freed = round(planned / most - 1, 3), round(planned / (most - freed) - 1, 3)
         return size | {
             "largest_block": max(blocks), "bytes": most, "freed": freed, "estimated": planned, "error": error,

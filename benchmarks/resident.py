@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.planning.estimate import Estimate, Turn
+from deca_ds.planning.estimate import BlockMemory, Estimate
 from deca_ds.planning.memory import PASSES, PROCESS, totals
 
 
@@ -35,12 +35,12 @@ def estimate_of(shape: dict[str, Any], length: int, ranks: int, overrides: Seque
     return Estimate(config, LlamaConfig(**shape), build_mixing(GossipConfig(), 1, 0), ranks, gpu=False)
 
 
-def at_rest(turn: Turn) -> int:
+def at_rest(block: BlockMemory) -> int:
     """Bytes above those of the process, between steps."""
-    return totals(turn.parts, "host")["rest"] - PROCESS
+    return totals(block.parts, "host")["rest"] - PROCESS
 
 
-def in_step(turn: Turn) -> int:
+def in_step(block: BlockMemory) -> int:
     """Bytes above those of the process, at the fullest moment of a step."""
-    at = totals(turn.parts, "host")
+    at = totals(block.parts, "host")
     return max(at[moment] for moment in ("rest", *PASSES, "reduction")) - PROCESS

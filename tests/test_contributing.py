@@ -113,6 +113,6 @@ def test_adding_a_failure_policy(monkeypatch) -> None:
     modules = {file: load(file, text, monkeypatch) for file, text in texts.items() if not file.startswith("tests/")}
     tests = load("tests/elastic/test_policy.py", texts["tests/elastic/test_policy.py"], monkeypatch)
     assert tests.decide is modules["deca_ds/elastic/policy.py"].decide
-    tests.test_a_majority_goes_on()
+    tests.test_a_majority_continues()
     values = get_args(get_type_hints(modules["deca_ds/config/schema.py"].ClusterConfig)["on_partition"])
     assert values == ("stop", "continue", "majority")

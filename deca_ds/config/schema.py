@@ -127,7 +127,7 @@ class ModelConfig:
     )
     masters: Literal["exact", "rounded"] = key(
         "exact",
-        "For a bfloat16 model, what happens to a block's float32 masters between its turns: the host keeps them "
+        "For a bfloat16 model, what happens to a block's float32 masters between its activations: the host keeps them "
         "`exact`, for 2 bytes per parameter / k, or they are `rounded` to the model's values.",
         "algorithm.md#masters-of-a-bfloat16-model",
     )

@@ -1,4 +1,4 @@
-"""The plan's numbers for a configuration: memory of every block's turn, traffic and work of a step."""
+"""The plan's numbers for a configuration: memory while each block is active, traffic and work of a step."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A block's turn on the rank that holds most. index: of the block."""
+class BlockMemory:
+    """What the fullest rank holds while one block is active. index: of the block."""
 
     index: int
     label: str
@@ -40,10 +40,10 @@ class Turn:
 
 
 class Estimate:
-    """Of a configuration whose clients have `ranks` ranks at least.
+    """The estimate for a configuration whose smallest client has `ranks` ranks.
 
-    Passes are run without values for the first two and the last two blocks; what they take is linear between, as
-    layers are alike.
+    It runs passes without values for the first two and the last two blocks, and interpolates between them linearly,
+    because layers are alike.
     """
 
     def __init__(self, config: Config, architecture: PretrainedConfig, mixing: MixingSchedule, ranks: int, gpu: bool):
@@ -57,20 +57,20 @@ class Estimate:
         self._numels = {name: prod(shape) for name, shape in self._shapes.items()}
 
     @cached_property
-    def turns(self) -> list[Turn]:
-        """Of all blocks, in model order."""
-        return self._turns()
+    def by_block(self) -> list[BlockMemory]:
+        """The memory while each block is active, in model order."""
+        return self._by_block()
 
     @cached_property
     def _dry(self) -> DryModel | None:
-        """None: the model does not run without values."""
+        """The model without values; None if it does not run without them."""
         try:
             return DryModel(self.config, self.architecture)
         except NotWithoutValues:
             return None
 
     def changed(self, config: Config, ranks: int) -> Estimate:
-        """Of another configuration of the same model; passes that are known are not run again."""
+        """Return the estimate for another configuration of the same model, without repeating passes that are known."""
         other = Estimate(config, self.architecture, self.mixing, ranks, self.gpu)
         if config.model.dtype == self.config.model.dtype:
             other._dry = self._dry
@@ -78,16 +78,16 @@ class Estimate:
 
     @property
     def passes_are_known(self) -> bool:
-        """Whether what passes take is part of the turns."""
+        """Whether the memory of passes is known, and so part of `by_block`."""
         return self._dry is not None
 
     @cached_property
     def _calls(self) -> Sequence[Sequence[str]]:
-        """Of the modules in a forward pass; where that is not known, block by block."""
+        """The parameters of each module in a forward pass or, where these are not known, of each block."""
         return self._dry.calls if self._dry is not None else [block.names for block in self.plan.blocks]
 
     def other_activations(self) -> int | None:
-        """Bytes that the worst turn would keep for the backward pass with gradient checkpointing the other way."""
+        """Return the bytes that `worst` would keep for the backward pass with gradient checkpointing the other way."""
         if self._dry is None or not self.model.supports_gradient_checkpointing:
             return None
         names = self.plan.blocks[self.worst.index].names
@@ -101,7 +101,7 @@ class Estimate:
 
     @property
     def neighbours(self) -> int:
-        """The most that a client has in an averaging."""
+        """The most neighbours that a client has in an averaging."""
         clients = range(self.config.cluster.clients)
         return max(
             (
@@ -113,18 +113,18 @@ class Estimate:
         )
 
     @property
-    def worst(self) -> Turn:
-        """The turn that takes most where it computes."""
-        return max(self.turns, key=lambda turn: turn.at_most("gpu" if self.gpu else "host"))
+    def worst(self) -> BlockMemory:
+        """The block that, while active, takes most memory where it computes."""
+        return max(self.by_block, key=lambda block: block.at_most("gpu" if self.gpu else "host"))
 
     @property
     def rows(self) -> int:
-        """Sequences of a rank's pass."""
+        """The number of sequences in a rank's pass."""
         data = self.config.data
         return max(1, min(data.micro_batch_size, data.batch_size // self.ranks))
 
     def message_bytes(self, numel: int) -> int:
-        """What one averaging of a block sends from a client to each neighbour."""
+        """Return the bytes that one averaging of a block sends from a client to each neighbour."""
         return CODECS[self.config.gossip.wire].bytes * len(self.rule.travels) * numel
 
     def averagings_a_step(self) -> float:
@@ -266,7 +266,7 @@ class Estimate:
             mean_model=self.config.evaluation.mean_model and self.config.cluster.clients > 1,
         )
 
-    def _turns(self) -> list[Turn]:
+    def _by_block(self) -> list[BlockMemory]:
         length, rows = self.config.data.max_length, self.rows
         dry, again = self._dry, self.config.model.gradient_checkpointing
         scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
@@ -282,7 +282,7 @@ class Estimate:
             index: peak_gathered(calls, sizes, set(blocks[index].names), self._zero, self.ranks) for index in known
         }
         return [
-            Turn(
+            BlockMemory(
                 index,
                 block.label,
                 block.numel,
@@ -302,7 +302,7 @@ class Estimate:
 
 
 def _between(index: int, known: Mapping[int, tuple[int, ...]]) -> list[int]:
-    """On the lines between the known values around."""
+    """Interpolate linearly between the known values on both sides."""
     low = max(place for place in known if place <= index)
     high = min(place for place in known if place >= index)
     share = 0.0 if low == high else (index - low) / (high - low)
@@ -310,7 +310,7 @@ def _between(index: int, known: Mapping[int, tuple[int, ...]]) -> list[int]:
 
 
 def memory_json(estimate: Estimate) -> dict[str, object]:
-    """Every block's turn: parts, and totals by moment and place; all in bytes."""
+    """Return, for each active block, the parts of its memory, and the totals by moment and place; all in bytes."""
     return {
         "ranks_per_client": estimate.ranks,
         "device": "gpu" if estimate.gpu else "cpu",
@@ -318,13 +318,13 @@ def memory_json(estimate: Estimate) -> dict[str, object]:
         "passes_are_known": estimate.passes_are_known,
         "blocks": [
             {
-                "block": turn.index,
-                "label": turn.label,
-                "parameters": turn.numel,
-                "parts": [asdict(part) for part in turn.parts],
-                "gpu": totals(turn.parts, "gpu"),
-                "host": totals(turn.parts, "host"),
+                "block": block.index,
+                "label": block.label,
+                "parameters": block.numel,
+                "parts": [asdict(part) for part in block.parts],
+                "gpu": totals(block.parts, "gpu"),
+                "host": totals(block.parts, "host"),
             }
-            for turn in estimate.turns
+            for block in estimate.by_block
         ],
     }

@@ -20,14 +20,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Move:
-    """One change. name: for people. make: of a setting; None where it changes nothing there, or cannot be made."""
+    """One change of a setting. name: for people. make: returns the changed setting, or None where the change has no
+    effect or is impossible."""
 
     name: str
     make: Callable[[Setting], Setting | None]
 
 
 def moves(setting: Setting) -> Iterator[Move]:
-    """From those that train the same numbers, up to rounding, to those that do not."""
+    """Yield changes, first those that leave the training's numbers alike up to rounding, then those that do not."""
     yield Move("evaluation.batch_size=1", _smaller_evaluation)
     smaller = [rows for rows in (8, 4, 2, 1) if rows < setting.config.data.micro_batch_size]
     for rows in smaller:
@@ -41,7 +42,7 @@ def moves(setting: Setting) -> Iterator[Move]:
 
 
 def nearest(setting: Setting, fits: Callable[[Setting], bool]) -> tuple[Setting, list[str]] | None:
-    """A setting that fits and the names of its moves, none of which can be left out; None if no moves are enough.
+    """Find a setting that fits, and the names of its moves, none of which can be left out; None if no moves suffice.
 
     setting: one that does not fit.
     """
@@ -61,7 +62,7 @@ def nearest(setting: Setting, fits: Callable[[Setting], bool]) -> tuple[Setting,
         fewer = [other for other in made if other is not move]
         if (without := _all(setting, fewer)) is not None and fits(without):
             made, now = fewer, without
-    return now, _told(made)
+    return now, _names(made)
 
 
 def _all(setting: Setting, made: Sequence[Move]) -> Setting | None:
@@ -73,8 +74,8 @@ def _all(setting: Setting, made: Sequence[Move]) -> Setting | None:
     return setting
 
 
-def _told(made: Sequence[Move]) -> list[str]:
-    """Of several values of one key, or numbers of ranks, the last."""
+def _names(made: Sequence[Move]) -> list[str]:
+    """Name the moves; of several values of one key, or numbers of ranks, only the last."""
     by_key = {move.name.split("=")[0].lstrip("0123456789 "): move.name for move in made}
     return list(by_key.values())
 

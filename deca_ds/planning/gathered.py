@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# of DeepSpeed, where the user's JSON says nothing else
+# DeepSpeed's defaults
 _PREFETCH, _REUSE, _LIVE = 50_000_000, 1_000_000_000, 1_000_000_000
-_THREADS = 2  # of gloo, in torch: so many gathers are under way at a time
+_THREADS = 2  # of gloo, in torch: so many gathers run at a time
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Elements. most: at a time. arriving: the most at a time where what is under way counts twice. end: in the last
-    module of the backward pass."""
+    """Numbers of elements. most: gathered at a time. arriving: the same if those that are arriving count twice. end:
+    gathered in the last module of the backward pass."""
 
     most: int
     arriving: int
@@ -29,16 +29,16 @@ def peak_gathered(
     zero: Mapping[str, Any],
     ranks: int,
 ) -> Gathered:
-    """What DeepSpeed's coordinator holds once it knows the order of the modules.
+    """Compute what DeepSpeed's coordinator holds once it knows the order of the modules.
 
     calls: the parameters of every module, if it has any, in the order of the forward pass. sizes: elements by
-    parameter. trained: of the active block, below which no backward pass goes. zero: DeepSpeed's section
-    zero_optimization. ranks: of the client; a single one brings parameters from the host, one by one.
+    parameter. trained: the parameters of the active block, below which no backward pass goes. zero: DeepSpeed's section
+    zero_optimization. ranks: of the client; a single rank fetches parameters from the host, one by one.
 
-    A parameter stays if a module within the next stage3_max_reuse_distance elements uses it again. Whenever a module
-    runs, the next stage3_prefetch_bucket_size elements are gathered ahead, as long as no more than
-    stage3_max_live_parameters are there. Parameters that are gathered together come in one piece and are copied out of
-    it; the piece stays until all of them have been used.
+    The coordinator keeps a parameter if a module within the next stage3_max_reuse_distance elements uses it again. When
+    a module runs, the coordinator gathers the next stage3_prefetch_bucket_size elements ahead, up to
+    stage3_max_live_parameters in all. Parameters that it gathers together arrive in one piece, from which it copies
+    them; the piece stays until modules have used all of them.
     """
     first = next((k for k, call in enumerate(calls) if not set(call).isdisjoint(trained)), len(calls))
     steps = [*calls, *reversed(calls[first:])]
@@ -52,10 +52,8 @@ def peak_gathered(
 
 @dataclass(eq=False)
 class _Gather:
-    """Of parameters together. awaited: those that no module has used yet. arrived: a module has waited for it.
-
-    Several parameters come in one piece.
-    """
+    """A gather of one or several parameters. several: whether they arrive in one piece. awaited: the parameters that no
+    module has used yet. arrived: whether a module has waited for it."""
 
     elements: int
     several: bool
@@ -63,13 +61,13 @@ class _Gather:
     arrived: bool = False
 
     def use(self, names: set[str]) -> None:
-        """A module with these parameters runs."""
+        """Note that a module with these parameters runs."""
         self.arrived |= not self.awaited.isdisjoint(names)
         self.awaited -= names
 
 
 class _Rank:
-    """What is gathered on a rank. arriving: see Gathered."""
+    """The gathered parameters of a rank. arriving: see Gathered."""
 
     def __init__(
         self, steps: Sequence[Sequence[str]], sizes: Mapping[str, int], zero: Mapping[str, Any], together: bool
@@ -80,12 +78,12 @@ class _Rank:
         self._live = _whole(zero.get("stage3_max_live_parameters"), _LIVE)
         self._ahead = deque((name, place) for place, call in enumerate(steps) for name in call)
         self._there: set[str] = set()
-        self._gathers: list[_Gather] = []  # with parameters that are awaited
-        self._wanted_for: dict[str, int] = {}  # the last step for which a parameter is there already
+        self._gathers: list[_Gather] = []  # those with awaited parameters
+        self._wanted_for: dict[str, int] = {}  # the last step for which a parameter was gathered
         self.arriving = 0
 
     def enter(self, place: int) -> int:
-        """Gather what this step needs, then ahead. Returns the elements that are held meanwhile."""
+        """Gather what this step needs, then gather ahead. Returns the most elements that the rank holds meanwhile."""
         call = set(self._steps[place])
         self._gather([name for name in self._steps[place] if name not in self._there])
         for gather in self._gathers:
@@ -101,7 +99,7 @@ class _Rank:
         return max(most, self._held())
 
     def leave(self, place: int) -> None:
-        """Release what this step used, unless a step to come wants it to stay."""
+        """Release what this step used, unless a later step needs it soon."""
         released = {name for name in self._steps[place] if self._wanted_for[name] <= place}
         passed = 0
         for later in self._steps[place + 1 :]:
@@ -126,11 +124,11 @@ class _Rank:
             return
         self._there.update(names)
         self._gathers.append(_Gather(self._numel(names), self._together and len(names) > 1, set(names)))
-        under_way = [gather.elements for gather in self._gathers if not gather.arrived]
-        self.arriving = max(self.arriving, self._held() + sum(under_way[-_THREADS:]))
+        arriving = [gather.elements for gather in self._gathers if not gather.arrived]
+        self.arriving = max(self.arriving, self._held() + sum(arriving[-_THREADS:]))
 
     def _held(self) -> int:
-        """A piece counts until all of it has been used, and what has been copied out of it as well."""
+        """Count the elements: a piece until all of it has been used, and the copies from it as well."""
         pieces = [gather for gather in self._gathers if gather.several]
         inside = {name for piece in pieces if not piece.arrived for name in piece.awaited}
         return self._numel(self._there - inside) + sum(piece.elements for piece in pieces)

@@ -11,8 +11,8 @@ from deca_ds.gossip.strategies import WINDOW
 from deca_ds.planning.gathered import Gathered
 
 Place = Literal["gpu", "host"]
-# of a block's turn, in their order: between steps, the passes of a micro-batch, in which layers arrive, the reduction
-# of the last gradients, and what comes after it
+# of a block's activation, in order: between steps; the passes of a micro-batch, during which layers arrive; the
+# reduction of the last gradients; and what comes after it
 MOMENTS = (
     "rest", "forward", "loss", "backward", "arrival", "reduction", "gossip", "evaluation", "mean model", "checkpoint",
 )  # fmt: skip
@@ -28,7 +28,8 @@ _PIECE = 16 << 20  # of the mean model
 
 @dataclass(frozen=True)
 class Part:
-    """where: "gpu" or "host"; all parts of a run on CPUs are on the host. when: moments of MOMENTS."""
+    """A part of a rank's memory. where: "gpu" or "host"; all parts of a run on CPUs are on the host. when: the moments
+    of MOMENTS at which it is there."""
 
     name: str
     bytes: int
@@ -38,12 +39,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a rank of a client of k = `ranks`, over which parameters are divided; sizes in elements of the client.
+    """What the memory of a rank depends on, in a client of k = `ranks` ranks, over which parameters are divided.
 
-    width: bytes of an element of the model. state_bytes: of an element of the active block. low_halves: of masters,
-    kept on the host. offload: the model's shard is on the host. neighbours: the most in an averaging. travels, wire:
-    tensors that an averaging sends, and bytes of an element. chunk: elements. whole: all of an averaging is received
-    before its means are made; kept: the means are all kept. copied: what is sent is copied first. buffers: bytes.
+    trained, frozen: elements of the client. width: bytes of an element of the model. state_bytes: bytes of state of an
+    element of the active block. low_halves: whether the host keeps the low halves of masters. offload: whether the
+    model's shard is on the host. neighbours: the most in an averaging. travels, wire: the number of tensors that an
+    averaging sends, and bytes of an element. chunk: elements. whole: whether a rank receives all of an averaging before
+    it makes the means. kept: whether it keeps all means. copied: whether it copies what it sends. buffers: bytes.
     """
 
     ranks: int
@@ -68,8 +70,8 @@ class Shape:
 def parts(
     shape: Shape, block: int, passes: PassMemory, gathered: Gathered, scoring: int, largest_call: int
 ) -> list[Part]:
-    """While a block of `block` elements is active. gathered: in a training pass. largest_call: elements that ZeRO-3 has
-    gathered at a time at least in an evaluation. scoring: bytes of an evaluation's pass."""
+    """List the parts while a block of `block` elements is active. gathered: in a training pass. largest_call: the
+    fewest elements that ZeRO-3 has to gather at a time in an evaluation. scoring: bytes of an evaluation's pass."""
     k = shape.ranks
     near: Place = "gpu" if shape.gpu else "host"
     shard = _share(block, k)
@@ -110,7 +112,8 @@ def parts(
 
 
 def _buckets(shape: Shape, block: int, near: Place) -> list[Part]:
-    """One is filled while the one before travels; the last one travels alone, when activations are gone."""
+    """List the buckets: the backward pass fills one while the previous one travels; the last one travels alone, when
+    activations are gone."""
     first = min(BUCKET_NUMEL, block)
     filling = min(BUCKET_NUMEL, block - first) or first
     travels = ("backward", "reduction") if block > first else ("reduction",)
@@ -127,27 +130,27 @@ def _gossip(shape: Shape, shard: int, near: Place) -> list[Part]:
     if not shape.neighbours:
         return []
     sent = shard * shape.travels
-    under_way = sent if shape.whole else min(sent, WINDOW * shape.chunk)
-    received = shape.wire * under_way * (shape.neighbours + shape.copied)
+    in_flight = sent if shape.whole else min(sent, WINDOW * shape.chunk)
+    received = shape.wire * in_flight * (shape.neighbours + shape.copied)
     means = sent if shape.kept else min(shape.chunk, shard)
     found = [
         Part("gossip: receive buffers", received, "host"),
         Part("gossip: means", 4 * means, near),
     ]
-    if shape.gpu:  # values of neighbours and the own ones, of a chunk
+    if shape.gpu:  # a chunk's values, of the neighbours and of the client itself
         terms = 4 * min(shape.chunk, shard) * (1 + shape.neighbours)
         found.append(Part("gossip: a chunk's terms", terms, near, ("gossip",)))
     return found
 
 
 def totals(found: Iterable[Part], where: Place) -> dict[str, int]:
-    """Bytes at each moment."""
+    """Add up the bytes at each moment."""
     here = [part for part in found if part.where == where]
     return {moment: sum(part.bytes for part in here if moment in part.when) for moment in MOMENTS}
 
 
 def peak(found: Iterable[Part], where: Place) -> tuple[str, int]:
-    """The moment that takes most, and its bytes."""
+    """Return the moment that takes most, and its bytes."""
     return max(totals(found, where).items(), key=lambda item: item[1])
 
 

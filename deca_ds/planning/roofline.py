@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deca_ds.errors import ConfigError
 
-# Assumed shares of what is promised that large products, memory and links reach, and of memory that tensors can have
+# assumed shares of the vendor's rates that large products, memory and links reach, and of memory that tensors can have
 ARITHMETIC, MEMORY, LINK, USABLE = 0.4, 0.8, 0.8, 0.95
 
 
@@ -42,7 +42,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> tuple[str, Gpu]:
-    """With its name as it is written here. Raises ConfigError for one that is not known."""
+    """Return a GPU, and its name as it is written here. Raises ConfigError for an unknown name."""
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return known, gpu
@@ -50,7 +50,7 @@ def find_gpu(name: str) -> tuple[str, Gpu]:
 
 
 def read_rate(text: str) -> float:
-    """Bytes a second of a rate in bits: 10G, 400M, 2.5G. Raises ConfigError."""
+    """Convert a rate in bits, such as 10G, 400M or 2.5G, to bytes a second. Raises ConfigError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT])(?:bit/s|bps)?", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
         raise ConfigError(f"{text!r} is no rate of a network", where="--net", fix="give bits a second, such as 10G")
@@ -59,10 +59,10 @@ def read_rate(text: str) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one rank in one inner step with one block active. flops: operations. moved: bytes that its GPU's memory reads
-    and writes at least. gathered: bytes that ZeRO-3 brings to it from other ranks. fetched: from the host, with
-    offload. spans: a client spans hosts, so that what is gathered crosses the network. messages: bytes that gossip
-    takes out of the client's host, averaged over steps. copied: bytes of gossip between this GPU and its host."""
+    """The work of one rank in one inner step. flops: operations. moved: the least bytes that its GPU's memory reads and
+    writes. gathered: bytes that ZeRO-3 brings from other ranks. fetched: bytes that it brings from the host, with
+    offload. spans: whether a client spans hosts, so that gathered bytes cross the network. messages: bytes of gossip
+    that leave the client's host, averaged over steps. copied: bytes of gossip between this GPU and its host."""
 
     flops: float
     moved: float
@@ -75,7 +75,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. compute: the longer of arithmetic and memory. zero3 and gossip: not hidden behind it."""
+    """Seconds of a step. compute: the longer of arithmetic and memory. zero3, gossip: the part not hidden behind it."""
 
     compute: float
     zero3: float
@@ -87,9 +87,10 @@ class StepTime:
 
 
 def step_time(work: Work, gpu: Gpu, net: float | None, dtype: str) -> StepTime:
-    """net: bytes a second between hosts; None: messages take no time, and ZeRO-3's stay in a host.
+    """Estimate the time of a step. net: bytes a second between hosts; with None gossip takes no time, and ZeRO-3's
+    messages stay on a host.
 
-    ZeRO-3 gathers while the layer before computes: only what takes longer than that counts.
+    ZeRO-3 gathers while the previous layer computes, so only what takes longer than that counts.
     """
     peak = gpu.bf16 if dtype == "bfloat16" else gpu.fp32
     compute = max(work.flops / (ARITHMETIC * peak), work.moved / (MEMORY * gpu.bandwidth))
@@ -102,11 +103,12 @@ def step_time(work: Work, gpu: Gpu, net: float | None, dtype: str) -> StepTime:
 def pass_flops(
     matrices: float, *, above: float, block: float, attention: float, attention_above: float, tokens: float, again: bool
 ) -> float:
-    """Operations of a forward and a backward pass over `tokens`.
+    """Count the operations of a forward and a backward pass over `tokens`.
 
-    matrices: elements of all matrices that tokens are multiplied with. block, above: those of the active block, and of
-    what comes after it, through which gradients of activations pass. attention, attention_above: operations a token of
-    its scores, forward. again: the forward pass of the block and above is computed twice (gradient checkpointing).
+    matrices: elements of all matrices that multiply a token. block, above: the same of the active block, and of the
+    layers after it, through which gradients of activations pass. attention, attention_above: operations per token for
+    attention scores in the forward pass, of all layers and of those from the block on. again: whether the forward pass
+    from the block on is computed twice (gradient checkpointing).
     """
     forward = 2 * matrices + attention
     back = 2 * above + 4 * block + 2 * attention_above

@@ -12,9 +12,9 @@ from deca_ds.gossip import MixingSchedule
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes. averaging: what one averaging of the largest block sends over an edge, in one direction. edge: the same
-    on average over blocks and inner steps. client: what the busiest client sends a step, on average. run_client: in the
-    whole run. run: of all clients."""
+    """Bytes that gossip sends. averaging: in one averaging of the largest block over an edge, in one direction. edge:
+    the same per inner step, on average over blocks and steps. client: by the busiest client per inner step, on average.
+    run_client: by that client in the whole run. run: by all clients in the whole run."""
 
     averaging: int
     edge: float
@@ -24,8 +24,8 @@ class Traffic:
 
 
 def traffic(bytes_of_blocks: Sequence[int], schedule: Schedule, mixing: MixingSchedule) -> Traffic:
-    """bytes_of_blocks: what an averaging of each block sends over an edge. Where the graph changes from one averaging
-    to the next, an edge is one of those that an averaging uses."""
+    """Compute the traffic of a run. bytes_of_blocks: what an averaging of each block sends over an edge. Where the
+    graph changes from one averaging to the next, an edge is one of those that an averaging uses."""
     steps = len(schedule)
     each = ceil(schedule.activation_steps / schedule.gossip_every)  # averagings of an activation
     activations = steps // (schedule.activation_steps * schedule.blocks)

@@ -93,7 +93,7 @@ class Simulation:
                 self._evaluate(done)
 
     def _note_untrained(self, step: Step, local_steps: Sequence[LocalSteps]) -> None:
-        """Of a block that ends its turn, what no client's gradient has reached."""
+        """Name the parameters of a block that no client's gradient has reached by the end of its activation."""
         names = self.clients.block_names(step.block)
         made = zip(*(own.made for own in local_steps), strict=True)
         never = [name for name, counts in zip(names, made, strict=True) if not any(counts)]

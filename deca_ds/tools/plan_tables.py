@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from deca_ds.planning.estimate import Estimate, Turn
+from deca_ds.planning.estimate import BlockMemory, Estimate
 from deca_ds.planning.fits import Setting, nearest
 from deca_ds.planning.memory import ACTIVATIONS, MOMENTS, PASSES, Part, Place, peak
 from deca_ds.planning.roofline import ARITHMETIC, LINK, MEMORY, USABLE, Gpu, StepTime
@@ -17,27 +17,27 @@ from deca_ds.planning.roofline import ARITHMETIC, LINK, MEMORY, USABLE, Gpu, Ste
 
 def print_memory(console: Console, estimate: Estimate) -> None:
     """What the fullest rank holds while the block is active that takes most, and what the estimate leaves out."""
-    turn = estimate.worst
-    console.print(memory_table(turn, estimate))
+    block = estimate.worst
+    console.print(memory_table(block, estimate))
     for line in _notes(estimate):
         console.print(line, highlight=False)
 
 
-def memory_table(turn: Turn, estimate: Estimate) -> Table:
-    """Of one block's turn, a row a part. Memory of the GPU has a column of its own where there is one."""
+def memory_table(block: BlockMemory, estimate: Estimate) -> Table:
+    """Of one block while it is active, a row a part. Memory of the GPU has a column of its own where there is one."""
     k = estimate.ranks
     table = Table(
-        title=f"memory of a rank, {k} rank{'s' if k > 1 else ''} a client, block {turn.index} ({turn.label}) active",
+        title=f"memory of a rank, {k} rank{'s' if k > 1 else ''} a client, block {block.index} ({block.label}) active",
         show_footer=True,
     )
     places: tuple[Place, ...] = ("gpu", "host") if estimate.gpu else ("host",)
-    most = {where: peak(turn.parts, where) for where in places}
+    most = {where: peak(block.parts, where) for where in places}
     table.add_column("what", "most at a time")
     table.add_column("when")
     for where in places:
         moment, size = most[where]
         table.add_column("GPU" if where == "gpu" else where, f"{decimal(size)}\n({moment})", justify="right")
-    for part in turn.parts:
+    for part in block.parts:
         table.add_row(part.name, _when(part), *(decimal(part.bytes) if part.where == at else "" for at in places))
     return table
 

@@ -120,7 +120,7 @@ def check_place(schedule: Schedule, saved: Mapping[str, int]) -> None:
 
 
 def _same_place(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """At the end of a run no block is open, as at the start of a turn."""
+    """At the end of a run no block is open, as before an activation."""
     if "inner" in one and "inner" in other:
         return all(one[key] == other[key] for key in ("done", "round", "block", "inner"))
     return one["done"] == other["done"] and not one.get("inner") and not other.get("inner")

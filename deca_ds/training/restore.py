@@ -77,7 +77,7 @@ def save_summaries(output: Path, summaries: Sequence[dict[str, Any]]) -> None:
 
 
 def restore(resumption: Resumption, cluster: Cluster, state: TrainingState) -> None:
-    """Put the saved state back, of a block amid its turn, too.
+    """Put the saved state back, including that of a block in the middle of its activation.
 
     With another number of ranks each reads the elements that it holds now, from whoever wrote them; the random state is
     then a new one. Raises CheckpointError for a checkpoint of another model. The schedule has been compared, see

@@ -1,4 +1,4 @@
-"""Nobody waits for ever: heartbeats, the first failure, and how a job is told to stop.
+"""No rank waits for ever: heartbeats, the report of the first failure, and how a job stops on request.
 
-Its modules are imported by their names: `deca status` needs heartbeats.py, and no torch.
+Import the modules by their names: `deca status` needs heartbeats.py without torch.
 """

@@ -1,6 +1,6 @@
-"""How a rank ends where all have agreed to stop before any of them trains: wherever its main thread is, by an exception
-there, so that what it has begun is closed, MPI too. If it does not come to that, as in a collective with ranks that do
-not come either, the watcher's thread ends the process."""
+"""How a rank ends when all ranks have agreed to stop before any of them trains. An exception interrupts its main
+thread, wherever that is, so that everything that is open gets closed, MPI included. If the main thread cannot react,
+for example inside a collective that other ranks never join, the watcher's thread ends the process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import NoReturn
 
 from torch.distributed import Store
 
-_COMES_S = 5.0  # for the main thread
+_COMES_S = 5.0  # for the main thread to react
 
 
 class StopBeforeTraining(BaseException):
-    """All ranks have agreed to: no error."""
+    """All ranks have agreed to stop before training; this is no error."""
 
 
 class EarlyEnd:
     """leaving: held by the thread that ends this process. meet: waits until all ranks know. leave: ends this process
-    when those that need it are through."""
+    when no other rank needs it any more."""
 
     def __init__(self, leaving: threading.Lock, meet: Callable[[Store], None], leave: Callable[[Store], NoReturn]):
         self._leaving, self._meet, self._leave = leaving, meet, leave
@@ -29,21 +29,21 @@ class EarlyEnd:
         self._too_late = False
 
     def expect(self, tell: Callable[[], None]) -> None:
-        """tell: called by the thread that ends this process."""
+        """Have the thread that ends this process call `tell`."""
         self._tell = tell
 
     def forbid(self) -> None:
-        """The main thread ends already, and must not be interrupted any more."""
+        """Never interrupt the main thread from now on: it is already ending."""
         self._too_late = True
 
     def interrupt(self, end: BaseException | None = None) -> None:
-        """In a signal handler of the main thread: raise `end`, or else StopBeforeTraining, there, once."""
+        """In a signal handler of the main thread, raise `end` or, without one, StopBeforeTraining; once only."""
         if not self._too_late:
             self._too_late = True
             raise end or StopBeforeTraining
 
     def watch(self, store: Store) -> None:
-        """In the watcher's thread, which has this connection: have SIGUSR1 interrupt the main thread, by a handler that
+        """In the watcher's thread, to which `store` belongs: have SIGUSR1 interrupt the main thread, by a handler that
         calls `interrupt`."""
         if self._too_late:
             return
@@ -53,12 +53,12 @@ class EarlyEnd:
             self._leave(store)
 
     def end(self, store: Store) -> None:
-        """In the main thread, which has been interrupted."""
+        """End this rank, in the main thread, after the interrupt."""
         self._comes.set()
         self._leaving.acquire()
         self._end(store)
 
     def _end(self, store: Store) -> None:
-        """Nobody's connections close before all know why."""
+        """Wait until all ranks know why, before any connection closes."""
         self._tell()
         self._meet(store)

@@ -1,4 +1,4 @@
-"""What a rank tells of a failure: to the others through the job's store, on its own output, in the run's folder, and to
+"""How a rank reports a failure: to the others through the job's store, on its own output, in the run's folder, and to
 the `deca supervise` above its launcher."""
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _KEY = "job/failed"
-EXIT_CODES = "DECA_EXIT_CODES"  # in the environment: a file for those of the ranks of a host
+EXIT_CODES = "DECA_EXIT_CODES"  # in the environment: the file for the exit codes of a host's ranks
 _LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited")
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether it says that the process at the other end is gone; gloo's and NCCL's errors say so by their text."""
+    """Whether `error` says that the process at the other end is gone; gloo's and NCCL's errors say so by their text."""
     by_text = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     return by_text or isinstance(error, ConnectionLostError)
 
 
 def lost_connection(error: BaseException, others: Sequence[tuple[str, str]]) -> str:
-    """What that means, for people: who is gone, where and when, what to look at, and the library's words last.
+    """Explain a lost connection: which rank is gone, where and when, what to look at, and last the library's message.
 
-    others: the ranks of which one is at the other end, and at what they were last seen, if they were.
+    others: the ranks of which one is at the other end, each with its last known phase, empty if there is none.
     """
     seen = error.seen if isinstance(error, ConnectionLostError) else f"{type(error).__name__}: {error}"
     if len(others) == 1:
@@ -44,14 +44,15 @@ def lost_connection(error: BaseException, others: Sequence[tuple[str, str]]) -> 
 
 
 def rank_is_gone(who: str, when: str, why: str = KILLED) -> str:
-    """who, when: see `lost_connection`."""
+    """Say that a rank is gone. who, when: see `lost_connection`."""
     last = f", last seen in {when}" if when else ""
     return f"{who} is gone{last}: {why}\n  fix:   {LOOK_AT_THE_KILLED}"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """rank, host: where. place: what the rank was at, empty at the start. code: the exit code that it calls for."""
+    """A rank's failure. rank, host: where. place: what the rank was doing, empty at the start. code: the exit code that
+    it calls for."""
 
     rank: int
     host: str
@@ -61,26 +62,26 @@ class Failure:
 
     @property
     def where(self) -> str:
-        """Rank, host, and what the rank was at."""
+        """Rank, host, and what the rank was doing."""
         return f"rank {self.rank} on {self.host}" + (f", {self.place}" if self.place else "")
 
     def report(self, store: Store) -> Failure:
-        """Put it into the job's store; returns the first one there, which is the one that all hear of."""
+        """Put this failure into the job's store; returns the first one there, which is the one that all ranks see."""
         return Failure(**json.loads(store.compare_set(_KEY, "", json.dumps(asdict(self)))))
 
     @staticmethod
     def reported(store: Store) -> Failure | None:
-        """The one in the job's store."""
+        """Return the failure in the job's store, if there is one."""
         return Failure(**json.loads(store.get(_KEY))) if store.check([_KEY]) else None
 
     def tell(self, *, of_client: int | None = None, alone: bool = False) -> None:
-        """Print it. of_client: the client that ends, while the others go on. alone: there is one rank only."""
+        """Print it. of_client: the client that ends, while the others continue. alone: there is one rank only."""
         ends = "" if of_client is None else f"client {of_client} ends, "
         print(f"\nERROR: {'' if alone else f'{ends}{self.where}: '}{self.message}", file=sys.stderr, flush=True)
 
     def mark(self, output: Path | None, name: str) -> None:
-        """Write it to a new file in the run's folder, if there is one already. name: FAILED, which is for a job that is
-        not done, or a client's, which the others may have finished without."""
+        """Write it to a new file in the run's folder, if that exists. name: FAILED, which needs a job that is not done,
+        or the name for one client, without which the others may have finished."""
         if output is None or not output.is_dir() or (name == "FAILED" and (output / "DONE").exists()):
             return
         with contextlib.suppress(OSError), open(output / name, "x", encoding="utf-8", errors="replace") as marker:
@@ -88,14 +89,15 @@ class Failure:
 
 
 def tell_exit_code(code: int) -> None:
-    """By a rank that ends with it, if anybody has asked: a launcher may make another one of it, as torchrun does."""
+    """Write this rank's exit code where `deca supervise` reads it, if it has asked: a launcher may end with another
+    code, as torchrun does."""
     if path := os.environ.get(EXIT_CODES):
         with contextlib.suppress(OSError), open(path, "a", encoding="ascii") as codes:
             codes.write(f"{code}\n")
 
 
 def told_exit_codes(path: Path) -> set[int]:
-    """What the ranks have told there."""
+    """Return the exit codes that the ranks have written to `path`."""
     with contextlib.suppress(OSError):
         return {int(code) for code in path.read_text(encoding="ascii").split()}
     return set()

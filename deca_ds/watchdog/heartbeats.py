@@ -1,14 +1,14 @@
-"""What every rank is doing, told to all others, and from it the deadline of every wait.
+"""Heartbeats: every rank publishes what it is doing, and every wait gets its deadline from these notes.
 
-A rank's main thread notes its phase (progress.py). The guard's watcher thread puts the note into the job's store and
-into run.output/heartbeats every second; in a phase of work it looks for signs of that (signs.py), which count as moving
-on. A rank that has not moved on for cluster.timeout_s ends the job, unless a rank that it waits for has moved on since,
-or one that this one waits for, and so on. So nobody waits for ever, and nobody gives up on a slow rank that is at work.
-Time is measured by each rank's own clock; only the ages that are shown compare the clocks of hosts.
+A rank's main thread notes its phase (progress.py). The guard's watcher thread writes the note to the job's store and to
+run.output/heartbeats every second; in a phase of work it looks for signs of work (signs.py), which count as progress. A
+rank without progress for cluster.timeout_s ends the job, unless a rank that it waits for has made progress since, or
+one that this rank waits for, and so on. So no rank waits for ever, and none gives up on a slow rank that is working.
+Each rank measures time by its own clock; only the ages in messages compare the clocks of hosts.
 
-The rank that hosts the store reads all heartbeats and tells each rank that stands still how long it has to be patient
-(survey.py), so that the store is read and written a fixed number of times a rank. Only for an error message, or while
-the host keeps silent, a rank reads the heartbeats of others itself.
+The rank that hosts the store reads all heartbeats and tells each stalled rank how much patience it needs (survey.py),
+so that each rank costs the store a fixed number of reads and writes. A rank reads the heartbeats of others itself only
+for an error message, or while the host is silent.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ FOLDER = "heartbeats"
 PERIOD_S = 1.0  # between two heartbeats of a rank
 SILENCE_S = 10.0  # a rank whose heartbeats stop for so long is gone, stopped or cut off
 _LOOK_AFTER_S = 5.0
-_LOOKS = 3  # at this rank's own standstill
+_LOOKS = 3  # so often in a row this rank has to find itself stalled
 _SHOWN = 8  # ranks in a message
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One rank's note. idle_s: how long it had not moved on when it was taken. time: when that was, seconds since 1970
-    by its host's clock; no two heartbeats of a rank have the same."""
+    """One rank's note. idle_s: seconds since the rank's last progress, at the time of the note. time: of the note, in
+    seconds since 1970 by its host's clock; no two heartbeats of a rank have the same."""
 
     rank: int
     host: str
@@ -55,17 +55,17 @@ class Heartbeat:
 
     @property
     def doing(self) -> str:
-        """Phase and who is awaited."""
+        """The phase, and whom the rank waits for."""
         known: dict[int | str | None, str] = {None: "", SHARED: "", EVERYBODY: ", waiting for everybody"}
         awaited = known.get(self.awaits)
         return self.phase + (f", waiting for client {self.awaits}" if awaited is None else awaited)
 
     def age_s(self) -> float:
-        """Seconds since the rank moved on, by this host's clock."""
+        """Return the seconds since the rank's last progress, by this host's clock."""
         return max(0.0, time.time() - self.time) + self.idle_s
 
     def silent_s(self) -> float:
-        """Seconds since the last heartbeat, by this host's clock."""
+        """Return the seconds since the last heartbeat, by this host's clock."""
         return max(0.0, time.time() - self.time)
 
     @property
@@ -85,25 +85,25 @@ class Heartbeat:
 
 @dataclass
 class Sighting:
-    """What a rank has seen of another one, by its own clock: the last heartbeat, when it came, and when the other rank
-    had last moved on then."""
+    """What a rank has seen of another one, by its own clock: the last heartbeat, when it came, and the time of the
+    other rank's last progress before it."""
 
     heartbeat: Heartbeat
     came: float
     moved: float
 
     def silent(self, now: float) -> bool:
-        """Whether heartbeats have stopped: who keeps silent passes no patience on."""
+        """Whether heartbeats have stopped: nobody has patience for the sake of ranks that a silent one waits for."""
         return now - self.came >= SILENCE_S
 
 
 class Sightings(dict[int, Sighting]):
-    """rank -> what this rank has seen of it; belongs to one thread."""
+    """What this rank has seen of others, by rank; belongs to one thread."""
 
     def look(self, ranks: Sequence[int], store: Store, now: float) -> None:
         """Read the heartbeats of `ranks`, as far as there are any."""
         keys = {rank: f"heartbeat/{rank}" for rank in ranks}
-        if not store.check(list(keys.values())):  # whoever asked for one that is not there would wait
+        if not store.check(list(keys.values())):  # to read a missing key would wait for it
             keys = {rank: key for rank, key in keys.items() if store.check([key])}
         for rank, text in zip(keys, store.multi_get(list(keys.values())) if keys else (), strict=True):
             heartbeat, before = Heartbeat(**json.loads(text)), self.get(rank)
@@ -111,7 +111,7 @@ class Sightings(dict[int, Sighting]):
                 self[rank] = Sighting(heartbeat, now, now - heartbeat.idle_s)
 
     def lines(self, ranks: Sequence[int]) -> list[str]:
-        """For a message: where the ranks are, those that moved on last at the end."""
+        """Say where the ranks are, a line each, those with the latest progress last."""
         oldest = sorted(ranks, key=lambda rank: -self[rank].heartbeat.age_s() if rank in self else float("-inf"))
         more = [f"and {len(oldest) - _SHOWN} more ranks"] if len(oldest) > _SHOWN else []
         shown = [str(self[rank].heartbeat) if rank in self else f"rank {rank}: never" for rank in oldest[:_SHOWN]]
@@ -122,7 +122,7 @@ class Sightings(dict[int, Sighting]):
 class Heartbeats:
     """This rank's heartbeat, and what it sees of the others'. `beat` and `stalled` belong to the watcher thread.
 
-    ranks: gives those that are there now.
+    ranks: gives the ranks that are in the job now.
     """
 
     launch: Launch
@@ -132,22 +132,22 @@ class Heartbeats:
     _folder: Path | None = None
     _due: float = 0.0
     _seen: Sightings = field(default_factory=Sightings)
-    _told: tuple[bytes, float] = (b"", 0.0)  # what the store's host has told this rank last, and when that came
+    _told: tuple[bytes, float] = (b"", 0.0)  # the last message of the store's host to this rank, and when it came
     _looks: int = 0
 
     def write_to(self, folder: Path) -> None:
-        """From now on also into `folder`, run.output/heartbeats."""
+        """Write heartbeats to `folder`, run.output/heartbeats, too, from now on."""
         self._folder = folder
 
     def own(self) -> Heartbeat:
-        """This rank's heartbeat now."""
+        """Return this rank's heartbeat now."""
         now = self.progress
         idle = max(0.0, time.monotonic() - now.moved)
         who = (self.launch.rank, self.launch.host, self._client(self.launch.rank))
         return Heartbeat(*who, now.phase, now.step, now.block, now.awaits, round(idle, 3), time.time())
 
     def beat(self, store: Store, *, last: bool = False) -> bool:
-        """Tell where this rank stands, if it is time to. last: now, in the file alone, because the job ends."""
+        """Publish this rank's heartbeat, if one is due. last: write it now, to the file alone, because the job ends."""
         if not last and time.monotonic() < self._due:
             return False
         self._due = time.monotonic() + PERIOD_S
@@ -157,7 +157,7 @@ class Heartbeats:
         if not last:
             store.set(f"heartbeat/{self.launch.rank}", text)
         if self._folder is not None:
-            with suppress(OSError):  # a full disk is for those to report who need it
+            with suppress(OSError):  # whoever needs the disk reports that it is full
                 self._folder.mkdir(parents=True, exist_ok=True)
                 partial = self._folder / f".rank_{self.launch.rank:04d}.partial"
                 partial.write_text(text + "\n")
@@ -165,12 +165,12 @@ class Heartbeats:
         return True
 
     def stalled(self, store: Store, *, own: bool = False) -> StallError | None:
-        """Why the job has to end, if this rank has waited too long. See the module's text. own: also if others have
-        waited too long for this rank, which itself waits for nobody."""
+        """Return why the job has to end, if this rank has waited too long (see the module's text). own: also if others
+        have waited too long for this rank, which itself waits for nobody."""
         progress, now = self.progress, time.monotonic()
         timeout_s, moved = progress.timeout_s, progress.moved
         if timeout_s is None or now - moved < look_after_s(timeout_s):
-            self._seen.clear()  # what has been seen is of another wait
+            self._seen.clear()  # it belongs to another wait
             self._told, self._looks = (b"", 0.0), 0
             return None
         idle_s = self._told_idle_s(store, now, timeout_s)
@@ -186,7 +186,8 @@ class Heartbeats:
         return self._stall(awaited, now - moved, idle_s)
 
     def _stall(self, awaited: list[int], own_s: float, idle_s: float) -> StallError:
-        """own_s: how long this rank has not moved on; idle_s: it and all that it waits for."""
+        """Make the error. own_s: seconds since this rank's last progress. idle_s: seconds since the last progress of
+        this rank and of all that it waits for."""
         progress, seen = self.progress, self._seen
         clients = {self._client(rank) for rank in awaited or [self.launch.rank]}
         silent = [rank for rank in awaited if rank not in seen or seen[rank].heartbeat.silent_s() > SILENCE_S]
@@ -212,13 +213,14 @@ class Heartbeats:
         )
 
     def _is_sure(self) -> bool:
-        """Whether this rank has stood still at several looks: a process that was stopped does not hang."""
+        """Whether this rank has found itself stalled several times in a row: a process that was stopped for a
+        while does not hang."""
         self._looks += 1
         return self._looks >= _LOOKS
 
     def _told_idle_s(self, store: Store, now: float, timeout_s: float) -> float | None:
-        """Seconds since this rank or one that it waits for moved on, as the store's host tells (survey.py); None while
-        the host keeps silent."""
+        """Return the seconds since the last progress of this rank and of those that it waits for, as the store's host
+        says (survey.py); None while the host is silent."""
         key, (before, came) = told_key(self.launch.rank), self._told
         text = store.get(key) if store.check([key]) else b""
         if text != before or not came:
@@ -227,7 +229,7 @@ class Heartbeats:
         if now - came >= min(SILENCE_S, timeout_s / 4):
             return None
         told = json.loads(text)[0] if text else 0.0
-        return min(told + now - came, now - self.progress.moved)  # it may be of an earlier standstill
+        return min(told + now - came, now - self.progress.moved)  # the message may belong to an earlier stall
 
     def _hanging(self, store: Store, now: float) -> StallError | None:
         progress, own = self.progress, self.launch.rank
@@ -251,14 +253,14 @@ class Heartbeats:
         return None
 
     def other_end(self, store: Store | None, rank: int | None = None) -> list[tuple[str, str]]:
-        """For a message: `rank`, or else the ranks that this one waits for by itself. Who each is, and at what it was
-        last seen; what `store`, None if it is gone, does not tell, the files in the run's folder may."""
+        """Describe for a message `rank` or, without one, the ranks that this one waits for directly: which rank it is,
+        and its last known phase. `store` is None if it is gone; then the files in the run's folder may say it."""
         own, there = self.launch.rank, frozenset(self.ranks())
         awaited = [rank for rank in self._named(own, self.progress.awaits) if rank in there and rank != own]
         ranks = list(dict.fromkeys(awaited))[:_SHOWN] if rank is None else [rank]
         known, seen = dict[int, Heartbeat](), Sightings()  # as in last_seen
         if self._folder is not None:
-            with suppress(OSError, ValueError, TypeError):  # another rank's, and perhaps of another version
+            with suppress(OSError, ValueError, TypeError):  # other ranks write them, perhaps of another version
                 known = {heartbeat.rank: heartbeat for heartbeat in read_heartbeats(self._folder.parent)}
         if store is not None:
             with suppress(RuntimeError):  # it is gone
@@ -267,13 +269,13 @@ class Heartbeats:
         return [(known[rank].who, known[rank].when) if rank in known else (f"rank {rank}", "") for rank in ranks]
 
     def last_seen(self, store: Store) -> str:
-        """For a message: where the ranks are that this rank has to do with, a line each; empty if it is alone."""
+        """Say where the ranks are that this rank waits for, a line each; empty if it is alone."""
         seen = Sightings()  # those of this object belong to the watcher thread
         lines = "".join(f"\n    {line}" for line in seen.lines(self._awaited(seen, store, time.monotonic())))
         return f"\n  last seen:{lines}" if lines else ""
 
     def _awaited(self, seen: Sightings, store: Store, now: float) -> list[int]:
-        """The ranks that this one waits for, nearest first: those that it has named, and those that these wait for."""
+        """Return the ranks that this one waits for, nearest first: directly, and through others."""
         own, there = self.launch.rank, frozenset(self.ranks())
         found: dict[int, None] = {}
         waits, share = [(own, self.progress.awaits)], False
@@ -291,7 +293,7 @@ class Heartbeats:
         return list(found)
 
     def _named(self, rank: int, awaits: int | str | None) -> Iterator[int]:
-        """Whom `rank`, in this wait, waits for by itself: other than ranks that share what it waits for."""
+        """Yield the ranks that `rank` waits for directly in this wait, without those that share what it waits for."""
         layout = self.progress.layout
         if layout is None or awaits == EVERYBODY:
             yield from range(self.launch.world_size)
@@ -310,15 +312,15 @@ class Heartbeats:
 
 
 def look_after_s(timeout_s: float) -> float:
-    """A rank that has not moved on for so long asks how long it has to be patient."""
+    """Return after how many seconds without progress a rank asks how much patience it needs."""
     return min(_LOOK_AFTER_S, timeout_s / 4)
 
 
 def told_key(rank: int) -> str:
-    """Where the store's host tells `rank`: JSON, [seconds, when]."""
+    """Return the key under which the store's host tells `rank` its patience: JSON, [seconds, when]."""
     return f"standstill/{rank}"
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """The heartbeats in a run's folder, ascending by rank; those of ranks that write on this host's disks."""
+    """Read the heartbeats in a run's folder, ascending by rank: those of ranks whose folder is on this host's disks."""
     return [Heartbeat(**json.loads(path.read_text())) for path in sorted((folder / FOLDER).glob("rank_*.json"))]

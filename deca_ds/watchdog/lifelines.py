@@ -1,8 +1,9 @@
-"""A rank that dies takes the other ranks of its client with it at once, whatever these wait for.
+"""A rank that dies takes the other ranks of its client with it at once, whatever they wait for.
 
-Each rank keeps a connection to its client's leader. The system closes those of a process that dies, and keep-alive
-probes end those of a host that is gone. Who sees a connection end without a goodbye ends itself, and the leader's
-connections with it. A collective alone would not do: NCCL waits on, and a rank may be waiting for another client.
+Each rank keeps a connection to its client's leader. The system closes the connections of a process that dies, and
+keep-alive probes end those of a host that is gone. A rank that sees a connection end without a goodbye ends; when the
+leader ends, so do all its connections. A collective alone would not suffice: NCCL keeps waiting, and a rank may be
+waiting for another client.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def keep_alive(connection: socket.socket) -> None:
 class Lifeline:
     """This rank's connections. All ranks of a client make one.
 
-    store: the client's, hosted by the leader. shard: this rank's place of `ranks`. timeout_s: for all to come.
-    lost: called by a thread, with a RankLostError, when one of them is gone. Raises OSError if one does not come.
+    store: the client's, hosted by the leader. shard: this rank's place of `ranks`. timeout_s: time for all to connect.
+    lost: called by a thread, with a RankLostError, when a rank is gone. Raises OSError if one does not connect.
     """
 
     def __init__(self, store: Store, shard: int, ranks: int, timeout_s: float, lost: Callable[[RankLostError], None]):
@@ -50,7 +51,7 @@ class Lifeline:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self) -> None:
-        """Say goodbye: this rank is through."""
+        """Say goodbye: this rank is done."""
         for connection in self._peers:
             with contextlib.suppress(OSError):
                 connection.sendall(_GOODBYE)

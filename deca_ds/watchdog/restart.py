@@ -1,4 +1,4 @@
-"""A client that was cut off comes back by itself: its processes become new ones that join (elastic/rejoin.py)."""
+"""A client that was cut off rejoins by itself: its processes become new ones that join (elastic/rejoin.py)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _STARTED_WITH = dict(os.environ)  # what the launcher set; later a client's rank
 
 
 def tries_until() -> float:
-    """Until when this process has to try to join, by time.time(); 0.0 for one that was started by somebody."""
+    """Return until when, by time.time(), this process has to try to join; 0.0 unless `come_back` has started it."""
     return float(os.environ.get(_UNTIL, 0.0))
 
 
 def come_back(seconds: float) -> NoReturn:
     """Become a new process with the same command, number and output, that tries for `seconds` to join."""
     environment = _STARTED_WITH | {_UNTIL: str(time.time() + seconds)}
-    # neighbours see a connection end when nobody has it open any more, and C++ libraries may not close theirs
+    # neighbours see a connection end when no process has it open any more, and C++ libraries may not close theirs
     for name in os.listdir("/dev/fd"):
         if int(name) > 2:
             try:
                 os.set_inheritable(int(name), False)
-            except OSError:  # what listed them
+            except OSError:  # the one that has listed them
                 continue
     command = [argument for argument in sys.orig_argv[1:] if argument != JOIN]
     sys.stdout.flush()

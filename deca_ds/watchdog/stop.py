@@ -1,18 +1,19 @@
-"""One rank is told to stop, and all ranks stop after the same inner step.
+"""One rank receives a request to stop, and all ranks stop after the same inner step.
 
 A preemption reaches ranks at different moments, or only one of them, and clients may be steps apart. So:
 
-1. Whoever is told (`ask`, a signal handler) has that put into the job's store.
-2. Every rank's watcher thread sees it there, closes this rank's gate and tells how far the rank is committed to go:
-   it is in an inner step that its client's other ranks, and neighbours, wait for.
-3. The furthest of these is where all stop. The gates open up to there.
+1. The rank that receives the request (`ask`, a signal handler) notes it, and its watcher thread puts it into the job's
+   store.
+2. Every rank's watcher thread sees it there, closes its rank's gate and says how far the rank has to go: it is in an
+   inner step that the other ranks of its client, and its neighbours, wait for.
+3. All ranks stop at the furthest of these steps. The gates open up to there.
 
-Nobody has to reach a gate for the others to agree, so that a rank that waits for another one inside a step does not
-keep it from agreeing.
+The ranks can agree before any of them reaches its gate, so a rank that waits for another one inside a step does not
+block the agreement.
 
-If nobody has begun with an inner step by then, the ranks may end where they are, which may be in a long load.
+If no rank has begun an inner step by then, the ranks may end where they are, for example while they load.
 
-Whoever sees the run's folder can tell the job, too: the ranks look for a file there (`deca stop`).
+A request may also come through the run's folder: the ranks look for a file there (`deca stop`).
 """
 
 from __future__ import annotations
@@ -34,23 +35,24 @@ _REQUEST = "STOP"  # in the run's folder
 
 
 def request_stop(run: Path) -> None:
-    """Have the job that writes to this folder stop. Raises OSError if that cannot be written."""
+    """Ask the job that writes to this folder to stop. Raises OSError if the request cannot be written."""
     (run / _REQUEST).touch()
 
 
 def is_requested(run: Path) -> bool:
-    """Whether somebody has."""
+    """Whether the folder has a request to stop."""
     return (run / _REQUEST).exists()
 
 
 def forget_request(run: Path) -> None:
-    """It was heard, or was for another job."""
+    """Remove a request that the ranks have seen, or that was meant for another job."""
     (run / _REQUEST).unlink(missing_ok=True)
 
 
 class StopByCommit:
-    """The same where all ranks of all clients agree on every averaging anyway (elastic/survivor_commit.py): that
-    agreement also asks whether anybody was told to stop. It holds at one inner step for all, and all stop after it."""
+    """Stops a job in which all ranks of all clients agree on every averaging anyway (elastic/survivor_commit.py): that
+    agreement also asks whether any rank has a request to stop. All ranks learn it at the same inner step, and stop
+    after it."""
 
     ends_early = False  # see StopByStore: the agreement is one of training
 
@@ -63,7 +65,7 @@ class StopByCommit:
         return self._asked or self._agreed
 
     def let_end_early(self) -> None:
-        """See StopByStore. It does not."""
+        """Do nothing: such a job does not end early."""
 
     def ask(self, *_: Any) -> None:
         """See StopByStore."""
@@ -74,18 +76,18 @@ class StopByCommit:
         return not self._agreed
 
     def look(self, store: Store) -> None:
-        """See StopByStore. There is nothing to look for."""
+        """Do nothing: the store holds no request."""
 
     def answer(self) -> bool:
-        """Whether this rank may go on."""
+        """Return whether this rank may continue."""
         return not self._asked
 
     def heard(self, all_may: bool) -> None:
-        """What all ranks have answered."""
+        """Note whether all ranks may continue."""
         self._agreed |= not all_may
 
     def stop(self) -> None:
-        """All ranks know by themselves that they stop after this step."""
+        """Stop after this step; all ranks call this on their own."""
         self._agreed = True
 
 
@@ -109,17 +111,18 @@ class StopByStore:
         return self._asked or self._last is not None
 
     def let_end_early(self) -> None:
-        """Have `ends_early` tell where nobody trains. Whoever is at the gate then waits there for what that brings."""
+        """Let `ends_early` become true when no rank trains yet. A rank at its gate then waits there to be ended."""
         self._may_end_early = True
 
     def ask(self, *_: Any) -> None:
-        """Have the whole job stop. A signal handler: it may interrupt the main thread anywhere, so it only notes it."""
+        """Note a request to stop the whole job. This is a signal handler, which may interrupt the main thread anywhere,
+        so it does no more."""
         self._asked = True
 
     def may_pass(self, done: int) -> bool:
-        """Whether to go on after `done` inner steps; if not, all ranks stop here. Waits while they agree.
+        """Return whether to continue after `done` inner steps; if not, all ranks stop here. Waits while they agree.
 
-        Raises AbsentError if they do not within the time limit.
+        Raises AbsentError if they do not agree within the time limit.
         """
         if self._world_size == 1 and not (self._may_end_early and self._committed == 0):
             return not self._asked
@@ -140,7 +143,8 @@ class StopByStore:
         return self._last is not None and done >= self._last and not self._agreed
 
     def look(self, store: Store) -> None:
-        """Tell the other ranks what this one knows and learn what they know; to be called again and again."""
+        """Tell the other ranks what this one knows, and learn what they know; the watcher thread calls this
+        regularly."""
         if self._agreed or self.ends_early:
             return
         if self._world_size == 1:

@@ -1,7 +1,7 @@
-"""The rank that hosts the job's store tells all that stand still how patient they have to be.
+"""The rank that hosts the job's store tells all stalled ranks how much patience they need.
 
-It reads every heartbeat once a second. Each rank that stands still would otherwise read those of all ranks that it
-waits for, directly and through others, which in a ring or at a barrier are all there are.
+It reads every heartbeat once a second. Otherwise each stalled rank would read those of all ranks that it waits for,
+directly and through others; in a ring or at a barrier these are all ranks of the job.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from deca_ds.watchdog.heartbeats import Heartbeats, Sighting, Sightings, look_af
 
 
 class Survey:
-    """For the watcher thread of the store's host; `heartbeats`: this rank's."""
+    """Belongs to the watcher thread of the store's host. heartbeats: this rank's."""
 
     def __init__(self, heartbeats: Heartbeats):
         self._heartbeats = heartbeats
         self._seen = Sightings()
 
     def publish(self, store: Store) -> None:
-        """Tell each rank that stands still for how long neither it nor any that it waits for has moved on."""
+        """Tell each stalled rank for how long neither it nor any rank that it waits for has made progress."""
         own = self._heartbeats
         layout, timeout_s, now = own.progress.layout, own.progress.timeout_s, time.monotonic()
         if layout is None or timeout_s is None:
@@ -34,7 +34,7 @@ class Survey:
         there = sorted(own.ranks())
         self._seen.look(there, store, now)
         seen = {rank: self._seen[rank] for rank in there if rank in self._seen}
-        early_s = look_after_s(timeout_s) / 2  # for it to be there when a rank comes to look
+        early_s = look_after_s(timeout_s) / 2  # so that the message is there when a rank looks for it
         standing = {rank: one for rank, one in seen.items() if now - one.moved >= early_s}
         if standing:
             moved = patience(seen, standing, layout, now)
@@ -45,12 +45,12 @@ class Survey:
 def patience(
     seen: Mapping[int, Sighting], standing: Mapping[int, Sighting], layout: ClientLayout, now: float
 ) -> dict[int, float]:
-    """rank -> when it, or one that it waits for, directly or through others, has last moved on. standing: those of
-    `seen` that may wait. In time proportional to the ranks and the waits."""
-    for_all: list[int] = []  # who waits for everybody
-    shared: list[int] = []  # who waits for all that note the same
-    of_client: dict[int, list[int]] = defaultdict(list)  # who waits for all ranks of its own client
-    waiters: dict[int, list[int]] = defaultdict(list)  # who waits for a rank of another client
+    """Return, by rank, the time of the last progress of this rank and of all that it waits for, directly or through
+    others. standing: those of `seen` that may wait. Takes time proportional to the ranks and the waits."""
+    for_all: list[int] = []  # ranks that wait for everybody
+    shared: list[int] = []  # ranks that wait for all that note the same
+    of_client: dict[int, list[int]] = defaultdict(list)  # ranks that wait for all ranks of their own client
+    waiters: dict[int, list[int]] = defaultdict(list)  # by rank, the ranks of other clients that wait for it
     for rank, one in standing.items():
         awaits = one.heartbeat.awaits
         if one.silent(now):
@@ -65,7 +65,7 @@ def patience(
             for partner in layout.partners(rank, awaits):
                 waiters[partner].append(rank)
     moved: dict[int, float] = {}
-    for source in sorted(seen, key=lambda rank: -seen[rank].moved):  # whom it reaches, it is the last to have moved for
+    for source in sorted(seen, key=lambda rank: -seen[rank].moved):  # the latest progress decides for all it reaches
         reached, for_all = [source, *for_all], []
         while reached:
             rank = reached.pop()

@@ -89,7 +89,7 @@ def test_the_mean_of_noloco_makes_a_heavy_ball_step_of_the_mean_movement(graph):
 
 
 def test_qg_adam_needs_no_gradient_to_go_on():
-    """What it keeps has the norm 1 and the direction of the last step, so one gradient is enough for a whole turn."""
+    """It keeps a vector of norm 1 in the direction of the last step, so one gradient suffices for a whole activation."""
     sizes = {}
     for method in ("qg-adam", "gossip-adam"):
         rule = build_rule(method)

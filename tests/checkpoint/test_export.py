@@ -117,7 +117,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path, make_run: MakeRun) -> None
 
 
 def save_checkpoint(run: Path, step: int, states: list[dict[str, torch.Tensor]], **state: object) -> None:
-    """From amid a block's turn, by two ranks a client."""
+    """A checkpoint in the middle of an activation, written by two ranks a client."""
     for client, own in enumerate(states):
         name = next(iter(own))
         buffers = {buffer_name(key, name): torch.rand(own[name].shape) for key in "mv"}

@@ -60,7 +60,7 @@ class Checks:
         if decision.joining and (not decision.yes & YES or not decision.yes & OPEN):
             raise Violation(f"{decision} lets somebody in though not all are open to it")
         if decision.joining and decision.clients != before.everybody:
-            raise Violation(f"{decision} lets somebody in amid a loss: before, {before.everybody} were in")
+            raise Violation(f"{decision} lets somebody in during a loss: before, {before.everybody} were in")
         if not set(decision.clients) <= set(before.everybody):
             raise Violation(f"{decision} has clients that were not in {before}")
 

@@ -55,7 +55,7 @@ def test_everything_comes_over_whatever_the_sizes(sizes, done, monkeypatch):
 
 
 @pytest.mark.parametrize("giver", [1, 2])
-def test_when_the_giver_is_lost_amid_it_another_one_of_another_size_begins_anew(giver):
+def test_when_the_giver_is_lost_during_a_handover_another_one_of_another_size_begins_anew(giver):
     """Client 0 is lost after half of its messages; the block that client 3 has opened stays open."""
     sizes = (2, 1, 3, 2)
     layout, before, after = ClientLayout.of(sizes), LocalNetwork(sizes, 0.3), LocalNetwork(sizes, 100.0)

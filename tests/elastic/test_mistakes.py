@@ -72,7 +72,7 @@ def lets_in_who_is_not_let_in(patch) -> None:
     patch.setattr(Coordinator, "_announced", lambda self, yes: real["_announced"](self, yes | OPEN))
 
 
-def lets_in_amid_a_loss(patch) -> None:
+def lets_in_during_a_loss(patch) -> None:
     def announced(self, yes):
         self._gone, gone = set(), self._gone
         joining = real["_announced"](self, yes)
@@ -165,7 +165,7 @@ def does_not_vote_again(patch) -> None:
             scenarios.test_who_was_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out,
         ),
         (lets_in_who_is_not_let_in, scenarios.test_nobody_comes_in_unless_all_are_open_to_it),
-        (lets_in_amid_a_loss, scenarios.test_nobody_comes_in_with_a_decision_that_another_one_is_lost_by),
+        (lets_in_during_a_loss, scenarios.test_nobody_comes_in_with_a_decision_that_another_one_is_lost_by),
         (
             interrupts_nobody_after_a_missed_decision,
             scenarios.test_who_is_given_a_decision_after_a_loss_waits_for_nobody_lost,

@@ -24,7 +24,7 @@ def test_one_agreement_tells_all_who_cannot_reach_whom(clients, seen):
     among = {(min(e), max(e)) for e in seen if e[0] in clients and e[1] in clients}
     assert pairs_apart(yes, clients, TOTAL) == among
     assert bool(yes & YES) == (not any(one in clients for one, _ in seen))
-    assert not yes & OPEN, "nobody is let in amid a regrouping"
+    assert not yes & OPEN, "nobody is let in during a regrouping"
 
 
 @given(clients, edges)

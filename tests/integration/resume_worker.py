@@ -3,7 +3,7 @@
 Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_after": inner steps, "evaluation" (the
 last one fails), "saving" (the final one does), "done" (it is left as a run that has finished) or null, and optionally
 "keep_masters": whether the masters of all blocks stay alive, as float32}; clients and ranks are the same in all of
-them. What a run that goes on amid a block holds is compared with its checkpoint before it trains.
+them. What a run that continues in the middle of an activation holds is compared with its checkpoint before it trains.
 """
 
 import gc

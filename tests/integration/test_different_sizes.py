@@ -28,7 +28,7 @@ CASES = {
     "dec-lora": {"algorithm.method": "dec-lora", "blocks.layers_per_block": "null", "algorithm.inner_steps": STEPS},
 }
 SIZES = {"even": None, "mpi": [2, 1, 1], "torch": [1, 2, 1]}
-CUT = 8  # inner steps that a run is left after; the checkpoint is from amid a block
+CUT = 8  # inner steps that a run is left after; the checkpoint is from the middle of an activation
 
 
 @pytest.fixture(scope="module")

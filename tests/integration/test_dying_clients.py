@@ -77,8 +77,8 @@ def clients_in(run: Path, step: int) -> list[int]:
 
 @pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun")
 def test_clients_die_over_mpi(keys, tmp_path):
-    """Of different sizes: one in an evaluation, then, by its second rank amid an averaging, the one that speaks for the
-    job. Before that a message is damaged."""
+    """Clients of different sizes die: one in an evaluation, then, by its second rank during an averaging, the one that
+    speaks for the job. Before that a message is damaged."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=4", "cluster.ranks=[2,1,2,1]", "evaluation.every=4"]
     keys += ["checkpoint.every=2", "checkpoint.keep=1"]
@@ -155,7 +155,7 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
 
 
 def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
-    """Client 0, one rank, dies amid an averaging and takes the state of client 1, two ranks; then client 1, by one of
+    """Client 0, one rank, dies during an averaging and takes the state of client 1, two ranks; then client 1, by one of
     its ranks, dies and takes that of client 2, one rank. Before that a message is damaged. All are supervised."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=8", "evaluation.every=32"]

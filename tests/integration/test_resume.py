@@ -136,8 +136,8 @@ def work(folder: Path, ranks: int, runs: list[dict]) -> str:
     return finished.output
 
 
-def test_a_run_left_amid_a_block_equals_an_uninterrupted_one(crashed_and_moved):
-    """Which has kept its float32 masters from a block's turn to the next."""
+def test_a_run_left_in_the_middle_of_an_activation_equals_an_uninterrupted_one(crashed_and_moved):
+    """It has kept its float32 masters from one activation of a block to the next."""
     assert_equal(crashed_and_moved / "cut", crashed_and_moved / "full")
 
 
@@ -204,7 +204,8 @@ def test_a_run_that_learns_nothing_stops_early_on_all_ranks_and_can_go_on(crashe
 
 
 def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and_moved):
-    """Every attempt goes on where the one before it stood, amid a block, on another launcher and transport too."""
+    """Every attempt continues where the previous one stood, in the middle of an activation, also on another launcher
+    and transport."""
     run = crashed_and_moved / "run"
     checkpoints, go_on = run / "checkpoints", run.with_name("go_on")
     arguments = keys("run", **LONG, **{"checkpoint.every": 7, "run.resume": "auto"})

@@ -61,7 +61,7 @@ def test_on_a_cpu_all_is_on_the_host_and_one_rank_gathers_nothing():
 
 def test_blocks_between_those_that_are_run_lie_on_the_line():
     found = estimate(1, True)
-    kept = [next(part.bytes for part in turn.parts if part.name == ACTIVATIONS) for turn in found.turns]
+    kept = [next(part.bytes for part in block.parts if part.name == ACTIVATIONS) for block in found.by_block]
     assert len(kept) == 6 and kept[1:] == sorted(kept[1:], reverse=True)
     assert kept[2] - kept[3] == pytest.approx(kept[3] - kept[4], abs=1)
     names = found.plan.blocks[2].names
@@ -134,7 +134,7 @@ def test_gloo_copies_what_it_gathers_and_reduces(gpu):
         assert at["forward"] - at["rest"] == 4 * 300
 
 
-def test_json_has_every_blocks_turn():
+def test_the_json_has_the_memory_of_every_active_block():
     found = estimate(2, True)
     told = memory_json(found)
     assert [block["block"] for block in told["blocks"]] == list(range(6))

@@ -101,7 +101,7 @@ def test_without_a_usable_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Pa
     assert rank_folder(step_folder(tmp_path / "checkpoints", 2), 0, 0).exists()
 
 
-def test_killed_amid_its_first_checkpoint_a_run_begins_anew(tmp_path: Path, capsys) -> None:
+def test_a_run_killed_during_its_first_checkpoint_begins_anew(tmp_path: Path, capsys) -> None:
     """Rank 1 of two has not come to write its part of the only one, or of the first two."""
     for steps in ([2], [2, 4]):
         for step in steps:

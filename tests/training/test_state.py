@@ -34,7 +34,7 @@ from deca_ds.training.restore import restore
 from deca_ds.training.resume import Resumption
 from deca_ds.transport.local import LocalNetwork
 
-INSIDE, BETWEEN = 3, 5  # inner steps done: amid a block's turn, and between two
+INSIDE, BETWEEN = 3, 5  # inner steps done: in the middle of an activation, and between two
 WHOSE, NEW = (
     4,
     1,

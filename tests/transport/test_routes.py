@@ -224,7 +224,7 @@ class Without(Commit):
 
 @pytest.mark.parametrize("sizes", LAYOUTS)
 @pytest.mark.parametrize("travelling", [1, 2])
-def test_an_averaging_is_done_again_without_a_client_that_dies_amid_it(sizes, travelling):
+def test_an_averaging_is_repeated_without_a_client_that_dies_during_it(sizes, travelling):
     """What has been sent of the second averaging is lost; then the scores of the mean model are without it, too."""
     ranks, dead, numel = Ranks(sizes), 1, sum(NUMELS)
     new = LocalNetwork(sizes, 100.0)

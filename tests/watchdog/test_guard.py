@@ -181,7 +181,7 @@ def test_a_rank_0_that_is_stopped_as_a_process_ends_the_others(tmp_path):
     codes, outputs = run(tmp_path, "stopped", "idle", "idle")
     assert codes == [7, 1, 1]
     for output in outputs[1:]:
-        assert "no answer for" in output and "look at rank 0: it is stopped as a process" in output
+        assert "no answer for" in output and "look at rank 0: its process is stopped" in output
     assert "from the job's store, which rank 0 hosts" in (tmp_path / "FAILED").read_text()
 
 

@@ -176,7 +176,7 @@ def timeline(run: Run) -> list[Figure]:
     shown = {"row": "block", "round": "round", "steps": "inner steps", "loss": "mean loss of the clients"}
     text = "Which block trains when; the stronger the colour, the higher the clients' training loss."
     if len(every) > len(spans):
-        text += f" The first {len(spans)} of {len(every)} turns."
+        text += f" The first {len(spans)} of {len(every)} activations."
     rows = [block for block in blocks(run) if any(block == span["row"] for span in values)]
     spec = charts.timeline(values, rows=rows, shown=shown, last=max(length(run) or 0, spans[-1][1]))
     return [Figure("Active blocks", text, spec, size="wide")]

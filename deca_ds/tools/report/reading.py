@@ -1,4 +1,5 @@
-"""From a run's folder to a `Run`: of a run that goes on, was killed amid a line, or wrote an older version's files.
+"""Reads a run's folder into a `Run`, also while the run continues, or if it was killed while it wrote a line, or if an
+older version wrote the files.
 
 A line or file that cannot be read is left out and named in `Run.notes`; values of another type count as missing.
 """
