@@ -89,7 +89,7 @@ def test_the_mean_of_noloco_makes_a_heavy_ball_step_of_the_mean_movement(graph):
 
 
 def test_qg_adam_needs_no_gradient_to_go_on():
-    """It keeps a vector of norm 1 in the direction of the last step, so one gradient suffices for a whole activation."""
+    """It keeps a vector of norm 1 in the direction of its last step, so one gradient suffices for an activation."""
     sizes = {}
     for method in ("qg-adam", "gossip-adam"):
         rule = build_rule(method)
