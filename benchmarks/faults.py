@@ -115,7 +115,7 @@ class Job:
         return self.step(self.started) > self.resumed_at()
 
     def resumed_at(self) -> int:
-        found = re.search(r"going on after inner step (\d+)", self.log.read_text())
+        found = re.search(r"continuing after inner step (\d+)", self.log.read_text())
         return int(found[1]) if found else 0
 
     def rank(self, number: int) -> psutil.Process:
@@ -158,7 +158,7 @@ def hang(job: Job, fault: Fault, draw: random.Random) -> None:
 
 
 def freeze(job: Job, fault: Fault, draw: random.Random) -> None:
-    """SIGSTOP for a while: the job has to go on by itself."""
+    """SIGSTOP for a while: the job has to continue by itself."""
     process = job.rank(fault.rank)
     process.suspend()
     time.sleep(draw.uniform(1, 5))
@@ -241,7 +241,7 @@ def survive(output: Path, clients: int, kinds: list[str], draw: random.Random, l
                     job.wait(job.ended, "ended")
                     break
                 at = job.step()
-                job.wait(lambda job=job, at=at: job.ended() or job.step() > at, "going on")
+                job.wait(lambda job=job, at=at: job.ended() or job.step() > at, "continuing")
             if (output / "DONE").exists():
                 return
             code = job.process.returncode

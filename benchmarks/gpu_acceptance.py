@@ -295,7 +295,7 @@ def check(run: Run, name: str) -> Outcome:
         status, text = PASS, CHECKS[name](run)
     except NotCovered as reason:
         status, text = NOT_COVERED, str(reason)
-    except Exception as error:  # a check that breaks has failed; the others go on
+    except Exception as error:  # a check that breaks has failed; the others continue
         status, text = FAIL, f"{type(error).__name__}: {error}"
     return Outcome(name, status, text, round(time.monotonic() - started, 1))
 

@@ -1,4 +1,5 @@
-"""A fault campaign on jobs that go on: clients are killed, stopped, cut off and sent damaged messages, and come back.
+"""A fault campaign on jobs that continue: it kills, stops and cuts off clients, damages messages, and lets clients
+rejoin.
 
     python benchmarks/survivors.py --faults 150
 
@@ -37,7 +38,7 @@ from deca_ds.gossip import subset
 from deca_ds.simulation.setup import build
 from deca_ds.watchdog.heartbeats import read_heartbeats
 
-DEADLINE_S = 180  # after a fault the others have to go on by then
+DEADLINE_S = 180  # after a fault the others have to continue by then
 TOLERANCE = 1e-5
 TRIES = 6  # of a client to come back: whom it has asked may die, too
 KINDS = ("kill", "hang", "cut", "blink", "freeze", "damage")
@@ -47,7 +48,7 @@ MAY_LOSE = ("kill", "hang", "cut", "blink")  # on a crowded machine a blink may 
 
 @dataclass
 class Fault:
-    """One fault and what came of it. kill: SIGKILL. hang: SIGSTOP until the others go on without it, cluster.timeout_s
+    """One fault and what came of it. kill: SIGKILL. hang: SIGSTOP until the others have dropped it, cluster.timeout_s
     later. cut: the client's host reaches nobody until then. blink: its link is down for a while. freeze: SIGSTOP for a
     while. damage: a bit of a message flips.
 
@@ -124,7 +125,7 @@ class Job:
         """Of job.jsonl of all hosts, in the order of time, without those of clients that were cut off."""
         paths = self.place.glob("run*/metrics/job.jsonl")
         lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-        most = self.clients // 2  # of a part that does not go on
+        most = self.clients // 2  # of a part that does not continue
         chosen = [line for line in lines if line["kind"] == kind and len(line.get("clients", range(99))) > most]
         return sorted(chosen, key=lambda line: line["time"])
 
@@ -199,7 +200,7 @@ class Campaign:
             fault.seconds = time.monotonic() - struck
             self.starting[client] = fault, time.monotonic(), job.step(client), job.steps()
         at = {other: job.step(other) for other in others}
-        job.wait(lambda: job.done or any(job.step(other) > at[other] for other in others), f"going on after {fault}")
+        job.wait(lambda: job.done or any(job.step(other) > at[other] for other in others), f"continuing after {fault}")
         fault.next_step_s = time.monotonic() - struck
         if fault.kind in ("cut", "hang"):
             if fault.kind == "cut":
@@ -297,7 +298,7 @@ def report(done: list[Fault], summary: dict, console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the fault campaign on jobs that go on.")
+    parser = argparse.ArgumentParser(description="Run the fault campaign on jobs that continue.")
     parser.add_argument("--faults", type=int, default=150)
     parser.add_argument("--clients", type=int, nargs="*", default=[4, 5, 6, 7, 8], help="numbers to draw from")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))

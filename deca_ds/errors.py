@@ -125,7 +125,7 @@ class RankLostError(UserError):
 
 
 class CutOffError(RankLostError):
-    """The other clients go on without this one, or are out of its reach."""
+    """The other clients continue without this one, or are out of its reach."""
 
 
 class EndedError(BaseException):

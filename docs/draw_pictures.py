@@ -128,7 +128,7 @@ def client_states() -> str:
         text(652, 164, "told to stop, or too few clients", 12, GREY),
         arrow("M440 226 V326", BAD),
         text(430, 262, "on_failure=continue:", 12, GREY, "end"),
-        text(430, 278, "the others go on", 12, GREY, "end"),
+        text(430, 278, "the others continue", 12, GREY, "end"),
         arrow("M548 212 L728 326", BAD),
         text(670, 262, "on_failure=stop,", 12, GREY),
         text(670, 278, "the default", 12, GREY),

@@ -158,7 +158,7 @@ def mixing_keeps_the_mean(rule: Rule) -> None:
         assert state["theta"].std(0).max() > 0
 
 
-def a_saved_state_goes_on_as_if_never_interrupted(rule: Rule) -> None:
+def a_saved_state_continues_as_if_never_interrupted(rule: Rule) -> None:
     start, gradient = problem(seed=3)
     for every in (1, 3):
         whole = stacked_state(rule, start)
@@ -205,5 +205,5 @@ CONTRACT: list[Callable[[Rule], None]] = [
     a_part_is_worked_on_as_the_whole,
     without_a_neighbour_it_moves_to_its_own_candidate,
     mixing_keeps_the_mean,
-    a_saved_state_goes_on_as_if_never_interrupted,
+    a_saved_state_continues_as_if_never_interrupted,
 ]

@@ -100,7 +100,7 @@ class GtAdam(AdamRule):
 
     @torch.no_grad()
     def skip_step(self, state: State) -> None:
-        """See Rule; the tracker goes on with a gradient of zero, so that its mean stays that of the gradients."""
+        """See Rule; the tracker continues with a gradient of zero, so that its mean stays that of the gradients."""
         state["tracker"].sub_(state["previous"])
         state["previous"].zero_()
         super().skip_step(state)

@@ -21,7 +21,7 @@ def mark_done(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
 
 
 def mark_stopped(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
-    """The same for a run that can go on. steps: done so far."""
+    """The same for a run that can continue. steps: done so far."""
     _mark(run / STOPPED, steps, missing)
 
 
@@ -39,7 +39,7 @@ def inner_steps(run: Path) -> int:
     """Of a run that is done. Raises CheckpointError if its marker does not tell."""
     found = re.search(r"of (\d+) inner steps", (run / DONE).read_text(errors="replace"))
     if found is None:
-        raise CheckpointError(f"{DONE} does not tell how many inner steps the run had", where=str(run / DONE))
+        raise CheckpointError(f"{DONE} does not say how many inner steps the run had", where=str(run / DONE))
     return int(found[1])
 
 

@@ -273,7 +273,7 @@ def _unfinished(run: Path) -> str | None:
     if (run / "FAILED").is_file():
         reason = (run / "FAILED").read_text(errors="replace").strip().splitlines()
         return "the run is marked FAILED" + (f": {reason[0]}" if reason else "")
-    return None if (run / DONE).is_file() else "the run is not marked DONE: it was stopped, or is still going on"
+    return None if (run / DONE).is_file() else "the run is not marked DONE: it was stopped, or is still running"
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:

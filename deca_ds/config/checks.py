@@ -66,7 +66,7 @@ def check(config: Config) -> None:
         )
     if config.cluster.return_s and config.cluster.on_failure == "stop":
         raise ConfigError(
-            f"cluster.return_s = {config.cluster.return_s:g}, but with cluster.on_failure=stop nobody goes on",
+            f"cluster.return_s = {config.cluster.return_s:g}, but with cluster.on_failure=stop no client continues",
             where="cluster.return_s",
             fix="set cluster.on_failure=continue, or leave cluster.return_s out",
         )

@@ -103,7 +103,7 @@ def check_new(config: Config) -> None:
 
 def has_begun(output: Path) -> bool:
     """Whether the run in `output` has come to train. One that ended while it loaded has left its configuration there,
-    and maybe its data's table, but nothing to go on from."""
+    and maybe its data's table, but nothing to continue from."""
     return (output / SAVED_CONFIG).is_file() and any((output / name).exists() for name in _TRAINED)
 
 
@@ -118,7 +118,7 @@ def tells_divergence(marker: Path) -> bool:
 
 
 def save_changes(config: Config) -> str:
-    """Note in the run's folder that it goes on with another section optimizer or another length; returns what is new,
+    """Note in the run's folder that it continues with another section optimizer or another length; returns what is new,
     for people."""
     saved = Path(config.run.output) / SAVED_CONFIG
     before, own = load_config(saved), config.algorithm

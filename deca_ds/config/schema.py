@@ -103,7 +103,7 @@ class ClusterConfig:
     return_s: float = key(
         0.0,
         "With `cluster.on_failure=continue` over torch: seconds for which a client that was cut off, or is in the "
-        "smaller part of a split network, tries to return by itself; with 0 the client ends and the part goes on.",
+        "smaller part of a split network, tries to return by itself; with 0 the client ends and the part continues.",
         "failures.md#when-the-network-splits",
         allowed=at_least(0),
     )

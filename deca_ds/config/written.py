@@ -56,7 +56,7 @@ def check_file(text: str, path: str, *, lines: bool = True) -> None:
 
 def check_argument(key: str, text: str) -> None:
     """The same for `text`, the value of `key` on the command line, which has no comments and no lines to be folded, and
-    for a key that goes on below a value."""
+    for a key that continues below a value."""
     _check_depth(key, text)
     for node, message, fix in _look_through(text, key):
         quoted = fix.startswith(_QUOTES) and node.value == text and "'" not in text

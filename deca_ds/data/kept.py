@@ -23,7 +23,7 @@ class Kept:
     used: float
 
     def remove(self) -> None:
-        """A job that has mapped it into memory goes on; nobody finds half of it. Raises ConfigError."""
+        """A job that has mapped it into memory continues; nobody finds half of it. Raises ConfigError."""
         try:
             gone = tempfile.mkdtemp(prefix=f".{self.folder.name}{MAKING}", dir=self.folder.parent)
             os.rename(self.folder, Path(gone) / "removed")

@@ -81,7 +81,7 @@ class Conversations:
             if spans is not None:
                 return text, spans[TRAINED], spans[LEFT_OUT]
         raise DataError(
-            f"the chat template changes the texts of {shown(conversation)}, so answers cannot be told from the rest",
+            f"the chat template changes the texts of {shown(conversation)}, so nothing shows which parts are answers",
             where=where,
             fix="use a template that writes texts as they are, or remove the row",
         )
@@ -115,7 +115,7 @@ class Conversations:
             return Layout([piece for piece in pieces if piece[0] != ""], form)
         except UnclearError as unclear:
             raise DataError(
-                f"the chat template {unclear}, so the answers in {shown(conversation)} cannot be told from the rest",
+                f"the chat template {unclear}, so nothing shows which parts of {shown(conversation)} are answers",
                 where=where,
                 fix="use a template that marks answers with {% generation %} and {% endgeneration %}",
             ) from None

@@ -190,7 +190,7 @@ def _encoded(job: _Job, processes: int) -> Iterator[pa.RecordBatch]:
                 yield batch
                 done += 1
         except (BrokenProcessPool, pickle.PicklingError) as error:
-            told = f"other processes cannot prepare data ({error}); this one goes on by itself"
+            told = f"other processes cannot prepare data ({error}); this one continues alone"
             print(f"WARNING: {told}", file=sys.stderr, flush=True)
     yield from starmap(job.batch, ranges[done:])
 

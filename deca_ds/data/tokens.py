@@ -70,7 +70,7 @@ class Spanning:
             found, written = [], []
             for (begin, stop), first, end in zip(of_text, shared[::2], shared[1::2], strict=True):
                 wanted, read = _visible(text[begin:stop]), _visible(self._decode([ids[first:end]])[0])
-                while wanted not in read and end < len(ids):  # a token goes on beyond the border
+                while wanted not in read and end < len(ids):  # a token continues beyond the border
                     end += 1
                     read = _visible(self._decode([ids[first:end]])[0])
                     if len(read) > len(wanted) + _LONGEST:

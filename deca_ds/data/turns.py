@@ -18,7 +18,7 @@ PROBE = {"role": "user", "content": WORD}
 
 
 class UnclearError(Exception):
-    """The template does not show where answers are. Its text goes on after "the chat template"."""
+    """The template does not show where answers are. Its text continues after "the chat template"."""
 
 
 class Turns:

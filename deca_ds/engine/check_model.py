@@ -96,7 +96,7 @@ def _check_attention(model: ModelConfig, architecture: PretrainedConfig, *, need
 def position_limit(model: PreTrainedModel) -> tuple[int | None, bool]:
     """How many positions the model is made for, None if it does not say, and whether it cannot do more.
 
-    It cannot where positions are rows of an embedding or of a table; rotary ones go on, untrained.
+    It cannot where positions are rows of an embedding or of a table; rotary ones continue, untrained.
     """
     text = model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)

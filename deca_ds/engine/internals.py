@@ -90,7 +90,7 @@ def _gathering_stream(zero: Any) -> Any:
 def forget_trace(zero: Any) -> None:
     """Make ZeRO-3 record anew which modules it visits; to be called when the set of trainable parameters changes.
 
-    The trace does not invalidate itself when the backward pass merely stops earlier: it would go on prefetching layers
+    The trace does not invalidate itself when the backward pass merely stops earlier: it would keep prefetching layers
     that are not used, and a cache keyed by the old trace would keep parameters gathered.
     """
     if zero is None:

@@ -6,9 +6,10 @@
         absorb(averaging.send(chunk, "theta", shard[chunk.part]))
     absorb(averaging.settle())
 
-Chunks travel while later ones are computed. How an averaging goes on is a strategy (strategies.py): windowed, or whole,
-because its weights, late neighbours or a commit concern all chunks together. What goes over the wire is a codec
-(codec.py). A damaged message is not averaged, and a mean is handed on only if all values that it is made of are finite.
+Chunks travel while later ones are computed. A strategy decides in which steps an averaging proceeds (strategies.py):
+windowed, or whole, because its weights, late neighbours or a commit concern all chunks together. A codec decides what
+goes over the wire (codec.py). A damaged message is not averaged, and a mean is handed on only if all values that it is
+made of are finite.
 """
 
 from __future__ import annotations

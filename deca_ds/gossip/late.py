@@ -1,4 +1,4 @@
-"""Late neighbours: an averaging goes on without an edge, and both of its ends decide so alike.
+"""Late neighbours: an averaging continues without an edge, and both of its ends decide so alike.
 
 Leaving out the edge {i, j} for one averaging gives w_ij to w_ii and w_ji to w_jj. Where W is symmetric both are the
 same number, so that rows and columns still sum to 1 and the mean of all clients stays. If one end alone did it, or if
@@ -16,7 +16,7 @@ After a skipped averaging the edge rests, and carries nothing until both ends ha
     met        so has the other one: from the next averaging on the edge carries values again
     skipped    the one that was here has waited long enough
 
-An averaging in which they meet is skipped, too. Each end knows the word before it goes on to its next averaging, so
+An averaging in which they meet is skipped, too. Each end knows the word before it continues to its next averaging, so
 both always agree on whether the edge rests, and no message is sent that the other end does not expect.
 """
 

@@ -35,7 +35,7 @@ class SkipLog:
             if j in self.skipped:
                 late = self._client_sum(skipped.get(j, False))
                 if not self._away[j]:
-                    self._tell(f"goes on without client {j}, which is late" if late else f"is late for client {j}")
+                    self._tell(f"continues without client {j}, which is late" if late else f"is late for client {j}")
                 self._away[j] += 1
                 self.times[j] += 1
             elif self._away[j]:

@@ -26,7 +26,9 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
     if not (_all_come(launch, store, meet_s) if is_first else store.comes(_ALL, meet_s + _FIRST_S)):
         silent = [rank for rank in launch.ranks if not store.store.check([_HERE.format(rank)])]
         raise AbsentError(
-            silence(silent, launch, given(), meet_s) if silent else f"rank {launch.first} has met all, but told nobody",
+            silence(silent, launch, given(), meet_s)
+            if silent
+            else f"rank {launch.first} has met all other ranks, but they have not heard of it",
             where="cluster.meet_s: the ranks meet",
             fix=look_at_hosts(
                 "look at the output of those hosts: ssh, the path of python and the working folder must be the same on "

@@ -52,7 +52,7 @@ class Progress:
         self.moved = time.monotonic()
 
     def tick(self) -> None:
-        """Note that the phase goes on."""
+        """Note that the phase continues."""
         self.moved = max(self.moved, time.monotonic())  # it may be granted more
 
     @contextmanager

@@ -24,7 +24,7 @@ class StoreSite:
         return "{} {}".format(*self._hosted.address)
 
     def move(self, announcement: str, host: int) -> None:
-        """Go on with the store that rank `host` has announced. Raises LaunchError if it is out of reach."""
+        """Continue with the store that rank `host` has announced. Raises LaunchError if it is out of reach."""
         address, port = announcement.split()
         own = self._hosted if host == self._rank else None
         self.store, self.host = own or join_again(self.store, (address, int(port))), host

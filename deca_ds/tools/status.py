@@ -3,7 +3,7 @@
     exit code 0   it is done, or all ranks give signs of life
     exit code 1   it has failed
     exit code 2   there is no run, or it cannot be read
-    exit code 3   it was told to stop, and can go on
+    exit code 3   it was told to stop, and can continue
     exit code 4   it has not ended, but ranks give no sign of life
 
 With --watch the code is that of the run's end: the watch ends with the run, or when no rank gives a sign of life.
@@ -71,7 +71,7 @@ class State:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=path_argument, help="the run's output folder")
-    parser.add_argument("--watch", action="store_true", help="go on showing it until the run ends")
+    parser.add_argument("--watch", action="store_true", help="keep showing it until the run ends")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -40,13 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
     state = watch(folder)
     print(_how(state))
     if STOPPED in state.markers:
-        print("to go on: the command that started it, with run.resume=auto")
+        print("to continue: the command that started it, with run.resume=auto")
     return _code(state)
 
 
 def _how(state: State) -> str:
     ends = [f"{name}: {(state.folder / name).read_text(errors='replace').strip()}" for name in state.markers]
-    return "\n".join(ends) or "no rank gives a sign of life; if the job has been killed, go on with run.resume=require"
+    return "\n".join(ends) or "no rank gives a sign of life; if the job was killed, continue with run.resume=require"
 
 
 def _code(state: State) -> int:

@@ -1,8 +1,8 @@
 """`deca supervise mpirun ... launchers/train.py ...`: start a job again when it ends before its run does.
 
 A launcher that ends all ranks together (mpirun, srun, deepspeed) ends with the first client that dies; the next start
-goes on from the newest checkpoint that all have. So a client that died comes back by a new start of all of them. A rank
-that was started by itself, in a job that goes on without its client, is started again with --join.
+continues from the newest checkpoint that all have. So a dead client comes back by a new start of all of them. A rank
+that was started by itself, in a job that continues without its client, is started again with --join.
 
     the run has finished, or the supervisor was told to stop   it ends with the exit code of the last start
     a mistake: exit code 2 before anything was ever trained    the same, for there is something to mend first
@@ -114,7 +114,7 @@ def _check_resumes(config: Config) -> None:
         )
     if config.checkpoint.every == 0:
         raise ConfigError(
-            "checkpoint.every = 0: a job that has failed has nothing to go on from",
+            "checkpoint.every = 0: a job that has failed has nothing to continue from",
             where="checkpoint.every",
             fix="set it to the number of inner steps that a failure may cost",
         )
@@ -173,7 +173,7 @@ class Supervisor:
             if self._told or self._is_through(code):
                 return code
             if diverged := [marker for marker, _ in self._failures() - failures if tells_divergence(marker)]:
-                self._say(f"not started again: it would diverge again. {diverged[0]} tells what to change first")
+                self._say(f"not started again: it would diverge again. {diverged[0]} says what to change first")
                 return code or USER_ERROR_CODE
             vain = 0 if reached > before else vain + 1
             what, place = ("this rank", "inner") if self.joins else ("the job", "newest checkpoint: inner")

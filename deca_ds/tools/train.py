@@ -229,7 +229,7 @@ def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
         if trainer.cluster.transport == "torch":
             how += f"; from here, without them: cluster.absent=[{','.join(map(str, missing))}]"
     commands = stopped_commands(trainer.output, best=config.checkpoint.best)
-    print(f"stopped after {steps}{_without(missing)}; to go on: {how}\n{commands}", flush=True)
+    print(f"stopped after {steps}{_without(missing)}; to continue: {how}\n{commands}", flush=True)
 
 
 def _end_early(output: Path | None) -> None:
@@ -240,7 +240,7 @@ def _end_early(output: Path | None) -> None:
             mark_stopped(output, "before training began")
         forget_request(output)
         how += " with run.resume=auto"
-    print(f"stopped before training began: nothing was trained; to go on: {how}", flush=True)
+    print(f"stopped before training began: nothing was trained; to continue: {how}", flush=True)
 
 
 def _steps(trainer: Trainer) -> str:

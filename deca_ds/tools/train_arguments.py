@@ -14,7 +14,7 @@ def parser(program: str | None = None) -> argparse.ArgumentParser:
         prog=program, description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip."
     )
     add_config(parser)
-    parser.add_argument(JOIN, action="store_true", help="return to a running job that goes on without this client")
+    parser.add_argument(JOIN, action="store_true", help="rejoin a running job that has continued without this client")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # what the deepspeed launcher adds; the rank is read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)

@@ -135,7 +135,7 @@ class Checkpoints:
             self._remove_old()  # what was kept for those who had not written yet
 
     def forget(self) -> None:
-        """Remove this rank's part of what this attempt has saved, and of what it went on from: the run is through."""
+        """Remove this rank's part of what this attempt has saved, and of what it continued from: the run is through."""
         for step in set(self._saved) - self._best():
             self._remove(step)
         with contextlib.suppress(OSError):  # there are others
@@ -197,7 +197,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{error.what}; this rank's checkpoint takes {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
                 where=error.where,
-                fix="make room (checkpoint.keep, too, says how many lie there) and go on with run.resume=require: "
+                fix="make room (checkpoint.keep, too, says how many there are) and continue with run.resume=require: "
                 "earlier checkpoints are as they were",
             ) from error
         self._written.add(done)

@@ -3,8 +3,8 @@
 The file LOCK names who has it: host, process, start. It is created exclusively, and its creator holds a lock on it that
 ends with the process, however that ends. So a job that comes second is refused, and a file that a killed job left
 stands in nobody's way. A lock says nothing where the file system has none or keeps it on one host, nor of a job whose
-first rank is gone while others go on. So a job that finds the file of one that left no word of its end takes the folder
-only if nobody there shows a sign of life.
+first rank is gone while others continue. So a job that finds the file of one that left no word of its end takes the
+folder only if no rank there shows a sign of life.
 
 A rank that joins a job by itself does not take the folder, but its own place there, in the same way.
 """
@@ -179,15 +179,15 @@ def check_held(output: Path) -> None:
         if os.path.samestat(os.fstat(descriptor), os.stat(file)):
             return
     raise ConfigError(
-        f"the output folder {str(output)!r} was moved or removed while the run went on",
+        f"the output folder {str(output)!r} was moved or removed during the run",
         where=f"run.output, {file}",
-        fix="move it back, without what has been written there since, and go on with run.resume=require, if there is a "
-        "checkpoint",
+        fix="move it back, without what has been written there since, and continue with run.resume=require, if there "
+        "is a checkpoint",
     )
 
 
 def release(output: Path) -> None:
-    """Give back a folder that nobody goes on in; it is removed if it is empty."""
+    """Give back a folder in which no job continues, and remove it if it is empty."""
     _give_back(output.resolve() / LOCK)
 
 

@@ -67,7 +67,7 @@ class Job:
 
 def connect_clients(config: Config, cluster: Cluster, guard: JobGuard, rejoin: Rejoin | None = None) -> Connected:
     """Join this rank with its peers in the other clients: over MPI where the launcher made an MPI world, else torch.
-    Where clients may die, the guard is told how the others go on.
+    Where clients may die, the guard is told how the others continue.
 
     rejoin: of a client that comes back; its transport is not connected until it is let in.
     """

@@ -90,7 +90,7 @@ class Display:
         """How far the run is, in words."""
         if self._pace is None:
             return [f"starting: {self._beat().doing}"]
-        if (scored := self._scored) is not None:  # read once: the main thread goes on
+        if (scored := self._scored) is not None:  # read once: the main thread continues
             what, done, rows = scored
             now = [f"step {self._done} of {self._steps}", f"evaluation, {what}: {done} of {rows} sequences"]
         else:

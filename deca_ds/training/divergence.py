@@ -79,6 +79,6 @@ def with_checkpoint(error: DivergedError, folder: Path, newest: int | None) -> D
     """The same error, which says what is left in `folder`. newest: inner steps of the last checkpoint that all have."""
     left = "no checkpoint had been saved: start anew, in a new folder"
     if newest is not None:
-        left = f"run.resume=require goes on after inner step {newest}, also with another section optimizer"
+        left = f"run.resume=require continues after inner step {newest}, also with another section optimizer"
     where = f"{error.where}\n         {step_folder(folder, newest)} is finite" if newest is not None else error.where
     return type(error)(error.what, where=where, fix=f"{error.fix}\n         {left}")

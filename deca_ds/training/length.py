@@ -1,4 +1,4 @@
-"""How long a run is: in rounds, in epochs of the clients' data, in sequences and in tokens; and going on with another
+"""How long a run is: in rounds, in epochs of the clients' data, in sequences and in tokens; and continuing with another
 length than it had."""
 
 from __future__ import annotations
@@ -131,12 +131,12 @@ def too_short(done: int, wanted: int, unit: str) -> ConfigError:
     return ConfigError(
         f"the run has done {done} {unit}, more than the {wanted} that it is to have",
         where="algorithm.rounds, algorithm.epochs",
-        fix="a run that goes on may get longer: raise it, or name a new folder in run.output",
+        fix="a run that continues may get longer: raise it, or name a new folder in run.output",
     )
 
 
 def one_block() -> CheckpointError:
-    """Why no longer run goes on from the end of one whose only block was active all the time, and none ends earlier."""
+    """Explain why a run of a single block, which was active all the time, can get neither longer nor shorter."""
     return CheckpointError(
         "a run of one block cannot get another length at its end: the block stays active, with the method's state, "
         "until that comes",
@@ -146,7 +146,7 @@ def one_block() -> CheckpointError:
 
 
 def tell_other_length(config: Config, schedule: Schedule, saved: Mapping[str, int]) -> str:
-    """For the user of a run that goes on from `saved` with another length than it had there."""
+    """For the user of a run that continues from `saved` with another length than it had there."""
     what = f"the run is {len(schedule)} inner steps long instead of {saved['of']}"
     if config.optimizer.schedule == "constant":
         return what

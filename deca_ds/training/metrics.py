@@ -41,7 +41,7 @@ class JsonLines:
             raise CheckpointError(
                 f"cannot write the metrics: {error.strerror or error}",
                 where=self._file.name,
-                fix="make room and go on with run.resume=require, if there is a checkpoint",
+                fix="make room and continue with run.resume=require, if there is a checkpoint",
             ) from error
 
     def reopen(self) -> None:
@@ -109,7 +109,7 @@ class Metrics:
         if self._job is None and self._cluster.is_job_leader:
             try:
                 self._job = self._open("job")
-            except ConfigError as error:  # of a tracker: the job goes on
+            except ConfigError as error:  # of a tracker: the job continues
                 print(f"WARNING: {error}", file=sys.stderr, flush=True)
                 self._job = Log(self._path("job"), ())
             self._display.show()

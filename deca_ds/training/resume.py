@@ -1,5 +1,5 @@
-"""What a run goes on from: what has begun in its folder, how long it is to be from here on, and the checkpoint that all
-ranks can use."""
+"""What a run continues from: what has begun in its folder, how long it is to be from here on, and the checkpoint that
+all ranks can use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from deca_ds.training.start_log import read_starts
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a run goes on from.
+    """What a run continues from.
 
     step: inner steps done, 0 where there was no checkpoint yet. saved: what this rank reads. state: what it, or another
     rank of its client, had put into the manifest. same_layout: there are as many ranks as then. refused: newer
@@ -57,8 +57,8 @@ class Resumption:
 
 
 def look_at_output(config: Config) -> dict[str, Any] | None:
-    """What the first rank's host knows of the run that is to go on in run.output; None where none has begun. JSON-able:
-    rounds, of the run from here on; blocks, None if nothing tells them; finished: it was DONE; ends: it is to be no
+    """What the first rank's host knows of the run that is to continue in run.output; None where none has begun.
+    JSON-able: rounds, of the run from here on; blocks, None if nothing tells them; finished: it was DONE; ends: it is to be no
     longer than that.
 
     Before anything is loaded. Raises UserErrors for a folder that is not what run.resume wants, see `check_folder`, and
@@ -114,7 +114,7 @@ def _blocks(output: Path, starts: list[dict[str, Any]]) -> list[Any]:
     try:
         blocks: list[Any] = starts[-1]["model"]["blocks"]
     except (LookupError, TypeError):
-        raise _unreadable(output / "starts.json", "it does not tell the model's blocks") from None
+        raise _unreadable(output / "starts.json", "it does not name the model's blocks") from None
     return blocks
 
 
@@ -135,7 +135,7 @@ def _check_state(model: Path) -> None:
             continue
         if not keeps_state:
             raise CheckpointError(
-                "the run was finished by an earlier version of deca_ds, which kept nothing to go on from",
+                "the run was finished by an earlier version of deca_ds, which kept nothing to continue from",
                 where=str(manifest),
                 fix="start a new run from the exported model (deca export), in a new folder",
             )
@@ -237,7 +237,7 @@ def _try(folder: Path, step: int, own: Part, absent: Collection[int]) -> tuple[S
 
 def leave_behind(resumption: Resumption, output: Path, launch: Launch, own: Part) -> None:
     """Remove this rank's parts of newer checkpoints than the one that was chosen, as the run comes to their steps
-    again, and how the last attempt ended; the first rank names what it removes, and where the run goes on."""
+    again, and how the last attempt ended; the first rank names what it removes, and where the run continues."""
     remove_newer(output / FOLDER, resumption.step, own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)
@@ -247,7 +247,7 @@ def leave_behind(resumption: Resumption, output: Path, launch: Launch, own: Part
         print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
     if resumption.saved is not None:
         at = resumption.place
-        verdict = f"going on after inner step {at['done']} of {at['of']}: {resumption.saved.folder}"
+        verdict = f"continuing after inner step {at['done']} of {at['of']}: {resumption.saved.folder}"
         print(verdict, file=sys.stderr, flush=True)
     elif resumption.refused:
         print("no checkpoint was complete before: starting anew", file=sys.stderr, flush=True)

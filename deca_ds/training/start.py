@@ -110,7 +110,7 @@ def begin_or_resume(
     config: Config, launch: Launch, store: JobStore, guard: JobGuard, mixing: MixingSchedule
 ) -> NewRun | ResumedRun | None:
     """From the newest checkpoint that all ranks can use, or from the end of a run that is to be longer; a run that had
-    come to train in this folder goes on in it. None: it has come to its end. All ranks call this. Raises UserErrors,
+    come to train in this folder continues there. None: it has come to its end. All ranks call this. Raises UserErrors,
     before it changes anything but the file LOCK."""
     output, own = Path(config.run.output), None
     # other hosts have not got the run's configuration
@@ -132,12 +132,12 @@ def begin_or_resume(
             check_place(build_schedule(config, begun["blocks"], begun["rounds"]), resumption.place)
         if resumption.saved is None and finished:
             raise CheckpointError(
-                "the run has finished, but its trained model is not there to go on from",
+                "the run has finished, but its trained model is not there to continue from",
                 where=str(output / "model"),
                 fix="bring it back, or name a new folder in run.output",
             )
     if begun is not None and launch.rank == launch.first and (changed := save_changes(config)):
-        print(f"going on with {changed}", file=sys.stderr, flush=True)
+        print(f"continuing with {changed}", file=sys.stderr, flush=True)
     leave_behind(resumption, output, launch, own_part)
     if begun is not None:  # how the run had ended before is no longer told there
         guard.write_to(output)

@@ -32,7 +32,7 @@ def record_start(
     transport: str = "",
     device: torch.device | None = None,
 ) -> None:
-    """Add the entry of a start that goes on after `done` inner steps of `rounds` rounds, or of a simulation.
+    """Add the entry of a start that continues after `done` inner steps of `rounds` rounds, or of a simulation.
 
     architecture, parameters: the model's class, and how many it has. ranks: of each client. A file that cannot be read
     is written anew.

@@ -129,7 +129,7 @@ def next_commands(run: Path, clients: int, *, best: bool = False) -> str:
 
 
 def stopped_commands(run: Path, *, best: bool) -> str:
-    """What to do with a run that has stopped, beside going on. best: as for `next_commands`."""
+    """What to do with a run that has stopped, besides continuing it. best: as for `next_commands`."""
     which = BEST if best else NEWEST
     return f"  deca export {shlex.quote(str(run))} MODEL --checkpoint {which}    its {which} model so far"
 

@@ -3,7 +3,7 @@ Biases, trackio. They get the names of metrics, numbers and steps, and nothing o
 the output.
 
 A tracker knows each file of the metrics as a run of its own, in the group of the run's folder. The run's name stands
-beside the file, so that a job that resumes goes on in it.
+beside the file, so that a job that resumes continues in it.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class _Service(ABC):
             call()
         except self._failures as error:
             self._run = None
-            what = f"{self.package} gets no more of {self._name}: {error}. The metrics in the run's folder go on"
+            what = f"{self.package} gets no more of {self._name}: {error}. The metrics in the run's folder continue"
             print(f"WARNING: {what}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The ways to start: anew, from a checkpoint, or as a client that comes back to a job that goes on."""
+"""The ways to start: anew, from a checkpoint, or as a client that comes back to a job that continues."""
 
 from __future__ import annotations
 

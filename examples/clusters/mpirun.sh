@@ -4,7 +4,7 @@
 #   examples/clusters/mpirun.sh examples/hosts my_run.yaml checkpoint.every=500
 #
 # A job that ends before the run does is started again. SIGTERM or Ctrl-C has it save a checkpoint and stop; the same
-# command goes on from it. mpirun starts as many ranks as the hostfile has slots.
+# command continues from it. mpirun starts as many ranks as the hostfile has slots.
 set -euo pipefail
 
 exec deca supervise mpirun --hostfile "$1" \

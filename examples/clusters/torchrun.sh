@@ -4,7 +4,7 @@
 #
 #   HOSTS=2 RANKS=4 examples/clusters/torchrun.sh node1 my_run.yaml optimizer.lr=2e-5
 #
-# SIGTERM to any host's torchrun has all ranks save a checkpoint and stop; the same command goes on from it.
+# SIGTERM to any host's torchrun has all ranks save a checkpoint and stop; the same command continues from it.
 set -euo pipefail
 
 exec torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" \

@@ -88,7 +88,7 @@ def test_the_mean_of_noloco_makes_a_heavy_ball_step_of_the_mean_movement(graph):
     torch.testing.assert_close(means[graph], means["complete"], rtol=0, atol=1e-12)
 
 
-def test_qg_adam_needs_no_gradient_to_go_on():
+def test_qg_adam_needs_no_gradient_to_continue():
     """It keeps a vector of norm 1 in the direction of its last step, so one gradient suffices for an activation."""
     sizes = {}
     for method in ("qg-adam", "gossip-adam"):

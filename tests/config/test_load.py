@@ -161,7 +161,7 @@ def test_ranks_of_each_client():
         load_config(None, [*keys, "cluster.ranks=[2,1,1]", "gossip.wait_s=2"])
     with pytest.raises(ConfigError, match=r"cluster\.min_clients = 4, but there are 3 clients"):
         load_config(None, [*keys, "cluster.min_clients=4", "cluster.on_failure=continue"])
-    with pytest.raises(ConfigError, match=r"cluster\.return_s = 60, but with cluster\.on_failure=stop nobody goes on"):
+    with pytest.raises(ConfigError, match=r"cluster\.return_s = 60, but with cluster\.on_failure=stop no client"):
         load_config(None, [*keys, "cluster.return_s=60"])
     load_config(None, [*keys, "cluster.return_s=60", "cluster.on_failure=continue"])
     load_config(None, [*keys, "cluster.absent=[2]", "cluster.on_failure=continue"])

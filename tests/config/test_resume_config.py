@@ -1,4 +1,4 @@
-"""What a run that goes on may change, and what run.resume finds in the output folder."""
+"""What a run that continues may change, and what run.resume finds in the output folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def configured(run: Path, *changes: str, resume: str = "require"):
 
 
 @pytest.mark.parametrize("resume", ["auto", "require"])
-def test_the_same_configuration_goes_on(run: Path, resume: str) -> None:
+def test_the_same_configuration_continues(run: Path, resume: str) -> None:
     check_folder(configured(run, resume=resume))
 
 

@@ -106,7 +106,7 @@ def test_the_command_line_replaces_a_mapping_or_adds_to_it(tmp_path):
         ("data.label_names.x.y=3", "data.label_names has a single value for a name", "'data.label_names={x.y: 3}'"),
     ],
 )
-def test_a_key_that_goes_on_below_a_value(tmp_path, argument, message, fix):
+def test_a_key_that_continues_below_a_value(tmp_path, argument, message, fix):
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "", argument)
     assert message in caught.value.what and argument in caught.value.where and fix in caught.value.fix

@@ -387,4 +387,4 @@ def test_what_no_other_process_can_be_given_is_done_here(monkeypatch, capsys):
     features = datasets.Features({"text": datasets.Value("string")})
     job = rows._Job(datasets.Dataset.from_list(ROWS), lambda batch: {"text": batch["text"]}, features, False)
     assert flat(batch["text"].to_pylist() for batch in rows._encoded(job, 2)) == [row["text"] for row in ROWS]
-    assert "this one goes on by itself" in capsys.readouterr().err
+    assert "this one continues alone" in capsys.readouterr().err

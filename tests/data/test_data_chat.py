@@ -146,7 +146,7 @@ def test_reasoning():
     inline = "<think>\nhm\nso\n</think>\n\nb"
     assert targets(QWEN3, [user("a"), assistant(inline)]) == [inline + "<|im_end|>\n"]
     plain = [user("a"), assistant("b"), user("c"), assistant("d")]
-    assert targets(QWEN3, plain) == ["b<|im_end|>\n", "<think>\n\n</think>\n\nd<|im_end|>\n"], "as a model would go on"
+    assert targets(QWEN3, plain) == ["b<|im_end|>\n", "<think>\n\n</think>\n\nd<|im_end|>\n"], "what a model writes"
     later = [user("c"), assistant("d")]
     refused(
         QWEN3, [user("a"), assistant("b", reasoning_content="hm"), *later], "does not write the reasoning_content.*'hm'"

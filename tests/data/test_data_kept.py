@@ -43,7 +43,7 @@ def test_what_is_used_stays(load, folder, capsys):
     assert "removed 2 of 3, " in told, "the examples, too: with the tokens nobody needs them"
     (left,) = (entry for entry in kept(folder) if entry.kind == "tokens")
     assert left.bytes == sum(path.stat().st_size for path in left.folder.iterdir())
-    assert old.train[0]["input_ids"], "a run that has mapped it goes on"
+    assert old.train[0]["input_ids"], "a run that has mapped it continues"
     assert load(8).content == old.content and load(9).content == new.content
 
 

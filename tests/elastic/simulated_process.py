@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Process:
-    """A rank in one life. waits: for what its main thread does, None when it is through or cannot go on."""
+    """A rank in one life. waits: for what its main thread does, None when it is through or cannot continue."""
 
     def __init__(self, job: Job, rank: int, life: int):
         self.job, self.rank, self.life, self.client = job, rank, life, job.layout.client_of(rank)
@@ -135,7 +135,7 @@ class Process:
             self.job.saved = dict(self.voter.addresses)
 
     def answer(self) -> Any:
-        """With what the main thread can go on; None if it has to wait."""
+        """With what the main thread can continue; None if it has to wait."""
         kind, *rest = self.waits
         if kind == "busy":
             return True if self.job.now >= rest[0] else None

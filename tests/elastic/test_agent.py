@@ -44,7 +44,7 @@ class Rank:
         self.mixing = mixing
 
     def sees(self, number: int, *clients: int) -> bool:
-        """Whether it goes on with these."""
+        """Whether it continues with these."""
         self.membership.change(View(number, clients, 4))
         return self.stop.may_pass(5)
 

@@ -131,7 +131,7 @@ def hears_goodbyes_of_who_is_out(patch) -> None:
     patch.setattr(Coordinator, "_heard", heard)
 
 
-def goes_on_after_it_was_stopped(patch) -> None:
+def continues_after_it_was_stopped(patch) -> None:
     def awake(self, now):
         self._signed = max(self._signed, now - self._silence_s)
         return real["awake"](self, now)
@@ -170,7 +170,7 @@ def does_not_vote_again(patch) -> None:
             interrupts_nobody_after_a_missed_decision,
             scenarios.test_who_is_given_a_decision_after_a_loss_waits_for_nobody_lost,
         ),
-        (interrupts_nobody, scenarios.test_a_client_that_dies_takes_its_ranks_along_and_the_others_go_on),
+        (interrupts_nobody, scenarios.test_a_client_that_dies_takes_its_ranks_along_and_the_others_continue),
         (
             hears_processes_that_were_dropped,
             scenarios.test_processes_that_were_dropped_do_not_take_the_place_of_new_ones,
@@ -182,7 +182,7 @@ def does_not_vote_again(patch) -> None:
         ),
         (remembers_goodbyes, scenarios.test_the_goodbye_of_a_rank_whose_client_was_dropped_is_forgotten),
         (hears_goodbyes_of_who_is_out, scenarios.test_the_late_goodbye_of_who_was_dropped_does_not_count),
-        (goes_on_after_it_was_stopped, scenarios.test_coordinators_that_were_stopped_are_lost_and_learn_it_later),
+        (continues_after_it_was_stopped, scenarios.test_coordinators_that_were_stopped_are_lost_and_learn_it_later),
         (waits_for_those_who_hang, lambda: scenarios.test_who_hangs_is_dropped(1, True)),
         (does_not_vote_again, scenarios.test_coordinators_are_lost_one_after_the_other),
     ],

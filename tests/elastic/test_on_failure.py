@@ -1,4 +1,4 @@
-"""Going on after a death is refused where it cannot be kept."""
+"""Continuing after a death is refused where it cannot be kept."""
 
 from __future__ import annotations
 

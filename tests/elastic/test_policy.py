@@ -37,7 +37,7 @@ def test_every_case(on_partition, return_s):
             assert decide(Situation(VIEW, parts, larger_part=True), cluster) == REUNITES
 
 
-def test_absent_clients_that_join_the_others_are_refused_unless_parts_go_on():
+def test_absent_clients_that_join_the_others_are_refused_unless_parts_continue():
     star = build_mixing(GossipConfig(graph="star"), 3, 0)
     with pytest.raises(ConfigError, match=r"the graph falls into \[1\] and \[2\]"):
         check_absent(ClusterConfig(clients=3, absent=[0]), star)

@@ -110,7 +110,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 2**32))
     def faults_on_top_of_each_other(self, seed: int) -> None:
-        """Those after which everybody who lives and runs has to go on together."""
+        """Those after which everybody who lives and runs has to continue together."""
         draw = random.Random(seed)
         for _ in range(4):
             kind, steps, number, after_s = map(draw.choice, (KINDS, FEW, NUMBERS, MOMENTS))

@@ -51,7 +51,7 @@ def come_back(job: Job, client: int) -> None:
     assert job.until(lambda: all(process.log for process in job.ranks(client)))
 
 
-def test_a_client_that_dies_takes_its_ranks_along_and_the_others_go_on():
+def test_a_client_that_dies_takes_its_ranks_along_and_the_others_continue():
     job = in_training(3, ranks=2)
     job.kill(job.current[3])
     job.run(10)
@@ -157,7 +157,7 @@ def test_who_hangs_is_dropped(hanging, whole):
     ends_well(job, set(others))
 
 
-def test_nobody_is_dropped_who_goes_on_after_all():
+def test_nobody_is_dropped_who_continues_after_all():
     job = in_training(3)
     job.freeze(job.ranks(2), 32.0)  # the others are about to take it for hanging
     job.run(40)
@@ -395,7 +395,7 @@ def test_messages_fail_though_everybody_is_there():
     ends_well(job, {0, 1, 2})
 
 
-def test_the_parts_of_a_network_go_on_each_by_itself():
+def test_the_parts_of_a_network_continue_each_by_itself():
     job = in_training(5)
     job.clean = False
     job.set_apart({0, 1}, {2, 3, 4}, True)

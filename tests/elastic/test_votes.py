@@ -259,7 +259,7 @@ def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
     assert clients_at(addresses[0]) == [0, 1, 2] and clients_at(addresses[1]) == []
     cases = [((5,), 5, 1, True), ((3, 4, 5), 3, 3, True)]
     cases += [((3, 4, 5), 4, 1, False), ((3, 4, 5, 6), 3, 1, False)]  # not the first of its part; the larger part
-    cases += [((2, 3), 2, 1, False), ((5,), 5, 4, False)]  # it counts client 2, which is here; it is too small to go on
+    cases += [((2, 3), 2, 1, False), ((5,), 5, 4, False)]  # it counts client 2, which is here; it is too small
     for part, client, min_clients, found in cases:
         view = Membership(View(1, part, 7))
         looking = Lookout(view, SimpleNamespace(addresses=addresses), client, min_clients)

@@ -47,6 +47,6 @@ def test_the_configuration_is_one(tmp_path):
     (tmp_path / "my_run.yaml").write_text(f"{block}model: {{path: model}}\n")
     config = load_config(tmp_path / "my_run.yaml")
     assert set(check_world(config, 3)) == {1}
-    assert config.cluster.min_clients > config.cluster.clients / 2, "two parts never both go on"
+    assert config.cluster.min_clients > config.cluster.clients / 2, "two parts never both continue"
     (_, address), *_ = re.findall(r"(MASTER_ADDR)=(\S+)", PAGE)
     assert address == str(ip_interface(sites()["NORTH"][0]["Address"]).ip)

@@ -94,7 +94,7 @@ def test_slurm_a_job_goes_back_into_the_queue_only_where_it_was_stopped(slurm, s
 
 @pytest.mark.multiprocess
 def test_slurm_a_run_that_is_preempted_twice_comes_to_its_end(tmp_path, tiny_model, word_files):
-    """Stopped under srun, then under mpirun, and finished under srun: each start goes on where the last one stopped."""
+    """It stops under srun, then under mpirun, and ends under srun: each start continues where the last one stopped."""
     slurm = Slurm(tmp_path)
     worker = REPOSITORY / "tests/integration/gated_worker.py"
     train = shlex.join(map(str, (sys.executable, REPOSITORY / "tests", worker)))

@@ -23,7 +23,7 @@ def test_the_small_form(tmp_path, monkeypatch, capsys):
     assert "MPI and torch: the same bits" in told
 
 
-def test_a_check_that_breaks_fails_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_check_that_breaks_fails_and_the_others_continue(tmp_path, monkeypatch, capsys):
     def breaks(run):
         raise RuntimeError("no such kernel")
 

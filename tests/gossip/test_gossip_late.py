@@ -263,7 +263,7 @@ def test_attendance_tells_the_beginning_and_the_end(capsys):
     attendance.note([1, 2], {})
     assert attendance.skipped == [] and attendance.times == {2: 3}
     assert capsys.readouterr().err.splitlines() == [
-        "client 0, inner step 0: goes on without client 2, which is late",
+        "client 0, inner step 0: continues without client 2, which is late",
         "client 0, inner step 0: averages with client 2 again, after 3 averagings without it",
     ]
 

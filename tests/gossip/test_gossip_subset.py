@@ -1,4 +1,4 @@
-"""The matrices that survivors go on with."""
+"""The matrices that survivors continue with."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_averaging_that_is_repeated_equals_one_that_is_not(radius):
         assert torch.equal(x, again) and sent_again == 2 * sent
 
 
-def test_only_own_messages_that_are_not_finite_end_a_client_where_others_go_on():
+def test_only_own_messages_that_are_not_finite_end_a_client_where_others_continue():
     network = LocalNetwork(2)
     transport, mixing = network.transport(0), build_mixing(GossipConfig(graph="ring"), 2, seed=0)
     gossip = Gossip(transport, mixing, commit=Repeating(transport))

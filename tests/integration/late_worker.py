@@ -1,7 +1,7 @@
 """The trainer, in which a rank is stopped for a while (SIGSTOP). Started like launchers/train.py.
 
 Environment: LATE=RANK:STEP:UNTIL:FILE. RANK stops before its gradient of inner step STEP, counted from 1, when its
-heartbeat has told of that step, and goes on when FILE, the metrics of another client, has the line of inner step UNTIL.
+heartbeat has told of that step, and continues when FILE, another client's metrics, has the line of inner step UNTIL.
 """
 
 import gc

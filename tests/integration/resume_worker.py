@@ -1,4 +1,4 @@
-"""Several runs in one job, of which some are left in the middle, as by a crash, and some go on.
+"""Several runs in one job, of which some are left in the middle, as by a crash, and some continue.
 
 Usage: resume_worker.py RUNS.json, a list of {"keys": [key=value, ...], "leave_after": inner steps, "evaluation" (the
 last one fails), "saving" (the final one does), "done" (it is left as a run that has finished) or null, and optionally
@@ -85,7 +85,7 @@ def compare(trainer, resumption) -> None:
 
 
 def keep_masters(client) -> dict[str, torch.Tensor]:
-    """Have a block go on from the float32 masters that it ended with, which are returned by parameter."""
+    """Have a block continue from the float32 masters that it ended with, which are returned by parameter."""
     kept: dict[str, torch.Tensor] = {}
     open_block, close_block = client.open_block, client.close_block
 

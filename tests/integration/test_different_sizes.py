@@ -115,7 +115,7 @@ def test_over_torch(folder, assert_expected):
 
 
 @pytest.mark.parametrize("sizes", ["even", "mpi"])
-def test_a_checkpoint_of_clients_of_other_sizes_goes_on(folder, assert_expected, sizes):
+def test_a_checkpoint_of_clients_of_other_sizes_continues(folder, assert_expected, sizes):
     """The worker has compared what it read with the checkpoint, bit by bit."""
     saved = ShardedModel(folder / "cut" / sizes / "checkpoints" / f"step_{CUT:08d}")
     assert list(saved.ranks.values()) == (SIZES[sizes] or [1, 1, 1])

@@ -1,4 +1,4 @@
-"""Clients that die while the others go on: numbers, records, who speaks for the job, and when it has to stop."""
+"""Clients that die while the others continue: numbers, records, who speaks for the job, and when it has to stop."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_clients_die_over_mpi(keys, tmp_path):
     assert (second["step"], second["from_step"], second["missing"], second["clients"]) == (5, 5, [0, 3], [1, 2])
     assert 0 < first["spectral_gap"] <= 1 and second["spectral_gap"] == 1
     assert [record["step"] for record in records(job, "evaluation")] == [0, 4, 8]
-    assert finished.output.count("client 3 gone; 3 of 4 go on") == 1, finished.output[-4000:]
-    assert finished.output.count("clients 0, 3 gone; 2 of 4 go on") == 1
+    assert finished.output.count("client 3 gone; 3 of 4 continue") == 1, finished.output[-4000:]
+    assert finished.output.count("clients 0, 3 gone; 2 of 4 continue") == 1
     assert "a message from rank 2 (client 1) was damaged on its way: its checksum differs" in finished.output
     for client, steps in ((0, 4), (1, 8), (2, 8), (3, 4)):
         lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")
@@ -119,7 +119,7 @@ def test_clients_die_over_mpi(keys, tmp_path):
     ids=["a client, and the one with coordinator and store", "a main thread, over MPI"],
 )
 def test_a_client_that_hangs_is_dropped(keys, tmp_path, transport, ranks, hangs, deaths, told):
-    """A main thread that hangs while the process is alive, and processes that are stopped and go on much later."""
+    """A main thread that hangs while the process is alive, and processes that are stopped and continue much later."""
     output, clients = tmp_path / "run", len(ranks)
     keys = [key for key in keys if "timeout_s" not in key] + ["cluster.timeout_s=12", f"cluster.clients={clients}"]
     finished = run(sum(ranks), hangs, [*keys, f"cluster.ranks={ranks}"], transport)
@@ -144,7 +144,7 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     everybody = list(range(clients))
     assert (lost["from_step"], lost["missing"]) == (step, [dead])
     assert (back["clients"], back["missing"], back["parts"]) == (everybody, [], [everybody])
-    assert finished.output.count(f"client {dead} back; {clients} of {clients} go on") == 1
+    assert finished.output.count(f"client {dead} back; {clients} of {clients} continue") == 1
     assert_numbers(output, keys, {dead: step}, {dead: (back["from_step"] - 1, 1)})
     own = records(output / "metrics" / f"client_{dead:03d}.jsonl", "step")
     assert [line["step"] for line in own] == [*range(1, step), *range(back["from_step"], 33)]
@@ -190,7 +190,7 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     assert (absent["from_step"], absent["missing"], absent["clients"]) == (1, [0], [1, 2])
     assert (back["clients"], back["missing"]) == ([0, 1, 2], [])
     assert finished.output.count("client 0 absent; 2 of 3 continue, spectral gap") == 1
-    assert finished.output.count("client 0 back; 3 of 3 go on") == 1
+    assert finished.output.count("client 0 back; 3 of 3 continue") == 1
     assert_numbers(output, keys, {0: 1}, {0: (back["from_step"] - 1, 1)})
     own = records(output / "metrics" / "client_000.jsonl", "step")
     assert [line["step"] for line in own] == list(range(back["from_step"], 33))
@@ -209,7 +209,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(key
     assert "[1] and [2] do not reach each other any more: stopping" in finished.output
     told = (output / "FAILED_client_000").read_text()
     assert "client 0 has diverged: the loss is not finite (nan)" in told and "inner step 6, block " in told
-    assert "rank 0\n" in told and "run.resume=require goes on after inner step" in told
+    assert "rank 0\n" in told and "run.resume=require continues after inner step" in told
     assert finished.output.count("client 0 has diverged") == 1 and "client 0 ends" in finished.output
     assert (output / "STOPPED").read_text() == "6 of 8 inner steps\nmissing clients: 0\n"
     assert not (output / "FAILED").exists() and clients_in(output, 4) == [0, 1, 2] and clients_in(output, 6) == [1, 2]
@@ -219,7 +219,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(key
     resumed = run(3, "0:0:never", without, "torch", late=f"0:{tmp_path}/never")
     assert resumed.code == 0, resumed.output[-4000:]
     assert "[1] and [2] do not reach each other any more: each part continues by itself" in resumed.output
-    assert "going on after inner step 6 of 8" in resumed.output
+    assert "continuing after inner step 6 of 8" in resumed.output
     assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0\n"
     assert not (output / "STOPPED").exists()
     assert_numbers(output, keys, {0: 6})

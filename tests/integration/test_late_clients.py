@@ -1,4 +1,4 @@
-"""A client that is stopped for a while: the others go on without it, and numbers follow the matrices that are told."""
+"""A client that is stopped for a while: the others continue without it, and numbers follow the recorded matrices."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def matrices(skipped: list[list[list[int]]]) -> list[np.ndarray]:
 def assert_left_out_and_back(output: str, skipped: list[list[list[int]]]) -> None:
     for client in (0, 1):
         assert all(2 in without for without in skipped[client][STOPS - 1 : UNTIL]), skipped[client]
-        assert f"client {client}, inner step {STOPS}: goes on without client 2, which is late" in output
+        assert f"client {client}, inner step {STOPS}: continues without client 2, which is late" in output
         assert f"client 2, inner step {STOPS}: is late for client {client}" in output
         assert f"averages with client {client} again, after " in output
     assert skipped[2][-1] == []

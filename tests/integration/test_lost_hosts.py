@@ -77,26 +77,26 @@ def test_a_network_falls_apart_and_comes_together(tiny_model, word_files, tmp_pa
         wait_until(condition, what, seconds=400, log=log)
 
     def wait_for_steps(client: int, since: int, what: str) -> None:
-        wait(lambda: steps_done(metrics[client]) > since + 3, f"going on {what}")
+        wait(lambda: steps_done(metrics[client]) > since + 3, f"training {what}")
 
     wait(lambda: steps_done(metrics[1]) >= 10, "in training")
     hosts.part(1, 2, True)
     wait_for_steps(1, steps_done(metrics[1]), "without client 2")
     assert "client 1 is out of reach" not in log.read_text(), "client 2 is still trying"
     hosts.part(1, 2, False)
-    wait(lambda: "client 2 back; 3 of 3 go on" in log.read_text(), "together again")
+    wait(lambda: "client 2 back; 3 of 3 continue" in log.read_text(), "together again")
     wait_for_steps(2, steps_done(metrics[1]), "together")
 
     hosts.set_apart(0, True)
     split_at = steps_done(metrics[1])
-    for client in (0, 1):  # both parts go on
+    for client in (0, 1):  # both parts continue
         wait_for_steps(client, split_at, f"with client {client}")
     hosts.set_apart(0, False)
     wait(lambda: all(process.poll() is not None for process in processes), "done")
 
     said = log.read_text()
     assert [process.returncode for process in processes] == [0, 0, 0], said[-5000:]
-    assert "clients 1, 2 gone; 1 of 3 go on" in said and "client 0 gone; 2 of 3 go on" in said
+    assert "clients 1, 2 gone; 1 of 3 continue" in said and "client 0 gone; 2 of 3 continue" in said
     assert "the larger part of the network is in reach again: client 0 will rejoin it" in said
     jobs = [tmp_path / f"run{i}" / "metrics" / "job.jsonl" for i in range(2)]
     memberships = [[line for line in whole_lines(job) if line["kind"] == "membership"] for job in jobs]
@@ -108,7 +108,7 @@ def test_a_network_falls_apart_and_comes_together(tiny_model, word_files, tmp_pa
     assert (tmp_path / "run1" / "DONE").read_text() == f"{STEPS} of {STEPS} inner steps\n"
     assert not list(tmp_path.glob("run*/STOPPED")) and not list(tmp_path.glob("run*/FAILED*"))
 
-    assert "client 2 and client 1 cannot reach each other" in said and "client 2 gone; 2 of 3 go on" in said
+    assert "client 2 and client 1 cannot reach each other" in said and "client 2 gone; 2 of 3 continue" in said
     handovers = {line["to"]: line["by"] for job in jobs for line in whole_lines(job) if line["kind"] == "handover"}
 
     # what client 0 trained by itself is gone, from its model, its metrics and its checkpoints

@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, damaged or moved to another number of ranks, and go on."""
+"""Runs that are killed, told to stop, damaged or moved to another number of ranks, and continue."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_its_checkpoints_cost_what_was_trained_and_take_the_disk_that_is_planned
         assert older == {*blocks, len(plan.blocks)} - schedule.trained(27, 32)
 
 
-def test_another_number_of_ranks_goes_on(crashed_and_moved):
+def test_another_number_of_ranks_continues(crashed_and_moved):
     """The worker has compared what it read with the checkpoint, bit by bit."""
     moved = crashed_and_moved / "moved"
     steps = [(record["kind"], record["step"]) for record in records(moved / "metrics" / "client_001.jsonl")]
@@ -195,7 +195,7 @@ def test_a_finished_run_that_gets_longer_equals_one_that_had_that_length_from_th
     assert [start["rounds"] for start in json.loads((run / "starts.json").read_text())] == [1, 2]
 
 
-def test_a_run_that_learns_nothing_stops_early_on_all_ranks_and_can_go_on(crashed_and_moved):
+def test_a_run_that_learns_nothing_stops_early_on_all_ranks_and_can_continue(crashed_and_moved):
     """Its learning rate is 0."""
     run = crashed_and_moved / "early"
     assert steps_in(run / "checkpoints") == [6]
@@ -232,12 +232,12 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
     stopped = start("supervised", 2, lambda supervisor: supervisor.send_signal(signal.SIGTERM))
     assert stopped.code == 0, stopped.output[-4000:]
     assert stopped.output.count(f"removed, step {newest}: rank") == 1
-    assert f"going on after inner step {newest - 7} of {STEPS}" in stopped.output
+    assert f"continuing after inner step {newest - 7} of {STEPS}" in stopped.output
     last = steps_in(checkpoints)[-1]
     assert (run / "STOPPED").read_text() == f"{last} of {STEPS} inner steps\n" and last >= 20
 
     stopped = start("deepspeed", 2, terminate_launch_process)
-    assert f"going on after inner step {last} of {STEPS}" in stopped.output, stopped.output[-4000:]
+    assert f"continuing after inner step {last} of {STEPS}" in stopped.output, stopped.output[-4000:]
     assert "ERROR" not in stopped.output and not (run / "FAILED").exists()
     assert (run / "STOPPED").read_text() == f"{steps_in(checkpoints)[-1]} of {STEPS} inner steps\n"
     assert steps_in(checkpoints)[-1] >= last + 2
@@ -248,6 +248,6 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
 
     done = start("supervised", 2, kill_for_once)
     assert done.code == 0, done.output[-4000:]
-    assert done.output.count("Starting it again") == 1 and done.output.count("going on after inner step") == 2
+    assert done.output.count("Starting it again") == 1 and done.output.count("continuing after inner step") == 2
     assert (run / "DONE").exists() and not (run / "STOPPED").exists()
     assert_equal(run, crashed_and_moved / "uninterrupted")

@@ -259,7 +259,7 @@ def test_restarts_and_late_neighbours_are_told(tmp_path):
     own = (folder / "metrics/client_001.jsonl").read_text().splitlines()
     write_lines(folder / "metrics/client_001.jsonl", [json.loads(line) | {"gossip_skipped": {"2": 5}} for line in own])
     made = report(folder)
-    assert "|went on from the checkpoint of step 8|2025-06-15 15:07:40 UTC|" in made.text
+    assert "|continued from the checkpoint of step 8|2025-06-15 15:07:40 UTC|" in made.text
     assert "|torch|2.13.0|2.14.1|" in made.text and "|client 1|client 2|5|" in made.text
     memory = [bar["value"] for bar in points(made.charts["Memory by phase"]) if bar["row"] == "client 0, rank 0"]
     assert memory == [1, 0.125, 0, 0.125], "since the last start"

@@ -66,7 +66,7 @@ def test_every_column_is_readable_at_80_columns(tmp_path, capsys, monkeypatch):
     assert {"rank", "host", "client", "phase", "step", "loss", "1023", "412000", "12.346"} <= words
     cells = [line for line in said.splitlines()]
     start = next(line for line in cells if line.startswith("rank")).index("host")
-    assert host in "".join(line[start:].split(" ")[0] for line in cells), "a long name goes on below, whole"
+    assert host in "".join(line[start:].split(" ")[0] for line in cells), "a long name continues below, whole"
 
 
 def test_ranks_of_an_earlier_larger_start_are_no_longer_of_the_run(tmp_path):
@@ -80,7 +80,7 @@ def test_ranks_of_an_earlier_larger_start_are_no_longer_of_the_run(tmp_path):
 @pytest.mark.parametrize(("marker", "code"), [("DONE", 0), ("STOPPED", 3), ("FAILED", 1), (None, 4)])
 def test_a_watch_ends_with_the_run(tmp_path, marker, code):
     beat(tmp_path, 0)
-    beat(tmp_path, 1, silent_s=90.0)  # one that is gone does not end the watch: the run may go on, or say why it ends
+    beat(tmp_path, 1, silent_s=90.0)  # a lost rank does not end the watch: the run may continue, or say why it ends
     seen = []
 
     def later(seconds):

@@ -59,8 +59,8 @@ def supervise(folder: Path, plan: str, *keys: str) -> tuple[int, int]:
         ("lost:0 done:0 1", 0, 2, "the job ended with 0"),
         ("saved:1 1 1 137 done:0", 137, 4, "Giving up: 3 starts in a row have brought nothing new"),
         ("saved:1 1 1 saved:1 1 done:0 1", 0, 6, "newest checkpoint: inner step 20"),
-        ("saved:1 diverged:2 done:0", 2, 2, "FAILED_client_001 tells what to change first"),
-        ("diverged:0 done:0", 2, 1, "it would diverge again"),  # the others went on, until they were too few
+        ("saved:1 diverged:2 done:0", 2, 2, "FAILED_client_001 says what to change first"),
+        ("diverged:0 done:0", 2, 1, "it would diverge again"),  # the others continued, until they were too few
     ],
 )
 def test_when_it_starts_the_job_again(tmp_path, capfd, plan, code, starts, told):

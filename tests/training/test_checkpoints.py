@@ -136,7 +136,7 @@ def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
     assert steps_in(tmp_path / "checkpoints") == [4, 5]  # what was kept for the other rank has gone
 
 
-def test_training_goes_on_while_one_is_written_and_the_next_waits(job, tmp_path: Path, monkeypatch) -> None:
+def test_training_continues_while_one_is_written_and_the_next_waits(job, tmp_path: Path, monkeypatch) -> None:
     saver, client, _ = job(every=1)
     writing, go = threading.Event(), threading.Event()
     original = module.save_shards
@@ -150,7 +150,7 @@ def test_training_goes_on_while_one_is_written_and_the_next_waits(job, tmp_path:
     client.value = 1.0
     after_step(saver, 1)
     assert writing.wait(timeout=100)
-    client.value = 2.0  # training goes on: what is written is a copy
+    client.value = 2.0  # training continues: what is written is a copy
     next_one = threading.Thread(target=after_step, args=(saver, 2))
     next_one.start()
     next_one.join(timeout=0.2)
@@ -183,7 +183,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(job, tmp_path: Path,
     assert not list(step_folder(tmp_path / "checkpoints", 4).rglob("*rank*"))
 
 
-def test_the_checkpoint_that_a_run_went_on_from_is_not_written_again(job, tmp_path: Path) -> None:
+def test_the_checkpoint_that_a_run_continued_from_is_not_written_again(job, tmp_path: Path) -> None:
     saver, _, _ = job(resumed=6)
     saver._state.done = 6
     saver.save()

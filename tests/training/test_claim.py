@@ -93,7 +93,7 @@ def test_the_file_of_a_killed_job_is_taken_over(other, tmp_path: Path) -> None:
     release(tmp_path)
 
 
-def test_a_folder_that_was_moved_while_the_run_went_on_is_found_out(tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_while_the_run_continued_is_found_out(tmp_path: Path) -> None:
     output = tmp_path / "run"
     check_held(output)  # a rank that has not taken it knows nothing
     take(output, nothing)

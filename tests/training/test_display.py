@@ -100,7 +100,7 @@ def test_the_bar_tells_the_same_and_fits_the_terminal(width):
     assert "5/10" in console.file.getvalue()
 
 
-def test_who_shows_may_ask_while_the_run_goes_on():
+def test_who_shows_may_ask_while_the_run_continues():
     """What is noted between two of the thread's steps must not break what it is about to say."""
     shown = begun(display())
     closed, failures = threading.Event(), []

@@ -55,11 +55,11 @@ def test_each_kind_is_named_with_step_block_client_and_rank(watch, bad, values, 
     assert caught.value.where == f"client 1, {place}, rank 3"
 
 
-def test_what_is_left_to_go_on_from_is_named() -> None:
+def test_what_is_left_to_continue_from_is_named() -> None:
     error = DivergedMessageError("client 1 has diverged", where="client 1", fix="lower it")
     told = with_checkpoint(error, Path("run/checkpoints"), 40)
     assert isinstance(told, GossipError) and "run/checkpoints/step_00000040 is finite" in str(told)
-    assert "run.resume=require goes on after inner step 40" in str(told)
+    assert "run.resume=require continues after inner step 40" in str(told)
     assert "no checkpoint had been saved" in str(with_checkpoint(error, Path("run/checkpoints"), None))
 
 

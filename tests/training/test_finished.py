@@ -1,4 +1,4 @@
-"""A run that has begun, and what its configuration then asks for: nothing, to go on, or another length."""
+"""A run that has begun, and what its configuration then asks for: nothing, to continue, or another length."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def schedule(run: Path, rounds: int, blocks: int = 4):
 
 
 @pytest.mark.parametrize("done", [0, 3, 10, 20, 33, STEPS])
-def test_a_run_goes_on_with_another_length_wherever_it_stands(tmp_path, done):
+def test_a_run_continues_with_another_length_wherever_it_stands(tmp_path, done):
     check_place(schedule(tmp_path, 7), position(schedule(tmp_path, 2), done))
 
 

@@ -1,4 +1,4 @@
-"""What a run that goes on forgets, and what it refuses."""
+"""What a run that continues forgets, and what it refuses."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_the_newest_whole_checkpoint_is_chosen_and_damaged_ones_are_named(tmp_pa
     found = chosen(tmp_path)
     assert found.step == 4 and found.same_layout
     told = capsys.readouterr().err
-    assert "step 6: rank 0: 000_all.safetensors has 4 bytes" in told and "going on after inner step 4 of 9" in told
+    assert "step 6: rank 0: 000_all.safetensors has 4 bytes" in told and "continuing after inner step 4 of 9" in told
     assert steps_in(tmp_path / "checkpoints") == [2, 4]  # the run will come to step 6 again
     assert not list(tmp_path.glob("*ED"))
 
 
-def test_without_a_usable_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_without_a_usable_checkpoint_there_is_nothing_to_continue_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint that all ranks can use"):
         chosen(tmp_path)
     assert chosen(tmp_path, "auto").step == 0
@@ -261,7 +261,7 @@ def test_data_of_a_client_that_was_not_there_before_are_noted(tmp_path: Path) ->
         compare_with_saved(tmp_path, [{"client": 1, "train": 7}])
 
 
-def test_what_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_what_cannot_continue_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = Config()
     config.model.path, config.data.train = "a/model", ["a/data_set"]
     config.run.output, config.run.resume = str(tmp_path), "require"

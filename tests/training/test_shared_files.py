@@ -235,7 +235,7 @@ def test_an_earlier_one_that_is_not_as_it_was_written_is_not_built_on(tmp_path: 
 
 
 @pytest.mark.parametrize(("ranks", "links"), [(1, True), (2, False)])
-def test_a_run_that_went_on_builds_on_what_it_went_on_from(tmp_path: Path, ranks: int, links: bool) -> None:
+def test_a_run_that_continued_builds_on_what_it_continued_from(tmp_path: Path, ranks: int, links: bool) -> None:
     before = Job(tmp_path, SCHEDULE, keep=1)
     before.saver._cluster.ranks, before.saver._own = ranks, Part(0, 0, ranks)
     before.save(4)
@@ -322,7 +322,7 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_complete_and_shares_no_
     assert steps_in(tmp_path) == [9], "the run is through, and this is still the best"
 
 
-def test_a_run_that_goes_on_keeps_the_best_checkpoint_of_before(tmp_path: Path) -> None:
+def test_a_run_that_continues_keeps_the_best_checkpoint_of_before(tmp_path: Path) -> None:
     Job(tmp_path, SCHEDULE, keep=1, best=True).save(3, 6, best=True)
     job = Job(tmp_path, SCHEDULE, resumed=6, keep=1, best=True, known={"step": 6})
     job.train(6)

@@ -39,7 +39,7 @@ def test_all_ranks_have_one_day(tmp_path, monkeypatch):
     assert agreed(tmp_path, ["2026-03-01"], monkeypatch, "data.date=2020-02-02") == ["2020-02-02"]
 
 
-def test_a_run_that_goes_on_keeps_its_day(tmp_path, monkeypatch):
+def test_a_run_that_continues_keeps_its_day(tmp_path, monkeypatch):
     base = ["model.path=x", f"run.output={tmp_path}"]
     save_config(load_config(None, [*base, "data.date=2026-03-01"]), tmp_path / "config.yaml")
     resumed = "run.resume=require"

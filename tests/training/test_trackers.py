@@ -104,7 +104,7 @@ def test_what_it_would_send_by_itself_is_off(package, tmp_path):
         assert not started["auto_log_cpu"] and not started["auto_log_gpu"]
 
 
-def test_a_job_that_resumes_goes_on_in_its_run_and_another_one_does_not(package, tmp_path):
+def test_a_job_that_resumes_continues_in_its_run_and_another_one_does_not(package, tmp_path):
     for output in ("run", "run", "elsewhere/run"):
         open_trackers(logging(package), tmp_path / output, "job")
     first, again, other = (run.started["name"] for run in package.runs)
@@ -152,7 +152,7 @@ def test_a_service_that_is_slow_to_answer_is_no_standstill(package, tmp_path, mo
     assert seen.own().idle_s == 20, "nothing is granted beyond"
 
 
-def test_who_takes_over_the_job_goes_on_without_one_that_does_not_start(package, tmp_path, capsys):
+def test_who_takes_over_the_job_continues_without_one_that_does_not_start(package, tmp_path, capsys):
     rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=False, progress=Progress())
     written = Metrics(logging(package), rank, tmp_path, range(8), SimpleNamespace(show=lambda: None))
     rank.is_job_leader, package.refuses = True, OSError("no network")

@@ -127,7 +127,7 @@ class Gone(Ancestors):
 @pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 1), ("deepspeed", 2), ("python", 1)])
 @pytest.mark.parametrize("who", ["runner", "launcher"])
 def test_without_its_launcher_a_rank_ends_and_without_the_runner_it_stops(monkeypatch, capfd, who, launcher, ranks):
-    """A single rank that nobody has launched goes on."""
+    """A single rank that nobody has launched continues."""
     left: list[Failure] = []
 
     def leave(ending: Ending, report: Failure, *, mark: bool = True) -> None:

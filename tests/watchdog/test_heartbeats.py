@@ -275,7 +275,7 @@ def test_what_the_host_told_of_an_earlier_standstill_counts_no_more(monkeypatch)
         job.later(20)
 
 
-def test_another_host_goes_on_telling_from_a_store_of_its_own(monkeypatch):
+def test_another_host_continues_telling_from_a_store_of_its_own(monkeypatch):
     job = Job(monkeypatch, host=0)
     for rank in job.ranks[2:]:
         rank.progress.wait_for(EVERYBODY)

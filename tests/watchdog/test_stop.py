@@ -98,7 +98,7 @@ def test_who_does_not_train_yet_ends_early_if_all_do_not(ranks, who_may, who_tra
         assert ranks == 1 or [stop.may_pass(0) for stop in stops] == [bool(last)] * ranks
 
 
-def test_a_job_that_is_not_told_goes_on() -> None:
+def test_a_job_that_is_not_told_continues() -> None:
     store = HashStore()
     stop = StopByStore(0, 2, 1.0)
     for done in range(5):

@@ -179,7 +179,7 @@ def _repeats(console: Console, found: Found) -> None:
     else:
         console.print("no common evaluation set")
     if leaks:
-        told = f"{leaks:,} scored examples are trained on, so scores tell more of memory than of skill"
+        told = f"{leaks:,} scored examples are trained on, so scores show memory more than skill"
         console.print(f"[bold]WARNING[/bold]: {told}", highlight=False)
     for what, pairs in (("again", of.again), ("elsewhere", of.elsewhere), ("scored", of.scored)):
         for pair in pairs:

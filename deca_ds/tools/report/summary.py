@@ -84,7 +84,7 @@ def state(run: Run) -> tuple[str, str]:
     seen = ""
     if run.last_sign is not None:
         seen = f"; last sign of life {moment(run.last_sign[0])} ({run.last_sign[1]})"
-    return "NO END", f"the run goes on, or was killed: no marker tells how it ended{seen}"
+    return "NO END", f"the run has not ended, or was killed: no marker says how it ended{seen}"
 
 
 def graph_name(run: Run) -> str:
@@ -264,7 +264,7 @@ def events(run: Run) -> list[Event]:
         Event(
             start.step,
             start.time,
-            "started" if start.step == 0 else f"went on from the checkpoint of step {start.step}",
+            "started" if start.step == 0 else f"continued from the checkpoint of step {start.step}",
         )
         for start in run.starts
     ]
