@@ -34,7 +34,7 @@ from deca_ds.training.terminal import handlers_kept, on_interrupt, on_stop, own_
 from deca_ds.watchdog.failure import tell_exit_code
 from deca_ds.watchdog.guard import JobGuard, guarded
 from deca_ds.watchdog.restart import tries_until
-from deca_ds.watchdog.standing import Visitor
+from deca_ds.watchdog.standing import Rejoining
 from deca_ds.watchdog.stop import forget_request
 
 if TYPE_CHECKING:
@@ -100,14 +100,14 @@ def _run(read: Callable[[], Config], *, join: bool, dry_run: bool) -> tuple[Conf
     """read: gives the configuration."""
     # DeepSpeed still calls collectives by names that newer versions of torch have renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    launch, rejoin, visitor = read_launch(), None, None
+    launch, rejoin, rejoining = read_launch(), None, None
     config = _read_config(read, launch)
     if join:
         rejoin, store = _join(config, launch)
-        visitor = Visitor(rejoin.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
+        rejoining = Rejoining(rejoin.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
     else:
         launch, store = _open_store(config, launch)
-    with guarded(launch, store, visitor) as guard:
+    with guarded(launch, store, rejoining) as guard:
         if isinstance(config, UserError):
             raise config
         if rejoin is None:

@@ -35,7 +35,7 @@ from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.look import Look
 from deca_ds.watchdog.role import Outcome, Role
-from deca_ds.watchdog.standing import Elasticity, Standing, Visitor
+from deca_ds.watchdog.standing import Elasticity, Rejoining, Standing
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 from deca_ds.watchdog.watcher import Watcher
 
@@ -48,16 +48,16 @@ class JobGuard:
     site: where the job's store is. heartbeats: what this rank does, and what others do. _standing: what this rank is to
     the job. _ending, early_end: how its process ends. _watcher: the thread that looks after all that.
 
-    visitor: for a client that comes back and is not a member yet. ancestors: the processes above this one.
+    rejoining: for a client that comes back and is not a member yet. ancestors: the processes above this one.
     """
 
     def __init__(
-        self, launch: Launch, store: JobStore, visitor: Visitor | None = None, ancestors: Ancestors | None = None
+        self, launch: Launch, store: JobStore, rejoining: Rejoining | None = None, ancestors: Ancestors | None = None
     ):
         self._launch = launch
         stop = StopByStore(launch.rank, launch.world_size, store.timeout.total_seconds())
-        self._standing = Standing(launch, visitor, stop)
-        self.site = StoreSite(launch, store, launch.first if visitor is None else visitor.host)
+        self._standing = Standing(launch, rejoining, stop)
+        self.site = StoreSite(launch, store, launch.first if rejoining is None else rejoining.host)
         self.heartbeats = Heartbeats(launch, self._standing.ranks, store.progress)
         self._ending = Ending(launch, self.site, self.heartbeats)
         met = partial(self._meet, key=_EARLY_KEY, waits=True)
@@ -129,7 +129,7 @@ class JobGuard:
                 self._ending.end_the_client(error)
             case Outcome.END:
                 report = self._ending.report(whole_message(error), exit_code(error))
-                self._ending.leave(report, mark=self._standing.role is not Role.VISITOR)
+                self._ending.leave(report, mark=self._standing.role is not Role.REJOINING)
             case _:
                 self._ending.end_the_job(error)
 
@@ -167,9 +167,9 @@ class JobGuard:
 
 
 @contextlib.contextmanager
-def guarded(launch: Launch, store: JobStore, visitor: Visitor | None = None) -> Iterator[JobGuard]:
+def guarded(launch: Launch, store: JobStore, rejoining: Rejoining | None = None) -> Iterator[JobGuard]:
     """Run the body under a `JobGuard`: any exception in it ends the job, its end is waited for on all ranks."""
-    guard = JobGuard(launch, store, visitor)
+    guard = JobGuard(launch, store, rejoining)
     try:
         yield guard
     except StopBeforeTraining:

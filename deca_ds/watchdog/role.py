@@ -9,11 +9,11 @@ from enum import Enum, auto
 
 
 class Role(Enum):
-    """MEMBER: of a job whose ranks all end when one of them fails. VISITOR: a rank of a client that comes back and has
-    not been let in yet, so that its failure is its own. OUTLIVED: the others go on without its client when it fails."""
+    """MEMBER: of a job whose ranks all end when one of them fails. REJOINING: of a client that comes back and has not
+    been let in yet, so that its failure is its own. OUTLIVED: the others go on without its client when it fails."""
 
     MEMBER = auto()
-    VISITOR = auto()
+    REJOINING = auto()
     OUTLIVED = auto()
 
     def may_become(self, role: Role) -> bool:
@@ -57,11 +57,11 @@ def on_event(role: Role, event: Event, returns: bool) -> Outcome:
             return Outcome.END
         case Role.MEMBER, _:
             return Outcome.END_THE_JOB
-        case Role.VISITOR, Event.CUT_OFF | Event.STORE_GONE | Event.STORE_SILENT if returns:
+        case Role.REJOINING, Event.CUT_OFF | Event.STORE_GONE | Event.STORE_SILENT if returns:
             return Outcome.COME_BACK
-        case Role.VISITOR, Event.HANGS | Event.OTHERS_HANG:
+        case Role.REJOINING, Event.HANGS | Event.OTHERS_HANG:
             return Outcome.WAIT
-        case Role.VISITOR, _:
+        case Role.REJOINING, _:
             return Outcome.END
         case Role.OUTLIVED, Event.CUT_OFF if returns:
             return Outcome.COME_BACK

@@ -17,7 +17,7 @@ _OTHERS_S = 60.0  # for the survivors to drop a client that hangs and to open an
 
 
 @dataclass(frozen=True)
-class Visitor:
+class Rejoining:
     """Of a client that comes back. host: the rank that hosts the job's store. return_s: for how long it still tries."""
 
     host: int
@@ -29,7 +29,7 @@ class Elasticity:
     """What a job has in which clients may go and come.
 
     membership: who is in. stop: how it is told to stop, and where. return_s: cluster.return_s. cut_off: set when this
-    client is out, or the others are out of its reach. put_out_who_hangs: to be called every second while nobody in the
+    client is out, or the others are out of its reach. drop_who_hangs: to be called every second while nobody in the
     job moves on; None where the others cannot put a client out.
     """
 
@@ -38,18 +38,18 @@ class Elasticity:
     stop: StopByCommit
     return_s: float = 0.0
     cut_off: threading.Event = field(default_factory=threading.Event)
-    put_out_who_hangs: Callable[[], None] | None = None
+    drop_who_hangs: Callable[[], None] | None = None
 
 
 class Standing:
     """All threads of the rank read it; its main thread changes it.
 
-    visitor: of a client that comes back. stop: how the job is told to stop, until it `enter_elastic`.
+    rejoining: of a client that comes back. stop: how the job is told to stop, until it `enter_elastic`.
     """
 
-    def __init__(self, launch: Launch, visitor: Visitor | None, stop: StopByStore):
-        self.role = Role.MEMBER if visitor is None else Role.VISITOR
-        self.return_s = 0.0 if visitor is None else visitor.return_s
+    def __init__(self, launch: Launch, rejoining: Rejoining | None, stop: StopByStore):
+        self.role = Role.MEMBER if rejoining is None else Role.REJOINING
+        self.return_s = 0.0 if rejoining is None else rejoining.return_s
         self._launch, self._stop = launch, stop
         self._elasticity: Elasticity | None = None
 
@@ -84,10 +84,10 @@ class Standing:
         """Whether its client, which the others outlive, is out, or learns that within so many seconds."""
         return self.role is Role.OUTLIVED and self._elasticity is not None and self._elasticity.cut_off.wait(within_s)
 
-    def put_out_who_hangs(self) -> None:
+    def drop_who_hangs(self) -> None:
         """Have the others drop whoever does not move on, where they can."""
-        if self._elasticity is not None and self._elasticity.put_out_who_hangs is not None:
-            self._elasticity.put_out_who_hangs()
+        if self._elasticity is not None and self._elasticity.drop_who_hangs is not None:
+            self._elasticity.drop_who_hangs()
 
     def grace_s(self) -> float:
         """How long the others may take to go on without a client that hangs, or whose host had the store."""

@@ -129,7 +129,7 @@ class Watcher:
             return None
         self._come_back_to_a_lost_job(Event.STORE_GONE)
         why = "it ended without a report"
-        why += ", before this client was let in: join again" if self._standing.role is Role.VISITOR else ""
+        why += ", before this client was let in: join again" if self._standing.role is Role.REJOINING else ""
         ((who, when),) = self._heartbeats.other_end(None, self._site.host)
         return self._ending.report(rank_is_gone(who, when, why), FAILURE_CODE)
 
@@ -149,4 +149,4 @@ class Watcher:
     def _leave(self, report: Failure, within_s: float = -1.0) -> None:
         """within_s: leave even if another thread has begun to, and is not through after so many seconds."""
         self._ending.begun.acquire(timeout=within_s)
-        self._ending.leave(report, mark=self._standing.role is not Role.VISITOR)
+        self._ending.leave(report, mark=self._standing.role is not Role.REJOINING)

@@ -18,7 +18,7 @@ from deca_ds.launch.view import Membership, View
 from deca_ds.watchdog import early_end, ending, standing
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.guard import guarded
-from deca_ds.watchdog.standing import Elasticity, Visitor
+from deca_ds.watchdog.standing import Elasticity, Rejoining
 from deca_ds.watchdog.stop import StopByCommit
 
 rank, port, what, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
@@ -30,8 +30,8 @@ def until_ready(ranks: int) -> None:
         time.sleep(0.05)
 
 
-visitor = Visitor(host=0) if what == "visits" else None
-with guarded(launch, open_job_store(launch, 300), visitor) as guard:
+rejoining = Rejoining(host=0) if what == "rejoins" else None
+with guarded(launch, open_job_store(launch, 300), rejoining) as guard:
     guard.write_to(output)
     if what == "wait":
         time.sleep(600)
@@ -61,7 +61,7 @@ with guarded(launch, open_job_store(launch, 300), visitor) as guard:
         (output / "stops").touch()
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(7)
-    elif what == "out":  # put out by the others, which the main thread does not come to learn of
+    elif what == "out":  # dropped by the others, which the main thread does not come to learn of
         cut_off = threading.Event()
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         membership = Membership(View.of_all(3))
@@ -69,7 +69,7 @@ with guarded(launch, open_job_store(launch, 300), visitor) as guard:
         guard.let_others_go_on()
         cut_off.set()
         time.sleep(600)
-    elif what == "visits":  # and nobody moves on, nor is anybody put out
+    elif what == "rejoins":  # and nobody moves on, nor is anybody dropped
         standing._OTHERS_S = 3.0
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.progress.wait_for("all")

@@ -170,7 +170,7 @@ def test_a_rank_that_is_out_of_the_job_ends_though_it_hangs(tmp_path):
 
 @pytest.mark.multiprocess
 def test_a_rank_that_waits_to_be_let_in_gives_up_alone(tmp_path):
-    codes, outputs = run(tmp_path, "stays", "visits", "stays")
+    codes, outputs = run(tmp_path, "stays", "rejoins", "stays")
     assert (codes[0], codes[1]) == (0, 1) and "no progress for" in outputs[1]
     assert "no progress" not in outputs[0] + outputs[2] and "rank 1" not in outputs[0] + outputs[2]
 

@@ -13,13 +13,13 @@ CASES = {
     (Role.MEMBER, Event.STILL_HANG): (Outcome.END_THE_JOB, Outcome.END_THE_JOB),
     (Role.MEMBER, Event.STORE_GONE): (Outcome.END, Outcome.END),
     (Role.MEMBER, Event.STORE_SILENT): (Outcome.END, Outcome.END),
-    (Role.VISITOR, Event.ERROR): (Outcome.END, Outcome.END),
-    (Role.VISITOR, Event.CUT_OFF): (Outcome.END, Outcome.COME_BACK),
-    (Role.VISITOR, Event.HANGS): (Outcome.WAIT, Outcome.WAIT),
-    (Role.VISITOR, Event.OTHERS_HANG): (Outcome.WAIT, Outcome.WAIT),
-    (Role.VISITOR, Event.STILL_HANG): (Outcome.END, Outcome.END),
-    (Role.VISITOR, Event.STORE_GONE): (Outcome.END, Outcome.COME_BACK),
-    (Role.VISITOR, Event.STORE_SILENT): (Outcome.END, Outcome.COME_BACK),
+    (Role.REJOINING, Event.ERROR): (Outcome.END, Outcome.END),
+    (Role.REJOINING, Event.CUT_OFF): (Outcome.END, Outcome.COME_BACK),
+    (Role.REJOINING, Event.HANGS): (Outcome.WAIT, Outcome.WAIT),
+    (Role.REJOINING, Event.OTHERS_HANG): (Outcome.WAIT, Outcome.WAIT),
+    (Role.REJOINING, Event.STILL_HANG): (Outcome.END, Outcome.END),
+    (Role.REJOINING, Event.STORE_GONE): (Outcome.END, Outcome.COME_BACK),
+    (Role.REJOINING, Event.STORE_SILENT): (Outcome.END, Outcome.COME_BACK),
     (Role.OUTLIVED, Event.ERROR): (Outcome.END_THE_CLIENT, Outcome.END_THE_CLIENT),
     (Role.OUTLIVED, Event.CUT_OFF): (Outcome.END_THE_CLIENT, Outcome.COME_BACK),
     (Role.OUTLIVED, Event.HANGS): (Outcome.END_THE_CLIENT, Outcome.COME_BACK_UNNOTICED),
@@ -38,4 +38,4 @@ def test_what_becomes_of_a_rank():
 
 def test_a_rank_trains_with_others_that_go_on_without_it_once_and_for_good():
     steps = {(role, becomes) for role in Role for becomes in Role if role.may_become(becomes)}
-    assert steps == {(Role.MEMBER, Role.OUTLIVED), (Role.VISITOR, Role.OUTLIVED)}
+    assert steps == {(Role.MEMBER, Role.OUTLIVED), (Role.REJOINING, Role.OUTLIVED)}

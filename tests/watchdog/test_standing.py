@@ -15,7 +15,7 @@ from deca_ds.launch.view import Membership, View
 from deca_ds.watchdog import standing as module
 from deca_ds.watchdog.guard import JobGuard
 from deca_ds.watchdog.role import Event, Outcome, Role
-from deca_ds.watchdog.standing import Elasticity, Standing, Visitor
+from deca_ds.watchdog.standing import Elasticity, Rejoining, Standing
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 LAYOUT = ClientLayout(3, 2)
@@ -27,8 +27,8 @@ def elasticity(return_s: float = 0.0, **given) -> Elasticity:
 
 def standing(role: Role, **given) -> Standing:
     """Of a rank with that role, in a job in which clients may come and go."""
-    visitor = Visitor(host=0) if role is Role.VISITOR else None
-    made = Standing(Launch("deepspeed", 2, 6, 2, None), visitor, StopByStore(2, 6, 100.0))
+    rejoining = Rejoining(host=0) if role is Role.REJOINING else None
+    made = Standing(Launch("deepspeed", 2, 6, 2, None), rejoining, StopByStore(2, 6, 100.0))
     made.enter_elastic(elasticity(**given))
     if role is Role.OUTLIVED:
         made.let_others_go_on()
@@ -40,9 +40,9 @@ def at_once(monkeypatch):
     monkeypatch.setattr(module, "_CUT_OFF_S", 0.0)
 
 
-@pytest.mark.parametrize("visitor", [None, Visitor(host=0)])
-def test_what_a_rank_cannot_become_is_refused(visitor):
-    made = Standing(Launch("python", 0, 1, 0, None), visitor, StopByStore(0, 1, 100.0))
+@pytest.mark.parametrize("rejoining", [None, Rejoining(host=0)])
+def test_what_a_rank_cannot_become_is_refused(rejoining):
+    made = Standing(Launch("python", 0, 1, 0, None), rejoining, StopByStore(0, 1, 100.0))
     with pytest.raises(RuntimeError, match="of a job that is not elastic"):
         made.let_others_go_on()
     made.enter_elastic(elasticity())
@@ -52,7 +52,7 @@ def test_what_a_rank_cannot_become_is_refused(visitor):
 
 
 def test_the_longer_time_to_come_back_holds():
-    made = Standing(Launch("python", 0, 1, 0, None), Visitor(host=0, return_s=30.0), StopByStore(0, 1, 100.0))
+    made = Standing(Launch("python", 0, 1, 0, None), Rejoining(host=0, return_s=30.0), StopByStore(0, 1, 100.0))
     assert made.outcome(Event.CUT_OFF) is Outcome.COME_BACK
     made.enter_elastic(elasticity(return_s=20.0))
     assert made.return_s == 30.0
@@ -97,7 +97,7 @@ def test_nobody_waits_for_what_would_change_nothing():
         ({0}, 161.0, Event.STILL_HANG),
     ],
 )
-@pytest.mark.parametrize("role", [Role.VISITOR, Role.OUTLIVED])
+@pytest.mark.parametrize("role", [Role.REJOINING, Role.OUTLIVED])
 def test_whose_standstill_it_is_and_whether_the_others_have_had_their_time(role, clients, idle_s, event):
     stall = StallError("no progress", clients=clients, idle_s=idle_s)
     assert standing(role).event_of_stall(stall, 1, 100.0) is event
@@ -111,8 +111,8 @@ def test_a_job_that_ends_as_a_whole_waits_for_no_survivors():
 
 def test_whoever_hangs_is_put_out_where_the_others_can():
     calls: list[str] = []
-    standing(Role.OUTLIVED).put_out_who_hangs()
-    standing(Role.OUTLIVED, put_out_who_hangs=lambda: calls.append("asked")).put_out_who_hangs()
+    standing(Role.OUTLIVED).drop_who_hangs()
+    standing(Role.OUTLIVED, drop_who_hangs=lambda: calls.append("asked")).drop_who_hangs()
     assert calls == ["asked"]
 
 

@@ -21,7 +21,7 @@ from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.look import Look
 from deca_ds.watchdog.role import Role
-from deca_ds.watchdog.standing import Elasticity, Standing, Visitor
+from deca_ds.watchdog.standing import Elasticity, Rejoining, Standing
 from deca_ds.watchdog.stop import StopByCommit, StopByStore, request_stop
 from deca_ds.watchdog.watcher import Watcher
 
@@ -74,8 +74,8 @@ class Parts:
 
     def __init__(self, role: Role, store: HashStore, return_s: float = 0.0):
         self.store, self.failed, self.put_out = store, list[BaseException](), list[str]()
-        visitor = Visitor(host=0, return_s=return_s) if role is Role.VISITOR else None
-        self.standing = Standing(LAUNCH, visitor, StopByStore(RANK, 6, 100.0))
+        rejoining = Rejoining(host=0, return_s=return_s) if role is Role.REJOINING else None
+        self.standing = Standing(LAUNCH, rejoining, StopByStore(RANK, 6, 100.0))
         self.site = StoreSite(LAUNCH, JobStore(store, None, timedelta(seconds=100)), 0)
         self.heartbeats = Standstill(LAUNCH, self.standing.ranks)
         self.heartbeats.progress.watch(LAYOUT, 100.0)
@@ -83,7 +83,7 @@ class Parts:
         if role is not Role.MEMBER:
             put_out = lambda: self.put_out.append("asked")  # noqa: E731
             self.membership = Membership(View.of_all(3))
-            made = Elasticity(self.membership, LAYOUT, StopByCommit(), return_s, put_out_who_hangs=put_out)
+            made = Elasticity(self.membership, LAYOUT, StopByCommit(), return_s, drop_who_hangs=put_out)
             self.standing.enter_elastic(made)
         if role is Role.OUTLIVED:
             self.standing.let_others_go_on()
@@ -122,9 +122,9 @@ def test_a_look_beats_and_hears_a_request_to_stop(look, tmp_path):
 STALLS = [  # role, seconds, whose: told to all, ends alone, fails, others are asked to drop
     (Role.MEMBER, 101.0, 0, "all"),
     (Role.MEMBER, 101.0, CLIENT, "all"),
-    (Role.VISITOR, 101.0, 0, "waits"),
-    (Role.VISITOR, 101.0, CLIENT, "waits"),
-    (Role.VISITOR, 161.0, 0, "alone"),
+    (Role.REJOINING, 101.0, 0, "waits"),
+    (Role.REJOINING, 101.0, CLIENT, "waits"),
+    (Role.REJOINING, 161.0, 0, "alone"),
     (Role.OUTLIVED, 101.0, 0, "waits"),
     (Role.OUTLIVED, 101.0, CLIENT, "fails"),
     (Role.OUTLIVED, 161.0, 0, "all"),
@@ -177,7 +177,7 @@ def watch() -> Iterator:
         watcher.close()
 
 
-@pytest.mark.parametrize("role", [Role.MEMBER, Role.VISITOR])
+@pytest.mark.parametrize("role", [Role.MEMBER, Role.REJOINING])
 def test_a_store_that_is_gone_ends_whoever_nobody_survives(watch, role):
     store = Going()
     made = Parts(role, store)
@@ -186,14 +186,14 @@ def test_a_store_that_is_gone_ends_whoever_nobody_survives(watch, role):
     wait_until(lambda: made.ending.left, "its end")
     report, mark = made.ending.left[0]
     assert "rank 0" in report.message and "it ended without a report" in report.message
-    assert ("before this client was let in" in report.message) == (role is Role.VISITOR)
-    assert mark == (role is Role.MEMBER), "a visitor's end is not the job's"
+    assert ("before this client was let in" in report.message) == (role is Role.REJOINING)
+    assert mark == (role is Role.MEMBER), "a rejoining's end is not the job's"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_visitor_that_may_come_back_does_when_the_store_is_gone(watch):
     store = Going()
-    made = Parts(Role.VISITOR, store, return_s=60.0)
+    made = Parts(Role.REJOINING, store, return_s=60.0)
     watch(made)
     store.gone = True
     wait_until(lambda: made.ending.came_back, "coming back")
