@@ -63,7 +63,7 @@ def train(config: Given, overrides: Sequence[str] = (), *, join: bool = False) -
     """Train as one rank of a job, as `deca train` does: every rank that the launcher starts calls this once, in its
     main thread. Under plain `python` the job is a single rank.
 
-    config, overrides: see `load_config`. join: whether this client returns to a job that goes on without it; true in
+    config, overrides: see `load_config`. join: whether this client returns to a job that continues without it; true in
     any case where the process was started again for that, with --join as its last argument (`cluster.return_s`).
 
     Returns when the job is done or was told to stop, with the scores that this rank's client knows, as far as they are

@@ -58,8 +58,8 @@ class Resumption:
 
 def look_at_output(config: Config) -> dict[str, Any] | None:
     """What the first rank's host knows of the run that is to continue in run.output; None where none has begun.
-    JSON-able: rounds, of the run from here on; blocks, None if nothing tells them; finished: it was DONE; ends: it is to
-    be no longer than that.
+    JSON-able: rounds, of the run from here on; blocks, None if nothing tells them; finished: it was DONE; ends: it is
+    to be no longer than that.
 
     Before anything is loaded. Raises UserErrors for a folder that is not what run.resume wants, see `check_folder`, and
     for a length that the run cannot get.

@@ -96,7 +96,7 @@ class JobGuard:
         self._ending.at_exit.append(callback)
 
     def enter_elastic(self, elasticity: Elasticity) -> None:
-        """The ranks of this job are connected so that it can go on without those who fail, as soon as all of them
+        """The ranks of this job are connected so that it can continue without those who fail, as soon as all of them
         `let_others_go_on`."""
         self._standing.enter_elastic(elasticity)
         elasticity.membership.subscribe(self._watcher.follow)

@@ -10,14 +10,14 @@ from enum import Enum, auto
 
 class Role(Enum):
     """MEMBER: of a job whose ranks all end when one of them fails. REJOINING: of a client that comes back and has not
-    been let in yet, so that its failure is its own. OUTLIVED: the others go on without its client when it fails."""
+    been let in yet, so that its failure is its own. OUTLIVED: the others continue without its client when it fails."""
 
     MEMBER = auto()
     REJOINING = auto()
     OUTLIVED = auto()
 
     def may_become(self, role: Role) -> bool:
-        """Who trains with others that may go on without it stays so."""
+        """Who trains with others that may continue without it stays so."""
         return self is not Role.OUTLIVED and role is Role.OUTLIVED
 
 

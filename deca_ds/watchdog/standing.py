@@ -54,7 +54,7 @@ class Standing:
         self._elasticity: Elasticity | None = None
 
     def enter_elastic(self, elasticity: Elasticity) -> None:
-        """The ranks of this job can go on without those who fail, as soon as all of them `let_others_go_on`."""
+        """The ranks of this job can continue without those who fail, as soon as all of them `let_others_go_on`."""
         self._elasticity = elasticity
         self.return_s = max(self.return_s, elasticity.return_s)
 
@@ -90,7 +90,7 @@ class Standing:
             self._elasticity.drop_who_hangs()
 
     def grace_s(self) -> float:
-        """How long the others may take to go on without a client that hangs, or whose host had the store."""
+        """How long the others may take to continue without a client that hangs, or whose host had the store."""
         return 0.0 if self.role is Role.MEMBER else _OTHERS_S
 
     def outcome(self, event: Event) -> Outcome:

@@ -189,7 +189,7 @@ def test_a_run_that_goes_on_notes_what_is_new(tmp_path: Path, capsys) -> None:
     config = diverged(tmp_path / "run")
     assert isinstance(resumed(config), ResumedRun)
     assert load_config(tmp_path / "run/config.yaml").optimizer.lr == 1e-7 and not (tmp_path / "run/FAILED").exists()
-    assert "going on with optimizer.lr = 1e-07 instead of" in capsys.readouterr().err
+    assert "continuing with optimizer.lr = 1e-07 instead of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_refused_resume_changes_nothing(tmp_path: Path, capsys, fault: str, me
     with pytest.raises(UserError, match=message):
         resumed(config, mixing)
     assert content(run) == before
-    assert "going on" not in capsys.readouterr().err
+    assert "continuing" not in capsys.readouterr().err
 
 
 def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
