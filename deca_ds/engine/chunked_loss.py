@@ -1,6 +1,7 @@
 """The loss through a model's output head with the logits of some positions at a time, so that they never fill memory.
 
-Positions without a target have no logits at all.
+Positions without a target have no logits at all. The head's layer computes a chunk of positions together; what is made
+of its output goes row by row, which on a CPU is done in pieces that stay in the cache.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ from deca_ds.engine.output_head import OutputHead
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]  # positions, of batch and length flattened, and their targets, 1-D int64
 
-LOGITS_BYTES = 128 * 2**20  # of float32 logits at a time; what is computed from them takes three times as much again
+LOGITS_BYTES = 128 * 2**20  # of a chunk's logits in float32
+PIECE_BYTES = 4 * 2**20  # of a piece's; what is computed from them takes three times as much again
 
 
 def positions_at_a_time(head: OutputHead) -> int:
-    """How many positions have logits together."""
+    """How many positions make a chunk: the head's layer computes them together."""
     return max(1, LOGITS_BYTES // (4 * head.linear.out_features))
+
+
+def positions_of_a_piece(head: OutputHead, gpu: bool) -> int:
+    """How many positions of a chunk have losses and their gradients together: on a GPU, which has no use for small
+    pieces, all of them. The numbers do not depend on it."""
+    return positions_at_a_time(head) if gpu else max(1, PIECE_BYTES // (4 * head.linear.out_features))
 
 
 def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -33,24 +41,29 @@ def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: T
     float32 [batch, length, 2], zero where labels are -100.
     """
     scores = torch.zeros(labels.numel(), 2, dtype=torch.float32, device=hidden.device)
-    rows = hidden.flatten(0, 1)
+    rows, piece = hidden.flatten(0, 1), positions_of_a_piece(head, hidden.is_cuda)
     with torch.no_grad():
         for at, targets in _chunks(labels, head, hidden.device):
-            logits = head.logits(model, F.linear(rows[at], head.linear.weight, head.linear.bias))
-            right = logits.argmax(dim=-1) == targets
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
-            scores[at] = torch.stack([losses, right.float()], dim=1)
+            output = F.linear(rows[at], head.linear.weight, head.linear.bias)
+            for places, part, wanted in zip(at.split(piece), output.split(piece), targets.split(piece), strict=True):
+                logits = head.logits(model, part)
+                right = logits.argmax(dim=-1) == wanted
+                losses = F.cross_entropy(logits.float(), wanted, reduction="none")
+                scores[places] = torch.stack([losses, right.float()], dim=1)
     return scores.view(*labels.shape, 2)
 
 
 def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
     """The sum of these losses over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
-    return summed_loss(model, head, hidden, _chunks(labels, head, hidden.device), divisor)
+    piece = positions_of_a_piece(head, hidden.is_cuda)
+    return summed_loss(model, head, hidden, _chunks(labels, head, hidden.device), piece, divisor)
 
 
-def summed_loss(model: nn.Module, head: OutputHead, hidden: Tensor, chunks: Iterable[Chunk], divisor: int) -> Tensor:
-    """`chunked_loss` of the given chunks."""
-    arguments = (hidden, head.linear.weight, head.linear.bias, model, head, chunks, divisor)
+def summed_loss(
+    model: nn.Module, head: OutputHead, hidden: Tensor, chunks: Iterable[Chunk], piece: int, divisor: int
+) -> Tensor:
+    """`chunked_loss` of the given chunks. piece: positions of a piece."""
+    arguments = (hidden, head.linear.weight, head.linear.bias, model, head, chunks, piece, divisor)
     loss: Tensor = _SummedLoss.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it without types
     return loss
 
@@ -77,6 +90,7 @@ class _SummedLoss(torch.autograd.Function):
         model: nn.Module,
         head: OutputHead,
         chunks: Iterable[Chunk],
+        piece: int,
         divisor: int,
     ) -> Tensor:
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -87,15 +101,12 @@ class _SummedLoss(torch.autograd.Function):
         total = torch.zeros(1, 1, 1, dtype=torch.float32, device=hidden.device)
         for at, targets in chunks:
             row = rows[at]
-            output = F.linear(row, weight, bias).requires_grad_()
-            with torch.enable_grad():
-                logits = head.logits(model, output).float()
-                loss = F.cross_entropy(logits, targets, reduction="sum") / divisor
-            total += loss.detach()
-            if not any(ctx.needs_input_grad):
-                continue
-            (grad,) = torch.autograd.grad(loss, output)
-            del logits, loss, output
+            grad = F.linear(row, weight, bias)  # the layer's output, which its gradient replaces piece by piece
+            losses = [
+                _loss_of_piece(model, head, part, wanted, divisor, any(ctx.needs_input_grad))
+                for part, wanted in zip(grad.split(piece), targets.split(piece), strict=True)
+            ]
+            total += _sum(torch.cat(losses)) / divisor
             if rows_grad is not None:
                 rows_grad[at] = grad @ weight
             if weight_grad is not None:
@@ -118,4 +129,22 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         scale = upstream.reshape(())
-        return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None, None, None
+        return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None, None, None, None
+
+
+def _loss_of_piece(
+    model: nn.Module, head: OutputHead, output: Tensor, targets: Tensor, divisor: int, differentiate: bool
+) -> Tensor:
+    """Cross-entropy of each target. differentiate: overwrite `output`, of the head's layer, with the gradient of the
+    losses' sum over `divisor`."""
+    leaf = output.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = F.cross_entropy(head.logits(model, leaf).float(), targets, reduction="none")
+    if differentiate:
+        output.copy_(*torch.autograd.grad(losses, leaf, torch.ones_like(losses) / divisor))
+    return losses.detach()
+
+
+def _sum(losses: Tensor) -> Tensor:
+    """In the order in which torch adds the losses of rows up when it is asked for nothing but their sum."""
+    return F.nll_loss(-losses[:, None], torch.zeros_like(losses, dtype=torch.int64), reduction="sum")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
-from deca_ds.engine.chunked_loss import positions_at_a_time, summed_loss
+from deca_ds.engine.chunked_loss import positions_at_a_time, positions_of_a_piece, summed_loss
 from deca_ds.engine.load import DTYPES, expert_lists, meta_model
 from deca_ds.engine.losses import losses_of
 from deca_ds.engine.output_head import OutputHead, find_head
@@ -46,13 +46,13 @@ class PassMemory:
 
 
 class DryModel:
-    """The model of a configuration without values. Its methods raise NotWithoutValues.
+    """The model of a configuration without values. Its methods raise NotWithoutValues. gpu: whether it runs on one.
 
     calls: of every module that ZeRO-3 knows, in the order of the forward pass, the names of the parameters that it
     gathers for the module, if there are any.
     """
 
-    def __init__(self, config: Config, architecture: PretrainedConfig):
+    def __init__(self, config: Config, architecture: PretrainedConfig, gpu: bool):
         options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
         options["trust_remote_code"] = config.model.trust_remote_code
         if config.model.attention:
@@ -64,7 +64,7 @@ class DryModel:
             self._model = AutoModelForCausalLM.from_config(architecture, **options)
             add_adapters(config, self._model)
         self._model.requires_grad_(False)
-        self._packed = config.data.packing
+        self._packed, self._gpu = config.data.packing, gpu
         self._known: dict[tuple[tuple[str, ...], int, int, bool], PassMemory] = {}
         self._head = None if found is None else OutputHead(self._model.get_output_embeddings(), found.switches)
         self.calls: list[tuple[str, ...]] = []
@@ -127,8 +127,9 @@ class DryModel:
                 return losses_of(self._model(**inputs).logits, ids)[0].sum()
             # later chunks take no more
             first = torch.zeros(min(ids.numel(), positions_at_a_time(head)), dtype=torch.int64)
+            piece = positions_of_a_piece(head, self._gpu)
             return head.run(
-                self._model, lambda hidden: summed_loss(self._model, head, hidden, [(first, first)], 1), inputs
+                self._model, lambda hidden: summed_loss(self._model, head, hidden, [(first, first)], piece, 1), inputs
             )[0].sum()
         finally:
             for hook in hooks:

@@ -65,7 +65,7 @@ class Estimate:
     def _dry(self) -> DryModel | None:
         """The model without values; None if it does not run without them."""
         try:
-            return DryModel(self.config, self.architecture)
+            return DryModel(self.config, self.architecture, self.gpu)
         except NotWithoutValues:
             return None
 

@@ -16,7 +16,7 @@ from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ModelError
 
 CPU = torch.device("cpu")
-POSITIONS, TARGETS = 7, 40  # at a time; of all micro-batches
+POSITIONS, PIECE, TARGETS = 7, 3, 40  # of a chunk, of a piece of it; of all micro-batches
 ROWS = rows()
 HEADS = {
     "untied": CONFIGS["llama"],
@@ -49,10 +49,13 @@ def build(make, dtype=torch.float32):
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """chunked(model): from here on, its logits are there for POSITIONS positions at a time."""
+    """chunked(model): from here on, its logits are there for POSITIONS positions at a time; chunked(model, piece): what
+    is made of them for `piece` positions at a time."""
 
-    def switch(model):
-        monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", 4 * POSITIONS * find_head(model).linear.out_features)
+    def switch(model, piece=PIECE):
+        position = 4 * find_head(model).linear.out_features
+        monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", POSITIONS * position)
+        monkeypatch.setattr(chunked_loss, "PIECE_BYTES", piece * position)
 
     return switch
 
@@ -86,11 +89,14 @@ def compute(model, batch=ROWS):
 
 
 class Largest(TorchDispatchMode):
-    """The most rows of a tensor with a column for each token that any operation makes, the head's weight left out."""
+    """The most rows of a tensor with a column for each token that any operation makes, the head's weight left out.
 
-    def __init__(self, head):
+    dtype: of the tensors that are looked at; None: any.
+    """
+
+    def __init__(self, head, dtype=None):
         super().__init__()
-        self.size, self.hidden, self.rows = head.out_features, head.in_features, 0
+        self.size, self.hidden, self.dtype, self.rows = head.out_features, head.in_features, dtype, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -99,6 +105,7 @@ class Largest(TorchDispatchMode):
                 isinstance(tensor, torch.Tensor)
                 and tensor.shape[-1:] == (self.size,)
                 and tensor.shape != (self.hidden, self.size)
+                and self.dtype in (None, tensor.dtype)
             ):
                 self.rows = max(self.rows, tensor.numel() // self.size)
         return result
@@ -117,6 +124,45 @@ def test_equals_the_loss_of_all_logits_in_training_and_evaluation(name, chunked)
     assert torch.equal(same.right, by_token.right)
     assert torch.equal(same.targets, by_token.targets)
     check_own_loss(model.eval(), ROWS, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_the_size_of_a_piece_changes_no_bit(name, dtype, chunked):
+    model = build(HEADS[name], dtype)
+    chunked(model, POSITIONS)
+    loss, gradients, _, by_token = compute(model)
+    chunked(model)
+    same_loss, same_gradients, _, same = compute(model)
+    assert torch.equal(same_loss, loss)
+    assert gradients and all(torch.equal(same_gradients[key], gradients[key]) for key in gradients)
+    assert torch.equal(same.losses, by_token.losses) and torch.equal(same.right, by_token.right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positions", [1, 5, 100, 2999])
+def test_loss_and_gradient_of_a_chunk_have_the_bits_of_torchs_sum_over_it(positions, dtype):
+    torch.manual_seed(positions)
+    model = build(CONFIGS["llama"], dtype)
+    head, divisor = find_head(model), 1009
+    weight, targets = head.linear.weight.requires_grad_(False), torch.randint(head.linear.out_features, (positions,))
+    hidden = torch.randn(1, positions, head.linear.in_features).to(dtype).requires_grad_()
+    expected = nn.functional.linear(hidden[0], weight).requires_grad_()
+    expected = nn.functional.cross_entropy(expected.float(), targets, reduction="sum") / divisor
+    (gradient,) = torch.autograd.grad(expected, hidden)
+    loss = chunked_loss.summed_loss(model, head, hidden, [(torch.arange(positions), targets)], PIECE, divisor)
+    assert torch.equal(loss, expected.detach().view(1, 1, 1))
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], gradient)
+
+
+def test_what_is_made_of_logits_on_a_cpu_is_as_large_as_a_piece(chunked):
+    model = build(CONFIGS["llama"], torch.bfloat16)
+    head = model.get_output_embeddings()
+    head.weight.requires_grad_(False)  # whose gradient is summed in float32
+    chunked(model)
+    with Largest(head, torch.float32) as losses_of, Largest(head) as any_type:
+        compute(model)
+    assert losses_of.rows == PIECE and any_type.rows == POSITIONS
 
 
 def test_no_operation_makes_logits_of_more_positions_than_wanted(chunked):

@@ -40,7 +40,7 @@ def kept_by_autograd(model: nn.Module, trained: list[str], rows: int) -> int:
 @pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("llama", ROWS), ("gpt2", ROWS), ("mixtral", ROWS)])
 def test_a_layer_keeps_what_autograd_saves_of_it(name, rows):
     architecture = tiny_models.CONFIGS[name]()
-    dry = DryModel(config("model.dtype=bfloat16"), architecture)
+    dry = DryModel(config("model.dtype=bfloat16"), architecture, gpu=False)
     model = AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16)
     layers = [[n for n, _ in model.named_parameters() if f".{k}." in n and "expert" not in n] for k in (0, 1)]
     found = [dry.training(names, rows, LENGTH).saved for names in layers]
@@ -52,7 +52,7 @@ def test_a_layer_keeps_what_autograd_saves_of_it(name, rows):
 
 def test_a_block_keeps_what_comes_after_it_and_checkpointing_little_of_it():
     architecture = tiny_models.CONFIGS["llama"]()
-    dry = DryModel(config(), architecture)
+    dry = DryModel(config(), architecture, gpu=False)
     of_layer = {k: [n for n in dict(meta_names(architecture)) if f"layers.{k}." in n] for k in (0, 1)}
     first, last = (dry.training(of_layer[k], ROWS, LENGTH) for k in (0, 1))
     assert first.saved > 1.5 * last.saved
@@ -64,7 +64,7 @@ def test_the_gradients_of_a_tied_matrix_are_two_at_a_time():
     architecture = tiny_models.CONFIGS["llama, tied, biased"]()
     architecture.vocab_size = 4096  # beside whose gradient the rest is nothing
     (matrix,) = (p for n, p in meta_names(architecture) if n.endswith("embed_tokens.weight"))
-    dry = DryModel(config(), architecture)
+    dry = DryModel(config(), architecture, gpu=False)
     found = dry.training(["model.embed_tokens.weight"], 1, 8).backward
     assert 2 * 4 * matrix.numel() <= found < 2.5 * 4 * matrix.numel()
 
@@ -72,15 +72,25 @@ def test_the_gradients_of_a_tied_matrix_are_two_at_a_time():
 def test_the_heads_gradient_is_made_beside_its_logits():
     architecture = tiny_models.CONFIGS["llama"]()
     architecture.vocab_size = 4096
-    dry = DryModel(config("model.dtype=bfloat16"), architecture)
+    dry = DryModel(config("model.dtype=bfloat16"), architecture, gpu=False)
     gradient = 4 * architecture.vocab_size * architecture.hidden_size  # of the head, in float32
     trained, frozen = (dry.training([name], 1, 8).loss for name in ("lm_head.weight", "model.norm.weight"))
     assert trained - frozen == pytest.approx(gradient, rel=0.01)
 
 
+def test_what_is_made_of_a_chunks_logits_is_there_at_once_on_a_gpu_alone():
+    architecture = tiny_models.CONFIGS["llama"]()
+    architecture.vocab_size = 2**16  # 16 positions make a piece on a CPU
+    names = ["model.norm.weight"]
+    near, gpu = (DryModel(config(), architecture, gpu).training(names, 1, 128) for gpu in (False, True))
+    logits = 4 * architecture.vocab_size * 127
+    assert near.loss < 1.6 * logits and 2.9 * logits < gpu.loss < 4.1 * logits
+    assert near.backward == gpu.backward
+
+
 def test_modules_are_called_in_the_order_of_the_forward_pass():
     architecture = tiny_models.CONFIGS["llama"]()
-    every = DryModel(config(), architecture).calls
+    every = DryModel(config(), architecture, gpu=False).calls
     assert every[:2] == [(), ()]  # the model and its body
     calls = [call for call in every if call]
     assert calls[0] == ("model.embed_tokens.weight",) and calls[-1] == ("lm_head.weight",)
@@ -89,7 +99,7 @@ def test_modules_are_called_in_the_order_of_the_forward_pass():
 
 def test_a_model_that_asks_for_values_is_refused():
     with pytest.raises(NotWithoutValues):
-        DryModel(config(), tiny_models.CONFIGS["longcat_flash"]())
+        DryModel(config(), tiny_models.CONFIGS["longcat_flash"](), gpu=False)
 
 
 def meta_names(architecture):
