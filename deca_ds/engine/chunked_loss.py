@@ -50,6 +50,7 @@ def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: T
                 right = logits.argmax(dim=-1) == wanted
                 losses = F.cross_entropy(logits.float(), wanted, reduction="none")
                 scores[places] = torch.stack([losses, right.float()], dim=1)
+            del output, part, logits  # before the next chunk's
     return scores.view(*labels.shape, 2)
 
 
@@ -141,7 +142,8 @@ def _loss_of_piece(
     with torch.enable_grad():
         losses = F.cross_entropy(head.logits(model, leaf).float(), targets, reduction="none")
     if differentiate:
-        output.copy_(*torch.autograd.grad(losses, leaf, torch.ones_like(losses) / divisor))
+        (gradient,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses) / divisor)
+        output.copy_(gradient)
     return losses.detach()
 
 
