@@ -38,20 +38,19 @@ def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: T
     """Cross-entropy of every target, and 1 if it is the likeliest token, else 0; no gradients.
 
     hidden: [batch, length, hidden]. labels: [batch, length], on the CPU, those that each position predicts. Returns
-    float32 [batch, length, 2], zero where labels are -100.
+    float32 [batch, length, 2], zero where labels are -100; of both, what belongs to a row lies together.
     """
-    scores = torch.zeros(labels.numel(), 2, dtype=torch.float32, device=hidden.device)
+    scores = torch.zeros(2, labels.numel(), dtype=torch.float32, device=hidden.device)
     rows, piece = hidden.flatten(0, 1), positions_of_a_piece(head, hidden.is_cuda)
     with torch.no_grad():
         for at, targets in _chunks(labels, head, hidden.device):
             output = F.linear(rows[at], head.linear.weight, head.linear.bias)
             for places, part, wanted in zip(at.split(piece), output.split(piece), targets.split(piece), strict=True):
                 logits = head.logits(model, part)
-                right = logits.argmax(dim=-1) == wanted
-                losses = F.cross_entropy(logits.float(), wanted, reduction="none")
-                scores[places] = torch.stack([losses, right.float()], dim=1)
+                scores[1, places] = (logits.argmax(dim=-1) == wanted).float()
+                scores[0, places] = F.cross_entropy(logits.float(), wanted, reduction="none")
             del output, part, logits  # before the next chunk's
-    return scores.view(*labels.shape, 2)
+    return scores.view(2, *labels.shape).movedim(0, -1)
 
 
 def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:

@@ -122,6 +122,7 @@ def test_equals_the_loss_of_all_logits_in_training_and_evaluation(name, chunked)
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(same.losses, by_token.losses, rtol=0, atol=2e-6)
     assert torch.equal(same.right, by_token.right)
+    assert torch.equal(same.losses.sum(dim=1), same.losses.contiguous().sum(dim=1)), "another order of summing"
     assert torch.equal(same.targets, by_token.targets)
     check_own_loss(model.eval(), ROWS, CPU)
 
