@@ -84,14 +84,15 @@ class Agreed:
     def __init__(self, commit: SurvivorCommit, resumed: int | None, absent: Collection[int] = ()):
         self._commit, self._absent = commit, frozenset(absent)
         self._whole = resumed  # the newest that all clients but the absent are known to have written
-        self._begun_by_all: set[int] = set()  # newer ones that they may have written
-        self._begun = self._written = self._complete = -1
+        self._begun_by_all: set[int] = set()  # newer ones that they have begun, and nobody has been missing since
+        self._perhaps: set[int] = set()  # newer ones that somebody may have died over
+        self._before = self._begun = self._written = self._complete = -1
         self._all_have = False  # at the last agreement
         commit.also_ask(Question(lambda: self._written == self._begun, self._heard))
 
     def begin(self, step: int) -> None:
-        """See Written."""
-        self._begun = step
+        """See Written. Whoever begins one has written the one before it."""
+        self._before, self._begun = self._begun, step
         if not self._one_is_missing:
             self._begun_by_all.add(step)
 
@@ -109,7 +110,7 @@ class Agreed:
 
     def keeps(self, step: int) -> bool:
         """See Written."""
-        return step == self._whole or step in self._begun_by_all
+        return step == self._whole or step in self._begun_by_all | self._perhaps
 
     def wait(self, step: int) -> None:
         """See Written."""
@@ -121,7 +122,11 @@ class Agreed:
 
     def _heard(self, all_have: bool) -> None:
         self._all_have = all_have
-        if all_have and self._begun >= 0:
-            self._complete = self._begun
-            if not self._one_is_missing:
-                self._whole, self._begun_by_all = self._begun, set()
+        written = self._begun if all_have else self._before
+        self._complete = max(self._complete, written)
+        if self._one_is_missing:
+            self._perhaps |= self._begun_by_all
+            self._begun_by_all = set()
+        elif written in self._begun_by_all:
+            self._whole, self._perhaps = written, set()
+            self._begun_by_all = {step for step in self._begun_by_all if step > written}

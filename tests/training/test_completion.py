@@ -1,0 +1,94 @@
+"""Which checkpoints survivors know to be complete, and which they keep for a resume with all clients."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from deca_ds.training.completion import Agreed
+
+
+class Commit:
+    """A commit whose agreements the test makes. answers: of the other ranks."""
+
+    def __init__(self) -> None:
+        self.members = SimpleNamespace(missing=[])
+
+    def also_ask(self, question) -> None:
+        self.question = question
+
+    def agree(self, others: bool = True) -> None:
+        self.question.heard(self.question.answer() and others)
+
+
+@pytest.fixture
+def commit() -> Commit:
+    return Commit()
+
+
+@pytest.fixture
+def written(commit) -> Agreed:
+    return Agreed(commit, None)
+
+
+def save(written: Agreed, step: int) -> None:
+    written.begin(step)
+    written.add(step)
+
+
+def test_one_that_all_have_written_is_complete_from_the_next_agreement_on(commit, written):
+    save(written, 2)
+    commit.agree(others=False)
+    assert not written.complete(2)
+    commit.agree()
+    assert written.complete(2) and written.keeps(2)
+
+
+def test_who_has_begun_one_has_written_the_one_before(commit, written):
+    """So a disk that is slow at every agreement does not hide that there is a checkpoint."""
+    for step in (2, 4):
+        save(written, step)
+        commit.agree(others=False)
+    assert written.complete(2) and not written.complete(4)
+    assert written.keeps(2) and written.keeps(4)
+    commit.agree()
+    assert written.complete(4) and written.keeps(4) and not written.keeps(2)
+
+
+def test_one_that_a_client_has_missed_is_none_for_all_when_it_is_back(commit, written):
+    save(written, 2)
+    commit.agree()
+    commit.members.missing = [1]
+    commit.agree()
+    save(written, 4)
+    commit.agree()
+    assert written.complete(4) and written.keeps(2)
+    commit.members.missing = []
+    commit.agree()
+    assert written.complete(4) and written.keeps(2), "client 1 has no part of the newer one"
+    save(written, 6)
+    commit.agree()
+    assert written.keeps(6) and not written.keeps(2)
+
+
+def test_one_that_a_client_may_have_died_over_is_kept_beside_the_one_before(commit, written):
+    save(written, 2)
+    commit.agree()
+    save(written, 4)
+    commit.members.missing = [1]
+    commit.agree()
+    commit.members.missing = []
+    commit.agree()
+    assert written.keeps(2) and written.keeps(4)
+    save(written, 6)
+    commit.agree()
+    assert not written.keeps(2) and not written.keeps(4) and written.keeps(6)
+
+
+def test_an_absent_client_is_not_missing():
+    commit = Commit()
+    commit.members.missing = [1]
+    written = Agreed(commit, 8, absent=[1])
+    save(written, 10)
+    assert written.keeps(8)
+    commit.agree()
+    assert written.keeps(10) and not written.keeps(8)
