@@ -63,7 +63,7 @@ def predicted_disagreement(gap: float, lr: float, local_steps: int) -> float:
 def slow_mixing(
     mixing: MixingSchedule, *, inner_steps: int, gossip_every: int, lr: float, weight_scale: float
 ) -> list[str]:
-    """Warnings, whole sentences, where the graph mixes too slowly for R = inner_steps or for lr; empty if it does not.
+    """Warnings, whole sentences, where the graph mixes too slowly for inner_steps or for lr; empty if it does not.
 
     weight_scale: standard deviation of the model's freshly drawn weights. Clients that do not gossip are not warned of:
     that is what was asked for.
@@ -76,8 +76,9 @@ def slow_mixing(
     needed = averagings_to_agree(mixing)
     if needed > averagings:
         found.append(
-            f"the graph mixes slowly for R: a block is averaged {averagings} time{'s' if averagings > 1 else ''} while "
-            f"it is active, and it takes about {needed:.3g} averagings to bring the clients' models {math.e:.1f} times "
+            "the graph mixes slowly for this number of inner steps: a block is averaged "
+            f"{averagings} time{'s' if averagings > 1 else ''} while it is active, and it takes "
+            f"about {needed:.3g} averagings to bring the clients' models {math.e:.1f} times "
             "closer together. What a client learns in a block has not reached all clients when the next block begins. "
             "A graph with a larger spectral gap (gossip.graph=exponential), more algorithm.inner_steps or a smaller "
             "gossip.every helps"
