@@ -112,7 +112,7 @@ def _connect_elastic(
             stop,
             config.cluster.return_s,
             votes.cut_off,
-            drop_who_hangs=votes.stalled,
+            drop_hanging=votes.stalled,
         )
     )
     return Connected(gloo, Elastic(SurvivorCommit(gloo), gloo, stop))

@@ -68,7 +68,7 @@ class Look:
         match self._standing.outcome(self._standing.event_of_stall(stall, own, progress.timeout_s or 0.0)):
             case Outcome.WAIT:
                 if progress.awaits not in (None, SHARED):
-                    self._standing.drop_who_hangs()
+                    self._standing.drop_hanging()
                 return None
             case Outcome.END:
                 return self._ending.report(str(stall), stall.code)

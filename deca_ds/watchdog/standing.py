@@ -29,7 +29,7 @@ class Elasticity:
     """What a job has in which clients may go and come.
 
     membership: who is in. stop: how it is told to stop, and where. return_s: cluster.return_s. cut_off: set when this
-    client is out, or the others are out of its reach. drop_who_hangs: to be called every second while nobody in the
+    client is out, or the others are out of its reach. drop_hanging: to be called every second while nobody in the
     job moves on; None where the others cannot put a client out.
     """
 
@@ -38,7 +38,7 @@ class Elasticity:
     stop: StopByCommit
     return_s: float = 0.0
     cut_off: threading.Event = field(default_factory=threading.Event)
-    drop_who_hangs: Callable[[], None] | None = None
+    drop_hanging: Callable[[], None] | None = None
 
 
 class Standing:
@@ -61,7 +61,7 @@ class Standing:
     def let_others_go_on(self) -> None:
         """From now on this rank is OUTLIVED. Comes once, after `enter_elastic`."""
         if self._elasticity is None or not self.role.may_become(Role.OUTLIVED):
-            raise RuntimeError(f"a {self.role.name} of a job that is not elastic, or goes on already")
+            raise RuntimeError(f"a {self.role.name} of a job that is not elastic, or is so already")
         self.role = Role.OUTLIVED
 
     @property
@@ -84,10 +84,10 @@ class Standing:
         """Whether its client, which the others outlive, is out, or learns that within so many seconds."""
         return self.role is Role.OUTLIVED and self._elasticity is not None and self._elasticity.cut_off.wait(within_s)
 
-    def drop_who_hangs(self) -> None:
+    def drop_hanging(self) -> None:
         """Have the others drop whoever does not move on, where they can."""
-        if self._elasticity is not None and self._elasticity.drop_who_hangs is not None:
-            self._elasticity.drop_who_hangs()
+        if self._elasticity is not None and self._elasticity.drop_hanging is not None:
+            self._elasticity.drop_hanging()
 
     def grace_s(self) -> float:
         """How long the others may take to continue without a client that hangs, or whose host had the store."""

@@ -109,10 +109,10 @@ def test_a_job_that_ends_as_a_whole_waits_for_no_survivors():
     assert standing(Role.MEMBER).event_of_stall(stall, 1, 100.0) is Event.STILL_HANG
 
 
-def test_whoever_hangs_is_put_out_where_the_others_can():
+def test_a_hanging_client_is_dropped_where_the_others_can():
     calls: list[str] = []
-    standing(Role.OUTLIVED).drop_who_hangs()
-    standing(Role.OUTLIVED, drop_who_hangs=lambda: calls.append("asked")).drop_who_hangs()
+    standing(Role.OUTLIVED).drop_hanging()
+    standing(Role.OUTLIVED, drop_hanging=lambda: calls.append("asked")).drop_hanging()
     assert calls == ["asked"]
 
 

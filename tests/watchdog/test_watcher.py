@@ -73,7 +73,7 @@ class Parts:
     """Of the guard of one rank of six, without a guard."""
 
     def __init__(self, role: Role, store: HashStore, return_s: float = 0.0):
-        self.store, self.failed, self.put_out = store, list[BaseException](), list[str]()
+        self.store, self.failed, self.drops = store, list[BaseException](), list[str]()
         rejoining = Rejoining(host=0, return_s=return_s) if role is Role.REJOINING else None
         self.standing = Standing(LAUNCH, rejoining, StopByStore(RANK, 6, 100.0))
         self.site = StoreSite(LAUNCH, JobStore(store, None, timedelta(seconds=100)), 0)
@@ -81,9 +81,9 @@ class Parts:
         self.heartbeats.progress.watch(LAYOUT, 100.0)
         self.ending, self.parents = Noted(LAUNCH, self.site, self.heartbeats), Parents()
         if role is not Role.MEMBER:
-            put_out = lambda: self.put_out.append("asked")  # noqa: E731
+            drops = lambda: self.drops.append("asked")  # noqa: E731
             self.membership = Membership(View.of_all(3))
-            made = Elasticity(self.membership, LAYOUT, StopByCommit(), return_s, drop_who_hangs=put_out)
+            made = Elasticity(self.membership, LAYOUT, StopByCommit(), return_s, drop_hanging=drops)
             self.standing.enter_elastic(made)
         if role is Role.OUTLIVED:
             self.standing.let_others_go_on()
@@ -140,15 +140,15 @@ def test_what_a_standstill_leads_to(role, idle_s, client, expected):
     assert (report is not None) == (expected in ("all", "alone"))
     assert (Failure.reported(made.store) == report) == (expected in ("all", "waits", "fails"))
     assert made.failed == ([made.heartbeats.stall] if expected == "fails" else [])
-    assert made.put_out == (["asked"] if expected == "waits" else [])
+    assert made.drops == (["asked"] if expected == "waits" else [])
 
 
 @pytest.mark.parametrize("awaits", [None, "shared"])
-def test_nobody_is_put_out_for_a_rank_that_waits_for_no_other_client(awaits):
+def test_no_client_is_dropped_for_a_rank_that_waits_for_no_other_client(awaits):
     made = Parts(Role.OUTLIVED, HashStore())
     made.stalls(101.0, 0)
     made.heartbeats.progress.wait_for(awaits)
-    assert made.look.among_others(made.store) is None and not made.put_out
+    assert made.look.among_others(made.store) is None and not made.drops
 
 
 class Going(HashStore):
@@ -187,11 +187,11 @@ def test_a_store_that_is_gone_ends_whoever_nobody_survives(watch, role):
     report, mark = made.ending.left[0]
     assert "rank 0" in report.message and "it ended without a report" in report.message
     assert ("before this client was let in" in report.message) == (role is Role.REJOINING)
-    assert mark == (role is Role.MEMBER), "a rejoining's end is not the job's"
+    assert mark == (role is Role.MEMBER), "the end of a rejoining client is not the job's"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_visitor_that_may_come_back_does_when_the_store_is_gone(watch):
+def test_a_rejoining_client_tries_again_when_the_store_is_gone(watch):
     store = Going()
     made = Parts(Role.REJOINING, store, return_s=60.0)
     watch(made)
