@@ -86,7 +86,7 @@ def train(config: Given, overrides: Sequence[str] = (), *, join: bool = False) -
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
-    """The body has libraries see a client's ranks as a world of their own; the script goes on with the launcher's."""
+    """The body has libraries see a client's ranks as a world of their own; the script continues with the launcher's."""
     before = dict(os.environ)
     try:
         yield
