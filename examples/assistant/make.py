@@ -14,14 +14,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deca_ds.data.formats.plain import ALPACA_WITH_INPUT
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "demo"))
 from make_data import REQUESTS, make  # noqa: E402
+from make_model import byte_level_bpe, four_layers  # noqa: E402
 
 SEED = 33209
 MESSAGES_PER_DESK = 45
@@ -73,41 +73,13 @@ def chats(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the texts as the trainer prompts with them, and a chat template of two special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = byte_level_bpe(texts, VOCABULARY, SPECIAL)
     pad, bos, eos, *_ = SPECIAL
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, model_max_length=POSITIONS
     )
     made.chat_template = TEMPLATE
     return made
-
-
-def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Four layers of width 96 with tied embeddings: 0.5 million parameters."""
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        initializer_range=0.08,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def main(folder: Path) -> None:
@@ -123,7 +95,7 @@ def main(folder: Path) -> None:
         texts += [text for row in rows for text in _texts_of(row)]
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(folder / "model")
-    make_config(tokenizer).save_pretrained(folder / "model")
+    four_layers(tokenizer, 96, 256, POSITIONS, spread=0.08).save_pretrained(folder / "model")  # 0.5 million parameters
 
 
 def _texts_of(row: dict[str, Any]) -> list[str]:

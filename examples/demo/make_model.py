@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 VOCABULARY = 640
+POSITIONS = 64
 SPECIAL = ["<pad>", "<s>", "</s>"]
 
 
@@ -24,18 +26,24 @@ def training_texts() -> list[str]:
     return [f"{row['text']}\nLabel: {row['label']}" for row in map(json.loads, lines)]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with VOCABULARY tokens; a text is started with <s>, the trainer ends its answer with </s>."""
+def byte_level_bpe(texts: Iterable[str], vocabulary: int, special: list[str]) -> Tokenizer:
+    """Byte-level BPE with so many tokens, the special ones among them and first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL,
+        vocab_size=vocabulary,
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(training_texts(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A text is started with <s>, the trainer ends its answer with </s>."""
+    tokenizer = byte_level_bpe(training_texts(), VOCABULARY, SPECIAL)
     start = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", start)]
@@ -46,24 +54,26 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=pad,
         bos_token=bos,
         eos_token=eos,
-        model_max_length=64,
+        model_max_length=POSITIONS,
         padding_side="right",
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Four layers of width 64 with tied embeddings: about 0.23 million parameters."""
+def four_layers(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, intermediate_size: int, positions: int, spread: float
+) -> LlamaConfig:
+    """A Llama of four layers with tied embeddings. spread: standard deviation of its random weights."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=176,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
-        initializer_range=0.1,
+        initializer_range=spread,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -74,7 +84,7 @@ def main(folder: Path) -> None:
     """Write tokenizer and configuration into `folder`."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    make_config(tokenizer).save_pretrained(folder)
+    four_layers(tokenizer, 64, 176, POSITIONS, spread=0.1).save_pretrained(folder)  # 0.23 million parameters
 
 
 if __name__ == "__main__":
