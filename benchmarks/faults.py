@@ -60,6 +60,10 @@ class Failure(Exception):
     """The job did what it must not do."""
 
 
+class NoRank(Failure):
+    """A rank has no process: unexpected, but where the job is about to end."""
+
+
 def wait(until: Callable[[], bool], what: str, deadline_s: float) -> None:
     """Until it is so; Failure at the deadline."""
     deadline = time.monotonic() + deadline_s
@@ -123,7 +127,7 @@ class Job:
             with contextlib.suppress(psutil.Error):
                 if SCRIPT in process.cmdline()[:3] and process.environ()["OMPI_COMM_WORLD_RANK"] == str(number):
                     return process
-        raise Failure(f"no process of rank {number}")
+        raise NoRank(f"no process of rank {number}")
 
     def wait(self, until: Callable[[], bool], what: str) -> None:
         wait(until, what, DEADLINE_S)
@@ -236,7 +240,12 @@ def survive(output: Path, clients: int, kinds: list[str], draw: random.Random, l
                 kind = draw.choice(kinds)
                 fault = Fault(kind, clients, draw.randrange(clients), job.step())
                 struck = time.monotonic()
-                FAULTS[kind](job, fault, draw)
+                try:
+                    FAULTS[kind](job, fault, draw)
+                except NoRank:  # its ranks ended before the fault struck
+                    job.wait(job.ended, "ended")
+                    fault = None
+                    break
                 if kind not in GOES_ON:
                     job.wait(job.ended, "ended")
                     break
