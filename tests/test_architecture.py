@@ -69,7 +69,7 @@ def test_no_module_imports_itself_by_way_of_others_and_be_it_for_types():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_module(path):
+def test_a_module_imports_what_its_folder_may_and_is_short(path):
     part = part_of(path)
     own = {name.split(".")[1] for name in imports(path) if name.startswith("deca_ds.")}
     if part != "__init__":

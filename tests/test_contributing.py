@@ -57,7 +57,7 @@ def load(file: str, text: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_adding_a_method(monkeypatch) -> None:
+def test_the_method_of_contributing_keeps_the_contract(monkeypatch) -> None:
     modules = {file: load(file, text, monkeypatch) for file, text in patched("Adding a method").items()}
     changed = modules["deca_ds/algorithm/methods.py"].METHODS
     (name,) = changed.keys() - METHODS.keys()
@@ -75,7 +75,7 @@ def test_adding_a_method(monkeypatch) -> None:
     assert f"| `{name}` | {changed[name].about} | 12 | the block |" in table
 
 
-def test_adding_a_data_format(monkeypatch, tmp_path) -> None:
+def test_the_data_format_of_contributing_keeps_the_contract(monkeypatch, tmp_path) -> None:
     modules = {file: load(file, text, monkeypatch) for file, text in patched("Adding a data format").items()}
     changed = modules["deca_ds/data/formats/__init__.py"].FORMATS
     (name,) = changed.keys() - FORMATS.keys()
@@ -94,7 +94,7 @@ def test_adding_a_data_format(monkeypatch, tmp_path) -> None:
     assert f"| `{name}` |" in table and f"| {name} | `question` |" in table
 
 
-def test_adding_a_codec(monkeypatch) -> None:
+def test_the_codec_of_contributing_can_be_chosen_and_rounds(monkeypatch) -> None:
     ((file, text),) = patched("Adding a codec").items()
     changed = load(file, text, monkeypatch).CODECS
     (name,) = changed.keys() - CODECS.keys()
@@ -108,7 +108,7 @@ def test_adding_a_codec(monkeypatch) -> None:
     check_method(config)
 
 
-def test_adding_a_failure_policy(monkeypatch) -> None:
+def test_the_failure_policy_of_contributing_passes_its_test(monkeypatch) -> None:
     texts = patched("Adding a failure policy")
     modules = {file: load(file, text, monkeypatch) for file, text in texts.items() if not file.startswith("tests/")}
     tests = load("tests/elastic/test_policy.py", texts["tests/elastic/test_policy.py"], monkeypatch)

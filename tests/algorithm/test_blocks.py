@@ -51,7 +51,7 @@ def names(model):
     return {name for name, _ in model.named_parameters()}
 
 
-def test_fused_experts_are_found(architecture):
+def test_fused_experts_are_found_in_models_that_have_them_and_in_no_other(architecture):
     fused = fused_parameters(architecture[0])
     assert all(name in names(architecture[0]) and ".experts." in name for name in fused)
     assert len(fused) == (2 * SMALL["num_hidden_layers"] if "Mixtral" in type(architecture[0]).__name__ else 0)
@@ -73,7 +73,7 @@ def test_blocks_are_disjoint_and_complete(architecture, outside, layers_per_bloc
         assert block.numel == sum(sizes[name].numel() for name in block.names) > 0
 
 
-def test_structure(architecture):
+def test_layers_are_grouped_and_what_lies_outside_is_its_own_block_joined_or_frozen(architecture):
     model, layers, own_head = architecture
     plan = split_into_blocks(model, layers_per_block=2, outside="own")
     depth = layers.count(".") + 1

@@ -6,7 +6,7 @@ from deca_ds.algorithm.norms import squared_norm
 
 
 @pytest.mark.parametrize("numel", [0, 1, 4095, 4096, 3_000_001])
-def test_squared_norm(numel):
+def test_the_squared_norm_is_the_float64_sum_of_squares(numel):
     values = torch.randn(numel, generator=torch.Generator().manual_seed(0)) / 3
     found = squared_norm(values)
     assert found.dtype == torch.float64 and found.shape == ()
@@ -32,7 +32,7 @@ def test_no_copy_is_made():
     assert made and max(made) <= values.nbytes / 2**10
 
 
-def test_what_is_not_finite_shows():
+def test_a_value_that_is_not_finite_makes_the_norm_not_finite():
     for bad in (float("nan"), float("inf")):
         values = torch.ones(5000)
         values[17] = bad

@@ -50,7 +50,7 @@ def test_a_single_block_stays_active_through_all_rounds():
     assert [s.gossip for s in steps if s.gossip is not None] == [0, 1, 2, 3]
 
 
-def test_orders():
+def test_blocks_come_ascending_descending_or_in_an_order_drawn_from_seed_and_round():
     make = lambda order, seed=0: Schedule(2, 4, 1, order=order, seed=seed)  # noqa: E731
     assert make("ascending").block_order(0) == [0, 1, 2, 3]
     assert make("descending").block_order(0) == [3, 2, 1, 0]
@@ -64,7 +64,7 @@ def test_a_step_outside_the_run_is_refused():
         Schedule(1, 2, 3).step(6)
 
 
-def test_learning_rates():
+def test_the_learning_rate_warms_up_and_then_stays_or_falls_as_its_schedule_says():
     constant = [learning_rate(i, 10, peak=2.0, warmup_steps=4) for i in range(10)]
     assert constant == [0.5, 1.0, 1.5, 2.0] + [2.0] * 6
     linear = [learning_rate(i, 10, peak=1.0, schedule="linear", final_ratio=0.5) for i in range(11)]

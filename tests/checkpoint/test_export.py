@@ -73,7 +73,7 @@ def test_one_client_reloads_bit_equal(tmp_path: Path, make_run: MakeRun, archite
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("story") == 2
 
 
-def test_whoever_may_read_the_other_files_may_read_the_weights(tmp_path: Path, make_run: MakeRun) -> None:
+def test_the_weights_have_the_permissions_of_the_other_files(tmp_path: Path, make_run: MakeRun) -> None:
     umask = os.umask(0o027)
     try:
         run, _ = make_run()
@@ -98,7 +98,9 @@ def test_files_are_what_save_pretrained_writes(tmp_path: Path, make_run: MakeRun
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("clients", "ranks"), [(1, 1), (1, 2), (3, 1), (3, 2), (3, 3)])
-def test_mean(tmp_path: Path, make_run: MakeRun, clients: int, ranks: int, dtype: torch.dtype) -> None:
+def test_the_export_of_all_clients_holds_their_mean(
+    tmp_path: Path, make_run: MakeRun, clients: int, ranks: int, dtype: torch.dtype
+) -> None:
     run, trained = make_run("qwen2_tied", clients=clients, ranks=ranks, dtype=dtype)
     report = export_model(run, tmp_path / "out")
     states = [model_state(model) for model in trained]
@@ -195,7 +197,9 @@ def test_a_checkpoint_that_is_not_there_or_not_one_is_refused(tmp_path, make_run
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_cast(tmp_path: Path, make_run: MakeRun, dtype: str) -> None:
+def test_the_export_has_the_data_type_that_is_asked_for_and_its_config_says_so(
+    tmp_path: Path, make_run: MakeRun, dtype: str
+) -> None:
     run, trained = make_run("gpt2_tied")
     config = json.loads((run / "hf" / "config.json").read_text())
     (run / "hf" / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
@@ -226,7 +230,7 @@ def test_everything_but_weights_is_copied(tmp_path: Path, make_run: MakeRun) -> 
     assert_same(reload_state(tmp_path / "deep" / "out"), model_state(trained[0]))
 
 
-def test_no_tokenizer_is_fine(tmp_path: Path, make_run: MakeRun) -> None:
+def test_a_run_without_a_tokenizer_is_exported(tmp_path: Path, make_run: MakeRun) -> None:
     run, _ = make_run()
     for path in (run / "hf").glob("tokenizer*"):
         path.unlink()
@@ -286,7 +290,7 @@ def test_an_existing_output_is_not_touched(tmp_path: Path, make_run: MakeRun) ->
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
-def test_no_such_run(tmp_path: Path) -> None:
+def test_a_run_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such run folder[\s\S]*nowhere"):
         export_model(tmp_path / "nowhere", tmp_path / "out")
 
@@ -313,14 +317,16 @@ def test_an_incomplete_run_is_refused(tmp_path: Path, make_run: MakeRun, marker:
     assert_same(reload_state(tmp_path / "out"), model_state(trained[0]))
 
 
-def test_a_client_that_does_not_exist(tmp_path: Path, make_run: MakeRun) -> None:
+def test_a_client_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path, make_run: MakeRun) -> None:
     run, _ = make_run(clients=2)
     with pytest.raises(CheckpointError, match=r"no client 2[\s\S]*0 to 1"):
         export_model(run, tmp_path / "out", client=2)
 
 
 @pytest.mark.parametrize(("client", "where"), [(1, "client 1"), (None, "mean of 2 clients; not finite in client 1")])
-def test_not_finite(tmp_path: Path, make_run: MakeRun, client: int | None, where: str) -> None:
+def test_weights_that_are_not_finite_are_refused_with_parameter_and_client(
+    tmp_path: Path, make_run: MakeRun, client: int | None, where: str
+) -> None:
     run, trained = make_run(clients=2, ranks=2)
     states = [model_state(model) for model in trained]
     states[1]["model.norm.weight"][3:5] = torch.tensor([float("nan"), float("inf")])
@@ -330,7 +336,7 @@ def test_not_finite(tmp_path: Path, make_run: MakeRun, client: int | None, where
     assert_nothing_left(tmp_path / "out")
 
 
-def test_too_large_for_the_data_type(tmp_path: Path, make_run: MakeRun) -> None:
+def test_a_value_that_overflows_the_wanted_data_type_is_refused(tmp_path: Path, make_run: MakeRun) -> None:
     run, trained = make_run()
     state = model_state(trained[0])
     state["model.norm.weight"][0] = 1e5
@@ -341,7 +347,7 @@ def test_too_large_for_the_data_type(tmp_path: Path, make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("case", ["missing", "not known", "shape"])
-def test_another_model_than_in_the_config(tmp_path: Path, make_run: MakeRun, case: str) -> None:
+def test_weights_that_do_not_fit_config_json_are_refused_by_name(tmp_path: Path, make_run: MakeRun, case: str) -> None:
     run, trained = make_run()
     state = model_state(trained[0])
     norm = state.pop("model.norm.weight")
@@ -360,7 +366,7 @@ def test_another_model_than_in_the_config(tmp_path: Path, make_run: MakeRun, cas
     assert_nothing_left(tmp_path / "out")
 
 
-def test_damaged_file(tmp_path: Path, make_run: MakeRun) -> None:
+def test_a_damaged_shard_is_refused_by_its_name(tmp_path: Path, make_run: MakeRun) -> None:
     run, _ = make_run(ranks=2)
     path = max(rank_folder(run / "model", 0, 1).glob("*.safetensors"))
     content = path.read_bytes()
@@ -371,7 +377,7 @@ def test_damaged_file(tmp_path: Path, make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no_such_model"}', '{"auto_map": {}}'])
-def test_unusable_config(tmp_path: Path, make_run: MakeRun, content: str | None) -> None:
+def test_a_config_json_that_makes_no_model_is_refused(tmp_path: Path, make_run: MakeRun, content: str | None) -> None:
     run, _ = make_run()
     (run / "hf" / "config.json").unlink()
     if content is not None:
@@ -391,7 +397,7 @@ def test_code_that_comes_with_the_model_is_not_run(tmp_path: Path, make_run: Mak
     assert not (tmp_path / "ran").exists()
 
 
-def test_unusable_tokenizer(tmp_path: Path, make_run: MakeRun) -> None:
+def test_a_tokenizer_that_does_not_load_is_refused(tmp_path: Path, make_run: MakeRun) -> None:
     run, _ = make_run()
     (run / "hf" / "tokenizer.json").write_text("not json")
     with pytest.raises(CheckpointError, match="tokenizer does not load"):
@@ -399,7 +405,7 @@ def test_unusable_tokenizer(tmp_path: Path, make_run: MakeRun) -> None:
     assert_nothing_left(tmp_path / "out")
 
 
-def test_a_disk_that_changes_what_is_written(
+def test_an_export_is_read_back_and_refused_if_the_disk_has_changed_it(
     tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = make_run()
@@ -428,7 +434,9 @@ def test_names_that_do_not_load_are_caught(tmp_path: Path, make_run: MakeRun, mo
 
 
 @pytest.mark.parametrize("when", ["before", "while writing"])
-def test_a_full_disk(tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     run, _ = make_run()
 
     def no_space(*args, **kwargs) -> None:
@@ -452,7 +460,9 @@ def launch(*arguments: object) -> int:
     return module.main([str(argument) for argument in arguments])
 
 
-def test_launcher(tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_exports_one_client_or_the_mean_and_says_which(
+    tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, trained = make_run(clients=3)
     (run / "DONE").unlink()
     size = ("--max-shard-size", "0.02MB", "--dtype", "bfloat16")
@@ -464,7 +474,9 @@ def test_launcher(tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixtu
     assert "mean of 3 clients" in capsys.readouterr().out
 
 
-def test_launcher_explains_mistakes(tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_explains_mistakes_and_writes_nothing(
+    tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, _ = make_run()
     assert launch(run, tmp_path / "out", "--client", 5) == 2
     assert "no client 5" in capsys.readouterr().err
@@ -475,7 +487,7 @@ def test_launcher_explains_mistakes(tmp_path: Path, make_run: MakeRun, capsys: p
     assert_nothing_left(tmp_path / "out")
 
 
-def test_sizes() -> None:
+def test_sizes_have_decimal_or_binary_units_and_all_else_is_refused() -> None:
     assert [parse_size(text) for text in ("500MB", "2gb", "0.5GiB")] == [500_000_000, 2_000_000_000, 1 << 29]
     for wrong in ("", "0MB", "-1GB", "12", "2 potatoes", "nanGB", "infGB"):
         with pytest.raises(ConfigError, match="--max-shard-size"):

@@ -37,7 +37,7 @@ def tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_end_of_an_assistants_turn(tokenizer, template):
+def test_the_token_that_ends_an_assistants_turn_is_read_from_the_template(tokenizer, template):
     tokenizer.chat_template = template
     assert turn_end(tokenizer) == TEMPLATES[template]
 

@@ -29,7 +29,9 @@ def random_state(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("clients", [1, 3])
-def test_round_trip(tmp_path: Path, clients: int, ranks: int, dtype: torch.dtype) -> None:
+def test_what_is_saved_is_read_back_bit_for_bit_and_averaged(
+    tmp_path: Path, clients: int, ranks: int, dtype: torch.dtype
+) -> None:
     states = [random_state(client, dtype) for client in range(clients)]
     save_clients(tmp_path, states, ranks=ranks)
     saved = ShardedModel(tmp_path)
@@ -142,19 +144,19 @@ def test_a_caller_error_is_a_plain_value_error(tmp_path: Path, case: str) -> Non
     assert not isinstance(raised.value, CheckpointError)
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no saved model[\s\S]*nowhere"):
         ShardedModel(tmp_path / "nowhere")
 
 
-def test_missing_rank(tmp_path: Path) -> None:
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     save_clients(tmp_path, [random_state(0, torch.float32)] * 2, ranks=3)
     shutil.rmtree(rank_folder(tmp_path, 1, 2))
     with pytest.raises(CheckpointError, match=r"missing: client 1 rank 2[\s\S]*other hosts"):
         ShardedModel(tmp_path)
 
 
-def test_a_rank_in_the_wrong_folder(tmp_path: Path) -> None:
+def test_a_rank_in_another_ranks_folder_is_refused(tmp_path: Path) -> None:
     save_clients(tmp_path, [random_state(0, torch.float32)] * 2, ranks=1)
     shutil.rmtree(rank_folder(tmp_path, 1, 0))
     shutil.copytree(rank_folder(tmp_path, 0, 0), rank_folder(tmp_path, 1, 0))
@@ -163,14 +165,14 @@ def test_a_rank_in_the_wrong_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"version": 1, "cli', "{}", "[]", '{"version": 99, "client": 0, "rank": 0}'])
-def test_bad_manifest(tmp_path: Path, content: str) -> None:
+def test_a_damaged_manifest_or_one_of_another_version_is_refused(tmp_path: Path, content: str) -> None:
     save_clients(tmp_path, [random_state(0, torch.float32)], ranks=1)
     (rank_folder(tmp_path, 0, 0) / MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"(damaged manifest|version 99)[\s\S]*manifest.json"):
         ShardedModel(tmp_path)
 
 
-def test_torn_files(tmp_path: Path) -> None:
+def test_a_changed_torn_or_missing_file_is_named(tmp_path: Path) -> None:
     save_clients(tmp_path, [random_state(0, torch.float32)], ranks=1)
     first, second = sorted(rank_folder(tmp_path, 0, 0).glob("*.safetensors"))
     good = first.read_bytes()
@@ -199,7 +201,9 @@ def test_torn_files(tmp_path: Path) -> None:
         ([(0, 10), (0, 10)], r"w: elements \[0, 10\) of 10 are held twice"),
     ],
 )
-def test_gaps_and_overlaps(tmp_path: Path, intervals: list[tuple[int, int]], message: str) -> None:
+def test_elements_that_are_missing_or_held_twice_are_named(
+    tmp_path: Path, intervals: list[tuple[int, int]], message: str
+) -> None:
     for rank, (start, stop) in enumerate(intervals):
         piece = Slice("w", (10,), start, stop, torch.ones(stop - start))
         save_shards(tmp_path, [("all", [piece])], Part(0, rank, 2), clients=1, step=0)
@@ -215,7 +219,9 @@ def test_gaps_and_overlaps(tmp_path: Path, intervals: list[tuple[int, int]], mes
         (torch.ones(2, 3), 8, "client 1 rank 0 was saved at step 8 .* others at step 7"),
     ],
 )
-def test_clients_that_differ(tmp_path: Path, other: Tensor, step: int, message: str) -> None:
+def test_clients_of_other_shapes_types_or_steps_are_refused(
+    tmp_path: Path, other: Tensor, step: int, message: str
+) -> None:
     for client, (tensor, at) in enumerate([(torch.ones(2, 3), 7), (other, step)]):
         groups = [("all", zero3_slices({"w": tensor}, 0, 1))]
         save_shards(tmp_path, groups, Part(client, 0, 1), clients=2, step=at)
@@ -223,7 +229,7 @@ def test_clients_that_differ(tmp_path: Path, other: Tensor, step: int, message: 
         ShardedModel(tmp_path)
 
 
-def test_a_parameter_that_one_client_lacks(tmp_path: Path) -> None:
+def test_a_parameter_that_one_client_lacks_is_named(tmp_path: Path) -> None:
     save_clients(tmp_path, [{"a": torch.ones(2), "w": torch.ones(3)}, {"a": torch.ones(2)}], ranks=1)
     with pytest.raises(CheckpointError, match=r"client 1, w: elements \[0, 3\) of 3 are missing"):
         ShardedModel(tmp_path)

@@ -40,7 +40,7 @@ SECTIONS = st.dictionaries(
 @example(content=b"a: 1\na: 2\n")
 @example(content=b"[" * 5000)
 @example(content=b"run: {seed: " + b"9" * 5000 + b"}\n")
-def test_any_yaml(tmp_path, content):
+def test_any_yaml_file_is_a_configuration_or_one_error(tmp_path, content):
     path = tmp_path / "any.yaml"
     path.write_bytes(content)
     try:
@@ -62,7 +62,7 @@ def test_any_yaml(tmp_path, content):
 )
 @example(content=b"[" * 100_000)
 @example(content=b'{"zero_optimization": {"stage": ' + b"9" * 5000 + b"}}")
-def test_any_deepspeed_json(tmp_path, content):
+def test_any_deepspeed_json_is_read_or_refused_with_its_name(tmp_path, content):
     path = tmp_path / "any.json"
     path.write_bytes(content)
     try:

@@ -32,7 +32,7 @@ def test_what_is_a_file_and_what_a_key(tmp_path, monkeypatch):
         assert of(key) == (None, [key])
 
 
-def test_mistakes(tmp_path):
+def test_two_files_a_missing_file_and_an_argument_that_is_no_key_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"two configurations: 'a\.yaml' and 'b\.yaml'"):
         of("--config", "a.yaml", "b.yaml")
     with pytest.raises(ConfigError, match=r"no configuration file '.*gone\.yaml'"):

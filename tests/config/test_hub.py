@@ -128,7 +128,7 @@ def test_what_is_in_a_cache_is_taken_without_a_question(asked, tmp_path, monkeyp
         validate_data_config(data("owner/kept", "owner/other"))
 
 
-def test_offline_nobody_asks(asked, monkeypatch):
+def test_offline_the_hub_is_not_asked(asked, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check_model_path(ModelConfig(path="owner/unknown"))
     validate_data_config(data("owner/unknown", evaluation="owner/unknown"))

@@ -93,11 +93,11 @@ def test_wrong_types_and_choices_name_the_value():
         "blocks.layers_per_block=0",
     ],
 )
-def test_out_of_range(override):
+def test_a_value_out_of_range_is_refused_by_its_key(override):
     refused(re.escape(override.split("=")[0]) + ".*out of range", override)
 
 
-def test_contradictions():
+def test_keys_that_contradict_each_other_are_refused_together():
     refused("gossip.graph = 'edge_list' with gossip.edges = None", "gossip.graph=edge_list")
     refused("gossip.graph = 'ring' with gossip.edges = 'e.txt'", "gossip.edges=e.txt")
     refused("gossip.wait_s = 2 with cluster.on_failure=continue", "gossip.wait_s=2", "cluster.on_failure=continue")
@@ -111,7 +111,7 @@ def test_contradictions():
     refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
 
 
-def test_missing_value_and_unreadable_files(tmp_path):
+def test_a_missing_value_and_an_unreadable_file_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no value for model\.path"):
         load_config(None)
     with pytest.raises(ConfigError, match=r"no configuration file.*absent\.yaml"):
@@ -136,7 +136,7 @@ def test_no_argument_makes_a_traceback(text):
         assert str(error)
 
 
-def test_world_size():
+def test_a_number_of_ranks_that_clients_or_batch_cannot_share_is_refused():
     config = load_config(None, [*BASE, "cluster.clients=3", "data.batch_size=8", "data.micro_batch_size=2"])
     assert check_world(config, 6) == [2, 2, 2]
     with pytest.raises(ConfigError, match=r"one rank is launched for 3 clients[\s\S]*deepspeed --num_accelerators 3 "):
@@ -147,7 +147,7 @@ def test_world_size():
         check_world(config, 9)
 
 
-def test_ranks_of_each_client():
+def test_cluster_ranks_gives_each_client_its_ranks_and_must_fit_the_other_keys():
     keys = [*BASE, "cluster.clients=3", "data.batch_size=8", "data.micro_batch_size=2"]
     config = load_config(None, [*keys, "cluster.ranks=[2,1,1]"])
     assert check_world(config, 4) == [2, 1, 1]
@@ -220,7 +220,7 @@ def test_deepspeed_json_is_checked_before_anything_starts(tmp_path, content, mes
         load_config(None, [*BASE, f"deepspeed={file}"])
 
 
-def test_deepspeed_json_that_fits(tmp_path):
+def test_a_deepspeed_json_that_fits_is_read_and_a_missing_one_refused(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
     assert read_deepspeed_json(file)["zero_optimization"]["offload_param"] == {"device": "cpu"}
@@ -267,7 +267,7 @@ def test_what_a_script_gives_is_read_as_the_file_would_be(tmp_path):
         ({"data": {"train": ["a.jsonl"]}}, "no value for model.path"),
     ],
 )
-def test_mistakes_in_what_a_script_gives(source, message):
+def test_a_mistake_in_what_a_script_gives_names_the_script_and_no_line(source, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(source)
     assert SCRIPT in str(caught.value) and "line" not in str(caught.value)

@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("start", ["~", "$HOME", "$PLACE"])
-def test_every_path_expands(home, start):
+def test_tilde_and_variables_expand_in_every_path(home, start):
     listed = [key for key in KEYS if key.startswith("data.") and key != "data.cache"]
     values = [f"{key}=[{start}/x, a/b]" if key in listed else f"{key}={start}/x" for key in KEYS]
     config = load_config(None, [*values, "gossip.graph=edge_list"])
@@ -123,7 +123,7 @@ def test_what_could_be_a_name_of_the_hub_may_be_a_misspelt_folder(home, monkeypa
         assert "did you mean 'models/llama'?; or, for" in error.fix
 
 
-def test_places_that_cannot_be_written_to(home, monkeypatch):
+def test_a_place_that_cannot_be_written_to_is_refused_with_the_reason(home, monkeypatch):
     (home / "away").symlink_to("gone/folder")
     (home / "loop").symlink_to("loop")
     for place, why in [

@@ -38,7 +38,7 @@ def load(tmp_path, text, *overrides):
 
 
 @pytest.mark.parametrize("number", range(len(TEXTS)), ids=TEXTS)
-def test_every_text_of_the_schema(tmp_path, number):
+def test_what_yaml_changes_is_refused_for_every_text_key_unless_it_is_quoted(tmp_path, number):
     """With a third of the values each; every value is at a third of the texts."""
     text = TEXTS[number]
     for value in CHANGED[number % 3 :: 3]:
@@ -54,7 +54,7 @@ def test_every_text_of_the_schema(tmp_path, number):
             load_config(None, ["model.path=x", f"{key}={written % value}"])
 
 
-def test_what_yaml_leaves_alone(tmp_path):
+def test_what_yaml_leaves_alone_is_read_as_it_is_written(tmp_path):
     config = load(
         tmp_path,
         "model: {path: x, revision: 12345678}\n"
@@ -106,7 +106,7 @@ def test_the_command_line_replaces_a_mapping_or_adds_to_it(tmp_path):
         ("data.label_names.x.y=3", "data.label_names has a single value for a name", "'data.label_names={x.y: 3}'"),
     ],
 )
-def test_a_key_that_continues_below_a_value(tmp_path, argument, message, fix):
+def test_a_key_that_continues_below_a_single_value_or_a_list_is_refused(tmp_path, argument, message, fix):
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "", argument)
     assert message in caught.value.what and argument in caught.value.where and fix in caught.value.fix
@@ -122,7 +122,7 @@ def test_a_key_that_continues_below_a_value(tmp_path, argument, message, fix):
         ("data.label_names.a", "data: {label_names: {a: ...}}"),
     ],
 )
-def test_a_key_with_a_dot_in_a_file(tmp_path, key, written):
+def test_a_key_with_a_dot_in_a_file_is_refused_with_how_to_nest_it(tmp_path, key, written):
     with pytest.raises(ConfigError, match="in a file a dot does not part names") as caught:
         load(tmp_path, f"{key}: 1")
     assert caught.value.fix == f"write {written}" and caught.value.where.endswith("line 1")

@@ -44,13 +44,13 @@ def rows_of(path, content: bytes) -> list | None:
 @example(content=b'{"a": "\xed\xa0\x80"}')
 @example(content=b'a,b\n"')
 @example(content=b"\x00,\x00\n1,2\n")
-def test_any_bytes(tmp_path, suffix, content):
+def test_any_bytes_give_rows_or_one_error(tmp_path, suffix, content):
     rows_of(tmp_path / f"any{suffix}", content)
 
 
 @LIGHT
 @given(values=st.lists(JSON, max_size=5), lines=st.booleans())
-def test_any_json(tmp_path, values, lines):
+def test_any_json_gives_rows_or_one_error(tmp_path, values, lines):
     text = "\n".join(map(json.dumps, values)) if lines else json.dumps(values)
     rows = rows_of(tmp_path / ("any.jsonl" if lines else "any.json"), text.encode())
     readable = all(isinstance(value, dict | str) for value in values)
@@ -59,7 +59,7 @@ def test_any_json(tmp_path, values, lines):
 
 @LIGHT
 @given(data=st.data())
-def test_a_damaged_parquet_file(tmp_path, data):
+def test_a_damaged_parquet_file_gives_rows_or_one_error(tmp_path, data):
     path = tmp_path / "damaged.parquet"
     pq.write_table(pa.table({"text": ["one", "two"] * 20, "label": list(range(40))}), path)
     content = bytearray(path.read_bytes())
@@ -79,7 +79,7 @@ def test_a_damaged_parquet_file(tmp_path, data):
         max_size=4,
     )
 )
-def test_any_rows_of_any_format(tmp_path, rows):
+def test_any_rows_are_examples_of_a_format_or_one_error(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for format in FORMATS:

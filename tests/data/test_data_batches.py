@@ -57,12 +57,12 @@ def test_seed_and_client_have_their_own_orders():
     assert flat(later) != list(orders[1]), "client 1 does not run one epoch ahead of client 0"
 
 
-def test_a_data_set_smaller_than_a_batch():
+def test_a_data_set_smaller_than_a_batch_is_repeated_within_it():
     (step,) = steps(make_sequences(3), 1, batch=8)
     assert Counter(step).keys() == {0, 1, 2} and min(Counter(step).values()) >= 2
 
 
-def test_shapes_and_padding():
+def test_a_micro_batch_is_padded_to_its_longest_row_and_padding_is_neither_seen_nor_learned():
     (micro_batches,) = islice(
         training_batches(
             make_sequences(8), batch_size=8, micro_batch_size=2, rank=1, ranks=2, seed=0, client=0, pad_id=PAD
@@ -86,7 +86,7 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_batch_that_cannot_be_split():
+def test_a_batch_that_ranks_and_micro_batches_cannot_split_is_refused():
     with pytest.raises(ConfigError, match=r"(?s)data\.batch_size = 6.*multiple of 4"):
         steps(make_sequences(5), 1, batch=6, ranks=2, micro=2)
 

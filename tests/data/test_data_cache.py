@@ -230,7 +230,7 @@ def test_nothing_stays_of_what_failed(tokenizer, path, folder):
 
 
 @pytest.mark.parametrize("when", ["deca_ds.data.examples.generate_examples", "deca_ds.data.prepare.pack"])
-def test_a_file_that_changes_while_it_is_read(tokenizer, path, folder, monkeypatch, when):
+def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, path, folder, monkeypatch, when):
     """Else the new rows would stand under the name of the old ones."""
     module, name = when.rsplit(".", 1)
     original = getattr(sys.modules[module], name)
@@ -258,7 +258,9 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tokenizer, path, f
     assert not old.exists() and young.exists(), "a young one may be another run's"
 
 
-def test_a_cache_that_cannot_be_written_to(tokenizer, path, tmp_path, monkeypatch, capsys):
+def test_without_a_writable_cache_a_run_goes_on_unless_the_configuration_names_the_cache(
+    tokenizer, path, tmp_path, monkeypatch, capsys
+):
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", file / "datasets")
@@ -296,7 +298,7 @@ def test_a_full_disk_is_told(tokenizer, path, folder, monkeypatch):
     assert not list(folder.iterdir())
 
 
-def test_two_runs_at_once(folder):
+def test_of_two_runs_that_make_one_entry_at_once_both_get_a_whole_one(folder):
     """Without locks both make the entry, and both get a whole one; with them the second finds that of the first."""
 
     def make(name):
@@ -314,7 +316,7 @@ def test_two_runs_at_once(folder):
     assert len(list(folder.iterdir())) == 1
 
 
-def test_who_comes_second_waits_and_ticks(folder):
+def test_the_second_process_waits_and_ticks(folder):
     """A lock belongs to an open file, so that a thread with one of its own stands for another process."""
     begun, ticked = threading.Event(), threading.Event()
 

@@ -69,7 +69,7 @@ def refused(template, messages, message, **row):
 
 @pytest.mark.parametrize("template", ENDS)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_a_conversation_that_the_assistant_begins(template, tokenizer):
+def test_an_answer_that_begins_a_conversation_is_trained(template, tokenizer):
     source, end, _ = ENDS[template]
     messages = [assistant("Hello, I am Tim."), user("Who is Sue?"), assistant("My dog.")]
     learned = targets(source, messages, TOKENIZERS[tokenizer])
@@ -92,7 +92,7 @@ CONVERSATION = st.lists(
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "metaspace"])
 @settings(max_examples=40)
 @given(turns=CONVERSATION)
-def test_any_conversation(template, tokenizer, turns):
+def test_of_any_conversation_the_answers_and_their_ends_are_trained(template, tokenizer, turns):
     """The answers and their ends; where tokens hold more than a character, but for blanks at the borders."""
     source, end, written = ENDS[template]
     tokenizer = TOKENIZERS[tokenizer]
@@ -117,7 +117,7 @@ def visible(text):
     return re.sub(r"\s", "", text)
 
 
-def test_offsets_that_are_trimmed():
+def test_answers_are_trained_with_their_blanks_where_the_tokenizer_trims_offsets():
     tokenizer = TOKENIZERS["bpe"]
     messages = [user("a"), assistant("  Hello, \n"), user("b"), assistant(" \n My dog ")]
     for source in (CHATML, MARKED):
@@ -125,7 +125,7 @@ def test_offsets_that_are_trimmed():
         assert learned == ["  Hello, \n<|im_end|>\n", " \n My dog <|im_end|>\n"]
 
 
-def test_a_slow_tokenizer_with_marks():
+def test_a_slow_tokenizer_trains_the_answers_that_a_template_marks():
     messages = [user("é"), assistant(" ü ö "), user("b"), assistant("d")]
     assert targets(MARKED, messages, TOKENIZERS["slow"]) == [" ü ö <|im_end|>\n", "d<|im_end|>\n"]
 
@@ -141,7 +141,7 @@ def test_a_token_that_holds_the_end_of_the_prompt_too_is_trained():
     assert tokenizer.convert_ids_to_tokens([label for label in labels if label >= 0]) == [":)", "x", "E"]
 
 
-def test_reasoning():
+def test_reasoning_is_trained_where_the_template_writes_it_and_refused_elsewhere():
     assert targets(QWEN3, [user("a"), assistant("b", thinking="hm")]) == ["<think>\nhm\n</think>\n\nb<|im_end|>\n"]
     inline = "<think>\nhm\nso\n</think>\n\nb"
     assert targets(QWEN3, [user("a"), assistant(inline)]) == [inline + "<|im_end|>\n"]
@@ -170,7 +170,7 @@ CALL = {"id": "abcdefghi", "function": {"name": "look", "arguments": '{"where": 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}]
 
 
-def test_tool_calls():
+def test_tool_calls_are_trained_as_the_template_writes_them_and_refused_elsewhere():
     turns = [
         user("a"),
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -229,7 +229,7 @@ def test_answers_of_tools_are_told_by_their_order_or_their_ids():
         (MARKED.replace("== 'assistant'", "== 'x'"), PAIR, "leaves the content of an answer without"),
     ],
 )  # fmt: skip
-def test_a_conversation_that_a_template_does_not_write(source, messages, message):
+def test_a_conversation_that_a_template_does_not_write_whole_is_refused(source, messages, message):
     refused(source, messages, message)
 
 
@@ -241,7 +241,7 @@ def test_a_template_for_parts_gets_parts():
     assert targets(source, [user("a"), assistant("b"), user("c"), assistant("d")]) == ["b|", "d|"]
 
 
-def test_an_end_of_the_whole_conversation():
+def test_what_ends_the_whole_conversation_is_trained_with_the_last_answer():
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
         "{{ '</s>' if loop.last }}{% endfor %}"
@@ -284,7 +284,7 @@ def test_an_end_that_looks_like_what_stands_before_a_turn_is_not_guessed():
         targets(source, [*pair, *pair], TOKENIZERS["bpe"])
 
 
-def test_a_template_that_wants_a_user():
+def test_a_template_that_refuses_conversations_without_a_user_is_served():
     source = "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}"
     turns = [assistant("a"), user("b"), assistant("c")]
     assert targets(source + CHATML_WITHOUT_PROMPT, turns) == ["a<|im_end|>\n", "c<|im_end|>\n"]
@@ -320,7 +320,7 @@ def test_chance_in_a_template_is_refused(source):
         encoder(source + CHATML)
 
 
-def test_a_malformed_template_and_templates_by_name():
+def test_a_malformed_template_is_refused_and_of_several_the_one_for_tools_is_taken():
     with pytest.raises(DataError, match=r"(?s)malformed.*chat_template, line 2"):
         encoder("\n{% for m in messages %}")
     tools = MISTRAL.replace("{% if tools %}", "{% if tools %}T:")

@@ -37,12 +37,12 @@ def file(tmp_path):
         ({"column_names": ["text", "text"]}, r"data\.column_names"),
     ],
 )
-def test_values_and_combinations(file, options, message):
+def test_a_value_or_a_combination_that_cannot_work_is_refused_by_its_key(file, options, message):
     with pytest.raises(ConfigError, match=message):
         validate_data_config(make_config(train=[file], **options))
 
 
-def test_evaluation_values(file):
+def test_an_evaluation_of_no_examples_is_refused(file):
     with pytest.raises(ConfigError, match=r"evaluation\.max_examples"):
         validate_data_config(make_config(train=[file], max_evaluation=0))
 
@@ -86,17 +86,17 @@ def test_only_the_own_private_path_must_exist(file):
         ({"format": "classification"}, r"(?s)without exchanging data.*data\.label_names"),
     ],
 )
-def test_private_files(options, message):
+def test_keys_that_do_not_go_with_private_files_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         validate_data_config(make_config(**{"clients": 2, "per_client": ["a", "b"], **options}))
 
 
-def test_two_common_evaluation_sets(file):
+def test_two_common_evaluation_sets_are_refused(file):
     with pytest.raises(ConfigError, match=r"data\.common_holdout"):
         validate_data_config(make_config(train=[file], evaluation=[file], common_holdout=0.1))
 
 
-def test_files_that_do_not_fit_the_format(tmp_path):
+def test_a_file_that_does_not_fit_the_format_is_refused(tmp_path):
     for name in ("a.txt", "a.csv"):
         (tmp_path / name).write_text("text\nx\n")
     with pytest.raises(ConfigError, match=r"(?s)\.txt.*data\.format"):

@@ -62,7 +62,7 @@ def test_a_key_partition_never_splits_a_value(tokenizer, labeled):
     assert all(one.own_evaluation is None and one.common_evaluation is None for one in loaded)
 
 
-def test_seeds_decide(tokenizer, labeled):
+def test_the_seed_alone_decides_who_gets_which_examples(tokenizer, labeled):
     def train_of(seed, **options):
         config = make_config(clients=2, seed=seed, train=[labeled], **options)
         return texts(tokenizer, load_client_data(config, tokenizer, 0).train)
@@ -72,7 +72,7 @@ def test_seeds_decide(tokenizer, labeled):
     assert train_of(0, max_examples=10) != train_of(1, max_examples=10)
 
 
-def test_classification_with_the_labels_of_the_pool(tokenizer, labeled):
+def test_without_label_names_the_labels_of_all_clients_data_are_the_answers(tokenizer, labeled):
     config = make_config(clients=2, train=[labeled], evaluation=[labeled], max_evaluation=7, **CLASSIFICATION)
     loaded = load_client_data(config, tokenizer, 1)
     assert loaded.label_names == ["a", "b", "c"]
@@ -93,7 +93,7 @@ def test_unnamed_labels_are_ordered(tokenizer, tmp_path, values, names):
     assert load_client_data(make_config(train=[path], **CLASSIFICATION), tokenizer, 0).label_names == names
 
 
-def test_named_labels_columns_and_prompt(tokenizer, tmp_path):
+def test_labels_columns_and_prompt_are_those_that_the_configuration_names(tokenizer, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("3,Head,Body\n4,Top,Rest\n5,Up,Down\n" * 4)
     options = {
@@ -111,7 +111,7 @@ def test_named_labels_columns_and_prompt(tokenizer, tmp_path):
     ]  # fmt: skip
 
 
-def test_labels_that_are_wrong(tokenizer, tmp_path, labeled):
+def test_an_unknown_label_and_a_single_label_are_refused(tokenizer, tmp_path, labeled):
     with pytest.raises(DataError, match=r"(?s)unknown label 'b'.*labeled\.jsonl, line 2"):
         load_client_data(make_config(train=[labeled], label_names={"a": "x", "c": "z"}, **CLASSIFICATION), tokenizer, 0)
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "x", "label": "new"}])
@@ -122,7 +122,7 @@ def test_labels_that_are_wrong(tokenizer, tmp_path, labeled):
         load_client_data(make_config(train=[same], **CLASSIFICATION), tokenizer, 0)
 
 
-def test_alpaca(tokenizer, tmp_path):
+def test_an_alpaca_row_becomes_stanfords_prompt_and_its_output_the_answer(tokenizer, tmp_path):
     rows = [
         {"instruction": "Add {x}", "input": "1 and 2", "output": "3"},
         {"instruction": "Greet", "input": "", "output": "hello"},
@@ -138,7 +138,7 @@ def test_alpaca(tokenizer, tmp_path):
     assert [answer_of(tokenizer, row) for row in train] == [f"{answer}{EOS}" for answer in ("3", "hello", "bye")]
 
 
-def test_conversations(tokenizer, tmp_path):
+def test_messages_and_sharegpt_make_the_same_sequences(tokenizer, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     conversations = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
     first = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages, "id": 1}])
@@ -240,7 +240,7 @@ def test_a_text_file_is_cut_into_sequences_for_all_clients(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["text", "alpaca", "messages", "classification"])
-def test_packing(tokenizer, tmp_path, format):
+def test_packing_trains_the_same_tokens_in_at_most_half_as_many_sequences(tokenizer, tmp_path, format):
     rows = [
         {
             "text": "t" * (i % 7 + 1),
@@ -271,7 +271,7 @@ def test_packing_needs_an_end_token(tmp_path):
         load_client_data(make_config(train=[path], packing=True), make_byte_tokenizer(), 0)
 
 
-def test_loss_on_everything(tokenizer, tmp_path):
+def test_without_answers_only_every_token_is_trained(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "output": "y"}] * 3)
     config = make_config(train=[path], format="alpaca", answers_only=False)
     train = load_client_data(config, tokenizer, 0).train
@@ -317,7 +317,7 @@ def test_a_client_without_anything_to_learn_is_named(tokenizer, tmp_path):
     assert load_client_data(config, tokenizer, 1).summary["train"] == 1
 
 
-def test_an_empty_file_and_a_wrong_section(tokenizer, tmp_path):
+def test_an_empty_file_and_a_wrong_value_are_refused(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [])
     with pytest.raises(DataError, match=r"(?s)no examples.*a\.jsonl"):
         load_client_data(make_config(train=[path]), tokenizer, 0)
@@ -325,7 +325,7 @@ def test_an_empty_file_and_a_wrong_section(tokenizer, tmp_path):
         load_client_data(make_config(train=[path], alpha=-1.0), tokenizer, 0)
 
 
-def test_hub_data_sets(tokenizer, monkeypatch):
+def test_hub_data_sets_are_loaded_by_name_subset_and_split(tokenizer, monkeypatch):
     def load(name, subset, split):
         assert (name, subset) == ("owner/name", "small")
         return datasets.Dataset.from_list(LABELED if split == "train" else LABELED[:3])

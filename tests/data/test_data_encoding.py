@@ -76,7 +76,7 @@ def test_answers_carry_the_loss(tokenizer):
         ("01", "abcdefgh", "01abcdef", "abcdef"),  # a short prompt stays whole
     ],
 )
-def test_cutting(tokenizer, prompt, answer, kept, learned):
+def test_the_prompt_is_cut_down_to_half_before_the_answer_is(tokenizer, prompt, answer, kept, learned):
     (row,) = rows(Encoder(tokenizer, max_length=8).sequences(pairs((prompt, answer))))
     assert tokenizer.decode(row["input_ids"]) == kept
     assert answer_of(tokenizer, row) == learned and row["length"] > len(row["input_ids"])
@@ -154,7 +154,7 @@ def test_a_missing_template_is_explained():
 WORDS = {"0": "bad", "1": "great", "2": "bad"}
 
 
-def test_candidates(tokenizer):
+def test_every_label_is_a_candidate_after_the_same_prompt(tokenizer):
     encoder = Encoder(tokenizer, max_length=16, words=WORDS)
     assert encoder.label_names == ["bad", "great"]
     batch = pairs(("a film:", "1"), ("x" * 40 + ":", "2"))
@@ -179,7 +179,7 @@ def test_an_answer_must_fit(tokenizer):
     Encoder(tokenizer, max_length=13, words=WORDS)
 
 
-def test_answers_that_the_tokenizer_changes():
+def test_an_answer_that_the_tokenizer_changes_is_told_and_two_that_become_one_are_refused():
     tokenizer = make_byte_tokenizer(eos_token=EOS)
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert Encoder(tokenizer, max_length=16, words={"0": "bad", "1": "great"}).notes == []
@@ -214,7 +214,7 @@ def test_packing_loses_nothing(examples):
     assert all(len(a) + min(starts) <= 20 + len(b) for a, b in pairwise)
 
 
-def test_packing_fills(tokenizer):
+def test_packing_fills_sequences_in_order_and_trains_no_first_token(tokenizer):
     single = Encoder(tokenizer, max_length=10).sequences({"text": ["abc", "def", "ghijk", "l"]})
     packed = pack(single, max_length=10)
     assert [tokenizer.decode(ids) for ids in packed["input_ids"]] == [f"abc{EOS}def{EOS}", f"ghijk{EOS}l{EOS}"]

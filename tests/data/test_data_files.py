@@ -45,7 +45,7 @@ def found_in(folder, entry=None):
     return [file.name for file in sources], {file.name: why for file, why in found.left_out.items()}
 
 
-def test_a_folder_of_several_kinds(tmp_path):
+def test_of_a_folder_the_data_files_are_read_and_the_others_told_with_the_reason(tmp_path):
     put(tmp_path, **{"a.jsonl": LINES, "b.jsonl.gz": gzip.compress(LINES), "c.ndjson": LINES, "README.txt": "Read me."})
     put(tmp_path, **{"LICENSE-2.0.TXT": "Free.", "dataset_info.json": "{}", "notes.md": "x", ".d.jsonl": LINES})
     put(tmp_path, **{"empty.jsonl": "", "e.JSON": json.dumps(ROWS)})
@@ -82,7 +82,7 @@ def test_what_is_read_and_what_is_not_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("end", COMPRESS)
-def test_compressed_files(tmp_path, end):
+def test_compressed_files_are_read_like_plain_ones_and_damaged_ones_refused(tmp_path, end):
     compress = COMPRESS[end]
     for name, content in {
         "a.jsonl": LINES,
@@ -144,7 +144,7 @@ def test_where_a_file_is_no_utf8_is_found_without_reading_whole_lines(tmp_path, 
     assert peak < 6e6
 
 
-def test_names_say_the_kind(tmp_path):
+def test_a_file_whose_name_says_no_known_kind_is_refused(tmp_path):
     for name in ("a.parquet.gz", "a.gz", "a.tar.gz", "a.jsonl.zip", "a.jsonl.lz4", "a.xlsx", "jsonl"):
         assert kind_of(tmp_path / name) == ""
         (tmp_path / name).write_text("x")
@@ -152,7 +152,7 @@ def test_names_say_the_kind(tmp_path):
             find_sources([str(tmp_path / name)], "data.train")
 
 
-def test_links(tmp_path):
+def test_links_are_followed_each_file_is_read_once_and_a_dangling_link_is_refused(tmp_path):
     put(tmp_path / "blobs", **{"0a1b": LINES, "2c3d": json.dumps([{"text": "three"}])})
     data = tmp_path / "data"
     data.mkdir()
@@ -250,7 +250,7 @@ def test_what_git_lfs_has_not_fetched_is_no_data(tmp_path):
             list(read_rows(tmp_path / name))
 
 
-def test_what_datasets_has_saved(tmp_path):
+def test_of_a_folder_saved_by_datasets_the_current_files_are_read(tmp_path):
     saved = datasets.Dataset.from_list([*ROWS, {"text": "three"}])
     saved.save_to_disk(tmp_path / "one", num_shards=2)
     (tmp_path / "one/data-00000-of-00001.arrow").write_bytes(b"older")

@@ -121,7 +121,7 @@ def test_a_turn_that_cannot_be_meant_names_its_place(tokenizer, tmp_path, turn, 
 @pytest.mark.parametrize(
     "switch", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss_mask": 0}]
 )
-def test_a_turn_that_is_not_to_be_trained(tokenizer, switch):
+def test_a_turn_that_says_not_to_train_it_carries_no_loss(tokenizer, switch):
     batch = chats([USER, {**ANSWER, **switch}, USER, {**ANSWER, "content": "no", "weight": 1}])
     only = Encoder(tokenizer, max_length=200, conversations=True).sequences(batch)
     assert targets_of(tokenizer, only) == [["no</assistant>"]]
@@ -131,7 +131,7 @@ def test_a_turn_that_is_not_to_be_trained(tokenizer, switch):
     ], "prompts are trained, the turn is not"
 
 
-def test_parts_and_a_system_prompt_of_the_row(tokenizer):
+def test_text_parts_are_joined_and_a_rows_system_prompt_comes_first(tokenizer):
     parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "o"}]
     batch = chats([USER, {"role": "assistant", "content": parts}], system="S")
     (ids,) = Encoder(tokenizer, max_length=200, conversations=True).sequences(batch)["input_ids"]
@@ -141,7 +141,7 @@ def test_parts_and_a_system_prompt_of_the_row(tokenizer):
     assert chats([{"role": "system", "content": ""}, USER, ANSWER]) == chats([USER, ANSWER])
 
 
-def test_sharegpt_calls_and_observations(tokenizer):
+def test_sharegpt_calls_are_trained_and_observations_are_answers_of_tools(tokenizer):
     tokenizer.chat_template = (
         "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
         "[{{ c.function | tojson }}]{% endfor %}</{{ m.role }}>{% endfor %}"
@@ -195,7 +195,7 @@ def test_columns_that_are_not_used_are_named(tokenizer, tmp_path):
         ("classification", {"text": "x", "label": "\u2060"}, "label"),
     ],
 )
-def test_a_missing_value_is_missing(tokenizer, tmp_path, format, row, column):
+def test_a_missing_value_is_refused_by_its_column(tokenizer, tmp_path, format, row, column):
     refuses(tokenizer, tmp_path, format, row, f"column '{column}' is empty")
 
 
@@ -203,7 +203,7 @@ def test_a_missing_value_is_missing(tokenizer, tmp_path, format, row, column):
     ("format", "line"),
     [("classification", "the car sat,"), ("classification", ",a"), ("alpaca", "i,")],
 )
-def test_an_empty_cell_is_missing(tokenizer, tmp_path, format, line):
+def test_an_empty_cell_of_a_table_is_refused_as_a_missing_value(tokenizer, tmp_path, format, line):
     names = "instruction,output" if format == "alpaca" else "text,label"
     path = tmp_path / "a.csv"
     path.write_text(f"{names}\nx,y\nx,z\n{line}\n")
@@ -274,7 +274,7 @@ def test_text_that_the_tokenizer_does_not_know_is_told(tmp_path):
     assert loaded.notes == ["2 of 7 tokens to learn are <unk>, in the place of text that the tokenizer does not know"]
 
 
-def test_a_column_of_floats_with_a_gap(tokenizer, tmp_path):
+def test_a_gap_in_a_column_of_floats_is_a_missing_label(tokenizer, tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["x", "y", "z"], "label": [1.0, 0.0, None]}), path)
     with pytest.raises(DataError, match=r"(?s)'label' is empty.*row 3"):

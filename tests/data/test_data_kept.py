@@ -32,7 +32,7 @@ def age(folder: Path, days: float) -> None:
         os.utime(entry.folder / NOTE, (time.time() - days * 86400,) * 2)
 
 
-def test_what_is_used_stays(load, folder, capsys):
+def test_old_entries_are_removed_and_those_in_use_stay(load, folder, capsys):
     old, new = load(8), load(9)
     assert [entry.kind for entry in kept(folder)].count("tokens") == 2
     age(folder, 40)
@@ -56,6 +56,6 @@ def test_nothing_is_left_of_what_is_removed(load, folder, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["nowhere"], "no folder"), (["--remove", "-1"], "number of days")])
-def test_mistakes(arguments, message, capsys):
+def test_a_missing_folder_and_a_negative_age_are_refused(arguments, message, capsys):
     assert main(["cache", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -20,7 +20,7 @@ def assert_partition(shares, count, clients):
 
 
 @given(clients=st.integers(1, 9), extra=st.integers(0, 50), seed=st.integers(0, 99))
-def test_iid(clients, extra, seed):
+def test_iid_deals_every_row_to_exactly_one_client_in_equal_shares(clients, extra, seed):
     shares = iid(clients + extra, clients, seed)
     assert_partition(shares, clients + extra, clients)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -39,7 +39,7 @@ def test_texts_are_dealt_out_as_their_numbers_in_order_are(texts):
 
 
 @given(labels_of, st.integers(1, 6), st.floats(0.05, 100), st.integers(0, 99), st.integers(0, 3))
-def test_dirichlet(labels, clients, alpha, seed, minimum):
+def test_dirichlet_deals_every_row_to_exactly_one_client_and_the_minimum_to_each(labels, clients, alpha, seed, minimum):
     try:
         shares = dirichlet(labels, clients, alpha, seed, minimum)
     except DataError as error:
@@ -52,7 +52,7 @@ def test_dirichlet(labels, clients, alpha, seed, minimum):
 
 
 @given(labels_of, st.integers(1, 4))
-def test_by_key(values, clients):
+def test_by_key_gives_each_group_whole_to_one_client(values, clients):
     if len(set(values)) < clients:
         with pytest.raises(DataError, match=r"data\.partition_column"):
             by_key(values, clients)
@@ -87,7 +87,7 @@ def test_another_seed_is_another_partition():
     assert not np.array_equal(iid(100, 3, [0, 1])[0], iid(100, 3, [0, 2])[0])
 
 
-def test_impossible_partitions():
+def test_a_partition_that_leaves_a_client_without_enough_rows_is_refused():
     with pytest.raises(DataError, match=r"(?s)3 training examples.*4 clients.*cluster\.clients"):
         iid(3, 4, 0)
     with pytest.raises(DataError, match=r"(?s)fewer than 2 examples.*fix:.*data\.alpha"):
@@ -95,14 +95,14 @@ def test_impossible_partitions():
 
 
 @given(st.integers(0, 60), st.floats(0, 0.99), st.integers(0, 9))
-def test_hold_out(count, fraction, seed):
+def test_hold_out_splits_rows_in_two_and_always_leaves_one_to_train(count, fraction, seed):
     kept, held = hold_out(count, fraction, seed)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(count))
     assert (len(held) >= 1) == (fraction > 0 and count >= 2)
     assert count == 0 or len(kept) >= 1
 
 
-def test_choose():
+def test_choose_draws_different_rows_by_the_seed_or_takes_all():
     assert choose(5, None, 0).tolist() == choose(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
     assert len(set(choose(100, 10, 0).tolist())) == 10
     assert choose(100, 10, 0).tolist() == choose(100, 10, 0).tolist() != choose(100, 10, 1).tolist()

@@ -24,7 +24,7 @@ def stories_tokenizer(real_data):
     return AutoTokenizer.from_pretrained(real_data / "stories260k")
 
 
-def test_stories(real_data, stories_tokenizer):
+def test_stories_are_shared_out_and_make_batches(real_data, stories_tokenizer):
     config = make_config(clients=4, train=[real_data / "tinystories_1000"], max_length=128, max_examples=80)
     loaded = load_client_data(config, stories_tokenizer, 2)
     assert loaded.summary["train"] == 18 and loaded.summary["own_evaluation"] == 2
@@ -35,7 +35,7 @@ def test_stories(real_data, stories_tokenizer):
     assert all(batch["input_ids"].shape[0] == 2 for batch in next(batches))
 
 
-def test_plain_text(real_data, stories_tokenizer, tmp_path):
+def test_plain_text_is_cut_into_full_sequences_that_give_it_back(real_data, stories_tokenizer, tmp_path):
     part = tmp_path / "part.txt"
     part.write_text((real_data / "tinyshakespeare" / "input.txt").read_text()[:20_000])
     loaded = load_client_data(make_config(train=[part], client_holdout=0.0, max_length=128), stories_tokenizer, 0)
@@ -44,7 +44,7 @@ def test_plain_text(real_data, stories_tokenizer, tmp_path):
     assert stories_tokenizer.decode(flat(pieces), skip_special_tokens=True).strip() == part.read_text().strip()
 
 
-def test_a_table_without_a_header(real_data, stories_tokenizer):
+def test_a_table_without_a_header_is_read_by_the_names_of_the_configuration(real_data, stories_tokenizer):
     config = make_config(
         clients=4, train=[real_data / "ag_news" / "test.csv"], partition="dirichlet", max_examples=200, **AG_NEWS
     )
@@ -56,13 +56,13 @@ def test_a_table_without_a_header(real_data, stories_tokenizer):
     assert learned == {"World", "Sports", "Business", "Tech"}
 
 
-def test_a_table_that_breaks_off(real_data, stories_tokenizer):
+def test_a_table_that_breaks_off_is_refused_with_its_last_line(real_data, stories_tokenizer):
     config = make_config(train=[real_data / "ag_news" / "train_first_2560KiB.csv"], **AG_NEWS)
     with pytest.raises(DataError, match=r"(?s)unexpected end of data.*train_first_2560KiB\.csv, line 10430"):
         load_client_data(config, stories_tokenizer, 0)
 
 
-def test_tabs(real_data, stories_tokenizer):
+def test_a_table_with_tabs_is_read_and_its_labels_named(real_data, stories_tokenizer):
     config = make_config(
         clients=2,
         max_evaluation=20,
@@ -78,7 +78,7 @@ def test_tabs(real_data, stories_tokenizer):
     assert set(loaded.summary["labels"]) == {"bad", "good"}
 
 
-def test_instructions(real_data, stories_tokenizer):
+def test_instructions_are_packed_and_their_answers_alone_trained(real_data, stories_tokenizer):
     config = make_config(
         clients=2, train=[real_data / "alpaca" / "alpaca_en_demo.json"], format="alpaca", max_examples=40, packing=True
     )
@@ -87,7 +87,7 @@ def test_instructions(real_data, stories_tokenizer):
     assert loaded.summary["train"] <= loaded.summary["examples"] == 18
 
 
-def test_private_tasks(real_data, stories_tokenizer, tmp_path):
+def test_a_client_reads_its_private_tasks_and_no_other_clients(real_data, stories_tokenizer, tmp_path):
     folder = real_data / "natural_instructions_64"
     training = sorted(folder.glob("local_training_*.json"))[:2]
     own = tmp_path / training[1].name

@@ -22,7 +22,7 @@ def rows_of(path, **options):
 
 
 @pytest.mark.parametrize("kind", ["list", "data", "lines", "one"])
-def test_json_in_its_shapes(tmp_path, kind):
+def test_json_is_read_as_a_list_an_object_with_data_lines_or_one_row(tmp_path, kind):
     path = tmp_path / "rows.json"
     content = {
         "list": json.dumps(ROWS, indent=1),
@@ -92,7 +92,7 @@ def test_strings_in_a_json_list_and_text_files_are_texts(tmp_path):
     assert rows_of(tmp_path / "a.txt") == [{"text": "one\n\ntwo\n"}]
 
 
-def test_tables(tmp_path):
+def test_csv_is_read_with_quoting_and_tsv_without(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,label\n"one, two",a\n\n"say ""hi""",b\n')
     (tmp_path / "b.csv").write_text('"one, two",a\n"say ""hi""",b\n')
     (tmp_path / "c.tsv").write_text('text\tlabel\none, two\ta\nsay "hi"\tb\n')  # no quoting in TSV
@@ -109,7 +109,7 @@ def test_values_that_other_readers_take_for_missing_stay_texts(tmp_path):
     assert rows_of(path) == [{"text": "NA", "label": "null"}, {"text": "1", "label": "None"}]
 
 
-def test_parquet(tmp_path):
+def test_parquet_is_read_row_by_row_and_malformed_files_are_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert list(read_rows(tmp_path / "a.parquet"))[1] == (f"{tmp_path / 'a.parquet'}, row 2", ROWS[1])
     (tmp_path / "b.parquet").write_text("no parquet")
@@ -181,7 +181,7 @@ def test_a_missing_path_is_no_hub_name(entry):
         find_sources([entry], "data.train")
 
 
-def test_what_is_wrong_with_an_entry(tmp_path):
+def test_an_entry_without_readable_files_is_refused_with_the_reason(tmp_path):
     (tmp_path / "a.xml").write_text("")
     with pytest.raises(DataError, match=r"(?s)unknown kind.*a\.xml.*\.jsonl"):
         find_sources([str(tmp_path / "a.xml")], "data.train")
@@ -193,7 +193,7 @@ def test_what_is_wrong_with_an_entry(tmp_path):
         find_sources(["owner/name"], "data.per_client[0]", hub=False)
 
 
-def test_hub_names(monkeypatch):
+def test_a_hub_name_may_have_a_split_and_is_loaded_with_it(monkeypatch):
     names = find_sources(["owner/name-v1.1", "ag_news:test"], "data.train")
     assert names == [HubName("owner/name-v1.1"), HubName("ag_news", "test")]
     asked = []

@@ -162,33 +162,35 @@ def does_not_vote_again(patch) -> None:
         (keeps_votes_of_an_older_number, lambda: scenarios.test_a_decision_that_only_one_has_heard_counts_for_all(2)),
         (
             takes_its_own_old_list_of_clients,
-            scenarios.test_who_was_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out,
+            scenarios.test_a_client_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out,
         ),
         (lets_in_who_is_not_let_in, scenarios.test_nobody_comes_in_unless_all_are_open_to_it),
         (lets_in_during_a_loss, scenarios.test_nobody_comes_in_with_a_decision_that_another_one_is_lost_by),
         (
             interrupts_nobody_after_a_missed_decision,
-            scenarios.test_who_is_given_a_decision_after_a_loss_waits_for_nobody_lost,
+            scenarios.test_a_client_that_is_given_a_decision_after_a_loss_waits_for_nobody_lost,
         ),
         (interrupts_nobody, scenarios.test_a_client_that_dies_takes_its_ranks_along_and_the_others_continue),
         (
             hears_processes_that_were_dropped,
             scenarios.test_processes_that_were_dropped_do_not_take_the_place_of_new_ones,
         ),
-        (is_silent_until_it_is_active, scenarios.test_who_is_cut_off_from_a_living_coordinator_leaves),
+        (is_silent_until_it_is_active, scenarios.test_a_client_that_is_cut_off_from_a_living_coordinator_leaves),
         (
             takes_silence_for_being_cut_off,
             scenarios.test_a_next_coordinator_that_hangs_is_lost_and_nobody_is_taken_for_cut_off,
         ),
         (remembers_goodbyes, scenarios.test_the_goodbye_of_a_rank_whose_client_was_dropped_is_forgotten),
-        (hears_goodbyes_of_who_is_out, scenarios.test_the_late_goodbye_of_who_was_dropped_does_not_count),
+        (hears_goodbyes_of_who_is_out, scenarios.test_the_late_goodbye_of_a_dropped_client_does_not_count),
         (continues_after_it_was_stopped, scenarios.test_coordinators_that_were_stopped_are_lost_and_learn_it_later),
-        (waits_for_those_who_hang, lambda: scenarios.test_who_hangs_is_dropped(1, True)),
+        (waits_for_those_who_hang, lambda: scenarios.test_a_client_that_hangs_is_dropped(1, True)),
         (does_not_vote_again, scenarios.test_coordinators_are_lost_one_after_the_other),
     ],
     ids=lambda each: each.__name__ if each.__name__ in globals() else "",
 )
-def test_mistakes_are_found(mistake: Callable, schedule: Callable, monkeypatch) -> None:
+def test_each_mistake_in_the_protocol_is_found_by_its_schedule(
+    mistake: Callable, schedule: Callable, monkeypatch
+) -> None:
     mistake(monkeypatch)
     with pytest.raises(AssertionError):  # Violation is one
         schedule()

@@ -26,7 +26,7 @@ def config(min_clients: int, on_partition: str, return_s: float) -> ClusterConfi
 
 
 @pytest.mark.parametrize(("on_partition", "return_s"), product(["stop", "continue"], [0.0, 60.0]))
-def test_every_case(on_partition, return_s):
+def test_the_policy_continues_stops_rejoins_or_reunites_in_every_case(on_partition, return_s):
     enough, few = config(3, on_partition, return_s), config(4, on_partition, return_s)
     assert decide(Situation(VIEW, WHOLE), enough) == GOES_ON
     assert decide(Situation(VIEW, TORN), enough) == (STOPS if on_partition == "stop" else PARTS)

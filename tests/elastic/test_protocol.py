@@ -177,7 +177,7 @@ class Faults(RuleBasedStateMachine):
             job.checks.is_one_part()
 
 
-def test_random_faults() -> None:
+def test_the_protocol_keeps_its_promises_under_random_faults() -> None:
     """Without shrinking in `make test`, where a failure is for a campaign to look at."""
     options = {"max_examples": JOBS or 600, "stateful_step_count": 25 if JOBS else 15, "derandomize": not JOBS}
     phases = [Phase.generate, Phase.shrink] if JOBS else [Phase.generate]

@@ -82,7 +82,7 @@ def test_a_decision_that_only_one_has_heard_counts_for_all(told):
     ends_well(job, {1, 2})
 
 
-def test_who_was_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out():
+def test_a_client_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_stays_out():
     """Client 3 has lost the coordinator, without knowing why, and only client 2 has heard that it is out."""
     job = in_training(4)
     job.clean = False
@@ -101,7 +101,7 @@ def test_who_was_dropped_by_a_decision_that_the_next_coordinator_has_not_heard_s
     ends_well(job, {1, 2})
 
 
-def test_who_is_given_a_decision_after_a_loss_waits_for_nobody_lost():
+def test_a_client_that_is_given_a_decision_after_a_loss_waits_for_nobody_lost():
     """Client 3 notices the loss late, when all others have given up their messages already."""
     job = in_training(4)
     tell_only(job, 2)
@@ -112,7 +112,7 @@ def test_who_is_given_a_decision_after_a_loss_waits_for_nobody_lost():
     ends_well(job, {1, 2, 3})
 
 
-def test_who_does_not_come_to_the_next_coordinator_is_out():
+def test_a_client_that_does_not_come_to_the_next_coordinator_is_out():
     job = in_training(3)
     job.freeze(job.ranks(2), 60.0)
     job.kill(job.current[0])
@@ -120,7 +120,7 @@ def test_who_does_not_come_to_the_next_coordinator_is_out():
     assert job.current[1].log[-1].clients == (1,)
 
 
-def test_who_is_cut_off_from_a_living_coordinator_leaves():
+def test_a_client_that_is_cut_off_from_a_living_coordinator_leaves():
     job = in_training(3)
     job.clean = False
     job.cut(job.current[2].connection, lose=True)
@@ -142,7 +142,7 @@ def test_a_next_coordinator_that_hangs_is_lost_and_nobody_is_taken_for_cut_off()
 
 @pytest.mark.parametrize("hanging", [1, 0], ids=["another client", "the coordinator's own client"])
 @pytest.mark.parametrize("whole", [False, True], ids=["a main thread", "processes"])
-def test_who_hangs_is_dropped(hanging, whole):
+def test_a_client_that_hangs_is_dropped(hanging, whole):
     job = in_training(3, ranks=2)
     hangs = job.ranks(hanging)
     if whole:
@@ -157,7 +157,7 @@ def test_who_hangs_is_dropped(hanging, whole):
     ends_well(job, set(others))
 
 
-def test_nobody_is_dropped_who_continues_after_all():
+def test_a_client_that_continues_after_all_is_not_dropped():
     job = in_training(3)
     job.freeze(job.ranks(2), 32.0)  # the others are about to take it for hanging
     job.run(40)
@@ -228,7 +228,7 @@ def test_nobody_comes_in_with_a_decision_that_another_one_is_lost_by():
     ends_well(job, {0, 1, 3})
 
 
-def test_who_waits_to_come_in_learns_of_those_who_came_before():
+def test_a_guest_that_waits_learns_of_the_guests_that_came_before():
     job = in_training(4)
     for client in (1, 3):
         job.kill(job.current[client])
@@ -240,7 +240,7 @@ def test_who_waits_to_come_in_learns_of_those_who_came_before():
     ends_well(job, {0, 1, 2, 3})
 
 
-def test_who_asks_just_after_another_has_come_in_is_told_its_address():
+def test_a_guest_that_asks_just_after_another_has_come_in_is_told_its_address():
     """The leader has not heard yet of the decision by which client 0, absent at the start, has come in."""
     job = in_training(4, present=(1, 2, 3))
     job.kill(job.current[3])
@@ -259,7 +259,7 @@ def test_who_asks_just_after_another_has_come_in_is_told_its_address():
     ends_well(job, {0, 1, 2, 3})
 
 
-def test_who_waits_to_come_in_asks_again_when_the_store_has_moved():
+def test_a_guest_that_waits_asks_again_when_the_store_has_moved():
     """Client 1 hosts the store; the new host has invited nobody yet when it is lost."""
     job = in_training(4)
     job.kill(job.current[0])
@@ -275,7 +275,7 @@ def test_who_waits_to_come_in_asks_again_when_the_store_has_moved():
     ends_well(job, {1, 2})
 
 
-def test_who_comes_is_invited_to_one_store_whenever_its_first_rank_asked():
+def test_all_ranks_of_a_guest_are_invited_to_one_store_whenever_the_first_asked():
     """The job moves to another store between the two ranks of client 1."""
     coordinator = Coordinator(ClientLayout(2, 2), 0, (0,), 60.0, 60.0, 0.0)
 
@@ -332,7 +332,7 @@ def test_the_coordinator_is_lost_before_a_guest_came_in():
     ends_well(job, {1, 2})
 
 
-def test_the_late_goodbye_of_who_was_dropped_does_not_count():
+def test_the_late_goodbye_of_a_dropped_client_does_not_count():
     """A process that was stopped says goodbye when it runs again; its client has come back meanwhile."""
     job = in_training(3)
     old = job.current[1]
@@ -375,7 +375,7 @@ def test_goodbyes_put_nobody_out():
     assert {process.log[-1].clients for process in job.processes} == {(0, 1, 2)}
 
 
-def test_who_leaves_is_out_and_the_coordinator_may():
+def test_a_client_that_leaves_is_out_and_the_coordinator_may_leave():
     job = in_training(4)
     for client in (2, 0):
         leaves = job.current[client]

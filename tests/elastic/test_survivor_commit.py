@@ -61,7 +61,7 @@ def test_work_that_does_not_count_for_all_is_done_again_on_new_connections(found
     assert connections.told == ["works", [True, False], "reconnects", "works", [True, False]]
 
 
-def test_whoever_sees_an_error_lets_the_others_stop_waiting_before_it_says_no():
+def test_a_rank_that_sees_an_error_lets_the_others_stop_waiting_before_it_says_no():
     connections = Connections()
     commit = SurvivorCommit(connections)
     assert commit.run(works(connections, MessageError("damaged"), 7)) == 7

@@ -35,7 +35,7 @@ def test_without_those_who_leave_no_pair_is_apart_and_nobody_leaves_in_vain(clie
     assert len(set(leaving)) == len(leaving) <= len(apart)
 
 
-def test_who_most_cannot_reach_leaves_and_of_a_pair_the_last_in_the_line():
+def test_the_client_that_most_cannot_reach_leaves_and_of_a_pair_the_last_in_the_line():
     assert who_leaves({(0, 3), (1, 3), (2, 3)}, [3, 0, 1, 2]) == [3]
     assert who_leaves({(1, 4)}, [0, 4, 2, 1]) == [1]
     assert who_leaves(set(), [0, 1]) == []

@@ -178,7 +178,7 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
     assert job.vote({0: 1})[0].clients == (0,), "its own coordinator, which is a new one, has taken over"
 
 
-def test_who_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path):
+def test_a_client_that_is_still_in_cannot_join_and_a_guest_that_goes_is_forgotten(tmp_path):
     job = Job(3)
     wait_until_connected(job)
     job.servers[0].invite(invitation(job))
@@ -206,7 +206,7 @@ def test_of_two_processes_that_join_as_one_rank_the_first_is_told(tmp_path):
             entering.result(60)
 
 
-def test_nobody_to_join_is_said(tmp_path):
+def test_a_client_that_finds_nobody_to_join_says_so(tmp_path):
     launch = Launch("deepspeed", 1, 2, 0, None)
     with pytest.raises(LaunchError, match="no addresses of a job to join"):
         join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)

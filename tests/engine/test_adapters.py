@@ -34,7 +34,7 @@ def dec_lora(path, *overrides: str):
         ("[down_proj,down_proj,lm_head]", range(3), ["down_proj"]),
     ],
 )
-def test_layers_with_adapters(tiny_model, targets, layers, ends):
+def test_adapters_go_to_the_named_layers_or_to_all_linear_ones(tiny_model, targets, layers, ends):
     config = dec_lora(tiny_model, f"lora.target_modules={targets}", "lora.rank=2", "lora.alpha=3")
     model = meta_model(config.model, AutoConfig.from_pretrained(tiny_model))
     plain = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -114,7 +114,7 @@ def test_adapters_are_one_block(tiny_model):
 
 
 @pytest.mark.parametrize(("key", "value"), [("rank", 0), ("alpha", 0), ("dropout", 1), ("dropout", -0.1)])
-def test_values_out_of_range(tiny_model, key, value):
+def test_a_value_out_of_range_is_refused_by_its_key(tiny_model, key, value):
     with pytest.raises(ConfigError, match=rf"lora.{key} = .* is out of range"):
         dec_lora(tiny_model, f"lora.{key}={value}")
 

@@ -76,7 +76,7 @@ def test_attention_that_there_is_not_is_told_by_its_key(make):
     assert caught.value.where == "model.attention"
 
 
-def test_attention_that_this_host_lacks_a_package_for(make, monkeypatch):
+def test_attention_without_its_package_is_warned_of_in_a_plan_and_refused_in_a_run(make, monkeypatch):
     """The plan may be made where no model is to run."""
     folder = make(CONFIGS["llama"]())
     monkeypatch.setattr(LlamaForCausalLM, "_flash_attn_can_dispatch", lack, raising=True)

@@ -112,7 +112,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_equals_the_loss_of_all_logits_in_training_and_evaluation(name, chunked):
+def test_the_loss_equals_that_of_all_logits_in_training_and_evaluation(name, chunked):
     model = build(HEADS[name])
     loss, gradients, came, by_token = compute_whole(model)
     chunked(model)
@@ -201,7 +201,7 @@ def test_positions_without_a_target_have_no_logits():
     ],
     ids=["head", "layer", "layer below a tied head", "tied head"],
 )
-def test_gradients_of_one_block(make, trained, chunked):
+def test_the_gradients_of_one_block_equal_those_of_all_logits(make, trained, chunked):
     model = build(make)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
@@ -212,7 +212,7 @@ def test_gradients_of_one_block(make, trained, chunked):
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_to_train_and_no_targets(chunked):
+def test_without_targets_the_loss_is_zero_and_with_nothing_to_train_it_has_no_gradient(chunked):
     model = build(CONFIGS["llama"])
     chunked(model)
     nothing = ROWS | {"labels": torch.full_like(ROWS["labels"], -100)}

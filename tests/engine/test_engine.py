@@ -42,7 +42,9 @@ def dense(tiny_model):
 
 
 @pytest.mark.parametrize(("ranks", "checkpointing"), [(1, False), (2, True), (3, False)])
-def test_engine(tiny_model, dense, tmp_path, ranks, checkpointing):
+def test_gradients_clipping_and_block_switches_equal_a_dense_model_on_any_number_of_ranks(
+    tiny_model, dense, tmp_path, ranks, checkpointing
+):
     overrides = ["data.micro_batch_size=1", "data.batch_size=12", f"model.gradient_checkpointing={checkpointing}"]
     overrides.append("deepspeed=ds_configs/zero3_lean.json")
     found = measure(ranks, tiny_model, tmp_path / "found.json", *overrides)

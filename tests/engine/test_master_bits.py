@@ -73,7 +73,7 @@ def test_the_low_bits_of_slices_lie_side_by_side_and_some_are_empty():
 
 
 @pytest.mark.parametrize("size", [1, 2**16 - 1, 2**16 + 1])
-def test_pieces_meet(size):
+def test_values_of_any_size_are_split_and_joined_piece_by_piece(size):
     master = torch.randn(size, generator=torch.Generator().manual_seed(size))
     assert torch.equal(join(rounded(master), low_bits(master)), master)
 

@@ -34,7 +34,7 @@ def batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_has_the_bits_of_shifted_logits(batch, dtype):
+def test_the_loss_has_the_bits_of_shifted_logits(batch, dtype):
     model, targets = Fixed(dtype), 70
     losses, right, mask = token_scores(model, batch, torch.device("cpu"))
     loss = training_loss(model, batch, torch.device("cpu"), targets)
@@ -51,7 +51,7 @@ def test_it_has_the_bits_of_shifted_logits(batch, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "conversions"), [(torch.float32, 0), (torch.bfloat16, 2)])
-def test_it_makes_what_the_softmax_and_its_gradient_need(batch, dtype, conversions):
+def test_the_loss_allocates_only_what_the_softmax_and_its_gradient_need(batch, dtype, conversions):
     """The logarithms of the softmax, their gradient and that of the logits; and to float32 and back."""
     model = Fixed(dtype)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

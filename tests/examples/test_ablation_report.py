@@ -72,7 +72,7 @@ def test_the_best_learning_rate_is_of_the_tuning_seed(rows):
     assert rows["later"].lr is None and not rows["later"].runs, "two of its seeds have not run"
 
 
-def test_means_and_intervals(rows):
+def test_means_intervals_and_closed_gaps_are_those_computed_by_hand(rows):
     from summary import clients_loss, clients_mean, difference, gap_closed
 
     loss = rows["first"].interval(clients_loss)
@@ -131,7 +131,7 @@ def test_what_depends_on_the_seeds_graph_is_a_mean_over_the_seeds(rows):
     assert replace(row, variant=changing).bound is None, "its gap is of a period, not of an averaging"
 
 
-def test_signs_that_agree(rows):
+def test_differences_are_paired_by_seed_and_agreeing_signs_are_counted(rows):
     from summary import agreeing, differences
 
     assert differences(rows["second"], rows["first"]) == pytest.approx([0.1, 0.2, 0.3])
@@ -182,7 +182,7 @@ def test_a_study_may_report_seeds_of_its_own(tmp_path):
     assert row.lr == 2.0 and [run["loss"] for run in row.runs] == pytest.approx([0.6, 0.7])
 
 
-def test_the_table(rows):
+def test_the_tables_have_the_numbers_of_the_rows_and_say_what_did_not_finish(rows):
     from report import tables
 
     runs = {run["key"]: run for row in rows.values() for run in row.runs} | {"superseded": {"cpu_seconds": 3600.0}}
@@ -231,7 +231,7 @@ def test_equal_runs_are_said_to_be_equal(rows):
     assert "| +0.000 +- 0.000 | the same bits |" in tables([("rounds", "news", [rows["first"], twin])], {})
 
 
-def test_the_papers_ordering(rows):
+def test_the_differences_of_the_papers_ordering_have_a_table_of_their_own(rows):
     from dataclasses import replace
 
     from report import ORDERING, tables
@@ -244,7 +244,7 @@ def test_the_papers_ordering(rows):
     assert "| blocks | news | +" not in table
 
 
-def test_the_figures(tmp_path):
+def test_the_committed_figures_are_those_that_the_runs_make(tmp_path):
     pytest.importorskip("matplotlib")
     from ablation import finished, load_studies
     from plots import draw

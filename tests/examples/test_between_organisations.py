@@ -42,7 +42,7 @@ def test_every_site_reaches_every_other_one():
             assert "Endpoint" in back and "PersistentKeepalive" in back
 
 
-def test_the_configuration_is_one(tmp_path):
+def test_the_pages_configuration_loads_and_fits_its_network(tmp_path):
     (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
     (tmp_path / "my_run.yaml").write_text(f"{block}model: {{path: model}}\n")
     config = load_config(tmp_path / "my_run.yaml")

@@ -173,7 +173,7 @@ def test_kubernetes_the_launcher_has_succeeded_only_where_the_run_is_done(slurm,
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
-def test_hosts_without_a_scheduler(slurm, folder, launcher):
+def test_templates_without_a_scheduler_pass_arguments_that_launcher_and_trainer_understand(slurm, folder, launcher):
     """The launcher's and the trainer's arguments are understood."""
     from torch.distributed.run import get_args_parser
 

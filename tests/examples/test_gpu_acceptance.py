@@ -9,7 +9,7 @@ from jobs import preloaded_server
 
 
 @pytest.mark.multiprocess
-def test_the_small_form(tmp_path, monkeypatch, capsys):
+def test_on_cpus_the_small_form_passes_what_needs_no_gpu_and_covers_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_acceptance, "PYTHON", preloaded.PYTHON)
     monkeypatch.setenv(preloaded.ADDRESS, preloaded_server().address)
     only = "hardware,placement,transports,write_order,exact_masters,gossip"

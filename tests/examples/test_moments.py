@@ -21,7 +21,7 @@ def modules(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"algorithm.signal": "fade"}, {"algorithm.method": "gossip-adam"}], ids=str)
-def test_a_watched_run(tiny_model, word_files, changes):
+def test_a_run_that_is_watched_trains_as_one_that_is_not(tiny_model, word_files, changes):
     from moments import COLUMNS, table, watched
 
     keys = {

@@ -27,7 +27,7 @@ def test_every_recipe_is_planned():
 
 
 @pytest.mark.parametrize(("recipe", "shape", "billions", "gpu", "passes"), PLANS)
-def test_the_recipe_fits_what_it_names(recipe, shape, billions, gpu, passes):
+def test_a_recipe_fits_the_gpu_that_it_names(recipe, shape, billions, gpu, passes):
     path = RECIPES / f"{recipe}.yaml"
     config = load_config(path, [f"model.path={RECIPES / 'shapes' / shape}"])
     check_method(config)

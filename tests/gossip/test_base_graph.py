@@ -37,7 +37,7 @@ def test_of_six_clients_the_period_is_that_of_two_groups_of_three():
     assert [len(base_graph(n, 2)) for n in (3, 4, 6, 9)] == [1, 2, 2, 2]
 
 
-def test_three_clients_one_neighbour_at_a_time():
+def test_three_clients_agree_in_three_averagings_of_pairs():
     """Two agree; one of them takes a third of the difference to the other client, which takes two; the two agree."""
     first, second, third = base_graph(3, 1)
     half = [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]
@@ -46,7 +46,7 @@ def test_three_clients_one_neighbour_at_a_time():
     np.testing.assert_array_equal(third, half)
 
 
-def test_the_configuration_chooses_it():
+def test_the_configuration_chooses_graph_and_degree():
     mixing = build_mixing(GossipConfig(graph="base", degree=2), 5, seed=0)
     assert (mixing.max_degree, mixing.period, mixing.spectral_gap) == (2, 3, 1.0)
     assert mixing.summary().startswith("base (degree 2) on 5 clients, period 3: at most 2 neighbours a client")

@@ -25,7 +25,7 @@ LINES = st.lists(st.lists(NUMBERS, max_size=4).map(" ".join), max_size=5).map("\
 @example(content=b"1/2 1/2 0\n1/2 1/4 1/4\n0 1/4 3/4\n")
 @example(content=b"9" * 5000 + b" 1")
 @example(content=b"1/" + b"9" * 5000)
-def test_any_file(tmp_path, key, content):
+def test_any_file_is_a_usable_matrix_or_one_error_that_names_it(tmp_path, key, content):
     path = tmp_path / "file.txt"
     path.write_bytes(content)
     config = GossipConfig(graph="edge_list", edges=str(path)) if key == "edges" else GossipConfig(matrix=str(path))

@@ -63,7 +63,7 @@ def test_two_runs_are_bit_identical():
     assert all(map(torch.equal, first, second))
 
 
-def test_own_weight_of_zero_and_directed_matrix(tmp_path):
+def test_an_own_weight_of_zero_leaves_the_neighbours_alone_in_the_mean(tmp_path):
     path = tmp_path / "w.txt"
     path.write_text("0 1/2 1/2\n1/2 0 1/2\n1/2 1/2 0\n")
     schedule = build_mixing(GossipConfig(matrix=str(path)), 3, seed=0)
@@ -75,7 +75,7 @@ def test_own_weight_of_zero_and_directed_matrix(tmp_path):
     assert on_all_clients(3, body) == [[3.0, 3.0], [2.5, 2.5], [1.5, 1.5]]
 
 
-def test_nobody_to_talk_to_sends_nothing():
+def test_a_client_without_neighbours_sends_nothing():
     gossip = Gossip(LocalNetwork(3).transport(1), build_mixing(GossipConfig(graph="isolated"), 3, seed=0))
     averaging = begin(gossip, 0)
     assert not averaging.mixes and not list(averaging.settle())
@@ -210,7 +210,7 @@ def test_misuse_is_refused():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_collectives(n: int, monkeypatch: pytest.MonkeyPatch):
+def test_sum_barrier_and_gathering_give_every_client_the_same(n: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("deca_ds.transport.collectives.REDUCE_PIECE", 7)
 
     def body(transport: LocalTransport) -> tuple:

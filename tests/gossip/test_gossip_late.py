@@ -296,5 +296,5 @@ def test_a_matrix_that_is_not_symmetric_is_refused(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["ring", "torus", "star", "erdos_renyi", "bipartite", "isolated"])
-def test_undirected_graphs_are_not(kind: str):
+def test_undirected_graphs_may_have_late_neighbours(kind: str):
     check_wait(2.0, build_mixing(GossipConfig(graph=kind), 6, seed=0))

@@ -38,7 +38,7 @@ def test_no_value_that_is_not_finite_gets_past_the_mean(weights, numel, client, 
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)
-def test_nor_one_that_has_no_weight(value: float):
+def test_a_value_that_is_not_finite_is_found_though_it_has_no_weight(value: float):
     values, out = terms(3, 50), torch.empty(50)
     values[1][7] = value
     assert not weighted_mean(values, {0: 0.5, 1: 0.0, 2: 0.5}, out)

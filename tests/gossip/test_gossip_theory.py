@@ -46,7 +46,7 @@ def test_the_bound_is_reached_by_the_slowest_mode_of_a_ring():
     assert np.abs(values).max() == pytest.approx(predicted_disagreement(schedule.spectral_gap, lr, 3), rel=1e-6)
 
 
-def test_extremes():
+def test_isolated_clients_never_agree_and_those_of_a_complete_graph_after_one_averaging():
     assert averagings_to_agree(mixing("isolated", 3)) == math.inf == predicted_disagreement(0.0, 0.1, 1)
     assert averagings_to_agree(mixing("complete", 3)) == 1.0 and predicted_disagreement(1.0, 0.1, 1) == 0.0
 
@@ -70,7 +70,7 @@ def test_what_averagings_do_is_told_in_words(graph, clients, told):
     assert re.match(told, agreement(mixing(graph, clients)))
 
 
-def test_closer_by_as_much_as_is_told():
+def test_an_averaging_brings_clients_closer_by_the_factor_that_is_told():
     """In the worst case of a symmetric matrix, by just that."""
     schedule = mixing("ring", 4)
     values = np.array([1.0, 0.0, -1.0, 0.0])
@@ -100,7 +100,7 @@ def test_slow_graphs_are_warned_of(graph, clients, changes, words):
 
 @pytest.mark.parametrize("graph", ["ring", "erdos_renyi", "complete", "star"])
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.3, 0.9])
-def test_what_gasloc_leaves_of_a_disagreement(graph, momentum):
+def test_gasloc_shrinks_a_disagreement_at_the_predicted_rate(graph, momentum):
     """Without local steps, by the method's own rule; the rate is of many averagings, at worst and reached."""
     matrix, rule = mixing(graph, 8).matrix(0), build_rule("gasloc", outer_momentum=momentum)
     mixed, start = torch.tensor(matrix), np.random.default_rng(0).standard_normal((8, 5))
@@ -118,7 +118,7 @@ def test_what_gasloc_leaves_of_a_disagreement(graph, momentum):
     assert left_with_momentum(matrix, 0.0) == pytest.approx(1 - mixing(graph, 8).spectral_gap)
 
 
-def test_the_momentum_that_suits_a_graph():
+def test_the_best_momentum_of_a_graph_shrinks_disagreement_faster_than_any_other():
     gap = mixing("ring", 8).spectral_gap
     matrix, best = mixing("ring", 8).matrix(0), (1 - math.sqrt(gap)) ** 2
     assert left_with_momentum(matrix, best) == pytest.approx(math.sqrt(best), rel=1e-6) == 1 - math.sqrt(gap)

@@ -225,7 +225,7 @@ def test_exports_are_merged_plain_models(runs, references, tmp_path):
     assert last_line(run / "metrics/job.jsonl")["mean"]["loss"] == pytest.approx(score / examples, rel=1e-5)
 
 
-def test_bfloat16_with_dropout_and_checkpointing(runs, tmp_path):
+def test_in_bfloat16_adapters_train_as_float32_masters_with_dropout_and_checkpointing(runs, tmp_path):
     *_, arguments = runs
     config, run, saved, adapters = opened(arguments)
     start = drawn(config)

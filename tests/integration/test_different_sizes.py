@@ -103,13 +103,13 @@ def assert_expected(folder, keys):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sizes", ["even", "mpi"])
-def test_over_mpi(folder, assert_expected, sizes, case):
+def test_over_mpi_clients_of_different_sizes_train_what_those_of_one_size_train(folder, assert_expected, sizes, case):
     ranks = SIZES[sizes] or [1, 1, 1]
     assert ShardedModel(folder / sizes / case / "model").ranks == dict(enumerate(ranks))
     assert_expected(f"{sizes}/{case}", case)
 
 
-def test_over_torch(folder, assert_expected):
+def test_over_torch_clients_of_different_sizes_train_what_those_of_one_size_train(folder, assert_expected):
     assert ShardedModel(folder / "torch/deca/model").ranks == {0: 1, 1: 2, 2: 1}
     assert_expected("torch/deca", "deca")
 

@@ -76,7 +76,7 @@ def clients_in(run: Path, step: int) -> list[int]:
 
 
 @pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun")
-def test_clients_die_over_mpi(keys, tmp_path):
+def test_over_mpi_the_others_continue_when_clients_die_and_messages_are_damaged(keys, tmp_path):
     """Clients of different sizes die: one in an evaluation, then, by its second rank during an averaging, the one that
     speaks for the job. Before that a message is damaged."""
     output = tmp_path / "run"

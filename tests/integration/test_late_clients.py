@@ -86,7 +86,7 @@ def test_a_stopped_client_is_left_out_and_the_numbers_are_those_of_the_matrices(
     assert_dense(saved, dense(load_config(None, keys), matrices(skipped)), changes[0])
 
 
-def test_two_ranks_a_client_of_which_one_is_stopped(keys, tmp_path):
+def test_of_two_ranks_a_client_one_that_is_stopped_is_left_out_and_comes_back(keys, tmp_path):
     """Every shard's pairs decide for themselves; both clients of an edge tell the same."""
     if not (BIN / "mpirun").exists():
         pytest.skip("no mpirun")

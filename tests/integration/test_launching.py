@@ -63,7 +63,7 @@ def test_every_launcher_runs_the_same_job(config, tmp_path, launcher, ranks, exp
     assert len(read.edges) == clients - 1 and read.steps[0][-1].waited >= 0 and len(read.data) == clients
 
 
-def test_the_whole_line_to_a_generation(config, tmp_path):
+def test_a_run_is_exported_loaded_by_transformers_and_generates(config, tmp_path):
     overrides = ["gossip.graph=isolated", "logging.tensorboard=true", "algorithm.rounds=2", "blocks.order=random"]
     finished = launch("mpirun", 4, ["--config", str(config), *overrides])
     assert finished.code == 0, finished.output[-4000:]
@@ -86,7 +86,7 @@ def test_the_whole_line_to_a_generation(config, tmp_path):
     assert records(run, "job", "evaluation")[-1]["consensus_distance"] > 0
 
 
-def test_bfloat16_and_parameters_offloaded_to_the_cpu(config, tmp_path):
+def test_a_bfloat16_model_with_offloaded_parameters_trains(config, tmp_path):
     overrides = ["model.dtype=bfloat16", "deepspeed=ds_configs/zero3_offload.json", "model.gradient_checkpointing=true"]
     finished = launch("hand", 2, ["--config", str(config), "cluster.clients=1", *overrides])
     assert finished.code == 0, finished.output[-4000:]

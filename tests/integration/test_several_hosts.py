@@ -68,7 +68,7 @@ def in_training(cluster: Cluster, host: str, output: Path, client: int) -> Calla
     return lambda process: wait_until(lambda: steps_done(metrics) >= 3, "in training", process=process)
 
 
-def test_pdsh_a_host_with_two_clients_and_a_client_on_two_hosts(cluster, capsys):
+def test_pdsh_clients_share_a_host_or_span_two_and_are_exported_once_their_files_are_together(cluster, capsys):
     command, output = job(cluster, "whole", {"n0": 2, "n1": 1, "n2": 1}, sizes=(1, 1, 2))
     finished = cluster.run("n0", command)
     assert finished.code == 0, finished.output[-4000:]
@@ -122,7 +122,7 @@ def test_deca_stop_ends_a_job_whose_launcher_was_killed(cluster):
     assert not cluster.left()
 
 
-def test_mpirun_across_hosts_and_a_rank_that_is_killed(cluster):
+def test_mpirun_across_hosts_leaves_no_process_when_a_rank_is_killed(cluster):
     """The client of two ranks spans both hosts. No process of either stays when one of them is killed."""
     options = ("--launcher", "openmpi", "--launcher_args", "--mca btl_tcp_if_include lan")
     keys = {"algorithm.inner_steps": 100_000, "cluster.transport": "mpi"}

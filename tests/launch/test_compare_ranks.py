@@ -94,7 +94,7 @@ def test_digests_of_whole_clients_are_compared_among_all_ranks():
     assert all("rank 3 on" in message and "3 others same" in message for message in on_all_ranks(body))
 
 
-def test_odd_ones():
+def test_ranks_that_differ_from_the_majority_are_named():
     assert odd_ones(dict(enumerate(["a", "a"])), dict(enumerate(["h", "h"]))) == []
     assert odd_ones(dict(enumerate(["b", "a", "a"])), dict(enumerate(["n0", "n1", "n2"]))) == [
         "rank 0 on n0 has {} b, 2 others a"

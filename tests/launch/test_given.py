@@ -41,7 +41,7 @@ def test_the_hostfile_is_the_launchers(words, hostfile):
     assert found.hostfile == (None if hostfile is None else Path(hostfile))
 
 
-def test_hosts_of_ranks():
+def test_the_world_info_of_deepspeed_tells_the_host_of_each_rank():
     assert Given.of([started({"n0": [0, 1], "n1": [0]})]).hosts == ("n0", "n0", "n1")
     assert Given.of([Command(["x", "--world_info=%%%"], "/")]) == Given()
     assert Given(hosts=("n0", "n1")).host(1) == "rank 1 on n1" and Given().host(1) == "rank 1"

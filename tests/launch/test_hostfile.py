@@ -26,7 +26,7 @@ LINES = st.lists(
 @example(content="a slots=\u0663\n".encode())
 @example(content=b"\0\xc2\xa0 slots=1")
 @example(content=b"a slots=1 # one\x1cb slots=1")
-def test_any_hostfile(tmp_path, content):
+def test_any_hostfile_is_read_as_deepspeed_reads_it_or_refused_with_its_name(tmp_path, content):
     path = tmp_path / "hosts"
     path.write_bytes(content)
     try:
@@ -69,5 +69,5 @@ def test_every_rank_is_on_the_host_of_its_slot(counts, data):
         assert names == sorted(names, key=list(slots).index)
 
 
-def test_clients_of_different_sizes():
+def test_hosts_follow_clients_of_different_sizes():
     assert hosts_of_clients({"a": 2, "b": 2}, ClientLayout.of([2, 1, 1])) == [["a"], ["b"], ["b"]]

@@ -53,7 +53,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launchers(name):
+def test_rank_host_and_world_are_read_from_each_launchers_variables(name):
     environ, launch = LAUNCHERS[name]
     assert read_launch(environ) == launch
 

@@ -63,7 +63,7 @@ def test_a_first_rank_that_is_not_there_costs_no_more_than_meeting():
         (("/x/hostz", ("localhost",), True), 2, "deepspeed was given the hostfile '/x/hostz', which is not there"),
     ],
 )
-def test_what_a_rank_says_of_its_launch(given, code, told):
+def test_a_rank_ends_with_the_host_that_is_silent_or_the_hostfile_that_is_not_there(given, code, told):
     rank = {"RANK": 0, "WORLD_SIZE": len(given[1]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     keys = ["model.path=x", "data.train=[x.jsonl]", "cluster.clients=2", "cluster.meet_s=0.3"]
     worker = Path(__file__).with_name("meet_worker.py")

@@ -30,7 +30,7 @@ def by_name(found) -> dict[str, int]:
     return {part.name: part.bytes for part in found.worst.parts}
 
 
-def test_a_bfloat16_model_of_two_ranks_on_gpus():
+def test_the_memory_of_a_bfloat16_model_on_two_gpus_is_the_sum_by_hand():
     found = estimate(2, True, "model.dtype=bfloat16")
     numel = sum(prod(p.shape) for p in found.model.parameters())
     layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
@@ -98,7 +98,9 @@ ONE_BY_ONE = [("a",), ("b",), ("c",)]
         ([(), ("a",), ("b",)], 0, 8, 1000, "b", Gathered(12 + 12, 12 + 12, 7)),  # the module around them looks ahead
     ],
 )
-def test_what_is_gathered_at_a_time(calls, reuse, prefetch, live, trained, expected):
+def test_the_most_that_is_gathered_follows_deepspeeds_reuse_prefetch_and_live_limits(
+    calls, reuse, prefetch, live, trained, expected
+):
     zero = {
         "stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": prefetch, "stage3_max_live_parameters": live
     }  # fmt: skip

@@ -53,13 +53,13 @@ def flops(**differing) -> float:
     return pass_flops(100, **given | differing)
 
 
-def test_operations_of_passes():
+def test_operations_count_forward_backward_and_recomputation():
     # 100 elements of matrices; 30 after the block, 20 in it: forward 2, gradients of activations 2, of weights 2
     assert flops(tokens=7) == 7 * (200 + 60 + 80)
     assert flops(attention=5, attention_above=2, again=True) == 200 + 5 + 60 + 80 + 4 + 100 + 2
 
 
-def test_names_and_rates():
+def test_gpus_and_rates_are_found_by_name_and_unknown_ones_refused():
     assert find_gpu("rtx4090") == ("RTX4090", GPUS["RTX4090"])
     with pytest.raises(ConfigError, match="the plan does not know a GPU 'X1'"):
         find_gpu("X1")

@@ -112,7 +112,7 @@ def test_the_table_has_what_classification_is_judged_by(capsys):
     assert "accuracy - 50.0 to 62.5 % 75.0 %" in printed and "macro-F1 - 37.5 to 40.0 % 68.8 %" in printed
 
 
-def test_clients_with_and_without_a_neighbour_at_a_step(keys, tmp_path):
+def test_a_client_without_a_neighbour_trains_as_if_alone(keys, tmp_path):
     """Client 0 averages with nobody: it trains as if alone, though the others gossip."""
     pairs = np.eye(6)
     pairs[1:, 1:] = 1 / 5

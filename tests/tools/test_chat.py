@@ -46,7 +46,7 @@ def continued(folder, text, tokens):
     return tokenizer.decode(ids[0, len(tokenizer(text)["input_ids"]) :], skip_special_tokens=True)
 
 
-def test_one_prompt_to_two_models(tiny_model, chatty, capsys):
+def test_each_model_answers_the_prompt_in_its_own_template(tiny_model, chatty, capsys):
     command = ["chat", str(tiny_model), str(chatty), "--prompt", "w1 w2", "--max-new-tokens", "6"]
     assert main(command) == 0
     plain, templated = continued(tiny_model, "w1 w2", 6), continued(chatty, "u w1 w2 </s> Label : ", 6)
@@ -128,7 +128,7 @@ def test_weights_that_are_not_there_are_told(tiny_model, tmp_path):
         Speaker(str(tmp_path), CPU)
 
 
-def test_columns_where_there_is_room():
+def test_answers_stand_side_by_side_where_the_terminal_is_wide_enough():
     def console(width, terminal):
         return Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)
 

@@ -17,7 +17,7 @@ from deca_ds.cli import main
         ([], "have a job save a checkpoint and stop"),
     ],
 )
-def test_no_such_command(given, told, capsys):
+def test_an_unknown_command_is_refused_with_the_likeliest_one(given, told, capsys):
     assert main(given) == 2
     printed = capsys.readouterr()
     assert told in printed.err and not printed.out

@@ -56,7 +56,7 @@ def rows(*texts: str, label: str = "red") -> list[dict]:
     return [{"text": text, "label": label} for text in texts]
 
 
-def test_counts_lengths_labels_and_repeats(look, tmp_path):
+def test_labels_lengths_tokens_and_repeats_are_counted(look, tmp_path):
     both = rows("w1 w2", "w1  W2", "w3", "w4 " * 20) + rows("w5", "w6", label="[blue]")
     data = {"train": [write(tmp_path / "train.jsonl", both)], "format": "classification", "partition": "key"}
     data |= {"evaluation": [write(tmp_path / "eval.jsonl", rows("w3", "w9"))], "client_holdout": 0.0, "max_length": 16}
@@ -156,7 +156,7 @@ def test_bins_end_at_the_longest_length_that_is_kept():
         (["--sample", "1", "data.format=classification"], "in the first 1 rows of each file"),
     ],
 )
-def test_mistakes(arguments, message, tiny_model, tmp_path, capsys):
+def test_a_client_or_a_number_that_cannot_be_is_refused(arguments, message, tiny_model, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [*rows("w1"), *rows("w2", label="blue")])
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {{path: {tiny_model}}}\ncluster: {{clients: 2}}\ndata: {{train: [{path}]}}\n")

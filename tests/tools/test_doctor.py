@@ -60,7 +60,9 @@ def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch, capsys):
     assert "HF_TOKEN" in found[".deepspeed_env", "here"]["what"]
 
 
-def test_one_machine_with_a_configuration(tmp_path, tiny_model, word_files, monkeypatch, capsys):
+def test_on_one_machine_the_paths_of_a_configuration_are_checked_and_nothing_is_left_behind(
+    tmp_path, tiny_model, word_files, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(
         f"run: {{output: runs/x, device: cpu}}\ncluster: {{clients: 2}}\nmodel: {{path: {tiny_model}}}\n"
@@ -120,7 +122,7 @@ def test_an_agent_ends_with_its_connection_and_takes_its_files_along(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_hosts_that_send_each_other_messages():
+def test_hosts_are_paired_whose_ranks_send_each_other_messages():
     ring = build_mixing(GossipConfig(graph="ring"), 4, 0)
     apart = pairs_of(ClientLayout.of([1] * 4), ring, ["a", "b", "c", "d"])
     assert apart == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("c", "d")], "the ring, and the store on a"

@@ -223,7 +223,7 @@ def test_an_odd_mount_is_told_where_some_hosts_share_the_output():
     assert needed == "107.4 GB free, 1.1 GB needed", "each host's own share"
 
 
-def test_a_variable_of_this_shell_that_deepspeed_does_not_pass_on():
+def test_a_variable_that_deepspeed_does_not_pass_on_is_warned_of():
     here = sight(9, variables={"GLOO_SOCKET_IFNAME": "lan"})
     assert [each.state for each in found("variables", facts(here=here))] == [WARN]
     passed = [EnvironmentFile("e", ["GLOO_SOCKET_IFNAME=lan"])]
@@ -246,7 +246,7 @@ def test_a_variable_of_this_shell_that_deepspeed_does_not_pass_on():
         ("A=$HOME/x", WARN),
     ],
 )
-def test_lines_of_deepspeed_env(line, state):
+def test_a_line_of_deepspeed_env_that_does_not_do_what_it_says_is_told(line, state):
     told = lint(line)
     assert (told and told[0]) == state
     assert "s3cret" not in str(told)

@@ -15,7 +15,7 @@ def config(tiny_model, word_files, tmp_path, ranks: str):
     return load_config(None, [*keys, files, "data.micro_batch_size=2", f"run.output={tmp_path / 'run'}"])
 
 
-def test_it_names_the_ranks_of_each_client(tiny_model, word_files, tmp_path, capsys):
+def test_the_plan_names_the_ranks_of_each_client(tiny_model, word_files, tmp_path, capsys):
     print_plan(config(tiny_model, word_files, tmp_path, "[2,1,1]"))
     told = " ".join(capsys.readouterr().out.split())
     assert "launch: 4 ranks of clients of different sizes (client 0: 2, client 1: 1, client 2: 1)" in told
@@ -24,6 +24,6 @@ def test_it_names_the_ranks_of_each_client(tiny_model, word_files, tmp_path, cap
 
 
 @pytest.mark.parametrize(("ranks", "message"), [("[2,1,1]", "are 4 ranks, but 3 are launched"), ("[3,1,1]", "3 ranks")])
-def test_it_refuses_what_the_run_would_refuse(tiny_model, word_files, tmp_path, ranks, message):
+def test_the_plan_refuses_what_the_run_would_refuse(tiny_model, word_files, tmp_path, ranks, message):
     with pytest.raises(ConfigError, match=message):
         print_plan(config(tiny_model, word_files, tmp_path, ranks), 3 if ranks == "[2,1,1]" else None)

@@ -199,7 +199,7 @@ def test_a_run_that_has_just_begun_or_was_killed_has_a_page(tmp_path):
     assert "|FAILED|" in made.text and "|rank 1 on n2: out of memory|" in made.text
 
 
-def test_who_was_there_is_told(tmp_path):
+def test_the_page_tells_which_clients_trained_when(tmp_path):
     folder = write_job(tmp_path / "job")
     lines = (folder / "metrics/job.jsonl").read_text()
     gone = {"kind": "membership", "step": 6, "from_step": 6, "clients": [0, 1], "spectral_gap": 0.5, "time": 1.75e9 + 9}

@@ -63,7 +63,7 @@ def supervise(folder: Path, plan: str, *keys: str) -> tuple[int, int]:
         ("diverged:0 done:0", 2, 1, "it would diverge again"),  # the others continued, until they were too few
     ],
 )
-def test_when_it_starts_the_job_again(tmp_path, capfd, plan, code, starts, told):
+def test_a_job_is_started_again_as_long_as_that_may_help(tmp_path, capfd, plan, code, starts, told):
     assert supervise(tmp_path, plan) == (code, starts)
     said = capfd.readouterr().err
     assert told in said and said.count("Starting it again") == starts - 1, said

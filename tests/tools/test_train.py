@@ -34,7 +34,7 @@ def test_ranks_look_for_each_other_as_long_as_the_configuration_says(monkeypatch
     assert f"nobody came for {meet_s} s of {timeout_s} s" in capsys.readouterr().err
 
 
-def test_who_cannot_join_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_a_rank_that_cannot_join_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     """In a folder of something else, as in that of a run which refuses it."""
     launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in launched.items():

@@ -125,7 +125,7 @@ def test_a_job_whose_first_rank_is_gone_may_still_be_at_work(other, tmp_path: Pa
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_where_the_file_system_knows_no_locks(other, tmp_path: Path, monkeypatch, alive: bool) -> None:
+def test_without_locks_heartbeats_tell_whether_the_job_lives(other, tmp_path: Path, monkeypatch, alive: bool) -> None:
     monkeypatch.setattr(claim, "_lock", lambda descriptor: None)
     if not alive:
         other.kill()

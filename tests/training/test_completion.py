@@ -35,7 +35,7 @@ def save(written: Agreed, step: int) -> None:
     written.add(step)
 
 
-def test_one_that_all_have_written_is_complete_from_the_next_agreement_on(commit, written):
+def test_a_checkpoint_that_all_have_written_is_complete_from_the_next_agreement_on(commit, written):
     save(written, 2)
     commit.agree(others=False)
     assert not written.complete(2)
@@ -43,7 +43,7 @@ def test_one_that_all_have_written_is_complete_from_the_next_agreement_on(commit
     assert written.complete(2) and written.keeps(2)
 
 
-def test_who_has_begun_one_has_written_the_one_before(commit, written):
+def test_a_client_that_has_begun_a_checkpoint_has_written_the_one_before(commit, written):
     """So a disk that is slow at every agreement does not hide that there is a checkpoint."""
     for step in (2, 4):
         save(written, step)
@@ -54,7 +54,7 @@ def test_who_has_begun_one_has_written_the_one_before(commit, written):
     assert written.complete(4) and written.keeps(4) and not written.keeps(2)
 
 
-def test_one_that_a_client_has_missed_is_none_for_all_when_it_is_back(commit, written):
+def test_the_checkpoint_before_is_kept_until_a_returned_client_has_written_a_newer_one(commit, written):
     save(written, 2)
     commit.agree()
     commit.members.missing = [1]
@@ -70,7 +70,7 @@ def test_one_that_a_client_has_missed_is_none_for_all_when_it_is_back(commit, wr
     assert written.keeps(6) and not written.keeps(2)
 
 
-def test_one_that_a_client_may_have_died_over_is_kept_beside_the_one_before(commit, written):
+def test_a_checkpoint_that_a_client_may_have_died_over_is_kept_beside_the_one_before(commit, written):
     save(written, 2)
     commit.agree()
     save(written, 4)

@@ -44,7 +44,7 @@ def test_the_start_the_steps_and_the_evaluations_are_told():
     assert "tokens/s" in told and "consensus distance 0.25" in told and told.endswith(" left")
 
 
-def test_who_stands_still_says_what_it_waits_for():
+def test_a_run_that_stands_still_says_what_it_waits_for():
     assert begun(display(idle_s=90)).facts()[-1] == "for 1:30 at: gossip, waiting for client 1"
 
 
@@ -100,7 +100,7 @@ def test_the_bar_tells_the_same_and_fits_the_terminal(width):
     assert "5/10" in console.file.getvalue()
 
 
-def test_who_shows_may_ask_while_the_run_continues():
+def test_the_display_may_ask_ranks_while_the_run_continues():
     """What is noted between two of the thread's steps must not break what it is about to say."""
     shown = begun(display())
     closed, failures = threading.Event(), []

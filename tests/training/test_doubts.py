@@ -103,7 +103,7 @@ def test_every_rule_has_its_case():
         (r"'a \\ b {text}'", False),
     ],
 )
-def test_a_backslash_that_yaml_has_left_as_it_is(told, text, doubted):
+def test_a_backslash_that_yaml_leaves_as_it_is_gets_a_warning(told, text, doubted):
     assert [line.split(" = ")[0] for line in told(*CLASSES, f"data.prompt={text}")] == ["data.prompt"] * doubted
     names = f"data.label_names={{1: {text.replace('{text}', '')}, 2: b}}"
     assert [line.split(" = ")[0] for line in told(*CLASSES, names)] == ["data.label_names.1"] * doubted

@@ -33,7 +33,7 @@ def test_rows_that_fill_up_a_batch_are_not_taken_in():
     assert totals.tolist() == [[7, 17, 27], [0, 0, 0], [5, 15, 25]]
 
 
-def test_the_likeliest_label_counts():
+def test_the_likeliest_label_is_the_one_that_is_scored():
     """Three examples, two labels; rows in any order. Example 2 is scored wrong."""
     rows = [(0, 0, 0, 1.0), (1, 1, 1, 0.5), (0, 1, 0, 2.0), (2, 0, 1, 0.25), (1, 0, 1, 0.75), (2, 1, 1, 3.0)]
     dataset = Dataset.from_dict(

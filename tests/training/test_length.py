@@ -61,7 +61,7 @@ def test_a_batch_that_repeats_its_sequences_is_warned_of():
     assert "10,000 times" in many[-1] and "e+" not in "".join(many)
 
 
-def test_length_in_numbers():
+def test_rounds_become_steps_sequences_epochs_and_tokens():
     config = load_config(None, [*KEYS, "algorithm.rounds=2"])
     summaries = [{"client": client, "train": rows, "train_tokens": 7 * rows} for client, rows in enumerate(ROWS)]
     found = length_of(config, build_schedule(config, 4, 2), summaries)

@@ -29,7 +29,7 @@ def test_the_slow_first_step_and_old_losses_are_forgotten():
 
 @pytest.mark.parametrize("every", [0, 1, 5, 7, 24, 100])
 @pytest.mark.parametrize("done", [0, 1, 5, 23, 24])
-def test_evaluations_that_are_left(done, every):
+def test_the_evaluations_left_are_those_that_the_loop_will_make(done, every):
     assert evaluations_left(done, 24, every) == sum(evaluates(step, 24, every) for step in range(done, 25))
 
 
@@ -44,5 +44,5 @@ def test_a_resumed_run_knows_what_is_left_of_each_block(done, blocks):
 @pytest.mark.parametrize(
     ("seconds", "said"), [(7.4, "0:07"), (760, "12:40"), (11100, "3:05:00"), (2 * 86400 + 3 * 3600 + 9, "2 days 3 h")]
 )
-def test_durations(seconds, said):
+def test_durations_are_told_in_the_units_that_matter(seconds, said):
     assert duration(seconds) == said

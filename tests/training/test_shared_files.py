@@ -158,7 +158,7 @@ def test_only_what_was_trained_since_the_oldest_that_stays_is_written(tmp_path: 
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_those_that_stay_share_nothing_and_outlive_those_that_go(tmp_path: Path, monkeypatch, keep: int) -> None:
+def test_checkpoints_that_stay_do_not_depend_on_those_that_go(tmp_path: Path, monkeypatch, keep: int) -> None:
     job = Job(tmp_path, SCHEDULE, keep=keep)
     linked, link = [], os.link
     monkeypatch.setattr(os, "link", lambda source, target: linked.append(target.name) or link(source, target))

@@ -73,7 +73,7 @@ def metrics(config, output, progress=None):
     return Metrics(config, rank, output, range(8), shown)
 
 
-def test_it_has_the_numbers_of_the_lines_and_nothing_else(package, tmp_path, capfd):
+def test_a_tracker_gets_the_numbers_of_the_metrics_files_and_nothing_else(package, tmp_path, capfd):
     written = metrics(logging(package, project="ours"), tmp_path / "my run")
     written.step(SimpleNamespace(index=3, block=0), {"loss": 1.5, "block": "layers 0-1"})
     own = {"own": {"loss": 1.25, "confusion": [["spam", "ham", 3]]}, "seconds": 0.5}
@@ -91,7 +91,7 @@ def test_it_has_the_numbers_of_the_lines_and_nothing_else(package, tmp_path, cap
     assert not said.out and said.err.count("also go to") == 1
 
 
-def test_what_it_would_send_by_itself_is_off(package, tmp_path):
+def test_what_a_tracker_would_send_by_itself_is_off(package, tmp_path):
     open_trackers(logging(package), tmp_path, "job")
     started = package.runs[0].started
     if package.__name__ == "wandb":
@@ -111,13 +111,13 @@ def test_a_job_that_resumes_continues_in_its_run_and_another_one_does_not(packag
     assert first == again != other
 
 
-def test_one_that_does_not_start_is_told(package, tmp_path):
+def test_a_tracker_that_does_not_start_is_an_error(package, tmp_path):
     package.refuses = ValueError("no such project")
     with pytest.raises(ConfigError, match=rf"logging.tracker={package.__name__} does not start: no such project"):
         metrics(logging(package), tmp_path)
 
 
-def test_one_that_fails_later_does_not_end_the_run(package, tmp_path, capsys):
+def test_a_tracker_that_fails_later_does_not_end_the_run(package, tmp_path, capsys):
     written = metrics(logging(package), tmp_path)
     for run in package.runs:
         run.fails = ConnectionResetError("Connection lost")
@@ -152,7 +152,7 @@ def test_a_service_that_is_slow_to_answer_is_no_standstill(package, tmp_path, mo
     assert seen.own().idle_s == 20, "nothing is granted beyond"
 
 
-def test_who_takes_over_the_job_continues_without_one_that_does_not_start(package, tmp_path, capsys):
+def test_a_rank_that_takes_over_the_job_continues_without_a_tracker_that_does_not_start(package, tmp_path, capsys):
     rank = SimpleNamespace(client=1, is_leader=True, is_job_leader=False, progress=Progress())
     written = Metrics(logging(package), rank, tmp_path, range(8), SimpleNamespace(show=lambda: None))
     rank.is_job_leader, package.refuses = True, OSError("no network")

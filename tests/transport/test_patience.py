@@ -12,7 +12,7 @@ WORKER = str(Path(__file__).with_name("patience_worker.py"))
 
 
 @pytest.mark.multiprocess
-def test_patience_with_a_client_at_work_and_none_with_a_stalled_one(tmp_path):
+def test_a_client_at_work_is_waited_for_and_a_stalled_one_ends_the_job(tmp_path):
     if not (BIN / "mpirun").exists():
         pytest.skip("no mpirun")
     finished = run_command([str(BIN / "mpirun"), "-n", "2", *PYTHON, WORKER, str(tmp_path)])

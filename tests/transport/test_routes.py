@@ -271,7 +271,7 @@ def sum_slice(transport: LocalTransport, values: torch.Tensor, numel: int) -> to
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS)
-def test_collectives(sizes, monkeypatch):
+def test_sums_gathering_and_barrier_work_among_clients_of_any_sizes(sizes, monkeypatch):
     monkeypatch.setattr(collectives, "REDUCE_PIECE", 20)
     ranks, numel = Ranks(sizes), 101
     whole = torch.randn(len(sizes), numel, generator=torch.Generator().manual_seed(1))
@@ -297,7 +297,7 @@ def test_collectives(sizes, monkeypatch):
         assert torch.equal(ranks.together(client, [slices for _, slices, _ in results], [numel]), expected)
 
 
-def test_who_speaks_for_all_is_heard_by_every_leader():
+def test_every_leader_hears_what_the_leaders_say():
     """What ranks of one client say may differ: a leader hears the leaders."""
     ranks = Ranks((2, 1, 3))
     heard = ranks.run(lambda rank: gather_json(ranks.transport(rank), rank))

@@ -109,7 +109,7 @@ def test_the_rank_that_keeps_silent_is_named_within_a_client(job):
     assert "rank 3 on" in job.ranks[2].last_seen(job.store)
 
 
-def test_who_is_awaited_by_a_rank_itself_is_named_with_the_host(job):
+def test_the_rank_that_is_awaited_is_named_with_its_host(job):
     """In a collective the others of its client, in a gossip also those that it exchanges with; not whom these await."""
     job.later(2, *range(6))
     host = job.ranks[0].launch.host
@@ -124,7 +124,7 @@ def test_who_is_awaited_by_a_rank_itself_is_named_with_the_host(job):
     assert job.ranks[2].other_end(HashStore()) == [("rank 0", ""), ("rank 3", "")], "a store that knows of nobody"
 
 
-def test_who_keeps_silent_passes_no_patience_on(job):
+def test_a_silent_rank_passes_no_patience_on(job):
     job.ranks[3].progress.wait_for(2)
     job.later(2, *range(6))
     job.silent.add(3)  # its last words: it waits for client 2, which works on
@@ -223,7 +223,7 @@ def test_work_that_shows_is_waited_for_and_work_that_hangs_ends_the_job_by_name(
     assert stalls[-1].where.startswith("loading the model")
 
 
-def test_who_hangs_at_work_that_nobody_waits_for_ends_too(job):
+def test_a_rank_that_hangs_at_work_that_nobody_waits_for_ends_too(job):
     job.ranks[2].progress.enter("saving", works=True)
     job.ranks[3].progress.enter("the end")
     job.ranks[3].progress.timeout_s = None

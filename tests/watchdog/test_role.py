@@ -30,7 +30,7 @@ CASES = {
 }
 
 
-def test_what_becomes_of_a_rank():
+def test_every_role_and_event_has_its_outcome():
     assert CASES.keys() == {(role, event) for role in Role for event in Event}
     found = {case: (on_event(*case, returns=False), on_event(*case, returns=True)) for case in CASES}
     assert found == CASES

@@ -76,7 +76,7 @@ def test_a_connection_breaks_because_the_client_is_out_where_another_rank_knows_
     assert made.event_of(StallError("x")) is Event.HANGS
 
 
-def test_nobody_waits_for_what_would_change_nothing():
+def test_a_rank_does_not_wait_for_what_would_change_nothing():
     """Without cluster.return_s a client that is cut off ends as with any error."""
 
     class Never(threading.Event):

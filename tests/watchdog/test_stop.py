@@ -62,7 +62,9 @@ class Job:
     pauses=st.lists(st.sampled_from([0.0005, 0.002, 0.005]), min_size=3, max_size=3),
     watch_s=st.sampled_from([0.0, 0.003]),
 )
-def test_one_step_for_all(clients: int, ranks: int, told: set[int], pauses: list[float], watch_s: float) -> None:
+def test_all_ranks_stop_after_the_same_step_whichever_of_them_is_told(
+    clients: int, ranks: int, told: set[int], pauses: list[float], watch_s: float
+) -> None:
     world = clients * ranks
     if world == 1:
         return
@@ -81,7 +83,7 @@ def test_a_single_process_stops_at_once() -> None:
 @pytest.mark.parametrize(
     ("who_may", "who_trains", "early"), [("all", [], True), ("others", [], False), ("all", [0], False)]
 )
-def test_who_does_not_train_yet_ends_early_if_all_do_not(ranks, who_may, who_trains, early) -> None:
+def test_a_rank_ends_early_if_no_rank_trains_yet(ranks, who_may, who_trains, early) -> None:
     store = HashStore()
     stops = [StopByStore(rank, ranks, 100.0) for rank in range(ranks)]
     for stop in stops if who_may == "all" else stops[1:]:

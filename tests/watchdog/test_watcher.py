@@ -132,7 +132,7 @@ STALLS = [  # role, seconds, whose: told to all, ends alone, fails, others are a
 
 
 @pytest.mark.parametrize(("role", "idle_s", "client", "expected"), STALLS)
-def test_what_a_standstill_leads_to(role, idle_s, client, expected):
+def test_a_standstill_ends_or_waits_as_the_ranks_role_says(role, idle_s, client, expected):
     made = Parts(role, HashStore())
     made.stalls(idle_s, client)
     made.heartbeats.progress.wait_for(0)
