@@ -25,7 +25,7 @@ _RUNNER_GONE = "`deepspeed` is gone: the job saves a checkpoint and stops after 
 
 
 class Ancestors:
-    """Of this process, as they are when this is made."""
+    """The processes above this one, as they are when this object is made."""
 
     def __init__(self) -> None:
         self._parent, self._is_shell = os.getppid(), False
@@ -39,9 +39,9 @@ class Ancestors:
                 self._runner = above.pid
 
     def look(self, launch: Launch, stop: StopByStore | StopByCommit) -> str | None:
-        """Why this rank has to end, for people, if its launcher was killed. One that has outlived a runner has the job
-        stop."""
-        # whoever was told to stop, as this rank was, may go before it is through
+        """Return why this rank has to end, in words, if its launcher was killed. If only the runner is gone, have the
+        job stop."""
+        # a launcher or runner that was told to stop, as this rank was, may end before this rank is done
         if launch.launcher == "python" or stop.pending:
             return None
         if self.launcher_is_gone():
@@ -53,7 +53,7 @@ class Ancestors:
         return None
 
     def launcher_is_gone(self) -> bool:
-        """Whether nobody would ever collect this process."""
+        """Whether the launcher has ended, so that no process would collect this one."""
         return not self._is_shell and os.getppid() != self._parent
 
     def runner_is_gone(self) -> bool:

@@ -19,8 +19,8 @@ class StopBeforeTraining(BaseException):
 
 
 class EarlyEnd:
-    """leaving: held by the thread that ends this process. meet: waits until all ranks know. leave: ends this process
-    when no other rank needs it any more."""
+    """Ends this rank before it trains. leaving: the lock of the thread that ends this process. meet: waits until all
+    ranks know. leave: ends this process when no other rank needs it any more."""
 
     def __init__(self, leaving: threading.Lock, meet: Callable[[Store], None], leave: Callable[[Store], NoReturn]):
         self._leaving, self._meet, self._leave = leaving, meet, leave
@@ -37,14 +37,14 @@ class EarlyEnd:
         self._too_late = True
 
     def interrupt(self, end: BaseException | None = None) -> None:
-        """In a signal handler of the main thread, raise `end` or, without one, StopBeforeTraining; once only."""
+        """Raise `end` or, without one, StopBeforeTraining, once only; for a signal handler of the main thread."""
         if not self._too_late:
             self._too_late = True
             raise end or StopBeforeTraining
 
     def watch(self, store: Store) -> None:
-        """In the watcher's thread, to which `store` belongs: have SIGUSR1 interrupt the main thread, by a handler that
-        calls `interrupt`."""
+        """Have SIGUSR1 interrupt the main thread, by a handler that calls `interrupt`. The watcher's thread, to which
+        `store` belongs, calls this."""
         if self._too_late:
             return
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)

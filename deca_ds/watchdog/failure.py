@@ -75,13 +75,14 @@ class Failure:
         return Failure(**json.loads(store.get(_KEY))) if store.check([_KEY]) else None
 
     def tell(self, *, of_client: int | None = None, alone: bool = False) -> None:
-        """Print it. of_client: the client that ends, while the others continue. alone: there is one rank only."""
+        """Print the failure. of_client: the client that ends, while the others continue. alone: whether there is one
+        rank only."""
         ends = "" if of_client is None else f"client {of_client} ends, "
         print(f"\nERROR: {'' if alone else f'{ends}{self.where}: '}{self.message}", file=sys.stderr, flush=True)
 
     def mark(self, output: Path | None, name: str) -> None:
-        """Write it to a new file in the run's folder, if that exists. name: FAILED, which needs a job that is not done,
-        or the name for one client, without which the others may have finished."""
+        """Write the failure to a new file in the run's folder, if that exists. name: FAILED, which is not written once
+        the job is done, or the name for one client, without which the others may have finished."""
         if output is None or not output.is_dir() or (name == "FAILED" and (output / "DONE").exists()):
             return
         with contextlib.suppress(OSError), open(output / name, "x", encoding="utf-8", errors="replace") as marker:

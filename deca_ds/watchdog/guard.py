@@ -45,10 +45,10 @@ _DONE_KEY, _EARLY_KEY = "job/done", "job/early"
 class JobGuard:
     """This rank's part in ending the job; `guarded` makes one. Its parts:
 
-    site: where the job's store is. heartbeats: what this rank does, and what others do. _standing: what this rank is to
-    the job. _ending, early_end: how its process ends. _watcher: the thread that looks after all that.
+    site: where the job's store is. heartbeats: what this rank and the others do. _standing: this rank's role in the
+    job. _ending, early_end: how its process ends. _watcher: the thread that watches the job.
 
-    rejoining: for a client that comes back and is not a member yet. ancestors: the processes above this one.
+    rejoining: given if this rank's client comes back and is not a member yet. ancestors: the processes above this one.
     """
 
     def __init__(
@@ -83,35 +83,37 @@ class JobGuard:
 
     @property
     def output(self) -> Path | None:
-        """The run's folder, as soon as it is ours to write to."""
+        """The run's folder, as soon as this job has claimed it."""
         return self._ending.output
 
     def write_to(self, output: Path) -> None:
-        """The run's folder is known, and ours to write to."""
+        """Write to `output`, the run's folder, which this job has claimed, from now on."""
         self._ending.write_to(output)
         self.heartbeats.write_to(output / HEARTBEATS)
 
     def on_exit(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called when this rank is through, so that nobody takes its end for a death."""
+        """Have `callback` called when this rank is done, so that no other rank takes its end for a death."""
         self._ending.at_exit.append(callback)
 
     def enter_elastic(self, elasticity: Elasticity) -> None:
-        """The ranks of this job are connected so that it can continue without those who fail, as soon as all of them
-        `let_others_go_on`."""
+        """Note that the ranks are connected in a way that survives the failure of a client, as soon as all of them have
+        called `let_others_go_on`."""
         self._standing.enter_elastic(elasticity)
         elasticity.membership.subscribe(self._watcher.follow)
 
     def let_others_go_on(self) -> None:
-        """From now on a failure of this rank ends its own client alone. Comes after `enter_elastic`."""
+        """Let a failure of this rank end its own client alone from now on. To be called after `enter_elastic`."""
         self._standing.let_others_go_on()
 
     def let_stop_before_training(self, tell: Callable[[], None]) -> None:
-        """Of all ranks, where they are, if SIGUSR1 calls `hear`. tell: what to do then."""
+        """Let a request to stop end all ranks wherever they are, as long as none of them trains; SIGUSR1 must call
+        `hear`. tell: called by the thread that ends this process."""
         self.early_end.expect(tell)
         self.stop.let_end_early()
 
     def hear(self, *_: Any) -> None:
-        """A signal handler: have the job stop. Raises StopBeforeTraining, once, if all have agreed to before that."""
+        """Have the job stop; a signal handler. Raises StopBeforeTraining, once, if all ranks have agreed to stop before
+        training."""
         self.stop.ask()
         if self.stop.ends_early:
             self.early_end.interrupt()
@@ -134,18 +136,19 @@ class JobGuard:
                 self._ending.end_the_job(error)
 
     def come_back(self, why: str, *, through: bool = True) -> NoReturn:
-        """Become a new process that tries to join the others again. through: whether the others hear that this rank is
-        through, by `on_exit`."""
+        """Become a new process that tries to rejoin the others. through: whether the callbacks of `on_exit` tell the
+        others that this rank is done."""
         self._ending.come_back(why, self._standing.return_s, through=through)
 
     def finish(self) -> None:
-        """Stop watching: every rank is through. The store's host leaves last. After a death, ends this process."""
+        """Stop watching, because every rank is done. The store's host leaves last. Ends this process if a client has
+        died."""
         self.early_end.forbid()
         self.progress.enter("done")
         for callback in self._ending.at_exit:
             callback()
         store = self.store.store
-        # one that dies now, all being through, is nobody's concern
+        # the death of a rank no longer matters when all ranks are done
         with contextlib.suppress(RuntimeError) if self._standing.role is Role.OUTLIVED else contextlib.nullcontext():
             self._meet(store, _DONE_KEY, waits=self._launch.rank == self.site.host)
         self._watcher.close()
@@ -159,7 +162,7 @@ class JobGuard:
         end_process(0)
 
     def _meet(self, store: Store, key: str, *, waits: bool) -> None:
-        """Tell that this rank is here. waits: until all are."""
+        """Count this rank at the meeting point `key`. waits: whether to wait until all ranks are there."""
         store.add(key, 1)
         deadline = time.monotonic() + self.store.timeout.total_seconds()
         while waits and store.add(key, 0) < len(self._standing.ranks()) and time.monotonic() < deadline:
@@ -168,7 +171,7 @@ class JobGuard:
 
 @contextlib.contextmanager
 def guarded(launch: Launch, store: JobStore, rejoining: Rejoining | None = None) -> Iterator[JobGuard]:
-    """Run the body under a `JobGuard`: any exception in it ends the job, its end is waited for on all ranks."""
+    """Run the body under a `JobGuard`: an exception in it ends the job, and its end waits for all ranks to finish."""
     guard = JobGuard(launch, store, rejoining)
     try:
         yield guard

@@ -1,4 +1,4 @@
-"""What this rank's watcher looks at again and again: whether there is a reason to end this process."""
+"""What this rank's watcher checks every half second: whether there is a reason to end this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deca_ds.watchdog.survey import Survey
 
 
 class Look:
-    """For the watcher thread. fail: ends this rank by what an error is to it (guard.py)."""
+    """The checks of the watcher thread. fail: ends this rank as its role says for an error (guard.py)."""
 
     def __init__(
         self,
@@ -38,14 +38,15 @@ class Look:
         self._survey = Survey(heartbeats)
 
     def alone(self, store: Store) -> Failure | None:
-        """A reason to end, for a single rank: its launcher is gone. Also beats."""
+        """Send the heartbeat of a job's only rank, and return why the rank has to end, if its launcher is gone."""
         report = self._lost_launcher()
         if report is None and self._heartbeats.beat(store):
             self._hear_request()
         return report
 
     def among_others(self, store: Store) -> Failure | None:
-        """The same for one of several ranks: also somebody's failure, and a wait that has lasted too long."""
+        """Send this rank's heartbeat, and return why it has to end: its launcher is gone, another rank has failed, or a
+        wait has lasted too long."""
         report = self._lost_launcher() or Failure.reported(store)
         if report is not None or not self._heartbeats.beat(store):
             return report

@@ -1,6 +1,6 @@
-"""What a rank is to the job that it fails in, and what an event leads to then: a table without threads and clocks.
+"""A rank's role in its job, and what the rank does at each event: a table without threads and clocks.
 
-standing.py holds this rank's role; guard.py and watcher.py do what the table says.
+standing.py holds this rank's role; guard.py, look.py and watcher.py do what the table says.
 """
 
 from __future__ import annotations
@@ -9,23 +9,30 @@ from enum import Enum, auto
 
 
 class Role(Enum):
-    """MEMBER: of a job whose ranks all end when one of them fails. REJOINING: of a client that comes back and has not
-    been let in yet, so that its failure is its own. OUTLIVED: the others continue without its client when it fails."""
+    """What a rank is to its job.
+
+    MEMBER: the rank belongs to a job whose ranks all end when one of them fails. REJOINING: the rank's client comes
+    back and has not been let in yet, so that a failure ends nobody else. OUTLIVED: when the rank fails, the other
+    clients continue without its client.
+    """
 
     MEMBER = auto()
     REJOINING = auto()
     OUTLIVED = auto()
 
     def may_become(self, role: Role) -> bool:
-        """Who trains with others that may continue without it stays so."""
+        """Whether this role can turn into `role`: any other role can become OUTLIVED, and OUTLIVED is for good."""
         return self is not Role.OUTLIVED and role is Role.OUTLIVED
 
 
 class Event(Enum):
-    """What happens to a rank. ERROR: of its own, other than the next two. CUT_OFF: its client is out, or the others are
-    out of its reach. HANGS: its client has stood still for too long. OTHERS_HANG: ranks that it waits for have.
-    STILL_HANG: they, or its client, still do, though the others have had the time to drop them. STORE_GONE: the job's
-    store has ended. STORE_SILENT: it has given no answer for too long."""
+    """What happens to a rank.
+
+    ERROR: the rank raises an error that is neither of the next two. CUT_OFF: its client is out of the job, or cannot
+    reach the other clients. HANGS: its client has made no progress for too long. OTHERS_HANG: ranks that it waits for
+    have made none. STILL_HANG: its client, or ranks that it waits for, hang although the survivors have had the time
+    to drop them. STORE_GONE: the job's store has ended. STORE_SILENT: the store has not answered for too long.
+    """
 
     ERROR = auto()
     CUT_OFF = auto()
@@ -37,10 +44,14 @@ class Event(Enum):
 
 
 class Outcome(Enum):
-    """What a rank does. END_THE_JOB: it tells all ranks, which end with it. END_THE_CLIENT: it dies as the MPI library
-    expects it of the dead, and its client with it. END: it ends, and those who notice do as they must. COME_BACK: it
-    becomes a new process that tries to join; COME_BACK_UNNOTICED: so that the others take it for dead. WAIT: for the
-    survivors."""
+    """What a rank does at an event.
+
+    END_THE_JOB: it reports the failure to all ranks, which end with it. END_THE_CLIENT: it kills itself, as the MPI
+    library expects of dead ranks, and its client ends with it. END: it ends without a report to the job's store.
+    COME_BACK: it becomes a new process that tries to join. COME_BACK_UNNOTICED: it does the same without a goodbye, so
+    that the others take it for dead. WAIT: it continues, and the survivors drop the ranks that hang or open another
+    store.
+    """
 
     END_THE_JOB = auto()
     END_THE_CLIENT = auto()
@@ -51,7 +62,7 @@ class Outcome(Enum):
 
 
 def on_event(role: Role, event: Event, returns: bool) -> Outcome:
-    """returns: whether cluster.return_s has a rank that was cut off try to come back."""
+    """Return what a rank of this role does at the event. returns: whether cluster.return_s lets it come back."""
     match role, event:
         case Role.MEMBER, Event.STORE_GONE | Event.STORE_SILENT:
             return Outcome.END

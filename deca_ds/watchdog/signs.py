@@ -19,7 +19,8 @@ _TICK_S, _PAGE = 1 / os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGESIZE")
 
 
 class Signs:
-    """Belongs to one thread, which looks about once a second and whose own CPU time does not count."""
+    """The resources that this process used up to the last look. Belongs to one thread, which looks about once a second
+    and whose own CPU time does not count."""
 
     def __init__(self) -> None:
         self._cpu_s, self._bytes = _taken()

@@ -1,4 +1,4 @@
-"""This rank's standing in its job: its role, as it changes, who else is in, and what that makes of an event."""
+"""This rank's standing in its job: its role, as it changes, the other members, and what an event means to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OTHERS_S = 60.0  # for the survivors to drop a client that hangs and to open an
 
 @dataclass(frozen=True)
 class Rejoining:
-    """Of a client that comes back. host: the rank that hosts the job's store. return_s: for how long it still tries."""
+    """How a client comes back. host: the rank that hosts the job's store. return_s: seconds that it still tries for."""
 
     host: int
     return_s: float = 0.0
@@ -26,11 +26,12 @@ class Rejoining:
 
 @dataclass(frozen=True)
 class Elasticity:
-    """What a job has in which clients may go and come.
+    """What a rank knows of a job in which clients may die and come back.
 
-    membership: who is in. stop: how it is told to stop, and where. return_s: cluster.return_s. cut_off: set when this
-    client is out, or the others are out of its reach. drop_hanging: to be called every second while nobody in the
-    job moves on; None where the others cannot put a client out.
+    membership: the clients in the job. stop: how the job is told to stop, and after which step. return_s:
+    cluster.return_s. cut_off: set when this client is out of the job or cannot reach the others. drop_hanging: has the
+    others drop hanging clients, if it is called every second while no rank makes progress; None over a transport that
+    cannot drop them.
     """
 
     membership: Membership
@@ -42,9 +43,10 @@ class Elasticity:
 
 
 class Standing:
-    """All threads of the rank read it; its main thread changes it.
+    """This rank's role, and the questions whose answers depend on it. All threads read it; the main thread changes it.
 
-    rejoining: of a client that comes back. stop: how the job is told to stop, until it `enter_elastic`.
+    rejoining: given if this rank's client comes back. stop: how the job is told to stop before `enter_elastic`.
+    return_s: seconds for which this rank would try to come back; 0 if it would not.
     """
 
     def __init__(self, launch: Launch, rejoining: Rejoining | None, stop: StopByStore):
@@ -54,51 +56,52 @@ class Standing:
         self._elasticity: Elasticity | None = None
 
     def enter_elastic(self, elasticity: Elasticity) -> None:
-        """The ranks of this job can continue without those who fail, as soon as all of them `let_others_go_on`."""
+        """Note that this job survives the failure of a client once all its ranks have called `let_others_go_on`."""
         self._elasticity = elasticity
         self.return_s = max(self.return_s, elasticity.return_s)
 
     def let_others_go_on(self) -> None:
-        """From now on this rank is OUTLIVED. Comes once, after `enter_elastic`."""
+        """Make this rank's role OUTLIVED. To be called once, after `enter_elastic`."""
         if self._elasticity is None or not self.role.may_become(Role.OUTLIVED):
             raise RuntimeError(f"a {self.role.name} of a job that is not elastic, or is so already")
         self.role = Role.OUTLIVED
 
     @property
     def stop(self) -> StopByStore | StopByCommit:
-        """How the job is told to stop, and where."""
+        """How the job is told to stop, and after which step it stops."""
         return self._stop if self._elasticity is None else self._elasticity.stop
 
     @property
     def view_has_changed(self) -> bool:
-        """Whether somebody has gone or come since the start."""
+        """Whether a client has left or joined since the start."""
         return self._elasticity is not None and self._elasticity.membership.view.number > 0
 
     def ranks(self) -> Sequence[int]:
-        """Those that are in, and use the store."""
+        """Return the ranks that are in the job and use its store."""
         if self._elasticity is None or not self.view_has_changed:
             return self._launch.ranks
         return self._elasticity.membership.view.ranks(self._elasticity.layout)
 
     def is_cut_off(self, within_s: float = 0.0) -> bool:
-        """Whether its client, which the others outlive, is out, or learns that within so many seconds."""
+        """Whether this rank is OUTLIVED and its client is out of the job. Waits up to `within_s` seconds for that."""
         return self.role is Role.OUTLIVED and self._elasticity is not None and self._elasticity.cut_off.wait(within_s)
 
     def drop_hanging(self) -> None:
-        """Have the others drop whoever does not move on, where they can."""
+        """Have the others drop the clients that make no progress, if they can."""
         if self._elasticity is not None and self._elasticity.drop_hanging is not None:
             self._elasticity.drop_hanging()
 
     def grace_s(self) -> float:
-        """How long the others may take to continue without a client that hangs, or whose host had the store."""
+        """Return how many seconds the survivors may take to drop a hanging client or to open another store."""
         return 0.0 if self.role is Role.MEMBER else _OTHERS_S
 
     def outcome(self, event: Event) -> Outcome:
-        """What it leads to for this rank now."""
+        """Return what this rank does at the event, by its role now."""
         return on_event(self.role, event, self.return_s > 0)
 
     def event_of(self, error: BaseException) -> Event:
-        """What an error that ends this rank is to it. May wait for another thread to learn that the client is out."""
+        """Return the event that an error which ends this rank is. May wait until another thread learns that the client
+        is out."""
         if isinstance(error, CutOffError):
             return Event.CUT_OFF
         if isinstance(error, StallError):
@@ -109,7 +112,7 @@ class Standing:
         return Event.CUT_OFF if may_be_cut_off and self.is_cut_off(_CUT_OFF_S) else Event.ERROR
 
     def event_of_stall(self, stall: StallError, client: int | None, timeout_s: float) -> Event:
-        """What it is to this rank that it, or ranks that it waits for, do not move on. client: its own."""
+        """Return the event that a stall is to this rank. client: this rank's own. timeout_s: cluster.timeout_s."""
         if stall.idle_s > timeout_s + self.grace_s():
             return Event.STILL_HANG
         return Event.HANGS if stall.clients == {client} else Event.OTHERS_HANG

@@ -19,7 +19,7 @@ from deca_ds.watchdog.heartbeats import Heartbeats, Sighting, Sightings, look_af
 
 
 class Survey:
-    """Belongs to the watcher thread of the store's host. heartbeats: this rank's."""
+    """What the store's host sees of all ranks; belongs to its watcher thread. heartbeats: of this rank."""
 
     def __init__(self, heartbeats: Heartbeats):
         self._heartbeats = heartbeats

@@ -1,7 +1,7 @@
 """The thread that watches the job for this rank, through a connection of its own to the job's store.
 
 When the store moves, another thread takes over. A second thread counts for how long the store gives no answer
-(store_watch.py). Either may end this process; `Ending.begun` has only one of a rank's threads do so.
+(store_watch.py). Each of them may end this process; the lock `Ending.begun` lets only one of a rank's threads do so.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _NO_ANSWER_S = 1.0  # for a failure that is being reported to a store that does 
 
 
 class _Watch(NamedTuple):
-    """The thread that watches the job through a store, and what counts for how long that gives no answer."""
+    """The thread that watches the job through a store, and the watch that counts how long the store is silent."""
 
     thread: threading.Thread
     silence: StoreWatch
 
 
 class Watcher:
-    """Watches from when it is made until `close`. fail: see Look."""
+    """Watches the job from its construction until `close`. fail: see Look."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Watcher:
         self._watch = self._start()
 
     def close(self) -> None:
-        """Watch no longer: this rank is through."""
+        """Stop watching: this rank is done."""
         self._finished.set()
         self._watch.thread.join(timeout=2 * _POLL_S)
 
@@ -84,7 +84,7 @@ class Watcher:
         return _Watch(thread, silence)
 
     def _watch_alone(self, job: JobStore, store: Store, silence: StoreWatch) -> None:
-        """All that there is to do for a single rank, whose store is in its own memory."""
+        """Watch as the only rank of a job, whose store is in its own memory."""
         silence.close()
         while not self._finished.wait(_POLL_S):
             if (report := self._look.alone(store)) is not None:
@@ -118,13 +118,13 @@ class Watcher:
             self._finished.wait()
 
     def _leave_if_out(self) -> None:
-        """The others have put this client out, and the main thread, which may hang, does not come to learn of it."""
+        """End this rank if the others have dropped its client and the main thread hangs, so that it does not notice."""
         hangs = time.monotonic() - self._progress.moved > (self._progress.timeout_s or 0.0)
         if hangs and self._standing.is_cut_off() and not self._finished.wait(_LEARNS_S):
             self._fail(CutOffError("this client is out of the job, and its main thread hangs"))
 
     def _lost_store(self) -> Failure | None:
-        """None: the survivors will put up another one."""
+        """Return why this rank has to end without the store, or None if the survivors will open another one."""
         if self._standing.outcome(Event.STORE_GONE) is Outcome.WAIT:
             return None
         self._come_back_to_a_lost_job(Event.STORE_GONE)
@@ -134,19 +134,20 @@ class Watcher:
         return self._ending.report(rank_is_gone(who, when, why), FAILURE_CODE)
 
     def _no_answer(self, idle_s: float, silent_s: float) -> None:
-        """For StoreWatch, in its thread."""
+        """End this rank because the store is silent; StoreWatch calls this in its thread."""
         silence = no_answer(self._site.host, self._progress.place, idle_s, silent_s)
         self._come_back_to_a_lost_job(Event.STORE_SILENT)
-        # the main thread may have begun, to tell the store what that will never hear
+        # the main thread may have begun to report a failure to the silent store, and would never finish
         self._leave(self._ending.report(str(silence), silence.code), within_s=_NO_ANSWER_S)
 
     def _come_back_to_a_lost_job(self, event: Event) -> None:
-        """Returns if that is not what this rank does."""
+        """Come back, if that is what this rank does at the event; otherwise return."""
         if self._standing.outcome(event) is Outcome.COME_BACK:
             self._ending.begun.acquire()
             self._ending.come_back("has lost the job before it was let in", self._standing.return_s)
 
     def _leave(self, report: Failure, within_s: float = -1.0) -> None:
-        """within_s: leave even if another thread has begun to, and is not through after so many seconds."""
+        """End this process. within_s: seconds after which to do so even if another thread has begun to end it and has
+        not finished; negative waits without a limit."""
         self._ending.begun.acquire(timeout=within_s)
         self._ending.leave(report, mark=self._standing.role is not Role.REJOINING)
