@@ -108,12 +108,22 @@ def _entry(key: str, field: Field[Any], section: type) -> str:
     elif allowed is not None:
         words = allowed.words.partition(":")[0].replace("null", "`null`")
         values = words if words.startswith("`null`") else f"{values}, {words}"
-    users = f"; for {' and '.join(f'`{name}`' for name in USERS[key])}" if key in USERS else ""
+    users = f"; {_users(key)}" if key in USERS else ""
     see = _link(field.metadata["see"])
     text = f"- **`{key}`** ({values}{users}; {default}): {field.metadata['meaning']}{see}"
     text = re.sub(r"`.*?`|\[.*?\]\(", lambda words: words[0].replace(" ", TIED), text)  # code and links stay whole
     filled = textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return filled.replace(TIED, " ") + "\n"
+
+
+def _users(key: str) -> str:
+    """Say which methods or formats use the key, or which do not, whichever are fewer."""
+    every = METHODS if key.startswith("algorithm.") else FORMATS
+    others = [name for name in every if name not in USERS[key]]
+    few = min(USERS[key], others, key=len)
+    *first, last = [f"`{name}`" for name in few]
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return f"not for {listed}" if few is others else f"for {listed}"
 
 
 def _default(field: Field[Any]) -> str:

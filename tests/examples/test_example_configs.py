@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from deca_ds.algorithm.methods import METHODS, Method
+from deca_ds.algorithm.rule import Rule
 from deca_ds.config.checks import check_world, read_deepspeed_json
 from deca_ds.config.load import load_config
 from deca_ds.config.schema import Config
@@ -114,6 +116,14 @@ def test_every_key_has_one_sentence() -> None:
             if not is_dataclass(getattr(section(), field.name)):
                 meaning = field.metadata.get("meaning", "")
                 assert re.fullmatch(r"[A-Z`][^.]*(\.\S[^.]*)*\.", meaning), f"{field.name}: {meaning}"
+
+
+def test_reference_names_the_fewer_of_those_that_use_a_key_and_those_that_do_not(monkeypatch) -> None:
+    monkeypatch.setitem(METHODS, "plain", Method(Rule, "a rule without coefficients"))
+    page = " ".join(runpy.run_path(str(REPOSITORY / "docs/make_reference.py"))["page"]().split())
+    assert "**`algorithm.eps`** (number, more than 0; not for `plain`; default" in page
+    assert "**`algorithm.b1`** (number, in [0, 1]; for `deca`; default" in page
+    assert "**`algorithm.outer_momentum`** (number, in [0, 1); for `diloco`, `noloco` and `gasloc`; default" in page
 
 
 def test_reference_lists_every_key_once() -> None:
