@@ -4,9 +4,9 @@
 
 The simulator computes one client after another. The other way is one computation with the parameters of all clients
 stacked, by torch.func. It takes hand-made masks and positions, because transformers decides by values how to make its
-own, and a batch with padding of its own in every client. Both ways run in turn in this process, on one thread; a figure
-is the lower quartile of CPU milliseconds for a gradient of each of eight clients. Prints a line a case and writes
-benchmarks/results/batched_clients.json.
+own, and a batch with padding of its own in every client. The two ways alternate in this process, on one thread; a
+figure is the lower quartile of CPU milliseconds for a gradient of each of eight clients. Prints a line a case and
+writes benchmarks/results/batched_clients.json.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/gossip_checks.py [gossip.chunk_mib]
 
 One client of a ring of three averages a shard of 64 MiB; messages from its two neighbours are in their buffers at
-once. Variants in turn, in one process: the mean, of which every value is checked to be finite; with checksums as well
-(what a run does); and without, but with gossip.clip_radius. For scale there are the checksum of the shard, the sum of
-its memory as integers (nothing but reading), Adam's arithmetic on as many elements, and what noting a phase costs. CPU
-seconds, one thread, medians.
+once. Three variants alternate in one process: the mean, of which every value is checked to be finite; with checksums as
+well (what a run does); and without, but with gossip.clip_radius. For scale there are the checksum of the shard, the sum
+of its memory as integers (nothing but reading), Adam's arithmetic on as many elements, and what noting a phase costs.
+CPU seconds, one thread, medians.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         [--mib 1 4 16 64 256] [--chunk-mib 8]
 
 Starts the ranks by itself, each a client of a ring on this machine with a shard of so many MiB. They are joined by MPI
-in shared memory, by MPI over TCP as between hosts (Open MPI with OMPI_MCA_btl=tcp,self), or by gloo. In turns, a
-repetition each:
+in shared memory, by MPI over TCP as between hosts (Open MPI with OMPI_MCA_btl=tcp,self), or by gloo. These alternate,
+a repetition of each after the other:
 
     raw         the shard to every neighbour and every neighbour's shard into a buffer of its own, one message each:
                 Isend, Irecv and Waitall of MPI, or send, recv and wait of gloo

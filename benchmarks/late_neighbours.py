@@ -2,9 +2,9 @@
 
     mpirun -n 4 python benchmarks/late_neighbours.py
 
-A ring over MPI on this machine; averagings that wait for all, and averagings with gossip.wait_s, in turns. Milliseconds
-of an averaging on rank 0, medians, for a shard of one number and for one of 16 MiB; and the microseconds of one
-operation of the job's store.
+A ring over MPI on this machine, on which averagings that wait for all alternate with averagings with gossip.wait_s.
+Prints milliseconds of an averaging on rank 0, medians, for a shard of one number and for one of 16 MiB; and the
+microseconds of one operation of the job's store.
 """
 
 from __future__ import annotations

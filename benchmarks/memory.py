@@ -94,7 +94,7 @@ def settled() -> int:
 
 
 def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
-    """One client, every block in turn (kind deca), or many block switches on a small model (kind switches)."""
+    """Train one client: every block once (kind deca), or many block switches on a small model (kind switches)."""
     import gc
     import math
 

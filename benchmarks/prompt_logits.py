@@ -4,7 +4,7 @@
 
 A random Llama on the CPU, one thread: a forward and a backward pass of the training loss, of rows in which every
 position has a target, and of rows in which the last four have, as answers to prompts do. Trained are the layers, or the
-head. Both ways run in turn in this process; a figure is the lower quartile of CPU milliseconds. Prints a line a case
+head. The two ways alternate in this process; a figure is the lower quartile of CPU milliseconds. Prints a line a case
 and writes benchmarks/results/prompt_logits.json.
 """
 

@@ -3,8 +3,8 @@
     python benchmarks/step_overhead.py [key=value ...]                                      (one rank)
     deepspeed --num_accelerators 2 benchmarks/step_overhead.py [key=value ...]              (two ranks)
 
-Three things are timed in turn, in one process, on the same batch and with the same active block, in the middle of a
-random Llama:
+Three measurements alternate in one process, on the same batch and with the same active block, in the middle of a random
+Llama:
 
     bare      gather (with one rank there is nothing), forward, loss, backward, release; gradients are dropped as soon
               as autograd has made them, so there is no reduction over the ranks

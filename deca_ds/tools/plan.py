@@ -366,10 +366,10 @@ def _on_hosts(hosts: Sequence[Sequence[str]] | None) -> tuple[bool, float]:
 
 
 def _rounded(plan: BlockPlan, ranks: int) -> str:
-    """What it costs a bfloat16 model not to have exact masters, and what these would take."""
+    """Say what rounded masters cost a bfloat16 model, and what memory exact ones would take."""
     exact = 2 * sum(block.numel for block in plan.blocks) // ranks
     return (
-        "masters: rounded, what a block's turn changes by less than half a bfloat16's last place is lost when it ends; "
+        "masters: rounded, so changes of less than half a bfloat16's last place are lost when an activation ends; "
         f"model.masters=exact takes {decimal(exact)} of host memory per rank"
     )
 

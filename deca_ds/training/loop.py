@@ -1,4 +1,4 @@
-"""The run of one client: blocks in turn, inner steps, evaluations, and the trained shards at the end."""
+"""The run of one client: one active block after the other, inner steps, evaluations, and the shards at the end."""
 
 from __future__ import annotations
 

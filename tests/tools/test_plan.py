@@ -106,7 +106,7 @@ def test_rounded_masters_are_told_with_the_memory_of_exact_ones(tiny_model, word
     assert "masters:" not in plan() and "masters:" not in plan(half)  # exact ones are in the table of memory
     for ranks in (1, 2):
         told = plan(half, rounded, world_size=ranks)
-        assert "masters: rounded, what a block's turn changes" in told
+        assert "masters: rounded, so changes of less than half a bfloat16's last place are lost" in told
         assert f"model.masters=exact takes {decimal(2 * parameters // ranks)} of host memory per rank" in told
 
 
