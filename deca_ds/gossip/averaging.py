@@ -18,7 +18,8 @@ from deca_ds.transport import Chunk, Exchange, chunk_tag, exchange_chunk
 
 
 class Mean(NamedTuple):
-    """The mean of what `send` got. values: 1-D float32 on the device of what was sent, valid until the next Mean."""
+    """The mean of a tensor that `send` was given. values: 1-D float32 on that tensor's device, valid until the next
+    Mean."""
 
     chunk: Chunk
     name: str
@@ -58,20 +59,20 @@ class Averaging(ABC):
         """
 
     def partners(self) -> tuple[Sequence[int], Sequence[int]]:
-        """The clients that messages come from, and those that they go to."""
+        """Return the clients that messages come from, and those that they go to."""
         client, schedule = self.gossip.transport.client, self.gossip.schedule
         return schedule.sources(client, self.t), schedule.destinations(client, self.t)
 
     def exchange(self, message: Message, send: Tensor, destinations: Sequence[int], tag: int) -> Exchange:
-        """Start what is coming to and going from a message's buffers."""
+        """Start to send `send` to the destinations, and to receive what the sources send into the message's buffers."""
         terms = {j: buffer[: message.chunk.numel] for j, buffer in message.buffers.items()}
         return exchange_chunk(self.gossip.transport, message.chunk, send, destinations, terms, tag)
 
     def before_sending(self, message: Message) -> None:  # noqa: B027, most have nothing to do
-        """Called for each message, when it is about to be sent to anybody."""
+        """Called for each message that has a receiver or a source, right before it is sent."""
 
     def refusal(self, what: str, j: int) -> DivergedMessageError:
-        """The error of a message of client j that must not be averaged."""
+        """Make the error for a message of client j that must not be averaged."""
         transport = self.gossip.transport
         return DivergedMessageError(
             f"{what} (averaging {self.t})",
@@ -110,7 +111,7 @@ class Message:
         self._mean: Tensor | None = None
 
     def on_new_connections(self) -> Message:
-        """This message, or, if the connections have changed since it was made, a new one that sends the same values."""
+        """Return this message or, if the connections have changed since it was made, a new one with the same values."""
         if self._connections == self._averaging.gossip.transport.epoch:
             return self
         return Message(self._averaging, self.chunk, self.name, self.x, self._number)
@@ -154,15 +155,15 @@ class Message:
         gossip.transport.progress.tick()
 
     def terms(self) -> dict[int, Tensor]:
-        """By client, the values that sources have sent, and those that this client has sent them: decoded to float32,
-        on the device of x."""
+        """Return, by client, the values that the sources have sent and those that this client has sent: (x.numel(),)
+        each, decoded to float32, on the device of x."""
         gossip, numel = self._averaging.gossip, self.x.numel()
         wires = {j: buffer[:numel].to(self.x.device, non_blocking=True) for j, buffer in self.buffers.items()}
         own = gossip.codec.coded(self.x)
         return {j: gossip.codec.decode(wire) for j, wire in wires.items()} | {gossip.transport.client: own}
 
     def mean(self, place: int = 0) -> Tensor:
-        """sum_j W_ij x_j, 1-D float32 on the device of x; with a lossy codec as in codec.py. Computed once.
+        """Return sum_j W_ij x_j, 1-D float32 on the device of x; with a lossy codec as in codec.py. Computed once.
 
         Terms are added in ascending order of clients, this one's included, so that the result does not depend on the
         transport. place: of the output buffer that holds it. Without neighbours it is x itself. Raises GossipError,

@@ -26,7 +26,7 @@ Round = list[Edge]  # what one averaging joins
 
 
 def base_graph(n: int, degree: int) -> tuple[np.ndarray, ...]:
-    """The mixing matrices of one period, each (n, n): in their product every entry is 1 / n.
+    """Return the mixing matrices of one period, each (n, n): in their product every entry is 1 / n.
 
     degree: k, at least 1. A period has at most 2 log_(k+1)(n) + 2 averagings.
     """
@@ -53,7 +53,7 @@ def _shorter(n: int, degree: int) -> list[Round]:
 
 
 def _any_number(clients: Sequence[int], degree: int) -> list[Round]:
-    """The paper's simple Base-(k+1) graph.
+    """Return the rounds of the paper's simple Base-(k+1) graph.
 
     In the base k + 1, n = a_1 (k+1)^p_1 + a_2 (k+1)^p_2 + ...; so many clients are in the sets V_1, V_2, ... First each
     set agrees. Then, from the first set on, each client of the later ones averages with one client of each of the a_l

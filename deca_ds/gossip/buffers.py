@@ -1,4 +1,4 @@
-"""Buffers that are used again: of what is received, and of its means."""
+"""Buffers that are reused: for what is received, and for the means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class BufferPool:
         self._free: list[Tensor] = []  # ascending by size
 
     def take(self, numel: int) -> Tensor:
-        """A buffer of at least `numel` elements: the smallest free one, or a new one in place of a smaller."""
+        """Return a buffer of at least `numel` elements: the smallest free one, or a new one in place of a smaller."""
         for place, buffer in enumerate(self._free):
             if buffer.numel() >= numel:
                 return self._free.pop(place)
@@ -36,7 +36,7 @@ class Outputs:
         self._buffers: list[Tensor] = []
 
     def at(self, place: int, numel: int) -> Tensor:
-        """The buffer of `place`, (numel,); what it held may be lost."""
+        """Return the buffer of `place`, (numel,); what it held may be lost."""
         while len(self._buffers) <= place:
             self._buffers.append(torch.empty(0, dtype=torch.float32, device=self._device))
         if self._buffers[place].numel() < numel:

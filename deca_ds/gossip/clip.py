@@ -26,21 +26,21 @@ from deca_ds.algorithm import squared_norm
 
 @dataclass(frozen=True)
 class Clip:
-    """radius: tau. client_sum: of a number over the ranks of this client, all of which call `distances`, also those
-    whose shard is empty."""
+    """How neighbours are clipped. radius: tau. client_sum: sums a number over the ranks of this client, all of which
+    call `distances`, also those whose shard is empty."""
 
     radius: float
     client_sum: Callable[[float], float] = float
 
     def distances(self, squares: Mapping[int, float]) -> dict[int, float]:
-        """j -> |x_j - x_i|_2 of every neighbour. squares: of this rank's shard."""
+        """Return j -> |x_j - x_i|_2 of every neighbour. squares: j -> the square of it over this rank's shard alone."""
         return {j: self.client_sum(square) ** 0.5 for j, square in squares.items()}
 
 
 def clipped_weights(
     weights: Mapping[int, float], client: int, distances: Mapping[int, float], radius: float
 ) -> dict[int, float]:
-    """The row of weights that averages clipped neighbours: j -> weight, with one for `client` itself.
+    """Return the row of weights that averages clipped neighbours: j -> weight, with one for `client` itself.
 
     weights: j -> w_ij, all that are not zero. distances: j -> |x_j - x_i|_2 of every neighbour. radius: tau.
     """
@@ -51,7 +51,7 @@ def clipped_weights(
 
 
 def squared_distance(theirs: Tensor, own: Tensor) -> float:
-    """|x_j - x_i|^2 of a chunk, flat float32."""
+    """Return |x_j - x_i|^2 of a chunk. theirs, own: 1-D float32."""
     difference = theirs - own
     square = float(squared_norm(difference))
     return square if math.isfinite(square) else float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2

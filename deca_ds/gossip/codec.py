@@ -29,7 +29,7 @@ class Codec:
         out.copy_(x)
 
     def decode(self, wire: Tensor) -> Tensor:
-        """The float32 values of `wire`, on its device; may be `wire` itself. What is not finite must stay so."""
+        """Return the float32 values of `wire`, on its device; may be `wire` itself. What is not finite must stay so."""
         return wire.float()
 
     @property
@@ -39,11 +39,11 @@ class Codec:
 
     @property
     def bytes(self) -> int:
-        """Of an element on the wire."""
+        """Bytes of an element on the wire."""
         return self.dtype.itemsize
 
     def coded(self, x: Tensor) -> Tensor:
-        """The float32 values that receivers get for `x`; `x` itself if the codec is lossless."""
+        """Return the float32 values that receivers get for `x`; `x` itself if the codec is lossless."""
         if self.exact:
             return x
         wire = torch.empty_like(x, dtype=self.dtype)

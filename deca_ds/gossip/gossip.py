@@ -85,8 +85,9 @@ class Gossip:
         return bool(self.schedule.sources(client, t) or self.schedule.destinations(client, t))
 
     def chunks(self, numels: Sequence[int]) -> list[Chunk]:
-        """The chunks of a block: consecutive parts of this rank's shard of at most chunk_mib each. If clients differ in
-        size, parts may be empty. numels: elements of each of the block's parameters, in the order of the shard."""
+        """Return the chunks of a block: consecutive parts of this rank's shard of at most chunk_mib each. If clients
+        differ in size, parts may be empty. numels: elements of each of the block's parameters, in the order of the
+        shard."""
         block = tuple(numels)
         if block not in self._chunks:
             self._chunks[block] = self.transport.routes.chunks(block, self._chunk_elements)

@@ -51,18 +51,18 @@ def _hypercube(n: int) -> nx.Graph[int]:
 
 
 def _complete_bipartite(n: int) -> nx.Graph[int]:
-    """The first half of the clients against the second."""
+    """Join every client of the first half with every client of the second."""
     graph: nx.Graph[int] = nx.complete_bipartite_graph((n + 1) // 2, n // 2)
     return graph
 
 
 def _offsets(n: int) -> list[int]:
-    """1, 2, 4, ... below n: ceil(log2 n) of them."""
+    """Return 1, 2, 4, ... below n: ceil(log2 n) of them."""
     return [1 << k for k in range((n - 1).bit_length())]
 
 
 def _circulant(n: int, offsets: list[int]) -> nx.DiGraph[int]:
-    """Client i receives from (i - offset) mod n."""
+    """Make the graph in which client i receives from (i - offset) mod n for each offset."""
     graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(n))
     graph.add_edges_from(((i - offset) % n, i) for i in range(n) for offset in offsets)
@@ -70,7 +70,7 @@ def _circulant(n: int, offsets: list[int]) -> nx.DiGraph[int]:
 
 
 def exponential(n: int) -> Graphs:
-    """Static exponential graph: client i receives from i - 1, i - 2, i - 4, ... (mod n).
+    """Make the static exponential graph: client i receives from i - 1, i - 2, i - 4, ... (mod n).
 
     Ying et al. 2021, "Exponential Graph is Provably Efficient for Decentralized Deep Training".
     """
@@ -78,7 +78,8 @@ def exponential(n: int) -> Graphs:
 
 
 def one_peer_exponential(n: int) -> Graphs:
-    """The exponential graph, one neighbour at a time: client i receives from i - 2^(t mod ceil(log2 n)) at averaging t.
+    """Make the exponential graph with one neighbour at a time: at averaging t client i receives from client
+    i - 2^(t mod ceil(log2 n)) (mod n).
 
     For n a power of two one period gives the exact average (Ying et al. 2021).
     """
@@ -86,8 +87,8 @@ def one_peer_exponential(n: int) -> Graphs:
 
 
 def random_pairs(n: int, seed: int) -> Graphs:
-    """2 ceil(log2 n) times, all clients in pairs that are drawn from `seed`, as in NoLoCo (arXiv 2506.10911); of an odd
-    number one client has no partner. Drawn again until the pairs of a period connect all clients."""
+    """Put all clients in pairs, 2 ceil(log2 n) times, drawn from `seed`, as in NoLoCo (arXiv 2506.10911); of an odd
+    number one client has no partner. The period is drawn again until its pairs connect all clients."""
     generator = random.Random(seed)
     while True:
         period = [_pairs(n, generator) for _ in range(2 * len(_offsets(n)))]
@@ -104,7 +105,7 @@ def _pairs(n: int, generator: random.Random) -> nx.DiGraph[int]:
 
 
 def erdos_renyi(n: int, probability: float, seed: int) -> Graphs:
-    """G(n, p), drawn from `seed` again and again until it is connected. Raises GossipError after MAX_DRAWS draws."""
+    """Draw G(n, p) from `seed` until it is connected. Raises GossipError after MAX_DRAWS draws."""
     if not 0.0 < probability <= 1.0:
         raise GossipError(
             f"{probability} is not a probability above 0 and up to 1",
@@ -124,7 +125,7 @@ def erdos_renyi(n: int, probability: float, seed: int) -> Graphs:
 
 
 def edge_list(path: str | None, n: int) -> Graphs:
-    """Undirected graph from a file: two client numbers a line, blank lines and `# comments` skipped.
+    """Read an undirected graph from a file: two client numbers a line, blank lines and `# comments` skipped.
 
     Raises GossipError, with file and line, for a malformed edge, and for a graph that misses a client or falls apart.
     """
@@ -176,7 +177,7 @@ def _parse_edge(fields: list[str], n: int, where: str) -> tuple[int, int]:
 
 
 def isolated(n: int) -> Graphs:
-    """No edges: every client trains alone."""
+    """Make the graph without edges: every client trains alone."""
     return (_circulant(n, []),)
 
 
@@ -196,7 +197,7 @@ _CIRCULANT: dict[str, Callable[[int], Graphs]] = {
 
 
 def build_graphs(kind: str, n: int, *, edges: str | None = None, probability: float = 0.5, seed: int = 0) -> Graphs:
-    """The graphs of one period for a value of `gossip.graph`. Raises GossipError if `kind` does not fit n clients."""
+    """Make the graphs of one period for a value of `gossip.graph`. Raises GossipError if it does not fit n clients."""
     if n == 1:
         return isolated(1)
     if kind in _UNDIRECTED:

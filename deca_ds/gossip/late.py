@@ -36,9 +36,9 @@ _LOOK_S = 0.02  # between two looks at what the other end may have written
 
 
 def without(weights: Mapping[int, float], client: int, skipped: Collection[int]) -> dict[int, float]:
-    """The row of W that is left without the `skipped` neighbours: j -> weight.
+    """Return the row of W that is left without the `skipped` neighbours: j -> weight.
 
-    weights: j -> w_ij, of `client` itself, too. What the skipped ones had goes to the client itself.
+    weights: j -> w_ij, of `client` itself, too. The weight of skipped neighbours goes to the client itself.
     """
     row = {j: weight for j, weight in weights.items() if j not in skipped}
     row[client] = weights.get(client, 0.0) + sum(weights.get(j, 0.0) for j in skipped)
@@ -89,11 +89,11 @@ class EdgeDecision:
         return self._seen.split(" ")[0] == word
 
     def write(self, word: str) -> None:
-        """Put `word` in place of what this end has seen there; if the other end was faster, see what it wrote."""
+        """Replace the word that this end has seen by `word`; if the other end was faster, note what that one wrote."""
         self._see(self._store.compare_set(self._key, self._seen, f"{word} {self._client}"))
 
     def look(self) -> None:
-        """See what the other end may have written; asks the store now and then only."""
+        """Note what the other end may have written; asks the store only every _LOOK_S seconds."""
         if not self.final and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_S
             if self._store.check([self._key]):

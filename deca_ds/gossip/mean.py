@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def weighted_mean(terms: Mapping[int, Tensor], weights: Mapping[int, float], out: Tensor) -> bool:
-    """out <- sum_j weights[j] terms[j], in ascending order of j, without terms whose weight is zero.
+    """Set out <- sum_j weights[j] terms[j], in ascending order of j, without terms whose weight is zero.
 
-    terms: by client, on the device of `out`. Returns whether all terms are known to be finite: a value that is not
-    makes the mean, and the mean's sum, not finite either. So do values that are large, so False calls for `not_finite`.
-    On a GPU it returns when the mean has been computed.
+    terms: by client, flat float32, on the device of `out`, which is like them. Returns whether all terms are known to
+    be finite: a value that is not makes the mean, and the mean's sum, not finite either. So do values that are large,
+    so False calls for `not_finite`. On a GPU it returns when the mean has been computed.
     """
     averaged = sorted(j for j in terms if weights[j] > 0)
     for number, j in enumerate(averaged):
@@ -27,5 +27,5 @@ def weighted_mean(terms: Mapping[int, Tensor], weights: Mapping[int, float], out
 
 
 def not_finite(values: Tensor) -> int:
-    """How many of `values` are not finite. Their sum tells at once where none is, unless they are large."""
+    """Count the values that are not finite. Their sum tells at once if there are none, unless they are large."""
     return 0 if math.isfinite(float(values.sum())) else int(values.numel() - values.isfinite().sum())

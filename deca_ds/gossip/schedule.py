@@ -39,19 +39,19 @@ class MixingSchedule:
         return self.matrices[t % self.period]
 
     def weight(self, i: int, j: int, t: int) -> float:
-        """What client i multiplies client j's tensor by at averaging t."""
+        """Return w_ij of averaging t: what client i multiplies the values of client j by."""
         return float(self.matrix(t)[i, j])
 
     def sources(self, i: int, t: int) -> list[int]:
-        """Clients that client i receives from at averaging t, ascending, without itself."""
+        """Return the clients that client i receives from at averaging t, ascending, without itself."""
         return self._sources[t % self.period][i]
 
     def destinations(self, i: int, t: int) -> list[int]:
-        """Clients that client i sends to at averaging t, ascending, without itself."""
+        """Return the clients that client i sends to at averaging t, ascending, without itself."""
         return self._destinations[t % self.period][i]
 
     def neighbours(self, i: int) -> list[int]:
-        """Clients that any matrix joins client i with, in either direction, ascending."""
+        """Return the clients that any matrix joins client i with, in either direction, ascending."""
         joined = (set(self.sources(i, t)) | set(self.destinations(i, t)) for t in range(self.period))
         return sorted(set().union(*joined))
 
@@ -75,17 +75,17 @@ class MixingSchedule:
 
     @property
     def max_degree(self) -> int:
-        """Most neighbours that any client receives from in one averaging."""
+        """Largest number of neighbours that a client receives from in one averaging."""
         return max(len(self.sources(i, t)) for t in range(self.period) for i in range(self.size))
 
     @property
     def messages(self) -> float:
-        """Shards that travel in one averaging, over all clients (mean over the period)."""
+        """Number of shards that travel in one averaging, over all clients (mean over the period)."""
         edges = sum(len(self.sources(i, t)) for t in range(self.period) for i in range(self.size))
         return edges / self.period
 
     def summary(self) -> str:
-        """One line for a dry run."""
+        """Describe the schedule in a line for the plan and the start of a run."""
         if self.size == 1:
             return f"{self.name} on 1 client"
         period = f", period {self.period}" if self.period > 1 else ""
@@ -103,7 +103,7 @@ def _others(matrix: np.ndarray) -> list[list[int]]:
 
 
 def build_mixing(config: GossipConfig, clients: int, seed: int) -> MixingSchedule:
-    """The schedule that `gossip.*` asks for; the same on every rank. Raises GossipError that names the wrong key.
+    """Make the schedule that `gossip.*` asks for; the same on every rank. Raises GossipError that names the wrong key.
 
     seed: run.seed, for random graphs.
     """

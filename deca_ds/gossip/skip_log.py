@@ -24,7 +24,7 @@ class SkipLog:
         self._away: Counter[int] = Counter()  # the same, since they were there for the last time
 
     def note(self, neighbours: Sequence[int], skipped: Mapping[int, bool]) -> None:
-        """An averaging is settled. All ranks of the client call this.
+        """Note a settled averaging. All ranks of the client call this.
 
         skipped: neighbours that this rank averaged without, and whether they were late; if not, this client was.
         """

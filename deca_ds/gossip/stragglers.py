@@ -71,7 +71,8 @@ class _Settled:
 
 
 class LateExchange:
-    """This rank's edges. store: the shard index's, the same for all clients; used by the main thread alone."""
+    """This rank's edges. store: the part of the job's store that all ranks of this shard index share; only the main
+    thread uses it. wait_s: gossip.wait_s."""
 
     def __init__(self, transport: Transport, store: Store, wait_s: float):
         self.wait_s = wait_s
@@ -82,7 +83,7 @@ class LateExchange:
         self._stray: dict[int, deque[_Message]] = defaultdict(deque)  # of skipped averagings, not here yet
 
     def carrying(self, neighbours: Sequence[int]) -> list[int]:
-        """Those of `neighbours` to and from whom an averaging that starts now sends."""
+        """Return those of `neighbours` with which an averaging that starts now exchanges values."""
         return [j for j in neighbours if j not in self._resting]
 
     def exchange(
@@ -100,7 +101,8 @@ class LateExchange:
         return _Settled()
 
     def settle(self, t: int, neighbours: Sequence[int]) -> dict[int, bool]:
-        """Decide averaging t with each of `neighbours`: the skipped ones, each with whether it was late (or this end).
+        """Decide averaging t with each of `neighbours`; returns the skipped ones, each with whether it was late (or
+        this end).
 
         When it returns, all values of all others are here.
         """

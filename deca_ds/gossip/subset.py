@@ -12,7 +12,7 @@ from deca_ds.gossip.schedule import MixingSchedule
 
 
 def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
-    """The same period of matrices over the same client numbers, in which `missing` clients neither send nor receive.
+    """Return the same period of matrices over the same clients, in which `missing` ones neither send nor receive.
 
     Every matrix becomes the Metropolis-Hastings matrix of its graph, taken as undirected, without the missing clients:
     doubly stochastic, symmetric, positive only on edges that both ends survive. A missing client's row and column are
@@ -34,7 +34,7 @@ def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
 
 
 def parts(mixing: MixingSchedule, clients: Sequence[int]) -> list[list[int]]:
-    """`clients` in the groups that averagings join, over all of the period; one group where all of them mix."""
+    """Split `clients` into the groups that averagings join over a whole period; one group if all of them mix."""
     graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(clients)
     for matrix in mixing.matrices:
@@ -43,6 +43,6 @@ def parts(mixing: MixingSchedule, clients: Sequence[int]) -> list[list[int]]:
 
 
 def spectral_gap(mixing: MixingSchedule, clients: Sequence[int]) -> float:
-    """See weights.spectral_gap, of the averaging among `clients`, which get nothing from others."""
+    """Return the spectral gap (see weights.spectral_gap) of averagings among `clients`, which no others send to."""
     chosen = np.ix_(clients, clients)
     return weights.spectral_gap([matrix[chosen] for matrix in mixing.matrices])

@@ -18,7 +18,7 @@ _CLOSER = 1.5  # what one period does is told by itself from this factor on
 
 
 def averagings_to_agree(mixing: MixingSchedule) -> float:
-    """Averagings after which a disagreement is smaller by a factor of e = 2.718, or more: -1 / ln(1 - gap).
+    """Return the averagings after which a disagreement is smaller by a factor of e = 2.718, or more: -1 / ln(1 - gap).
 
     At least one period of the schedule; infinite for gap 0.
     """
@@ -29,7 +29,7 @@ def averagings_to_agree(mixing: MixingSchedule) -> float:
 
 
 def agreement(mixing: MixingSchedule) -> str:
-    """What averagings do to the clients' models, for the plan and the start of a run."""
+    """Say what averagings do to the clients' models, for the plan and the start of a run."""
     gap, period = mixing.spectral_gap, mixing.period
     if mixing.size == 1:
         return "one client averages with nobody"
@@ -50,7 +50,7 @@ def agreement(mixing: MixingSchedule) -> str:
 
 
 def predicted_disagreement(gap: float, lr: float, local_steps: int) -> float:
-    """How far apart a weight of different clients stays, per coordinate: e* = rho s lr / (1 - rho).
+    """Return how far apart a weight of different clients stays, per coordinate: e* = rho s lr / (1 - rho).
 
     Adam moves a coordinate by about lr at most (Kingma and Ba, arXiv 1412.6980, section 2.1), so that s local steps and
     an averaging take a disagreement e to at most rho (e + s lr), of which e* is the fixed point. The same balance of
@@ -63,7 +63,7 @@ def predicted_disagreement(gap: float, lr: float, local_steps: int) -> float:
 def slow_mixing(
     mixing: MixingSchedule, *, inner_steps: int, gossip_every: int, lr: float, weight_scale: float
 ) -> list[str]:
-    """Warnings, whole sentences, where the graph mixes too slowly for inner_steps or for lr; empty if it does not.
+    """Warn, in whole sentences, if the graph mixes too slowly for inner_steps or for lr; empty if it does not.
 
     weight_scale: standard deviation of the model's freshly drawn weights. Clients that do not gossip are not warned of:
     that is what was asked for.
@@ -94,7 +94,7 @@ def slow_mixing(
 
 
 def left_with_momentum(matrix: np.ndarray, momentum: float) -> float:
-    """What an averaging with momentum leaves of the clients' distance to their mean, in the long run and at worst.
+    """Return what an averaging with momentum leaves of the clients' distance to their mean, in the long run at worst.
 
     matrix: a symmetric W. Without local steps x_(t+1) = W x_t + mu (x_t - x_(t-1)), the heavy ball method, makes of an
     eigenvalue w the larger root of z^2 - (w + mu) z + mu: sqrt(mu) from mu = (1 - sqrt(1 - w))^2 on.
@@ -106,7 +106,7 @@ def left_with_momentum(matrix: np.ndarray, momentum: float) -> float:
 
 
 def large_momentum(mixing: MixingSchedule, momentum: float) -> list[str]:
-    """A warning, a whole sentence, where clients that average with momentum agree later than without it; else empty.
+    """Warn, in a whole sentence, if clients that average with momentum agree later than without it; else empty.
 
     Nothing is said of directed or time-varying matrices, nor of clients that do not gossip.
     """

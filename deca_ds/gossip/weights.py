@@ -23,7 +23,7 @@ _ROUND_OFF = 1e-9  # what float64 eigenvalues of a small matrix may be off by
 
 
 def weigh(graph: nx.DiGraph[int], rule: str) -> np.ndarray:
-    """Doubly stochastic W, (n, n), of an undirected graph or of a directed circulant. d_i: number of neighbours of i.
+    """Make the doubly stochastic W, (n, n), of an undirected graph or a directed circulant. d_i: neighbours of i.
 
     metropolis       w_ij = 1 / (1 + max(d_i, d_j))     (Metropolis-Hastings; Xiao, Boyd and Lall 2005)
     max_degree       w_ij = 1 / (1 + max_k d_k)
@@ -49,7 +49,7 @@ def weigh(graph: nx.DiGraph[int], rule: str) -> np.ndarray:
 
 
 def load(path: str, n: int) -> np.ndarray:
-    """A user's mixing matrix, (n, n): n lines of n numbers (decimals or fractions like 1/3) parted by commas or blanks.
+    """Read a mixing matrix, (n, n): n lines of n numbers (decimals or fractions like 1/3) parted by commas or blanks.
 
     Blank lines and `# comments` are skipped. Sums that are off by rounding (below SUM_TOLERANCE) are scaled back to 1,
     because an error of 1e-6 per averaging would shrink the model like weight decay does. Raises GossipError with file
@@ -138,13 +138,13 @@ def _graph_of(matrix: np.ndarray) -> nx.DiGraph[int]:
 
 
 def second_eigenvalue(matrix: np.ndarray) -> float:
-    """Second largest modulus of the eigenvalues of W: the asymptotic factor per averaging of the consensus error."""
+    """Return the second largest |eigenvalue| of W: the asymptotic factor per averaging of the consensus error."""
     n = len(matrix)
     return float(np.abs(np.linalg.eigvals(matrix - np.full((n, n), 1.0 / n))).max())
 
 
 def spectral_gap(matrices: Sequence[np.ndarray]) -> float:
-    """1 - rho per averaging, 0 (no averaging) to 1 (exact); rho bounds the decay of the distance to the mean.
+    """Return 1 - rho per averaging, 0 (no averaging) to 1 (exact); rho bounds the decay of the distance to the mean.
 
     One symmetric W: rho is its second largest |eigenvalue|. A directed or time-varying schedule of period tau: rho is
     sigma^(1/tau), sigma = ||W_(tau-1) ... W_1 W_0 - 11^T/n||_2, the largest singular value: in a period the distance to

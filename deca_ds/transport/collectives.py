@@ -70,8 +70,8 @@ def sum_slices(
 
 
 def gather_json(transport: Transport, value: Any) -> list[Any]:
-    """Every client's JSON-able value, on every rank, in the order of the members. The wire format is the length as
-    int64, then the text as UTF-8. Raises GossipError for a length that cannot be, or a text that is not JSON."""
+    """Return every client's JSON-able value, on every rank, in the order of the members. The wire format is the length
+    as int64, then the text as UTF-8. Raises GossipError for a length that cannot be, or a text that is not JSON."""
     payload = json.dumps(value).encode()
     if len(payload) > MAX_JSON_BYTES:
         raise ValueError(f"{len(payload)} bytes of JSON are more than the {MAX_JSON_BYTES} of a gathered value")

@@ -29,9 +29,9 @@ class Chunk:
 
 
 def cuts(numels: Sequence[int], ranks: int, rank: int, sizes: Sequence[int], step: int) -> list[Chunk]:
-    """A block, in intervals of `step` positions, as rank `rank` of `ranks` sees it; parts may be empty.
+    """Cut a block into intervals of `step` positions, as rank `rank` of `ranks` sees them; parts may be empty.
 
-    numels: elements of each parameter, in the order of the shards. sizes: of the clients that it meets.
+    numels: elements of each parameter, in the order of the shards. sizes: numbers of ranks of the clients it meets.
     """
     own = held(numels, ranks, rank)
     others = {k: [shared(own, held(numels, k, r)) for r in range(k)] for k in set(sizes)}
@@ -52,7 +52,7 @@ def cuts(numels: Sequence[int], ranks: int, rank: int, sizes: Sequence[int], ste
 
 
 def held(numels: Sequence[int], ranks: int, rank: int) -> list[Range]:
-    """The positions that rank `rank` of `ranks` holds; ranges that touch are one."""
+    """Return the positions that rank `rank` of `ranks` holds; ranges that touch are one."""
     found: list[Range] = []
     for offset, numel in zip(accumulate(numels, initial=0), numels, strict=False):
         size = -(-numel // ranks)
@@ -61,7 +61,7 @@ def held(numels: Sequence[int], ranks: int, rank: int) -> list[Range]:
 
 
 def shared(ones: Sequence[Range], others: Sequence[Range]) -> list[Range]:
-    """What both lists of ranges hold."""
+    """Return the positions in both lists of ranges."""
     found: list[Range] = []
     i = j = 0
     while i < len(ones) and j < len(others):
@@ -74,7 +74,7 @@ def shared(ones: Sequence[Range], others: Sequence[Range]) -> list[Range]:
 
 
 def places(whole: Sequence[Range], some: Sequence[Range]) -> list[Range]:
-    """Where `some` lie if `whole`, which holds all of them, is put together without gaps."""
+    """Return where `some` lie once `whole`, which holds all of them, is put together without gaps."""
     found: list[Range] = []
     offsets = accumulate((stop - start for start, stop in whole), initial=0)
     pending = iter(zip(whole, offsets, strict=False))

@@ -14,8 +14,8 @@ from deca_ds.transport.transport import Endpoint, Transport
 
 
 class LocalNetwork:
-    """Mailboxes between all ranks. sizes: number of ranks of each client, or the number of clients of
-    one rank. timeout_s: how long a receiver waits."""
+    """Mailboxes between all ranks. sizes: number of ranks of each client, or the number of clients of one rank.
+    timeout_s: how long a receiver waits."""
 
     def __init__(self, sizes: int | Sequence[int], timeout_s: float = 60.0):
         self.layout = ClientLayout.of([1] * sizes if isinstance(sizes, int) else sizes)
@@ -24,7 +24,7 @@ class LocalNetwork:
         self.mailboxes: dict[tuple[int, int, int], _Mailbox] = defaultdict(_Mailbox)  # (source, destination, tag)
 
     def transport(self, rank: int) -> LocalTransport:
-        """The end of one rank."""
+        """Make the transport of one rank."""
         return LocalTransport(self, rank)
 
 

@@ -22,7 +22,10 @@ _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 5e-5, 1e-3
 
 
 def poll(done: Callable[[], bool], deadline: float) -> bool:
-    """Call `done` until it is true, spinning first, then with growing sleeps. False if the deadline passed."""
+    """Call `done` until it is true, spinning first, then with growing sleeps. Returns False if the deadline passed.
+
+    deadline: by time.monotonic().
+    """
     started, sleep_s = time.monotonic(), _SHORTEST_SLEEP_S
     while not done():
         now = time.monotonic()
@@ -45,7 +48,7 @@ _Request: TypeAlias = "tuple[str, int, MPI.Request, np.ndarray]"  # direction, p
 
 
 class MpiTransport(Transport):
-    """On a duplicate of `comm`, whose ranks are this rank's peers in their order.
+    """Messages over a duplicate of `comm`, whose ranks are this rank's peers in their order.
 
     The constructor is collective over `comm`; it raises DisconnectedError if a rank does not come.
     """
@@ -60,7 +63,7 @@ class MpiTransport(Transport):
 
     @staticmethod
     def duplicate(comm: MPI.Comm, timeout_s: float) -> MPI.Comm:
-        """A communicator of our own over the same ranks, of which failures are errors that Python sees."""
+        """Make a communicator over the same ranks that is not shared, and whose failures are Python exceptions."""
         from mpi4py import MPI
 
         duplicate, request = comm.Idup()

@@ -34,20 +34,21 @@ class Routes:
         return self.layout.shard_of(self.rank)
 
     def peers(self, clients: Sequence[int]) -> list[int]:
-        """All ranks of `clients` in this rank's group, itself included, client by client."""
+        """Return all ranks of `clients` in this rank's group, itself included, client by client."""
         return [rank for client in clients for rank in self.layout.partners(self.rank, client)]
 
     def source(self, client: int) -> int:
-        """The rank of another client from which this one receives shared values."""
+        """Return the rank of another client from which this one receives shared values."""
         ranks = self.layout.ranks_of(client)
         return ranks[self._shard % len(ranks)]
 
     def hearers(self, client: int) -> Sequence[int]:
-        """The ranks of another client that receive shared values from this one: those of which it is the `source`."""
+        """Return the ranks of another client that receive shared values from this one, their `source`."""
         return self.layout.ranks_of(client)[self._shard :: self._size]
 
     def chunks(self, numels: Sequence[int], step: int) -> list[Chunk]:
-        """The chunks of a block, of at most `step` elements of this rank each. numels: elements of each parameter.
+        """Return the chunks of a block, of at most `step` elements of this rank each. numels: elements of each
+        parameter.
 
         All ranks that exchange have the same number of chunks; where sizes differ, this rank's part may be empty.
         """
@@ -58,24 +59,24 @@ class Routes:
         return [self.whole(start, min(start + step, numel)) for start in range(0, numel, step)]
 
     def whole(self, start: int, stop: int) -> Chunk:
-        """Elements [start, stop) of the shard as one chunk, between clients of one size, where the rank of the same
-        index holds the same elements."""
+        """Return elements [start, stop) of the shard as one chunk, between clients of one size, where the rank of the
+        same index holds the same elements."""
         return Chunk(slice(start, stop), {self._size: [(self._shard, [(0, stop - start)])]})
 
     def meets(self, chunk: Chunk, client: int) -> list[tuple[int, Sequence[Range]]]:
-        """The ranks of another client that hold any of this rank's part of a chunk, each with the ranges that it holds,
-        counted from the start of the part."""
+        """Return the ranks of another client that hold any of this rank's part of a chunk, each with the ranges that it
+        holds, counted from the start of the part."""
         ranks = self.layout.ranks_of(client)
         return [(ranks[shard], ranges) for shard, ranges in chunk.meets[len(ranks)]]
 
     def shares(self, numel: int, client: int) -> list[tuple[int, slice]]:
-        """The ranks of another client that hold any of this rank's slice of a parameter of `numel` elements, each with
-        the part of the slice that both hold. Any two ranks list their common parts in the same order."""
+        """Return the ranks of another client that hold any of this rank's slice of a parameter of `numel` elements,
+        each with the part of the slice that both hold. Any two ranks list their common parts in the same order."""
         every = self.chunks([numel], max(1, numel))
         return [(rank, slice(*part)) for one in every for rank, ranges in self.meets(one, client) for part in ranges]
 
     def edge(self, client: int) -> list[int]:
-        """The ranks of another client that hold any of the elements that this rank holds of a large parameter."""
+        """Return the ranks of another client that hold any element that this rank holds of a large parameter."""
         ranks, own, shard = self.layout.ranks_of(client), self._size, self._shard
         return [
             rank

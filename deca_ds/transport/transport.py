@@ -27,7 +27,7 @@ REDUCE_TAG, GATHER_TAG, BARRIER_TAG, PROBE_TAG, HANDOVER_TAG = (_STEP_TAGS * _CH
 
 
 def chunk_tag(t: int, chunk: int) -> int:
-    """Tag of message number `chunk` in averaging t."""
+    """Return the tag of message number `chunk` in averaging t."""
     return (t % _STEP_TAGS) * _CHUNK_TAGS + chunk % _CHUNK_TAGS
 
 
@@ -35,9 +35,9 @@ def chunk_tag(t: int, chunk: int) -> int:
 class Endpoint:
     """One rank's end of the network between clients, whatever carries the messages.
 
-    layout, rank: which rank this is, and of which client. timeout_s: longest wait for one message. membership: the
-    clients in the job; None: all, always. progress: what this rank is doing; every wait notes the client that it waits
-    for. checksums: whether messages carry checksums (checksums.py); the same for all ranks.
+    layout, rank: which rank this is, and of which client. timeout_s: longest wait for one message, in seconds.
+    membership: the clients in the job; None: all, always. progress: what this rank is doing; every wait notes the
+    client that it waits for. checksums: whether messages carry checksums (checksums.py); the same for all ranks.
     """
 
     layout: ClientLayout
@@ -101,7 +101,7 @@ class Transport(ABC):
         """Close the connections. May be called twice."""
 
     def no_answer(self, peer: int, direction: str, tag: int) -> MessageError:
-        """The error of a message that did not get through. direction: "from" or "to" the peer."""
+        """Make the error for a message that did not get through. direction: "from" or "to" the peer."""
         return MessageError(
             f"no message {direction} {self.layout.named(peer)} within {self.timeout_s:g} s (tag {tag})",
             where=self.layout.named(self.rank),
@@ -109,7 +109,7 @@ class Transport(ABC):
         )
 
     def lost(self, peer: int, direction: str, tag: int, seen: str) -> ConnectionLostError:
-        """The error of a connection that broke. seen: what the library says."""
+        """Make the error for a connection that broke. seen: what the library says."""
         return ConnectionLostError(
             f"{self.layout.named(peer)} is gone: {KILLED}",
             where=f"{self.layout.named(self.rank)}, {self.progress.place}: a message {direction} it (tag {tag})",
@@ -119,7 +119,7 @@ class Transport(ABC):
         )
 
     def misfit(self, peer: int, tag: int, got: str, expected: str) -> MessageError:
-        """The error of a message that does not fit its buffer."""
+        """Make the error for a message that does not fit its buffer."""
         return MessageError(
             f"a message from {self.layout.named(peer)} does not fit (tag {tag}): got {got}, expected {expected}",
             where=self.layout.named(self.rank),
