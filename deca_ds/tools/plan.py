@@ -105,14 +105,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Costs:
-    """Beside memory. time: on the GPU that was asked for."""
+    """What the run costs beside memory. time: on the GPU that was asked for."""
 
     disk: DiskNeed
     time: RunTime | None
 
 
 def _numbers(estimate: Estimate, run: _Run, costs: _Costs) -> dict[str, Any]:
-    """For programs; None for what is not known."""
+    """Return the plan for programs; None for what is not known."""
     time = costs.time
     return {
         "memory": memory_json(estimate),
@@ -127,7 +127,7 @@ def _numbers(estimate: Estimate, run: _Run, costs: _Costs) -> dict[str, Any]:
 def _find_machines(
     config: Config, world_size: int | None, hostfile: Path | None, gpu: str | None, net: str | None
 ) -> _Machines:
-    """As they are given to `print_plan`."""
+    """Find the machines by the arguments of `print_plan`."""
     card = None if gpu is None else find_gpu(gpu)
     rate = None if net is None else read_rate(net)
     if card is None and rate is not None:
@@ -139,14 +139,14 @@ def _find_machines(
 
 
 def _find_ranks(config: Config, world_size: int | None) -> list[int] | None:
-    """Of each client; None where nobody says how many there will be."""
+    """Return the number of ranks of each client; None if it is not known."""
     if world_size is None and config.cluster.ranks is not None:
         world_size = sum(config.cluster.ranks)
     return check_world(config, world_size) if world_size else None
 
 
 def _check(config: Config) -> MixingSchedule:
-    """What needs neither model nor data."""
+    """Check what needs neither model nor data, and return how clients mix."""
     check_method(config)
     check_logging(config.logging)
     validate_data_config(config, client=None)
@@ -163,7 +163,7 @@ def _warn(console: Console, warning: str) -> None:
 def _print_model(
     console: Console, config: Config, mixing: MixingSchedule, machines: _Machines
 ) -> tuple[Estimate, PreTrainedTokenizerBase]:
-    """Its blocks, and what its kind costs; and how its clients mix. Loads no weights."""
+    """Print the model's blocks, what its kind costs, and how its clients mix. Loads no weights."""
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
         _warn(console, escape(warning))
@@ -182,7 +182,7 @@ def _print_model(
 
 
 def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, architecture: PretrainedConfig) -> None:
-    """The graph, who is absent, and whether it mixes fast enough."""
+    """Print the graph, which clients are absent, and whether the graph mixes fast enough."""
     console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
@@ -204,7 +204,7 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
 
 
 def _print_run(console: Console, config: Config, estimate: Estimate, tokenizer: PreTrainedTokenizerBase) -> _Run:
-    """Data, length and traffic."""
+    """Print data, length and traffic, and return them."""
     summaries, sequences = _print_data(console, config, tokenizer)
     schedule, length = _print_length(console, config, len(estimate.plan.blocks), summaries)
     messages = [estimate.message_bytes(block.numel) for block in estimate.plan.blocks]
@@ -217,8 +217,8 @@ def _print_run(console: Console, config: Config, estimate: Estimate, tokenizer: 
 def _print_data(
     console: Console, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
-    """Of all clients, and returns their summaries, and how many sequences the longest `own` and the `common` evaluation
-    set have; none where each client's files are for its own ranks to open."""
+    """Print the data of all clients. Returns their summaries, and how many sequences the longest `own` and the `common`
+    evaluation set have; none if each client's files are for its own ranks to open."""
     if config.data.per_client:
         check_tokenizer(config, tokenizer)
         console.print("data: one path per client; each client's ranks open their own only")
@@ -236,7 +236,7 @@ def _print_data(
 
 
 def _print_costs(console: Console, config: Config, estimate: Estimate, run: _Run, machines: _Machines) -> _Costs:
-    """Memory of a rank, time on the GPU that is asked for, and disk."""
+    """Print the memory of a rank, the time on the GPU that is asked for, and the disk."""
     print_memory(console, estimate)
     time = None
     if machines.card is not None:
@@ -274,7 +274,7 @@ def _check_output(console: Console, config: Config) -> None:
 def _print_length(
     console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]
 ) -> tuple[Schedule, Length | None]:
-    """How long the run is; see _Run. summaries: of all clients' data; none where nobody has opened the files."""
+    """Print how long the run is; see _Run. summaries: of all clients' data; none if the files were not opened."""
     algorithm, batch = config.algorithm, config.data.batch_size
     inner, known = several(algorithm.inner_steps, "inner step"), bool(summaries) or algorithm.rounds is not None
     if known:
@@ -296,7 +296,7 @@ def _print_length(
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
-    """What the run needs, and a warning where this host has less."""
+    """Print the disk that the run needs, and a warning if this host has less."""
     every, clients = config.checkpoint.every, config.cluster.clients
     how = f"every {several(every, 'inner step')}, keep {config.checkpoint.keep}"
     how = how if every else "one, at the end or when told to stop"
@@ -318,7 +318,7 @@ def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
 
 
 def _print_launch(console: Console, config: Config, machines: _Machines) -> None:
-    """How many ranks the clients have, and where."""
+    """Print how many ranks the clients have, and on which hosts."""
     clients, ranks = config.cluster.clients, machines.ranks
     if ranks is None:
         console.print(
@@ -339,7 +339,7 @@ def _print_launch(console: Console, config: Config, machines: _Machines) -> None
 
 
 def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
-    """Which client runs where, and a warning where a host is shared by clients that need others as well."""
+    """Print which client runs where, and a warning if clients that span hosts share one."""
     for client, names in enumerate(hosts):
         console.print(f"  client {client}: {', '.join(names)}", highlight=False)
     for client, names in enumerate(hosts):
@@ -354,8 +354,8 @@ def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
 
 
 def _on_hosts(hosts: Sequence[Sequence[str]] | None) -> tuple[bool, float]:
-    """Whether a client spans hosts, and how many clients' messages one host's network carries; without a hostfile,
-    every client has a host of its own."""
+    """Return whether a client spans hosts, and how many clients' messages one host's network carries. Without a
+    hostfile, every client has a host of its own."""
     if hosts is None:
         return False, 1.0
     carried: dict[str, float] = defaultdict(float)
@@ -375,7 +375,7 @@ def _rounded(plan: BlockPlan, ranks: int) -> str:
 
 
 def _all_logits(config: Config, model: PreTrainedModel) -> str:
-    """What the loss of a model takes that is not a body and a head."""
+    """Say what the loss takes of a model that is not a body and a head."""
     size = 4 * model.config.get_text_config().vocab_size * config.data.micro_batch_size * config.data.max_length
     return (
         f"logits: the forward of {type(model).__name__} is not a body and one linear head, so that the loss holds all "
@@ -384,7 +384,7 @@ def _all_logits(config: Config, model: PreTrainedModel) -> str:
 
 
 def _traffic(config: Config, estimate: Estimate, run: _Run) -> str:
-    """What averagings send."""
+    """Say how much averagings send."""
     tensors, codec, sent = len(estimate.rule.travels), CODECS[config.gossip.wire], run.sent
     each = f" of {tensors} tensors" if tensors > 1 else ""
     told = (

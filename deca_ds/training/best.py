@@ -11,13 +11,13 @@ State = Mapping[str, Any]
 
 
 def is_better(best: State, loss: float, sets: Sequence[int]) -> bool:
-    """Whether an evaluation with this loss is the best so far. One on other sets is: losses of different examples tell
-    nothing about models, so the search begins anew."""
+    """Whether an evaluation with this loss is the best so far. The first on other sets always is: losses of different
+    examples tell nothing about models, so the search begins anew."""
     return not best or list(best.get("sets", sets)) != list(sets) or loss < float(best["loss"])
 
 
 def after(best: State, step: int, loss: float, sets: Sequence[int]) -> dict[str, Any]:
-    """What `best` becomes by an evaluation after `step` inner steps."""
+    """Return what `best` becomes by an evaluation after `step` inner steps."""
     if is_better(best, loss, sets):
         return {"step": step, "loss": loss, "sets": list(sets), "since": 0}
     return {**best, "since": best["since"] + 1}

@@ -95,7 +95,7 @@ def _digest_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _make_gossip(job: Job, client: Client, attempt: int) -> Gossip:
-    """The averaging with neighbours. With gossip.wait_s it gets a connection of its own to the job's store."""
+    """Make the averaging with neighbours. With gossip.wait_s it gets a connection of its own to the job's store."""
     config, cluster = job.config, job.cluster
     radius = config.gossip.clip_radius
     stragglers = None
@@ -117,8 +117,8 @@ def _make_gossip(job: Job, client: Client, attempt: int) -> Gossip:
 
 
 def _invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str, rounds: int) -> None:
-    """Over torch: keep up to date what a client that comes back finds in the folder, and what this client's coordinator
-    tells it. vocabulary: digest of the tokenizer's. rounds: of the run."""
+    """Over torch, keep up to date what a client that comes back finds in the folder, and what this client's coordinator
+    tells it. vocabulary: digest of the tokenizer's vocabulary. rounds: of the run."""
     config, guard = job.config, job.guard
     if elastic.rejoinable is None or not job.cluster.is_leader:
         return
@@ -145,7 +145,7 @@ def _invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, v
 
 
 def _make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) -> ElasticAgent:
-    """The agent that lets the others continue when clients die. From here on a rank that dies ends its client."""
+    """Make the agent that lets the others continue when clients die. From here on a dying rank ends its client."""
     cluster, config = job.cluster, job.config.cluster
     assert cluster.client_store is not None, "`connect` opens it"
     lifeline = Lifeline(cluster.client_store, cluster.shard, cluster.ranks, config.timeout_s, job.guard.fail)
@@ -158,7 +158,7 @@ def _make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) ->
 
 
 def _make_batches(job: Job, data: ClientData, pad_id: int, done: int) -> Iterator[list[dict[str, Tensor]]]:
-    """This rank's part of the batches that follow after `done` inner steps."""
+    """Make this rank's part of the batches that follow after `done` inner steps."""
     config, cluster = job.config, job.cluster
     return training_batches(
         data.train,

@@ -99,7 +99,7 @@ class Checkpoints:
         self._write_under_way = self._thread.submit(self._write, done, groups, manifest, links)
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises CheckpointError if it could not be, or stands still."""
+        """Return when nothing is being written. Raises CheckpointError if the write has failed or makes no progress."""
         if self._write_under_way is not None:
             pending, self._write_under_way = self._write_under_way, None
             progress = self._cluster.progress
@@ -114,7 +114,7 @@ class Checkpoints:
             pending.result()
 
     def newest(self) -> int | None:
-        """The newest one that all ranks have, as far as this one can learn it within a few seconds."""
+        """Return the newest step that all ranks have saved, as far as this one can learn it within a few seconds."""
         with contextlib.suppress(CheckpointError, RuntimeError):  # the disk, or the job's store, is gone
             self.wait()
             for again in range(_LOOKS):
@@ -135,7 +135,7 @@ class Checkpoints:
             self._remove_old()  # what was kept for those who had not written yet
 
     def forget(self) -> None:
-        """Remove this rank's part of what this attempt has saved, and of what it continued from: the run is through."""
+        """Remove this rank's part of what this attempt has saved and of what it continued from: the run is done."""
         for step in set(self._saved) - self._best():
             self._remove(step)
         with contextlib.suppress(OSError):  # there are others
@@ -169,7 +169,7 @@ class Checkpoints:
         ]
 
     def manifest(self) -> dict[str, Any]:
-        """What of the state as it stands is neither a tensor nor about its file."""
+        """Return the values of the state as it stands, for the manifest: all that is no tensor."""
         values = (piece for piece in self._state.pieces() if isinstance(piece, Value))
         return {
             "attempt": self._attempt,
@@ -224,7 +224,7 @@ class Checkpoints:
 
 
 def slice_groups(pieces: Iterable[Piece], cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:
-    """This rank's slices of those pieces of the state that are tensors, in a group each.
+    """Yield this rank's slices of those pieces of the state that are tensors, in a group each.
 
     Raises DivergedError for values that are not finite: the last look at what is to be saved.
     """
@@ -243,5 +243,5 @@ def _finite(slices: Iterable[Slice]) -> Iterator[Slice]:
 
 
 def mixing_digest(mixing: MixingSchedule) -> str:
-    """Tells one sequence of mixing matrices from another."""
+    """Return a digest by which sequences of mixing matrices are told apart."""
     return hashlib.blake2b(b"".join(matrix.tobytes() for matrix in mixing.matrices), digest_size=16).hexdigest()

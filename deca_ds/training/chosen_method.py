@@ -22,13 +22,13 @@ NAMES: dict[str, Collection[str]] = {  # of keys that name something in a regist
 
 
 def rule_of(config: Config) -> Rule:
-    """The rule of algorithm.method with those keys of the section that it takes."""
+    """Make the rule of algorithm.method with those keys of the section that it takes."""
     keys = {field.name: getattr(config.algorithm, field.name) for field in fields(config.algorithm)}
     return build_rule(**keys)
 
 
 def build_schedule(config: Config, blocks: int, rounds: int) -> Schedule:
-    """Which block is active when, and when it gossips. rounds: see `count_rounds` of length.py."""
+    """Make the schedule of active blocks and averagings. rounds: see `count_rounds` of length.py."""
     return Schedule(
         rounds=rounds,
         blocks=blocks,
@@ -40,7 +40,7 @@ def build_schedule(config: Config, blocks: int, rounds: int) -> Schedule:
 
 
 def step_learning_rate(optimizer: OptimizerConfig, step: Step, steps: int) -> float:
-    """The learning rate of an inner step of a run of `steps`."""
+    """Return the learning rate of an inner step of a run of `steps`."""
     return learning_rate(
         step.index,
         steps,

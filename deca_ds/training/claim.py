@@ -64,14 +64,14 @@ class Holder:
 
     @staticmethod
     def read(descriptor: int) -> Holder | None:
-        """None for a file without a word, as one that is being written."""
+        """Read the holder from an open file; None if the file is empty or only partly written."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
         return None
 
 
 def take_for_job(output: Path, launch: Launch, store: JobStore, check: Callable[[], object]) -> None:
-    """`take`, for all ranks of a job; on hosts that do not share the first rank's folder their own is taken, too."""
+    """`take` the folder for all ranks of a job, also on hosts that do not share the first rank's folder."""
     own = None
     if launch.rank == launch.first:
         own = take(output, check)
@@ -127,10 +127,10 @@ def check_free(output: Path) -> None:
 
 
 def take_place(output: Path, rank: int) -> None:
-    """For a process that joins the job in `output` as `rank`: keep others that do so away, as long as it lives or until
-    it leaves the place.
+    """Take the place of `rank` in the job in `output` for this process, which joins it, as long as the process lives or
+    until it leaves the place.
 
-    Raises LaunchError if one has come before, as far as the file system tells.
+    Raises LaunchError if another process has it already, as far as the file system tells.
     """
     file = _place(output, rank)
     if not output.is_dir():  # there is no such run, which is told elsewhere
@@ -161,7 +161,7 @@ def take_place(output: Path, rank: int) -> None:
 
 
 def leave_place(output: Path, rank: int) -> None:
-    """Leave no trace of a process that has not come to join the job."""
+    """Give the place of `rank` back, because this process does not join the job after all."""
     _give_back(_place(output, rank))
 
 
@@ -245,8 +245,8 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_free(descriptor: int) -> bool | None:
-    """Whether this process would get the lock now, which it does not take: a job that starts at this moment would find
-    it gone. None where the file system knows none."""
+    """Whether this process would get the lock now. It does not take it, because a job that starts at this moment would
+    find it taken. None if the file system has no locks."""
     question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)

@@ -1,4 +1,4 @@
-"""Do all clients start from the same? Their data as far as counts and labels tell, and the values of their models."""
+"""Whether all clients start from the same data, as far as counts and labels tell, and from the same model."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def compare_data(summaries: Sequence[dict[str, Any]], label_names: Sequence[list
 
 
 def digest_of_start(client: Client, layout: ClientLayout) -> str:
-    """Of the initial parameters and buffers that this rank holds; where clients differ in size, of the whole client,
-    the same on all of its ranks."""
+    """Return a digest of the initial parameters and buffers that this rank holds; where clients differ in size, of the
+    whole client, the same on all of its ranks."""
     if not layout.even:
         return _digest_of_slices(client)
     names = tuple(name for block in client.plan.blocks for name in block.names) + client.plan.frozen
@@ -85,7 +85,7 @@ def _digest_of_slices(client: Client) -> str:
 
 
 def weighted_sum(name: str, start: int, values: torch.Tensor) -> int:
-    """sum_i w_i b_i mod 2^64 of a 1-D slice whose first element is number `start` of the flat tensor `name`."""
+    """Return sum_i w_i b_i mod 2^64 of a 1-D slice whose first element is number `start` of the flat tensor `name`."""
     seed = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), dtype=np.uint64)
     total = 0
     for first in range(0, values.numel(), _PIECE):

@@ -16,15 +16,15 @@ class Written(Protocol):
     """Steps of checkpoints, and who has written them."""
 
     def begin(self, step: int) -> None:
-        """This rank is about to write."""
+        """Note that this rank is about to write the checkpoint of `step`."""
         ...
 
     def add(self, step: int) -> None:
-        """This rank has written; called by the thread that writes."""
+        """Note that this rank has written the checkpoint of `step`; the thread that writes calls this."""
         ...
 
     def complete(self, step: int) -> bool:
-        """Whether all ranks have, as far as this one knows."""
+        """Whether all ranks have written it, as far as this one knows."""
         ...
 
     def keeps(self, step: int) -> bool:
@@ -32,12 +32,12 @@ class Written(Protocol):
         ...
 
     def wait(self, step: int) -> None:
-        """Return when all ranks have. Raises CheckpointError if they do not."""
+        """Return when all ranks have written it. Raises CheckpointError if they do not."""
         ...
 
 
 class StoreCount:
-    """Every rank adds one in the job's store."""
+    """Counts in the job's store, to which every rank adds one for each checkpoint that it has written."""
 
     def __init__(self, cluster: Cluster, attempt: int, timeout_s: float):
         self._cluster, self._attempt, self._timeout_s = cluster, attempt, timeout_s
@@ -74,8 +74,8 @@ class StoreCount:
 
 
 class Agreed:
-    """A question of every agreement (elastic/survivor_commit.py): all ranks are at the same inner step there, so that
-    the same checkpoint is each one's last. Complete means that all survivors have written it.
+    """Asks at every agreement (elastic/survivor_commit.py) whether all ranks have written: all of them are at the same
+    inner step there, so that the same checkpoint is each one's last. Complete means that all survivors have written it.
 
     A run is resumed with all its clients but those of cluster.absent, so the newest checkpoint from before the first
     death has to stay, and newer ones that the dead may have written.

@@ -21,10 +21,10 @@ from deca_ds.watchdog.stop import StopByCommit
 
 @dataclass(frozen=True)
 class Elastic:
-    """What a job has in which clients may go and come.
+    """What a job has in which clients may die and come back.
 
-    commit: what outlives dead clients. rejoinable: over torch, the transport, which lets clients in. stop: how the job
-    is told to stop.
+    commit: repeats work without dead clients. rejoinable: over torch, the transport, which lets clients in. stop: how
+    the job is told to stop.
     """
 
     commit: SurvivorCommit
@@ -34,7 +34,7 @@ class Elastic:
 
 @dataclass(frozen=True)
 class Connected:
-    """A rank's way to the other clients. elastic: where clients may die."""
+    """A rank's way to the other clients. elastic: given if clients may die."""
 
     transport: Transport
     elastic: Elastic | None = None

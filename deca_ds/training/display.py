@@ -29,8 +29,8 @@ _STILL_S = 20.0  # a rank that has not moved on for so long shows at what
 
 
 class Display:
-    """What one rank shows of the run once it is told to. beat: this rank's heartbeat as it stands. stops: whether the
-    job has been told to stop."""
+    """What one rank shows of the run after `show`. beat: returns this rank's heartbeat. stops: returns whether the job
+    has been told to stop."""
 
     def __init__(self, config: LoggingConfig, beat: Callable[[], Heartbeat], stops: Callable[[], bool]):
         self._config, self._beat, self._stops = config, beat, stops
@@ -44,7 +44,7 @@ class Display:
         self._shown = False
 
     def show(self) -> None:
-        """From now on, unless it does already. A terminal gets a bar when training begins."""
+        """Show the progress from now on. A terminal gets a bar when training begins."""
         if self._shown or not self._config.progress:
             return
         self._shown = True
@@ -54,14 +54,14 @@ class Display:
             self._start_bar()
 
     def begin(self, schedule: Schedule, done: int, pace: Pace) -> None:
-        """Training begins, after `done` inner steps."""
+        """Note that training begins, after `done` inner steps."""
         self._rounds, self._steps, self._done, self._pace = schedule.rounds, len(schedule), done, pace
         self._marked = time.monotonic()
         if self._shown and _moves(sys.stderr):
             self._start_bar()
 
     def step(self, done: int, block: int, record: Mapping[str, Any]) -> None:
-        """The `done`-th inner step, on the block of that index, is done. record: its metrics."""
+        """Note that the `done`-th inner step, on block number `block`, is done. record: its metrics."""
         now = time.monotonic()
         if self._pace is not None:
             self._pace.step(block, now - self._marked, record["loss"], record["tokens"])
@@ -69,11 +69,11 @@ class Display:
         self._place = f"round {record['round'] + 1} of {self._rounds}, block {record['block']}"
 
     def scored(self, what: str, done: int, rows: int) -> None:
-        """`done` of the `rows` rows of the set `what` have been scored."""
+        """Note that `done` of the `rows` rows of the set `what` have been scored."""
         self._scored = what, done, rows
 
     def evaluated(self, seconds: float, distance: float | None) -> None:
-        """An evaluation is done. distance: consensus distance."""
+        """Note that an evaluation is done. distance: consensus distance."""
         if self._pace is not None:
             self._pace.evaluated(seconds)
         if distance is not None:
@@ -87,7 +87,7 @@ class Display:
             self._live.stop()
 
     def facts(self) -> list[str]:
-        """How far the run is, in words."""
+        """Say how far the run is, each fact in a few words."""
         if self._pace is None:
             return [f"starting: {self._beat().doing}"]
         if (scored := self._scored) is not None:  # read once: the main thread continues
@@ -131,7 +131,7 @@ class Display:
             console.show_cursor(True)  # a run that fails ends without a word to the terminal
 
     def picture(self) -> RenderableType:
-        """The bar, and below it what else there is to tell."""
+        """Return the bar, and below it the other facts."""
         grid = Table.grid(padding=(0, 1), expand=True)
         for ratio in (None, 1, None, None):
             grid.add_column(ratio=ratio, no_wrap=True)

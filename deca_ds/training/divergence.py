@@ -27,7 +27,7 @@ FIX = "lower optimizer.lr, set optimizer.clip_norm, or look at the data"
 
 @dataclass
 class Watch:
-    """Of one client; all of its ranks come to the same verdict. buffers: the rule's."""
+    """Watches one client, all of whose ranks come to the same verdict. buffers: names of the rule's buffers."""
 
     client: Client
     cluster: Cluster
@@ -69,14 +69,14 @@ class Watch:
 
 
 def diverged(client: int, name: str, value: float, where: str) -> DivergedError:
-    """name: "the loss is". value: what it is. where: step, block and ranks."""
+    """Make the error. name: subject and verb, as in "the loss is". value: the value. where: step, block and ranks."""
     return DivergedError(
         f"client {client} has diverged: {name} not finite ({value:g})", where=f"client {client}, {where}", fix=FIX
     )
 
 
 def with_checkpoint(error: DivergedError, folder: Path, newest: int | None) -> DivergedError:
-    """The same error, which says what is left in `folder`. newest: inner steps of the last checkpoint that all have."""
+    """Add to the error what is left in `folder`. newest: inner steps of the last checkpoint that all ranks have."""
     left = "no checkpoint had been saved: start anew, in a new folder"
     if newest is not None:
         left = f"run.resume=require continues after inner step {newest}, also with another section optimizer"

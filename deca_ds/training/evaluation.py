@@ -46,8 +46,8 @@ class Evaluator:
     scored: Callable[[str, int, int], None] = lambda what, done, rows: None
 
     def evaluate(self) -> dict[str, Any]:
-        """All scores that there are sets for: {"own": ..., "common": ..., "mean": ..., "consensus_distance": ...}. With
-        the mean model come "clients", by number: what each of them has found on its own and on the common set.
+        """Return the scores on all sets that there are: {"own": ..., "common": ..., "mean": ..., "consensus_distance":
+        ...}. With the mean model come "clients", by number: what each has found on its own and on the common set.
 
         Waits for the other clients only if the mean model is to be scored. If one of them dies meanwhile, all is scored
         again with those that are left.
@@ -151,7 +151,7 @@ class Evaluator:
 
 
 def empty_totals(rows: int) -> Tensor:
-    """For `take_in`: RowScores of every row, [rows, 3], none of them known."""
+    """Make the RowScores of every row for `take_in`, [rows, 3] float64, none of them known."""
     return torch.zeros(rows, len(RowScores._fields), dtype=torch.float64)
 
 
@@ -162,7 +162,8 @@ def take_in(totals: Tensor, rows: Tensor, scores: RowScores) -> None:
 
 
 def summarize(totals: Tensor, dataset: Dataset, data: ClientData, whose: str = "the model") -> dict[str, Any]:
-    """Scores of `dataset`, one of `data`'s sets, from those of its rows. totals: RowScores, [rows, 3]. whose: they are.
+    """Return the scores of `dataset`, one of `data`'s sets, from those of its rows. totals: RowScores, [rows, 3].
+    whose: the name of the model in errors.
 
     Returns loss (nats per target token), perplexity and examples. Then token_accuracy, the share of the targets that
     are the likeliest token after what precedes them, and where the targets are answers exact_match, the share of rows

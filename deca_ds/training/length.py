@@ -19,7 +19,7 @@ _ROUNDING = 1e-9  # of a round
 
 
 def count_rounds(config: Config, blocks: int, rows: Sequence[int]) -> int:
-    """algorithm.rounds, or what algorithm.epochs comes to, rounded up. rows: training sequences of each client.
+    """Return algorithm.rounds, or the rounds in algorithm.epochs, rounded up. rows: training sequences of each client.
 
     An epoch is as many sequences, over all clients, as all clients have: every client makes equally many steps, so one
     with less data than the mean goes over it more often than algorithm.epochs says, and one with more less often.
@@ -34,8 +34,8 @@ def count_rounds(config: Config, blocks: int, rows: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Length:
-    """Of a run. sequences: of all clients, with repetition. passes: by client, how often it goes over its data. tokens,
-    epochs: of all clients. Empty or None where the data are not known."""
+    """The length of a run. sequences: of all clients, with repetition. passes: by client, how often it goes over its
+    data. tokens, epochs: of all clients. Empty or None where the data are not known."""
 
     rounds: int
     steps: int
@@ -46,7 +46,7 @@ class Length:
 
 
 def length_of(config: Config, schedule: Schedule, summaries: Sequence[Mapping[str, Any]]) -> Length:
-    """summaries: `ClientData.summary` of every client, or none."""
+    """Return the length of a run. summaries: `ClientData.summary` of every client, or none if they are not known."""
     steps, drawn = len(schedule), len(schedule) * config.data.batch_size
     passes = {each["client"]: drawn / each["train"] for each in summaries}
     sequences = config.cluster.clients * drawn
@@ -120,14 +120,14 @@ def check_place(schedule: Schedule, saved: Mapping[str, int]) -> None:
 
 
 def _same_place(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """At the end of a run no block is open, as before an activation."""
+    """Whether both are one place of the schedule. At a run's end no block is open, as before an activation."""
     if "inner" in one and "inner" in other:
         return all(one[key] == other[key] for key in ("done", "round", "block", "inner"))
     return one["done"] == other["done"] and not one.get("inner") and not other.get("inner")
 
 
 def too_short(done: int, wanted: int, unit: str) -> ConfigError:
-    """Of a run that has done more than is wanted."""
+    """Make the error for a run that has done more than is wanted."""
     return ConfigError(
         f"the run has done {done} {unit}, more than the {wanted} that it is to have",
         where="algorithm.rounds, algorithm.epochs",
@@ -146,7 +146,7 @@ def one_block() -> CheckpointError:
 
 
 def tell_other_length(config: Config, schedule: Schedule, saved: Mapping[str, int]) -> str:
-    """For the user of a run that continues from `saved` with another length than it had there."""
+    """Tell the user that a run continues from `saved` with another length than it had there."""
     what = f"the run is {len(schedule)} inner steps long instead of {saved['of']}"
     if config.optimizer.schedule == "constant":
         return what

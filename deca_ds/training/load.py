@@ -43,7 +43,7 @@ _BASE = "hf"  # in the run's folder: the model's configuration and the tokenizer
 
 
 def load_base(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The model's configuration and the tokenizer, which fit each other. All ranks that start together call this."""
+    """Load the model's configuration and the tokenizer, and check them. All ranks that start together call this."""
     model, cluster = job.config.model, job.cluster
     disable_progress_bars()
     cluster.progress.enter("loading the tokenizer", works=True, awaits=SHARED)
@@ -57,7 +57,7 @@ def load_base(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
 
 
 def load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ClientData:
-    """This client's data, of which the model knows all tokens."""
+    """Load this client's data, and check that the model knows all their tokens."""
     config, cluster = job.config, job.cluster
     cluster.progress.enter("reading the data", works=True, awaits=SHARED)
     for line in [
@@ -71,7 +71,8 @@ def load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTok
 
 
 def load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Client:
-    """The model on this client's shards; what Hugging Face needs beside its weights is in the run's folder then."""
+    """Load the model onto this client's shards, and write what Hugging Face needs beside the weights to the run's
+    folder."""
     config, cluster, folder = job.config, job.cluster, job.output / _BASE
     cluster.progress.enter("loading the model", works=True, awaits=SHARED)
     model = load_model(config, architecture)
@@ -100,7 +101,7 @@ def forget_base(output: Path) -> None:
 
 @contextmanager
 def first_of_host(model: ModelConfig, launch: Launch, store: JobStore, together: Sequence[int]) -> Iterator[None]:
-    """The first rank on each machine runs the body before the others do, so that they find what it downloads.
+    """Have the first rank on each machine run the body before the others, so that they find what it downloads.
 
     All ranks `together` call this. Where all have the model in a folder, nobody waits.
     """
@@ -117,7 +118,7 @@ def first_of_host(model: ModelConfig, launch: Launch, store: JobStore, together:
 
 
 def load_shared(config: Config, tokenizer: PreTrainedTokenizerBase, cluster: Cluster) -> ClientData:
-    """This client's data, prepared by its first rank on each machine and memory-mapped by all of its ranks.
+    """Load this client's data, prepared by its first rank on each machine and memory-mapped by all of its ranks.
 
     Raises ConfigError and DataError, on the rank that prepares, and where hosts of the client have different data.
     """

@@ -146,7 +146,7 @@ class Trainer:
         self.state.done = step.index + 1
 
     def _make_next_batch(self, end: Callable[[], None]) -> None:
-        """A Boundary: while the last chunks travel, this rank makes the batch of the next inner step."""
+        """Make the batch of the next inner step while the last chunks travel; a Boundary."""
         self._batch = next(self.batches)
         end()
 

@@ -45,7 +45,7 @@ class JsonLines:
             ) from error
 
     def reopen(self) -> None:
-        """After the file of this name has become another one."""
+        """Continue in the file that now has this name."""
         self._file.close()
         self._file = open(self._file.name, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
@@ -68,7 +68,7 @@ class Log:
                 tracker.add(numbers, step)
 
     def reopen(self) -> None:
-        """After the file of this name has become another one."""
+        """Continue in the file that now has this name."""
         self._lines.reopen()
 
     def close(self) -> None:
@@ -104,8 +104,8 @@ class Metrics:
             self.job("evaluation", steps_done, job)
 
     def membership(self, step: int, record: dict[str, Any]) -> None:
-        """Log who is left after a death, while inner step `step` or what follows it is under way; this rank may be the
-        one now that speaks for the job."""
+        """Log the members after a change, while inner step `step` or what follows it is under way; this rank may have
+        become the one that logs for the job."""
         if self._job is None and self._cluster.is_job_leader:
             try:
                 self._job = self._open("job")
@@ -116,11 +116,11 @@ class Metrics:
         self.job("membership", step, record)
 
     def job(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        """Log what concerns all clients, if this rank is the one that does."""
+        """Log what concerns all clients, if this rank is the one that logs for the job."""
         self._write(self._job, kind, step, record)
 
     def reopen(self) -> None:
-        """After this client's lines have been rewound."""
+        """Continue in this client's file after its lines have been rewound."""
         if self._own is not None:
             self._own.reopen()
 
@@ -146,7 +146,7 @@ class Metrics:
 
 
 def peak_memory_bytes(device: torch.device) -> list[int]:
-    """Peak memory of every rank of this client: of its GPU as torch counts it, or resident on the host."""
+    """Return the peak memory of every rank of this client: of its GPU as torch counts it, or resident on the host."""
     if device.type == "cuda":
         own = torch.cuda.max_memory_allocated(device)
     else:

@@ -12,9 +12,10 @@ _MEMORY = 20  # steps, of which loss and speed are the mean
 
 
 class Pace:
-    """Of one rank. left: inner steps of each block, by its index, and evaluations that are still to come.
+    """The pace of one rank. left: inner steps of each block that are still to come, by its index. evaluations: how many
+    are still to come.
 
-    One thread notes, another one may ask: what is asked for is computed from copies, which are made in one go.
+    While one thread notes, another one may ask: answers are computed from copies, which are made in one go.
     """
 
     def __init__(self, left: Counter[int], evaluations: int):
@@ -25,7 +26,7 @@ class Pace:
         self._speeds: deque[tuple[int, float]] = deque(maxlen=_MEMORY)  # tokens, seconds
 
     def step(self, block: int, seconds: float, loss: float, tokens: int) -> None:
-        """An inner step of `block` is done. seconds: since the step before, with all that came between."""
+        """Note that an inner step of `block` is done. seconds: since the step before, with all that came between."""
         mean, steps = self._block_s.get(block, (0.0, 0))
         steps = min(steps + 1, _MEMORY)  # what is long ago counts little, as does a first step, which warms up
         self._block_s[block] = mean + (seconds - mean) / steps, steps
@@ -34,7 +35,7 @@ class Pace:
         self._speeds.append((tokens, seconds))
 
     def evaluated(self, seconds: float) -> None:
-        """An evaluation is done."""
+        """Note that an evaluation is done. seconds: how long it took."""
         self._evaluations, self._evaluation_s = max(0, self._evaluations - 1), seconds
 
     @property
@@ -45,7 +46,7 @@ class Pace:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of this rank's client, over the last steps."""
+        """Tokens of this rank's client per second, over the last steps."""
         speeds = list(self._speeds)
         seconds = sum(seconds for _, seconds in speeds)
         return sum(tokens for tokens, _ in speeds) / seconds if seconds else None
@@ -63,7 +64,7 @@ class Pace:
 
 
 def pace_from(schedule: Schedule, done: int, every: int) -> Pace:
-    """Of a run that has made `done` inner steps. every: see `evaluations_left`."""
+    """Make the pace of a run that has made `done` inner steps. every: see `evaluations_left`."""
     left: Counter[int] = Counter()
     length = schedule.activation_steps
     for first in range(done - done % length, len(schedule), length):
@@ -77,13 +78,13 @@ def evaluates(done: int, steps: int, every: int) -> bool:
 
 
 def evaluations_left(done: int, steps: int, every: int) -> int:
-    """How many are to come, one after `done` inner steps included."""
+    """Return how many evaluations are to come, one after `done` inner steps included. every: evaluation.every."""
     between = range(every * max(1, -(-done // every)), steps, every) if every else ()
     return (done == 0) + len(between) + 1
 
 
 def duration(seconds: float) -> str:
-    """For people: 0:07, 12:40, 3:05:00, 2 days 3 h."""
+    """Write seconds for people: 0:07, 12:40, 3:05:00, 2 days 3 h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:

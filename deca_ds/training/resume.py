@@ -57,12 +57,12 @@ class Resumption:
 
 
 def look_at_output(config: Config) -> dict[str, Any] | None:
-    """What the first rank's host knows of the run that is to continue in run.output; None where none has begun.
-    JSON-able: rounds, of the run from here on; blocks, None if nothing tells them; finished: it was DONE; ends: it is
-    to be no longer than that.
+    """Return what the first rank's host knows of the run that is to continue in run.output; None if none has begun.
+    JSON-able. rounds: of the run from here on. blocks: their number, None if nothing tells it. finished: whether it was
+    DONE. ends: whether it is to be no longer than that.
 
-    Before anything is loaded. Raises UserErrors for a folder that is not what run.resume wants, see `check_folder`, and
-    for a length that the run cannot get.
+    Loads nothing. Raises UserErrors for a folder that is not what run.resume wants, see `check_folder`, and for a
+    length that the run cannot get.
     """
     check_folder(config)
     begun = config.run.resume != "never" and has_begun(Path(config.run.output))
@@ -142,8 +142,8 @@ def _check_state(model: Path) -> None:
 
 
 def choose(config: Config, launch: Launch, store: JobStore, own: Part, mixing: MixingSchedule) -> Resumption:
-    """The newest checkpoint that every rank that is started finds whole, and that was saved with all clients but those
-    of cluster.absent; all ranks call this, before anything else. Nothing is changed. own: what this rank saves.
+    """Choose the newest checkpoint that every started rank finds whole, and that was saved with all clients but those
+    of cluster.absent. All ranks call this, before anything else. Changes nothing. own: what this rank saves.
 
     If none can be used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is
     none that all can use, or if the mixing matrices are others than they were.
@@ -210,7 +210,7 @@ def _keep(part: Path, folder: Path, made: list[Path]) -> None:
             shutil.copytree(part, partial, copy_function=_link)
             partial.rename(kept)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"the trained model cannot be gone on from: {error}", where=str(part)) from error
+        raise CheckpointError(f"the run cannot continue from its trained model: {error}", where=str(part)) from error
 
 
 def _link(source: str, target: str) -> None:

@@ -44,8 +44,8 @@ def start(
     """Check the configuration, connect to the other ranks and build the trainer; None if the run has nothing left to
     do.
 
-    rejoin: of a client that comes back. Raises UserErrors, before anything is written; only those about the model come
-    after the output folder is made.
+    rejoin: given if this client comes back. Raises UserErrors, before anything is written; only those about the model
+    come after the output folder is made.
     """
     way: Start | None
     if rejoin is None:
@@ -65,8 +65,8 @@ def start(
 
 
 def check_together(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> tuple[Config, MixingSchedule]:
-    """All of a start's checks before the ranks connect, but whether run.output is used; every rank checks the files of
-    its own host. All ranks call this. Gives the configuration its date. Raises UserErrors."""
+    """Check all that a start checks before the ranks connect, except whether run.output is used; every rank checks the
+    files of its own host. All ranks call this. Returns the configuration with its date. Raises UserErrors."""
     mixing = _mixing(config)
     guard.progress.enter("comparing the ranks")
     compare_software(config, launch, store, [matrix.tobytes() for matrix in mixing.matrices])
@@ -78,7 +78,7 @@ def check_together(config: Config, launch: Launch, store: JobStore, guard: JobGu
 def _check_rejoin(
     config: Config, launch: Launch, guard: JobGuard, invitation: Invitation
 ) -> tuple[Config, MixingSchedule]:
-    """The same for a client that comes back, which compares itself with the job."""
+    """Check the same for a client that comes back, which compares itself with the job."""
     mixing = _mixing(config)
     guard.progress.enter("comparing the ranks")
     config = with_date(config, invitation.date)
@@ -92,7 +92,7 @@ def _mixing(config: Config) -> MixingSchedule:
 
 
 def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedule) -> None:
-    """What the configuration alone tells, then this host's files."""
+    """Check the configuration by itself, then this host's files."""
     guard.progress.enter("checking the configuration")
     layout = ClientLayout.of(check_world(config, launch.world_size))
     guard.progress.watch(layout, config.cluster.timeout_s)
@@ -109,9 +109,9 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
 def begin_or_resume(
     config: Config, launch: Launch, store: JobStore, guard: JobGuard, mixing: MixingSchedule
 ) -> NewRun | ResumedRun | None:
-    """From the newest checkpoint that all ranks can use, or from the end of a run that is to be longer; a run that had
-    come to train in this folder continues there. None: it has come to its end. All ranks call this. Raises UserErrors,
-    before it changes anything but the file LOCK."""
+    """Choose between a new run and one that continues: from the newest checkpoint that all ranks can use, or from the
+    end of a run that is to be longer. Returns None if the run has come to its end. All ranks call this. Raises
+    UserErrors, before it changes anything but the file LOCK."""
     output, own = Path(config.run.output), None
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:

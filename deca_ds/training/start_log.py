@@ -63,7 +63,7 @@ def record_start(
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """The entries, in order; of a file that cannot be read, none."""
+    """Return the entries, in order; none if the file cannot be read."""
     try:
         found = json.loads((run / STARTS).read_text())
     except (FileNotFoundError, ValueError):

@@ -20,7 +20,7 @@ Boundary = Callable[[Callable[[], None]], None]
 
 
 def at_once(end: Callable[[], None]) -> None:
-    """The Boundary that overlaps nothing with the last messages."""
+    """End the averaging at once; the Boundary that overlaps nothing with the last messages."""
     end()
 
 

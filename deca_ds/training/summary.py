@@ -22,8 +22,9 @@ _SHARES = {"accuracy": "accuracy", "exact_match": "exact match"}  # of examples,
 
 @dataclass(frozen=True)
 class Evaluation:
-    """After `step` inner steps. clients: by number, the scores on the sets that there are, "own" and "common". mean: of
-    the mean model, on the common set or, without one, pooled over the clients' own; empty if it was not scored."""
+    """The scores after `step` inner steps. clients: by number, the scores on the sets that there are, "own" and
+    "common". mean: the scores of the mean model, on the common set or, without one, pooled over the clients' own;
+    empty if it was not scored. distance: the consensus distance; None if it was not measured."""
 
     step: int
     clients: Mapping[int, Mapping[str, Scores]]
@@ -32,13 +33,13 @@ class Evaluation:
 
     @classmethod
     def of(cls, step: int, client: int, own: Mapping[str, Any], job: Mapping[str, Any]) -> Evaluation:
-        """From the metrics of a client and of the job, which has none where clients tell each other no scores."""
+        """Make one from the metrics of a client and of the job, which has none if clients tell each other no scores."""
         mine = {client: {name: own[name] for name in SETS if name in own}}
         told = {int(number): sets for number, sets in job.get("clients", {}).items()}
         return cls(step, dict(sorted((mine | told).items())), job.get("mean", {}), job.get("consensus_distance"))
 
     def line(self, steps: int, seconds: float) -> str:
-        """For a log. steps: of the run."""
+        """Describe the evaluation in a line of a log. steps: of the run. seconds: how long it took."""
         parts = []
         for name, title in SETS.items():
             scores = [sets[name] for sets in self.clients.values() if name in sets]
@@ -63,8 +64,8 @@ class Evaluation:
 
     @property
     def loss(self) -> float | None:
-        """What evaluations are compared by: of the mean model, else the mean over clients, on the common set if there
-        is one. In nats per token; None without an evaluation set."""
+        """The loss by which evaluations are compared: of the mean model, else the mean over clients, on the common set
+        if there is one. In nats per token; None without an evaluation set."""
         if self.mean:
             return float(self.mean["loss"])
         for name in reversed(SETS):
@@ -76,27 +77,27 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has come to. output: its folder. evaluations: all that there were, in their order; the last one is of
-    the models at the end."""
+    """The result of a run. output: its folder. evaluations: all of them, in their order; the last one is of the models
+    at the end."""
 
     output: Path
     evaluations: Sequence[Evaluation]
 
     @property
     def best(self) -> Evaluation | None:
-        """The first with the lowest loss, of those that can be compared with the last one; None without any scores."""
+        """The first one with the lowest loss, of those that can be compared with the last; None without scores."""
         return best_of(self.evaluations) if self.evaluations else None
 
 
 def evaluations(run: Path, client: int) -> list[Evaluation]:
-    """Those in the run's metrics, as far as they are on this host: of `client`, and what all told each other."""
+    """Read the evaluations in the run's metrics, as far as they are on this host: of `client`, and of the job."""
     job = {line["step"]: line for line in _lines(run / "metrics" / "job.jsonl")}
     own = {line["step"]: line for line in _lines(run / "metrics" / f"client_{client:03d}.jsonl")}
     return [Evaluation.of(step, client, own[step], job.get(step, {})) for step in sorted(own)]
 
 
 def print_summary(found: Sequence[Evaluation]) -> None:
-    """A table of the first and the last evaluation, and which of all was the best."""
+    """Print a table of the first and the last evaluation, and which of all was the best."""
     console = Console(color_system=None, highlight=False)  # mpirun shows its ranks a terminal, also into a file
     if not found or found[-1].loss is None:
         return
@@ -111,14 +112,14 @@ def print_summary(found: Sequence[Evaluation]) -> None:
 
 
 def best_of(found: Sequence[Evaluation]) -> Evaluation | None:
-    """The first with the lowest loss, of those on the same sets as the last one."""
+    """Return the first evaluation with the lowest loss, of those on the same sets as the last one."""
     comparable = (each for each in found if each.loss is not None and each.own_sets == found[-1].own_sets)
     return min(comparable, key=lambda each: each.loss or 0.0, default=None)
 
 
 def next_commands(run: Path, clients: int, *, best: bool = False) -> str:
-    """What to do with a run that is done, a line each. clients: of the run. best: there is a checkpoint of the best
-    evaluation."""
+    """Name commands for a run that is done, a line each. clients: of the run. best: whether there is a checkpoint of
+    the best evaluation."""
     folder = shlex.quote(str(run))
     return (
         f"  deca report {folder}          a page of what happened\n"
@@ -129,7 +130,7 @@ def next_commands(run: Path, clients: int, *, best: bool = False) -> str:
 
 
 def stopped_commands(run: Path, *, best: bool) -> str:
-    """What to do with a run that has stopped, besides continuing it. best: as for `next_commands`."""
+    """Name what to do with a run that has stopped, besides continuing it. best: as for `next_commands`."""
     which = BEST if best else NEWEST
     return f"  deca export {shlex.quote(str(run))} MODEL --checkpoint {which}    its {which} model so far"
 

@@ -16,8 +16,8 @@ from deca_ds.plural import several
 
 
 def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
-    """What each client trains on, and with labels how many examples of each. summaries: `ClientData.summary` of every
-    client."""
+    """Make the table of what each client trains on, and with labels how many examples of each. summaries:
+    `ClientData.summary` of every client."""
     table = Table(title="data of each client")
     for column in ("client", "train", "dropped", "cut", "own eval", "common eval", "target tokens"):
         table.add_column(column, justify="right")
@@ -34,13 +34,13 @@ def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
 
 
 def print_notes(notes: Sequence[str], client: int | None = None) -> None:
-    """`ClientData.notes` on stderr. client: whose files they are about, where it has files of its own."""
+    """Print `ClientData.notes` on stderr. client: whose files they are about, if it has files of its own."""
     for note in notes:
         print(f"data{'' if client is None else f' of client {client}'}: {note}", file=sys.stderr, flush=True)
 
 
 def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
-    """The blocks with their size and the memory that each one's state needs on a rank while it is active."""
+    """Make the table of blocks with their size and the memory of each one's state on a rank while it is active."""
     table = Table(title="blocks in model order")
     for column in ("block", "what", "parameters", "share", "state per rank"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -80,7 +80,7 @@ def warn_of_experts(console: Console, fused: Sequence[str], gradient_checkpointi
 
 
 def untrained(label: str, names: Sequence[str]) -> str:
-    """What to say of the parameters of a block that no gradient has reached in a whole activation."""
+    """Name the parameters of a block that no gradient has reached in a whole activation."""
     return (
         f"no gradient reached {len(names)} parameter{'s' if len(names) > 1 else ''} of block {label!r} while it was "
         f"active ({_some(names)}): this data does not use them, and they stay as they are"

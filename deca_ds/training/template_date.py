@@ -13,8 +13,8 @@ from deca_ds.launch.store import JobStore
 
 
 def agree_on_date(config: Config, launch: Launch, store: JobStore) -> Config:
-    """With data.date, where it is null, that of the run that is resumed, or else the first rank's day. All ranks that
-    are started together call this."""
+    """Return the configuration with a date: if data.date is null, that of the run that is resumed, or else the first
+    rank's day. All ranks that are started together call this."""
     saved = Path(config.run.output) / SAVED_CONFIG  # where the host of the run's first rank wrote it
     known = config.data.date
     if known is None and config.run.resume != "never" and saved.is_file():
@@ -25,7 +25,7 @@ def agree_on_date(config: Config, launch: Launch, store: JobStore) -> Config:
 
 
 def with_date(config: Config, day: str | None) -> Config:
-    """With data.date, where it is null, `day`."""
+    """Return the configuration with `day` as its data.date, if that is null."""
     return replace(config, data=replace(config.data, date=config.data.date or day))
 
 

@@ -45,7 +45,7 @@ def own_streams() -> None:
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """The signals below are handled after the body as they were before it."""
+    """Restore after the body how the signals that stop or interrupt a job were handled before it."""
     before = {number: signal.getsignal(number) for number in (*_STOP, signal.SIGINT)}
     try:
         yield
@@ -79,7 +79,7 @@ def on_interrupt(handler: Callable[..., Any], told: str) -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file descriptor of which no write fails or waits for ever."""
+    """A file descriptor whose writes never fail and never wait for ever."""
 
     def __init__(self, number: int):
         super().__init__(number, "w", closefd=False)

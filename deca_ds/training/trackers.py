@@ -30,17 +30,17 @@ _STEP = "inner_step"
 
 
 class Tracker(Protocol):
-    """Of one file of the metrics."""
+    """What receives the numbers of one file of the metrics."""
 
     def add(self, numbers: Mapping[str, float], step: int) -> None:
-        """Log these after `step` inner steps."""
+        """Log these numbers after `step` inner steps."""
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Send what is left, and finish."""
 
 
 def open_trackers(config: LoggingConfig, output: Path, name: str) -> list[Tracker]:
-    """Those that are wanted, of the file `name` of the metrics. Raises ConfigError for one that does not start."""
+    """Start the configured trackers for the file `name` of the metrics. Raises ConfigError if one does not start."""
     trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(_TensorBoard(output / "tensorboard" / name))

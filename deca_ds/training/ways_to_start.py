@@ -54,12 +54,12 @@ class Start(ABC):
 
     @abstractmethod
     def schedule(self, job: Job, client: Client) -> Schedule:
-        """Which block the run trains at which step, and so its length, which the first rank prints."""
+        """Make the schedule of the run, and so its length, which the first rank prints."""
 
     @abstractmethod
     def agree(self, job: Job, client: Client, vocabulary: str) -> int:
-        """The number of this attempt at the run, one for all ranks. Raises LaunchError unless all clients start from
-        the same model."""
+        """Return the number of this attempt at the run, one for all ranks. Raises LaunchError unless all clients start
+        from the same model."""
 
     @abstractmethod
     def restore(self, job: Job, state: TrainingState) -> None:

@@ -200,7 +200,7 @@ def test_a_run_that_goes_on_notes_what_is_new(tmp_path: Path, capsys) -> None:
         ("other matrices", "mixing matrices are not those"),
         ("too short", "has done 5 inner steps, more than the 4"),
         ("finished, other matrices", "mixing matrices are not those"),
-        ("finished, damaged", "cannot be gone on from"),
+        ("finished, damaged", "cannot continue from its trained model"),
         ("finished, without a model", "trained model is not there"),
     ],
 )
