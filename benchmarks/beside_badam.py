@@ -31,10 +31,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from apart import ENVIRONMENT, REPOSITORY
+from resident import resident
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,6 @@ CASES = (
 STEPS, ROUNDS = 6, 1  # of an activation, without its last two; activations of each block
 DEADLINE_S = 600  # of a step
 SIDES = ("badam", "ours")
-
-
-def resident(name: str) -> int:
-    """VmRSS, or VmHWM, its peak, of this process, in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def ours(case: Case) -> Iterator[Any]:

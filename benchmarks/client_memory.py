@@ -101,8 +101,9 @@ def kind(names: tuple[str, ...]) -> str:
 def measure(places: dict[int, bool], overrides: list[str]) -> dict[str, Any]:
     import torch
     from one_client import lonely_step, one_client, random_batch
-    from resident import at_rest as planned_at_rest
-    from resident import estimate_of, in_step, peak_of, resident
+    from planned import at_rest as planned_at_rest
+    from planned import estimate_of, in_step
+    from resident import peak_of, resident
 
     from deca_ds.algorithm.methods import build_rule
     from deca_ds.engine.heap import return_freed_memory

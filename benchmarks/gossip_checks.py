@@ -15,10 +15,10 @@ import json
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from gossip_speed import average
 from torch import Tensor
 
 from deca_ds.algorithm.deca import DecaRule
@@ -26,7 +26,6 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.transport.checksums import checksum
@@ -65,13 +64,6 @@ class ThereAlready(Transport):
         pass
 
 
-def average(gossip: Gossip, x: Tensor) -> None:
-    averaging = begin(gossip, 0)
-    for chunk in gossip.chunks([NUMEL]):
-        averaging.send(chunk, "x", x[chunk.part])
-    deque(averaging.settle(), maxlen=0)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     chunk_mib = float(sys.argv[1]) if len(sys.argv) > 1 else GossipConfig().chunk_mib
@@ -86,9 +78,9 @@ def main() -> None:
     state = {name: torch.randn(NUMEL).abs_() for name in ("theta", "grad", *rule.buffers)}
 
     actions: dict[str, Callable[[], object]] = {
-        "mean": lambda: average(plain, x),
-        "with checksums": lambda: average(summed, x),
-        "clipped": lambda: average(clipping, x),
+        "mean": lambda: average(plain, 0, x),
+        "with checksums": lambda: average(summed, 0, x),
+        "clipped": lambda: average(clipping, 0, x),
         "one checksum": lambda: checksum(x),
         "one sum": lambda: x.view(torch.int64).sum(),
         "local step": lambda: rule.local_step(state, inner=0, lr=1e-4, decay=0.0),

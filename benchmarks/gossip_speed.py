@@ -88,7 +88,7 @@ def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[T
 
 
 def average(gossip: Gossip, t: int, x: Tensor) -> None:
-    """As training/step.py does it, without the arithmetic of a method."""
+    """Average as training/step.py does it, without the arithmetic of a method."""
     averaging = begin(gossip, t)
     for chunk in gossip.chunks([x.numel()]):
         averaging.send(chunk, "x", x[chunk.part])

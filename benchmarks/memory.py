@@ -100,7 +100,8 @@ def deca(kind: str, overrides: list[str]) -> dict[str, Any]:
 
     import torch
     from one_client import lonely_step, one_client
-    from resident import estimate_of, in_step, peak_of, resident
+    from planned import estimate_of, in_step
+    from resident import peak_of, resident
 
     from deca_ds.algorithm.deca import DecaRule
     from deca_ds.engine.client import Client

@@ -31,8 +31,8 @@ NUMEL, CHUNK_MIB, STEPS = 10_007, 0.01, 9
 SILENT_TAG = 99
 
 
-def start_values(client: int) -> torch.Tensor:
-    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(client))
+def start_values(client: int, numel: int = NUMEL) -> torch.Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(client))
 
 
 def digest(x: torch.Tensor) -> str:

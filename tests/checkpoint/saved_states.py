@@ -74,6 +74,13 @@ def save_clients(folder: Path, states: list[State], *, ranks: int, step: int = 7
             save_shards(folder, groups, Part(client, rank, ranks), clients=len(states), step=step)
 
 
+def load_exported(folder: Path) -> PreTrainedModel:
+    """Load an exported model with plain transformers; no weight may be missing or left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
 def model_state(model: PreTrainedModel) -> State:
     """What a trainer saves: parameters under their first name, then persistent buffers."""
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}

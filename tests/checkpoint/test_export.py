@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_states import CONFIGS, model_state, save_clients, zero3_slices
+from saved_states import CONFIGS, load_exported, model_state, save_clients, zero3_slices
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deca_ds.checkpoint import export as export_module
@@ -35,10 +35,7 @@ LAUNCHER = Path(__file__).parents[2] / "launchers" / "export.py"
 
 
 def reload_state(folder: Path) -> dict[str, torch.Tensor]:
-    """The reloaded model's state, after checking that nothing was missing or left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model_state(model)
+    return model_state(load_exported(folder))
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

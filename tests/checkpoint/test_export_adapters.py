@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_states import CONFIGS, model_state, save_clients
+from saved_states import CONFIGS, load_exported, model_state, save_clients
 from transformers import AutoModelForCausalLM
 
 from deca_ds.checkpoint.adapters import FILE, save_adapters
@@ -49,17 +49,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
-def load(folder: Path) -> torch.nn.Module:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
-
-
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_client_computes_what_it_computed_with_adapters(tmp_path, make_adapted, architecture):
     run, adapted = make_adapted(architecture)
     export_model(run, tmp_path / "out", client=1, max_shard_bytes=10_000)
-    exported, base = load(tmp_path / "out"), load(tmp_path / "base")
+    exported, base = load_exported(tmp_path / "out"), load_exported(tmp_path / "base")
     assert [name for name, _ in exported.named_parameters()] == [name for name, _ in base.named_parameters()]
     expected = logits(adapted[1])
     torch.testing.assert_close(logits(exported), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -75,7 +69,7 @@ def test_the_mean_averages_a_and_b_apart(tmp_path, make_adapted):
         for name, parameter in first.named_parameters():
             parameter.add_(second.get_parameter(name)).div_(2)
     expected = logits(first)
-    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load_exported(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_stored_bfloat16_is_merged_in_float32(tmp_path, make_adapted):
@@ -87,8 +81,10 @@ def test_stored_bfloat16_is_merged_in_float32(tmp_path, make_adapted):
     for a in find_adapters(model):
         w, low, b = (model.get_parameter(name).float() for name in (a.renamed[a.weight], a.a, a.b))
         exact = w + a.scale * b @ low
-        torch.testing.assert_close(load(wide).get_parameter(a.weight), exact, rtol=0, atol=1e-6)
-        assert torch.equal(load(stored).get_parameter(a.weight), load(wide).get_parameter(a.weight).bfloat16())
+        torch.testing.assert_close(load_exported(wide).get_parameter(a.weight), exact, rtol=0, atol=1e-6)
+        assert torch.equal(
+            load_exported(stored).get_parameter(a.weight), load_exported(wide).get_parameter(a.weight).bfloat16()
+        )
 
 
 def test_a_client_that_diverged_is_named(tmp_path, make_adapted):

@@ -1,7 +1,6 @@
 """What each format does with each field of a row: rendered, obeyed, refused by name, or named as not used."""
 
 import math
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +16,6 @@ from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.labels import normal_label
 from deca_ds.errors import ConfigError, DataError
 
-DOCS = Path(__file__).parents[2] / "docs"
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "yo"}
 ROWS = {

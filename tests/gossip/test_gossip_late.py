@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import average as dense_average
-from gossip_worker import mix
+from gossip_worker import mix, start_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore, PrefixStore
@@ -133,7 +133,7 @@ def run_clients(
         stragglers = LateExchange(transport, PrefixStore("late", store), 0.0)
         clip = None if clip_radius is None else Clip(clip_radius)
         gossip = Gossip(transport, schedule, CHUNK_MIB, codec=CODECS[wire], clip=clip, stragglers=stragglers)
-        x, skipped = start_values(client), []
+        x, skipped = start_values(client, NUMEL), []
         for t in range(steps):
             pause(client, t)
             stragglers.wait_s = wait_s(t) if callable(wait_s) else wait_s
@@ -145,10 +145,6 @@ def run_clients(
     with ThreadPoolExecutor(schedule.size) as pool:
         done = list(pool.map(body, range(schedule.size)))
     return [x for x, _, _ in done], [skipped for _, skipped, _ in done], [gossip for _, _, gossip in done]
-
-
-def start_values(client: int) -> torch.Tensor:
-    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(client))
 
 
 def matrices_of(schedule: MixingSchedule, skipped: list[list[list[int]]]) -> list[np.ndarray]:
@@ -166,7 +162,7 @@ def matrices_of(schedule: MixingSchedule, skipped: list[list[list[int]]]) -> lis
 
 
 def assert_dense(schedule, shards, skipped, radius=None) -> None:
-    dense = np.stack([start_values(client).double().numpy() for client in range(schedule.size)])
+    dense = np.stack([start_values(client, NUMEL).double().numpy() for client in range(schedule.size)])
     mean = dense.mean(axis=0)
     for matrix in matrices_of(schedule, skipped):
         dense = dense_average(matrix, dense, radius)
@@ -194,7 +190,7 @@ def test_a_client_that_stops_for_a_while_is_left_out_and_comes_back(radius: floa
     assert skipped[2][3] == [0, 1] and skipped[2][7:] == [[]] * 13
     if wire == "float32":
         assert_dense(schedule, shards, skipped, radius)
-    start = torch.stack([start_values(client) for client in range(3)])
+    start = torch.stack([start_values(client, NUMEL) for client in range(3)])
     torch.testing.assert_close(torch.stack(shards).mean(dim=0), start.mean(dim=0), rtol=0, atol=1e-5)
     assert store.num_keys() == 0
     for gossip in ends:
@@ -243,7 +239,7 @@ def test_without_anybody_late_the_bits_are_those_of_waiting():
     network = LocalNetwork(4)
 
     def body(client: int) -> torch.Tensor:
-        gossip, x = Gossip(network.transport(client), schedule, CHUNK_MIB), start_values(client)
+        gossip, x = Gossip(network.transport(client), schedule, CHUNK_MIB), start_values(client, NUMEL)
         for t in range(6):
             x = mix(gossip, t, x)
         return x

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,17 @@ def without_memory(monkeypatch):
     """Which takes half a second a plan, and has tests of its own."""
     for name in ("print_memory", "print_fit", "memory_json"):
         monkeypatch.setattr(f"deca_ds.tools.plan.{name}", lambda *_: None)
+
+
+@pytest.fixture
+def plan_in_words(capsys):
+    """Print the plan of keys and changes of them, and return its words."""
+
+    def plan(keys: list[str], *changes: str, world_size: int | None = None) -> str:
+        print_plan(load_config(None, [*keys, *changes]), world_size)
+        return " ".join(capsys.readouterr().out.split())
+
+    return plan
 
 
 def test_late_neighbours_need_a_symmetric_matrix(word_files, tmp_path):
@@ -94,13 +106,10 @@ def test_what_needs_no_rows_is_told_of_files_that_nobody_opens(tiny_model, tmp_p
         print_plan(load_config(None, [*keys, "data.per_client=[/there/a.jsonl,/there/b.jsonl]", *changes]))
 
 
-def test_rounded_masters_are_told_with_the_memory_of_exact_ones(tiny_model, word_files, tmp_path, capsys):
+def test_rounded_masters_are_told_with_the_memory_of_exact_ones(tiny_model, word_files, tmp_path, plan_in_words):
     keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
-
-    def plan(*changes: str, world_size: int | None = None) -> str:
-        print_plan(load_config(None, [*keys, *changes]), world_size)
-        return " ".join(capsys.readouterr().out.split())
+    plan = partial(plan_in_words, keys)
 
     half, rounded = "model.dtype=bfloat16", "model.masters=rounded"
     assert "masters:" not in plan() and "masters:" not in plan(half)  # exact ones are in the table of memory
@@ -110,13 +119,10 @@ def test_rounded_masters_are_told_with_the_memory_of_exact_ones(tiny_model, word
         assert f"model.masters=exact takes {decimal(2 * parameters // ranks)} of host memory per rank" in told
 
 
-def test_the_length_is_told_in_rounds_epochs_and_tokens(tiny_model, word_files, tmp_path, capsys):
+def test_the_length_is_told_in_rounds_epochs_and_tokens(tiny_model, word_files, tmp_path, plan_in_words):
     keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", "cluster.clients=2", "data.batch_size=4"]
     shared, own = f"data.train=[{word_files[0]}]", f"data.per_client=[{word_files[0]},{word_files[1]}]"
-
-    def plan(*changes: str) -> str:
-        print_plan(load_config(None, [*keys, *changes]))
-        return " ".join(capsys.readouterr().out.split())
+    plan = partial(plan_in_words, keys)
 
     told = plan(shared, "algorithm.epochs=9")
     rounds, blocks = map(int, re.search(r"steps: (\d+) rounds? x (\d+) blocks x 48 inner steps = ", told).groups())
@@ -130,14 +136,11 @@ def test_the_length_is_told_in_rounds_epochs_and_tokens(tiny_model, word_files, 
     assert "length:" not in told and "disk: " in told
 
 
-def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, tmp_path, capsys):
+def test_the_traffic_is_told_by_what_goes_over_the_wire(tiny_model, word_files, tmp_path, plan_in_words):
     keys = [f"run.output={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.train=[{word_files[0]}]"]
     keys += ["cluster.clients=3", "blocks.layers_per_block=null"]
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
-
-    def plan(*changes: str) -> str:
-        print_plan(load_config(None, [*keys, *changes]))
-        return " ".join(capsys.readouterr().out.split())
+    plan = partial(plan_in_words, keys)
 
     assert f"float32, 4 bytes a parameter; an averaging of the largest block sends {decimal(4 * parameters)}" in plan()
     told = plan("gossip.wire=bfloat16", "algorithm.method=gt-adam")
@@ -173,20 +176,15 @@ def test_the_time_is_that_of_all_steps_and_evaluations(tiny_model, word_files, t
     assert "left out: loading" in told
 
 
-def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, word_files, tmp_path, capsys):
+def test_a_model_that_needs_all_logits_is_told_with_their_memory(tiny_model, word_files, tmp_path, plan_in_words):
     keys = [f"run.output={tmp_path / 'run'}", f"data.train=[{word_files[0]}]", f"model.tokenizer={tiny_model}"]
     keys += ["data.micro_batch_size=2", "data.max_length=32"]
-
-    def plan(folder) -> str:
-        print_plan(load_config(None, [*keys, f"model.path={folder}"]))
-        return " ".join(capsys.readouterr().out.split())
-
-    assert "logits:" not in plan(tiny_model)
+    assert "logits:" not in plan_in_words(keys, f"model.path={tiny_model}")
     vocabulary = AutoConfig.from_pretrained(tiny_model).vocab_size
     sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
     BertConfig(**sizes, vocab_size=vocabulary, is_decoder=True).save_pretrained(tmp_path / "bert")
     told = f"BertLMHeadModel is not a body and one linear head, .* {decimal(4 * 2 * 32 * vocabulary)} in float32"
-    assert re.search(told, plan(tmp_path / "bert"))
+    assert re.search(told, plan_in_words(keys, f"model.path={tmp_path / 'bert'}"))
 
 
 def test_the_disk_is_told_and_compared_with_what_is_free(tiny_model, word_files, tmp_path, capsys, monkeypatch):
