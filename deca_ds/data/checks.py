@@ -138,7 +138,7 @@ def _check_columns(data: DataConfig, format: Format, sources: Sequence[Source]) 
         )
     if kinds.intersection(TABLES) and not format.tables:
         raise ConfigError(
-            f"a table has no lists of messages for data.format = {data.format!r}",
+            f"a table has no lists or objects, which data.format = {data.format!r} needs",
             where="data.format",
             fix="give JSON or Parquet files",
         )

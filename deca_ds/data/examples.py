@@ -105,11 +105,13 @@ def _check_columns(
     """Raise DataError if a source's first row lacks a column: then the configuration does not fit the data."""
     if not (absent := [name for name in named if name not in row]):
         return
-    keys = [f"data.{key}" for key in FORMATS[rules.format].keys if key.endswith(("_column", "_columns"))]
-    if absent == [rules.group_column] and rules.group_column != rules.label_column:
-        keys = ["data.partition_column"]
-    fix = f"name it in {' or '.join(keys)}, or choose" if keys else "rename the columns, or choose"
-    fix += " the data.format that fits the file"
+    format = FORMATS[rules.format]
+    keys = [f"data.{key}" for key in format.keys if key.endswith(("_column", "_columns"))]
+    if absent == [rules.group_column] and rules.group_column not in format.columns(rules):
+        fix = "name one of them in data.partition_column, or leave that out with data.partition=iid"
+    else:
+        fix = f"name it in {' or '.join(keys)}, or choose" if keys else "rename the columns, or choose"
+        fix += " the data.format that fits the file"
     if isinstance(source, Path) and kind_of(source) in TABLES and not rules.column_names:
         place, fix = str(source), f"if the file has no header, list its columns in data.column_names; else {fix}"
     there = ", ".join(str(name)[:_SHOWN] for name in row) or "none"

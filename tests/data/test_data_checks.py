@@ -101,7 +101,7 @@ def test_a_file_that_does_not_fit_the_format_is_refused(tmp_path):
         (tmp_path / name).write_text("text\nx\n")
     with pytest.raises(ConfigError, match=r"(?s)\.txt.*data\.format"):
         validate_data_config(make_config(train=[tmp_path / "a.txt"], format="alpaca"))
-    with pytest.raises(ConfigError, match=r"(?s)table.*data\.format"):
+    with pytest.raises(ConfigError, match=r"(?s)a table has no lists or objects.*data\.format"):
         validate_data_config(make_config(train=[tmp_path / "a.csv"], format="sharegpt"))
     with pytest.raises(ConfigError, match=r"(?s)lacks text, label.*data\.column_names"):
         validate_data_config(make_config(train=[tmp_path / "a.csv"], column_names=["x", "y"], **CLASSIFICATION))

@@ -203,7 +203,11 @@ def test_a_missing_partition_column_names_the_line(tokenizer, tmp_path):
         ("a.jsonl", "sharegpt", {}, "no column 'conversations'", "rename the columns, or choose the data.format"),
         (
             *("a.jsonl", "text", {"text_columns": ["sports"], "partition": "key", "partition_column": "k"}),
-            *("no column 'k'", "name it in data.partition_column"),
+            *("no column 'k'", "name one of them in data.partition_column"),
+        ),
+        (
+            *("a.jsonl", "text", {"text_columns": ["sports"], "partition": "key", "partition_column": "label"}),
+            *("no column 'label'", "name one of them in data.partition_column"),
         ),
     ],
 )
