@@ -27,7 +27,7 @@ from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
 from deca_ds.transport import Endpoint, GlooTransport, TorchExchange
 
-_CONNECT_S = 30.0  # for the survivors, who have just agreed, to connect in a new group
+_CONNECT_S = 30.0  # for the survivors, which have just agreed, to connect in a new group
 _LOOK_S = 0.02  # between two looks at whether a client was dropped
 
 

@@ -107,7 +107,7 @@ class Message:
         self.staged: Tensor | None = None
         self._averaging, self._number, self._connections = averaging, number, gossip.transport.epoch
         self._started, self._received = False, False
-        self._exchange: Exchange | None = None  # None: not started, or nobody to talk to
+        self._exchange: Exchange | None = None  # None: not started, or without neighbours
         self._mean: Tensor | None = None
 
     def on_new_connections(self) -> Message:

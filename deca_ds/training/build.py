@@ -67,7 +67,7 @@ def build(job: Job, start: Start) -> Trainer:
         agent, written = None, StoreCount(cluster, attempt, config.cluster.timeout_s)
     else:
         written = Agreed(job.elastic.commit, start.resumed, config.cluster.absent)
-        # before the agent, which tells who has gone: that client may ask to come back at once
+        # before the agent announces which clients have gone, because these may ask to come back at once
         _invite_others(job, job.elastic, attempt, data, vocabulary, schedule.rounds)
         agent = _make_agent(job, job.elastic, gossip, metrics)
         start.join(job, agent, state, metrics)

@@ -132,7 +132,7 @@ class Checkpoints:
         self._cluster.progress.enter("saving: waiting for all ranks")
         if self._state.done != self._resumed:
             self._written.wait(self._state.done)
-            self._remove_old()  # what was kept for those who had not written yet
+            self._remove_old()  # the checkpoint that was kept until all ranks had written this one
 
     def forget(self) -> None:
         """Remove this rank's part of what this attempt has saved and of what it continued from: the run is done."""
@@ -236,7 +236,7 @@ def slice_groups(pieces: Iterable[Piece], cluster: Cluster) -> Iterator[tuple[st
 
 def _finite(slices: Iterable[Slice]) -> Iterator[Slice]:
     for piece in slices:
-        # the sum is a cheap check; only one that is not finite, which large values make too, needs the exact one
+        # the sum is a cheap check; the exact one is needed only if the sum is not finite, which large values cause too
         if not piece.values.sum().isfinite() and not piece.values.isfinite().all():
             raise DivergedError(f"the model has diverged: {piece.name} is not finite", where="saving", fix=FIX)
         yield piece

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from deca_ds.launch.store import JobStore
 
 _WATCH_S = 3 * PERIOD_S  # for a sign of life
-_WRITTEN_S = 2.0  # for who has just created the file to write into it
+_WRITTEN_S = 2.0  # for the process that has just created the file to write into it
 _FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
 _held: dict[Path, tuple[int, str]] = {}  # what this process has taken: file descriptor, which stays open, and job
 
@@ -78,7 +78,7 @@ def take_for_job(output: Path, launch: Launch, store: JobStore, check: Callable[
     job = store.gather(launch, "output/taken", own)[launch.first]
     if launch.rank != launch.first:
         take(output, lambda: None, job)
-    store.gather(launch, "output/all", None)  # nobody writes anything before
+    store.gather(launch, "output/all", None)  # no rank writes to the folder before all have taken it
 
 
 def take(output: Path, check: Callable[[], object], job: str | None = None) -> str:
@@ -141,7 +141,7 @@ def take_place(output: Path, rank: int) -> None:
             descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
             if _lock(descriptor) is False:
                 break
-            with contextlib.suppress(FileNotFoundError):  # left meanwhile
+            with contextlib.suppress(FileNotFoundError):  # its holder has left the place meanwhile
                 if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                     _sign(descriptor, "")
                     _held[file] = descriptor, ""
@@ -217,7 +217,7 @@ def _create(file: Path, output: Path, job: str) -> None:
                     raise _taken(file, output, holder)
             if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
                 break
-        except FileNotFoundError:  # given back meanwhile
+        except FileNotFoundError:  # the holder has given the folder back meanwhile
             pass
         except BaseException:
             os.close(descriptor)

@@ -84,8 +84,8 @@ class Agreed:
     def __init__(self, commit: SurvivorCommit, resumed: int | None, absent: Collection[int] = ()):
         self._commit, self._absent = commit, frozenset(absent)
         self._whole = resumed  # the newest that all clients but the absent are known to have written
-        self._begun_by_all: set[int] = set()  # newer ones that they have begun, and nobody has been missing since
-        self._perhaps: set[int] = set()  # newer ones that somebody may have died over
+        self._begun_by_all: set[int] = set()  # newer ones that they have begun, with no client missing since
+        self._perhaps: set[int] = set()  # newer ones during which a client may have died
         self._before = self._begun = self._written = self._complete = -1
         self._all_have = False  # at the last agreement
         commit.also_ask(Question(lambda: self._written == self._begun, self._heard))
@@ -114,7 +114,7 @@ class Agreed:
 
     def wait(self, step: int) -> None:
         """See Written."""
-        # at least once: one that has come back does not know what the others had agreed on before
+        # at least once: a rejoined client does not know what the others had agreed on before
         self._commit.run(lambda: None)
         while not self._all_have:
             time.sleep(0.05)

@@ -13,7 +13,7 @@ from deca_ds.config import Config
 from deca_ds.engine.state import position
 from deca_ds.errors import CheckpointError, ConfigError
 
-ANY_ROUNDS = 2  # stands for what algorithm.epochs comes to, where it makes no difference: more take no more disk
+ANY_ROUNDS = 2  # stands for an unknown number of rounds: more than two take no more disk
 MANY_TIMES = 30  # over a client's data: far more than the few that fine-tuning takes
 _ROUNDING = 1e-9  # of a round
 

@@ -7,7 +7,8 @@ from deca_ds.transport.commit import Commit, Result
 from deca_ds.transport.edges import probe_edges, save_edges
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
 from deca_ds.transport.intersections import Chunk
-from deca_ds.transport.mpi import MpiExchange, MpiTransport, poll
+from deca_ds.transport.mpi import MpiExchange, MpiTransport
+from deca_ds.transport.polling import poll
 from deca_ds.transport.transport import HANDOVER_TAG, Endpoint, Transport, chunk_tag
 
 __all__ = [

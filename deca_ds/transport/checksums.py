@@ -49,7 +49,7 @@ class CheckedExchange:
     ):
         self._layout, self._rank, self._receives, self._tag = layout, rank, receives, tag
         self._sums = {j: torch.empty(SIZE, dtype=torch.uint8) for j in receives}
-        values = start(send, destinations, receives, tag)  # on its way meanwhile
+        values = start(send, destinations, receives, tag)  # travels while the checksum is computed
         own = torch.frombuffer(bytearray(checksum(send) if destinations else SIZE), dtype=torch.uint8)
         self._started = [values, start(own, destinations, self._sums, tag)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -11,30 +11,13 @@ import torch
 from torch import Tensor
 
 from deca_ds.errors import DisconnectedError, MessageError
+from deca_ds.transport.polling import poll
 from deca_ds.transport.transport import Endpoint, Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 MESSAGE_BYTES = 2**30  # of one MPI message; counts of 2^31 and more break many MPI libraries, so longer ones are cut
-_SPIN_S = 2e-3  # before the first sleep; a sleep takes far longer than a chunk that is about to come
-_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 5e-5, 1e-3
-
-
-def poll(done: Callable[[], bool], deadline: float) -> bool:
-    """Call `done` until it is true, spinning first, then with growing sleeps. Returns False if the deadline passed.
-
-    deadline: by time.monotonic().
-    """
-    started, sleep_s = time.monotonic(), _SHORTEST_SLEEP_S
-    while not done():
-        now = time.monotonic()
-        if now > deadline:
-            return False
-        if now > started + _SPIN_S:
-            time.sleep(sleep_s)
-            sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
-    return True
 
 
 def _parts(tensor: Tensor) -> list[np.ndarray]:

@@ -157,7 +157,7 @@ class Heartbeats:
         if not last:
             store.set(f"heartbeat/{self.launch.rank}", text)
         if self._folder is not None:
-            with suppress(OSError):  # whoever needs the disk reports that it is full
+            with suppress(OSError):  # the part that needs the disk reports that it is full
                 self._folder.mkdir(parents=True, exist_ok=True)
                 partial = self._folder / f".rank_{self.launch.rank:04d}.partial"
                 partial.write_text(text + "\n")

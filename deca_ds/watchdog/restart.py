@@ -25,7 +25,7 @@ def come_back(seconds: float) -> NoReturn:
         if int(name) > 2:
             try:
                 os.set_inheritable(int(name), False)
-            except OSError:  # the one that has listed them
+            except OSError:  # the descriptor with which the folder was listed
                 continue
     command = [argument for argument in sys.orig_argv[1:] if argument != JOIN]
     sys.stdout.flush()

@@ -103,7 +103,7 @@ class StopByStore:
         self._may_end_early = False
         self._gate = threading.Condition()
         self._committed = 0  # inner steps that this rank will have done before it comes to its gate again
-        self._last: int | None = None  # the gate lets nobody go beyond this many inner steps
+        self._last: int | None = None  # the gate opens for no more inner steps than this
 
     @property
     def pending(self) -> bool:

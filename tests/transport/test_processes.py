@@ -25,7 +25,8 @@ from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.collectives import all_reduce_sum, barrier, gather_json
 from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.local import LocalNetwork
-from deca_ds.transport.mpi import MpiTransport, poll
+from deca_ds.transport.mpi import MpiTransport
+from deca_ds.transport.polling import poll
 from deca_ds.transport.transport import Endpoint, Transport
 
 CLIENTS, DEADLINE_S = 3, 120
