@@ -6,16 +6,15 @@ The shape of Llama 3.2 1B with random weights, blocks of one layer, one sequence
 one thread a rank. Each case is a job of its own, of one or two ranks. All figures are resident memory of a process
 (Linux), above what it is after a step of a tiny model, so that libraries are in none of them:
 
-    at rest   a block has just been opened; to be there: the model's shard, on the host the low halves of the masters,
-              which on a CPU is the same memory, and 16 bytes for each of the block's elements: master, gradient, two
-              moments
-    peak      the most during a step (the second one); to be there: what is at rest, and what torch has allocated above
-              it at the worst moment, by kind
+    at rest   a block has just been opened; explained by the model's shard, by the low halves of the masters, which are
+              on the host (on a CPU that is the same memory), and by 16 bytes for each of the block's elements: master,
+              gradient, two moments
+    peak      the most during a step (the second one); explained by what is there at rest, and by what torch has
+              allocated above it at the worst moment, by kind
 
-`unexplained` is what is left of either, over all of it; `estimated` is what `deca plan` says, and `error` its distance
-from what was measured, as a share. glibc keeps pieces below 32 MiB that were freed, for the next
-ones: `freed` is what it gives back when it is asked after that step. Prints a line a block and writes
-benchmarks/results/client_memory.json.
+`unexplained` is the share of either figure that this leaves; `estimated` is what `deca plan` says, and `error` its
+distance from what was measured, as a share. glibc keeps freed pieces below 32 MiB for the next ones: `freed` is what it
+gives back when it is asked after that step. Prints a line a block and writes benchmarks/results/client_memory.json.
 """
 
 from __future__ import annotations

@@ -9,10 +9,9 @@ Made-up words and a byte-level BPE of 8,000 tokens trained on them. Each rank is
 The first one tokenises, with an empty cache; then the others come, and the first one again, as in a second run. After
 that each draws training batches (16 sequences) as a run does, in a random order over all rows. Memory is what Linux
 tells of the process: anonymous pages, which nobody shares, and pages of mapped files, which all ranks of a host have in
-common and the system takes back when it needs them. Peaks are of both, and of anonymous pages alone above what there
-was before, looked at every 20 ms; children are the processes that the first rank
-starts, of which it is the largest one's. CPU seconds count these as well. Prints a line a rank and writes
-benchmarks/results/data_at_size.json.
+common and the system takes back when it needs them. Two peaks are taken, by a look every 20 ms: of both kinds, and of
+anonymous pages alone, above what there was before. For the processes that the first rank starts it is the peak of the
+largest one; CPU seconds count them, too. Prints a line a rank and writes benchmarks/results/data_at_size.json.
 """
 
 from __future__ import annotations

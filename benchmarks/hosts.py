@@ -1,4 +1,4 @@
-"""Hosts of a cluster as network namespaces of this machine, whose links can be cut. Takes root on Linux."""
+"""Hosts of a cluster as network namespaces of this machine, whose links can be cut. Needs root on Linux."""
 
 from __future__ import annotations
 

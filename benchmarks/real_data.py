@@ -5,8 +5,8 @@
 Four clients of two ranks each on the CPU, stories260k as the model, started with mpirun (MPI transport) and with the
 deepspeed launcher (torch transport); "long" also runs a control whose clients never gossip. Prints a line per
 evaluation, compares both transports' losses and final parameters bit for bit and writes the figures to
-benchmarks/results/. The data is not part of the project: DECA_TEST_DATA names its
-folder (stories260k/, tinyshakespeare/, ag_news/, natural_instructions_64/).
+benchmarks/results/. The data is not part of the project: DECA_TEST_DATA names its folder (stories260k/,
+tinyshakespeare/, ag_news/, natural_instructions_64/).
 """
 
 from __future__ import annotations

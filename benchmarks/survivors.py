@@ -7,7 +7,7 @@ Every run is a real job of 4 to 8 clients over torch, one rank each, on hosts of
 cluster.on_failure=continue. Faults strike while earlier ones are still being overcome. A client that is killed is
 started again with --join, one that is cut off or hangs has to come back by itself. In the end every client has to hold
 what the simulator has for the same history: who was out in which inner steps, and whose state who took over. Prints a
-table and writes benchmarks/results/survivors.json. Takes root.
+table and writes benchmarks/results/survivors.json. Needs root.
 """
 
 from __future__ import annotations
