@@ -27,9 +27,11 @@ from deca_ds.watchdog.stop import StopByCommit
 class Records(Protocol):
     """Where the job's records go (training/metrics.py)."""
 
-    def membership(self, step: int, record: dict[str, Any]) -> None: ...
+    def membership(self, step: int, record: dict[str, Any]) -> None:
+        """Log the members after a change."""
 
-    def job(self, kind: str, step: int, record: dict[str, Any]) -> None: ...
+    def job(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        """Log another event that concerns all clients."""
 
 
 @dataclass

@@ -27,5 +27,6 @@ class Decision:
 
     @staticmethod
     def read(message: dict[str, Any]) -> Decision:
+        """Read a message. Raises KeyError, TypeError or ValueError if it is no decision."""
         joining = tuple((client, host, port) for client, host, port in message["joining"])
         return Decision(message["number"], message["yes"], message["news"], tuple(message["clients"]), joining)

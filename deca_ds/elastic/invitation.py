@@ -14,11 +14,14 @@ from deca_ds.launch.compare_ranks import LIBRARIES
 
 @dataclass(frozen=True)
 class Invitation:
-    """store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host
-    and port. attempt: number of this attempt at the run.
+    """What a coordinator tells a rejoining client.
+
+    store: address of the job's store; host: the rank that hosts it. addresses: of all coordinators, as client, host and
+    port. attempt: number of this attempt at the run.
     software: see launch/compare_ranks.py. tokenizer: digest of its vocabulary. label_names, common_evaluation: of the
     data, equal for all clients. rounds: of the run. date: data.date. clients: the members. rejoin_id: a text that no
-    other rejoin of this job has."""
+    other rejoin of this job has.
+    """
 
     store: tuple[str, int]
     host: int

@@ -13,8 +13,8 @@ from deca_ds.launch.view import View
 
 
 class Action(Enum):
-    """CONTINUE: keep training. STOP: save a checkpoint after this inner step, and end. REJOIN: stop in the same way,
-    then try for cluster.return_s to rejoin the others."""
+    """What the job does. CONTINUE: keep training. STOP: save a checkpoint after this inner step, and end. REJOIN: stop
+    in the same way, then try for cluster.return_s to rejoin the others."""
 
     CONTINUE = auto()
     STOP = auto()

@@ -22,7 +22,7 @@ from deca_ds.launch.store import JobStore, own_address
 
 
 class QuorumClient:
-    """A thread keeps the connection to the active coordinator, also while this rank is busy with something else.
+    """This rank's votes. A thread keeps the connection to the active coordinator, also while the rank is busy.
 
     addresses: of every client's coordinator; at the start, of those that are there. timeout_s: for all ranks to come to
     an agreement. silence_s: see Coordinator. own: this client's coordinator, on its leader. rejoin: of a rejoining
@@ -117,7 +117,7 @@ class QuorumClient:
         return decided
 
     def _follow(self) -> None:
-        """In the thread, follow the active coordinator from client to client."""
+        """Follow the active coordinator from client to client; the thread runs this."""
         while (coordinator := self._voter.coordinator) is not None:
             if self._line is None:
                 self._connect(self.addresses[coordinator])

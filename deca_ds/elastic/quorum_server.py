@@ -15,7 +15,7 @@ from deca_ds.launch import ClientLayout
 
 
 class QuorumServer:
-    """host: the address to listen at; for the other parameters see Coordinator. address: where ranks reach it."""
+    """Runs a Coordinator, whose parameters it takes. host: the address to listen at. address: where ranks reach it."""
 
     def __init__(
         self, layout: ClientLayout, client: int, host: str, timeout_s: float, clients: Sequence[int], silence_s: float

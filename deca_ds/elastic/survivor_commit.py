@@ -39,7 +39,7 @@ class Reconnecting(Protocol):
         ...
 
     def agree(self, answers: Sequence[bool]) -> list[bool]:
-        """For each question, whether all survivors say yes; all get the same result. Empty if a client has died."""
+        """Return for each question whether all survivors say yes, the same to all. Empty if a client has died."""
         ...
 
     def reconnect(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Edge(NamedTuple):
-    """Both clients give the other's values this weight."""
+    """An edge between clients a and b, each of which gives the other's values this weight."""
 
     a: int
     b: int

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Flat CPU buffers, used again; page-locked if `pinned`, as copies to and from a GPU want them."""
+    """Flat CPU buffers that are reused; page-locked if `pinned`, as copies to and from a GPU want them."""
 
     def __init__(self, dtype: torch.dtype, pinned: bool):
         self._dtype, self._pinned = dtype, pinned
@@ -29,7 +29,7 @@ class BufferPool:
 
 
 class Outputs:
-    """Flat float32 buffers on `device`, one for each place, used again."""
+    """Flat float32 buffers on `device`, one for each place, that are reused."""
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -52,13 +52,13 @@ class Codec:
 
 
 class Float32(Codec):
-    """The values themselves."""
+    """Sends the values themselves."""
 
     dtype = torch.float32
 
 
 class BFloat16(Codec):
-    """The nearest value with 8 bits of mantissa, |y - x| <= 2^-8 |x|, over float32's range, in half the bytes."""
+    """Sends the nearest value with 8 bits of mantissa, |y - x| <= 2^-8 |x|, over float32's range, in half the bytes."""
 
     dtype = torch.bfloat16
 

@@ -33,9 +33,11 @@ class MixingSchedule:
 
     @property
     def period(self) -> int:
+        """Number of averagings after which the matrices repeat."""
         return len(self.matrices)
 
     def matrix(self, t: int) -> np.ndarray:
+        """Return W of averaging t, (n, n) float64."""
         return self.matrices[t % self.period]
 
     def weight(self, i: int, j: int, t: int) -> float:

@@ -34,6 +34,7 @@ class _Lease:
         self._pool, self._buffer, self._messages = pool, buffer, messages
 
     def end(self) -> None:
+        """Note that one of the messages is through."""
         self._messages -= 1
         if self._messages == 0:
             self._pool.give_back(self._buffer)

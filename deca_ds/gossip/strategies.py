@@ -40,7 +40,7 @@ def begin(gossip: Gossip, t: int | None) -> Averaging:
 
 
 class Windowed(Averaging):
-    """Each chunk is averaged while later chunks travel."""
+    """Averages each chunk while later chunks travel."""
 
     def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
@@ -64,7 +64,7 @@ class Windowed(Averaging):
 
 
 class Whole(Averaging):
-    """Chunks are averaged when all of them have arrived."""
+    """Averages the chunks when all of them have arrived."""
 
     def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
@@ -113,7 +113,8 @@ class Whole(Averaging):
 
 
 class Committed(Whole):
-    """Repeated until all survivors have received everything; without the dead, schedule and neighbours may change."""
+    """Repeats the averaging until all survivors have received everything; without the dead, schedule and neighbours may
+    change."""
 
     def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
@@ -158,7 +159,7 @@ class Committed(Whole):
 
 
 class WithoutLate(Whole):
-    """Late neighbours are left out, on both ends of the edge."""
+    """Leaves out late neighbours, on both ends of the edge."""
 
     outlived = True
 

@@ -45,8 +45,8 @@ _held: dict[Path, tuple[int, str]] = {}  # what this process has taken: file des
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a folder. job: a name that no other has. created: the process, seconds since 1970. started: the same for
-    people."""
+    """Which process has a folder. job: a name that no other job has. created: when the process started, in seconds
+    since 1970. started: the same for people."""
 
     job: str
     host: str
@@ -59,6 +59,7 @@ class Holder:
 
     @staticmethod
     def this_process(job: str) -> Holder:
+        """Make the holder that this process is."""
         created = psutil.Process().create_time()
         return Holder(job, socket.gethostname(), os.getpid(), created, time.strftime("%Y-%m-%d %H:%M:%S"))
 

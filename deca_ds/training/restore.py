@@ -98,13 +98,14 @@ def restore(resumption: Resumption, cluster: Cluster, state: TrainingState) -> N
 
 
 class _Reader:
-    """Reads what must be there of one client: slices of tensors in the shape that they have now, and values."""
+    """Reads one client's slices, of tensors in the shape that they have now, and its values; all must be there."""
 
     def __init__(self, saved: ShardedModel, values: dict[str, Any], client: int):
         self._saved, self._values, self._client = saved, values, client
         self._names = set(saved.names)
 
     def slice(self, part: Slice) -> Tensor:
+        """Read the elements of a slice. Raises CheckpointError if the parameter is missing or has another shape."""
         found = self._saved.shape(part.name) if part.name in self._names else None
         if found != part.shape:
             what = f"{part.name} has shape {part.shape}, in the checkpoint {found or 'it is missing'}"
@@ -112,6 +113,7 @@ class _Reader:
         return self._saved.read_range(part.name, self._client, part.start, part.stop)
 
     def value(self, name: str) -> Any:
+        """Return a value. Raises CheckpointError if it is missing."""
         if name not in self._values:
             raise self._lacks(f"the value {name!r} is missing in the checkpoint", "version of deca_ds")
         return self._values[name]

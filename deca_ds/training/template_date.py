@@ -30,4 +30,5 @@ def with_date(config: Config, day: str | None) -> Config:
 
 
 def today() -> str:
+    """Return the day in UTC, as 2026-11-26."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -99,8 +99,8 @@ class _TensorBoard:
 
 
 class _Service(ABC):
-    """A Tracker over a package that has runs, to which it logs, and which it finishes. A run that fails later does not
-    end training."""
+    """A Tracker over a package that has runs. It logs to a run and finishes it. A run that fails later does not end
+    training."""
 
     package: ClassVar[str]
     fix: ClassVar[str]  # what to do if a run does not start

@@ -71,7 +71,7 @@ class Start(ABC):
 
 
 class _Together(Start):
-    """All ranks start at once."""
+    """Starts all ranks at once."""
 
     def __init__(self) -> None:
         self._summaries: list[dict[str, Any]] = []  # of the clients' data
@@ -136,7 +136,7 @@ class _Together(Start):
 
 
 class NewRun(_Together):
-    """Start from the weights of the model."""
+    """Starts from the weights of the model."""
 
     def restore(self, job: Job, state: TrainingState) -> None:
         """See Start."""
@@ -164,7 +164,7 @@ class NewRun(_Together):
 
 
 class ResumedRun(_Together):
-    """Continue from a checkpoint; the run's folder was taken when the checkpoint was chosen."""
+    """Continues from a checkpoint; the run's folder was taken when the checkpoint was chosen."""
 
     def __init__(self, resumption: Resumption, rounds: int):
         """rounds: the run's length from here on."""
@@ -199,7 +199,7 @@ class ResumedRun(_Together):
 
 
 class RejoinedRun(Start):
-    """Rejoin as a client that the others continued without, and that they have invited."""
+    """Rejoins as a client that the others continued without, and that they have invited."""
 
     def __init__(self, invitation: Invitation):
         self._invitation, self.joins = invitation, invitation.clients

@@ -19,7 +19,7 @@ _Work = tuple[str, int, dist.Work]  # direction, peer, work
 
 
 class GlooTransport(Transport):
-    """A gloo group of its own over this rank's peers, apart from the default world.
+    """Messages over a gloo group of its own, which joins this rank's peers, apart from the default world.
 
     store: reachable by all clients. connected: whether to meet the others now; then the constructor is collective over
     the peers and raises DisconnectedError if one does not come. One client needs no group. GLOO_SOCKET_IFNAME picks
@@ -85,7 +85,7 @@ class GlooTransport(Transport):
 
 
 class TorchExchange:
-    """Works of one GlooTransport.exchange.
+    """The works of one GlooTransport.exchange, which are messages under way.
 
     Gloo learns that a message is through only by waiting for it, so the first `test` leaves the waiting to a thread.
     """

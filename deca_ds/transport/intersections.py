@@ -25,6 +25,7 @@ class Chunk:
 
     @property
     def numel(self) -> int:
+        """Elements of this rank's part."""
         return self.part.stop - self.part.start
 
 

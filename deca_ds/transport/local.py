@@ -44,10 +44,12 @@ class _Mailbox:
         self._expected: deque[_Receive] = deque()
 
     def put(self, message: Tensor) -> None:
+        """Deliver a message to the next receive."""
         self.messages.append(message)
         self._match()
 
     def expect(self) -> _Receive:
+        """Make a receive for the next message."""
         receive = _Receive()
         self._expected.append(receive)
         self._match()
@@ -59,7 +61,7 @@ class _Mailbox:
 
 
 class LocalTransport(Transport):
-    """A sent tensor is copied at once, so that sending never waits."""
+    """Messages over a LocalNetwork. A sent tensor is copied at once, so that sending never waits."""
 
     def __init__(self, network: LocalNetwork, rank: int):
         super().__init__(Endpoint(network.layout, rank, network.timeout_s))
@@ -83,7 +85,7 @@ class LocalTransport(Transport):
 
 
 class LocalExchange:
-    """Receives still to come of one LocalTransport.exchange, each with its buffer."""
+    """The receives of one LocalTransport.exchange that are still to come, each with its buffer."""
 
     def __init__(
         self,

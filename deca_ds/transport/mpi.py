@@ -106,7 +106,7 @@ class MpiTransport(Transport):
 
 
 class MpiExchange:
-    """Requests of one MpiTransport.exchange; each is completed on its own (a failing Waitall leaves stale handles).
+    """The requests of one MpiTransport.exchange, each completed on its own (a failing Waitall leaves stale handles).
 
     requests: those that are not through yet.
     """

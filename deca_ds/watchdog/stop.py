@@ -92,7 +92,8 @@ class StopByCommit:
 
 
 class StopByStore:
-    """The gate of one rank. `ask` and `may_pass` belong to the main thread, `look` to the watcher's."""
+    """Stops a job by notes in its store; this is the gate of one rank. `ask` and `may_pass` belong to the main thread,
+    `look` to the watcher's."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float):
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
