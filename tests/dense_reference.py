@@ -30,6 +30,7 @@ class Coefficients:
     a2: float = 0.999
     b1: float = 0.9
     b2: float = 0.99
+    correction: float = 0.9
     eps: float = 1e-8
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
@@ -67,6 +68,14 @@ def deca(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr
     k.x = mixed
 
 
+def deca_ed(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
+    half = k.half - c.correction * k.d  # k.half was sent
+    if not alone:
+        mixed = (k.half + mixed) / 2
+        k.d = mixed - half
+    deca(c, k, half if alone else mixed, alone, lr)
+
+
 def qg_adam(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, lr: float) -> None:
     d = (k.x - mixed) / (np.linalg.norm(k.x - mixed) + c.eps)
     k.x, k.m, k.v = mixed, c.a1 * k.m + (1 - c.a1) * d, c.a2 * k.v + (1 - c.a2) * d**2
@@ -95,7 +104,10 @@ def gasloc(c: Coefficients, k: SimpleNamespace, mixed: np.ndarray, alone: bool, 
         k.x, k.y = mixed + c.outer_momentum * (k.half - k.y), k.half
 
 
-ENDS = {"deca": deca, "qg-adam": qg_adam, "diloco": diloco, "noloco": noloco, "gasloc": gasloc}  # all others: adam
+# all others: adam
+ENDS = {
+    "deca": deca, "deca-ed": deca_ed, "qg-adam": qg_adam, "diloco": diloco, "noloco": noloco, "gasloc": gasloc
+}  # fmt: skip
 TRACKS = ("gt-adam",)  # whose gradients are tracked: s is averaged, too
 
 
@@ -132,7 +144,7 @@ def activation(
     zero = lambda: np.zeros(numel)  # noqa: E731
     clients = [SimpleNamespace(x=theta[i].copy(), m=zero(), v=zero(), s=zero(), g=zero(), b=zero()) for i in range(n)]
     for client in clients:
-        client.anchor, client.y, client.made = client.x.copy(), client.x.copy(), zero()
+        client.anchor, client.y, client.made, client.d = client.x.copy(), client.x.copy(), zero(), zero()
     for r in range(steps):
         for i, k in enumerate(clients):
             g = gradient(i, k.x)
@@ -147,6 +159,8 @@ def activation(
             made = np.maximum(k.made, 1)
             m_hat, v_hat = k.m_half / (1 - c.a1**made), k.v_half / (1 - c.a2**made)
             k.half = np.where(there, k.x - lr * (m_hat / (np.sqrt(v_hat) + c.eps) + decay * k.x), k.x)
+            if c.method == "deca-ed":
+                k.half = k.half + c.correction * k.d
             if noise is not None:
                 k.half = np.where(there, noise.parameters(k.half), k.half)
         gossips = (r + 1) % every == 0 or r == steps - 1

@@ -20,7 +20,16 @@ from deca_ds.gossip.schedule import build_mixing
 CLIENTS, NUMEL, STEPS, LR = 5, 40, 12, 0.02
 GRAPHS = ["ring", "one_peer_exponential", "erdos_renyi"]
 # none is a default, so that a rule which does not read its coefficient differs from the reference
-COEFFICIENTS = {"a1": 0.8, "a2": 0.95, "b1": 0.7, "b2": 0.9, "eps": 1e-6, "outer_lr": 0.6, "outer_momentum": 0.5}
+COEFFICIENTS = {
+    "a1": 0.8,
+    "a2": 0.95,
+    "b1": 0.7,
+    "b2": 0.9,
+    "correction": 0.6,
+    "eps": 1e-6,
+    "outer_lr": 0.6,
+    "outer_momentum": 0.5,
+}
 
 
 def problem(seed: int):
@@ -80,7 +89,8 @@ def its_state_is_what_it_names(rule: Rule) -> None:
     assert rule.travels[0] == GRADIENT and set(rule.travels) <= {GRADIENT, *rule.buffers}, "grad, then buffers"
     state = stacked_state(rule, np.zeros((CLIENTS, NUMEL), dtype=np.float32))
     before = {name: tensor.data_ptr() for name, tensor in state.items()}
-    run(rule, state, lambda r, i, x: np.ones(NUMEL, dtype=np.float32), cycle(matrices_of("ring")), every=2)
+    signs = np.where(np.arange(CLIENTS) % 2, 1, -1)  # equal clients would have nothing to average
+    run(rule, state, lambda r, i, x: np.full(NUMEL, signs[i], np.float32), cycle(matrices_of("ring")), every=2)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert {name: tensor.data_ptr() for name, tensor in state.items()} == before, "it writes into what it is given"
     assert sum(tensor.nbytes for tensor in state.values()) == rule.bytes_per_parameter * CLIENTS * NUMEL

@@ -69,7 +69,7 @@ def test_no_module_imports_itself_by_way_of_others_and_be_it_for_types():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_what_its_folder_may_and_is_short(path):
+def test_a_module_imports_what_its_folder_may(path):
     part = part_of(path)
     own = {name.split(".")[1] for name in imports(path) if name.startswith("deca_ds.")}
     if part != "__init__":
@@ -79,7 +79,6 @@ def test_a_module_imports_what_its_folder_may_and_is_short(path):
         assert not others & {"transformers", "deepspeed", "datasets", "mpi4py", "omegaconf"}
     if part != "engine":
         assert not any(name.split(".")[0] == "deepspeed" for name in imports(path))
-    assert len(path.read_text().splitlines()) <= 400, "split it: one idea per module"
     assert path.stem not in ("utils", "helpers", "misc", "common")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from deca_ds.algorithm.baselines import DiLoCo, GasLoC, GossipAdam, GtAdam, NoLoCo, QgAdam
 from deca_ds.algorithm.deca import DecaRule
+from deca_ds.algorithm.exact_diffusion import DecaExactDiffusion
 from deca_ds.algorithm.rule import Rule
 
 
@@ -38,6 +39,10 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "deca": Method(DecaRule, "block-wise Adam whose moments take h from the averaging; `algorithm.signal` chooses h"),
+    "deca-ed": Method(
+        DecaExactDiffusion,
+        "deca whose next step repeats what the last averaging has changed (exact diffusion, arXiv 1702.05122); ours",
+    ),
     "gossip-adam": Method(GossipAdam, "a local Adam step, then an averaging; no signal; per block, or the whole model"),
     "local-adam": Method(GossipAdam, "gossip-adam with `gossip.every` >= 2", skips_gossip=True),
     "qg-adam": Method(QgAdam, "Adam whose moments follow the network's direction (arXiv 2102.04761)"),

@@ -115,7 +115,9 @@ def _after(run: Run, step: int) -> Run:
 def _settings(run: Run, step: int | None) -> Iterator[tuple[str, str]]:
     value = run.config.get
     method = str(value("algorithm.method"))
-    yield "method", f"DECA ({_PAPER}), signal `{value('algorithm.signal')}`" if method == "deca" else f"`{method}`"
+    ours = {"deca": "", "deca-ed": " with exact diffusion"}
+    signal = f"{ours[method]}, signal `{value('algorithm.signal')}`" if method in ours else ""
+    yield "method", f"DECA ({_PAPER}){signal}" if signal else f"`{method}`"
     yield "clients", str(run.clients)
     if run.clients > 1:
         graph = "a mixing matrix of the authors" if value("gossip.matrix") else str(value("gossip.graph"))

@@ -27,7 +27,7 @@ from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import MixingSchedule, agreement, build_mixing, large_momentum, slow_mixing, subset
+from deca_ds.gossip import MixingSchedule, agreement, build_mixing, subset
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.late import check_wait
 from deca_ds.launch import ClientLayout
@@ -41,7 +41,7 @@ from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.compare_clients import compare_data
-from deca_ds.training.doubts import doubts, doubts_of_length
+from deca_ds.training.doubts import doubts, doubts_of_gossip, doubts_of_length
 from deca_ds.training.length import ANY_ROUNDS, Length, count_rounds, length_of, tell_length
 from deca_ds.training.pace import evaluations_left
 from deca_ds.training.resume import check_start
@@ -190,16 +190,7 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
         absent = ", ".join(map(str, sorted(config.cluster.absent)))
         console.print(f"at the start: client {absent} absent, spectral gap {gap:.4g}", highlight=False)
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
-    warnings = slow_mixing(
-        mixing,
-        inner_steps=config.algorithm.inner_steps,
-        gossip_every=config.gossip.every,
-        lr=config.optimizer.lr,
-        weight_scale=scale,
-    )
-    if config.algorithm.method == "gasloc":
-        warnings += large_momentum(mixing, config.algorithm.outer_momentum)
-    for warning in warnings:
+    for warning in doubts_of_gossip(config, mixing, scale):
         _warn(console, warning)
 
 

@@ -1,5 +1,5 @@
-"""What a configuration says that its writer hardly means: values that nothing reads under the others, and backslashes
-that YAML has left as they are."""
+"""What a configuration says that its writer hardly means: values that nothing reads under the others, backslashes that
+YAML has left as they are, and graphs that do not bring clients together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from deca_ds.config.schema import AlgorithmConfig, LoraConfig
 from deca_ds.data.files import TABLES, kind_of
 from deca_ds.data.formats import FORMATS
 from deca_ds.data.sources import HubName, Source, find_sources
+from deca_ds.gossip import MixingSchedule, large_correction, large_momentum, slow_mixing
 
 _ESCAPE = re.compile(r"\\[nrt]")
 
@@ -97,6 +98,23 @@ def doubts(config: Config) -> list[str]:
     return [*_unread(config), *_backslashes(config)]
 
 
+def doubts_of_gossip(config: Config, mixing: MixingSchedule, weight_scale: float) -> list[str]:
+    """Warnings, a line each, of a graph that is too slow or drives clients apart. weight_scale: see `slow_mixing`."""
+    algorithm = config.algorithm
+    found = slow_mixing(
+        mixing,
+        inner_steps=algorithm.inner_steps,
+        gossip_every=config.gossip.every,
+        lr=config.optimizer.lr,
+        weight_scale=weight_scale,
+    )
+    if algorithm.method == "gasloc":
+        found += large_momentum(mixing, algorithm.outer_momentum)
+    if algorithm.method == "deca-ed":
+        found += large_correction(mixing, algorithm.correction)
+    return found
+
+
 def doubts_of_length(config: Config, steps: int) -> list[str]:
     """Warnings, a line each, of what a run of so many inner steps never comes to."""
     never = {
@@ -119,7 +137,7 @@ def _unread(config: Config) -> Iterator[str]:
         if given[key] != usual[key] and not is_read(config):
             yield f"{key} = {given[key]!r} has no effect: {reason if isinstance(reason, str) else reason(config)}"
     algorithm = config.algorithm
-    if algorithm.method == "deca" and algorithm.signal == "none":
+    if "signal" in METHODS[algorithm.method].coefficients and algorithm.signal == "none":
         for key in ("algorithm.b1", "algorithm.b2"):
             if given[key] != usual[key]:
                 yield f"{key} = {given[key]!r} has no effect: algorithm.signal=none gives the moments nothing"

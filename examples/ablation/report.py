@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from ablation import BENCHMARKS, STUDIES, finished, load_studies
@@ -103,10 +105,13 @@ def between_marks(page: str, text: str) -> str:
 def head(name: str, wanted: Mapping[str, Any]) -> str:
     """What the tables say. name: of the file of studies. wanted: its content."""
     tune = wanted["tune"]
+    by_seeds = defaultdict(list)
+    for study, content in wanted["studies"].items():
+        if "seeds" in content:
+            by_seeds[_listed(content["seeds"])].append(f"`{study}`")
     own = [
-        f"Of the study {study}, seeds {_listed(content['seeds'])} are reported, at the same learning rates.\n"
-        for study, content in wanted["studies"].items()
-        if "seeds" in content
+        fill(f"The seeds {seeds} are those of {', '.join(names)}, at the same learning rates.", 120) + "\n"
+        for seeds, names in by_seeds.items()
     ]
     return "\n".join([HEAD.format(name=name, tuned=tune["tuning_seed"], seeds=_listed(tune["seeds"])), *own, ""])
 

@@ -126,12 +126,12 @@ def test_a_rule_takes_its_own_coefficients_from_the_configuration():
     [
         (
             {"algorithm.method": "adam"},
-            r"algorithm.method = 'adam' is not known[\s\S]*one of deca, gossip-adam",
+            r"algorithm.method = 'adam' is not known[\s\S]*one of deca, deca-ed, gossip-adam",
         ),
         ({"algorithm.signal": "momentum"}, r"algorithm.signal = 'momentum' is not known[\s\S]*one of none, descent"),
         (
             {"algorithm.method": "diloco", "algorithm.signal": "none"},
-            r"'none' belongs to deca, not to diloco[\s\S]*or set algorithm.method=deca",
+            r"'none' belongs to deca, deca-ed, not to diloco[\s\S]*or set algorithm.method=deca",
         ),
         ({"algorithm.method": "adamw"}, r"gossip.graph|layers_per_block=null, or algorithm.method=badam"),
         (

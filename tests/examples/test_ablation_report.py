@@ -279,8 +279,8 @@ def test_the_head_says_which_seeds_are_tuned_on_and_reported():
 
     text = head("learnable", load_studies("learnable"))
     assert "found on seed 0 by" in text and "seeds 1, 2, 3, 4, 5 are reported" in text and "{" not in text
-    assert "Of the study confirmation, ring, seeds 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 are reported" in text
-    assert "Of the study" not in head("ablation", load_studies())
+    assert "The seeds 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 are those of `confirmation, ring`," in text
+    assert "are those of" not in head("ablation", load_studies())
 
 
 def test_without_runs_the_command_that_makes_them_is_named(tmp_path, monkeypatch, capsys):

@@ -122,7 +122,7 @@ def test_reference_names_the_fewer_of_those_that_use_a_key_and_those_that_do_not
     monkeypatch.setitem(METHODS, "plain", Method(Rule, "a rule without coefficients"))
     page = " ".join(runpy.run_path(str(REPOSITORY / "docs/make_reference.py"))["page"]().split())
     assert "**`algorithm.eps`** (number, more than 0; not for `plain`; default" in page
-    assert "**`algorithm.b1`** (number, in [0, 1]; for `deca`; default" in page
+    assert "**`algorithm.b1`** (number, in [0, 1]; for `deca` and `deca-ed`; default" in page
     assert "**`algorithm.outer_momentum`** (number, in [0, 1); for `diloco`, `noloco` and `gasloc`; default" in page
 
 

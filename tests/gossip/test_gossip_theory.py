@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from deca_ds.algorithm.methods import build_rule
-from deca_ds.config.schema import GossipConfig
+from deca_ds.config.schema import AlgorithmConfig, GossipConfig
+from deca_ds.config.written import choices
+from deca_ds.errors import UserError
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.gossip.theory import (
     agreement,
     averagings_to_agree,
+    large_correction,
     large_momentum,
+    left_with_correction,
     left_with_momentum,
     predicted_disagreement,
     slow_mixing,
@@ -147,3 +151,50 @@ def test_a_momentum_that_keeps_clients_apart_is_warned_of(graph, clients, moment
     for sentence in found:
         assert all(word in sentence for word in words)
         assert sentence.startswith(f"algorithm.outer_momentum={momentum:g} is large for this graph: ")
+
+
+@pytest.mark.parametrize("clients", [2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("graph", [name for name in choices("gossip.graph") if name not in ("isolated", "edge_list")])
+def test_exact_diffusion_s_usual_correction_brings_clients_together_on_every_graph(graph, clients):
+    try:
+        schedule = mixing(graph, clients)
+    except UserError:
+        pytest.skip(f"there is no {graph} of {clients} clients")
+    assert left_with_correction(schedule, AlgorithmConfig().correction) < 0.99
+    assert large_correction(schedule, AlgorithmConfig().correction) == []
+
+
+def test_what_a_correction_leaves_is_the_largest_root_of_the_averaging_s_slowest_mode():
+    """z^2 - (1 + c) w z + c w for the eigenvalues w of (I + W) / 2: with c = 0.9 all roots are complex."""
+    schedule = mixing("ring", 8)
+    slowest = np.sort(np.linalg.eigvalsh((np.eye(8) + schedule.matrix(0)) / 2))[-2]
+    assert left_with_correction(schedule, 0.9) == pytest.approx(math.sqrt(0.9 * slowest), abs=0.01)
+    assert left_with_correction(mixing("complete", 4), 0.0) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_correction_that_drives_clients_apart_is_warned_of():
+    """On a graph that changes, a correction remembers what another averaging undid."""
+    schedule = mixing("random_pairs", 16)
+    (found,) = large_correction(schedule, 1.0)
+    assert found.startswith("algorithm.correction=1 is too large for this graph: an averaging leaves 1.02 times")
+    assert large_correction(mixing("isolated", 4), 1.0) == []
+
+
+@pytest.mark.parametrize("graph", ["ring", "exponential"])
+def test_with_a_correction_clients_stop_nearer_to_each_other(graph):
+    """Each client is pulled by a constant step of its own: 1 - c of what the same averaging leaves without it."""
+    schedule, apart = mixing(graph, 6), {}
+    pulls = torch.tensor([[1.0], [1.0], [1.0], [-1.0], [-1.0], [-1.0]], dtype=torch.float64)
+    for correction in (0.0, 0.9):
+        rule = build_rule("deca-ed", signal="none", correction=correction)
+        state = {"theta": torch.zeros(6, 1, dtype=torch.float64)}
+        state |= {name: torch.zeros_like(state["theta"]) for name in ("grad", *rule.buffers)}
+        w = torch.tensor(schedule.matrix(0))
+        for r in range(600):
+            state["grad"].copy_(pulls)
+            rule.local_step(state, inner=r, lr=0.01)
+            rule.accept(state, "grad", w @ state["grad"])
+            rule.finish(state, lr=0.01, mixed=True)
+        apart[correction] = (state["theta"] - state["theta"].mean()).norm()
+    assert apart[0.0] > 0.01
+    torch.testing.assert_close(apart[0.9], 0.1 * apart[0.0], rtol=1e-4, atol=0)

@@ -18,6 +18,7 @@ CASES = [
     ("algorithm.signal=trivial", []),
     ("algorithm.b1=0.5", []),
     ("algorithm.b2=0.5", []),
+    ("algorithm.correction=0.5", ["algorithm.method=deca-ed"]),
     ("algorithm.outer_lr=0.5", DILOCO),
     ("algorithm.outer_momentum=0.5", DILOCO),
     ("lora.rank=4", ["algorithm.method=dec-lora"]),

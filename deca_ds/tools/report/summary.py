@@ -99,8 +99,8 @@ def sentences(run: Run) -> list[str]:
     value, start = run.config.get, run.starts[-1] if run.starts else None
     model = f"{start.architecture} of {short_count(start.parameters)} parameters" if start else str(value("model.path"))
     method = str(value("algorithm.method"))
-    if method == "deca":
-        method = f"DECA (signal: {value('algorithm.signal')})"
+    if method in ("deca", "deca-ed"):
+        method = f"{method.upper()} (signal: {value('algorithm.signal')})"
     where = "simulated in one process" if run.simulated else _ranks(run)
     graph = f"on the {graph_name(run)} graph"
     if value("gossip.matrix"):
