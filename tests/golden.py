@@ -38,6 +38,7 @@ RUNS = {
     "clipped": ("hand", 3, {"gossip.clip_radius": 0.03, "gossip.graph": "star"}),
     "bfloat16": ("hand", 6, {"model.dtype": "bfloat16"}),
     "quasi_global_norm": ("hand", 3, {"algorithm.signal": "quasi_global_norm", "gossip.every": 2}),
+    "deca-ed": ("hand", 3, {"algorithm.method": "deca-ed", "gossip.graph": "star"}),
     "gossip-adam": ("hand", 3, {"algorithm.method": "gossip-adam", **WHOLE}),
     "qg-adam": ("hand", 3, {"algorithm.method": "qg-adam", "gossip.graph": "star"}),
     "gt-adam": ("hand", 3, {"algorithm.method": "gt-adam", "gossip.graph": "star"}),
