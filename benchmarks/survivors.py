@@ -242,7 +242,7 @@ def differences(job: Job, faults: bool = True) -> list[float]:
         for line in handed if faults else ():
             if line["from_step"] == number:
                 values[line["to"]] = values[line["by"]]
-                for tensor in steps.gi_frame.f_locals.get("state", {}).values():
+                for tensor in simulation.state.values():
                     tensor[line["to"]] = tensor[line["by"]]
         missing = next((line["missing"] for line in reversed(members) if line["from_step"] <= number), [])
         simulation.mixing = subset.without(original, missing if faults else [])

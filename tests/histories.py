@@ -75,7 +75,7 @@ def simulate(
         for client, (step, giver) in returns.items():
             if step == number:
                 values[client] = values[giver]
-                for tensor in run.gi_frame.f_locals["state"].values():
+                for tensor in simulation.state.values():
                     tensor[client] = tensor[giver]
     if steps is None:
         assert next(run, None) is None  # it ends with an evaluation

@@ -31,8 +31,8 @@ class Simulation:
     """n clients, their data and how they train; made by `deca_ds.simulation.setup.build`.
 
     steps: a record per inner step, see `_record`. evaluations: a record per evaluation, see `_evaluate`.
-    untrained: block -> those of its parameters that no client's gradient has reached in its last activation. sent:
-    parameters, by each client so far.
+    untrained: block -> those of its parameters that no client's gradient has reached in its last activation. state: the
+    active block's tensors, [n, numel] each; empty before the first inner step. sent: parameters, by each client so far.
     """
 
     config: Config
@@ -45,6 +45,7 @@ class Simulation:
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     untrained: dict[str, list[str]] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict, init=False)
     sent: list[int] = field(default_factory=list, init=False)
 
     def run(self, *, evaluate_first: bool = True) -> Iterator[dict[str, Any]]:
@@ -55,15 +56,16 @@ class Simulation:
         """
         batches = [self._batches(client) for client in range(self.clients.clients)]
         self.sent = [0] * self.clients.clients
-        state: dict[str, Tensor] = {}
         local_steps: list[LocalSteps] = []
         if evaluate_first:
             self._evaluate(0)
         for step in self.schedule:
             if step.opens:
                 theta, local_steps = self.clients.block(step.block)
-                state = {"theta": theta} | {name: torch.zeros_like(theta) for name in ("grad", *self.rule.buffers)}
-                self.rule.open(state)
+                zeros = {name: torch.zeros_like(theta) for name in ("grad", *self.rule.buffers)}
+                self.state = {"theta": theta} | zeros
+                self.rule.open(self.state)
+            state = self.state
             lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
             losses, optimizer = [], self.config.optimizer
             every_column = slice(0, state["theta"].shape[1])
