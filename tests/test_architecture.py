@@ -1,7 +1,8 @@
-"""The rules that keep the code readable: imports point one way, modules stay short, deepspeed stays in engine/, and an
-object's attributes are its own business."""
+"""The rules that keep the code readable: imports point one way, deepspeed stays in engine/, an object's attributes are
+its own business, and tests give time limits as arguments and read no frames."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -290,3 +291,42 @@ def test_attributes_that_are_set_later_are_seen(tmp_path):
         "        self.late: int = 1\n"
     )
     assert set_after_construction([path]) == {"Made.place", "Made.late"}
+
+
+TESTS = Path(__file__).parent
+TIME_LIMIT = re.compile(r"_?[A-Z][A-Z0-9_]*_S")
+FRAMES = {"f_locals", "f_globals", "gi_frame", "tb_frame", "_getframe", "currentframe"}
+
+
+def reached_into(path: Path) -> set[str]:
+    """Time limits of modules that a file replaces, and stack frames that it reads."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (isinstance(node, ast.Attribute) and node.attr in FRAMES) or (
+            isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and TIME_LIMIT.fullmatch(node.attr)
+        ):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and _name(node.func) == "setattr":
+            texts = {part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+            found |= {text for text in texts if TIME_LIMIT.fullmatch(text.rpartition(".")[2])}
+    return found
+
+
+def test_tests_replace_no_time_limit_and_read_no_frame():
+    """A limit is an argument of what waits. The planted mistakes of the membership protocol are what they replace."""
+    paths = [*TESTS.rglob("*.py"), *(PACKAGE.parent / "benchmarks").rglob("*.py")]
+    found = {path.name: reached_into(path) for path in paths if path.name != "test_mistakes.py"}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_replaced_time_limits_and_frames_are_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "module._PAUSE_S = 0.1\n"
+        "monkeypatch.setattr(module, '_WAIT_S', 0.1)\n"
+        "patch.setattr('deca_ds.module.LOOK_S', 0.1)\n"
+        "state = run.gi_frame.f_locals['state']\n"
+        "given.timeout_s = seconds = module._KEPT_S\n"
+        "monkeypatch.setattr(module, 'BATCH', 10)\n"
+    )
+    assert reached_into(path) == {"_PAUSE_S", "_WAIT_S", "deca_ds.module.LOOK_S", "gi_frame", "f_locals"}

@@ -30,18 +30,26 @@ class Lookout:
     A coordinator that has only just been cut off, and has not noticed yet, still counts clients that it has lost:
     clients of this part, or so many others that fewer than `min_clients` are really left. So the lookout believes an
     answer only if it names no client of this part and at least `min_clients`, several times in a row.
-    found: whether there is a part that goes first.
+    every_s: seconds between two looks. found: whether there is a part that goes first.
     """
 
-    def __init__(self, membership: Membership, votes: QuorumClient, client: int, min_clients: int):
+    def __init__(
+        self,
+        membership: Membership,
+        votes: QuorumClient,
+        client: int,
+        min_clients: int,
+        every_s: float = _EVERY_S,
+    ):
         self._membership, self._votes, self._client, self._min_clients = membership, votes, client, min_clients
+        self._every_s = every_s
         self.found = False
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
         times = 0
         while not self.found:
-            time.sleep(_EVERY_S)
+            time.sleep(self._every_s)
             times = times + 1 if self._sees_one_that_goes_first() else 0
             self.found = times == _TIMES
 

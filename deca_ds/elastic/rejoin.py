@@ -21,7 +21,7 @@ from deca_ds.launch.store import JobStore, join_job_store, own_address
 from deca_ds.watchdog.restart import JOIN
 
 FILE = "coordinators.json"
-_PAUSE_S = 3.0  # before asking again
+_PAUSE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,20 @@ class Rejoin:
 
 
 def join_job(
-    launch: Launch, layout: ClientLayout, folder: Path, timeout_s: float, silence_s: float, until: float = 0.0
+    launch: Launch,
+    layout: ClientLayout,
+    folder: Path,
+    timeout_s: float,
+    silence_s: float,
+    until: float = 0.0,
+    pause_s: float = _PAUSE_S,
 ) -> tuple[Rejoin, JobStore]:
     """Ask the coordinators whose addresses lie in `folder`, the run's, to let this rank's client rejoin, and connect to
     the job's store. silence_s: see Coordinator.
 
     Raises LaunchError if no coordinator can let it in, if a member is out of reach, if the client is still a member, or
     if its other ranks do not ask within `timeout_s` seconds. Until the time `until`, by time.time(), it asks again
-    instead.
+    instead, `pause_s` seconds later.
     """
     client = layout.client_of(launch.rank)
     own: QuorumServer | None = None
@@ -61,7 +67,7 @@ def join_job(
         except LaunchError:
             if time.time() > until:
                 raise
-        time.sleep(_PAUSE_S)
+        time.sleep(pause_s)
 
 
 def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer | None, timeout_s: float) -> Rejoin:

@@ -26,7 +26,7 @@ from deca_ds.launch.launcher import Launch
 from deca_ds.launch.mpi_start import late, starting
 from deca_ds.launch.progress import EVERYBODY, Progress
 
-_ANSWER = timedelta(seconds=30)
+_ANSWER_S = 30.0  # for a store to answer
 MEETING = "job store"  # name of the thread that makes the store
 _SHORTEST_S, _LONGEST_S = 0.001, 0.25  # between two questions whether a key is there
 _RESOLVES_S = 10.0  # for the name of the first rank's host to become known
@@ -115,11 +115,19 @@ class JobStore:
         return TCPStore(host, int(port), is_master=False, timeout=self.timeout, wait_for_workers=False)
 
 
-def open_job_store(launch: Launch, timeout_s: float, meet_s: float | None = None) -> JobStore:
+def open_job_store(
+    launch: Launch,
+    timeout_s: float,
+    meet_s: float | None = None,
+    *,
+    answer_s: float = _ANSWER_S,
+    resolves_s: float = _RESOLVES_S,
+) -> JobStore:
     """Host (the first rank) or join the job's store; under MPI rank 0 picks a free port and broadcasts it.
 
     timeout_s: of later waits. Raises LaunchError if that rank cannot be reached within `meet_s` seconds, by default as
-    many; soon, if its address or port is none.
+    many; soon, if its address or port is none: after `resolves_s` seconds if its name stands for no address, and after
+    twice `answer_s` seconds if something else answers there.
     """
     timeout = timedelta(seconds=timeout_s)
     meeting = timedelta(seconds=timeout_s if meet_s is None else meet_s)
@@ -130,8 +138,8 @@ def open_job_store(launch: Launch, timeout_s: float, meet_s: float | None = None
     try:
         if launch.master is not None:
             address = launch.master
-            _resolve(address, "MASTER_ADDR", _RESOLVES_S)
-            store = _meet(address, is_host, meeting)
+            _resolve(address, "MASTER_ADDR", resolves_s)
+            store = _meet(address, is_host, meeting, answer_s)
             store.set_timeout(timeout)
         else:
             address, store = _open_over_mpi(launch, is_host, meeting)
@@ -156,7 +164,7 @@ def open_job_store(launch: Launch, timeout_s: float, meet_s: float | None = None
     return JobStore(store, address, timeout)
 
 
-def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPStore:
+def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta, answer_s: float) -> TCPStore:
     """Connect to the store at `address`, or host it. A thread makes it, because TCPStore waits for ever for a first
     answer, which another program at this address may never give."""
     made: queue.Queue[TCPStore | RuntimeError] = queue.Queue()
@@ -172,11 +180,11 @@ def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta) -> TCPSto
     answered = False  # whether somebody was there, an answer's time ago
     while True:
         try:
-            store = made.get(timeout=_ANSWER.total_seconds())
+            store = made.get(timeout=answer_s)
         except queue.Empty:
             if answered:
                 raise RuntimeError("a program listens there that is not the job's store") from None
-            with contextlib.suppress(OSError), socket.create_connection(address, _ANSWER.total_seconds()):
+            with contextlib.suppress(OSError), socket.create_connection(address, answer_s):
                 answered = True
             continue
         if isinstance(store, RuntimeError):
@@ -244,12 +252,13 @@ def join_again(former: JobStore, address: tuple[str, int]) -> JobStore:
     return join_job_store(address, former.timeout.total_seconds())
 
 
-def join_job_store(address: tuple[str, int], timeout_s: float) -> JobStore:
-    """The store of a job that is under way. Raises LaunchError if it is out of reach."""
+def join_job_store(address: tuple[str, int], timeout_s: float, *, answer_s: float = _ANSWER_S) -> JobStore:
+    """Connect to the store of a job that is under way. Raises LaunchError if it does not answer within `answer_s`
+    seconds."""
     host, port = address
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = _join((host, port), timeout)
+        store = _join((host, port), timeout, answer_s)
     except RuntimeError as error:
         raise AbsentError(
             f"the job's store is out of reach: {error}", where=f"{host} {port}", fix="look at the network"
@@ -257,9 +266,10 @@ def join_job_store(address: tuple[str, int], timeout_s: float) -> JobStore:
     return JobStore(store, (host, port), timeout)
 
 
-def _join(address: tuple[str, int], timeout: timedelta) -> TCPStore:
+def _join(address: tuple[str, int], timeout: timedelta, answer_s: float = _ANSWER_S) -> TCPStore:
     """Connect to a store that exists already: one that does not answer soon has gone, or is out of reach."""
-    store = TCPStore(*address, is_master=False, timeout=min(timeout, _ANSWER), wait_for_workers=False)
+    within = min(timeout, timedelta(seconds=answer_s))
+    store = TCPStore(*address, is_master=False, timeout=within, wait_for_workers=False)
     store.set_timeout(timeout)
     return store
 

@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_PATIENCE_S = 10.0  # for a reader that does not read, before what is written is dropped until it does
+_PATIENCE_S = 10.0
 
 
-def own_streams() -> None:
-    """Replace sys.stdout and sys.stderr, unless somebody has already, as a test does that captures them."""
+def own_streams(patience_s: float = _PATIENCE_S) -> None:
+    """Replace sys.stdout and sys.stderr, unless somebody has already, as a test does that captures them.
+
+    patience_s: how long a write waits for a reader that does not read, before what is written is dropped until it does.
+    """
     for number in range(3):  # a closed one would become the next file that is opened, and get what C libraries print
         try:
             os.fstat(number)
@@ -31,7 +34,7 @@ def own_streams() -> None:
         before = getattr(sys, name)
         if before is not getattr(sys, f"__{name}__"):
             continue
-        raw: io.FileIO | io.BufferedWriter = _Lossy(number)
+        raw: io.FileIO | io.BufferedWriter = _Lossy(number, patience_s)
         if before is None:
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), "utf-8"))
             continue
@@ -79,11 +82,11 @@ def on_interrupt(handler: Callable[..., Any], told: str) -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file descriptor whose writes never fail and never wait for ever."""
+    """A file descriptor whose writes never fail and never wait for ever. patience_s: see own_streams."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, patience_s: float):
         super().__init__(number, "w", closefd=False)
-        self._patience_s = _PATIENCE_S
+        self._patience_s = self._left_s = patience_s
         self._poll = select.poll()
         self._poll.register(number, select.POLLOUT)
 
@@ -91,10 +94,10 @@ class _Lossy(io.FileIO):
         """Write what can be written of `data`; returns its length."""
         left = memoryview(data).cast("B")
         while left:
-            if not self._poll.poll(1000 * self._patience_s):
-                self._patience_s = 0.0
+            if not self._poll.poll(1000 * self._left_s):
+                self._left_s = 0.0
                 break
-            self._patience_s = _PATIENCE_S
+            self._left_s = self._patience_s
             try:
                 written = super().write(left[: select.PIPE_BUF])  # a pipe that is ready takes as much without waiting
             except OSError:

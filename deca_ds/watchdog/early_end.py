@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from torch.distributed import Store
 
-_COMES_S = 5.0  # for the main thread to react
+from deca_ds.watchdog.patience import Patience
 
 
 class StopBeforeTraining(BaseException):
@@ -20,10 +20,16 @@ class StopBeforeTraining(BaseException):
 
 class EarlyEnd:
     """Ends this rank before it trains. leaving: the lock of the thread that ends this process. meet: waits until all
-    ranks know. leave: ends this process when no other rank needs it any more."""
+    ranks know. leave: ends this process when no other rank needs it any more. reacts_s: see Patience."""
 
-    def __init__(self, leaving: threading.Lock, meet: Callable[[Store], None], leave: Callable[[Store], NoReturn]):
-        self._leaving, self._meet, self._leave = leaving, meet, leave
+    def __init__(
+        self,
+        leaving: threading.Lock,
+        meet: Callable[[Store], None],
+        leave: Callable[[Store], NoReturn],
+        reacts_s: float = Patience.reacts_s,
+    ):
+        self._leaving, self._meet, self._leave, self._reacts_s = leaving, meet, leave, reacts_s
         self._comes = threading.Event()
         self._tell: Callable[[], None] = lambda: None
         self._too_late = False
@@ -48,7 +54,7 @@ class EarlyEnd:
         if self._too_late:
             return
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-        if not self._comes.wait(_COMES_S) and self._leaving.acquire(blocking=False):
+        if not self._comes.wait(self._reacts_s) and self._leaving.acquire(blocking=False):
             self._end(store)
             self._leave(store)
 

@@ -34,6 +34,7 @@ from deca_ds.watchdog.ending import Ending, end_process
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.look import Look
+from deca_ds.watchdog.patience import USUAL, Patience
 from deca_ds.watchdog.role import Outcome, Role
 from deca_ds.watchdog.standing import Elasticity, Rejoining, Standing
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
@@ -52,16 +53,21 @@ class JobGuard:
     """
 
     def __init__(
-        self, launch: Launch, store: JobStore, rejoining: Rejoining | None = None, ancestors: Ancestors | None = None
+        self,
+        launch: Launch,
+        store: JobStore,
+        rejoining: Rejoining | None = None,
+        ancestors: Ancestors | None = None,
+        patience: Patience = USUAL,
     ):
         self._launch = launch
         stop = StopByStore(launch.rank, launch.world_size, store.timeout.total_seconds())
-        self._standing = Standing(launch, rejoining, stop)
+        self._standing = Standing(launch, rejoining, stop, patience)
         self.site = StoreSite(launch, store, launch.first if rejoining is None else rejoining.host)
         self.heartbeats = Heartbeats(launch, self._standing.ranks, store.progress)
         self._ending = Ending(launch, self.site, self.heartbeats)
         met = partial(self._meet, key=_EARLY_KEY, waits=True)
-        self.early_end = EarlyEnd(self._ending.begun, met, self._end_early)
+        self.early_end = EarlyEnd(self._ending.begun, met, self._end_early, patience.reacts_s)
         parts = launch, self.site, self.heartbeats, self._standing, self._ending
         look = Look(*parts, ancestors or Ancestors(), self.fail)
         self._watcher = Watcher(*parts, self.early_end, look, self.fail)
@@ -170,9 +176,11 @@ class JobGuard:
 
 
 @contextlib.contextmanager
-def guarded(launch: Launch, store: JobStore, rejoining: Rejoining | None = None) -> Iterator[JobGuard]:
+def guarded(
+    launch: Launch, store: JobStore, rejoining: Rejoining | None = None, patience: Patience = USUAL
+) -> Iterator[JobGuard]:
     """Run the body under a `JobGuard`: an exception in it ends the job, and its end waits for all ranks to finish."""
-    guard = JobGuard(launch, store, rejoining)
+    guard = JobGuard(launch, store, rejoining, patience=patience)
     try:
         yield guard
     except StopBeforeTraining:

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from deca_ds.errors import CutOffError, MessageError, RankLostError, StallError
 from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.view import Membership
+from deca_ds.watchdog.patience import USUAL, Patience
 from deca_ds.watchdog.role import Event, Outcome, Role, on_event
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
-
-_CUT_OFF_S = 5.0  # for a rank that has lost another one of its client to notice that the client is cut off
-_OTHERS_S = 60.0  # for the survivors to drop a client that hangs and to open another store, before the job ends
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Standing:
     return_s: seconds for which this rank would try to come back; 0 if it would not.
     """
 
-    def __init__(self, launch: Launch, rejoining: Rejoining | None, stop: StopByStore):
+    def __init__(self, launch: Launch, rejoining: Rejoining | None, stop: StopByStore, patience: Patience = USUAL):
         self.role = Role.MEMBER if rejoining is None else Role.REJOINING
         self.return_s = 0.0 if rejoining is None else rejoining.return_s
-        self._launch, self._stop = launch, stop
+        self._launch, self._stop, self._patience = launch, stop, patience
         self._elasticity: Elasticity | None = None
 
     def enter_elastic(self, elasticity: Elasticity) -> None:
@@ -93,7 +91,7 @@ class Standing:
 
     def grace_s(self) -> float:
         """Return how many seconds the survivors may take to drop a hanging client or to open another store."""
-        return 0.0 if self.role is Role.MEMBER else _OTHERS_S
+        return 0.0 if self.role is Role.MEMBER else self._patience.others_s
 
     def outcome(self, event: Event) -> Outcome:
         """Return what this rank does at the event, by its role now."""
@@ -109,7 +107,7 @@ class Standing:
         # another rank of this client may know already: then what broke here is the connection to that one
         of_a_connection = isinstance(error, (MessageError, RankLostError, RuntimeError))
         may_be_cut_off = of_a_connection and self.outcome(Event.CUT_OFF) != self.outcome(Event.ERROR)
-        return Event.CUT_OFF if may_be_cut_off and self.is_cut_off(_CUT_OFF_S) else Event.ERROR
+        return Event.CUT_OFF if may_be_cut_off and self.is_cut_off(self._patience.cut_off_s) else Event.ERROR
 
     def event_of_stall(self, stall: StallError, client: int | None, timeout_s: float) -> Event:
         """Return the event that a stall is to this rank. client: this rank's own. timeout_s: cluster.timeout_s."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -17,26 +16,24 @@ from hypothesis import strategies as st
 from jobs import wait_until
 from torch.distributed import TCPStore
 
-from deca_ds.elastic import network_partition, rejoin
 from deca_ds.elastic.agreement import OPEN, YES, Decision
 from deca_ds.elastic.network_partition import Lookout, clients_at, goes_first
 from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.rejoin import join_job, save_addresses
 from deca_ds.errors import CutOffError, GossipError, LaunchError
-from deca_ds.launch import store
 from deca_ds.launch.launcher import ClientLayout, Launch
+from deca_ds.launch.store import join_job_store
 from deca_ds.launch.view import Membership, View
 
 pytestmark = pytest.mark.timeout(200)
 
 
-def test_an_invitation_to_a_store_that_has_gone_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(store, "_ANSWER", timedelta(seconds=1))
+def test_an_invitation_to_a_store_that_has_gone_is_not_waited_for():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = closed.getsockname()
     with pytest.raises(LaunchError, match="the job's store is out of reach"):
-        store.join_job_store(address, 600.0)
+        join_job_store(address, 600.0, answer_s=1.0)
 
 
 class Job:
@@ -217,8 +214,7 @@ def test_a_client_that_finds_nobody_to_join_says_so(tmp_path):
         join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
 
 
-def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(rejoin, "_PAUSE_S", 0.1)
+def test_a_client_asks_again_until_its_time_is_over(tmp_path):
     job = Job(3)
     wait_until_connected(job)
     job.end(2)
@@ -230,10 +226,10 @@ def test_a_client_asks_again_until_its_time_is_over(tmp_path, monkeypatch):
     save_addresses(tmp_path, {0: nobody, 2: addresses[2]})
     started = time.time()
     with pytest.raises(LaunchError, match="no other client answers"):
-        join_job(launch, job.layout, tmp_path, 5.0, 60.0, until=started + 0.5)
+        join_job(launch, job.layout, tmp_path, 5.0, 60.0, until=started + 0.5, pause_s=0.1)
     assert time.time() > started + 0.5
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, 60.0, started + 90)
+        asking = pool.submit(join_job, launch, job.layout, tmp_path, 5.0, 60.0, started + 90, pause_s=0.1)
         save_addresses(tmp_path, addresses)  # in reach, but nobody has an invitation yet
         job.servers[0].invite(invitation(job))
         found, _ = asking.result(timeout=100)
@@ -249,8 +245,7 @@ def test_of_two_parts_exactly_one_goes_first(clients, data):
         assert goes_first(part, other) == (len(part) > len(other))
 
 
-def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
-    monkeypatch.setattr(network_partition, "_EVERY_S", 0.05)
+def test_a_smaller_part_finds_the_coordinator_of_the_larger():
     job = Job(3)
     wait_until_connected(job)
     addresses = {client: each.address for client, each in enumerate(job.servers)}
@@ -262,7 +257,7 @@ def test_a_smaller_part_finds_the_coordinator_of_the_larger(monkeypatch):
     cases += [((2, 3), 2, 1, False), ((5,), 5, 4, False)]  # it counts client 2, which is here; it is too small
     for part, client, min_clients, found in cases:
         view = Membership(View(1, part, 7))
-        looking = Lookout(view, SimpleNamespace(addresses=addresses), client, min_clients)
+        looking = Lookout(view, SimpleNamespace(addresses=addresses), client, min_clients, every_s=0.05)
         deadline = time.monotonic() + (60 if found else 0.5)
         while time.monotonic() < deadline and not looking.found:
             time.sleep(0.02)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-from datetime import timedelta
 
 import pytest
 from jobs import free_port
@@ -77,14 +76,13 @@ def test_a_rank_that_waits_for_others_handles_signals():
     assert not job.comes("nobody", 0.0)
 
 
-def test_a_port_that_is_taken_is_named(monkeypatch):
-    monkeypatch.setattr(stores, "_ANSWER", timedelta(seconds=0.3))
+def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(LaunchError, match=rf"port {port} is in use on this host\n.*MASTER_PORT={port}\n"):
-            open_job_store(rank(0, "127.0.0.1", port), 100)
+            open_job_store(rank(0, "127.0.0.1", port), 100, answer_s=0.3)
         with pytest.raises(LaunchError, match=rf"a program listens there that is not the job's store\n.*={port}\n"):
-            open_job_store(rank(1, "127.0.0.1", port), 5)
+            open_job_store(rank(1, "127.0.0.1", port), 5, answer_s=0.3)
     # torch aborts an interpreter that ends while it still tries to connect
     for thread in threading.enumerate():
         if thread.name == stores.MEETING:
@@ -92,7 +90,6 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["no-such-host.invalid", "", "1.2.3.999", "a b", "x" * 70, "::g"])
-def test_an_address_that_stands_for_nothing_is_told_soon(monkeypatch, address):
-    monkeypatch.setattr(stores, "_RESOLVES_S", 0.0)
+def test_an_address_that_stands_for_nothing_is_told_soon(address):
     with pytest.raises(LaunchError, match=r"stands for no address: .*\n.*MASTER_ADDR"):
-        open_job_store(rank(1, address, 29500), 600)
+        open_job_store(rank(1, address, 29500), 600, resolves_s=0.0)

@@ -62,11 +62,11 @@ class OneRank:
 
 @pytest.fixture
 def job(tmp_path: Path):
-    """make(world=1, **CheckpointConfig) -> (checkpoints, client, the job's store)."""
+    """make(world=1, **CheckpointConfig) -> (checkpoints, client, the job's store). others_s: for all ranks to write."""
     mixing = SimpleNamespace(matrices=(np.eye(1),))
     gossip = SimpleNamespace(schedule=mixing, bytes_sent=3, wait_seconds=0.5)
 
-    def make(world: int = 1, resumed: int | None = None, **config: int):
+    def make(world: int = 1, resumed: int | None = None, others_s: float = 100.0, **config: int):
         store = HashStore()
         cluster = SimpleNamespace(
             client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=View.of_all(1),
@@ -76,7 +76,7 @@ def job(tmp_path: Path):
         client = OneRank()
         options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 100.0, "resumed": resumed}
         schedule = Schedule(rounds=2, blocks=2, inner_steps=5)
-        written = StoreCount(cluster, 7, 100.0)
+        written = StoreCount(cluster, 7, others_s)
         state = TrainingState(client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
         made = Checkpoints(CheckpointConfig(**config), cluster, state, gossip, written, **options)
         return made, client, store
@@ -114,7 +114,7 @@ def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_pa
 
 
 def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
-    saver, _, store = job(world=2, every=1, keep=2)
+    saver, _, store = job(world=2, others_s=0.2, every=1, keep=2)
     for done in range(1, 5):
         after_step(saver, done)
         saver.wait()
@@ -127,7 +127,6 @@ def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
     # what was complete when each was written, for a run that finds none whole
     whole = [open_checkpoint(tmp_path / "checkpoints", step, Part(0, 0, 1)) for step in (4, 5)]
     assert [saved.states[0, 0]["earlier"] for saved in whole] == [None, 3]
-    saver._written._timeout_s = 0.2
     with pytest.raises(CheckpointError, match="not all ranks have saved step 5"):
         saver.wait_for_all()
     for done in (4, 5):

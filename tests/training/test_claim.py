@@ -132,7 +132,6 @@ def test_without_locks_heartbeats_tell_whether_the_job_lives(other, tmp_path: Pa
         other.wait()
         (tmp_path / "heartbeats").mkdir()
         (tmp_path / "heartbeats" / "rank_0000.json").touch()
-        monkeypatch.setattr(claim, "_WATCH_S", 0.1)
         take(tmp_path, nothing)
         release(tmp_path)
     else:

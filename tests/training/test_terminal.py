@@ -12,9 +12,8 @@ import pytest
 
 WORKER = """
 import sys
-import deca_ds.training.terminal as terminal
-terminal._PATIENCE_S = 0.2
-terminal.own_streams()
+from deca_ds.training.terminal import own_streams
+own_streams(patience_s=0.2)
 from rich.console import Console
 for stream in (sys.stdout, sys.stderr):
     print("x\\u2501" * 100_000, file=stream, flush=True)

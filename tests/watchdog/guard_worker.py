@@ -15,9 +15,10 @@ from deca_ds.errors import ConfigError, DataError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import open_job_store
 from deca_ds.launch.view import Membership, View
-from deca_ds.watchdog import early_end, ending, standing
+from deca_ds.watchdog import ending
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.guard import guarded
+from deca_ds.watchdog.patience import Patience
 from deca_ds.watchdog.standing import Elasticity, Rejoining
 from deca_ds.watchdog.stop import StopByCommit
 
@@ -31,7 +32,8 @@ def until_ready(ranks: int) -> None:
 
 
 rejoining = Rejoining(host=0) if what == "rejoins" else None
-with guarded(launch, open_job_store(launch, 300), rejoining) as guard:
+patience = Patience(others_s=3.0 if what == "rejoins" else 60.0, reacts_s=1.0 if what == "hangs" else 600.0)
+with guarded(launch, open_job_store(launch, 300), rejoining, patience) as guard:
     guard.write_to(output)
     if what == "wait":
         time.sleep(600)
@@ -70,12 +72,10 @@ with guarded(launch, open_job_store(launch, 300), rejoining) as guard:
         cut_off.set()
         time.sleep(600)
     elif what == "rejoins":  # and nobody moves on, nor is anybody dropped
-        standing._OTHERS_S = 3.0
         guard.progress.watch(ClientLayout(3, 1), 3.0)
         guard.progress.wait_for("all")
         time.sleep(600)
     elif what in ("asked", "loads", "hangs"):  # before training
-        early_end._COMES_S = 1.0 if what == "hangs" else 600.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, guard.hear)
         guard.let_stop_before_training((output / f"stopped{rank}").touch)

@@ -12,8 +12,8 @@ from deca_ds.errors import ConfigError, CutOffError, MessageError, RankLostError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.view import Membership, View
-from deca_ds.watchdog import standing as module
 from deca_ds.watchdog.guard import JobGuard
+from deca_ds.watchdog.patience import Patience
 from deca_ds.watchdog.role import Event, Outcome, Role
 from deca_ds.watchdog.standing import Elasticity, Rejoining, Standing
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
@@ -28,16 +28,11 @@ def elasticity(return_s: float = 0.0, **given) -> Elasticity:
 def standing(role: Role, **given) -> Standing:
     """Of a rank with that role, in a job in which clients may come and go."""
     rejoining = Rejoining(host=0) if role is Role.REJOINING else None
-    made = Standing(Launch("deepspeed", 2, 6, 2, None), rejoining, StopByStore(2, 6, 100.0))
+    made = Standing(Launch("deepspeed", 2, 6, 2, None), rejoining, StopByStore(2, 6, 100.0), Patience(cut_off_s=0.0))
     made.enter_elastic(elasticity(**given))
     if role is Role.OUTLIVED:
         made.let_others_go_on()
     return made
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    monkeypatch.setattr(module, "_CUT_OFF_S", 0.0)
 
 
 @pytest.mark.parametrize("rejoining", [None, Rejoining(host=0)])
@@ -62,7 +57,7 @@ def test_the_longer_time_to_come_back_holds():
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize("cut_off", [False, True])
-def test_a_connection_breaks_because_the_client_is_out_where_another_rank_knows_that(role, cut_off, at_once):
+def test_a_connection_breaks_because_the_client_is_out_where_another_rank_knows_that(role, cut_off):
     known = threading.Event()
     made = standing(role, return_s=60.0, cut_off=known)
     if cut_off:
