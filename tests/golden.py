@@ -1,4 +1,4 @@
-"""Hold every number while code is moved: the digests of some short runs, over all launchers and methods.
+"""Hold every number while code is moved: the digests of some short runs, of every method, over MPI and over torch.
 
     python tests/golden.py record before.json      # ten minutes on two cores
     python tests/golden.py compare before.json     # after the change, on the same machine with the same packages
@@ -44,6 +44,8 @@ RUNS = {
     "gt-adam": ("hand", 3, {"algorithm.method": "gt-adam", "gossip.graph": "star"}),
     "local-adam": ("hand", 3, {"algorithm.method": "local-adam", "gossip.every": 4, **WHOLE}),
     "diloco": ("hand", 3, {"algorithm.method": "diloco", "gossip.graph": "complete", "gossip.every": 4, **WHOLE}),
+    "noloco": ("hand", 3, {"algorithm.method": "noloco", "gossip.graph": "random_pairs", "gossip.every": 4, **WHOLE}),
+    "gasloc": ("hand", 3, {"algorithm.method": "gasloc", "gossip.graph": "complete", "gossip.every": 4, **WHOLE}),
     "badam": ("hand", 3, {"algorithm.method": "badam", "gossip.graph": "isolated"}),
     "adamw": ("hand", 3, {"algorithm.method": "adamw", "gossip.graph": "isolated", **WHOLE}),
     "dec-lora": ("hand", 6, {"algorithm.method": "dec-lora", "gossip.graph": "star", **WHOLE}),

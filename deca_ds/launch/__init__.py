@@ -1,6 +1,6 @@
 """Who am I, and who else is in: launchers, ranks and clients, the view, the job's store, one torch world per client.
 
-`world` is imported by its own name: it needs torch, and what only reads a run's folder does not.
+All else is imported from its module: most of these need torch, and what only reads a run's folder does not.
 """
 
 from deca_ds.launch.launcher import ClientLayout, Launch, read_launch

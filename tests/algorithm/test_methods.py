@@ -7,6 +7,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
+from golden import RUNS
 from method_contract import (
     CLIENTS,
     CONTRACT,
@@ -43,6 +44,10 @@ def test_a_method_keeps_the_contract(method, signal, promise):
 @pytest.mark.parametrize(("method", "signal"), EVERY_METHOD)
 def test_a_method_equals_the_dense_reference(method, signal, graph, every):
     equals_the_dense_reference(method, signal, graph, every)
+
+
+def test_the_digests_of_every_method_are_recorded():
+    assert {changes.get("algorithm.method", "deca") for *_, changes in RUNS.values()} == METHODS.keys()
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
