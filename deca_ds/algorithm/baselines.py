@@ -62,7 +62,7 @@ class QgAdam(AdamRule):
 
     @torch.no_grad()
     def stay(self, state: State) -> None:
-        """As `accept` of theta_half."""
+        """Do as `accept` of theta_half."""
         self.accept(state, "grad", state["grad"].clone())
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class DiLoCo(AdamRule):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """The outer step."""
+        """Make the outer step."""
         anchor, momentum = state["anchor"], state["momentum"]
         delta = torch.sub(anchor, mixed, out=state["grad"])
         momentum.mul_(self.outer_momentum).add_(delta)
@@ -158,7 +158,7 @@ class NoLoCo(DiLoCo):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """The outer step."""
+        """Make the outer step."""
         anchor, momentum = state["anchor"], state["momentum"]
         momentum.mul_(self.outer_momentum).add_(anchor).sub_(mixed)
         anchor.sub_(momentum, alpha=self.outer_lr)
@@ -190,7 +190,7 @@ class GasLoC(AdamRule):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """The averaging with momentum; state["grad"] is still y."""
+        """Average with momentum; state["grad"] is still y."""
         theta, y, previous = state["theta"], state["grad"], state["previous"]
         torch.sub(y, previous, out=theta).mul_(self.outer_momentum).add_(mixed)
         previous.copy_(y)

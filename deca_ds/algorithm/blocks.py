@@ -65,13 +65,13 @@ def _remedy(block: Block) -> str:
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Full shape of every parameter under its first name, also where ZeRO-3 has left only a shard of it."""
+    """Return the full shape of every parameter under its first name, also where ZeRO-3 has left only a shard of it."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
 def fused_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold the matrices of several experts: of three and more dimensions, and not those of
-    a module of torch's, such as a convolution."""
+    """Return the names of the parameters that hold the matrices of several experts: of three and more dimensions, and
+    not those of a module of torch's, such as a convolution."""
     return [
         f"{place}.{name}"
         for place, module in model.named_modules()
@@ -82,7 +82,7 @@ def fused_parameters(model: nn.Module) -> list[str]:
 
 
 def find_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Where the model's layers are: the name of every list of layers, and the number of its first layer.
+    """Return where the model's layers are: the name of every list of layers -> the number of its first layer.
 
     A list is an outermost `ModuleList`, whatever the classes of its modules, of the text model. Lists of one length in
     one module are one stack of layers, of which each has a part in every list. The stacks that hold the parameters

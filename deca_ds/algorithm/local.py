@@ -33,7 +33,7 @@ class LocalSteps:
         self.made = [0] * len(self.sizes)
 
     def next(self, reached: Sequence[bool]) -> list[Run]:
-        """The runs of the next step, without gaps, which counts for those parameters that a gradient has reached.
+        """Return the runs of the next step, without gaps. It counts for those parameters that a gradient has reached.
 
         reached: on any of the client's ranks. A gradient of zeros counts as one.
         """

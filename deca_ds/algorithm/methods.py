@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
 
 
 def build_rule(method: str, **coefficients: float | str) -> Rule:
-    """The rule of a method. coefficients: of all methods; a rule takes those that it knows.
+    """Make the rule of a method. coefficients: of all methods; a rule takes those that it knows.
 
     Raises ValueError for an unknown method.
     """

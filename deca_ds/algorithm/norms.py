@@ -13,7 +13,8 @@ _ROW = 2**12  # elements that are added in float32
 
 
 def squared_norm(values: Tensor) -> Tensor:
-    """The squared 2-norm of a 1-D tensor: a float64 scalar on its device. Infinite from about 1e19 in an element."""
+    """Return the squared 2-norm of a 1-D tensor: a float64 scalar on its device. Infinite from about 1e19 in an
+    element."""
     whole = values.numel() // _ROW * _ROW
     rows, rest = values[:whole].view(-1, _ROW), values[whole:]
     squared = torch.linalg.vector_norm(rows, dim=1).double().square()

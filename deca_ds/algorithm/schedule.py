@@ -72,7 +72,7 @@ class Schedule:
         return {self.step(index).block for index in range(first - first % length, last, length) if first < last}
 
     def step(self, index: int) -> Step:
-        """The inner step with this index, 0 <= index < len(self)."""
+        """Return the inner step with this index, 0 <= index < len(self)."""
         if not 0 <= index < len(self):
             raise IndexError(f"inner step {index} of {len(self)}")
         length = self.activation_steps

@@ -23,7 +23,7 @@ def save_adapters(run: Path, adapters: Sequence[Adapter]) -> None:
 
 
 def read_adapters(run: Path) -> tuple[Adapter, ...]:
-    """The adapters of a run; none where it has no `FILE`. Raises CheckpointError for a damaged one."""
+    """Read the adapters of a run; none where it has no `FILE`. Raises CheckpointError for a damaged one."""
     path = run / FILE
     if not path.is_file():
         return ()
@@ -64,15 +64,15 @@ class MergedModel:
         return self._saved.dtype(self._stored.get(name, name))
 
     def model_dtype(self, name: str) -> torch.dtype:
-        """Of the weight in the model that was trained."""
+        """Return the data type of the weight in the model that was trained."""
         return self._saved.model_dtype(self._stored.get(name, name))
 
     def read(self, name: str, client: int) -> Tensor:
-        """One client's weight: W + scale B A."""
+        """Return one client's weight: W + scale B A."""
         return self._merge(name, lambda held: self._saved.read(held, client))
 
     def mean(self, name: str) -> Tensor:
-        """The mean model's weight: W + scale mean(B) mean(A), as in training, where A and B are averaged apart.
+        """Return the mean model's weight: W + scale mean(B) mean(A), as in training, where A and B are averaged apart.
 
         It is not the mean of the clients' merged weights.
         """

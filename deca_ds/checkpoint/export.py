@@ -48,7 +48,7 @@ class Card(Protocol):
     """Writes the export's README.md."""
 
     def text(self, *, parameters: int, dtype: str, chat: bool) -> str:
-        """Of a model with so many parameters of this type. chat: whether its tokenizer has a chat template."""
+        """Return the card of a model of so many parameters of this type. chat: whether there is a chat template."""
         ...
 
 

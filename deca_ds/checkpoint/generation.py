@@ -53,7 +53,7 @@ def adapt(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> str |
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after an assistant's turn; None where there is none."""
+    """Return the special token that the chat template writes after an assistant's turn; None where there is none."""
     if not tokenizer.chat_template:
         return None
     messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def rank_folder(folder: Path, client: int, rank: int) -> Path:
-    """Where `rank` of `client` keeps its slices."""
+    """Return the folder in which `rank` of `client` keeps its slices."""
     return folder / f"client_{client:03d}" / f"rank_{rank:03d}"
 
 
@@ -20,5 +20,5 @@ class Part:
     ranks: int
 
     def folder(self, of: Path) -> Path:
-        """Where its slices are, in the folder of a whole model."""
+        """Return where its slices are, in the folder of a whole model."""
         return rank_folder(of, self.client, self.rank)

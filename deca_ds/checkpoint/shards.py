@@ -94,19 +94,19 @@ class ShardedModel:
         return self._meta[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of what is stored: float32 for masters."""
+        """Return the data type of what is stored: float32 for masters."""
         return self._meta[name][1]
 
     def model_dtype(self, name: str) -> torch.dtype:
-        """Of the parameter in the model that was trained."""
+        """Return the data type of the parameter in the model that was trained."""
         return self._meta[name][2]
 
     def read(self, name: str, client: int) -> Tensor:
-        """The full parameter of one client, on the CPU, in the stored data type."""
+        """Read the full parameter of one client, on the CPU, in the stored data type."""
         return self.read_range(name, client, 0, prod(self.shape(name))).view(self.shape(name))
 
     def read_range(self, name: str, client: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of one client's flat parameter, on the CPU, in the stored data type.
+        """Read elements [start, stop) of one client's flat parameter, on the CPU, in the stored data type.
 
         Reads nothing else. Raises CheckpointError if `ranks` hold only a part of them.
         """

@@ -19,12 +19,12 @@ FOLDER = "checkpoints"  # in a run's folder
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` inner steps is."""
+    """Return the folder of the checkpoint after `step` inner steps."""
     return folder / f"step_{step:08d}"
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps that there are folders of, whole or not, ascending."""
+    """Return the steps that there are folders of, whole or not, ascending."""
     found = (re.fullmatch(r"step_(\d{8,})", path.name) for path in folder.glob("step_*"))
     return sorted(int(match[1]) for match in found if match)
 

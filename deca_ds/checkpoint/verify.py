@@ -84,7 +84,7 @@ def reload_model(folder: Path, *, trust_remote_code: bool) -> None:
 
 
 def reload_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `folder`, None if there is none. Raises CheckpointError if it does not load."""
+    """Load the tokenizer in `folder`, None if there is none. Raises CheckpointError if it does not load."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:

@@ -34,7 +34,7 @@ PARTIAL = ".partial"
 
 
 def file_name(index: int, label: str) -> str:
-    """The name of the file of the group of slices number `index`."""
+    """Return the name of the file of the group of slices number `index`."""
     return f"{index:03d}_{re.sub('[^A-Za-z0-9]+', '-', label).strip('-')}.safetensors"
 
 

@@ -1,7 +1,4 @@
-"""The clients' data: sources and formats, partition, tokens, and batches for the ranks of a client.
-
-The commands and warnings that look into how data are prepared import that from its modules.
-"""
+"""The clients' data: sources and formats, partition, tokens, and batches for the ranks of a client."""
 
 from deca_ds.data.batches import evaluation_batches, training_batches
 from deca_ds.data.checks import validate_data_config

@@ -90,7 +90,7 @@ def add_adapters(config: Config, model: nn.Module) -> None:
 
 
 def find_adapters(model: nn.Module) -> tuple[Adapter, ...]:
-    """The adapters that `add_adapters` has put on the model, in the model's order."""
+    """Return the adapters that `add_adapters` has put on the model, in the model's order."""
     found = []
     for name, layer in _lora_layers(model):
         base = layer.get_base_layer()
@@ -109,7 +109,7 @@ def find_adapters(model: nn.Module) -> tuple[Adapter, ...]:
 
 
 def adapter_plan(model: nn.Module) -> BlockPlan:
-    """One block of all adapters; everything else is frozen."""
+    """Make the plan with one block of all adapters; everything else is frozen."""
     shapes = parameter_shapes(model)
     names = [name for adapter in find_adapters(model) for name in (adapter.a, adapter.b)]
     assert names, "add_adapters comes first"

@@ -24,7 +24,7 @@ PIECE_BYTES = 4 * 2**20  # of a piece's; what is computed from them takes three 
 
 
 def positions_at_a_time(head: OutputHead) -> int:
-    """How many positions make a chunk: the head's layer computes them together."""
+    """Return how many positions make a chunk: the head's layer computes them together."""
     return max(1, LOGITS_BYTES // (4 * head.linear.out_features))
 
 
@@ -54,7 +54,7 @@ def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: T
 
 
 def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
-    """The sum of these losses over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
+    """Sum these losses over `divisor`, [1, 1, 1], with gradients for hidden states and the head's parameters."""
     piece = positions_of_a_piece(head, hidden.is_cuda)
     return summed_loss(model, head, hidden, _chunks(labels, head, hidden.device), piece, divisor)
 

@@ -215,7 +215,7 @@ class Client:
 
     @torch.no_grad()
     def score(self, batch: Mapping[str, Tensor]) -> RowScores:
-        """How well the model predicts the targets of each row of the batch."""
+        """Return how well the model predicts the targets of each row of the batch."""
         internals.follow_writes(self._zero)
         self.model.eval()
         return row_scores(self.model, batch, self.device)
@@ -308,7 +308,7 @@ class Client:
                 shard.copy_(values)
 
     def client_sum(self, value: float) -> float:
-        """The sum of `value` over this client's ranks."""
+        """Sum `value` over this client's ranks."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return float(tensor)

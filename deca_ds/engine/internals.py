@@ -30,7 +30,7 @@ class _Partitioned(Protocol):
 
 
 def partitioned(parameter: nn.Parameter) -> _Partitioned:
-    """The parameter with what ZeRO-3 has added to it."""
+    """Return the parameter, typed with what ZeRO-3 has added to it."""
     return cast(_Partitioned, parameter)
 
 
@@ -115,7 +115,7 @@ def _release_cache(coordinator_class: Any) -> Any:
 
 
 def gathered(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters that are whole on this rank at the moment."""
+    """Return the names of the parameters that are whole on this rank at the moment."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     return (name for name, p in model.named_parameters() if partitioned(p).ds_status != ZeroParamStatus.NOT_AVAILABLE)
@@ -134,7 +134,7 @@ def keep_whole(modules: Sequence[nn.Module]) -> None:
 
 
 def shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's slice of `parameter` without its padding: 1-D, a view that writes through.
+    """Return this rank's slice of `parameter` without its padding: 1-D, a view that writes through.
 
     Rank r of k holds elements [r*n, (r+1)*n) of the row-major parameter, n = ceil(numel / k); the tail of the last
     ranks' slices is padding of undefined value, or the slice is empty.

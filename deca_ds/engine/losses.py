@@ -45,7 +45,7 @@ def row_scores(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devi
 
 
 def token_scores(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> TokenScores:
-    """How well the model predicts every next token.
+    """Return how well the model predicts every next token.
 
     batch: input_ids, attention_mask and labels, int64 [batch, length]. Without gradients, positions without a target
     have no logits and those of the others are bounded, as in training.

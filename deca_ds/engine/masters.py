@@ -28,7 +28,7 @@ def round_into(value: Tensor, master: Tensor) -> None:
 
 
 def rounded(master: Tensor) -> Tensor:
-    """The bfloat16 values of float32 masters of any shape, as `round_into` makes them."""
+    """Return the bfloat16 values of float32 masters of any shape, as `round_into` makes them."""
     value = torch.empty_like(master, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     round_into(value.view(-1), master.contiguous().view(-1))
     return value
@@ -47,7 +47,7 @@ def add_into(total: Tensor, more: Tensor) -> None:
 
 
 def low_bits(master: Tensor) -> Tensor:
-    """The lower halves of float32 patterns, 1-D int16: a view."""
+    """Return the lower halves of float32 patterns, 1-D int16: a view."""
     return master.view(torch.int16)[::2]
 
 
@@ -65,7 +65,7 @@ def join_into(master: Tensor, value: Tensor, low: Tensor | None) -> None:
 
 
 def join(value: Tensor, low: Tensor | None) -> Tensor:
-    """The float32 masters of 1-D `value` and `low`, new."""
+    """Return the float32 masters of 1-D `value` and `low`, new."""
     master = torch.empty_like(value, dtype=torch.float32)
     join_into(master, value, low)
     return master

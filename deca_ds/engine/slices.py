@@ -39,12 +39,12 @@ class Slice:
         return self.values.dtype if self.low is None else torch.float32
 
     def copy(self) -> Slice:
-        """The same slice with copies of its tensors on the host."""
+        """Return the same slice with copies of its tensors on the host."""
         low = None if self.low is None else _on_host(self.low)
         return Slice(self.name, self.shape, self.start, self.stop, _on_host(self.values), low)
 
     def stored(self) -> Tensor:
-        """The values to store: 1-D, on the host, in `dtype`."""
+        """Return the values to store: 1-D, on the host, in `dtype`."""
         values = self.values.detach().to("cpu")
         return values if self.low is None else join(values, self.low)
 
@@ -57,7 +57,7 @@ class Slice:
 
 
 def buffer_name(buffer: str, parameter: str) -> str:
-    """The name of one of the rule's buffers for one parameter, in a checkpoint."""
+    """Return the name of one of the rule's buffers for one parameter, in a checkpoint."""
     return f"{buffer}/{parameter}"
 
 

@@ -48,7 +48,7 @@ class Sharded:
     own: Iterable[Slice]
 
     def slices(self, rank: int, ranks: int) -> Iterable[Slice]:
-        """What this rank saves, and restores by `Slice.fill`."""
+        """Return what this rank saves, and restores by `Slice.fill`."""
         return self.own
 
 
@@ -60,7 +60,7 @@ class Whole:
     tensors: Iterable[tuple[str, Tensor]]
 
     def slices(self, rank: int, ranks: int) -> Iterator[Slice]:
-        """What `rank` of the client's `ranks` saves; to fill them is for all ranks together."""
+        """Yield what `rank` of the client's `ranks` saves; all ranks together must fill these."""
         for name, tensor in self.tensors:
             size = -(-tensor.numel() // ranks)
             start, stop = (min(tensor.numel(), place * size) for place in (rank, rank + 1))
@@ -106,8 +106,8 @@ class TrainingState:
     best: dict[str, Any] = field(default_factory=dict)
 
     def pieces(self) -> Iterator[Piece]:
-        """All pieces, in the order in which they must be set: the step comes first, because it opens the block that
-        others need."""
+        """Yield all pieces, in the order in which they must be set: the step comes first, because it opens the block
+        that others need."""
         client = self.client
         yield Value("schedule", lambda: position(self.schedule, self.done), self._stand_at)
         yield Value("stopping", lambda: self.stopping, partial(setattr, self, "stopping"), Scope.ATTEMPT)
@@ -146,7 +146,7 @@ _TRAFFIC = ("bytes_sent", "wait_seconds")
 
 
 def model_pieces(client: Client) -> Iterator[Sharded | Whole]:
-    """The trained model: one group of parameters per block, then the frozen parameters, then the buffers.
+    """Yield the trained model: one group of parameters per block, then the frozen parameters, then the buffers.
 
     Parameters that have masters are represented by their masters.
     """
@@ -176,7 +176,7 @@ def _join(tensor: Tensor, start: int, stop: int, part: Tensor) -> None:
 
 
 def position(schedule: Schedule, done: int) -> dict[str, int]:
-    """Where a run stands after `done` inner steps: the place of the next step in the schedule."""
+    """Return where a run stands after `done` inner steps: the place of the next step in the schedule."""
     if done == len(schedule):
         return {"done": done, "of": len(schedule)}
     step = schedule.step(done)

@@ -80,8 +80,8 @@ def take_device(
 
 
 def place(every: Mapping[int, Seen], rank: int) -> Placement:
-    """Where `rank` computes, by what every rank sees. Ranks of one machine take the GPUs that they see in turn, and
-    share the cores with those that may run on the same ones. They are counted where the launcher has not."""
+    """Return where `rank` computes, by what every rank sees. Ranks of one machine take the GPUs that they see in turn,
+    and share the cores with those that may run on the same ones. They are counted where the launcher has not."""
     own = every[rank]
     neighbours = [other for other, seen in sorted(every.items()) if seen.machine == own.machine]
     counted = any(every[other].local_rank is None for other in neighbours)
@@ -128,7 +128,7 @@ def check_devices(devices: Mapping[int, Taken], layout: ClientLayout) -> None:
 
 
 def shared_gpus(devices: Mapping[int, Taken], layout: ClientLayout) -> str | None:
-    """A line for each GPU that several clients compute on; None if there is none."""
+    """Return a line for each GPU that several clients compute on; None if there is none."""
     lines = [
         f"one GPU for clients {', '.join(str(layout.client_of(rank)) for rank in ranks)} "
         f"({_shown({rank: devices[rank] for rank in ranks})}): they take turns, and its memory must hold all of them"
@@ -169,7 +169,7 @@ def computes_on_gpu(wanted: str) -> bool:
 
 
 def machine(host: str) -> str:
-    """The same for all processes on this machine; `host` where it does not say."""
+    """Return a name that all processes on this machine share; `host` if the machine has none."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

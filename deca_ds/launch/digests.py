@@ -10,7 +10,7 @@ _DIGEST_BYTES = 8
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:
-    """Of one content, part after part."""
+    """Return the digest of one content, given part after part."""
     total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for part in parts:
         total.update(len(part).to_bytes(8, "little"))
@@ -19,6 +19,6 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def code_digest(root: Path) -> str:
-    """Of the source files of the package in this folder."""
+    """Return the digest of the source files of the package in this folder."""
     files = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
     return digest(part for path in files for part in (path.relative_to(root).as_posix().encode(), path.read_bytes()))

@@ -72,7 +72,7 @@ class Given:
             )
 
     def host(self, rank: int) -> str:
-        """For messages: `rank 3 on n1`, as far as the host is known."""
+        """Name a rank in a message: `rank 3 on n1`, as far as the host is known."""
         return f"rank {rank}" + (f" on {self.hosts[rank]}" if rank < len(self.hosts) else "")
 
 

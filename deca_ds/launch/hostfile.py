@@ -45,6 +45,6 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def hosts_of_clients(slots: Mapping[str, int], layout: ClientLayout) -> list[list[str]]:
-    """The hosts that each client's ranks come to, in order. slots: of as many ranks as `layout` has."""
+    """Return, for each client, the hosts of its ranks, in order. slots: of as many ranks as `layout` has."""
     host_of_rank = [host for host, count in slots.items() for _ in range(count)]
     return [list(dict.fromkeys(host_of_rank[rank] for rank in layout.ranks_of(c))) for c in range(layout.clients)]

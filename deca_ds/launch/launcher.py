@@ -64,11 +64,11 @@ class Launch:
         return self.ranks[0]
 
     def clients(self, layout: ClientLayout) -> tuple[int, ...]:
-        """The clients that start together, ascending."""
+        """Return the clients that start together, ascending."""
         return tuple(client for client in range(layout.clients) if layout.leader_of(client) not in self.absent)
 
     def without(self, clients: Sequence[int], layout: ClientLayout) -> Launch:
-        """The same launch without these clients. Raises LaunchError if this rank belongs to one of them."""
+        """Return the same launch without these clients. Raises LaunchError if this rank belongs to one of them."""
         client = layout.client_of(self.rank)
         if client in clients:
             raise LaunchError(
@@ -139,7 +139,7 @@ class ClientLayout:
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> ClientLayout:
-        """Clients of these numbers of ranks."""
+        """Make the layout of clients of these numbers of ranks."""
         return cls(len(sizes), max(sizes), tuple(sizes) if len(set(sizes)) > 1 else ())
 
     @property
@@ -156,26 +156,26 @@ class ClientLayout:
         return rank - self.leader_of(self.client_of(rank))
 
     def leader_of(self, client: int) -> int:
-        """The rank that speaks for the client: its first one."""
+        """Return the rank that speaks for the client: its first one."""
         return client * self.ranks_per_client if self.even else sum(self.sizes[:client])
 
     def ranks_of(self, client: int) -> range:
-        """The client's ranks, as they are numbered over the job."""
+        """Return the client's ranks, as they are numbered over the job."""
         first = self.leader_of(client)
         return range(first, first + (self.ranks_per_client if self.even else self.sizes[client]))
 
     def partners(self, rank: int, client: int) -> range:
-        """The ranks of another client that `rank` may exchange shards with: the one of its index, or any of them."""
+        """Return the ranks of another client that `rank` may exchange shards with: the one of its index, or all."""
         if not self.even:
             return self.ranks_of(client)
         partner = self.leader_of(client) + self.shard_of(rank)
         return range(partner, partner + 1)
 
     def group_of(self, rank: int) -> int:
-        """Which ranks of all clients exchange with each other: those of one index, the group's number, or all of them,
-        group 0."""
+        """Return the number of the group of ranks that exchange with each other: their index where the clients are of
+        one size; else 0, as all ranks are one group."""
         return self.partners(rank, 0).start
 
     def named(self, rank: int) -> str:
-        """For messages."""
+        """Name a rank in a message: `rank 3 (client 1)`."""
         return f"rank {rank} (client {self.client_of(rank)})"

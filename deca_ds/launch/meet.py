@@ -51,7 +51,7 @@ def _all_come(launch: Launch, store: JobStore, within_s: float) -> bool:
 
 
 def silence(silent: list[int], launch: Launch, given: Given, meet_s: float) -> str:
-    """Who did not come, host by host where the launcher tells them."""
+    """Say who did not come, host by host where the launcher tells the hosts."""
     who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent[:_SHOWN]))}"
     who += f" and {len(silent) - _SHOWN} more" if len(silent) > _SHOWN else ""
     if len(given.hosts) == launch.world_size:

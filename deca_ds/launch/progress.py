@@ -83,12 +83,12 @@ class Progress:
             self.awaits = before
 
     def watch(self, layout: ClientLayout, timeout_s: float) -> None:
-        """From now on the watcher ends the job if neither this rank nor one that it waits for moves on."""
+        """Have the watcher end the job from now on if neither this rank nor one that it waits for moves on."""
         self.layout, self.timeout_s = layout, timeout_s
         self.tick()
 
     def deadline_s(self, timeout_s: float) -> float:
-        """What to give a library as the longest wait: `timeout_s`, or far more where the watcher knows better."""
+        """Return what to give a library as the longest wait: `timeout_s`, or far more if a watcher sees to it."""
         return timeout_s if self.timeout_s is None else _BACKSTOP_S
 
     @property
@@ -98,5 +98,5 @@ class Progress:
 
 
 def place(phase: str, step: int, block: str) -> str:
-    """For messages: phase, step and block, as far as there are any."""
+    """Name a place in a message: phase, step and block, as far as there are any."""
     return phase + (f", step {step}" if step else "") + (f", block {block}" if step and block else "")

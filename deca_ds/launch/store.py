@@ -44,14 +44,14 @@ class JobStore:
     _gathered: Counter[str] = field(default_factory=Counter, compare=False)  # how often each key was used
 
     def reconnect(self) -> Store:
-        """A connection of its own, for a thread: a connection that waits for a key blocks all who share it."""
+        """Make another connection, for a thread: a connection that waits for a key blocks all who share it."""
         if self.address is None:
             return self.store
         return _join(self.address, self.timeout)
 
     def gather(self, launch: Launch, key: str, value: Any, together: Sequence[int] | None = None) -> dict[int, Any]:
-        """rank -> JSON-able value, a few hundred bytes, of the ranks `together`, ascending, on each of them; all use
-        the same keys. None: of all that are started together.
+        """Return rank -> the JSON-able value, of a few hundred bytes, that each of the ranks `together` gives to all of
+        them, ascending; all use the same keys. None: all that are started together.
 
         Raises LaunchError that names the ranks that do not come within the store's time limit; where this rank is
         watched, those that are at work may take longer.
@@ -240,7 +240,7 @@ def _reachable_address(launch: Launch) -> str:
 
 
 def host_again(former: JobStore) -> JobStore:
-    """A new, empty store on this machine, in place of one whose host is gone."""
+    """Host a new, empty store on this machine, in place of one whose host is gone."""
     assert former.address is not None, "a single process has no host"
     host = own_address(former.address)
     server = TCPStore(host, 0, is_master=True, timeout=former.timeout, wait_for_workers=False)
@@ -248,7 +248,7 @@ def host_again(former: JobStore) -> JobStore:
 
 
 def join_again(former: JobStore, address: tuple[str, int]) -> JobStore:
-    """What another rank has hosted by `host_again`."""
+    """Connect to the store that another rank has hosted by `host_again`."""
     return join_job_store(address, former.timeout.total_seconds())
 
 
@@ -275,7 +275,7 @@ def _join(address: tuple[str, int], timeout: timedelta, answer_s: float = _ANSWE
 
 
 def own_address(peer: tuple[str, int]) -> str:
-    """Address of this host's interface towards `peer`: the one that the others can reach as well."""
+    """Return the address of this host's interface towards `peer`: the one that the others can reach as well."""
     family, address = _resolve(peer, "the job's store")
     with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
         probe.connect(address)

@@ -29,7 +29,7 @@ class View:
 
     @classmethod
     def of_all(cls, total: int) -> View:
-        """The view at a start from which no client is absent."""
+        """Make the view at a start from which no client is absent."""
         return cls(0, tuple(range(total)), total)
 
     @property
@@ -53,11 +53,11 @@ class View:
         return tuple(sorted(self._everybody.difference(self.clients)))
 
     def place(self, client: int) -> int:
-        """Where the client stands among those that are in."""
+        """Return where the client stands among those that are in."""
         return self.clients.index(client)
 
     def ranks(self, layout: ClientLayout) -> list[int]:
-        """The clients' ranks, client by client."""
+        """Return the clients' ranks, client by client."""
         return [rank for client in self.clients for rank in layout.ranks_of(client)]
 
 
@@ -73,8 +73,8 @@ class Membership:
         return self._view
 
     def change(self, view: View) -> None:
-        """All ranks that are in have agreed on `view`, and each of them calls this. Raises ValueError for one that is
-        not newer than the current one."""
+        """Replace the view by `view`, on which all ranks that are in have agreed; each of them calls this. Raises
+        ValueError for one that is not newer than the current one."""
         if view.number <= self._view.number or view.total != self._view.total:
             raise ValueError(f"{view} does not come after {self._view}")
         before, self._view = self._view, view

@@ -132,14 +132,14 @@ class Estimate:
         return ceil(steps / self.config.gossip.every) / steps
 
     def step_times(self, gpu: Gpu, net: float | None, spans: bool, sharing: float) -> StepTime:
-        """The mean over blocks, of full sequences. net: bytes a second between hosts. spans: a client spans hosts.
-        sharing: clients that one host's network serves; half a client where one spans two hosts."""
+        """Return the mean over blocks, of full sequences. net: bytes a second between hosts. spans: whether a client
+        spans hosts. sharing: clients that one host's network serves; half a client where one spans two hosts."""
         blocks = range(len(self.plan.blocks))
         times = [step_time(self._work(index, spans, sharing), gpu, net, self.config.model.dtype) for index in blocks]
         return StepTime(*(sum(getattr(time, part.name) for time in times) / len(times) for part in fields(StepTime)))
 
     def _work(self, index: int, spans: bool, sharing: float) -> Work:
-        """Of a rank in an inner step with this block active."""
+        """Return the work of a rank in an inner step with this block active."""
         tokens = self.config.data.batch_size * self.config.data.max_length
         block = self.plan.blocks[index]
         of_block = set(block.names)
@@ -182,8 +182,8 @@ class Estimate:
     def evaluation_time(
         self, gpu: Gpu, net: float | None, spans: bool, sharing: float, *, own: int, common: int
     ) -> StepTime:
-        """Of one evaluation, of full sequences. own, common: sequences of the client's own set and of the common one.
-        net, spans, sharing: see `step_times`."""
+        """Return the time of one evaluation, of full sequences. own, common: sequences of the client's own set and of
+        the common one. net, spans, sharing: see `step_times`."""
         config, k, n = self.config, self.ranks, self.config.cluster.clients
         rows, length = config.evaluation.batch_size, config.data.max_length
         passes = sum(ceil(sequences / (rows * k)) for sequences in (own, common))
@@ -238,7 +238,7 @@ class Estimate:
         return found
 
     def at_rest(self, where: Place) -> int:
-        """Bytes between steps while the largest block is active: a lower bound that needs no pass."""
+        """Return the bytes held between steps while the largest block is active: a lower bound that needs no pass."""
         largest = max(block.numel for block in self.plan.blocks)
         return totals(parts(self._shape, largest, PassMemory(0, 0, 0, 0), Gathered(0, 0, 0), 0, 0), where)["rest"]
 

@@ -13,7 +13,7 @@ from deca_ds.gossip.codec import CODECS
 
 
 def means_of(values: State, mixing: MixingSchedule, t: int, config: GossipConfig) -> dict[str, Tensor]:
-    """What averaging t makes of what travels, [n, numel] each; see gossip/codec.py."""
+    """Return what averaging t makes of what travels, [n, numel] each; see gossip/codec.py."""
     codec = CODECS[config.wire]
     coded = {name: codec.coded(each) for name, each in values.items()}
     w = _weights(next(iter(coded.values())), mixing, t, config.clip_radius)

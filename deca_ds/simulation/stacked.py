@@ -52,11 +52,11 @@ class StackedClients:
         return sorted(names, key=lambda name: self._parameters[name].dim() < 2)  # stable
 
     def block_names(self, index: int) -> list[str]:
-        """The block's parameters in the order of its columns."""
+        """Return the names of the block's parameters in the order of its columns."""
         return self._ordered(self.plan.blocks[index].names)
 
     def block(self, index: int) -> tuple[Tensor, list[LocalSteps]]:
-        """The block's parameters, a view [n, numel], and each client's local steps, none of them made."""
+        """Return the block's parameters, a view [n, numel], and each client's local steps, none of them made."""
         names = self.block_names(index)
         start, stop = self._columns[names[0]].start, self._columns[names[-1]].stop
         sizes = [prod(self._shapes[name]) for name in names]
@@ -119,7 +119,7 @@ class StackedClients:
 
     @torch.no_grad()
     def score(self, row: Tensor, batch: Batch) -> RowScores:
-        """How well the model with the parameters `row` ([numel]) predicts the targets of each row of the batch."""
+        """Return how well the model with the parameters `row`, [numel], predicts the targets of each row of a batch."""
         self._become(row)
         self._mode(training=False)
         return row_scores(self._model, batch, _CPU)
