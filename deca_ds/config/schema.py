@@ -193,7 +193,7 @@ class AlgorithmConfig:
         0.9, "Part of what an averaging has changed that the next step repeats.", allowed=inside("[0, 1]")
     )
     eps: float = key(1e-8, "Number that Adam adds to the root of the second moment.", allowed=more_than(0))
-    outer_lr: float = key(0.7, "Learning rate of the outer Nesterov step.", allowed=more_than(0))
+    outer_lr: float = key(0.7, "Learning rate of the outer step.", allowed=more_than(0))
     outer_momentum: float = key(0.9, "Momentum of the outer step.", allowed=inside("[0, 1)"))
 
 
