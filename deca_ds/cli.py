@@ -11,6 +11,7 @@ from importlib import import_module
 
 from deca_ds import __version__
 from deca_ds.errors import ConfigError, UserError
+from deca_ds.printing import print_wrapped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(command.run(arguments))
     except UserError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+        print_wrapped(f"ERROR: {error}")
         return 2
     except KeyboardInterrupt:
-        print("\nERROR: interrupted", file=sys.stderr)
+        print_wrapped("\nERROR: interrupted")
         return 128 + signal.SIGINT
 
 
@@ -51,7 +52,7 @@ def _without_command(given: Sequence[str]) -> int:
         _overview().parse_args(given[:1])  # which exits
     close = difflib.get_close_matches(given[0], ["train", *_COMMANDS], n=1)
     fix = f"did you mean deca {close[0]}?" if close else "deca --help lists the commands"
-    print(f"ERROR: {ConfigError(f'deca has no command {given[0]!r}', fix=fix)}", file=sys.stderr)
+    print_wrapped(f"ERROR: {ConfigError(f'deca has no command {given[0]!r}', fix=fix)}")
     return 2
 
 

@@ -20,9 +20,9 @@ def mark_done(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
     _mark(run / DONE, steps, missing)
 
 
-def mark_stopped(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
-    """The same for a run that can continue. steps: done so far."""
-    _mark(run / STOPPED, steps, missing)
+def mark_stopped(run: Path, steps: str, how: str, missing: Sequence[int] = ()) -> None:
+    """The same for a run that can continue. steps: done so far. how: to continue, for people."""
+    _mark(run / STOPPED, steps, missing, f"to continue: {how}")
 
 
 def ended(run: Path) -> list[str]:
@@ -53,9 +53,9 @@ def stopped_without(run: Path) -> list[int]:
     return _missing(run / STOPPED)
 
 
-def _mark(marker: Path, steps: str, missing: Sequence[int]) -> None:
+def _mark(marker: Path, steps: str, missing: Sequence[int], *more: str) -> None:
     run, partial = marker.parent, marker.with_name(f".{marker.name}.partial")
-    lines = [steps] + ([f"{_MISSING} {', '.join(map(str, missing))}"] if missing else [])
+    lines = [steps, *([f"{_MISSING} {', '.join(map(str, missing))}"] if missing else []), *more]
     try:
         # slices are synchronised when they are written
         for path in (*run.glob("*.*"), *run.glob("hf/**/*"), *run.glob("metrics/*"), run / "hf", run / "metrics"):

@@ -7,13 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deca_ds.config.checks import LOCK, check_output
+from deca_ds.config.checks import LOCK, SAVED_CONFIG, STARTS, check_output
 from deca_ds.config.load import load_config, save_config
 from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
 
-SAVED_CONFIG, STARTS = "config.yaml", "starts.json"  # in a run's folder
 # What changes how long the run is, or no more than the rounding of what is trained. The number of ranks launched is no
 # key and may change, too.
 MAY_CHANGE = (
@@ -99,6 +98,14 @@ def check_new(config: Config) -> None:
             where="run.output",
             fix="start this one again, to continue that run, or name another folder",
         )
+
+
+def same_command(resume: str, *, trained: bool) -> str:
+    """What continues a run that has stopped, in words. resume: the run.resume that it was started with. trained:
+    whether it has saved a checkpoint; without one, the run begins anew."""
+    if resume != "never":
+        return "the same command"
+    return f"the same command with run.resume={'require' if trained else 'auto'}"
 
 
 def has_begun(output: Path) -> bool:

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from datasets import Dataset
 from deca_ds.config.paths import check_writable
 from deca_ds.data.code import CODE
 from deca_ds.errors import ConfigError
+from deca_ds.printing import print_wrapped
 
 NOTE = "entry.json"
 _READ_BYTES = 2**22
@@ -227,4 +227,4 @@ def _newest(folder: Path) -> float:
 
 
 def _tell(what: str) -> None:
-    print(f"NOTE: {what}", file=sys.stderr, flush=True)
+    print_wrapped(f"NOTE: {what}")

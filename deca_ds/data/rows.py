@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deca_ds.data.code import SOURCES
+from deca_ds.printing import print_wrapped
 
 Batch = dict[str, list[Any]]
 
@@ -191,7 +191,7 @@ def _encoded(job: _Job, processes: int) -> Iterator[pa.RecordBatch]:
                 done += 1
         except (BrokenProcessPool, pickle.PicklingError) as error:
             told = f"other processes cannot prepare data ({error}); this one continues alone"
-            print(f"WARNING: {told}", file=sys.stderr, flush=True)
+            print_wrapped(f"WARNING: {told}")
     yield from starmap(job.batch, ranges[done:])
 
 

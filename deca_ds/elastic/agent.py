@@ -3,7 +3,6 @@ rejoining clients."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.view import View
 from deca_ds.launch.world import Cluster
+from deca_ds.printing import print_wrapped
 from deca_ds.watchdog.stop import StopByCommit
 
 
@@ -137,7 +137,7 @@ class ElasticAgent:
 
     def _warn(self, text: str) -> None:
         if self.cluster.is_job_leader:
-            print(f"WARNING: {self.cluster.progress.place}: {text}", file=sys.stderr, flush=True)
+            print_wrapped(f"WARNING: {self.cluster.progress.place}: {text}")
 
     def _record(self, view: View, parts: Sequence[Sequence[int]], gap: float, from_step: int) -> None:
         self.metrics.membership(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +9,7 @@ from typing import Protocol
 from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.view import View
+from deca_ds.printing import print_wrapped
 from deca_ds.transport import Commit, Result
 
 _SPURIOUS = 3  # so many exchanges may fail in a row although no client has died
@@ -87,7 +87,7 @@ class SurvivorCommit(Commit):
             with progress.waiting(EVERYBODY):
                 spurious = 0 if connections.reconnect() else spurious + 1
             if spurious and error is not None:
-                print(f"WARNING: {progress.place}: {error.what}; sent again", file=sys.stderr, flush=True)
+                print_wrapped(f"WARNING: {progress.place}: {error.what}; sent again")
         raise DisconnectedError(
             f"messages keep failing, though all clients are there: {last_error or 'another rank says so'}",
             where=progress.place,

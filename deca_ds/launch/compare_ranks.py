@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +24,7 @@ from deca_ds.launch.digests import code_digest, digest
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.printing import print_wrapped
 
 _PACKAGES = ("torch", "deepspeed", "transformers")
 LIBRARIES = ("Python", *_PACKAGES)  # of these, versions may differ with cluster.allow_mixed_versions
@@ -50,7 +50,7 @@ def compare_software(config: Config, launch: Launch, store: JobStore, matrices: 
             fix = "install the same everywhere, or set cluster.allow_mixed_versions=true if you know them to fit"
             raise LaunchError("; ".join(odd).replace("{}", name), where=_WHERE, fix=look_at_hosts(fix))
         if odd and launch.rank == launch.first:
-            print("WARNING: " + "; ".join(odd).replace("{}", name), file=sys.stderr, flush=True)
+            print_wrapped("WARNING: " + "; ".join(odd).replace("{}", name))
 
 
 def software(config: Config, matrices: Sequence[bytes]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +20,7 @@ from deca_ds.launch.launcher import MPI_LAUNCHERS, ClientLayout, Launch
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.view import Membership, View
+from deca_ds.printing import print_wrapped
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -121,7 +121,7 @@ def connect(
     together = launch.ranks if joins is None else layout.ranks_of(client)
     placement, shared = take_device(config.run.device, launch, layout, store, together)
     if shared is not None and launch.rank == together[0]:
-        print(f"WARNING: {shared}", file=sys.stderr, flush=True)
+        print_wrapped(f"WARNING: {shared}")
     device = placement.device
     take_threads(config.run.threads, placement)
     key = f"client/{client}/store"

@@ -14,6 +14,7 @@ from rich.table import Table
 from deca_ds.config import load_config
 from deca_ds.config.arguments import add_config, chosen
 from deca_ds.plural import several
+from deca_ds.printing import print_line
 from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
 
 if TYPE_CHECKING:
@@ -61,13 +62,14 @@ def report(simulation: Simulation, seconds: float) -> None:
                 step = distance = ""
     console = Console()
     console.print(table)
-    console.print(_contraction(simulation))
+    print_line(console, _contraction(simulation))
     for label, names in simulation.untrained.items():
-        console.print(untrained(label, names), highlight=False)
+        print_line(console, untrained(label, names))
     sent = simulation.steps[-1]["bytes_sent"]
-    console.print(
+    print_line(
+        console,
         f"{several(len(simulation.steps), 'inner step')} of {several(len(sent), 'client')} in {seconds:.1f} s; "
-        f"sent by a client: {_range([each / 1e6 for each in sent])} MB"
+        f"sent by a client: {_range([each / 1e6 for each in sent])} MB",
     )
 
 

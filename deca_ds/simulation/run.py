@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from rich.progress import track
 
 from deca_ds.config import Config, Given, load_config, save_config
 from deca_ds.config.checks import check_output
+from deca_ds.printing import print_wrapped
 from deca_ds.simulation.setup import build, check
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.claim import release, take
@@ -40,7 +40,7 @@ def run_to_folder(config: Config) -> tuple[Simulation, float]:
     configuration and the data."""
     check(config)
     for warning in doubts(config):
-        print(f"WARNING: {warning}", file=sys.stderr)
+        print_wrapped(f"WARNING: {warning}")
     output = Path(config.run.output)
     take(output, partial(check_output, config))
     try:

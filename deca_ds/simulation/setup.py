@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +20,7 @@ from deca_ds.engine.losses import check_own_loss
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ConfigError
 from deca_ds.gossip import MixingSchedule, build_mixing
+from deca_ds.printing import print_wrapped
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.chosen_method import build_schedule, check_method, rule_of
@@ -38,7 +38,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
     config = with_date(config, today())
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in check_model(config, architecture, tokenizer):
-        print(f"WARNING: {warning}", file=sys.stderr)
+        print_wrapped(f"WARNING: {warning}")
     if data is None:
         data = load_data(config, tokenizer)
     for part in data:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import ConfigError
+from deca_ds.printing import print_wrapped
 
 _DAY_S = 24 * 3600.0
 
@@ -42,17 +44,17 @@ def run(arguments: argparse.Namespace) -> int:
     by_kind: dict[str, list[Kept]] = defaultdict(list)
     for entry in entries:
         by_kind[entry.kind].append(entry)
-    print(f"{folder}: {decimal(sum(entry.bytes for entry in entries))}")
+    print_wrapped(f"{folder}: {decimal(sum(entry.bytes for entry in entries))}", sys.stdout)
     for kind, of_kind in sorted(by_kind.items()):
         ages = [(now - entry.used) / _DAY_S for entry in (of_kind[-1], of_kind[0])]
         number = f"{len(of_kind)} entr{'ies' if len(of_kind) > 1 else 'y'}"
         size = decimal(sum(entry.bytes for entry in of_kind))
-        print(f"  {kind}: {number}, {size}, last used {ages[0]:.1f} to {ages[1]:.1f} days ago")
+        print_wrapped(f"  {kind}: {number}, {size}, last used {ages[0]:.1f} to {ages[1]:.1f} days ago", sys.stdout)
     if arguments.remove is not None:
         old = [entry for entry in entries if now - entry.used >= arguments.remove * _DAY_S]
         for entry in old:
             entry.remove()
-        print(f"removed {len(old)} of {len(entries)}, {decimal(sum(entry.bytes for entry in old))}")
+        print_wrapped(f"removed {len(old)} of {len(entries)}, {decimal(sum(entry.bytes for entry in old))}", sys.stdout)
     elif entries:
-        print("to remove what was not used for 30 days: --remove 30")
+        print_wrapped("to remove what was not used for 30 days: --remove 30", sys.stdout)
     return 0

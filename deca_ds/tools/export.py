@@ -13,6 +13,7 @@ from deca_ds.checkpoint.done import missing_clients
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.plural import several
+from deca_ds.printing import print_line
 from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace, api: HfApi | None = None) -> int:
         wanted = _best_step(args.run) if args.checkpoint == BEST else args.checkpoint
         saved = find_checkpoint(args.run / FOLDER, None if wanted == NEWEST else wanted, args.client)
         step, missing = saved.step, sorted(set(range(saved.clients_of_run)) - set(saved.clients))
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console()
     columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("export", total=None)
@@ -89,15 +90,15 @@ def run(args: argparse.Namespace, api: HfApi | None = None) -> int:
             card=Card(args.run, args.client, missing if args.client is None else [], args.base_model, step),
         )
     size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {several(report.files, 'file')}"
-    console.print(f"exported {report.source}: {size}")
-    console.print(f"verified and written to {report.output} in {report.seconds:.1f} s")
+    print_line(console, f"exported {report.source}: {size}")
+    print_line(console, f"verified and written to {report.output} in {report.seconds:.1f} s")
     if report.stops:
-        console.print(f"note: {report.stops}")
+        print_line(console, f"note: {report.stops}")
     if report.note:
-        console.print(f"note: {report.note}; its saved model is complete")
+        print_line(console, f"note: {report.note}; its saved model is complete")
     if repository is not None:
-        console.print(f"pushing to {repository.name} ({'public' if repository.public else 'private'})")
-        console.print(f"pushed: {repository.fill(report.output)}")
+        print_line(console, f"pushing to {repository.name} ({'public' if repository.public else 'private'})")
+        print_line(console, f"pushed: {repository.fill(report.output)}")
     return 0
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deca_ds.algorithm import BlockPlan, Schedule, fused_parameters
@@ -37,6 +36,7 @@ from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
 from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.plural import several
+from deca_ds.printing import print_line
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import build_schedule, check_method
@@ -157,7 +157,7 @@ def _check(config: Config) -> MixingSchedule:
 
 
 def _warn(console: Console, warning: str) -> None:
-    console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+    print_line(console, f"WARNING: {warning}")
 
 
 def _print_model(
@@ -166,7 +166,7 @@ def _print_model(
     """Print the model's blocks, what its kind costs, and how its clients mix. Loads no weights."""
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
     for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
-        _warn(console, escape(warning))
+        _warn(console, warning)
     on_gpu = machines.card is not None or computes_on_gpu(config.run.device)
     estimate = Estimate(config, architecture, mixing, min(machines.ranks) if machines.ranks else 1, on_gpu)
     model, plan = estimate.model, estimate.plan
@@ -174,21 +174,21 @@ def _print_model(
     warn_of_blocks(console, plan)
     warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
     if config.model.dtype == "bfloat16" and config.model.masters == "rounded":
-        console.print(_rounded(plan, estimate.ranks), highlight=False)
+        print_line(console, _rounded(plan, estimate.ranks))
     if find_head(model) is None:
-        console.print(_all_logits(config, model), highlight=False)
+        print_line(console, _all_logits(config, model))
     _print_gossip(console, config, mixing, architecture)
     return estimate, tokenizer
 
 
 def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, architecture: PretrainedConfig) -> None:
-    """Print the graph, which clients are absent, and whether the graph mixes fast enough."""
-    console.print(f"gossip: {mixing.summary()}; {agreement(mixing)}", highlight=False)
+    """The graph, who is absent, and whether it mixes fast enough."""
+    print_line(console, f"gossip: {mixing.summary()}; {agreement(mixing)}")
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
         gap = subset.spectral_gap(without, [c for c in range(mixing.size) if c not in config.cluster.absent])
         absent = ", ".join(map(str, sorted(config.cluster.absent)))
-        console.print(f"at the start: client {absent} absent, spectral gap {gap:.4g}", highlight=False)
+        print_line(console, f"at the start: client {absent} absent, spectral gap {gap:.4g}")
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
     for warning in doubts_of_gossip(config, mixing, scale):
         _warn(console, warning)
@@ -201,7 +201,7 @@ def _print_run(console: Console, config: Config, estimate: Estimate, tokenizer: 
     messages = [estimate.message_bytes(block.numel) for block in estimate.plan.blocks]
     run = _Run(schedule, length, traffic(messages, schedule, estimate.mixing), sequences)
     if estimate.mixing.messages:
-        console.print(_traffic(config, estimate, run), highlight=False)
+        print_line(console, _traffic(config, estimate, run))
     return run
 
 
@@ -212,11 +212,11 @@ def _print_data(
     evaluation set have; none if each client's files are for its own ranks to open."""
     if config.data.per_client:
         check_tokenizer(config, tokenizer)
-        console.print("data: one path per client; each client's ranks open their own only")
+        print_line(console, "data: one path per client; each client's ranks open their own only")
         return [], None
     data = load_all(config, tokenizer)
     for line in tell_files(config.data):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
     summaries = [part.summary for part in data]
     compare_data(summaries, [part.label_names for part in data])
     console.print(data_table(summaries))
@@ -255,7 +255,7 @@ def _check_output(console: Console, config: Config) -> None:
     if config.run.resume == "never" and is_used(Path(config.run.output)):
         _warn(
             console,
-            f"the output folder '{escape(config.run.output)}' is already used, and a new run is "
+            f"the output folder '{config.run.output}' is already used, and a new run is "
             "refused there: name another one in run.output, or set run.resume=require to continue that run",
         )
     else:
@@ -276,13 +276,13 @@ def _print_length(
         rounds = ANY_ROUNDS
         steps = f"algorithm.epochs={algorithm.epochs:g} of what the clients' files hold, in whole rounds of "
         steps += f"{several(blocks, 'block')} x {inner}"
-    console.print(f"steps: {steps}, {several(batch, 'sequence')} per client and step", highlight=False)
+    print_line(console, f"steps: {steps}, {several(batch, 'sequence')} per client and step")
     schedule = build_schedule(config, blocks, rounds)
     if not known:
         return schedule, None
     warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
     for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
-        console.print(line, highlight=False, markup=False)
+        print_line(console, line)
     return schedule, length_of(config, schedule, summaries)
 
 
@@ -292,10 +292,10 @@ def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
     how = f"every {several(every, 'inner step')}, keep {config.checkpoint.keep}"
     how = how if every else "one, at the end or when told to stop"
     how += ", and the best" * config.checkpoint.best
-    console.print(
+    print_line(
+        console,
         f"disk: {decimal(need.most)} a client at most, {decimal(clients * need.most)} in all; of a client the trained "
         f"model takes {decimal(need.model)}, checkpoints ({how}) up to {decimal(need.checkpoints)}",
-        highlight=False,
     )
     output = Path(config.run.output).absolute()
     there = next(folder for folder in (output, *output.parents) if folder.exists())
@@ -312,18 +312,20 @@ def _print_launch(console: Console, config: Config, machines: _Machines) -> None
     """Print how many ranks the clients have, and on which hosts."""
     clients, ranks = config.cluster.clients, machines.ranks
     if ranks is None:
-        console.print(
+        print_line(
+            console,
             f"launch: {clients} x k ranks, where data.batch_size is a multiple of k x data.micro_batch_size; "
-            "state per rank above is for k = 1"
+            "state per rank above is for k = 1",
         )
     elif len(set(ranks)) == 1:
         shape = f"{several(clients, 'client')} x {several(ranks[0], 'rank')}"
-        console.print(f"launch: {several(sum(ranks), 'rank')} = {shape}")
+        print_line(console, f"launch: {several(sum(ranks), 'rank')} = {shape}")
     else:
         named = ", ".join(f"client {client}: {k}" for client, k in enumerate(ranks))
-        console.print(
+        print_line(
+            console,
             f"launch: {sum(ranks)} ranks of clients of different sizes ({named}); state per rank above is that of "
-            f"{several(min(ranks), 'rank')} a client"
+            f"{several(min(ranks), 'rank')} a client",
         )
     if machines.hosts is not None:
         _print_hosts(console, machines.hosts)
@@ -332,7 +334,7 @@ def _print_launch(console: Console, config: Config, machines: _Machines) -> None
 def _print_hosts(console: Console, hosts: Sequence[Sequence[str]]) -> None:
     """Print which client runs where, and a warning if clients that span hosts share one."""
     for client, names in enumerate(hosts):
-        console.print(f"  client {client}: {', '.join(names)}", highlight=False)
+        print_line(console, f"  client {client}: {', '.join(names)}")
     for client, names in enumerate(hosts):
         shared = sorted({name for name in names if len(names) > 1 and sum(name in other for other in hosts) > 1})
         if shared:

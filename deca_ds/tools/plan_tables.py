@@ -13,6 +13,7 @@ from deca_ds.planning.estimate import BlockMemory, Estimate
 from deca_ds.planning.fits import Setting, nearest
 from deca_ds.planning.memory import ACTIVATIONS, MOMENTS, PASSES, Part, Place, peak
 from deca_ds.planning.roofline import ARITHMETIC, LINK, MEMORY, USABLE, Gpu, StepTime
+from deca_ds.printing import print_line
 
 
 def print_memory(console: Console, estimate: Estimate) -> None:
@@ -20,7 +21,7 @@ def print_memory(console: Console, estimate: Estimate) -> None:
     block = estimate.worst
     console.print(memory_table(block, estimate))
     for line in _notes(estimate):
-        console.print(line, highlight=False)
+        print_line(console, line)
 
 
 def memory_table(block: BlockMemory, estimate: Estimate) -> Table:
@@ -51,7 +52,7 @@ def _when(part: Part) -> str:
 def _notes(estimate: Estimate) -> Iterator[str]:
     if not estimate.passes_are_known:
         yield (
-            "[bold]WARNING[/bold]: activations, logits and gradients are not in the table: this model does not run on "
+            "WARNING: activations, logits and gradients are not in the table: this model does not run on "
             "tensors without values"
         )
     kept = next((part.bytes for part in estimate.worst.parts if part.name == ACTIVATIONS), 0)
@@ -75,9 +76,9 @@ def print_fit(console: Console, estimate: Estimate, name: str, gpu: Gpu) -> None
     usable, needed = USABLE * gpu.memory, estimate.worst.at_most("gpu")
     room = f"{decimal(needed)} of {decimal(gpu.memory)} on an {name}, of which {USABLE:.0%} count"
     if needed <= usable:
-        console.print(f"fits: {room}", highlight=False)
+        print_line(console, f"fits: {room}")
         return
-    console.print(f"[bold]WARNING[/bold]: does not fit: {room}", highlight=False)
+    print_line(console, f"WARNING: does not fit: {room}")
     found = nearest(Setting(estimate.config, estimate.ranks), lambda setting: _needs(estimate, setting) <= usable)
     if found is None:
         told = (
@@ -86,7 +87,7 @@ def print_fit(console: Console, estimate: Estimate, name: str, gpu: Gpu) -> None
     else:
         setting, moves = found
         told = f"nearest setting that fits: {', '.join(moves)} ({decimal(_needs(estimate, setting))})"
-    console.print(told, highlight=False)
+    print_line(console, told)
 
 
 def _needs(estimate: Estimate, setting: Setting) -> int:
@@ -138,14 +139,14 @@ def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: 
     links = {"between GPUs": gpu.link, "to the host": gpu.pcie} | ({} if net is None else {"between hosts": net})
     told = [f"{dtype} {rate / 1e12:g} TFLOP/s x {ARITHMETIC}", f"memory {decimal(round(gpu.bandwidth))}/s x {MEMORY}"]
     told += [f"{where} {decimal(round(speed))}/s x {LINK}" for where, speed in links.items()]
-    console.print(f"assumed: {', '.join(told)}; all sequences are full", highlight=False)
-    console.print(
+    print_line(console, f"assumed: {', '.join(told)}; all sequences are full")
+    print_line(
+        console,
         "left out: loading, writing checkpoints, waiting for slower ranks, and what the host and small kernels take, "
         "which is most of the time where models or batches are small",
-        highlight=False,
     )
     if net is None and estimate.neighbours:
-        console.print("Without --net, messages between hosts take no time here", highlight=False)
+        print_line(console, "Without --net, messages between hosts take no time here")
 
 
 def duration(seconds: float) -> str:

@@ -28,9 +28,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended
+from deca_ds.config.checks import SAVED_CONFIG, STARTS
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import look_for
-from deca_ds.config.resume import SAVED_CONFIG, STARTS
 from deca_ds.errors import FAILURE_CODE, CheckpointError
 from deca_ds.training.pace import duration
 from deca_ds.watchdog.heartbeats import FOLDER, SILENCE_S, Heartbeat, read_heartbeats

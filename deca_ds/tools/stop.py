@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from deca_ds.checkpoint.done import STOPPED
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import CheckpointError
+from deca_ds.printing import print_wrapped
 from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, watch
 from deca_ds.watchdog.stop import request_stop
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.run
     state = look(folder)
     if state.is_over:
-        print(f"nothing to stop: {_how(state)}")
+        print_wrapped(f"nothing to stop: {_how(state)}", sys.stdout)
         return _code(state)
     try:
         request_stop(folder)
@@ -36,17 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise CheckpointError(
             f"the job cannot be asked: {error.strerror or error}", where=str(folder), fix="ask as who started the job"
         ) from error
-    print("asked; the job stops after its inner step, or the evaluation that is under way", file=sys.stderr, flush=True)
+    print_wrapped("asked; the job stops after its inner step, or the evaluation that is under way")
     state = watch(folder)
-    print(_how(state))
-    if STOPPED in state.markers:
-        print("to continue: the command that started it, with run.resume=auto")
+    print_wrapped(_how(state), sys.stdout)
     return _code(state)
 
 
 def _how(state: State) -> str:
     ends = [f"{name}: {(state.folder / name).read_text(errors='replace').strip()}" for name in state.markers]
-    return "\n".join(ends) or "no rank gives a sign of life; if the job was killed, continue with run.resume=require"
+    silent = "no rank gives a sign of life; if the job was killed, the same command with run.resume=auto continues it"
+    return "\n".join(ends) or silent
 
 
 def _code(state: State) -> int:

@@ -21,7 +21,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -38,6 +37,7 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.resume import tells_divergence
 from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError
 from deca_ds.launch import ClientLayout, read_launch
+from deca_ds.printing import print_wrapped
 from deca_ds.tools.train_arguments import parser as train_parser
 from deca_ds.training.terminal import on_stop
 from deca_ds.watchdog.failure import EXIT_CODES, told_exit_codes
@@ -286,7 +286,7 @@ class Supervisor:
 
     @staticmethod
     def _say(what: str) -> None:
-        print(f"deca supervise: {what}", file=sys.stderr, flush=True)
+        print_wrapped(f"deca supervise: {what}")
 
 
 def _with_times(markers: Iterable[Path]) -> set[tuple[Path, int]]:

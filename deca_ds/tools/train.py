@@ -21,12 +21,14 @@ from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
 from deca_ds.config import Config, Given, load_config
 from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
+from deca_ds.config.resume import same_command
 from deca_ds.elastic import Rejoin, join_job
 from deca_ds.errors import EndedError, LaunchError, UserError
 from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
+from deca_ds.printing import print_wrapped
 from deca_ds.tools.train_arguments import parser
 from deca_ds.training.claim import check_held, leave_place, take_place
 from deca_ds.training.summary import RunResult, evaluations, next_commands, print_summary, stopped_commands
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     try:
         _run(lambda: load_config(*chosen(arguments)), join=arguments.join, dry_run=arguments.dry_run)
     except UserError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+        print_wrapped(f"ERROR: {error}")
         tell_exit_code(error.code)
         return error.code
     return 0
@@ -168,10 +170,10 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rej
 
     all_start = rejoin is None and config.cluster.on_failure == "stop"
     if not all_start:
-        on_stop(partial(_end_before_training, guard))
+        on_stop(partial(_end_before_training, config, guard))
     else:
         hear_signals()
-        guard.let_stop_before_training(lambda: _end_early(guard.output) if is_first else None)
+        guard.let_stop_before_training(lambda: _end_early(config, guard.output) if is_first else None)
     try:
         trainer = start(config, launch, store, guard, rejoin)
     except BaseException:
@@ -179,8 +181,8 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rej
         raise
     if trainer is None:
         if is_first:
-            print(f"nothing left to do: {config.run.output} is DONE. {_LONGER}\n"
-                  f"{next_commands(Path(config.run.output), config.cluster.clients)}", flush=True)  # fmt: skip
+            print_wrapped(f"nothing left to do: {config.run.output} is DONE. {_LONGER}", sys.stdout)
+            print_wrapped(next_commands(Path(config.run.output), config.cluster.clients), sys.stdout)
         return
     if not all_start:
         hear_signals()
@@ -201,11 +203,11 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rej
         guard.come_back("is in the smaller part of the network, or alone")
 
 
-def _end_before_training(guard: JobGuard, number: int, *_: Any) -> None:
+def _end_before_training(config: Config, guard: JobGuard, number: int, *_: Any) -> None:
     """A signal handler for jobs whose clients may die, whose ranks cannot stop together yet: this rank fails, and all
     learn why."""
     what = f"{signal.Signals(number).name} came before training began: nothing was trained"
-    guard.early_end.interrupt(EndedError(f"{what}\n  fix:   give the same command again, with run.resume=auto"))
+    guard.early_end.interrupt(EndedError(f"{what}\n  fix:   give {same_command(config.run.resume, trained=False)}"))
 
 
 def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
@@ -214,33 +216,33 @@ def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
     print_summary(evaluations(trainer.output, trainer.cluster.client))
     clients, best = trainer.config.cluster.clients, trainer.config.checkpoint.best
     commands = next_commands(trainer.output, clients, best=best)
-    print(f"done{_without(missing)}: {trainer.output}\n{commands}", flush=True)
+    print_wrapped(f"done{_without(missing)}: {trainer.output}\n{commands}", sys.stdout)
 
 
 def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
     """Mark the run's folder as STOPPED, and print how to continue. missing: clients."""
     config, steps = trainer.config, _steps(trainer) + trainer.stopped_early
-    mark_stopped(trainer.output, steps, missing)
-    how = "the same command with run.resume=require"
+    how = same_command(config.run.resume, trained=True)
     if trainer.stopped_early:
-        how += " evaluation.patience=0"
+        how += f" {'and' if ' with ' in how else 'with'} evaluation.patience=0"
     if set(missing) - set(config.cluster.absent):
         how += ", from the newest checkpoint that all clients wrote"
         if trainer.cluster.transport == "torch":
             how += f"; from here, without them: cluster.absent=[{','.join(map(str, missing))}]"
+    mark_stopped(trainer.output, steps, how, missing)
     commands = stopped_commands(trainer.output, best=config.checkpoint.best)
-    print(f"stopped after {steps}{_without(missing)}; to continue: {how}\n{commands}", flush=True)
+    print_wrapped(f"stopped after {steps}{_without(missing)}; to continue: {how}\n{commands}", sys.stdout)
 
 
-def _end_early(output: Path | None) -> None:
+def _end_early(config: Config, output: Path | None) -> None:
     """The same if the job stops before any training. output: None before the run's folder is taken."""
     how = "the same command"
     if output is not None:
+        how = same_command(config.run.resume, trained=False)
         if not is_done(output):  # of a finished run that was to be longer
-            mark_stopped(output, "before training began")
+            mark_stopped(output, "before training began", how)
         forget_request(output)
-        how += " with run.resume=auto"
-    print(f"stopped before training began: nothing was trained; to continue: {how}", flush=True)
+    print_wrapped(f"stopped before training began: nothing was trained; to continue: {how}", sys.stdout)
 
 
 def _steps(trainer: Trainer) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,6 +29,7 @@ from deca_ds.errors import CheckpointError, DivergedError
 from deca_ds.gossip import MixingSchedule
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
+from deca_ds.printing import print_wrapped
 from deca_ds.training.completion import Written
 from deca_ds.training.divergence import FIX
 
@@ -157,8 +157,8 @@ class Checkpoints:
         )
         if links.refused and not self._told and cluster.is_job_leader:
             self._told = True
-            print(f"WARNING: every checkpoint is written whole: cannot link its files to those of an earlier one: "
-                  f"{links.refused}", file=sys.stderr, flush=True)  # fmt: skip
+            told = "every checkpoint is written whole: cannot link its files to those of an earlier one"
+            print_wrapped(f"WARNING: {told}: {links.refused}")
         return links
 
     def _groups(self, links: Links) -> Groups:

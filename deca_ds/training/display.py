@@ -20,6 +20,7 @@ from rich.text import Text
 
 from deca_ds.algorithm import Schedule
 from deca_ds.config.watching import LoggingConfig
+from deca_ds.printing import print_wrapped
 from deca_ds.training.pace import Pace, duration
 from deca_ds.watchdog.heartbeats import Heartbeat
 
@@ -77,7 +78,7 @@ class Display:
         if self._pace is not None:
             self._pace.evaluated(seconds)
         if distance is not None:
-            self._distance = f"consensus distance {distance:.3g}"
+            self._distance = f"consensus distance {distance:.3g} at step {self._done}"
         self._scored, self._marked = None, time.monotonic()
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class Display:
 
     def _print_lines(self) -> None:
         while not self._closed.wait(self._config.progress_s):
-            print(", ".join(self.facts()), file=sys.stderr, flush=True)
+            print_wrapped(", ".join(self.facts()))
 
     def _start_bar(self) -> None:
         if self._live is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ from deca_ds.launch.devices import machine
 from deca_ds.launch.progress import SHARED
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import Cluster
+from deca_ds.printing import print_wrapped
 from deca_ds.training.connect import Job
 from deca_ds.training.doubts import doubts
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
@@ -52,7 +52,7 @@ def load_base(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
         cluster.progress.enter("checking the model", works=True, awaits=SHARED)
         warnings = check_model(job.config, architecture, tokenizer)
     for warning in [*doubts(job.config), *warnings] if cluster.is_job_leader else ():
-        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+        print_wrapped(f"WARNING: {warning}")
     return architecture, tokenizer
 
 
@@ -64,7 +64,7 @@ def load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTok
         *(tell_files(config.data) if cluster.is_job_leader else ()),
         *(tell_files(config.data, cluster.client) if cluster.is_leader else ()),  # on this client's own output
     ]:
-        print(line, file=sys.stderr, flush=True)
+        print_wrapped(line)
     data = load_shared(config, tokenizer, cluster)
     check_token_ids(architecture, data.train, data.own_evaluation, data.common_evaluation)
     return data
@@ -82,7 +82,7 @@ def load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedT
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if model.can_generate() and (note := save_generation_config(model, tokenizer, folder)):
-            print(f"NOTE: {note}", file=sys.stderr, flush=True)
+            print_wrapped(f"NOTE: {note}")
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
     if cluster.is_job_leader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from deca_ds.engine.state import TrainingState, model_pieces
 from deca_ds.errors import DataError, DivergedError
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
+from deca_ds.printing import print_wrapped
 from deca_ds.training import best
 from deca_ds.training.checkpoints import Checkpoints, slice_groups
 from deca_ds.training.chosen_method import step_learning_rate
@@ -156,7 +156,7 @@ class Trainer:
         if names and self.cluster.is_leader and step.block not in self._untrained_told:
             self._untrained_told.add(step.block)
             what = untrained(state.block.label, names)
-            print(f"client {self.cluster.client}, inner step {step.index + 1}: {what}", file=sys.stderr, flush=True)
+            print_wrapped(f"client {self.cluster.client}, inner step {step.index + 1}: {what}")
 
     def _evaluates(self) -> bool:
         return evaluates(self.done, len(self.schedule), self.config.evaluation.every)

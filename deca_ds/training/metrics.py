@@ -20,6 +20,7 @@ from deca_ds.algorithm import Schedule, Step
 from deca_ds.config.watching import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch.world import Cluster
+from deca_ds.printing import print_wrapped
 from deca_ds.training.display import Display
 from deca_ds.training.summary import Evaluation
 from deca_ds.training.trackers import CLOSE_S, START_S, Tracker, open_trackers
@@ -99,7 +100,7 @@ class Metrics:
         self._display.evaluated(own["seconds"], job.get("consensus_distance"))
         if self._cluster.is_job_leader:
             scores = Evaluation.of(steps_done, self._cluster.client, own, job)
-            print(scores.line(self._steps, own["seconds"]), file=sys.stderr, flush=True)
+            print_wrapped(scores.line(self._steps, own["seconds"]))
         if job:
             self.job("evaluation", steps_done, job)
 
@@ -110,7 +111,7 @@ class Metrics:
             try:
                 self._job = self._open("job")
             except ConfigError as error:  # of a tracker: the job continues
-                print(f"WARNING: {error}", file=sys.stderr, flush=True)
+                print_wrapped(f"WARNING: {error}")
                 self._job = Log(self._path("job"), ())
             self._display.show()
         self.job("membership", step, record)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from deca_ds.errors import CheckpointError
 from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.printing import print_wrapped
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.claim import check_free
 from deca_ds.training.length import count_rounds, one_block, too_short
@@ -244,13 +244,13 @@ def leave_behind(resumption: Resumption, output: Path, launch: Launch, own: Part
     if launch.rank != launch.first:
         return
     for line in resumption.refused:
-        print(f"WARNING: a checkpoint cannot be used and is removed, {line}", file=sys.stderr)
+        print_wrapped(f"WARNING: a checkpoint cannot be used and is removed, {line}")
     if resumption.saved is not None:
         at = resumption.place
         verdict = f"continuing after inner step {at['done']} of {at['of']}: {resumption.saved.folder}"
-        print(verdict, file=sys.stderr, flush=True)
+        print_wrapped(verdict)
     elif resumption.refused:
-        print("no checkpoint was complete before: starting anew", file=sys.stderr, flush=True)
+        print_wrapped("no checkpoint was complete before: starting anew")
 
 
 def _refuse_other_mixing(state: dict[str, Any], mixing: MixingSchedule) -> None:

@@ -3,7 +3,6 @@ before everything has been checked."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.compare_ranks import compare_software, software
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import check_on_failure, connect
+from deca_ds.printing import print_wrapped
 from deca_ds.training.build import build
 from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.claim import take_for_job
@@ -137,7 +137,7 @@ def begin_or_resume(
                 fix="bring it back, or name a new folder in run.output",
             )
     if begun is not None and launch.rank == launch.first and (changed := save_changes(config)):
-        print(f"continuing with {changed}", file=sys.stderr, flush=True)
+        print_wrapped(f"continuing with {changed}")
     leave_behind(resumption, output, launch, own_part)
     if begun is not None:  # how the run had ended before is no longer told there
         guard.write_to(output)

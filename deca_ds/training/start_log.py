@@ -14,7 +14,7 @@ import torch
 import deca_ds
 from deca_ds.algorithm import BlockPlan
 from deca_ds.config import Config
-from deca_ds.config.resume import STARTS
+from deca_ds.config.checks import STARTS
 from deca_ds.gossip import MixingSchedule
 from deca_ds.launch.compare_ranks import software
 

@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from deca_ds.printing import print_line
+
 Scores = Mapping[str, Any]  # see training/evaluation.py
 SETS = {"own": "own set", "common": "common set"}
 MEAN_MODEL = "mean model"
@@ -101,14 +103,14 @@ def print_summary(found: Sequence[Evaluation]) -> None:
     console = Console(color_system=None, highlight=False)  # mpirun shows its ranks a terminal, also into a file
     if not found or found[-1].loss is None:
         return
-    console.print(f"scores before and after: step {found[0].step} -> {found[-1].step}")
+    print_line(console, f"scores before and after: step {found[0].step} -> {found[-1].step}")
     console.print(_table(found[0], found[-1]))
     best = best_of(found)
     assert best is not None
     last = found[-1].step
     where = "the last one" if best.step == last else f"after step {best.step} of {last}"
     by = MEAN_MODEL if best.mean else "clients, on average" if len(best.clients) > 1 else "client"
-    console.print(f"best evaluation: {where}; loss of the {by}: {_number('loss', best.loss or 0.0)}")
+    print_line(console, f"best evaluation: {where}; loss of the {by}: {_number('loss', best.loss or 0.0)}")
 
 
 def best_of(found: Sequence[Evaluation]) -> Evaluation | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from deca_ds.algorithm import BlockPlan
 from deca_ds.plural import several
+from deca_ds.printing import print_line, print_wrapped
 
 
 def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
@@ -36,7 +36,7 @@ def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
 def print_notes(notes: Sequence[str], client: int | None = None) -> None:
     """Print `ClientData.notes` on stderr. client: whose files they are about, if it has files of its own."""
     for note in notes:
-        print(f"data{'' if client is None else f' of client {client}'}: {note}", file=sys.stderr, flush=True)
+        print_wrapped(f"data{'' if client is None else f' of client {client}'}: {note}")
 
 
 def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
@@ -58,11 +58,11 @@ def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
 def warn_of_blocks(console: Console, plan: BlockPlan) -> None:
     """Say which blocks are much larger than the others, and that parameters for other input than text stay frozen."""
     for warning in plan.imbalance:
-        console.print(f"[bold]WARNING[/bold]: {warning}", highlight=False)
+        print_line(console, f"WARNING: {warning}")
     if plan.beside:
-        console.print(
+        print_line(
+            console,
             f"frozen: {several(len(plan.beside), 'parameter')} for other input than text ({_some(plan.beside)})",
-            highlight=False,
         )
 
 
@@ -72,10 +72,10 @@ def warn_of_experts(console: Console, fused: Sequence[str], gradient_checkpointi
     Autograd saves each expert's part of such a tensor, and with it the whole one, which ZeRO-3 cannot free then.
     """
     if fused and not gradient_checkpointing:
-        console.print(
-            f"[bold]WARNING[/bold]: without model.gradient_checkpointing=true, fused experts ({_some(fused)}) stay "
+        print_line(
+            console,
+            f"WARNING: without model.gradient_checkpointing=true, fused experts ({_some(fused)}) stay "
             "whole on every rank between the forward and the backward pass, in all layers from the active block on",
-            highlight=False,
         )
 
 

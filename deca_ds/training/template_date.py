@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deca_ds.config import Config, load_config
-from deca_ds.config.resume import SAVED_CONFIG
+from deca_ds.config.checks import SAVED_CONFIG
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from deca_ds.printing import wrapped
+
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _PATIENCE_S = 10.0
 
@@ -70,12 +72,13 @@ def on_stop(handler: Callable[..., Any]) -> None:
 
 def on_interrupt(handler: Callable[..., Any], told: str) -> None:
     """Have `handler` called, and `told` on stderr, at the first Ctrl-C; the second one ends this process at once."""
+    lines = wrapped(told, sys.stderr)
 
     def first(*arguments: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if told:
+        if lines:
             with contextlib.suppress(OSError):  # not print: it may be what has been interrupted
-                os.write(2, f"\n{told}\n".encode())
+                os.write(2, f"\n{lines}\n".encode())
         handler(*arguments)
 
     signal.signal(signal.SIGINT, first)

@@ -14,7 +14,6 @@ import importlib
 import io
 import re
 import secrets
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from typing import Any, ClassVar, Protocol
 
 from deca_ds.config.watching import LoggingConfig
 from deca_ds.errors import ConfigError
+from deca_ds.printing import print_wrapped
 
 START_S = 90  # for a service to answer at the start
 CLOSE_S = 30  # for what is still to be sent at the end; trackio's own is as long
@@ -117,7 +117,7 @@ class _Service(ABC):
                 f"logging.tracker={self.package} does not start: {error}", where="logging.tracker", fix=self.fix
             ) from error
         if name == "job":  # once is enough
-            print(f"the metrics also go to {self._place()}", file=sys.stderr, flush=True)
+            print_wrapped(f"the metrics also go to {self._place()}")
 
     @abstractmethod
     def _start(self, module: Any, group: str) -> Any:
@@ -148,7 +148,7 @@ class _Service(ABC):
         except self._failures as error:
             self._run = None
             what = f"{self.package} gets no more of {self._name}: {error}. The metrics in the run's folder continue"
-            print(f"WARNING: {what}", file=sys.stderr, flush=True)
+            print_wrapped(f"WARNING: {what}")
 
 
 class _Wandb(_Service):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -15,13 +14,15 @@ from rich.console import Console
 from deca_ds.algorithm import Schedule
 from deca_ds.checkpoint.done import DONE
 from deca_ds.config import Config, save_config
-from deca_ds.config.resume import SAVED_CONFIG, check_new
+from deca_ds.config.checks import SAVED_CONFIG
+from deca_ds.config.resume import check_new
 from deca_ds.data import ClientData
 from deca_ds.elastic import ElasticAgent, Invitation
 from deca_ds.engine.client import Client
 from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import agreement, subset
 from deca_ds.launch.compare_ranks import compare_start
+from deca_ds.printing import print_wrapped
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare_clients import compare_data, digest_of_start
@@ -89,7 +90,7 @@ class _Together(Start):
             self._describe(job, summaries)
         _tell_notes(job, data)
         if cluster.is_job_leader and edges:
-            print(save_edges(edges, job.output), file=sys.stderr, flush=True)
+            print_wrapped(save_edges(edges, job.output))
 
     def schedule(self, job: Job, client: Client) -> Schedule:
         """See Start. It is logged, too."""
@@ -97,12 +98,12 @@ class _Together(Start):
         schedule = build_schedule(job.config, blocks, self._count_rounds(job.config, blocks))
         if job.cluster.is_job_leader:
             for line in tell_length(job.config, schedule, self._summaries):
-                print(line, file=sys.stderr, flush=True)
+                print_wrapped(line)
         self._check_schedule(job, schedule)
         if job.cluster.is_job_leader:
             _record(job, client, self.resumed or 0, schedule.rounds)
             for warning in doubts_of_length(job.config, len(schedule)):
-                print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+                print_wrapped(f"WARNING: {warning}")
         return schedule
 
     def agree(self, job: Job, client: Client, vocabulary: str) -> int:
@@ -192,7 +193,7 @@ class ResumedRun(_Together):
         place = self.resumption.place
         check_place(schedule, place)
         if job.cluster.is_job_leader and len(schedule) != place["of"]:
-            print(tell_other_length(job.config, schedule, place), file=sys.stderr, flush=True)
+            print_wrapped(tell_other_length(job.config, schedule, place))
 
     def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
         """Nothing: the checkpoint has each client's own model."""

@@ -17,7 +17,7 @@ FAILURE = Failure(0, "n1", "the end", "a terminal is gone \u2501 \udcff", 1)
 def test_the_last_word_stands_alone(tmp_path: Path) -> None:
     FAILURE.mark(tmp_path, "FAILED")
     assert ended(tmp_path) == ["FAILED"]
-    mark_stopped(tmp_path, "3 of 8 inner steps")
+    mark_stopped(tmp_path, "3 of 8 inner steps", "again")
     assert ended(tmp_path) == ["STOPPED"] and not is_done(tmp_path)
     mark_done(tmp_path, "8 of 8 inner steps", [1])
     FAILURE.mark(tmp_path, "FAILED")

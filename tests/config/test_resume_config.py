@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deca_ds.config import load_config, save_config
-from deca_ds.config.resume import check_folder, check_new, save_changes
+from deca_ds.config.resume import check_folder, check_new, same_command, save_changes
 from deca_ds.errors import CheckpointError, ConfigError
 
 BASE = ["model.path=x", "cluster.clients=3", "data.label_names={a: b}"]
@@ -52,6 +52,19 @@ def test_there_must_be_a_run_to_continue(tmp_path: Path) -> None:
     for resume in ("auto", "require"):
         with pytest.raises(CheckpointError, match="no run to continue"):
             check_folder(configured(tmp_path, resume=resume))
+
+
+@pytest.mark.parametrize(
+    ("resume", "trained", "how"),
+    [
+        ("never", True, "the same command with run.resume=require"),
+        ("never", False, "the same command with run.resume=auto"),
+        ("auto", True, "the same command"),
+        ("require", True, "the same command"),
+    ],
+)
+def test_how_a_stopped_run_continues_depends_on_how_it_was_started(resume: str, trained: bool, how: str) -> None:
+    assert same_command(resume, trained=trained) == how
 
 
 def test_a_start_that_failed_while_it_loaded_binds_nobody(run: Path) -> None:

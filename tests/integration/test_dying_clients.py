@@ -211,7 +211,9 @@ def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(key
     assert "client 0 has diverged: the loss is not finite (nan)" in told and "inner step 6, block " in told
     assert "rank 0\n" in told and "run.resume=require continues after inner step" in told
     assert finished.output.count("client 0 has diverged") == 1 and "client 0 ends" in finished.output
-    assert (output / "STOPPED").read_text() == "6 of 8 inner steps\nmissing clients: 0\n"
+    stopped, _, how = (output / "STOPPED").read_text().partition("to continue: ")
+    assert stopped == "6 of 8 inner steps\nmissing clients: 0\n"
+    assert how.startswith("the same command with run.resume=require, from the newest checkpoint that all clients wrote")
     assert not (output / "FAILED").exists() and clients_in(output, 4) == [0, 1, 2] and clients_in(output, 6) == [1, 2]
     assert "from here, without them: cluster.absent=[0]" in finished.output
 
@@ -241,7 +243,9 @@ def test_the_rest_stop_early_together(keys, tmp_path):
         lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")
         assert [line["step"] for line in lines] == list(range(1, 9))
     why = "2 evaluations in a row found no lower loss than the one after step 4"
-    assert (output / "STOPPED").read_text() == f"8 of 16 inner steps, because {why}\nmissing clients: 1\n"
+    stopped, _, how = (output / "STOPPED").read_text().partition("to continue: ")
+    assert stopped == f"8 of 16 inner steps, because {why}\nmissing clients: 1\n"
+    assert how.startswith("the same command with run.resume=require and evaluation.patience=0, from the newest")
     assert not (output / "FAILED").exists()
     best, newest = steps_in(output / "checkpoints")
     assert (best, newest) == (4, 8) and clients_in(output, 4) == clients_in(output, 8) == [0, 2]

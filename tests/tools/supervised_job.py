@@ -40,7 +40,7 @@ if what in ("diverged", "other"):
         f"rank {whose} on n0, gradient, step 3\nclient {whose} has diverged: the loss is not finite (nan)\n"
     )
     if code == "0":
-        mark_stopped(output, "3 of 8 inner steps", [whose])
+        mark_stopped(output, "3 of 8 inner steps", "", [whose])
 elif what == "trained":
     from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat, read_heartbeats
 
@@ -55,12 +55,12 @@ elif what == "told":
 elif what == "done":
     mark_done(output, "8 of 8 inner steps")
 elif what in ("stopped", "lost"):
-    mark_stopped(output, "3 of 8 inner steps", [1] if what == "lost" else [])
+    mark_stopped(output, "3 of 8 inner steps", "", [1] if what == "lost" else [])
 elif what == "waits":
     told = []
     signal.signal(signal.SIGUSR1, lambda *_: told.append(True))
     Path(f"{output}.waits").touch()
     while not told:
         time.sleep(0.05)
-    mark_stopped(output, "5 of 8 inner steps", [])
+    mark_stopped(output, "5 of 8 inner steps", "")
 sys.exit(int(code))

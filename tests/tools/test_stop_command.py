@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_status import beat
 
+from deca_ds.checkpoint.done import mark_stopped
 from deca_ds.cli import main
 from deca_ds.tools import stop
 from deca_ds.tools.status import look
@@ -19,13 +20,16 @@ def test_a_job_is_asked_and_its_end_is_told(tmp_path: Path, monkeypatch, capsys,
 
     def ends(folder: Path):
         assert is_requested(folder)
-        (folder / marker).write_text("5 of 9\n")
+        if marker == "STOPPED":
+            mark_stopped(folder, "5 of 9", "the same command")
+        else:
+            (folder / marker).write_text("5 of 9\n")
         return look(folder)
 
     monkeypatch.setattr(stop, "watch", ends)
     assert main(["stop", str(tmp_path)]) == code
     told = capsys.readouterr().out
-    assert f"{marker}: 5 of 9" in told and ("run.resume=auto" in told) == (marker == "STOPPED")
+    assert f"{marker}: 5 of 9" in told and ("to continue: the same command" in told) == (marker == "STOPPED")
 
 
 @pytest.mark.parametrize(("silent_s", "marker", "code"), [(90.0, None, 4), (90.0, "STOPPED", 0), (90.0, "FAILED", 1)])

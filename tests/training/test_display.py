@@ -41,7 +41,7 @@ def test_the_start_the_steps_and_the_evaluations_are_told():
     shown.step(1, 0, RECORD)
     told = ", ".join(shown.facts())
     assert told.startswith("step 1 of 24 (4%), round 1 of 2, block layers 0-1, loss 2.5000, ")
-    assert "tokens/s" in told and "consensus distance 0.25" in told and told.endswith(" left")
+    assert "tokens/s" in told and "consensus distance 0.25 at step 0" in told and told.endswith(" left")
 
 
 def test_a_run_that_stands_still_says_what_it_waits_for():

@@ -3,7 +3,7 @@
 import json
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
-from deca_ds.config.resume import STARTS
+from deca_ds.config.checks import STARTS
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.training.start_log import record_start

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from deca_ds.errors import ConfigError, ModelError, UserError
+from deca_ds.printing import print_line, print_wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
 def talk(speakers: Sequence[Speaker], sampling: Sampling, seed: int, console: Console) -> None:
     """Ask all of them line by line. A turn that is interrupted, or that one of them cannot answer, is forgotten."""
     if sys.stdin.isatty():
-        console.print(f"{_RESET} forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends", style="dim")
+        print_line(console, f"{_RESET} forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends", "dim")
     for speaker in speakers:
         if not speaker.has_template:
-            console.print(f"{speaker.name} has no chat template: it continues what you write", style="dim")
+            print_line(console, f"{speaker.name} has no chat template: it continues what you write", "dim")
     for turn, line in enumerate(_lines()):
         if line.strip() == _RESET:
             for speaker in speakers:
@@ -89,10 +90,10 @@ def talk(speakers: Sequence[Speaker], sampling: Sampling, seed: int, console: Co
         try:
             answers = _ask(speakers, line, sampling, seed + turn, console)
         except KeyboardInterrupt:
-            console.print("stopped, and the turn is forgotten", style="dim")
+            print_line(console, "stopped, and the turn is forgotten", "dim")
             continue
         except UserError as error:
-            print(f"ERROR: {error}", file=sys.stderr)
+            print_wrapped(f"ERROR: {error}")
             continue
         for speaker, answer in zip(speakers, answers, strict=True):
             speaker.keep(line, answer)

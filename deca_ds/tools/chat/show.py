@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from deca_ds.printing import print_line
+
 _COLUMN = 40  # characters that a line of an answer needs to be read with ease
 
 
@@ -54,7 +56,7 @@ class Below:
         self._end_line()
         if len(self._names) > 1:
             self._write("\n" * (speaker > 0))
-            self._console.print(Text(self._names[speaker], "bold"), soft_wrap=True)
+            print_line(self._console, self._names[speaker], "bold")
 
     def say(self, text: str) -> None:
         """See Screen."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_ds.data.prepare import COMMON, TRAIN
+from deca_ds.printing import print_line
 from deca_ds.tools.data.histogram import bins, line, merged, quantile
 from deca_ds.tools.data.look import Client, Found, Piece, Shown
 from deca_ds.tools.data.repeats import Pair
@@ -29,7 +30,7 @@ def show(console: Console, found: Found) -> None:
     """Print everything about what has been found."""
 
     def tell(text: str, style: str = "") -> None:
-        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, text, style)
 
     for told in found.files:
         tell(told)
@@ -107,7 +108,7 @@ def _histogram(console: Console, found: Found) -> None:
         style = "red" if each.cut else "cyan"
         bar = Bar(most, 0, each.count, width=width, color=style)
         table.add_row(f"{each.low:,} to {each.high:,}", bar, f"{each.count:,}", Text("cut" * each.cut, style))
-    console.print(Text(f"tokens, and how many examples of {_whose(found)} have so many"))
+    print_line(console, f"tokens, and how many examples of {_whose(found)} have so many")
     console.print(table)
     console.print()
 
@@ -175,15 +176,15 @@ def _repeats(console: Console, found: Found) -> None:
     console.print(table)
     common = found.clients[0].data.summary["common_evaluation"]
     if common:
-        console.print(f"common evaluation set: {common:,} examples, {of.common:,} of them trained on", highlight=False)
+        print_line(console, f"common evaluation set: {common:,} examples, {of.common:,} of them trained on")
     else:
-        console.print("no common evaluation set")
+        print_line(console, "no common evaluation set")
     if leaks:
         told = f"{leaks:,} scored examples are trained on, so scores show memory more than skill"
-        console.print(f"[bold]WARNING[/bold]: {told}", highlight=False)
+        print_line(console, f"WARNING: {told}")
     for what, pairs in (("again", of.again), ("elsewhere", of.elsewhere), ("scored", of.scored)):
         for pair in pairs:
-            console.print(f"  {_pair(what, pair)}", highlight=False, markup=False, soft_wrap=True)
+            print_line(console, f"  {_pair(what, pair)}")
 
 
 def _pair(what: str, pair: Pair) -> str:

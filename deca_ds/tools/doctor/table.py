@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deca_ds.printing import print_line
 from deca_ds.tools.doctor.checks import CHECKS
 from deca_ds.tools.doctor.facts import Facts
 from deca_ds.tools.doctor.findings import HERE, Finding, State
@@ -29,10 +30,10 @@ def show(console: Console, facts: Facts, findings: Sequence[Finding]) -> None:
     _links(console, facts)
     for state in (State.FAIL, State.WARN):
         for finding in (each for each in _merged(findings) if each.state == state):
-            told = f" {finding.check}, {finding.host}: {finding.what}"
-            console.print(Text.assemble((state.word, _STYLES[state]), told), soft_wrap=True)
-            console.print(f"     fix: {finding.fix}", markup=False, highlight=False, soft_wrap=True)
-    console.print(Text(summary(facts, findings)))
+            told = f"{state.word} {finding.check}, {finding.host}: {finding.what}"
+            print_line(console, told, head=(state.word, _STYLES[state]))
+            print_line(console, f"     fix: {finding.fix}")
+    print_line(console, summary(facts, findings))
 
 
 def summary(facts: Facts, findings: Sequence[Finding]) -> str:
@@ -102,7 +103,7 @@ def _links(console: Console, facts: Facts) -> None:
     for (one, other), link in facts.links.items():
         if "error" not in link:
             figures = f"{1e3 * link['round_trip_s']:.2f} ms round trip, {link['bytes_per_s'] / 1e6:,.0f} MB/s"
-            console.print(f"{one} to {other}: {figures}", markup=False, highlight=False)
+            print_line(console, f"{one} to {other}: {figures}")
 
 
 def _merged(findings: Sequence[Finding]) -> list[Finding]:

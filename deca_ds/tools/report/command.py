@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import ConfigError
+from deca_ds.printing import print_wrapped
 
 _BEGINNING = 2000  # characters of a file in which a report shows what it is
 
@@ -30,8 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     page = render(runs)
     write(page, arguments.output)
     for note in (f"{run.name}: {note}" for run in runs for note in run.notes):
-        print(note)
-    print(f"{arguments.output}: {len(page.encode()) / 1e6:.1f} MB, open it in a browser")
+        print_wrapped(note, sys.stdout)
+    print_wrapped(f"{arguments.output}: {len(page.encode()) / 1e6:.1f} MB, open it in a browser", sys.stdout)
     return 0
 
 
