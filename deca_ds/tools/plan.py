@@ -219,7 +219,7 @@ def _print_data(
         print_line(console, line)
     summaries = [part.summary for part in data]
     compare_data(summaries, [part.label_names for part in data])
-    console.print(data_table(summaries))
+    console.print(data_table(summaries, config.data.partition_column))
     print_notes(data[0].notes)
     sets = {"own": [part.own_evaluation for part in data], "common": [part.common_evaluation for part in data]}
     sequences = {name: max(0 if rows is None else len(rows) for rows in every) for name, every in sets.items()}

@@ -9,21 +9,24 @@ from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from deca_ds.algorithm import BlockPlan
 from deca_ds.plural import several
 from deca_ds.printing import print_line, print_wrapped
 
 
-def data_table(summaries: Sequence[dict[str, Any]]) -> Group:
-    """Make the table of what each client trains on, and with labels how many examples of each. summaries:
-    `ClientData.summary` of every client."""
+def data_table(summaries: Sequence[dict[str, Any]], column: str | None = None) -> Group:
+    """What each client trains on, and with labels how many examples of each. summaries: `ClientData.summary` of every
+    client. column: data.partition_column, whose values are counted instead of the labels."""
     table = Table(title="data of each client")
-    for column in ("client", "train", "dropped", "cut", "own eval", "common eval", "target tokens"):
-        table.add_column(column, justify="right")
-    labels = Table(title="training examples by label", box=None)  # beside the numbers they would be a word a line
+    for name in ("client", "train", "dropped", "cut", "own eval", "common eval", "target tokens"):
+        table.add_column(name, justify="right")
+    by = column or "label"
+    # beside the numbers they would be a word a line
+    labels = Table(title=Text(f"training examples by {by}"), box=None)
     labels.add_column("client", justify="right")
-    labels.add_column("label and examples")
+    labels.add_column(Text(f"{by} and examples"))
     numbers = ("client", "train", "dropped", "cut", "own_evaluation", "common_evaluation", "target_tokens")
     for summary in summaries:
         table.add_row(*(f"{summary[key]:,}" for key in numbers))

@@ -152,7 +152,7 @@ class NewRun(_Together):
         save_config(job.config, job.output / SAVED_CONFIG)
         save_summaries(job.output, summaries)
         told = f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}"
-        Console(stderr=True).print(data_table(summaries), told)
+        Console(stderr=True).print(data_table(summaries, job.config.data.partition_column), told)
 
     def _check_schedule(self, job: Job, schedule: Schedule) -> None:
         """Any will do."""

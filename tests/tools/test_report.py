@@ -17,12 +17,12 @@ from run_folders import score, scores, write_job, write_lines, write_simulation
 
 from deca_ds.cli import main
 from deca_ds.errors import CheckpointError
-from deca_ds.tools.report import charts, page
+from deca_ds.tools.report import charts, figures, page
 from deca_ds.tools.report.compare_runs import differences, gaps
 from deca_ds.tools.report.network import network
 from deca_ds.tools.report.reading import read_runs
 from deca_ds.tools.report.summary import averaged, length, score_rows
-from deca_ds.tools.report.wording import redact, setting, short
+from deca_ds.tools.report.wording import NONE, redact, setting, short
 
 EVIL = "<script>alert('x')</script>{{ 7 * 7 }}"
 LIBRARY = "window.vegaEmbed = async () => ({view: null});"
@@ -347,6 +347,18 @@ def test_a_page_needs_no_network(tmp_path):
     assert {link.removeprefix("#") for link in links} <= anchors
     assert "url(" not in made.style and "@import" not in made.style
     assert "fetch" not in made.scripts[2] and "http" not in made.scripts[2]
+
+
+def test_what_was_shared_out_by_another_column_is_told_by_that_one(tmp_path):
+    """And the examples of a label, which nobody has counted, are not said to be none."""
+    (run,) = read_runs([write_job(tmp_path / "job", data__partition_column="hospital")])
+    (who,), (recall, *_) = figures.partition(run), figures.recall(run)
+    assert "by client and hospital;" in who.text
+    assert who.spec["encoding"]["x"]["title"] == "hospital"
+    assert {cell["trained"] for cell in recall.spec["data"]["values"]} == {NONE}
+    (run,) = read_runs([write_job(tmp_path / "by_label")])
+    (who,), (recall, *_) = figures.partition(run), figures.recall(run)
+    assert "by client and label;" in who.text and "8" in {cell["trained"] for cell in recall.spec["data"]["values"]}
 
 
 def test_the_same_runs_make_the_same_bytes_without_torch(tmp_path):

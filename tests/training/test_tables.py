@@ -25,6 +25,8 @@ def test_data_table_has_a_row_per_client_with_its_labels():
         data_table([{"client": 0, **keys, "labels": {"a [b]": 1, "b": 4000}}, {"client": 1, **keys, "labels": {}}])
     )
     assert "b 4,000, a [b] 1" in text and text.count("5,432") == 2
+    by_hospital = shown(data_table([{"client": 0, **keys, "labels": {"north": 1}}], "hospital [x]"))
+    assert "training examples by hospital [x]" in by_hospital and "label" not in by_hospital
     assert "by label" not in shown(data_table([{"client": 1, **keys, "labels": {}}]))
     assert "dropped" in text and text.count("33") == 2, "what is lost is told"
 

@@ -84,6 +84,8 @@ def _matrix(scores: Scores, labels: Sequence[str]) -> Spec:
 
 def _trained_on(run: Run, model: str, label: str) -> str:
     numbers = {f"client {share.client}": share.labels.get(label, 0) for share in run.data}
+    if not run.counts_labels:
+        numbers.clear()
     if model == MEAN_MODEL and numbers:
         return count(sum(numbers.values()))
     return count(numbers.get(model))
@@ -109,9 +111,10 @@ def partition(run: Run) -> list[Figure]:
             n = share.labels.get(label, 0)
             cells.append({"row": row, "column": label, "share": round(part, 4), "text": short(n)})
             cells[-1] |= {"count": count(n), "part": percent(part)}
-    shown = {"row": "client", "column": "label", "count": "training examples", "part": "of the client's"}
-    spec = charts.heat_map(cells, across="label", down="", columns=labels, rows=rows, shown=shown)
-    text = "Training examples by client and label; the stronger the colour, the larger their share of the client's."
+    by = run.grouped_by
+    shown = {"row": "client", "column": by, "count": "training examples", "part": "of the client's"}
+    spec = charts.heat_map(cells, across=by, down="", columns=labels, rows=rows, shown=shown)
+    text = f"Training examples by client and {by}; the stronger the colour, the larger their share of the client's."
     return [Figure("Who has what", text + _cut(every), spec)]
 
 

@@ -154,6 +154,16 @@ class Run:
         return int(self.config.get("cluster.clients", 1))
 
     @property
+    def grouped_by(self) -> str:
+        """What the labels of `data` are: the examples' own, or values of the column by which they were shared out."""
+        return str(self.config.get("data.partition_column") or "label")
+
+    @property
+    def counts_labels(self) -> bool:
+        """Whether the labels of `data` are those that models answer with."""
+        return self.config.get("data.partition_column") in (None, self.config.get("data.label_column"))
+
+    @property
     def all_steps(self) -> Iterator[Step]:
         for steps in self.steps.values():
             yield from steps
