@@ -9,7 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from deca_ds.config.hub import HUB_FIX, why_not_on_hub
+from deca_ds.config.hub import hub_fix, why_not_on_hub
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.errors import ConfigError, ModelError
 
@@ -104,7 +104,9 @@ def check_model_on_hub(name: str, key: str) -> None:
     """Raise ModelError if the hub does not give the model or tokenizer `name`, which is no folder here."""
     if (why := why_not_on_hub(name, "model")) is not None:
         raise ModelError(
-            f"there is no folder {name!r} in {Path.cwd()}, and {why}", where=key, fix=f"{look_for(name)}; {HUB_FIX}"
+            f"there is no folder {name!r} in {Path.cwd()}, and {why}",
+            where=key,
+            fix=f"{look_for(name)}; {hub_fix(name, 'model')}",
         )
 
 

@@ -24,12 +24,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
-from deca_ds.config.hub import HUB_FIX, why_not_on_hub
+from deca_ds.config.hub import hub_fix, why_not_on_hub, why_not_whole
 from deca_ds.config.paths import could_be_hub_name, look_for
 from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind_of
 from deca_ds.data.strict_json import Reader, parse
@@ -123,20 +122,14 @@ def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[st
 def check_on_hub(sources: Iterable[Source]) -> None:
     """Raise DataError if the hub does not give one of those that are no paths."""
     for source in sources:
-        if not isinstance(source, HubName) or _is_prepared(source.name):
+        if not isinstance(source, HubName):
             continue
         if (why := why_not_on_hub(source.name, "dataset")) is not None:
             raise DataError(
                 f"there is no file or folder {source.name!r} in {Path.cwd()}, and {why}",
                 where="data.train or data.evaluation",
-                fix=f"{look_for(source.name)}; {HUB_FIX}",
+                fix=f"{look_for(source.name)}; {hub_fix(source.name, 'dataset')}",
             )
-
-
-def _is_prepared(name: str) -> bool:
-    """Whether the `datasets` library has it in its own cache, where it writes case and owner in a way of its own."""
-    folder, letters = Path(datasets.config.HF_DATASETS_CACHE), re.sub("[/_]", "", name).lower()
-    return folder.is_dir() and any(re.sub("_", "", each.name).lower() == letters for each in folder.iterdir())
 
 
 def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
@@ -145,12 +138,13 @@ def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
     try:
         return load_dataset(name.name, subset, split=split)
     except Exception as error:  # the hub client raises its own, the HTTP library's and the builder's errors alike
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        told = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        why = why_not_whole("dataset") if isinstance(error, ConnectionError) else None
         raise DataError(
             f"there is no file or folder {name.name!r} in {Path.cwd()}, and it cannot be loaded from the Hugging Face "
-            f"hub: {type(error).__name__}: {reason}",
+            f"hub: {why or f'{type(error).__name__}: {told}'}",
             where=f"data.train or data.evaluation (subset {subset}, split {split})",
-            fix=f"{look_for(name.name)}; or, for the hub, the name, data.subset, data.split and the network",
+            fix=f"{look_for(name.name)}; check data.subset and data.split; {hub_fix(name.name, 'dataset')}",
         ) from error
 
 

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from deca_ds.algorithm import METHODS, BlockPlan, split_into_blocks
 from deca_ds.config import Config
 from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.hub import hub_fix, why_not_whole
 from deca_ds.config.paths import check_model_path, look_for
 from deca_ds.config.schema import ModelConfig
 from deca_ds.engine import internals
@@ -256,9 +257,10 @@ def explained(path: str, key: str, kinds: tuple[type[Exception], ...] = _BAD_FOL
         here, fix = "", "give a folder with config.json, weights and tokenizer"
         if not Path(path).is_dir():
             here = f", which is no folder in {Path.cwd()} and so a name of the hub"
-            fix = f"{look_for(path)}; or, for a model of the hub, its name and the network"
+            fix = f"{look_for(path)}; {hub_fix(path, 'model')}"
+        why = why_not_whole("model") if here and isinstance(error, OSError) else None
         raise ModelError(
-            f"cannot load {path!r}{here}: {' '.join(str(error).split()) or type(error).__name__}",
+            f"cannot load {path!r}{here}: {why or ' '.join(str(error).split()) or type(error).__name__}",
             where=key,
             fix=fix,
         ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import datasets
 import pytest
 from huggingface_hub import constants
 
@@ -14,6 +13,8 @@ from deca_ds.config.load import load_config
 from deca_ds.config.paths import check_model_path
 from deca_ds.config.schema import ModelConfig
 from deca_ds.data import validate_data_config
+from deca_ds.data.sources import HubName, load_hub
+from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.errors import DataError, ModelError
 from deca_ds.tools.chat.speaker import check_model
 
@@ -59,7 +60,7 @@ def asked(tmp_path, monkeypatch):
     is_at(monkeypatch, server.server_port)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.chdir(tmp_path)
     yield paths
     server.shutdown()
@@ -128,8 +129,39 @@ def test_what_is_in_a_cache_is_taken_without_a_question(asked, tmp_path, monkeyp
         validate_data_config(data("owner/kept", "owner/other"))
 
 
-def test_offline_the_hub_is_not_asked(asked, monkeypatch):
+@pytest.fixture
+def offline(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    check_model_path(ModelConfig(path="owner/unknown"))
-    validate_data_config(data("owner/unknown", evaluation="owner/unknown"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
     assert not asked
+
+
+def test_offline_what_the_cache_lacks_is_told_at_once(offline, tmp_path):
+    told = (
+        r"no folder 'owner/x' in .*, and the hub's cache \(.*/home\) has no model of this name; HF_HUB_OFFLINE forbids"
+    )
+    for load in (check_model_path, load_architecture, load_tokenizer):
+        with pytest.raises(ModelError, match=told) as caught:
+            load(ModelConfig(path="owner/x"))
+        assert caught.value.where == "model.path"
+        assert "unset HF_HUB_OFFLINE, or run `hf download owner/x --local-dir FOLDER`" in caught.value.fix
+    with pytest.raises(ModelError, match=told):
+        check_model("owner/x")
+    with pytest.raises(DataError, match=r"no file or folder 'owner/x' in .* has no dataset of this name") as caught:
+        validate_data_config(data("owner/x:test", evaluation="owner/x"))
+    assert "hf download owner/x --repo-type dataset --local-dir FOLDER" in caught.value.fix
+    (tmp_path / "datasets/owner___x").mkdir(parents=True)
+    validate_data_config(data("owner/x:test", evaluation="owner/x"))
+
+
+def test_offline_what_the_cache_has_in_part_is_told_without_the_libraries_words(offline, tmp_path):
+    for kind in ("models", "datasets"):
+        (tmp_path / f"hub/{kind}--owner--x/snapshots/1").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"the hub's cache \(.*/home\) has only a part of this model; HF_H") as caught:
+        load_architecture(ModelConfig(path="owner/x"))
+    assert "hf download owner/x --local-dir" in caught.value.fix and "https" not in str(caught.value)
+    with pytest.raises(DataError, match=r"the hub's cache \(.*/home\) has only a part of this dataset; HF_H") as caught:
+        load_hub(HubName("owner/x"), None, "train")
+    assert "hf download owner/x --repo-type dataset" in caught.value.fix

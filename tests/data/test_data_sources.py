@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_samples import write_jsonl
+from huggingface_hub import constants
 
 from deca_ds.data import sources, strict_json
 from deca_ds.data.sources import HubName, find_sources, load_hub, read_rows
@@ -213,6 +214,7 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmore")
 
     monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(
         DataError, match=r"(?s)no file or folder 'owner/name' in /.*ConnectionError: Couldn't reach.*data\.subset"
     ):

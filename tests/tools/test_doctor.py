@@ -15,7 +15,7 @@ from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.doctor import examine
 from deca_ds.tools.doctor.hosts import Host, Unreachable, command
-from deca_ds.tools.doctor.needs import pairs_of, paths_of
+from deca_ds.tools.doctor.needs import names_of, pairs_of, paths_of
 
 SSH = """#!/bin/sh
 while [ "$1" != "${1#-}" ]; do [ "$1" = -o ] && shift; shift; done
@@ -92,6 +92,30 @@ def test_on_one_machine_the_paths_of_a_configuration_are_checked_and_nothing_is_
     assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith(("│", "┏")))
 
 
+def test_a_name_of_the_hub_is_looked_for_on_each_host(tmp_path, tiny_model, monkeypatch, capsys):
+    """Each with its own cache; here both hosts are this machine, which may not ask the hub."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(SSH)
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub/datasets--owner--kept/snapshots").mkdir(parents=True)
+    (tmp_path / ".deepspeed_env").write_text(f"HF_HUB_CACHE={tmp_path}/hub\nHF_TOKEN=hf_s3cret\n")
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    (tmp_path / "run.yaml").write_text(
+        f"cluster: {{clients: 2}}\nmodel: {{path: {tiny_model}}}\ndata: {{train: [owner/kept, 'owner/gone:test']}}\n"
+    )
+    code, found, printed = doctor(capsys, "--hostfile", "hosts", "--config", "run.yaml")
+    assert code == 2 and "s3cret" not in printed
+    for host in ("127.0.0.1", "127.0.0.2"):
+        told = found["files", host]
+        assert told["state"] == "fail" and told["what"].startswith("data.train: owner/gone: the hub's cache (")
+        assert "owner/kept" not in told["what"] and "hf download owner/gone --repo-type dataset" in told["fix"]
+    code, found, _ = doctor(capsys, "--hostfile", "hosts", "--config", "run.yaml", "data.train=[owner/kept]")
+    assert found["files", "127.0.0.2"]["what"] == "1 path, 1 name of the hub"
+
+
 def test_a_host_that_hangs_costs_the_time_of_one_answer():
     for silent in (["sleep", "60"], [sys.executable, "-S", "-c", "import time; time.sleep(60)"]):
         host = Host(silent, 0.2)
@@ -136,6 +160,7 @@ def test_names_of_the_hub_are_no_paths_and_clients_files_are_for_their_own_hosts
     keys = ["model.path=Qwen/Qwen2.5-0.5B", "model.tokenizer=./tokens", "cluster.clients=2"]
     train = load_config(None, [*keys, "data.train=[owner/rows:train,rows.jsonl,/d/*.csv]"])
     everywhere = [("model.tokenizer", "./tokens"), ("data.train", "rows.jsonl"), ("data.train", "/d/*.csv")]
+    assert names_of(train) == [("model.path", "model", "Qwen/Qwen2.5-0.5B"), ("data.train", "dataset", "owner/rows")]
     assert paths_of(train, ClientLayout.of([1, 1]), ["a", "b"]) == {"a": everywhere, "b": everywhere}
     apart = paths_of(
         load_config(None, [*keys, "data.per_client=[x.csv,y.csv]"]), ClientLayout.of([2, 1]), ["a", "b", "c"]

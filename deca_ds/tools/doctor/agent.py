@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from deca_ds.config import hub
 from deca_ds.tools.doctor import links, sights
 
 ANSWER = "deca-doctor: "  # before each; a shell's start-up files may print other things
@@ -20,10 +21,22 @@ def _clock() -> float:
     return time.time()
 
 
+def _not_on_hub(names: Sequence[tuple[hub.Kind, str]], environment: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name -> why the hub does not give it to this host, and what to do; nothing of those that it gives, and where
+    nobody could ask. environment: what the ranks get there, and this process does not."""
+    os.environ.update(environment)
+    try:
+        found = {name: (hub.why_not_on_hub(name, kind), hub.hub_fix(name, kind)) for kind, name in names}
+    except ImportError:  # told of the packages
+        return {}
+    return {name: [why, fix] for name, (why, fix) in found.items() if why is not None}
+
+
 QUESTIONS: dict[str, Callable[..., Any]] = {
     "look": sights.look,
     "clock": _clock,
     "there": sights.there,
+    "not_on_hub": _not_on_hub,
     "write": sights.write,
     "see": sights.see,
     "forget": sights.forget,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from deca_ds.tools.doctor.facts import EnvironmentFile, Facts
@@ -13,6 +13,7 @@ from deca_ds.tools.doctor.findings import HERE, State, Verdict, check, ok
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _SHELL = re.compile(r"[`$\\]")
+_HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _PER_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
 
 
@@ -25,6 +26,12 @@ def read_environment_files(environ: Mapping[str, str]) -> list[EnvironmentFile]:
         for path in paths
         if path.is_file() and os.access(path, os.R_OK)
     ]
+
+
+def hub_variables(files: Sequence[EnvironmentFile]) -> dict[str, str]:
+    """What they say of the Hugging Face hub and its caches, and no secret."""
+    pairs = (line.partition("=") for file in files for line in file.lines)
+    return {key.strip(): value for key, _, value in pairs if key.strip() in _HUB}
 
 
 def lint(line: str) -> tuple[State, str, str] | None:

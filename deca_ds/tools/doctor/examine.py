@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 
 from deca_ds.errors import LaunchError, UserError
-from deca_ds.tools.doctor.environment_file import read_environment_files
+from deca_ds.tools.doctor.environment_file import hub_variables, read_environment_files
 from deca_ds.tools.doctor.facts import (
     INTERFACE_VARIABLES,
     OTHERS,
@@ -53,6 +53,9 @@ def examine(
     names = [*slots, *([_OWN] if remote else [])]
     own = _OWN if remote else names[0]
     found = resolve(list(slots), within_s / 4) if remote else {}
+    environment = read_environment_files(os.environ)
+    names_of_hub = [] if needs is None else [(kind, name) for _, kind, name in needs.names]
+    of_hub = {"names": names_of_hub, "environment": hub_variables(environment) if remote else {}}
     agents = {name: Host(command(None if name == own else name), within_s) for name in names}
     try:
 
@@ -62,7 +65,8 @@ def examine(
             try:
                 sight = _look(agents[name], list(slots) if remote else [], port if name == names[0] else 0, within_s)
                 wrong = agents[name].ask("there", paths=asked)
-                return replace(of, sight=sight, clock=_clock(agents[name]), wrong_paths=wrong)
+                lacking = agents[name].ask("not_on_hub", **of_hub) if of_hub["names"] and name in slots else {}
+                return replace(of, sight=sight, clock=_clock(agents[name]), wrong_paths=wrong, not_on_hub=lacking)
             except (Unreachable, OSError) as error:
                 return _silent(of, error)
 
@@ -81,7 +85,6 @@ def examine(
         links = _links([pair for pair in pairs if set(pair) <= answering.keys()], answering, found)
     finally:
         at_once(lambda name: agents[name].close(), names)
-    environment = read_environment_files(os.environ)
     facts = Facts(hosts, here, remote, port, links, None, environment, needs, mistake, sees_first)
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
     return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))

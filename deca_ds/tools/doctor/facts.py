@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deca_ds.config.hub import Kind
 from deca_ds.errors import UserError
 from deca_ds.tools.doctor.links import Link
 from deca_ds.tools.doctor.sights import Folder, Sight
@@ -26,8 +27,9 @@ class Clock:
 @dataclass(frozen=True)
 class HostFacts:
     """One host. addresses: of its name, seen from here; None where nobody asked. sight: None if it does not answer, and
-    then why and what ssh said. wrong_paths: of the configuration, what is wrong with them. output: where run.output is
-    or will be. left: the file that it has left there. sees: hosts whose files it sees there, itself included."""
+    then why and what ssh said. wrong_paths: of the configuration, what is wrong with them. not_on_hub: the same of
+    names of the hub, and what to do. output: where run.output is or will be. left: the file that it has left there.
+    sees: hosts whose files it sees there, itself included."""
 
     slots: int = 1
     addresses: Sequence[str] | None = None
@@ -36,6 +38,7 @@ class HostFacts:
     said: str = ""
     clock: Clock | None = None
     wrong_paths: Mapping[str, str] = field(default_factory=dict)
+    not_on_hub: Mapping[str, Sequence[str]] = field(default_factory=dict)
     output: Folder | None = None
     left: str = ""
     sees: frozenset[str] = frozenset()
@@ -55,7 +58,7 @@ class Needs:
     """What a configuration wants of the hosts. refused: why a start would not take run.output as this machine sees it.
     paths: host -> (key, path) of files that ranks there read. disk: bytes that a host's ranks write in run.output.
     memory: bytes that they hold at least on CPUs; gpu_memory, beside_gpus: on GPUs, and on the host then. pairs: of
-    hosts that send each other messages."""
+    hosts that send each other messages. names: key, kind and name of what all ranks have from the hub."""
 
     output: str
     resume: str
@@ -69,6 +72,7 @@ class Needs:
     gpu_memory: Mapping[str, int]
     beside_gpus: Mapping[str, int]
     pairs: Sequence[tuple[str, str]]
+    names: Sequence[tuple[str, Kind, str]] = ()
 
 
 @dataclass(frozen=True)

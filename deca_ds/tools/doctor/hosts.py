@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from deca_ds.config import hub
 from deca_ds.errors import LaunchError
 from deca_ds.launch import digests
 from deca_ds.tools.doctor import agent, links, sights
 
 _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-_MODULES = (digests, links, sights, agent)  # the agent, in the order of their imports
+_MODULES = (hub, digests, links, sights, agent)  # the agent, in the order of their imports
 _BOOTSTRAP = """
 import sys, types
 for name, source in {modules!r}:

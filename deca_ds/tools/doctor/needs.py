@@ -9,6 +9,7 @@ from itertools import combinations
 
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
+from deca_ds.config.hub import Kind
 from deca_ds.config.paths import could_be_hub_name
 from deca_ds.data.sources import LOOKS_LIKE_A_PATH
 from deca_ds.engine.load import load_architecture
@@ -50,6 +51,7 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
         device=config.run.device,
         mixed_versions=config.cluster.allow_mixed_versions,
         paths=paths_of(config, layout, host_of),
+        names=names_of(config),
         disk=dict(disk),
         memory=dict(memory),
         gpu_memory=dict(gpu_memory),
@@ -66,11 +68,30 @@ def _refused(config: Config) -> UserError | None:
     return None
 
 
+def names_of(config: Config) -> list[tuple[str, Kind, str]]:
+    """Key, kind and name of what ranks have from the hub, on all hosts."""
+    models = (("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer))
+    found: list[tuple[str, Kind, str]] = [
+        (key, "model", name) for key, name in models if name is not None and not _is_model_path(name)
+    ]
+    for key, entries in (("data.train", config.data.train), ("data.evaluation", config.data.evaluation)):
+        found += [(key, "dataset", entry.partition(":")[0]) for entry in entries if not _is_data_path(entry)]
+    return found
+
+
+def _is_model_path(path: str) -> bool:
+    return os.path.exists(path) or not could_be_hub_name(path)
+
+
+def _is_data_path(entry: str) -> bool:
+    return os.path.exists(entry) or LOOKS_LIKE_A_PATH.search(entry) is not None
+
+
 def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Host -> (key, path) of what its ranks open. Names of the hub are no paths."""
     everywhere: list[tuple[str, str]] = []
     for key, path in (("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer)):
-        if path is not None and (os.path.exists(path) or not could_be_hub_name(path)):
+        if path is not None and _is_model_path(path):
             everywhere.append((key, path))
     for key, path in (
         ("gossip.matrix", config.gossip.matrix),
@@ -80,7 +101,7 @@ def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> di
         if path is not None:
             everywhere.append((key, path))
     for key, entries in (("data.train", config.data.train), ("data.evaluation", config.data.evaluation)):
-        everywhere += [(key, path) for path in entries if os.path.exists(path) or LOOKS_LIKE_A_PATH.search(path)]
+        everywhere += [(key, path) for path in entries if _is_data_path(path)]
     found = {host: list(everywhere) for host in dict.fromkeys(host_of)}
     for key, paths in (
         ("data.per_client", config.data.per_client),

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from deca_ds.config.checks import already_used, holds_more
 from deca_ds.errors import UserError
+from deca_ds.plural import several
 from deca_ds.tools.doctor.facts import Facts, Needs
 from deca_ds.tools.doctor.findings import HERE, Verdict, check, fail, ok, warn
 from deca_ds.tools.doctor.sights import Folder
@@ -37,10 +38,15 @@ def files(facts: Facts) -> Iterator[Verdict]:
     for host in facts.seen:
         of, wrong = facts.needs.paths.get(host, ()), facts.hosts[host].wrong_paths
         missing = [f"{key}: {path} {wrong[path]}" for key, path in of if wrong.get(path)]
-        if missing:
-            yield fail(host, "; ".join(missing), "copy it there, or name a folder that all hosts share")
+        lacking = facts.hosts[host].not_on_hub
+        not_had = [f"{key}: {name}: {lacking[name][0]}" for key, _, name in facts.needs.names if name in lacking]
+        if missing or not_had:
+            fixes = ["copy it there, or name a folder that all hosts share"] * bool(missing)
+            fixes += dict.fromkeys(fix for _, fix in lacking.values())
+            yield fail(host, "; ".join([*missing, *not_had]), "; ".join(fixes))
         else:
-            yield ok(host, f"{len(of)} path{'s' if len(of) != 1 else ''}")
+            names = f", {several(len(facts.needs.names), 'name')} of the hub" * bool(facts.needs.names)
+            yield ok(host, several(len(of), "path") + names)
 
 
 @check("output")
