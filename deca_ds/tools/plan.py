@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,37 +15,31 @@ from rich.console import Console
 from rich.filesize import decimal
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deca_ds.algorithm import BlockPlan, Schedule, fused_parameters
+from deca_ds.algorithm import BlockPlan, fused_parameters
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world, is_used
-from deca_ds.data import load_all, validate_data_config
-from deca_ds.data.checks import tell_files
-from deca_ds.data.prepare import check_tokenizer
 from deca_ds.elastic import check_absent
 from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import MixingSchedule, agreement, build_mixing, subset
-from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip import MixingSchedule, agreement, build_mixing, large_momentum, slow_mixing, subset
 from deca_ds.gossip.late import check_wait
 from deca_ds.launch import ClientLayout
 from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
-from deca_ds.planning.traffic import Traffic, traffic
 from deca_ds.plural import several
 from deca_ds.printing import print_line
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
+from deca_ds.tools.plan_run import Planned, fault_of_data, print_run
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
-from deca_ds.training.chosen_method import build_schedule, check_method
-from deca_ds.training.compare_clients import compare_data
-from deca_ds.training.doubts import doubts, doubts_of_gossip, doubts_of_length
-from deca_ds.training.length import ANY_ROUNDS, Length, count_rounds, length_of, tell_length
+from deca_ds.training.chosen_method import check_method
+from deca_ds.training.doubts import doubts
 from deca_ds.training.pace import evaluations_left
 from deca_ds.training.resume import check_start
-from deca_ds.training.tables import block_table, data_table, print_notes, warn_of_blocks, warn_of_experts
+from deca_ds.training.tables import block_table, warn_of_blocks, warn_of_experts
 from deca_ds.training.trackers import check_logging
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none
@@ -60,7 +54,8 @@ def print_plan(
     net: str | None = None,
     as_json: bool = False,
 ) -> None:
-    """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would.
+    """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would,
+    those about the data last, after all that needs no data.
 
     world_size: ranks launched, or None where the plan is made by a process of its own. hostfile: what the launcher will
     get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is
@@ -71,14 +66,16 @@ def print_plan(
     console = Console(quiet=as_json, color_system=None if world_size is not None else "auto")
     disable_progress_bars()
     machines = _find_machines(config, world_size, hostfile, gpu, net)
-    mixing = _check(config)
+    mixing, fault = _check(config), fault_of_data(config)
     estimate, tokenizer = _print_model(console, config, mixing, machines)
-    run = _print_run(console, config, estimate, tokenizer)
+    run = print_run(console, config, estimate, tokenizer, fault, timed=machines.card is not None)
     costs = _print_costs(console, config, estimate, run, machines)
     _print_launch(console, config, machines)
     _check_output(console, config)
     if as_json:
         print(json.dumps(_numbers(estimate, run, costs), indent=1))
+    if run.fault is not None:
+        raise run.fault
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,6 @@ class _Machines:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What is trained, for how long, and what is sent. schedule: stands for the run's where nobody knows how long that
-    is, and length is None. sequences: see `_print_data`."""
-
-    schedule: Schedule
-    length: Length | None
-    sent: Traffic
-    sequences: dict[str, int] | None
-
-
-@dataclass(frozen=True)
 class _Costs:
     """What the run costs beside memory. time: on the GPU that was asked for."""
 
@@ -111,8 +97,8 @@ class _Costs:
     time: RunTime | None
 
 
-def _numbers(estimate: Estimate, run: _Run, costs: _Costs) -> dict[str, Any]:
-    """Return the plan for programs; None for what is not known."""
+def _numbers(estimate: Estimate, run: Planned, costs: _Costs) -> dict[str, Any]:
+    """For programs; None for what is not known."""
     time = costs.time
     return {
         "memory": memory_json(estimate),
@@ -149,7 +135,6 @@ def _check(config: Config) -> MixingSchedule:
     """Check what needs neither model nor data, and return how clients mix."""
     check_method(config)
     check_logging(config.logging)
-    validate_data_config(config, client=None)
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
@@ -194,40 +179,8 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
         _warn(console, warning)
 
 
-def _print_run(console: Console, config: Config, estimate: Estimate, tokenizer: PreTrainedTokenizerBase) -> _Run:
-    """Print data, length and traffic, and return them."""
-    summaries, sequences = _print_data(console, config, tokenizer)
-    schedule, length = _print_length(console, config, len(estimate.plan.blocks), summaries)
-    messages = [estimate.message_bytes(block.numel) for block in estimate.plan.blocks]
-    run = _Run(schedule, length, traffic(messages, schedule, estimate.mixing), sequences)
-    if estimate.mixing.messages:
-        print_line(console, _traffic(config, estimate, run))
-    return run
-
-
-def _print_data(
-    console: Console, config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
-    """Print the data of all clients. Returns their summaries, and how many sequences the longest `own` and the `common`
-    evaluation set have; none if each client's files are for its own ranks to open."""
-    if config.data.per_client:
-        check_tokenizer(config, tokenizer)
-        print_line(console, "data: one path per client; each client's ranks open their own only")
-        return [], None
-    data = load_all(config, tokenizer)
-    for line in tell_files(config.data):
-        print_line(console, line)
-    summaries = [part.summary for part in data]
-    compare_data(summaries, [part.label_names for part in data])
-    console.print(data_table(summaries, config.data.partition_column))
-    print_notes(data[0].notes)
-    sets = {"own": [part.own_evaluation for part in data], "common": [part.common_evaluation for part in data]}
-    sequences = {name: max(0 if rows is None else len(rows) for rows in every) for name, every in sets.items()}
-    return summaries, sequences
-
-
-def _print_costs(console: Console, config: Config, estimate: Estimate, run: _Run, machines: _Machines) -> _Costs:
-    """Print the memory of a rank, the time on the GPU that is asked for, and the disk."""
+def _print_costs(console: Console, config: Config, estimate: Estimate, run: Planned, machines: _Machines) -> _Costs:
+    """Memory of a rank, time on the GPU that is asked for, and disk."""
     print_memory(console, estimate)
     time = None
     if machines.card is not None:
@@ -241,7 +194,7 @@ def _print_costs(console: Console, config: Config, estimate: Estimate, run: _Run
     return _Costs(disk, time)
 
 
-def _times(estimate: Estimate, run: _Run, gpu: Gpu, machines: _Machines) -> RunTime:
+def _times(estimate: Estimate, run: Planned, gpu: Gpu, machines: _Machines) -> RunTime:
     on_hosts, evaluation, steps = _on_hosts(machines.hosts), None, None if run.length is None else run.length.steps
     if run.sequences is not None:
         own, common = run.sequences["own"], run.sequences["common"]
@@ -260,30 +213,6 @@ def _check_output(console: Console, config: Config) -> None:
         )
     else:
         check_start(config)
-
-
-def _print_length(
-    console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]
-) -> tuple[Schedule, Length | None]:
-    """Print how long the run is; see _Run. summaries: of all clients' data; none if the files were not opened."""
-    algorithm, batch = config.algorithm, config.data.batch_size
-    inner, known = several(algorithm.inner_steps, "inner step"), bool(summaries) or algorithm.rounds is not None
-    if known:
-        rounds = count_rounds(config, blocks, [each["train"] for each in summaries])
-        steps = f"{several(rounds, 'round')} x {several(blocks, 'block')} x {inner} = "
-        steps += f"{rounds * blocks * algorithm.inner_steps}"
-    else:
-        rounds = ANY_ROUNDS
-        steps = f"algorithm.epochs={algorithm.epochs:g} of what the clients' files hold, in whole rounds of "
-        steps += f"{several(blocks, 'block')} x {inner}"
-    print_line(console, f"steps: {steps}, {several(batch, 'sequence')} per client and step")
-    schedule = build_schedule(config, blocks, rounds)
-    if not known:
-        return schedule, None
-    warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
-    for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
-        print_line(console, line)
-    return schedule, length_of(config, schedule, summaries)
 
 
 def _print_disk(console: Console, need: DiskNeed, config: Config) -> None:
@@ -374,17 +303,3 @@ def _all_logits(config: Config, model: PreTrainedModel) -> str:
         f"logits: the forward of {type(model).__name__} is not a body and one linear head, so that the loss holds all "
         f"logits of a micro-batch: {decimal(size)} in float32, and as much for their gradient"
     )
-
-
-def _traffic(config: Config, estimate: Estimate, run: _Run) -> str:
-    """Say how much averagings send."""
-    tensors, codec, sent = len(estimate.rule.travels), CODECS[config.gossip.wire], run.sent
-    each = f" of {tensors} tensors" if tensors > 1 else ""
-    told = (
-        f"traffic: {config.gossip.wire}, {codec.bytes} bytes a parameter{each}; an averaging of the largest block "
-        f"sends {decimal(sent.averaging)} from a client to each neighbour; on average a step sends "
-        f"{decimal(round(sent.edge))} over an edge and {decimal(round(sent.client))} from a client"
-    )
-    if run.length is not None:
-        told += f", the run {decimal(round(sent.run_client))} from a client and {decimal(round(sent.run))} in all"
-    return told

@@ -3,12 +3,15 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from rich.filesize import decimal
 from transformers import LongcatFlashConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
+from deca_ds.errors import ConfigError
 from deca_ds.planning.roofline import GPUS, USABLE
 from deca_ds.tools.plan import _on_hosts, print_plan
 
@@ -77,3 +80,28 @@ def test_a_model_that_does_not_run_without_values_still_has_a_plan(tiny_model, w
     print_plan(load_config(None, [*keys, f"data.train=[{word_files[0]}]"]))
     told = " ".join(capsys.readouterr().out.split())
     assert "activations, logits and gradients are not in the table" in told and "model shard" in told
+
+
+def test_without_the_data_all_else_is_told_before_they_are_refused(tiny_model, tmp_path, capsys, monkeypatch):
+    """As a recipe's plan is made where the hub cannot be asked, or rows are malformed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    Path("run.yaml").write_text(f"model: {{path: {tiny_model}}}\ncluster: {{clients: 2}}\n")
+    command = ["plan", "run.yaml", "data.max_length=16", "--gpu", "H100"]
+    for train, why in (("owner/rows", "has no dataset of this name"), ("gone.jsonl", "no such"), ("bad.jsonl", "is a int")):
+        for length, is_known in (("algorithm.rounds=2", True), ("algorithm.epochs=2", False)):
+            assert main([*command, f"data.train=[{train}]", length]) == 2
+            out, err = capsys.readouterr()
+            assert err.startswith("ERROR: ") and why in err
+            told = "data: unknown, and so are what each client gets and "
+            told += "" if is_known else "the length of the run and "
+            line = next(line for line in out.splitlines() if line.startswith("data: "))
+            assert line.startswith(f"{told}the time of an evaluation: ") and why in line
+            assert "memory of a rank" in out and "traffic: " in out and "disk: " in out and "launch: " in out
+            assert ("steps: 2 rounds" in out) == is_known and "data of each client" not in out
+    assert main([*command, "data.train=[gone.jsonl]", "algorithm.epochs=2", "--json"]) == 2
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["length"] is None and numbers["memory"] and numbers["seconds_of_a_step"]["step"] > 0
+    with pytest.raises(ConfigError, match=r"data\.common_holdout"):  # a contradiction is told at once
+        print_plan(load_config("run.yaml", ["data.train=[gone.jsonl]", "data.common_holdout=2"]))
+    assert not capsys.readouterr().out
