@@ -17,7 +17,11 @@ def open_checkpoint(folder: Path, step: int, own: Part) -> ShardedModel:
     Written by as many ranks, it is this rank's own part, and only that must be here. Else it is the whole client's.
     Raises CheckpointError if a part is missing or damaged or comes from another attempt at the run.
     """
-    here = step_folder(folder, step)
+    return open_part(step_folder(folder, step), step, own)
+
+
+def open_part(here: Path, step: int, own: Part) -> ShardedModel:
+    """The same of what is in the folder `here`."""
     has_own = (own.folder(here) / MANIFEST).is_file()
     saved = ShardedModel(here, [own.client], [own.rank] if has_own else None)
     if has_own and saved.ranks[own.client] != own.ranks:

@@ -64,7 +64,14 @@ class Card:
             parts += [f"## Data\n\n{said}" for said in _data(self.run)]
             parts += [f"## Evaluation\n\n{said}" for said in self._scores(self.run)]
             parts += [f"## Software\n\n{said}" for said in _software(self.run)]
-        return "\n\n".join([*parts, f"## How to load\n\n{_CHAT if chat else _COMPLETION}"]) + "\n"
+        return "\n\n".join([*parts, f"## How to load\n\n{self._how(chat)}"]) + "\n"
+
+    def _how(self, chat: bool) -> str:
+        trained = None if self.run is None else self.run.config.get("data.format")
+        if chat and trained not in _PLAIN_FORMATS:
+            return _CHAT
+        why = f"The training, in the format `{trained}`, did not go through the chat template: prompt as it did."
+        return f"{_COMPLETION}\n\n{why if chat else _WITHOUT_TEMPLATE}"
 
     def _about(self, parameters: int, dtype: str) -> str:
         which = "a causal language model" if self.base_model is None else f"`{self.base_model}`"
@@ -194,6 +201,6 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0, inputs["i
 _COMPLETION = f"""{_LOAD}
 inputs = tokenizer("...", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```
-
-The tokenizer has no chat template: the model completes a text."""
+```"""
+_WITHOUT_TEMPLATE = "The tokenizer has no chat template: the model completes a text."
+_PLAIN_FORMATS = ("text", "alpaca", "classification")  # no chats

@@ -32,7 +32,7 @@ from deca_ds.training.connect import Elastic, Job
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
 from deca_ds.training.evaluation import Evaluator
-from deca_ds.training.load import load_base, load_client, load_data
+from deca_ds.training.load import load_base, load_client, load_data, save_base
 from deca_ds.training.loop import Trainer
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.pace import pace_from
@@ -53,7 +53,7 @@ def build(job: Job, start: Start) -> Trainer:
     data = load_data(job, architecture, tokenizer)
     cluster.progress.enter("comparing the data")
     start.open_folder(job, data, vocabulary)
-    client = load_client(job, architecture, tokenizer)
+    client = load_client(job, architecture)
     schedule = start.schedule(job, client)
     one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(next(one_row))
@@ -61,6 +61,8 @@ def build(job: Job, start: Start) -> Trainer:
     gossip = _make_gossip(job, client, attempt)
     state = TrainingState(client, rule_of(config), schedule, gossip)
     start.restore(job, state)
+    if cluster.is_job_leader:
+        save_base(job, client, tokenizer)
     metrics = Metrics(config.logging, cluster, job.output, schedule, display)
     written: Written
     if job.elastic is None:

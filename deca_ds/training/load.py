@@ -70,19 +70,11 @@ def load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTok
     return data
 
 
-def load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Client:
-    """Load the model onto this client's shards, and write what Hugging Face needs beside the weights to the run's
-    folder."""
-    config, cluster, folder = job.config, job.cluster, job.output / _BASE
+def load_client(job: Job, architecture: PretrainedConfig) -> Client:
+    """The model on this client's shards."""
+    config, cluster = job.config, job.cluster
     cluster.progress.enter("loading the model", works=True, awaits=SHARED)
     model = load_model(config, architecture)
-    if cluster.is_job_leader:
-        if METHODS[config.algorithm.method].adapters:
-            save_adapters(job.output, find_adapters(model))
-        model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if model.can_generate() and (note := save_generation_config(model, tokenizer, folder)):
-            print_wrapped(f"NOTE: {note}")
     torch.manual_seed(config.run.seed + cluster.launch.rank)  # dropout: the same in every run, different on every rank
     client = Client(config, model, cluster.device)
     if cluster.is_job_leader:
@@ -92,8 +84,19 @@ def load_client(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedT
     return client
 
 
+def save_base(job: Job, client: Client, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what Hugging Face needs beside the weights, and of what kind the adapters are, into the run's folder."""
+    model, folder = client.model, job.output / _BASE
+    if METHODS[job.config.algorithm.method].adapters:
+        save_adapters(job.output, find_adapters(model))
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.can_generate() and (note := save_generation_config(model, tokenizer, folder)):
+        print_wrapped(f"NOTE: {note}")
+
+
 def forget_base(output: Path) -> None:
-    """Remove what `load_client` has put into the run's folder. A start that failed may have had another model,
+    """Remove what `save_base` has put into the run's folder. A start that failed may have had another model,
     tokenizer or method."""
     shutil.rmtree(output / _BASE, ignore_errors=True)
     (output / ADAPTERS).unlink(missing_ok=True)

@@ -53,9 +53,9 @@ def _rewind_lines(path: Path, done: int) -> None:
     os.replace(partial, path)
 
 
-def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> None:
-    """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell; note those
-    of clients that were not there before."""
+def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell. Returns
+    what is to be saved: those of clients that were not there before come to it."""
     path = output / "data.json"
     before = {summary["client"]: summary for summary in json.loads(path.read_text())}
     for new in summaries:
@@ -68,7 +68,7 @@ def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> None:
                     where=str(path),
                     fix="give the run the data that it was started with",
                 )
-    save_summaries(output, [before[client] for client in sorted(before)])
+    return [before[client] for client in sorted(before)]
 
 
 def save_summaries(output: Path, summaries: Sequence[dict[str, Any]]) -> None:

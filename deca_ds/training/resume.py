@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from deca_ds.checkpoint.done import inner_steps, is_done
-from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.open_steps import open_part
 from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import FOLDER, remove_newer, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL
 from deca_ds.config import Config
-from deca_ds.config.resume import check_folder, has_begun
+from deca_ds.config.resume import check_folder, has_begun, save_changes
 from deca_ds.errors import CheckpointError
 from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
@@ -31,6 +31,8 @@ from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.claim import check_free
 from deca_ds.training.length import count_rounds, one_block, too_short
 from deca_ds.training.start_log import read_starts
+
+MODEL = "model"  # in a run's folder: what it has trained
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _look_at_run(config: Config) -> dict[str, Any]:
     if rounds > before:
         if blocks == 1:
             raise one_block()
-        _check_state(output / "model")
+        _check_state(output / MODEL)
     return {"rounds": rounds, "blocks": blocks, "finished": True, "ends": rounds == before}
 
 
@@ -141,20 +143,24 @@ def _check_state(model: Path) -> None:
             )
 
 
-def choose(config: Config, launch: Launch, store: JobStore, own: Part, mixing: MixingSchedule) -> Resumption:
-    """Choose the newest checkpoint that every started rank finds whole, and that was saved with all clients but those
-    of cluster.absent. All ranks call this, before anything else. Changes nothing. own: what this rank saves.
+def choose(
+    config: Config, launch: Launch, store: JobStore, own: Part, mixing: MixingSchedule, *, finished: bool = False
+) -> Resumption:
+    """The newest checkpoint that every rank that is started finds whole, and that was saved with all clients but those
+    of cluster.absent; all ranks call this, before anything else. Nothing is changed. own: what this rank saves.
+    finished: the run is done, so that its trained model is one of them.
 
     If none can be used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is
     none that all can use, or if the mixing matrices are others than they were.
     """
     folder = Path(config.run.output) / FOLDER
-    seen = store.gather(launch, "resume/seen", steps_in(folder))
+    places = _places(Path(config.run.output), own, finished=finished)
+    seen = store.gather(launch, "resume/seen", sorted(places))
     refused: list[str] = []
     earlier: set[int | None] = set()  # the newest that was complete when these were written
     written = False  # whether any rank has a part of them, whole or not
     for step in sorted({step for steps in seen.values() for step in steps}, reverse=True):
-        saved, answer = _try(folder, step, own, config.cluster.absent)
+        saved, answer = _try(places.get(step, step_folder(folder, step)), step, own, config.cluster.absent)
         answers = store.gather(launch, f"resume/{step}", answer)
         attempts = {answer.get("attempt") for answer in answers.values()}
         if len(attempts) == 1 and None not in attempts:
@@ -177,19 +183,17 @@ def choose(config: Config, launch: Launch, store: JobStore, own: Part, mixing: M
     return Resumption(refused=refused)
 
 
-@contextmanager
-def model_kept(output: Path, own: Part) -> Iterator[None]:
+def keep_model(output: Path, own: Part) -> None:
     """Make the trained model of a finished run a checkpoint of its last step, where there is none: it is all that is
     left of the state then. A rank does so with the parts that it answers for, see `remove_part` of checkpoint/steps.py.
 
-    Raises CheckpointError if that cannot be. After an error, in the block too, nothing is left of it.
+    Raises CheckpointError if that cannot be; then nothing is left of it.
     """
     made: list[Path] = []
     try:
-        for part in sorted(own.folder(output / "model").parent.glob("rank_*")):
+        for part in sorted(own.folder(output / MODEL).parent.glob("rank_*")):
             if part.suffix != PARTIAL and int(part.name.removeprefix("rank_")) % own.ranks == own.rank:
                 _keep(part, output / FOLDER, made)
-        yield
     except BaseException:
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
@@ -220,24 +224,36 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _try(folder: Path, step: int, own: Part, absent: Collection[int]) -> tuple[ShardedModel | None, dict[str, Any]]:
-    """Return the checkpoint and its attempt, or None and why this rank cannot use it."""
+def _places(output: Path, own: Part, *, finished: bool) -> dict[int, Path]:
+    """Return the folder of each checkpoint that is here, by its step."""
+    places = {step: step_folder(output / FOLDER, step) for step in steps_in(output / FOLDER)}
+    for manifest in own.folder(output / MODEL).parent.glob(f"rank_*/{MANIFEST}") if finished else ():
+        with suppress(OSError, ValueError, LookupError, TypeError):  # it will be missed
+            places.setdefault(int(json.loads(manifest.read_text())["step"]), output / MODEL)
+    return places
+
+
+def _try(here: Path, step: int, own: Part, absent: Collection[int]) -> tuple[ShardedModel | None, dict[str, Any]]:
+    """Return the checkpoint in the folder `here` and its attempt, or None and why this rank cannot use it."""
     try:
-        saved = open_checkpoint(folder, step, own)
+        saved = open_part(here, step, own)
     except CheckpointError as error:
-        written = own.folder(step_folder(folder, step)).exists()
-        return None, {"reason": f"{error.what} ({error.where})", "written": written}
+        return None, {"reason": f"{error.what} ({error.where})", "written": own.folder(here).exists()}
     except (OSError, SafetensorError) as error:
-        return None, {"reason": f"{error} ({step_folder(folder, step)})"}
+        return None, {"reason": f"{error} ({here})"}
     state = next(iter(saved.states.values()))
     if missing := [client for client in state.get("missing", ()) if client not in absent]:
         return None, {"reason": f"it was saved without client {', '.join(map(str, missing))}"}
     return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 
-def leave_behind(resumption: Resumption, output: Path, launch: Launch, own: Part) -> None:
-    """Remove this rank's parts of newer checkpoints than the one that was chosen, as the run comes to their steps
-    again, and how the last attempt ended; the first rank names what it removes, and where the run continues."""
+def leave_behind(config: Config, resumption: Resumption, launch: Launch, own: Part) -> None:
+    """Note in the run's folder that nothing refuses to continue any more: the first rank writes what is new in the
+    configuration; each removes its parts of newer checkpoints than the one that was chosen, as the run comes to their
+    steps again, and how the last attempt ended. The first names what it removes, and where the run continues."""
+    output = Path(config.run.output)
+    if launch.rank == launch.first and has_begun(output) and (changed := save_changes(config)):
+        print_wrapped(f"continuing with {changed}")
     remove_newer(output / FOLDER, resumption.step, own)
     for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
         marker.unlink(missing_ok=True)

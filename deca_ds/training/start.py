@@ -3,7 +3,6 @@ before everything has been checked."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from deca_ds.checkpoint.part import Part
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
 from deca_ds.config.paths import check_model_path, check_writable
-from deca_ds.config.resume import check_folder, save_changes
+from deca_ds.config.resume import check_folder
 from deca_ds.data import validate_data_config
 from deca_ds.elastic import Invitation, Rejoin, check_absent
 from deca_ds.errors import CheckpointError
@@ -24,14 +23,13 @@ from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.compare_ranks import compare_software, software
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import check_on_failure, connect
-from deca_ds.printing import print_wrapped
 from deca_ds.training.build import build
 from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import Job, connect_clients
 from deca_ds.training.length import check_place
 from deca_ds.training.loop import Trainer
-from deca_ds.training.resume import choose, leave_behind, look_at_output, model_kept
+from deca_ds.training.resume import MODEL, choose, leave_behind, look_at_output
 from deca_ds.training.template_date import agree_on_date, with_date
 from deca_ds.training.trackers import check_logging
 from deca_ds.training.ways_to_start import NewRun, RejoinedRun, ResumedRun, Start
@@ -126,23 +124,20 @@ def begin_or_resume(
     guard.progress.enter("verifying the checkpoints", works=True)
     own_part = _part_of(ClientLayout.of(check_world(config, launch.world_size)), launch.rank)
     finished = begun is not None and begun["finished"]
-    with model_kept(output, own_part) if finished else nullcontext():
-        resumption = choose(config, launch, store, own_part, mixing)
-        if resumption.saved is not None and begun is not None and begun["blocks"] is not None:
+    resumption = choose(config, launch, store, own_part, mixing, finished=finished)
+    if resumption.saved is not None and begun is not None:
+        if begun["blocks"] is not None:
             check_place(build_schedule(config, begun["blocks"], begun["rounds"]), resumption.place)
-        if resumption.saved is None and finished:
-            raise CheckpointError(
-                "the run has finished, but its trained model is not there to continue from",
-                where=str(output / "model"),
-                fix="bring it back, or name a new folder in run.output",
-            )
-    if begun is not None and launch.rank == launch.first and (changed := save_changes(config)):
-        print_wrapped(f"continuing with {changed}")
-    leave_behind(resumption, output, launch, own_part)
+        return ResumedRun(resumption, begun["rounds"])
+    if finished:
+        raise CheckpointError(
+            "the run has finished, but its trained model is not there to continue from",
+            where=str(output / MODEL),
+            fix="bring it back, or name a new folder in run.output",
+        )
+    leave_behind(config, resumption, launch, own_part)
     if begun is not None:  # how the run had ended before is no longer told there
         guard.write_to(output)
-        if resumption.saved is not None:
-            return ResumedRun(resumption, begun["rounds"])
     return NewRun()
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from deca_ds.algorithm import Schedule
 from deca_ds.checkpoint.done import DONE
+from deca_ds.checkpoint.part import Part
 from deca_ds.config import Config, save_config
 from deca_ds.config.checks import SAVED_CONFIG
 from deca_ds.config.resume import check_new
@@ -32,7 +33,7 @@ from deca_ds.training.length import check_place, count_rounds, tell_length, tell
 from deca_ds.training.load import forget_base
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.restore import compare_with_saved, restore, rewind, save_summaries
-from deca_ds.training.resume import Resumption
+from deca_ds.training.resume import MODEL, Resumption, keep_model, leave_behind
 from deca_ds.training.start_log import record_start
 from deca_ds.training.tables import data_table, print_notes
 from deca_ds.transport import gather_json, probe_edges, save_edges
@@ -50,8 +51,8 @@ class Start(ABC):
 
     @abstractmethod
     def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
-        """Compare the data with the other clients', and begin to write to the run's folder. vocabulary: digest of the
-        tokenizer's. Raises UserErrors, before anything is written."""
+        """Compare the data with the other clients' and, where the run continues, with those before; a new run begins to
+        write to its folder. vocabulary: digest of the tokenizer's. Raises UserErrors, before anything is written."""
 
     @abstractmethod
     def schedule(self, job: Job, client: Client) -> Schedule:
@@ -64,7 +65,8 @@ class Start(ABC):
 
     @abstractmethod
     def restore(self, job: Job, state: TrainingState) -> None:
-        """Bring `state`, which is that of a new run, to where this rank's own files let it continue."""
+        """Bring `state`, which is that of a new run, to where this rank's own files let it continue, and note in the
+        run's folder that it does. A run that is refused before this, or here, is as if nobody had tried."""
 
     @abstractmethod
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
@@ -76,6 +78,7 @@ class _Together(Start):
 
     def __init__(self) -> None:
         self._summaries: list[dict[str, Any]] = []  # of the clients' data
+        self._edges: list[dict[str, Any]] = []  # see probe_edges
 
     def open_folder(self, job: Job, data: ClientData, vocabulary: str) -> None:
         """See Start. The edges of the graph are tested, too."""
@@ -83,14 +86,11 @@ class _Together(Start):
         self._summaries = summaries = gather_json(transport, data.summary)
         compare_data(summaries, gather_json(transport, data.label_names))
         neighbours = subset.without(job.mixing, cluster.members.missing).neighbours(cluster.client)
-        edges = probe_edges(transport, neighbours, cluster.launch, cluster.store)
+        self._edges = probe_edges(transport, neighbours, cluster.launch, cluster.store)
         self._take(job)
-        _write_to(job)
         if cluster.is_job_leader:
             self._describe(job, summaries)
         _tell_notes(job, data)
-        if cluster.is_job_leader and edges:
-            print_wrapped(save_edges(edges, job.output))
 
     def schedule(self, job: Job, client: Client) -> Schedule:
         """See Start. It is logged, too."""
@@ -101,7 +101,6 @@ class _Together(Start):
                 print_wrapped(line)
         self._check_schedule(job, schedule)
         if job.cluster.is_job_leader:
-            _record(job, client, self.resumed or 0, schedule.rounds)
             for warning in doubts_of_length(job.config, len(schedule)):
                 print_wrapped(f"WARNING: {warning}")
         return schedule
@@ -124,6 +123,14 @@ class _Together(Start):
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
         """Write the description of the run, or compare it with the one on disk. summaries: of all clients' data."""
 
+    def _log(self, job: Job, state: TrainingState) -> None:
+        """Write how fast the edges are, and that the run has been started."""
+        if not job.cluster.is_job_leader:
+            return
+        if self._edges:
+            print_wrapped(save_edges(self._edges, job.output))
+        _record(job, state.client, self.resumed or 0, state.schedule.rounds)
+
     def _count_rounds(self, config: Config, blocks: int) -> int:
         return count_rounds(config, blocks, [summary["train"] for summary in self._summaries])
 
@@ -143,9 +150,11 @@ class NewRun(_Together):
         """See Start."""
         rewind(job.output, job.cluster, 0)
         job.cluster.progress.enter("starting", works=True)
+        self._log(job, state)
 
     def _take(self, job: Job) -> None:
         take_for_job(job.output, job.cluster.launch, job.cluster.store, partial(check_new, job.config))
+        _write_to(job)
 
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
         forget_base(job.output)
@@ -171,20 +180,32 @@ class ResumedRun(_Together):
         """rounds: the run's length from here on."""
         super().__init__()
         self.resumption, self.resumed, self._rounds = resumption, resumption.step, rounds
+        self._to_save: list[dict[str, Any]] = []  # of the clients' data, on the first rank
 
     def restore(self, job: Job, state: TrainingState) -> None:
         """See Start. Removes the DONE of a run that had finished."""
-        if job.cluster.is_job_leader:
-            (job.output / DONE).unlink(missing_ok=True)
-        rewind(job.output, job.cluster, self.resumption.step)
-        job.cluster.progress.enter("reading the checkpoint", works=True)
-        restore(self.resumption, job.cluster, state)
+        output, cluster = job.output, job.cluster
+        cluster.progress.enter("reading the checkpoint", works=True)
+        restore(self.resumption, cluster, state)
+        own, saved = Part(cluster.client, cluster.shard, cluster.ranks), self.resumption.saved
+        if saved is not None and saved.folder == output / MODEL:
+            keep_model(output, own)
+        cluster.progress.enter("starting", works=True)
+        cluster.store.gather(cluster.launch, "resume/restored", None)  # on all ranks: nobody refuses the run any more
+        if cluster.is_job_leader:
+            (output / DONE).unlink(missing_ok=True)
+        leave_behind(job.config, self.resumption, cluster.launch, own)
+        _write_to(job)
+        rewind(output, cluster, self.resumption.step)
+        if cluster.is_job_leader:
+            save_summaries(output, self._to_save)
+        self._log(job, state)
 
     def _take(self, job: Job) -> None:
         """Nothing: see ResumedRun."""
 
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
-        compare_with_saved(job.output, summaries)
+        self._to_save = compare_with_saved(job.output, summaries)
 
     def _count_rounds(self, config: Config, blocks: int) -> int:
         return self._rounds

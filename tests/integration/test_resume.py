@@ -253,3 +253,46 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
     assert done.output.count("Starting it again") == 1 and done.output.count("continuing after inner step") == 2
     assert (run / "DONE").exists() and not (run / "STOPPED").exists()
     assert_equal(run, crashed_and_moved / "uninterrupted")
+
+
+def test_a_resume_that_data_or_model_refuse_changes_nothing(tiny_model, word_files, tmp_path):
+    """Both are known late. The run has stopped at values that were not finite, which its folder must still tell, or
+    has finished, and is to be longer, with another optimizer."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    files = [Path(shutil.copy(file, tmp_path)) for file in word_files[:2]]
+    shape = {"run.output": run, "cluster.clients": 2, "algorithm.rounds": 1, "algorithm.inner_steps": 2}
+    done = launch("hand", 2, word_job(model, files, **shape))
+    assert done.code == 0 and (run / "DONE").exists(), done.output[-4000:]
+
+    def content() -> dict[str, bytes]:
+        return {
+            str(path.relative_to(run)): path.read_bytes()
+            for path in run.rglob("*")
+            if path.is_file() and path.name != "LOCK"
+        }
+
+    def refused(message: str, finished: bool) -> None:
+        before = content()
+        longer = {**shape, "run.resume": "require", "algorithm.rounds": 2, "optimizer.lr": 1e-7}
+        if finished:
+            del longer["optimizer.lr"]
+        again = launch("hand", 2, word_job(model, files, **longer))
+        assert again.code != 0 and message in again.output, again.output[-4000:]
+        assert content() == before and "removed" not in again.output
+
+    rows = files[0].read_text().splitlines(keepends=True)
+    files[0].write_text("".join(rows[:-3]))
+    refused("client 0 has other data than before", finished=True)
+    files[0].write_text("".join(rows))
+    config = LlamaConfig.from_pretrained(model)
+    config.intermediate_size *= 2
+    LlamaForCausalLM(config).save_pretrained(model)
+    refused("has shape", finished=True)
+    # as if it had diverged after its last checkpoint
+    (last,) = {json.loads(path.read_text())["step"] for path in run.glob("model/*/*/manifest.json")}
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "model").rename(step_folder(run / "checkpoints", last))
+    (run / "DONE").unlink()
+    (run / "FAILED").write_text("rank 0\nclient 0 has diverged")
+    refused("has shape", finished=False)

@@ -54,7 +54,11 @@ def test_a_card_says_what_was_done_and_how_the_mean_scores(tmp_path):
     assert "signal `descent`" in said and "| graph | ring |" in said and "| inner steps | 16 of 16 |" in said
     assert "150 training examples with 2,700 tokens" in said
     assert "| loss (nats per target token) | 1.5 | 1 |" in said  # of the mean model, from job.jsonl
-    assert "apply_chat_template" in said and "apply_chat_template" not in text(Card(tmp_path / "run"), chat=False)
+    chats = Card(write_job(tmp_path / "chats", data__format="messages"))
+    assert "apply_chat_template" in text(chats)
+    without = text(chats, chat=False)
+    assert "apply_chat_template" not in without and "has no chat template" in without
+    assert "apply_chat_template" not in said and "in the format `classification`, did not go through" in said
 
 
 def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path):

@@ -57,6 +57,16 @@ def test_each_model_answers_the_prompt_in_its_own_template(tiny_model, chatty, c
     assert capsys.readouterr().out == f"{plain}\n", "a single one is not named"
 
 
+def test_what_was_not_trained_through_the_template_is_asked_without_it(chatty, monkeypatch, capsys):
+    command = ["chat", str(chatty), "--plain", "--max-new-tokens", "6"]
+    assert main([*command, "--prompt", "w1 w2"]) == 0
+    plain = continued(chatty, "w1 w2", 6)
+    assert capsys.readouterr().out == f"{plain}\n" and plain != continued(chatty, "u w1 w2 </s> Label : ", 6)
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\n"))
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == plain
+
+
 def test_sampling_is_seeded(chatty, capsys):
     said = []
     for seed in ("1", "1", "2"):

@@ -88,7 +88,11 @@ def test_without_the_data_all_else_is_told_before_they_are_refused(tiny_model, t
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
     Path("run.yaml").write_text(f"model: {{path: {tiny_model}}}\ncluster: {{clients: 2}}\n")
     command = ["plan", "run.yaml", "data.max_length=16", "--gpu", "H100"]
-    for train, why in (("owner/rows", "has no dataset of this name"), ("gone.jsonl", "no such"), ("bad.jsonl", "is a int")):
+    for train, why in (
+        ("owner/rows", "has no dataset of this name"),
+        ("gone.jsonl", "no such"),
+        ("bad.jsonl", "is a int"),
+    ):
         for length, is_known in (("algorithm.rounds=2", True), ("algorithm.epochs=2", False)):
             assert main([*command, f"data.train=[{train}]", length]) == 2
             out, err = capsys.readouterr()

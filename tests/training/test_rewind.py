@@ -68,7 +68,7 @@ def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1, abs
     def choice(rank: int):
         launch, own = Launch("python", rank, ranks, rank, None), Part(0, rank, ranks)
         found = choose(config, launch, JobStore(shared, None, timedelta(seconds=100)), own, mixing)
-        leave_behind(found, run, launch, own)
+        leave_behind(config, found, launch, own)
         return found
 
     with ThreadPoolExecutor(ranks) as threads:
@@ -187,7 +187,10 @@ def finish(run: Path) -> None:
 
 def test_a_run_that_goes_on_notes_what_is_new(tmp_path: Path, capsys) -> None:
     config = diverged(tmp_path / "run")
-    assert isinstance(resumed(config), ResumedRun)
+    before, way = content(tmp_path / "run"), resumed(config)
+    assert isinstance(way, ResumedRun) and content(tmp_path / "run") == before, "data and model may still refuse it"
+    assert not capsys.readouterr().err
+    leave_behind(config, way.resumption, Launch("python", 0, 1, 0, None), Part(0, 0, 1))
     assert load_config(tmp_path / "run/config.yaml").optimizer.lr == 1e-7 and not (tmp_path / "run/FAILED").exists()
     assert "continuing with optimizer.lr = 1e-07 instead of" in capsys.readouterr().err
 
@@ -200,7 +203,7 @@ def test_a_run_that_goes_on_notes_what_is_new(tmp_path: Path, capsys) -> None:
         ("other matrices", "mixing matrices are not those"),
         ("too short", "has done 5 inner steps, more than the 4"),
         ("finished, other matrices", "mixing matrices are not those"),
-        ("finished, damaged", "cannot continue from its trained model"),
+        ("finished, damaged", "no checkpoint that all ranks can use"),
         ("finished, without a model", "trained model is not there"),
     ],
 )
@@ -217,8 +220,7 @@ def test_a_refused_resume_changes_nothing(tmp_path: Path, capsys, fault: str, me
         finish(run)
         config.algorithm.rounds = 3
     if fault == "finished, damaged":
-        (run / "model/client_000/rank_001").mkdir()
-        (run / "model/client_000/rank_001/manifest.json").write_text('{"state": {"attempt": 1}}')
+        next((run / "model").rglob("*.safetensors")).write_bytes(b"torn")
     if fault == "finished, without a model":
         shutil.rmtree(run / "model")
         config.run.resume = "auto"
@@ -255,20 +257,23 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 def test_data_of_a_client_that_was_not_there_before_are_noted(tmp_path: Path) -> None:
     summaries = [{"client": client, "train": 5 + client} for client in range(3)]
     (tmp_path / "data.json").write_text(json.dumps([summaries[0], summaries[2]]))
-    compare_with_saved(tmp_path, summaries[:2])
-    assert json.loads((tmp_path / "data.json").read_text()) == summaries
+    assert compare_with_saved(tmp_path, summaries[:2]) == summaries
+    (tmp_path / "data.json").write_text(json.dumps(summaries))
     with pytest.raises(CheckpointError, match="client 1 has other data than before"):
         compare_with_saved(tmp_path, [{"client": 1, "train": 7}])
 
 
 def test_what_cannot_continue_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = Config()
-    config.model.path, config.data.train = "a/model", ["a/data_set"]
-    config.run.output, config.run.resume = str(tmp_path), "require"
+    for name in ("model", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    config.model.path, config.data.train = str(tmp_path / "model"), [str(tmp_path / "rows.jsonl")]
+    config.run.output, config.run.resume = str(tmp_path / "run"), "require"
     guard = SimpleNamespace(progress=Progress())
     with pytest.raises(CheckpointError, match="no run to continue"):
         start(config, Launch("python", 0, 1, 0, None), JobStore(HashStore(), None, timedelta(seconds=100)), guard)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_new_run_keeps_nothing_of_a_start_that_failed_while_it_loaded(tmp_path: Path) -> None:

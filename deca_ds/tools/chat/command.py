@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=200, metavar="N", help="the longest answer, in tokens (default 200)"
     )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="have them continue what you write, without their chat templates: after training on text or instructions",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that came with the model; only if you trust it"
@@ -58,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_model(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        speakers = [Speaker(name, device, trust_remote_code=arguments.trust_remote_code) for name in arguments.models]
+        how = {"plain": arguments.plain, "trust_remote_code": arguments.trust_remote_code}
+        speakers = [Speaker(name, device, **how) for name in arguments.models]
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the GPU has no room for the models: {str(error).splitlines()[0]}",
@@ -69,16 +75,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt is not None:
         _ask(speakers, arguments.prompt, sampling, arguments.seed, console)
         return 0
-    talk(speakers, sampling, arguments.seed, console)
+    talk(speakers, sampling, arguments.seed, console, plain=arguments.plain)
     return 0
 
 
-def talk(speakers: Sequence[Speaker], sampling: Sampling, seed: int, console: Console) -> None:
-    """Ask all of them line by line. A turn that is interrupted, or that one of them cannot answer, is forgotten."""
+def talk(speakers: Sequence[Speaker], sampling: Sampling, seed: int, console: Console, *, plain: bool = False) -> None:
+    """Ask all of them line by line. A turn that is interrupted, or that one of them cannot answer, is forgotten. plain:
+    they do without chat templates because the user wants it."""
     if sys.stdin.isatty():
         print_line(console, f"{_RESET} forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends", "dim")
     for speaker in speakers:
-        if not speaker.has_template:
+        if not speaker.has_template and not plain:
             print_line(console, f"{speaker.name} has no chat template: it continues what you write", "dim")
     for turn, line in enumerate(_lines()):
         if line.strip() == _RESET:

@@ -36,10 +36,11 @@ class Sampling:
 class Speaker:
     """A causal language model, its tokenizer, and the conversation so far, in the model's own words.
 
-    Without a chat template the model continues the text of all that was said. Raises ModelError for what is no model.
+    Without a chat template the model continues the text of all that was said. plain: it does in any case. Raises
+    ModelError for what is no model.
     """
 
-    def __init__(self, name: str, device: torch.device, *, trust_remote_code: bool = False):
+    def __init__(self, name: str, device: torch.device, *, plain: bool = False, trust_remote_code: bool = False):
         check_model(name)
         logging.disable_progress_bar()
         with explained(name, "MODEL", BAD_FILE):
@@ -58,7 +59,7 @@ class Speaker:
             )
         self._model: PreTrainedModel = model.to(device).eval()
         self._turns: list[tuple[str, str]] = []
-        self.name, self.has_template = name, bool(self._tokenizer.chat_template)
+        self.name, self.has_template = name, bool(self._tokenizer.chat_template) and not plain
 
     def answer(self, prompt: str, sampling: Sampling, say: Callable[[str], None]) -> str:
         """What the model says to `prompt` after the turns that were kept. say: called with each piece of it, as soon as
