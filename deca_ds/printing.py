@@ -12,13 +12,14 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-_HANG = re.compile(r"\s+(?:\w+:\s+)?")  # "  fix:   ", below which the rest of the line begins
+# "  fix:   ", or "  deca report RUN    " before what that does: the rest of the line goes on below its first word
+_HANG = re.compile(r"\s+(?:\w+:\s+|\S(?:\S| (?! ))*\s{2,})?")
 
 
 def print_wrapped(text: str, file: IO[str] | None = None) -> None:
     """Print at once. file: stderr if None."""
     file = sys.stderr if file is None else file
-    print(wrapped(text, file), file=file, flush=True)
+    print(wrapped(text, file) + "\n", end="", file=file, flush=True)  # in one piece: other ranks write there, too
 
 
 def print_line(console: Console, text: str, style: str = "", head: tuple[str, str] = ("WARNING:", "bold")) -> None:
@@ -43,7 +44,7 @@ def _broken(line: str, width: int) -> str:
     if len(line) <= width:
         return line
     hang = _HANG.match(line)
-    indent = " " * min(hang.end() if hang else 0, width // 2)
+    indent = " " * min(hang.end() if hang else 0, 2 * width // 3)
     return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 

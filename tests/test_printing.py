@@ -58,6 +58,12 @@ def test_lines_break_between_words_and_hang_below_what_they_say(terminal):
     ]
 
 
+def test_what_a_command_does_stays_beside_it(terminal):
+    stream, _ = terminal(50)
+    told = wrapped("  deca export runs/x MODEL    a folder for from_pretrained", stream)
+    assert told.splitlines() == ["  deca export runs/x MODEL    a folder for", " " * 30 + "from_pretrained"]
+
+
 def test_a_path_stays_whole(terminal):
     stream, _ = terminal(20)
     path = "/data/a-long/folder-with-hyphens/file.jsonl"

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         by_kind[entry.kind].append(entry)
     print_wrapped(f"{folder}: {decimal(sum(entry.bytes for entry in entries))}", sys.stdout)
     for kind, of_kind in sorted(by_kind.items()):
-        ages = [(now - entry.used) / _DAY_S for entry in (of_kind[-1], of_kind[0])]
+        ages = [max(0.0, now - entry.used) / _DAY_S for entry in (of_kind[-1], of_kind[0])]
         number = f"{len(of_kind)} entr{'ies' if len(of_kind) > 1 else 'y'}"
         size = decimal(sum(entry.bytes for entry in of_kind))
         print_wrapped(f"  {kind}: {number}, {size}, last used {ages[0]:.1f} to {ages[1]:.1f} days ago", sys.stdout)
