@@ -23,7 +23,7 @@ from deca_ds.engine.check_model import check_model
 from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
 from deca_ds.errors import ConfigError
-from deca_ds.gossip import MixingSchedule, agreement, build_mixing, large_momentum, slow_mixing, subset
+from deca_ds.gossip import MixingSchedule, agreement, build_mixing, subset
 from deca_ds.gossip.late import check_wait
 from deca_ds.launch import ClientLayout
 from deca_ds.launch.devices import computes_on_gpu
@@ -36,7 +36,7 @@ from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_run import Planned, fault_of_data, print_run
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import check_method
-from deca_ds.training.doubts import doubts
+from deca_ds.training.doubts import doubts, doubts_of_gossip
 from deca_ds.training.pace import evaluations_left
 from deca_ds.training.resume import check_start
 from deca_ds.training.tables import block_table, warn_of_blocks, warn_of_experts
@@ -98,7 +98,7 @@ class _Costs:
 
 
 def _numbers(estimate: Estimate, run: Planned, costs: _Costs) -> dict[str, Any]:
-    """For programs; None for what is not known."""
+    """Return the plan for programs; None for what is not known."""
     time = costs.time
     return {
         "memory": memory_json(estimate),
@@ -167,7 +167,7 @@ def _print_model(
 
 
 def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, architecture: PretrainedConfig) -> None:
-    """The graph, who is absent, and whether it mixes fast enough."""
+    """Print the graph, which clients are absent, and whether the graph mixes fast enough."""
     print_line(console, f"gossip: {mixing.summary()}; {agreement(mixing)}")
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
@@ -180,7 +180,7 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
 
 
 def _print_costs(console: Console, config: Config, estimate: Estimate, run: Planned, machines: _Machines) -> _Costs:
-    """Memory of a rank, time on the GPU that is asked for, and disk."""
+    """Print the memory of a rank, the time on the GPU that is asked for, and the disk."""
     print_memory(console, estimate)
     time = None
     if machines.card is not None:

@@ -58,7 +58,7 @@ def print_run(
     *,
     timed: bool,
 ) -> Planned:
-    """Data, length and traffic. fault: see Planned. timed: whether the time is asked for."""
+    """Print data, length and traffic, and return them. fault: see Planned. timed: whether the time is asked for."""
     summaries: list[dict[str, Any]] = []
     sequences: dict[str, int] | None = None
     if fault is None:
@@ -89,8 +89,8 @@ def _unknown(config: Config, timed: bool) -> str:
 def _print_data(
     console: Console, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
-    """Of all clients, and returns their summaries, and how many sequences the longest `own` and the `common` evaluation
-    set have; none where each client's files are for its own ranks to open."""
+    """Print the data of all clients. Returns their summaries, and how many sequences the longest `own` and the `common`
+    evaluation set have; none if each client's files are for its own ranks to open."""
     if config.data.per_client:
         check_tokenizer(config, tokenizer)
         print_line(console, "data: one path per client; each client's ranks open their own only")
@@ -110,7 +110,7 @@ def _print_data(
 def _print_length(
     console: Console, config: Config, blocks: int, summaries: Sequence[Mapping[str, Any]]
 ) -> tuple[Schedule, Length | None]:
-    """How long the run is; see Planned. summaries: of all clients' data; none where nobody has opened the files."""
+    """Print how long the run is; see Planned. summaries: of all clients' data; none if the files were not opened."""
     algorithm, batch = config.algorithm, config.data.batch_size
     inner, known = several(algorithm.inner_steps, "inner step"), bool(summaries) or algorithm.rounds is not None
     if known:
@@ -132,7 +132,7 @@ def _print_length(
 
 
 def _traffic(config: Config, estimate: Estimate, run: Planned) -> str:
-    """What averagings send."""
+    """Say how much averagings send."""
     tensors, codec, sent = len(estimate.rule.travels), CODECS[config.gossip.wire], run.sent
     each = f" of {tensors} tensors" if tensors > 1 else ""
     told = (

@@ -71,7 +71,7 @@ def load_data(job: Job, architecture: PretrainedConfig, tokenizer: PreTrainedTok
 
 
 def load_client(job: Job, architecture: PretrainedConfig) -> Client:
-    """The model on this client's shards."""
+    """Load the model onto this client's shards."""
     config, cluster = job.config, job.cluster
     cluster.progress.enter("loading the model", works=True, awaits=SHARED)
     model = load_model(config, architecture)

@@ -146,8 +146,8 @@ def _check_state(model: Path) -> None:
 def choose(
     config: Config, launch: Launch, store: JobStore, own: Part, mixing: MixingSchedule, *, finished: bool = False
 ) -> Resumption:
-    """The newest checkpoint that every rank that is started finds whole, and that was saved with all clients but those
-    of cluster.absent; all ranks call this, before anything else. Nothing is changed. own: what this rank saves.
+    """Choose the newest checkpoint that every started rank finds whole, and that was saved with all clients but those
+    of cluster.absent. All ranks call this, before anything else. Changes nothing. own: what this rank saves.
     finished: the run is done, so that its trained model is one of them.
 
     If none can be used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is

@@ -17,8 +17,8 @@ from deca_ds.printing import print_line, print_wrapped
 
 
 def data_table(summaries: Sequence[dict[str, Any]], column: str | None = None) -> Group:
-    """What each client trains on, and with labels how many examples of each. summaries: `ClientData.summary` of every
-    client. column: data.partition_column, whose values are counted instead of the labels."""
+    """Make the table of what each client trains on, and with labels how many examples of each. summaries:
+    `ClientData.summary` of every client. column: data.partition_column, whose values are counted instead of labels."""
     table = Table(title="data of each client")
     for name in ("client", "train", "dropped", "cut", "own eval", "common eval", "target tokens"):
         table.add_column(name, justify="right")
