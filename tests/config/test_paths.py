@@ -84,6 +84,7 @@ def test_a_missing_model_folder_is_told_as_one(home, monkeypatch, path):
     with pytest.raises(ModelError, match="is a file"):
         check_model_path(ModelConfig(path="x"))
     (home / "owner/name").mkdir(parents=True)
+    monkeypatch.setattr(rules, "why_not_on_hub", lambda *_: None)
     for known in ("owner/name", "Qwen/Qwen2.5-0.5B", "gpt2", str(home)):
         check_model_path(ModelConfig(path=known))
 
@@ -116,11 +117,11 @@ def test_what_could_be_a_name_of_the_hub_may_be_a_misspelt_folder(home, monkeypa
     (home / "models/llama").mkdir(parents=True)
     with pytest.raises(ModelError) as caught:
         load_architecture(ModelConfig(path="modles/llama"))
-    assert f"no folder in {home} and so a name of the hub" in caught.value.what
+    assert f"no folder 'modles/llama' in {home}, and the hub's cache" in caught.value.what
     with pytest.raises(DataError, match=r"no file or folder 'modles/llama' in .*hub") as unread:
         load_hub(HubName("modles/llama"), None, "train")
     for error in (caught.value, unread.value):
-        assert "did you mean 'models/llama'?; or, for" in error.fix
+        assert "did you mean 'models/llama'?; " in error.fix and "for the hub, unset" in error.fix
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_with_the_reason(home, monkeypatch):

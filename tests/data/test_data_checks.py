@@ -3,7 +3,7 @@
 import pytest
 from data_samples import make_config, write_jsonl
 
-from deca_ds.data import validate_data_config
+from deca_ds.data import sources, validate_data_config
 from deca_ds.errors import ConfigError, DataError
 
 CLASSIFICATION = {"format": "classification", "label_names": {0: "bad", 1: "good"}}
@@ -47,7 +47,8 @@ def test_an_evaluation_of_no_examples_is_refused(file):
         validate_data_config(make_config(train=[file], max_evaluation=0))
 
 
-def test_a_correct_section_passes(file):
+def test_a_correct_section_passes(file, monkeypatch):
+    monkeypatch.setattr(sources, "why_not_on_hub", lambda *_: None)
     validate_data_config(make_config(train=[file], evaluation=[file]))
     validate_data_config(make_config(train=["owner/name"], subset="small"))
     validate_data_config(make_config(train=[file], packing=True, partition="dirichlet", **CLASSIFICATION))

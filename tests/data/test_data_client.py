@@ -334,6 +334,7 @@ def test_hub_data_sets_are_loaded_by_name_subset_and_split(tokenizer, monkeypatc
         assert (name, subset) == ("owner/name", "small")
         return datasets.Dataset.from_list(LABELED if split == "train" else LABELED[:3])
 
+    monkeypatch.setattr(sources, "why_not_on_hub", lambda *_: None)
     monkeypatch.setattr(sources, "load_dataset", load)
     config = make_config(train=["owner/name"], evaluation=["owner/name:test"], subset="small", client_holdout=0.0)
     loaded = load_client_data(config, tokenizer, 0)

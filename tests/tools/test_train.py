@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import HashStore
 
-from deca_ds.config import load_config
+from deca_ds.config import Config, load_config
 from deca_ds.engine.load import explained
 from deca_ds.errors import DataError, EndedError, LaunchError, exit_code, public_message, whole_message
 from deca_ds.launch import Launch
@@ -70,7 +70,7 @@ def test_a_signal_before_training_is_told_as_a_failure_once_wherever_it_comes():
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         guard = SimpleNamespace(early_end=EarlyEnd(threading.Lock(), None, None))
-        train.on_stop(partial(train._end_before_training, guard))
+        train.on_stop(partial(train._end_before_training, Config(), guard))
         with pytest.raises(EndedError, match="SIGUSR1 came before training began") as caught, explained("x", "y"):
             signal.raise_signal(signal.SIGUSR1)
         assert exit_code(caught.value) == 1
