@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from deca_ds.printing import print_wrapped
 from deca_ds.transport import Transport
 
 
@@ -44,4 +44,4 @@ class SkipLog:
     def _tell(self, what: str) -> None:
         if self.reports:
             step = self._transport.progress.step
-            print(f"client {self._transport.client}, inner step {step}: {what}", file=sys.stderr, flush=True)
+            print_wrapped(f"client {self._transport.client}, inner step {step}: {what}")

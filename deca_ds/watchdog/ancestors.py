@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from deca_ds.launch import Launch
+from deca_ds.printing import print_wrapped
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 _SHELLS = ("sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh")
@@ -48,7 +48,7 @@ class Ancestors:
             return "the launcher is gone, so this rank stops"
         if self.runner_is_gone():
             if not launch.local_rank:
-                print(f"\n{_RUNNER_GONE}", file=sys.stderr, flush=True)
+                print_wrapped(f"\n{_RUNNER_GONE}")
             stop.ask()
         return None
 

@@ -28,6 +28,7 @@ from deca_ds.errors import (
 )
 from deca_ds.launch import Launch
 from deca_ds.launch.store_site import StoreSite
+from deca_ds.printing import print_wrapped
 from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, tell_exit_code
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
@@ -94,7 +95,7 @@ class Ending:
         this rank is done."""
         client = self._heartbeats.own().client
         who = "this client" if client is None else f"client {client}"
-        print(f"\nWARNING: {who} {why}; it tries to rejoin for {return_s:.0f} s", file=sys.stderr)
+        print_wrapped(f"\nWARNING: {who} {why}; it tries to rejoin for {return_s:.0f} s")
         for callback in self.at_exit if through else ():
             callback()
         come_back(return_s)

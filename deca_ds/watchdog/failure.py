@@ -7,13 +7,13 @@ import contextlib
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deca_ds.errors import KILLED, LOOK_AT_THE_KILLED, ConnectionLostError
+from deca_ds.printing import print_wrapped
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -78,7 +78,7 @@ class Failure:
         """Print the failure. of_client: the client that ends, while the others continue. alone: whether there is one
         rank only."""
         ends = "" if of_client is None else f"client {of_client} ends, "
-        print(f"\nERROR: {'' if alone else f'{ends}{self.where}: '}{self.message}", file=sys.stderr, flush=True)
+        print_wrapped(f"\nERROR: {'' if alone else f'{ends}{self.where}: '}{self.message}")
 
     def mark(self, output: Path | None, name: str) -> None:
         """Write the failure to a new file in the run's folder, if that exists. name: FAILED, which is not written once
