@@ -5,6 +5,8 @@ theta_half is the local candidate, theta' = sum_j w_ij theta_half_j; each class 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deca_ds.algorithm.adam import AdamRule
+from deca_ds.algorithm.agreement import left_with_momentum
 from deca_ds.algorithm.rule import State
 
 
@@ -176,12 +179,28 @@ class GasLoC(AdamRule):
     with mu the outer momentum; y_previous starts at theta. The paper's outer learning rate is 1 here, and its gossip
     step times the graph's Laplacian is I - W. The clients' mean then makes DiLoCo's outer step with outer_lr 1 on
     every graph. What keeps the clients apart follows the heavy ball method: an averaging leaves sqrt(mu) of it from
-    mu = (1 - sqrt(spectral gap))^2 on, which suits the graph best; see gossip.theory. A step without a neighbour is an
+    mu = (1 - sqrt(spectral gap))^2 on, which suits the graph best; see agreement. A step without a neighbour is an
     inner step. State: m, v, previous. Adam's moments live on.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "previous")
     outer_momentum: float = 0.9
+
+    def doubts(self, matrices: Sequence[Tensor]) -> list[str]:
+        """See Rule: a momentum with which clients agree later than without it. Nothing is said of directed or
+        time-varying matrices."""
+        matrix, momentum = matrices[0], self.outer_momentum
+        if len(matrices) > 1 or matrix.diagonal().min() == 1 or not torch.allclose(matrix, matrix.T):
+            return []
+        plain = left_with_momentum(matrix, 0.0)
+        left = left_with_momentum(matrix, momentum)
+        if plain > 1 - 1e-9 or left < plain + 0.005:  # nothing brings them together, or the numbers would look the same
+            return []
+        return [
+            f"algorithm.outer_momentum={momentum:g} is large for this graph: an averaging leaves up to {left:.2g} of "
+            f"what keeps the clients apart, and {plain:.2g} without momentum. (1 - sqrt(spectral gap))^2 = "
+            f"{(1 - math.sqrt(1 - plain)) ** 2:.2g} brings them together fastest"
+        ]
 
     @torch.no_grad()
     def open(self, state: State) -> None:

@@ -23,12 +23,14 @@ any c in [0, 1], and with c = 0.9 on all graphs of the package (tested).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from deca_ds.algorithm.agreement import left_with_correction
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.algorithm.rule import State
 
@@ -39,6 +41,17 @@ class DecaExactDiffusion(DecaRule):
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "change")
     correction: float = 0.9
+
+    def doubts(self, matrices: Sequence[Tensor]) -> list[str]:
+        """See Rule: a correction with which averagings drive clients apart, where they do not without it."""
+        left = left_with_correction(matrices, self.correction)
+        if left < 1 or left_with_correction(matrices, 0.0) > 1 - 1e-9:
+            return []
+        return [
+            f"algorithm.correction={self.correction:g} is too large for this graph: an averaging leaves {left:.3g} "
+            "times what keeps the clients apart, so that they move apart. A smaller algorithm.correction or another "
+            "gossip.graph helps"
+        ]
 
     @torch.no_grad()
     def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:

@@ -19,7 +19,7 @@ the state saves everything.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +50,11 @@ class Rule(ABC):
     def needs_norm(self) -> bool:
         """Whether `finish` needs the norm, which takes a reduction over the client's ranks."""
         return False
+
+    def doubts(self, matrices: Sequence[Tensor]) -> list[str]:
+        """Warn, in whole sentences, of a graph that does not suit the rule's coefficients; empty where nothing is known
+        against it. matrices: W of each averaging of a period, [n, n], float64."""
+        return []
 
     def open(self, state: State) -> None:  # noqa: B027 (most rules start from zeros)
         """Initialise the buffers of a block that becomes active; they are zero when this is called."""

@@ -4,6 +4,6 @@ What averages is imported from its module: it needs torch, and what only asks wh
 """
 
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
-from deca_ds.gossip.theory import agreement, large_correction, large_momentum, slow_mixing
+from deca_ds.gossip.theory import agreement, slow_mixing
 
-__all__ = ["MixingSchedule", "agreement", "build_mixing", "large_correction", "large_momentum", "slow_mixing"]
+__all__ = ["MixingSchedule", "agreement", "build_mixing", "slow_mixing"]

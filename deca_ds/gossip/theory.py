@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from deca_ds.gossip.schedule import MixingSchedule
 
 # Of the standard deviation of freshly drawn weights: a disagreement as large as this is no small perturbation.
@@ -91,63 +89,3 @@ def slow_mixing(
             "A graph with a larger spectral gap, a smaller optimizer.lr or a smaller gossip.every helps"
         )
     return found
-
-
-def left_with_momentum(matrix: np.ndarray, momentum: float) -> float:
-    """Return what an averaging with momentum leaves of the clients' distance to their mean, in the long run at worst.
-
-    matrix: a symmetric W. Without local steps x_(t+1) = W x_t + mu (x_t - x_(t-1)), the heavy ball method, makes of an
-    eigenvalue w the larger root of z^2 - (w + mu) z + mu: sqrt(mu) from mu = (1 - sqrt(1 - w))^2 on.
-    """
-    n = len(matrix)
-    trace = np.linalg.eigvalsh(matrix - np.full((n, n), 1.0 / n)) + momentum
-    root = np.sqrt(np.maximum(trace**2 - 4 * momentum, 0.0))
-    return float(np.maximum((np.abs(trace) + root) / 2, np.sqrt(momentum)).max())
-
-
-def large_momentum(mixing: MixingSchedule, momentum: float) -> list[str]:
-    """Warn, in a whole sentence, if clients that average with momentum agree later than without it; else empty.
-
-    Nothing is said of directed or time-varying matrices, nor of clients that do not gossip.
-    """
-    matrix, gap = mixing.matrix(0), mixing.spectral_gap
-    if mixing.period > 1 or mixing.messages == 0 or gap <= 0 or not np.allclose(matrix, matrix.T):
-        return []
-    left = left_with_momentum(matrix, momentum)
-    if left < 1 - gap + 0.005:  # the numbers below would look the same
-        return []
-    return [
-        f"algorithm.outer_momentum={momentum:g} is large for this graph: an averaging leaves up to {left:.2g} of what "
-        f"keeps the clients apart, and {1 - gap:.2g} without momentum. (1 - sqrt(spectral gap))^2 = "
-        f"{(1 - math.sqrt(gap)) ** 2:.2g} brings them together fastest"
-    ]
-
-
-def left_with_correction(mixing: MixingSchedule, correction: float) -> float:
-    """Return what an averaging of exact diffusion leaves of the clients' distance to their mean, in the long run.
-
-    Without local steps d_t = x_t - x_(t-1), and x_(t+1) = (I + W) / 2 (x_t + c d_t). From a drawn start, the geometric
-    mean over the second half of some two hundred averagings, in whole periods; 0.0 where the clients agree.
-    """
-    x, change = np.random.default_rng(0).standard_normal((mixing.size, 1)), np.zeros((mixing.size, 1))
-    half, factors = mixing.period * math.ceil(100 / mixing.period), []
-    for t in range(2 * half):
-        sent = x - x.mean() + correction * change
-        moved = (sent + mixing.matrix(t) @ sent) / 2
-        x, change = moved, moved - (x - x.mean())
-        distance = math.hypot(np.linalg.norm(x - x.mean()), np.linalg.norm(change))
-        if distance < 1e-12:
-            return 0.0
-        x, change = x / distance, change / distance
-        factors.append(distance)
-    return math.exp(np.log(factors[half:]).mean())
-
-
-def large_correction(mixing: MixingSchedule, correction: float) -> list[str]:
-    """Warn, in a whole sentence, if averagings with this correction drive clients apart; else empty."""
-    if mixing.messages == 0 or mixing.spectral_gap <= 0 or (left := left_with_correction(mixing, correction)) < 1:
-        return []
-    return [
-        f"algorithm.correction={correction:g} is too large for this graph: an averaging leaves {left:.3g} times what "
-        "keeps the clients apart, so that they move apart. A smaller algorithm.correction or another gossip.graph helps"
-    ]

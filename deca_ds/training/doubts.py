@@ -10,6 +10,8 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from deca_ds.algorithm import METHODS
 from deca_ds.config import Config
 from deca_ds.config.resume import flat
@@ -17,7 +19,8 @@ from deca_ds.config.schema import AlgorithmConfig, LoraConfig
 from deca_ds.data.files import TABLES, kind_of
 from deca_ds.data.formats import FORMATS
 from deca_ds.data.sources import HubName, Source, find_sources
-from deca_ds.gossip import MixingSchedule, large_correction, large_momentum, slow_mixing
+from deca_ds.gossip import MixingSchedule, slow_mixing
+from deca_ds.training.chosen_method import rule_of
 
 _ESCAPE = re.compile(r"\\[nrt]")
 
@@ -108,11 +111,7 @@ def doubts_of_gossip(config: Config, mixing: MixingSchedule, weight_scale: float
         lr=config.optimizer.lr,
         weight_scale=weight_scale,
     )
-    if algorithm.method == "gasloc":
-        found += large_momentum(mixing, algorithm.outer_momentum)
-    if algorithm.method == "deca-ed":
-        found += large_correction(mixing, algorithm.correction)
-    return found
+    return found + rule_of(config).doubts([torch.tensor(matrix) for matrix in mixing.matrices])
 
 
 def doubts_of_length(config: Config, steps: int) -> list[str]:

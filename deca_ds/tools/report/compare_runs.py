@@ -57,9 +57,7 @@ def clients_scores(run: Run) -> Scores | None:
 
 def is_alone(run: Run) -> bool:
     """Whether every client trained by itself."""
-    return run.clients > 1 and (
-        run.config.get("gossip.graph") == "isolated" or run.config.get("algorithm.method") in ("badam", "adamw")
-    )
+    return run.clients > 1 and run.config.get("gossip.graph") == "isolated"
 
 
 def gaps(runs: Sequence[Run]) -> list[Gap | None]:
