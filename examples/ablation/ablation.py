@@ -20,6 +20,8 @@ import json
 import math
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -214,6 +216,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     rows = list(variants(studies, arguments.study))
     started = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the pool, which ends its processes
     with multiprocessing.get_context("spawn").Pool(
         arguments.workers, _start, (folders, results, studies["tune"])
     ) as pool:
