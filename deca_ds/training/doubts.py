@@ -19,6 +19,7 @@ from deca_ds.config.schema import AlgorithmConfig, LoraConfig
 from deca_ds.data.files import TABLES, kind_of
 from deca_ds.data.formats import FORMATS
 from deca_ds.data.sources import HubName, Source, find_sources
+from deca_ds.errors import DataError
 from deca_ds.gossip import MixingSchedule, slow_mixing
 from deca_ds.training.chosen_method import rule_of
 
@@ -41,19 +42,25 @@ def _format(config: Config) -> str:
     return f"data.format={config.data.format} does not read it"
 
 
-def _sources(config: Config) -> list[Source]:
-    """Return the data sources that every machine may read: those of all clients together."""
+def _sources(config: Config) -> list[Source] | None:
+    """Return the data sources that every machine may read: those of all clients together; None if some are missing,
+    which is the run's to refuse."""
     data = config.data
-    return find_sources(data.train, "data.train") + find_sources(data.evaluation, "data.evaluation")
+    try:
+        return find_sources(data.train, "data.train") + find_sources(data.evaluation, "data.evaluation")
+    except DataError:
+        return None
 
 
 def _from_hub(config: Config) -> bool:
-    return any(isinstance(source, HubName) for source in _sources(config))
+    sources = _sources(config)
+    return sources is None or any(isinstance(source, HubName) for source in sources)
 
 
 def _from_tables(config: Config) -> bool:
-    kinds = {kind_of(source) for source in _sources(config) if isinstance(source, Path)}
-    return bool(config.data.per_client) or not kinds.isdisjoint(TABLES)
+    sources = _sources(config)
+    kinds = {kind_of(source) for source in sources or () if isinstance(source, Path)}
+    return sources is None or bool(config.data.per_client) or not kinds.isdisjoint(TABLES)
 
 
 Reading = tuple[Callable[[Config], bool], str | Callable[[Config], str]]

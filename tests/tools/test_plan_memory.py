@@ -103,6 +103,9 @@ def test_without_the_data_all_else_is_told_before_they_are_refused(tiny_model, t
             assert line.startswith(f"{told}the time of an evaluation: ") and why in line
             assert "memory of a rank" in out and "traffic: " in out and "disk: " in out and "launch: " in out
             assert ("steps: 2 rounds" in out) == is_known and "data of each client" not in out
+    for key in ("data.split=test", "data.column_names=[text]"):  # whether anything reads them depends on the data
+        assert main([*command, "data.train=[gone.jsonl]", key]) == 2
+        assert "memory of a rank" in capsys.readouterr().out
     assert main([*command, "data.train=[gone.jsonl]", "algorithm.epochs=2", "--json"]) == 2
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["length"] is None and numbers["memory"] and numbers["seconds_of_a_step"]["step"] > 0
