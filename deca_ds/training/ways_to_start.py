@@ -160,8 +160,8 @@ class NewRun(_Together):
         forget_base(job.output)
         save_config(job.config, job.output / SAVED_CONFIG)
         save_summaries(job.output, summaries)
-        told = f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}"
-        Console(stderr=True).print(data_table(summaries, job.config.data.partition_column), told)
+        Console(stderr=True).print(data_table(summaries, job.config.data.partition_column))
+        print_wrapped(f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}")
 
     def _check_schedule(self, job: Job, schedule: Schedule) -> None:
         """Any will do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_every_launcher_runs_the_same_job(config, tmp_path, launcher, ranks, exp
         assert {"accuracy", "macro_f1", "loss"} <= evaluations[0]["common"].keys() & evaluations[0]["own"].keys()
         assert len(evaluations[0]["peak_memory_bytes_by_rank"]) == ranks // clients
     if clients > 1:
+        assert re.search(r"^gossip: .* have the same block", finished.output, re.M), "a line of a log stays whole"
         job = records(run, "job", "evaluation")
         assert [record["consensus_distance"] >= 0 for record in job] == [True] * 3
         # after the last averaging over the complete graph of two, both clients are the mean model
