@@ -26,21 +26,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(given[1:], "deca train")
     if not given or given[0] not in _COMMANDS:
         return _without_command(given)
-    about, module = _COMMANDS[given[0]]
-    command = import_module(f"deca_ds.{module}")
-    parser = argparse.ArgumentParser(prog=f"deca {given[0]}", description=f"{about[0].upper()}{about[1:]}.")
-    command.add_arguments(parser)
-    # options and arguments in any order, unless the rest of the line is another program's command
-    is_wrapper = any(action.nargs == argparse.REMAINDER for action in parser._actions)
-    arguments = parser.parse_args(given[1:]) if is_wrapper else parser.parse_intermixed_args(given[1:])
+    arguments = parse(given)
     try:
-        return int(command.run(arguments))
+        return int(import_module(f"deca_ds.{_COMMANDS[given[0]][1]}").run(arguments))
     except UserError as error:
         print_wrapped(f"ERROR: {error}")
         return 2
     except KeyboardInterrupt:
         print_wrapped("\nERROR: interrupted")
         return 128 + signal.SIGINT
+
+
+def parse(given: Sequence[str]) -> argparse.Namespace:
+    """What follows `deca` on the command line, as its command takes it; given[0] is one of `_COMMANDS`."""
+    about, module = _COMMANDS[given[0]]
+    parser = argparse.ArgumentParser(prog=f"deca {given[0]}", description=f"{about[0].upper()}{about[1:]}.")
+    import_module(f"deca_ds.{module}").add_arguments(parser)
+    # options and arguments in any order, unless the rest of the line is another program's command
+    is_wrapper = any(action.nargs == argparse.REMAINDER for action in parser._actions)
+    return parser.parse_args(given[1:]) if is_wrapper else parser.parse_intermixed_args(given[1:])
 
 
 def _without_command(given: Sequence[str]) -> int:

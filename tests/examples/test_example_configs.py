@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 import runpy
-import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from manual import commands
 
 from deca_ds.algorithm.methods import METHODS, Method
 from deca_ds.algorithm.rule import Rule
+from deca_ds.cli import parse
 from deca_ds.config.checks import check_world, read_deepspeed_json
 from deca_ds.config.load import load_config
 from deca_ds.config.schema import Config
 from deca_ds.data import sources, validate_data_config
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.tools.train_arguments import parser
-from deca_ds.training.doubts import doubts
+from deca_ds.training.doubts import doubts, doubts_of_gossip
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS_OF_EXAMPLES = ("examples", "examples/assistant", "examples/demo", "examples/recipes")
@@ -61,14 +62,6 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-def commands(text: str) -> list[str]:
-    """Lines of bash blocks and of `#   ` lines in headers of examples that start the trainer; continuations joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    blocks += ["\n".join(re.findall(r"^#   (.*)$", text, flags=re.MULTILINE))] if not blocks else []
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if SCRIPT in line]
-
-
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -79,11 +72,12 @@ def test_example_loads_and_is_free_of_contradictions(path: Path, monkeypatch: py
     monkeypatch.setattr(sources, "why_not_on_hub", lambda *_: None)  # it has the data sets of the large ones
     config = load_config(path)
     validate_data_config(config)  # without a client: nobody's own files are looked for
-    build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     ranks = list(config.cluster.ranks or [1] * config.cluster.clients)
     assert check_world(config, sum(ranks)) == ranks
     assert not config.model.trust_remote_code
     assert config.data.per_client or not doubts(config)
+    assert not doubts_of_gossip(config, mixing, weight_scale=0.02)
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("ds_configs/*.json")), ids=name)
@@ -176,11 +170,16 @@ def test_lines_of_a_document_are_short(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *EXAMPLES], ids=name)
 def test_commands_are_understood(path: Path) -> None:
-    for command in commands(path.read_text(encoding="utf-8")):
-        words = shlex.split(command.partition(" # ")[0])
-        arguments = parser().parse_intermixed_args(words[words.index(SCRIPT) + 1 :])
-        if arguments.config is not None and arguments.config.exists():
-            load_config(arguments.config, arguments.overrides)
+    """Those that start the trainer, and those of `deca`, also where one starts the other."""
+    for words in commands(path.read_text(encoding="utf-8")):
+        understood = []
+        if words[:1] == ["deca"]:
+            understood.append(parse(words[1:]))
+        if SCRIPT in words:
+            understood.append(parser().parse_intermixed_args(words[words.index(SCRIPT) + 1 :]))
+        for arguments in understood:
+            if getattr(arguments, "config", None) is not None and arguments.config.exists():
+                load_config(arguments.config, arguments.overrides)
 
 
 def test_readme_first_run_is_a_configuration(tmp_path: Path) -> None:
@@ -199,4 +198,4 @@ def test_example_starts_with_its_command(path: Path) -> None:
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
     if path.parent.name != "demo":  # started by demo.py
-        assert any(name(path) in command for command in commands(header))
+        assert any(SCRIPT in words and name(path) in words for words in commands(header))

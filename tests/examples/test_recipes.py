@@ -1,39 +1,53 @@
-"""Recipes for large models fit the GPUs that they name, by shapes that are shipped without weights."""
+"""Recipes for large models fit the GPUs that they name, by shapes that are shipped without weights: the plan that a
+recipe's header tells to make says what stands there."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+from manual import commands
 
+from deca_ds.cli import main
 from deca_ds.config import load_config
-from deca_ds.engine.load import load_architecture
-from deca_ds.gossip.schedule import build_mixing
-from deca_ds.planning.estimate import Estimate
+from deca_ds.engine.load import load_architecture, meta_model
 from deca_ds.planning.roofline import GPUS, USABLE
-from deca_ds.training.chosen_method import check_method
 
-RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
-PLANS = [
-    # recipe, shape, billions of parameters, GPU, what passes may take of it in GB: at least, as the plan tells it
-    ("llama_8b_eight_gpus", "llama_8b", 8.03, "RTX4090", 0.9),
-    ("llama_8b_two_nodes", "llama_8b", 8.03, "H100", 7.7),
-    ("llama_70b_clients_of_eight", "llama_70b", 70.55, "H100", 10.5),
-]
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml"))
+SHAPES = {"llama_8b": 8.03, "llama_70b": 70.55}  # billions of parameters
 
 
-def test_every_recipe_is_planned():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {recipe for recipe, *_ in PLANS}
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_is_that_of_its_model(shape: str) -> None:
+    folder = REPOSITORY / "examples" / "recipes" / "shapes" / shape
+    model = load_config(None, [f"model.path={folder}"]).model
+    parameters = meta_model(model, load_architecture(model)).parameters()
+    assert sum(each.numel() for each in parameters) / 1e9 == pytest.approx(SHAPES[shape], abs=0.01)
 
 
-@pytest.mark.parametrize(("recipe", "shape", "billions", "gpu", "passes"), PLANS)
-def test_a_recipe_fits_the_gpu_that_it_names(recipe, shape, billions, gpu, passes):
-    path = RECIPES / f"{recipe}.yaml"
-    config = load_config(path, [f"model.path={RECIPES / 'shapes' / shape}"])
-    check_method(config)
-    mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
-    ranks = min(config.cluster.ranks or [1])
-    estimate = Estimate(config, load_architecture(config.model), mixing, ranks, gpu=True)
-    assert sum(p.numel() for p in estimate.model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
-    assert gpu in path.read_text(encoding="utf-8")
-    assert estimate.at_rest("gpu") + passes * 1e9 <= USABLE * GPUS[gpu].memory
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_the_gpu_that_it_names_and_its_header_has_the_plans_numbers(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    (command,) = [words[1:] for words in commands(header) if words[:2] == ["deca", "plan"]]
+    main([*command, "--json", f"run.output={tmp_path / 'run'}"])  # without its data, which are on the hub
+    plan = json.loads(capsys.readouterr().out)
+    told = " ".join(header.replace("\n#", "\n").split())
+    most = {at: max(max(block[at].values()) for block in plan["memory"]["blocks"]) for at in ("gpu", "host")}
+    assert most["gpu"] <= USABLE * GPUS[command[command.index("--gpu") + 1]].memory
+    found = {
+        "gpu": re.search(r"a GPU holds ([\d.]+) GB", told),
+        "host": re.search(r"a host (?:\d+ x )?([\d.]+) GB", told),
+        "disk": re.search(r"([\d.]+) GB of disk a client", told),
+    }
+    for what, size in (most | {"disk": plan["disk"]["most"]}).items():
+        number = found[what]
+        assert number is not None or what == "disk", f"{what}: {size / 1e9:.1f} GB"
+        if number is not None:
+            digits = len(number[1].partition(".")[2])
+            assert number[1] == f"{size / 1e9:.{digits}f}", f"{what}: {size / 1e9:.1f} GB"
