@@ -32,6 +32,7 @@ from deca_ds.config.checks import SAVED_CONFIG, STARTS
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import look_for
 from deca_ds.errors import FAILURE_CODE, CheckpointError
+from deca_ds.printing import print_line, wrapped
 from deca_ds.training.pace import duration
 from deca_ds.watchdog.heartbeats import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
 
@@ -81,10 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.watch and not state.is_over:
         if sys.stdout.isatty():
             with Live(console=console, auto_refresh=False) as live:
-                state = watch(folder, lambda state: live.update(_picture(state), refresh=True))
+                state = watch(folder, lambda state: live.update(_picture(state, console), refresh=True))
             return state.code
         state = watch(folder)
-    console.print(_picture(state))
+    console.print(status_table(state))
+    for line in _below(state):
+        print_line(console, line)
     return state.code
 
 
@@ -127,10 +130,19 @@ def status_table(state: State) -> Table:
     return table
 
 
-def _picture(state: State) -> Group:
-    ends = (Text(f"{name}: {(state.folder / name).read_text(errors='replace').strip()}") for name in state.markers)
+def told_ends(state: State) -> list[str]:
+    """What the run left of its end, marker by marker; nothing of one that has not ended."""
+    return [f"{name}: {(state.folder / name).read_text(errors='replace').strip()}" for name in state.markers]
+
+
+def _picture(state: State, console: Console) -> Group:
+    return Group(status_table(state), *(Text(wrapped(line, console.file)) for line in _below(state)))
+
+
+def _below(state: State) -> list[str]:
+    """Return the lines below the table: how the run ended, or that it was lost."""
     lost = "no rank gives a sign of life, and the run has not ended: it was killed, or this host is cut off"
-    return Group(status_table(state), *ends, *([Text(lost)] if state.is_over and not state.markers else []))
+    return [*told_ends(state), *([lost] if state.is_over and not state.markers else [])]
 
 
 def _beats(folder: Path) -> list[Heartbeat]:

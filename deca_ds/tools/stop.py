@@ -15,7 +15,7 @@ from pathlib import Path
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import CheckpointError
 from deca_ds.printing import print_wrapped
-from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, watch
+from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, told_ends, watch
 from deca_ds.watchdog.stop import request_stop
 
 
@@ -43,9 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _how(state: State) -> str:
-    ends = [f"{name}: {(state.folder / name).read_text(errors='replace').strip()}" for name in state.markers]
     silent = "no rank gives a sign of life; if the job was killed, the same command with run.resume=auto continues it"
-    return "\n".join(ends) or silent
+    return "\n".join(told_ends(state)) or silent
 
 
 def _code(state: State) -> int:

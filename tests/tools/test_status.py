@@ -40,10 +40,11 @@ def test_the_table_marks_who_gives_no_sign_of_life(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(("marker", "code"), [("DONE", 0), ("STOPPED", 3), ("FAILED", 1), (None, 0)])
 def test_the_exit_code_is_how_the_run_is(tmp_path, marker, code, capsys):
     beat(tmp_path, 0, silent_s=90.0 if marker else 0.0)
+    told = "a line of many words, " * 9
     if marker:
-        (tmp_path / marker).write_text("words\n")
+        (tmp_path / marker).write_text(f"{told}\n")
     assert main(["status", str(tmp_path)]) == code
-    assert ("words" in capsys.readouterr().out) == bool(marker)
+    assert (f"{marker}: {told.strip()}\n" in capsys.readouterr().out) == bool(marker), "whole where no terminal is"
 
 
 def test_every_column_is_readable_at_80_columns(tmp_path, capsys, monkeypatch):
