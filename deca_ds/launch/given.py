@@ -75,6 +75,13 @@ class Given:
         """Name a rank in a message: `rank 3 on n1`, as far as the host is known."""
         return f"rank {rank}" + (f" on {self.hosts[rank]}" if rank < len(self.hosts) else "")
 
+    @property
+    def doctor(self) -> str:
+        """The command that looks at the hosts."""
+        if self.hostfile is None and set(self.hosts) == {"localhost"}:
+            return "`deca doctor` looks at this host"
+        return f"`deca doctor --hostfile {self.hostfile or 'HOSTS'}` looks at every host"
+
 
 def given() -> Given:
     """To the launcher of this process."""
@@ -83,8 +90,7 @@ def given() -> Given:
 
 def look_at_hosts(fix: str) -> str:
     """`fix` for a failure of hosts or of what is between them, with the command that looks for the cause."""
-    hostfile = given().hostfile
-    return f"{fix}. `deca doctor --hostfile {hostfile or 'HOSTS'}` looks at every host"
+    return f"{fix}. {given().doctor}"
 
 
 def _above() -> Iterator[Command]:

@@ -63,8 +63,10 @@ def test_a_hostfile_that_deepspeed_did_not_find_is_told(tmp_path):
     Given.of([Command(["mpirun", "--hostfile", "hostz", "python", "train.py"], str(tmp_path))]).check(4)
 
 
-def test_the_hint_names_the_hostfile(monkeypatch):
+def test_the_hint_names_the_hostfile_and_none_where_all_ranks_are_here(monkeypatch):
     monkeypatch.setattr(module, "given", lambda: Given(Path("/work/hosts")))
     assert look_at_hosts("do x") == "do x. `deca doctor --hostfile /work/hosts` looks at every host"
     monkeypatch.setattr(module, "given", Given)
     assert "--hostfile HOSTS`" in look_at_hosts("do x")
+    monkeypatch.setattr(module, "given", lambda: Given.of([LOCAL, Command([*RUNNER, "train.py"], "/work")]))
+    assert look_at_hosts("do x") == "do x. `deca doctor` looks at this host"
