@@ -16,13 +16,18 @@ from deca_ds.engine.load import load_architecture, meta_model
 from deca_ds.planning.roofline import GPUS, USABLE
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml"))
-SHAPES = {"llama_8b": 8.03, "llama_70b": 70.55}  # billions of parameters
+EXAMPLES = REPOSITORY / "examples"
+RECIPES = [
+    *sorted((EXAMPLES / "recipes").glob("*.yaml")),
+    EXAMPLES / "llama_7b_multinode.yaml",
+    EXAMPLES / "per_client_files.yaml",
+]
+SHAPES = {"qwen_0.5b": 0.49, "llama_7b": 6.74, "llama_8b": 8.03, "llama_70b": 70.55}  # billions of parameters
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_is_that_of_its_model(shape: str) -> None:
-    folder = REPOSITORY / "examples" / "recipes" / "shapes" / shape
+    folder = EXAMPLES / "recipes" / "shapes" / shape
     model = load_config(None, [f"model.path={folder}"]).model
     parameters = meta_model(model, load_architecture(model)).parameters()
     assert sum(each.numel() for each in parameters) / 1e9 == pytest.approx(SHAPES[shape], abs=0.01)
