@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,14 @@ from deca_ds.errors import CheckpointError
 
 pytestmark = pytest.mark.multiprocess
 MPI = pytest.param("mpi", marks=pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun"))
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory, where there is such a place: with short time limits a job must not wait for a busy disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="deca", dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
