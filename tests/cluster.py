@@ -164,6 +164,12 @@ class Cluster:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
+    def end_all(self) -> None:
+        """End all that runs on any host."""
+        for pid in (pid for name in self.names for pid in self.processes(name)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def left(self, seconds: float = 100) -> dict[str, list[str]]:
         """What still runs on any host when nothing has ended for so long; nothing, as soon as that is so."""
         with contextlib.suppress(TimeoutError):

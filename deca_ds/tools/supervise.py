@@ -138,6 +138,7 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._begun = False  # what `_has_trained` has found
         self._told = False  # no Event: a signal handler must not wait for a lock that it has interrupted
 
     @property
@@ -229,11 +230,18 @@ class Supervisor:
         if code == 0:
             return self.joins or is_done(self.output) or not stopped_without(self.output)
         # nobody to join, or a mistake
-        return (self.joins or code == USER_ERROR_CODE) and self._newest_checkpoint() < 0 and not self._trained()
+        return (self.joins or code == USER_ERROR_CODE) and not self._has_trained()
 
     def _reached(self) -> int:
         """Return the inner steps done so far, of which the next start has to do more."""
         return self._trained() if self.joins else self._newest_checkpoint()
+
+    def _has_trained(self) -> bool:
+        """Whether a rank of this host has ever trained, or was about to when others would have continued without it. A
+        rank that comes back says neither before it is let in."""
+        beats = read_heartbeats(self.output)
+        self._begun |= self._newest_checkpoint() >= 0 or any(beat.step or beat.outlived for beat in beats)
+        return self._begun
 
     def _trained(self) -> int:
         """Return the furthest inner step of this host's ranks."""

@@ -110,6 +110,7 @@ class JobGuard:
     def let_others_go_on(self) -> None:
         """Let a failure of this rank end its own client alone from now on. To be called after `enter_elastic`."""
         self._standing.let_others_go_on()
+        self.heartbeats.let_others_go_on()
 
     def let_stop_before_training(self, tell: Callable[[], None]) -> None:
         """Let a request to stop end all ranks wherever they are, as long as none of them trains; SIGUSR1 must call

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -41,7 +42,8 @@ _SHOWN = 8  # ranks in a message
 @dataclass(frozen=True)
 class Heartbeat:
     """One rank's note. idle_s: seconds since the rank's last progress, at the time of the note. time: of the note, in
-    seconds since 1970 by its host's clock; no two heartbeats of a rank have the same."""
+    seconds since 1970 by its host's clock; no two heartbeats of a rank have the same. outlived: whether the others
+    continue without this rank's client if it fails, so that it may come back."""
 
     rank: int
     host: str
@@ -52,6 +54,7 @@ class Heartbeat:
     awaits: int | str | None
     idle_s: float
     time: float
+    outlived: bool = False
 
     @property
     def doing(self) -> str:
@@ -120,7 +123,8 @@ class Sightings(dict[int, Sighting]):
 
 @dataclass
 class Heartbeats:
-    """This rank's heartbeat, and what it sees of the others'. `beat` and `stalled` belong to the watcher thread.
+    """This rank's heartbeat, and what it sees of the others'. `beat` and `stalled` belong to the watcher thread,
+    `write_to` and `let_others_go_on` to the main thread; both threads write the file.
 
     ranks: gives the ranks that are in the job now.
     """
@@ -130,21 +134,31 @@ class Heartbeats:
     progress: Progress = field(default_factory=Progress)
     signs: Signs = field(default_factory=Signs)
     _folder: Path | None = None
+    _outlived: bool = False
+    _writing: threading.Lock = field(default_factory=threading.Lock)
     _due: float = 0.0
     _seen: Sightings = field(default_factory=Sightings)
     _told: tuple[bytes, float] = (b"", 0.0)  # the last message of the store's host to this rank, and when it came
     _looks: int = 0
 
     def write_to(self, folder: Path) -> None:
-        """Write heartbeats to `folder`, run.output/heartbeats, too, from now on."""
+        """Write heartbeats to `folder`, run.output/heartbeats, too, from now on: the first one at once, so that nobody
+        finds a run without any."""
         self._folder = folder
+        self._write()
+
+    def let_others_go_on(self) -> None:
+        """Say in this and all later heartbeats that the others continue without this rank's client. The file says so
+        when this returns: `deca supervise` starts a rank again that dies a moment later."""
+        self._outlived = True
+        self._write()
 
     def own(self) -> Heartbeat:
         """Return this rank's heartbeat now."""
         now = self.progress
         idle = max(0.0, time.monotonic() - now.moved)
         who = (self.launch.rank, self.launch.host, self._client(self.launch.rank))
-        return Heartbeat(*who, now.phase, now.step, now.block, now.awaits, round(idle, 3), time.time())
+        return Heartbeat(*who, now.phase, now.step, now.block, now.awaits, round(idle, 3), time.time(), self._outlived)
 
     def beat(self, store: Store, *, last: bool = False) -> bool:
         """Publish this rank's heartbeat, if one is due. last: write it now, to the file alone, because the job ends."""
@@ -153,16 +167,21 @@ class Heartbeats:
         self._due = time.monotonic() + PERIOD_S
         if self.signs.seen() and self.progress.at_work:
             self.progress.tick()
-        text = json.dumps(asdict(self.own()))
         if not last:
-            store.set(f"heartbeat/{self.launch.rank}", text)
-        if self._folder is not None:
-            with suppress(OSError):  # the part that needs the disk reports that it is full
-                self._folder.mkdir(parents=True, exist_ok=True)
-                partial = self._folder / f".rank_{self.launch.rank:04d}.partial"
-                partial.write_text(text + "\n")
-                os.replace(partial, self._folder / f"rank_{self.launch.rank:04d}.json")
+            store.set(f"heartbeat/{self.launch.rank}", json.dumps(asdict(self.own())))
+        self._write()
         return True
+
+    def _write(self) -> None:
+        """Write this rank's heartbeat now to its file, if there is a folder for it."""
+        if self._folder is None:
+            return
+        # the part of the job that needs the disk reports that it is full
+        with self._writing, suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = self._folder / f".rank_{self.launch.rank:04d}.partial"
+            partial.write_text(json.dumps(asdict(self.own())) + "\n")
+            os.replace(partial, self._folder / f"rank_{self.launch.rank:04d}.json")
 
     def stalled(self, store: Store, *, own: bool = False) -> StallError | None:
         """Return why the job has to end, if this rank has waited too long (see the module's text). own: also if others

@@ -42,6 +42,13 @@ def cluster(tmp_path_factory, tiny_model, word_files) -> Iterator[Cluster]:
         made.clean_up()
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(cluster) -> Iterator[None]:
+    """After a test that has failed, its job does not stand in the way of the next one."""
+    yield
+    cluster.end_all()
+
+
 def job(cluster: Cluster, name: str, hosts: dict[str, int], *options: str, **keys: object) -> tuple[list[str], Path]:
     """What is typed on the first host, and run.output. hosts: with the slots of each."""
     hostfile, output = cluster.of(next(iter(hosts))) / f"{name}.hosts", cluster.disk / name

@@ -3,6 +3,8 @@
 CODE            ends with it
 saved:CODE      the same after a new checkpoint
 trained:CODE    the same after an inner step
+outlived:CODE   the same before its first step, when the others go on without it
+invited:CODE    the same before the others have let it in
 done:CODE       the same with a DONE marker
 stopped:CODE    the same with a STOPPED marker
 lost:CODE       the same, because client 1 is gone
@@ -41,12 +43,13 @@ if what in ("diverged", "other"):
     )
     if code == "0":
         mark_stopped(output, "3 of 8 inner steps", "", [whose])
-elif what == "trained":
+elif what in ("trained", "outlived", "invited"):
     from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat, read_heartbeats
 
     (output / FOLDER).mkdir(exist_ok=True)
     beats = read_heartbeats(output)
-    beat = Heartbeat(0, "n0", 0, "gossip", beats[0].step + 1 if beats else 3, "layers 0-1", None, 0.0, time.time())
+    step = 0 if what != "trained" else beats[0].step + 1 if beats else 3
+    beat = Heartbeat(0, "n0", 0, "gossip", step, "layers 0-1", None, 0.0, time.time(), what == "outlived")
     (output / FOLDER / "rank_0000.json").write_text(json.dumps(asdict(beat)))
 elif what == "failed":
     (output / "FAILED").write_text("rank 0 on n0, gradient, step 3\nkilled\n")

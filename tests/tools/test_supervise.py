@@ -97,6 +97,8 @@ def test_what_may_succeed_again_is_started_again_though_nothing_was_trained(tmp_
     ("plan", "code", "starts"),
     [
         ("trained:137 join:trained:137 join:stopped:0 1", 0, 3),
+        ("outlived:137 join:stopped:0 1", 0, 2),  # it died within a second of the first step
+        ("trained:137 join:invited:137 join:stopped:0 1", 0, 3),
         ("trained:137 join:2 join:2 join:2 join:2", 2, 4),  # nobody to join any more
         ("1 done:0", 1, 1),  # the job did not begin
         ("diverged:137 done:0", 137, 1),

@@ -194,6 +194,15 @@ def test_heartbeats_are_files_too(job, tmp_path):
     assert json.loads(text)["phase"] == "gossip" and len(list((tmp_path / heartbeats.FOLDER).iterdir())) == 1
 
 
+def test_the_file_tells_at_once_of_a_run_that_begins_and_that_others_would_go_on(job, tmp_path):
+    """A fast job makes its first steps before the watcher's next heartbeat is due."""
+    job.ranks[1].beat(job.store)
+    job.ranks[1].write_to(tmp_path / heartbeats.FOLDER)
+    assert [(beat.rank, beat.outlived) for beat in read_heartbeats(tmp_path)] == [(1, False)]
+    job.ranks[1].let_others_go_on()
+    assert [beat.outlived for beat in read_heartbeats(tmp_path)] == [True]
+
+
 def test_among_clients_of_different_sizes_a_rank_waits_for_any_rank_of_the_other(monkeypatch):
     job = Job(monkeypatch, sizes=(1, 3, 2))
     job.ranks[0].progress.wait_for(1)  # client 1 has ranks 1 to 3
