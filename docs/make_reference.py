@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from deca_ds.algorithm.methods import METHODS, Method
-from deca_ds.algorithm.rule import GRADIENT
 from deca_ds.config.schema import AlgorithmConfig, Config
 from deca_ds.data.checks import NAMES as DATA_NAMES
 from deca_ds.data.formats import FORMATS
@@ -47,7 +46,7 @@ def algorithm() -> str:
     """The whole page, with what is outside the marks as it is on the disk."""
     head = "| method | what it does | active block's state, bytes per parameter | sent at an averaging |"
     rows = [
-        f"| `{name}` | {method.about} | {method.rule().bytes_per_parameter} | {_sent(method)} |"
+        f"| `{name}` | {_what(method)} | {method.rule().bytes_per_parameter} | {_sent(method)} |"
         for name, method in METHODS.items()
     ]
     return _between_marks("algorithm.md", methods=[head, "|---|---|---|---|", *rows])
@@ -67,11 +66,15 @@ def formats() -> str:
     return _between_marks("formats.md", trained=trained, fields=handled)
 
 
+def _what(method: Method) -> str:
+    return method.about + (f" ({', '.join(f'arXiv {paper}' for paper in method.papers)})" if method.papers else "")
+
+
 def _sent(method: Method) -> str:
     if method.alone:
         return "nothing"
     block = "the adapters" if method.adapters else "the block"
-    return " and ".join([block, *(f"the {name}" for name in method.rule.travels if name != GRADIENT)])
+    return " and ".join([block, *(f"the {name}" for name in method.rule.travels if name != "grad")])
 
 
 def _between_marks(file: str, **tables: Sequence[str]) -> str:

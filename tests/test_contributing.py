@@ -72,7 +72,7 @@ def test_the_method_of_contributing_keeps_the_contract(monkeypatch) -> None:
     check_method(config)
     assert type(rule_of(config)) is changed[name].rule
     table = runpy.run_path(str(REPOSITORY / "docs/make_reference.py"))["algorithm"]()
-    assert f"| `{name}` | {changed[name].about} | 12 | the block |" in table
+    assert f"| `{name}` | {changed[name].about} (arXiv {changed[name].papers[0]}) | 12 | the block |" in table
 
 
 def test_the_data_format_of_contributing_keeps_the_contract(monkeypatch, tmp_path) -> None:

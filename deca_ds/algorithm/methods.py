@@ -5,7 +5,7 @@ A row here and a class is all that a method is: checks, the plan, the simulator,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from deca_ds.algorithm.baselines import DiLoCo, GasLoC, GossipAdam, GtAdam, NoLoCo, QgAdam
@@ -18,7 +18,9 @@ from deca_ds.algorithm.rule import Rule
 class Method:
     """A named way to train.
 
-    rule: its inner step. about: for the table in docs/algorithm.md. alone: True where clients must not gossip.
+    rule: its inner step. about: for the table in docs/algorithm.md. title: its name for readers of reports and model
+    cards; "": the name in the configuration. papers: on arXiv, that it comes from. alone: True where clients must
+    not gossip.
     whole_model: True or False where the method decides whether there is one block or several; None: both are fine.
     skips_gossip: gossip must not follow every inner step. adapters: low-rank adapters are that block, and the model
     under them is frozen.
@@ -26,6 +28,8 @@ class Method:
 
     rule: type[Rule]
     about: str
+    title: str = ""
+    papers: tuple[str, ...] = ()
     alone: bool = False
     whole_model: bool | None = None
     skips_gossip: bool = False
@@ -36,27 +40,43 @@ class Method:
         """The keys of the configuration's section algorithm that its rule takes."""
         return frozenset(field.name for field in fields(self.rule))
 
+    def asks_as(self, other: Method) -> bool:
+        """Return whether the two differ in nothing but what is said of them."""
+        return replace(self, about=other.about, title=other.title, papers=other.papers) == other
+
 
 METHODS: dict[str, Method] = {
-    "deca": Method(DecaRule, "block-wise Adam whose moments take h from the averaging; `algorithm.signal` chooses h"),
+    "deca": Method(
+        DecaRule,
+        "block-wise Adam whose moments take h from the averaging; `algorithm.signal` chooses h",
+        title="DECA",
+        papers=("2606.03209",),
+    ),
     "deca-ed": Method(
         DecaExactDiffusion,
-        "deca whose next step repeats what the last averaging has changed (exact diffusion, arXiv 1702.05122); ours",
+        "deca whose next step repeats what the last averaging has changed; ours, from DECA and exact diffusion",
+        title="DECA with exact diffusion",
+        papers=("2606.03209", "1702.05122"),
     ),
     "gossip-adam": Method(GossipAdam, "a local Adam step, then an averaging; no signal; per block, or the whole model"),
     "local-adam": Method(GossipAdam, "gossip-adam with `gossip.every` >= 2", skips_gossip=True),
-    "qg-adam": Method(QgAdam, "Adam whose moments follow the network's direction (arXiv 2102.04761)"),
-    "gt-adam": Method(GtAdam, "Adam on tracked gradients (arXiv 1602.00591)"),
+    "qg-adam": Method(QgAdam, "Adam whose moments follow the network's direction", papers=("2102.04761",)),
+    "gt-adam": Method(GtAdam, "Adam on tracked gradients", papers=("1602.00591",)),
     "diloco": Method(
-        DiLoCo, "`gossip.every` local AdamW steps, then an outer Nesterov step (arXiv 2311.08105), on any graph"
+        DiLoCo,
+        "`gossip.every` local AdamW steps, then an outer Nesterov step, on any graph",
+        papers=("2311.08105",),
     ),
     "noloco": Method(
         NoLoCo,
-        "`gossip.every` local AdamW steps, then an outer step with momentum towards the average (arXiv 2506.10911); "
-        "with `gossip.graph=random_pairs` as in the paper, or on any graph",
+        "`gossip.every` local AdamW steps, then an outer step with momentum towards the average; with "
+        "`gossip.graph=random_pairs` as in the paper, or on any graph",
+        papers=("2506.10911",),
     ),
     "gasloc": Method(
-        GasLoC, "`gossip.every` local AdamW steps, then an averaging with momentum (arXiv 2606.11081), on any graph"
+        GasLoC,
+        "`gossip.every` local AdamW steps, then an averaging with momentum, on any graph",
+        papers=("2606.11081",),
     ),
     "dec-lora": Method(
         GossipAdam,

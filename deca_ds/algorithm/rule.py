@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-MASTERS, GRADIENT = "theta", "grad"  # tensors that every state has
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from deca_ds.tools.report.wording import count, percent, significant
 from deca_ds.training.summary import MEAN_MODEL
 
 NAME = "README.md"
-_PAPER = "[arXiv 2606.03209](https://arxiv.org/abs/2606.03209)"
 _SOFTWARE = ("deca_ds", "deepspeed", "transformers", "torch")
 _SETS = {"common": "the common evaluation set", "own": "held-out examples of the client"}
 _POOLED = "held-out examples of all clients"
@@ -121,10 +120,7 @@ def _after(run: Run, step: int) -> Run:
 
 def _settings(run: Run, step: int | None) -> Iterator[tuple[str, str]]:
     value = run.config.get
-    method = str(value("algorithm.method"))
-    ours = {"deca": "", "deca-ed": " with exact diffusion"}
-    signal = f"{ours[method]}, signal `{value('algorithm.signal')}`" if method in ours else ""
-    yield "method", f"DECA ({_PAPER}){signal}" if signal else f"`{method}`"
+    yield "method", _method(run)
     yield "clients", str(run.clients)
     if run.clients > 1:
         graph = "a mixing matrix of the authors" if value("gossip.matrix") else str(value("gossip.graph"))
@@ -140,6 +136,15 @@ def _settings(run: Run, step: int | None) -> Iterator[tuple[str, str]]:
     yield "learning rate", f"{value('optimizer.lr')}, {value('optimizer.schedule')}"
     yield "weight decay", str(value("optimizer.weight_decay"))
     yield "seed", str(value("run.seed"))
+
+
+def _method(run: Run) -> str:
+    """Return the method in the words of the last start, with links to its papers; its name if no start is known."""
+    start = run.starts[-1] if run.starts else None
+    if start is None or not start.method:
+        return f"`{run.config.get('algorithm.method')}`"
+    links = [f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in start.papers]
+    return ", ".join([start.method, *links])
 
 
 def _data(run: Run) -> Iterator[str]:

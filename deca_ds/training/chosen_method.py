@@ -27,6 +27,13 @@ def rule_of(config: Config) -> Rule:
     return build_rule(**keys)
 
 
+def in_words(config: Config) -> str:
+    """Name the method, and its signal if it takes one, for readers of reports and model cards."""
+    name, method = config.algorithm.method, METHODS[config.algorithm.method]
+    signal = f" (signal: {config.algorithm.signal})" if "signal" in method.coefficients else ""
+    return (method.title or name) + signal
+
+
 def build_schedule(config: Config, blocks: int, rounds: int) -> Schedule:
     """Make the schedule of active blocks and averagings. rounds: see `count_rounds` of length.py."""
     return Schedule(
@@ -102,6 +109,6 @@ def check_method(config: Config) -> None:
 
 def _or_instead(method: Method, **changed: Any) -> str:
     """Return words that name the method that differs in `changed` alone, if there is one."""
-    wanted = replace(method, about="", **changed)
-    alike = [name for name, other in METHODS.items() if replace(other, about="") == wanted]
+    wanted = replace(method, **changed)
+    alike = [name for name, other in METHODS.items() if other.asks_as(wanted)]
     return f", or algorithm.method={alike[0]}" if alike else ""

@@ -1,4 +1,4 @@
-"""When a run was started, how long it was to be and what it ran on: starts.json in its folder, an entry a start."""
+"""The starts of a run: when, with which method, for how long and on what; starts.json in its folder, an entry each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 import deca_ds
-from deca_ds.algorithm import BlockPlan
+from deca_ds.algorithm import METHODS, BlockPlan
 from deca_ds.config import Config
 from deca_ds.config.checks import STARTS
 from deca_ds.gossip import MixingSchedule
 from deca_ds.launch.compare_ranks import software
+from deca_ds.training.chosen_method import in_words
 
 
 def record_start(
@@ -43,6 +44,8 @@ def record_start(
         "step": done,
         "rounds": rounds,
         "epochs": config.algorithm.epochs,
+        "method": in_words(config),
+        "papers": METHODS[config.algorithm.method].papers,
         "time": round(time.time(), 3),
         "ranks": list(ranks),
         "transport": transport,

@@ -82,6 +82,7 @@ def write_job(folder: Path, clients: int = 3, steps: int = 16, labels: Sequence[
     edge = {"clients": [0, 1], "hosts": ["n1", "n2"], "shards": [{"round_trip_ms": 0.75, "mb_per_s": 512.0}]}
     (folder / "edges.json").write_text(json.dumps([edge] if clients > 1 else []))
     start = {"step": 0, "time": 1.75e9, "ranks": [1] * clients, "device": "CPU", "transport": "torch"}
+    start |= {"method": "DECA (signal: descent)", "papers": ["2606.03209"]}
     model = {"architecture": "LlamaForCausalLM", "parameters": 242240, "blocks": [["layers 0", 9], ["layers 1", 9]]}
     (folder / "starts.json").write_text(json.dumps([{**start, "software": {"torch": "2.13.0"}, "model": model}]))
     (folder / "DONE").write_text(f"{steps} of {steps} inner steps\n")

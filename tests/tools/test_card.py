@@ -51,7 +51,8 @@ def test_a_card_says_what_was_done_and_how_the_mean_scores(tmp_path):
     assert front["base_model"] == "owner/base" and front["library_name"] == "transformers"
     assert "fine-tuned with deca_ds by 3 clients" in said and "mean of the models of 3 clients" in said
     assert "`owner/base` of 242,240 parameters (float32)" in said
-    assert "signal `descent`" in said and "| graph | ring |" in said and "| inner steps | 16 of 16 |" in said
+    assert "| DECA (signal: descent), [arXiv 2606.03209](https://arxiv.org/abs/2606.03209) |" in said
+    assert "| graph | ring |" in said and "| inner steps | 16 of 16 |" in said
     assert "150 training examples with 2,700 tokens" in said
     assert "| loss (nats per target token) | 1.5 | 1 |" in said  # of the mean model, from job.jsonl
     chats = Card(write_job(tmp_path / "chats", data__format="messages"))
@@ -59,6 +60,12 @@ def test_a_card_says_what_was_done_and_how_the_mean_scores(tmp_path):
     without = text(chats, chat=False)
     assert "apply_chat_template" not in without and "has no chat template" in without
     assert "apply_chat_template" not in said and "in the format `classification`, did not go through" in said
+
+
+def test_a_run_whose_start_is_not_known_names_its_method_as_the_configuration_does(tmp_path):
+    run = write_job(tmp_path / "run")
+    (run / "starts.json").unlink()
+    assert "| method | `deca` |" in text(Card(run))
 
 
 def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path):

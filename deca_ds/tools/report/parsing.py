@@ -138,6 +138,8 @@ def start(entry: Line) -> records.Start:
         ranks=tuple(whole(ranks) for ranks in listed(entry.get("ranks"))),
         device=str(entry.get("device", "")),
         transport=str(entry.get("transport", "")),
+        method=str(entry.get("method", "")),
+        papers=tuple(str(paper) for paper in listed(entry.get("papers"))),
         software={str(key): str(value) for key, value in software.items()} if isinstance(software, dict) else {},
         architecture=str(model.get("architecture", "")),
         parameters=count(model.get("parameters")),

@@ -87,7 +87,8 @@ class Handover:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the job, after `step` inner steps. rounds: of the whole run, where the entry tells."""
+    """One start of the job, after `step` inner steps. rounds: of the whole run, where the entry tells. method: in
+    words. papers: on arXiv, of the method."""
 
     step: int
     rounds: int | None
@@ -95,6 +96,8 @@ class Start:
     ranks: tuple[int, ...]
     device: str
     transport: str
+    method: str
+    papers: tuple[str, ...]
     software: Mapping[str, str]
     architecture: str
     parameters: int | None

@@ -98,9 +98,7 @@ def sentences(run: Run) -> list[str]:
     """What was done, for somebody who has not seen the configuration."""
     value, start = run.config.get, run.starts[-1] if run.starts else None
     model = f"{start.architecture} of {short_count(start.parameters)} parameters" if start else str(value("model.path"))
-    method = str(value("algorithm.method"))
-    if method in ("deca", "deca-ed"):
-        method = f"{method.upper()} (signal: {value('algorithm.signal')})"
+    method = (start.method if start else "") or str(value("algorithm.method"))
     where = "simulated in one process" if run.simulated else _ranks(run)
     graph = f"on the {graph_name(run)} graph"
     if value("gossip.matrix"):
