@@ -10,7 +10,6 @@ import json
 import platform
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from deca_ds.config.checks import read_deepspeed_json
 from deca_ds.config.paths import KEYS as PATHS
 from deca_ds.config.resume import flat
 from deca_ds.errors import LaunchError
-from deca_ds.launch.digests import code_digest, digest
+from deca_ds.launch.digests import code_digest, digest, version_of
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
@@ -55,7 +54,7 @@ def compare_software(config: Config, launch: Launch, store: JobStore, matrices: 
 
 def software(config: Config, matrices: Sequence[bytes]) -> dict[str, str]:
     """Versions and digests of what this rank runs: libraries, "code" and "keys", the configuration's."""
-    versions = {"Python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    versions = {"Python": platform.python_version()} | {name: version_of(name) or "none" for name in _PACKAGES}
     keys = json.dumps(_keys(config, matrices)).encode()
     return {**versions, "code": code_digest(Path(deca_ds.__file__).parent), "keys": digest([keys])}
 
@@ -115,10 +114,3 @@ def _refuse(name: str, values: Mapping[int, str], hosts: Mapping[int, str], fix:
 
 def _each(every: Mapping[int, Mapping[str, str]], name: str) -> dict[int, str]:
     return {rank: of[name] for rank, of in every.items()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

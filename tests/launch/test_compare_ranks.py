@@ -57,9 +57,9 @@ def test_another_value_of_a_key_is_named_with_rank_and_majority():
 
 
 def test_another_version_is_refused_or_warned_of(monkeypatch, capsys):
-    installed = compare_ranks._version
+    installed = compare_ranks.version_of
     other = lambda name: "5.22.0" if name == "transformers" and here.rank == 1 else installed(name)  # noqa: E731
-    monkeypatch.setattr(compare_ranks, "_version", other)
+    monkeypatch.setattr(compare_ranks, "version_of", other)
     for message in on_all_ranks(software()):
         assert "rank 1 on" in message and f"has transformers 5.22.0, 3 others {installed('transformers')}" in message
         assert "cluster.allow_mixed_versions" in message

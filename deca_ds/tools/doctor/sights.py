@@ -15,11 +15,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
-from deca_ds.launch.digests import code_digest
+from deca_ds.launch.digests import code_digest, version_of
 
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 _LINK_LOCAL = "20"  # a scope in /proc/net/if_inet6
@@ -76,14 +75,14 @@ def look(
         os.chdir(folder)
     code, code_at = _code()
     gpus, gpu_error = _gpus(tool_s)
-    mpi, mpi_error = _run([sys.executable, "-c", _MPI], tool_s) if _version("mpi4py") else ("", "no mpi4py")
+    mpi, mpi_error = _run([sys.executable, "-c", _MPI], tool_s) if version_of("mpi4py") else ("", "no mpi4py")
     mpirun = tool("mpirun")
     torch_gpus = _run([sys.executable, "-c", _TORCH], tool_s)[0] if gpus else ""
     return Sight(
         hostname=socket.gethostname(),
         python=sys.executable,
         version=platform.python_version(),
-        packages={name: _version(name) for name in packages},
+        packages={name: version_of(name) for name in packages},
         code=code,
         code_at=code_at,
         folder=there,
@@ -125,13 +124,6 @@ def _code() -> tuple[str, str]:
         return "", ""
     root = Path(spec.origin).parent
     return code_digest(root), str(root)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _gpus(tool_s: float) -> tuple[list[str], str]:
