@@ -41,45 +41,16 @@ def check(config: Config) -> None:
     """Refuse values that are out of range or contradict each other; raises ConfigError naming the key."""
     _check_finite(config, "")
     check_ranges(config)
-    rounds, epochs = config.algorithm.rounds, config.algorithm.epochs
-    if rounds is not None and epochs is not None:
-        raise ConfigError(
-            f"algorithm.rounds = {rounds} with algorithm.epochs = {epochs:g}",
-            where="algorithm.rounds, algorithm.epochs",
-            fix="say how long the run is in one of the two, and set the other to null",
-        )
-    gossip = config.gossip
-    if (gossip.graph == "edge_list") != (gossip.edges is not None):
-        raise ConfigError(
-            f"gossip.graph = {gossip.graph!r} with gossip.edges = {gossip.edges!r}",
-            where="gossip",
-            fix="set gossip.edges to the edge file together with gossip.graph=edge_list, or leave both out",
-        )
+    _check_length(config)
+    _check_edges(config)
     if config.cluster.ranks is not None:
         _check_ranks(config)
     if config.cluster.absent:
         _check_absent(config)
-    if config.cluster.on_failure == "continue" and config.cluster.min_clients > config.cluster.clients > 1:
-        raise ConfigError(
-            f"cluster.min_clients = {config.cluster.min_clients}, but there are {config.cluster.clients} clients",
-            where="cluster.min_clients",
-            fix=f"set it to {config.cluster.clients} or less",
-        )
-    if config.cluster.return_s and config.cluster.on_failure == "stop":
-        raise ConfigError(
-            f"cluster.return_s = {config.cluster.return_s:g}, but with cluster.on_failure=stop no client continues",
-            where="cluster.return_s",
-            fix="set cluster.on_failure=continue, or leave cluster.return_s out",
-        )
+    _check_failures(config)
     _check_wait(config)
     _check_best(config)
-    if config.data.batch_size % config.data.micro_batch_size:
-        raise ConfigError(
-            f"data.batch_size = {config.data.batch_size} is not a multiple of "
-            f"data.micro_batch_size = {config.data.micro_batch_size}",
-            where="data",
-            fix="the client's batch is split into micro-batches over its ranks: choose a multiple",
-        )
+    _check_batch(config)
     if config.deepspeed is not None:
         read_deepspeed_json(Path(config.deepspeed))
 
@@ -102,6 +73,53 @@ def check_names(config: Config, registries: Mapping[str, Collection[str]]) -> No
         value = getattr(getattr(config, section), field)
         if value not in known:
             raise ConfigError(f"{key} = {value!r} is not known", where=key, fix=f"make it one of {', '.join(known)}")
+
+
+def _check_length(config: Config) -> None:
+    rounds, epochs = config.algorithm.rounds, config.algorithm.epochs
+    if rounds is not None and epochs is not None:
+        raise ConfigError(
+            f"algorithm.rounds = {rounds} with algorithm.epochs = {epochs:g}",
+            where="algorithm.rounds, algorithm.epochs",
+            fix="say how long the run is in one of the two, and set the other to null",
+        )
+
+
+def _check_edges(config: Config) -> None:
+    gossip = config.gossip
+    if (gossip.graph == "edge_list") != (gossip.edges is not None):
+        raise ConfigError(
+            f"gossip.graph = {gossip.graph!r} with gossip.edges = {gossip.edges!r}",
+            where="gossip",
+            fix="set gossip.edges to the edge file together with gossip.graph=edge_list, or leave both out",
+        )
+
+
+def _check_failures(config: Config) -> None:
+    """Raise ConfigError where what is set for clients that die contradicts cluster.on_failure or cluster.clients."""
+    cluster = config.cluster
+    if cluster.on_failure == "continue" and cluster.min_clients > cluster.clients > 1:
+        raise ConfigError(
+            f"cluster.min_clients = {cluster.min_clients}, but there are {cluster.clients} clients",
+            where="cluster.min_clients",
+            fix=f"set it to {cluster.clients} or less",
+        )
+    if cluster.return_s and cluster.on_failure == "stop":
+        raise ConfigError(
+            f"cluster.return_s = {cluster.return_s:g}, but with cluster.on_failure=stop no client continues",
+            where="cluster.return_s",
+            fix="set cluster.on_failure=continue, or leave cluster.return_s out",
+        )
+
+
+def _check_batch(config: Config) -> None:
+    if config.data.batch_size % config.data.micro_batch_size:
+        raise ConfigError(
+            f"data.batch_size = {config.data.batch_size} is not a multiple of "
+            f"data.micro_batch_size = {config.data.micro_batch_size}",
+            where="data",
+            fix="the client's batch is split into micro-batches over its ranks: choose a multiple",
+        )
 
 
 def _check_wait(config: Config) -> None:

@@ -117,8 +117,8 @@ def connect(
         progress.watch(layout, config.cluster.timeout_s)
     progress.enter("connecting")
     client, shard = layout.client_of(launch.rank), layout.shard_of(launch.rank)
-    ranks = len(layout.ranks_of(client))
-    together = launch.ranks if joins is None else layout.ranks_of(client)
+    own = layout.ranks_of(client)
+    together = launch.ranks if joins is None else own
     placement, shared = take_device(config.run.device, launch, layout, store, together)
     if shared is not None and launch.rank == together[0]:
         print_wrapped(f"WARNING: {shared}")
@@ -127,19 +127,8 @@ def connect(
     key = f"client/{client}/store"
     # hosted by the client itself: what happens to other clients does not concern its collectives
     client_store = store.publish_server(key) if shard == 0 else store.join_server(key)
-    # DeepSpeed and its helpers look at these; they mean the client's world from here on, and LOCAL_RANK the device
-    local = str(placement.local_rank if device.index is None else device.index)
-    os.environ.update(RANK=str(shard), WORLD_SIZE=str(ranks), LOCAL_RANK=local)
-    if _OPEN_MPI_LOCAL_RANK in os.environ:
-        os.environ[_OPEN_MPI_LOCAL_RANK] = local  # DeepSpeed insists that both are the same
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("world", client_store),
-        rank=shard,
-        world_size=ranks,
-        timeout=timedelta(seconds=progress.deadline_s(config.cluster.timeout_s)),
-        device_id=device if device.type == "cuda" and ranks > 1 else None,  # one rank has no communicator to bind
-    )
+    _set_environment(shard, len(own), placement.local_rank if device.index is None else device.index)
+    _open_world(client_store, shard, len(own), device, progress.deadline_s(config.cluster.timeout_s))
     comm = None
     if transport == "mpi":
         from mpi4py import MPI
@@ -148,6 +137,26 @@ def connect(
         comm = MPI.COMM_WORLD.Split(color=layout.group_of(launch.rank), key=launch.rank)
     membership = Membership(View(0, launch.clients(layout) if joins is None else tuple(joins), layout.clients))
     return Cluster(launch, layout, store, device, comm, membership, progress, client_store, together)
+
+
+def _set_environment(rank: int, ranks: int, local_rank: int) -> None:
+    """Have DeepSpeed and its helpers see the client's world as the whole. local_rank: of the device."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
+    if _OPEN_MPI_LOCAL_RANK in os.environ:
+        os.environ[_OPEN_MPI_LOCAL_RANK] = str(local_rank)  # DeepSpeed insists that both are the same
+
+
+def _open_world(store: Store, rank: int, ranks: int, device: torch.device, timeout_s: float) -> None:
+    """Make the client's world, the default process group of its ranks. timeout_s: of its collectives."""
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        backend="nccl" if on_gpu else "gloo",
+        store=PrefixStore("world", store),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if on_gpu and ranks > 1 else None,  # one rank has no communicator to bind
+    )
 
 
 def choose_transport(wanted: str, launch: Launch) -> str:

@@ -19,6 +19,9 @@ from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+    from deca_ds.checkpoint.export import ExportReport
+    from deca_ds.tools.push import Repository
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run` reads."""
@@ -56,39 +59,9 @@ def run(args: argparse.Namespace, api: HfApi | None = None) -> int:
 
     api: the hub; None: the one that the hub library is set up for.
     """
-    from huggingface_hub import HfApi
-
-    from deca_ds.checkpoint.export import export_model
-    from deca_ds.checkpoint.open_steps import find_checkpoint
-    from deca_ds.checkpoint.steps import FOLDER
-    from deca_ds.tools.card import Card
-    from deca_ds.tools.push import Repository
-
-    if args.public and not args.push:
-        raise ConfigError("--public says who may read what is pushed", where="--public", fix="add --push OWNER/NAME")
-    repository = Repository(args.push, api or HfApi(), public=args.public) if args.push else None
-    if repository is not None:
-        repository.check()
-    missing, step = missing_clients(args.run) if args.client is None else [], None
-    if args.checkpoint is not None:
-        wanted = _best_step(args.run) if args.checkpoint == BEST else args.checkpoint
-        saved = find_checkpoint(args.run / FOLDER, None if wanted == NEWEST else wanted, args.client)
-        step, missing = saved.step, sorted(set(range(saved.clients_of_run)) - set(saved.clients))
+    repository = _repository(args, api)
     console = Console()
-    columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("export", total=None)
-        report = export_model(
-            args.run,
-            args.output,
-            client=args.client,
-            checkpoint=step,
-            dtype=args.dtype,
-            max_shard_bytes=parse_size(args.max_shard_size),
-            trust_remote_code=args.trust_remote_code,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            card=Card(args.run, args.client, missing if args.client is None else [], args.base_model, step),
-        )
+    report = _export(args, console)
     size = f"{report.parameters:,} parameters, {report.bytes / 1e6:,.1f} MB in {several(report.files, 'file')}"
     print_line(console, f"exported {report.source}: {size}")
     print_line(console, f"verified and written to {report.output} in {report.seconds:.1f} s")
@@ -100,6 +73,56 @@ def run(args: argparse.Namespace, api: HfApi | None = None) -> int:
         print_line(console, f"pushing to {repository.name} ({'public' if repository.public else 'private'})")
         print_line(console, f"pushed: {repository.fill(report.output)}")
     return 0
+
+
+def _repository(args: argparse.Namespace, api: HfApi | None) -> Repository | None:
+    """Return where to push, which has been found to be possible; None if nothing is to be pushed."""
+    from huggingface_hub import HfApi
+
+    from deca_ds.tools.push import Repository
+
+    if args.public and not args.push:
+        raise ConfigError("--public says who may read what is pushed", where="--public", fix="add --push OWNER/NAME")
+    if not args.push:
+        return None
+    repository = Repository(args.push, api or HfApi(), public=args.public)
+    repository.check()
+    return repository
+
+
+def _export(args: argparse.Namespace, console: Console) -> ExportReport:
+    """Export with a progress bar."""
+    from deca_ds.checkpoint.export import export_model
+    from deca_ds.tools.card import Card
+
+    step, missing = _chosen_step(args)
+    columns = TextColumn("export"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("export", total=None)
+        return export_model(
+            args.run,
+            args.output,
+            client=args.client,
+            checkpoint=step,
+            dtype=args.dtype,
+            max_shard_bytes=parse_size(args.max_shard_size),
+            trust_remote_code=args.trust_remote_code,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            card=Card(args.run, args.client, missing, args.base_model, step),
+        )
+
+
+def _chosen_step(args: argparse.Namespace) -> tuple[int | None, list[int]]:
+    """Return the step of the checkpoint to export, None for the trained model, and the clients that its mean lacks."""
+    from deca_ds.checkpoint.open_steps import find_checkpoint
+    from deca_ds.checkpoint.steps import FOLDER
+
+    if args.checkpoint is None:
+        return None, missing_clients(args.run) if args.client is None else []
+    wanted = _best_step(args.run) if args.checkpoint == BEST else args.checkpoint
+    saved = find_checkpoint(args.run / FOLDER, None if wanted == NEWEST else wanted, args.client)
+    missing = set(range(saved.clients_of_run)) - set(saved.clients) if args.client is None else set()
+    return saved.step, sorted(missing)
 
 
 def _checkpoint(text: str) -> int | str:

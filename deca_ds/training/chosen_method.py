@@ -61,34 +61,62 @@ def step_learning_rate(optimizer: OptimizerConfig, step: Step, steps: int) -> fl
 def check_method(config: Config) -> None:
     """Raise ConfigError for a method or codec that there is not, and where it contradicts blocks, clients or gossip."""
     check_names(config, NAMES)
-    name, method = config.algorithm.method, METHODS[config.algorithm.method]
-    chosen = f"algorithm.method={name}"
-    if method.alone and config.cluster.clients > 1 and (config.gossip.graph != "isolated" or config.gossip.matrix):
+    method = METHODS[config.algorithm.method]
+    _check_gossip(config, method)
+    _check_blocks(config, method)
+    _check_words(config)
+    if method.adapters:
+        require_peft()
+
+
+def _check_gossip(config: Config, method: Method) -> None:
+    """Raise ConfigError where the method averages otherwise than the section gossip says, or not at all."""
+    chosen, clients, gossip = f"algorithm.method={config.algorithm.method}", config.cluster.clients, config.gossip
+    if method.alone and clients > 1 and (gossip.graph != "isolated" or gossip.matrix):
         raise ConfigError(
-            f"{chosen} does not gossip, but {config.cluster.clients} clients are joined by a graph",
+            f"{chosen} does not gossip, but {clients} clients are joined by a graph",
             where="gossip.graph",
             fix="set gossip.graph=isolated (every client alone) or cluster.clients=1 (all data and ranks together)",
         )
-    if method.whole_model is True and config.blocks.layers_per_block is not None:
+    if method.skips_gossip and gossip.every < 2:
+        raise ConfigError(
+            f"{chosen} takes several local steps an averaging, but gossip.every = {gossip.every}",
+            where="gossip.every",
+            fix=f"set gossip.every=2 or more{_or_instead(method, skips_gossip=False)}",
+        )
+    if gossip.clip_radius is not None and len(method.rule.travels) > 1:
+        raise ConfigError(
+            f"{chosen} sends {' and '.join(method.rule.travels)}, for which one gossip.clip_radius cannot be right",
+            where="gossip.clip_radius",
+            fix="leave it out, or choose a method that sends parameters alone",
+        )
+
+
+def _check_blocks(config: Config, method: Method) -> None:
+    """Raise ConfigError where the method trains the whole model, or must not, and blocks.layers_per_block differs."""
+    chosen, layers = f"algorithm.method={config.algorithm.method}", config.blocks.layers_per_block
+    if method.whole_model is True and layers is not None:
         raise ConfigError(
             f"{chosen} trains {'all adapters' if method.adapters else 'the whole model'} at once, but "
-            f"blocks.layers_per_block = {config.blocks.layers_per_block}",
+            f"blocks.layers_per_block = {layers}",
             where="blocks.layers_per_block",
             fix=f"set blocks.layers_per_block=null{_or_instead(method, whole_model=False)}",
         )
-    if method.whole_model is False and config.blocks.layers_per_block is None:
+    if method.whole_model is False and layers is None:
         raise ConfigError(
             f"{chosen} trains block by block, but blocks.layers_per_block is null",
             where="blocks.layers_per_block",
             fix=f"set it to 1 or more{_or_instead(method, whole_model=True)}",
         )
-    if method.skips_gossip and config.gossip.every < 2:
-        raise ConfigError(
-            f"{chosen} takes several local steps an averaging, but gossip.every = {config.gossip.every}",
-            where="gossip.every",
-            fix=f"set gossip.every=2 or more{_or_instead(method, skips_gossip=False)}",
-        )
-    for field in fields(AlgorithmConfig):  # a number may stand there for another run; a word says what is computed
+
+
+def _check_words(config: Config) -> None:
+    """Raise ConfigError for a word in the section algorithm that says what another method computes.
+
+    A number may stand there for another run.
+    """
+    name = config.algorithm.method
+    for field in fields(AlgorithmConfig):
         value = getattr(config.algorithm, field.name)
         takers = [other for other, row in METHODS.items() if field.name in row.coefficients]
         if isinstance(value, str) and takers and name not in takers and value != field.default:
@@ -97,14 +125,6 @@ def check_method(config: Config) -> None:
                 where=f"algorithm.{field.name}",
                 fix=f"leave it out, or set algorithm.method={takers[0]}",
             )
-    if config.gossip.clip_radius is not None and len(method.rule.travels) > 1:
-        raise ConfigError(
-            f"{chosen} sends {' and '.join(method.rule.travels)}, for which one gossip.clip_radius cannot be right",
-            where="gossip.clip_radius",
-            fix="leave it out, or choose a method that sends parameters alone",
-        )
-    if method.adapters:
-        require_peft()
 
 
 def _or_instead(method: Method, **changed: Any) -> str:

@@ -17,6 +17,7 @@ COLOURS = 10  # --c0 .. --c9 in page.css
 _SOLID = 5  # as many colours, which differ in lightness too, come with the same dashes
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 MOST_POINTS = 300  # of a curve
+_MOST_VALUES = 40  # that a tooltip lists
 STEPS: Spec = {"format": ",d", "tickMinStep": 1, "tickCount": 6, "labelFlush": False, "labelOverlap": "greedy"}
 # what all charts share
 CONFIG: Spec = {
@@ -77,52 +78,57 @@ def lines(
 ) -> Spec:
     """Curves over inner steps, with the values of all of them where the reader points. rows: by "x", the step. title:
     of the y axis. numbers, axis: formats of the values and of the axis. points: mark every value."""
-    keys = [line.key for line in series]
-    colour = {"field": "series", "type": "nominal", "scale": {"domain": keys, "range": [s.colour for s in series]}}
-    dash = {"field": "series", "type": "nominal", "scale": {"domain": keys, "range": [s.dash for s in series]}}
-    strong = " || ".join(f"datum.series == '{s.key}'" for s in series if s.place is None)
-    width = {"condition": {"test": strong, "value": 2.6}, "value": 1.5} if strong else {"value": 1.6}
-    fade = {"condition": {"test": "picked && datum.series != picked", "value": 0.1}, "value": 1}
-    x = {"field": "x", "type": "quantitative", "title": "inner step", "scale": {"nice": False, "zero": False}}
+    x: Spec = {"field": "x", "type": "quantitative", "title": "inner step", "scale": {"nice": False, "zero": False}}
     x["axis"] = {"grid": False, **STEPS}
-    y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": zero}}
+    y: Spec = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": zero}}
     y["axis"] = {"tickCount": 5, **({"format": axis} if axis else {})}
-    folded = [{"fold": keys, "as": ["series", "value"]}, {"filter": "isValid(datum.value)"}]
-    mark: Spec = {"type": "line", "interpolate": "linear"}
-    if points:
-        mark["point"] = {"size": 22}
-    plain = {"legend": None}
-    layers: list[Spec] = [_band(line, x, title) for line in series if line.band]
-    layers.append(
-        {
-            "transform": folded,
-            "mark": mark,
-            "encoding": {
-                "x": x, "y": y, "color": colour | plain, "strokeDash": dash | plain, "strokeWidth": width,
-                "opacity": fade,
-            },
-        }
-    )  # fmt: skip
-    shown = [{"field": "x", "type": "quantitative", "title": "inner step", "format": ",d"}]
-    shown += [{"field": s.key, "type": "quantitative", "title": s.name, "format": numbers} for s in series[:40]]
-    pointed = {"name": "pointed", "select": {"type": "point", "on": "pointermove", "nearest": True, "fields": ["x"],
-               "clear": "pointerleave"}}  # fmt: skip
-    layers.append(
-        {
-            "params": [pointed],
-            "mark": {"type": "rule", "stroke": "var(--line)"},
-            "encoding": {
-                "x": x,
-                "opacity": {"condition": {"param": "pointed", "empty": False, "value": 1}, "value": 0},
-                "tooltip": shown,
-            },
-        }
-    )
+    bands = [_band(line, x, title) for line in series if line.band]
     return {
         **_wide(220),
         "data": {"values": [dict(row) for row in rows]},
         "params": [{"name": "picked", "value": ""}],
-        "layer": layers,
+        "layer": [*bands, _curves(series, x, y, points), _values_at_pointer(series, x, numbers)],
+    }
+
+
+def _curves(series: Sequence[Series], x: Spec, y: Spec, points: bool) -> Spec:
+    """Return the layer of the lines themselves; they fade beside the one that is "picked" in the legend."""
+    keys = [line.key for line in series]
+    colours = {"domain": keys, "range": [line.colour for line in series]}
+    dashes = {"domain": keys, "range": [line.dash for line in series]}
+    of_series: Spec = {"field": "series", "type": "nominal", "legend": None}
+    strong = " || ".join(f"datum.series == '{line.key}'" for line in series if line.place is None)
+    width = {"condition": {"test": strong, "value": 2.6}, "value": 1.5} if strong else {"value": 1.6}
+    return {
+        "transform": [{"fold": keys, "as": ["series", "value"]}, {"filter": "isValid(datum.value)"}],
+        "mark": {"type": "line", "interpolate": "linear", **({"point": {"size": 22}} if points else {})},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "color": {**of_series, "scale": colours},
+            "strokeDash": {**of_series, "scale": dashes},
+            "strokeWidth": width,
+            "opacity": {"condition": {"test": "picked && datum.series != picked", "value": 0.1}, "value": 1},
+        },
+    }
+
+
+def _values_at_pointer(series: Sequence[Series], x: Spec, numbers: str) -> Spec:
+    """Return the layer of the rule at the step where the reader points, which tells the values of the lines there."""
+    shown = [{"field": "x", "type": "quantitative", "title": "inner step", "format": ",d"}]
+    shown += [
+        {"field": line.key, "type": "quantitative", "title": line.name, "format": numbers}
+        for line in series[:_MOST_VALUES]
+    ]
+    select = {"type": "point", "on": "pointermove", "nearest": True, "fields": ["x"], "clear": "pointerleave"}
+    return {
+        "params": [{"name": "pointed", "select": select}],
+        "mark": {"type": "rule", "stroke": "var(--line)"},
+        "encoding": {
+            "x": x,
+            "opacity": {"condition": {"param": "pointed", "empty": False, "value": 1}, "value": 0},
+            "tooltip": shown,
+        },
     }
 
 

@@ -18,7 +18,7 @@ from deca_ds.checkpoint.done import FAILED, ended
 from deca_ds.errors import CheckpointError
 from deca_ds.tools.report import parsing
 from deca_ds.tools.report.parsing import number
-from deca_ds.tools.report.records import Evaluation, Run, Step
+from deca_ds.tools.report.records import Run
 
 CONFIG = "config.yaml"
 SIMULATION = "simulation.jsonl"
@@ -80,33 +80,22 @@ class _Folder:
         self.notes: list[str] = []
 
     def read(self, name: str) -> Run:
-        simulated = (self.path / SIMULATION).is_file()
         config = self._config()
         clients = self._clients(config)
-        steps: dict[int, list[Step]] = {}
-        evaluations: dict[int, list[Evaluation]] = {}
+        simulated = (self.path / SIMULATION).is_file()
+        job = list(self._lines(SIMULATION if simulated else "metrics/job.jsonl"))
         if simulated:
-            job = list(self._lines(SIMULATION))
-            for client in range(clients):
-                own = [parsing.of_client(line, client) for line in job]
-                steps[client], evaluations[client] = parsing.steps(own), parsing.evaluations(own)
+            by_client = {client: [parsing.of_client(line, client) for line in job] for client in range(clients)}
         else:
-            job = list(self._lines("metrics/job.jsonl"))
-            for path in sorted(self.path.glob("metrics/client_*.jsonl")):
-                if (found := re.search(r"client_(\d+)", path.name)) is not None:
-                    own = list(self._lines(f"metrics/{path.name}"))
-                    steps[int(found[1])], evaluations[int(found[1])] = parsing.steps(own), parsing.evaluations(own)
-        missing = [client for client in range(clients) if client not in steps]
-        if missing:
-            shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            self.notes.append(f"no metrics of client {shown} in this folder: not begun, or written on another host")
+            by_client = self._lines_by_client()
+        self._note_missing([client for client in range(clients) if client not in by_client])
         return Run(
             path=self.path,
             name=name,
             config=config,
             simulated=simulated,
-            steps=steps,
-            evaluations=evaluations,
+            steps={client: parsing.steps(own) for client, own in by_client.items()},
+            evaluations={client: parsing.evaluations(own) for client, own in by_client.items()},
             together=parsing.together(job),
             memberships=[parsing.membership(line) for line in job if line.get("kind") == "membership"],
             handovers=[parsing.handover(line) for line in job if line.get("kind") == "handover"],
@@ -114,11 +103,7 @@ class _Folder:
             edges=[edge for entry in self._entries("edges.json") if (edge := parsing.edge(entry)) is not None],
             data=[parsing.share(place, entry) for place, entry in enumerate(self._entries("data.json"))],
             end=self._end(),
-            lost={
-                int(path.name.rpartition("_")[2]): self._message(path)
-                for path in sorted(self.path.glob(f"{FAILED}_client_*"))
-                if path.name.rpartition("_")[2].isdigit()
-            },
+            lost=self._lost(),
             last_sign=self._last_sign(),
             notes=self.notes,
         )
@@ -145,6 +130,28 @@ class _Folder:
                 fix="name the run.output of a run that has started",
             )
         return value
+
+    def _lines_by_client(self) -> dict[int, list[dict[str, Any]]]:
+        """Return the metrics of each client whose file is in this folder."""
+        return {
+            int(found[1]): list(self._lines(f"metrics/{path.name}"))
+            for path in sorted(self.path.glob("metrics/client_*.jsonl"))
+            if (found := re.search(r"client_(\d+)", path.name)) is not None
+        }
+
+    def _note_missing(self, clients: Sequence[int]) -> None:
+        if not clients:
+            return
+        shown = ", ".join(map(str, clients[:8])) + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
+        self.notes.append(f"no metrics of client {shown} in this folder: not begun, or written on another host")
+
+    def _lost(self) -> dict[int, str]:
+        """Return why clients ended without the others, as far as they could still write that."""
+        return {
+            int(path.name.rpartition("_")[2]): self._message(path)
+            for path in sorted(self.path.glob(f"{FAILED}_client_*"))
+            if path.name.rpartition("_")[2].isdigit()
+        }
 
     def _end(self) -> tuple[str, str] | None:
         names = ended(self.path)
