@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol, cast
@@ -132,18 +132,7 @@ def split_into_blocks(model: nn.Module, *, layers_per_block: int | None, outside
     lists = find_layers(model, shapes)
     beside = _beside_text(model, shapes, next(iter(lists)))
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    layers: dict[int, list[str]] = {}
-    before: list[str] = []
-    after: list[str] = []
-    for name in shapes:
-        if name in beside:
-            continue
-        prefix = next((prefix for prefix in _ancestors(name) if prefix in lists), None)
-        if prefix is not None:
-            layers.setdefault(lists[prefix] + int(name[len(prefix) + 1 :].split(".", 1)[0]), []).append(name)
-        else:
-            (after if layers and name not in embeddings else before).append(name)
-
+    layers, before, after = _by_layer([name for name in shapes if name not in beside], lists, embeddings)
     indices = sorted(layers)
     if layers_per_block is None:
         layers_per_block, outside = len(indices), "joined" if outside == "own" else outside
@@ -166,6 +155,25 @@ def split_into_blocks(model: nn.Module, *, layers_per_block: int | None, outside
         raise ValueError(f"outside must be own, joined or frozen, not {outside!r}")
     blocks = tuple(Block(label, tuple(names), sum(prod(shapes[name]) for name in names)) for label, names in named)
     return BlockPlan(blocks, (*frozen, *beside), beside)
+
+
+def _by_layer(
+    names: Iterable[str], lists: Mapping[str, int], embeddings: Collection[str]
+) -> tuple[dict[int, list[str]], list[str], list[str]]:
+    """Return the parameters' names by the number of their layer, those before the layers, and those after them.
+
+    names: in the model's order. lists: see `find_layers`. embeddings: parameters that are before, wherever they stand.
+    """
+    layers: dict[int, list[str]] = {}
+    before: list[str] = []
+    after: list[str] = []
+    for name in names:
+        prefix = next((prefix for prefix in _ancestors(name) if prefix in lists), None)
+        if prefix is not None:
+            layers.setdefault(lists[prefix] + int(name[len(prefix) + 1 :].split(".", 1)[0]), []).append(name)
+        else:
+            (after if layers and name not in embeddings else before).append(name)
+    return layers, before, after
 
 
 def _layer_label(group: list[int]) -> str:

@@ -56,32 +56,20 @@ class ShardedModel:
         self.step: int = first["step"]
         everybody = [client for client in range(self.clients_of_run) if client not in without]
         self.clients = everybody if clients is None else sorted(clients)
-        for client in self.clients:
-            if not 0 <= client < self.clients_of_run:
-                raise CheckpointError(
-                    f"there is no client {client}", where=str(folder), fix=f"0 to {self.clients_of_run - 1} exist"
-                )
-        wanted = {key: manifest for key, manifest in manifests.items() if key[0] in self.clients}
-        self._refuse_missing(wanted, ranks)
-        for (client, rank), manifest in wanted.items():
-            if (manifest["clients"], manifest["step"]) != (self.clients_of_run, self.step):
-                raise CheckpointError(
-                    f"client {client} rank {rank} was saved at step {manifest['step']} of a run with "
-                    f"{manifest['clients']} clients, others at step {self.step} with {self.clients_of_run}",
-                    where=str(rank_folder(folder, client, rank)),
-                    fix="bring together the files of one run only",
-                )
-        self.manifests = wanted
-        self.ranks = {client: manifest["ranks"] for (client, _), manifest in wanted.items()}
-        self.states = {key: manifest.get("state", {}) for key, manifest in wanted.items()}
+        self.manifests = {key: manifest for key, manifest in manifests.items() if key[0] in self.clients}
+        self.ranks = {client: manifest["ranks"] for (client, _), manifest in self.manifests.items()}
+        self.states = {key: manifest.get("state", {}) for key, manifest in self.manifests.items()}
+        self._refuse_unknown_clients()
+        self._refuse_missing(ranks)
+        self._refuse_other_runs()
         self._files = {
             rank_folder(folder, *key) / name: entry
-            for key, manifest in wanted.items()
+            for key, manifest in self.manifests.items()
             for name, entry in manifest["files"].items()
         }
         self._intact: set[Path] = set()
         self._refuse_wrong_sizes()
-        self._meta, self._slices = self._index(wanted)
+        self._meta, self._slices = self._index()
         if ranks is None:
             for name, client in self._slices:
                 self._refuse_gaps(name, client, 0, prod(self.shape(name)))
@@ -117,7 +105,8 @@ class ShardedModel:
         return values
 
     def mean(self, name: str) -> Tensor:
-        """Mean over `clients`, added up in float32 in ascending order of the clients; stored data type."""
+        """Return the mean over `clients` in the stored data type; it is added up in float32, in ascending order of the
+        clients."""
         total = torch.zeros(prod(self.shape(name)), dtype=torch.float32)
         for client in self.clients:
             for start, stop, values in self._read_slices(name, client, 0, total.numel()):
@@ -147,31 +136,9 @@ class ShardedModel:
             folders = [rank_folder(self.folder, client, rank) for client in clients for rank in ranks]
         manifests = {}
         for path in (folder / MANIFEST for folder in sorted(folders)):
-            if path.parent.suffix == PARTIAL or not path.is_file():
-                continue
-            sums = path.with_name(MANIFEST_CHECKSUM)
-            try:
-                if sums.is_file() and sums.read_text() != checksum(path):
-                    raise ValueError("its checksum is not the one it was written with")
-                manifest = json.loads(path.read_text())
-                version, key = manifest["version"], (manifest["client"], manifest["rank"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"damaged manifest: {error}", where=str(path), fix="copy the folder again from the host it is from"
-                ) from error
-            if version != VERSION:
-                raise CheckpointError(
-                    f"format version {version}, known here: {VERSION}",
-                    where=str(path),
-                    fix="use the version of deca_ds that saved it",
-                )
-            if rank_folder(self.folder, *key) != path.parent:
-                raise CheckpointError(
-                    f"this folder holds client {key[0]} rank {key[1]}",
-                    where=str(path.parent),
-                    fix=f"it belongs in {rank_folder(self.folder, *key)}",
-                )
-            manifests[key] = manifest
+            if path.parent.suffix != PARTIAL and path.is_file():
+                manifest = self._read_manifest(path)
+                manifests[manifest["client"], manifest["rank"]] = manifest
         if not manifests:
             raise CheckpointError(
                 "no saved model here",
@@ -180,21 +147,66 @@ class ShardedModel:
             )
         return manifests
 
-    def _refuse_missing(self, manifests: dict[tuple[int, int], dict[str, Any]], only: Sequence[int] | None) -> None:
-        ranks = {client: manifest["ranks"] for (client, _), manifest in manifests.items()}
+    def _read_manifest(self, path: Path) -> dict[str, Any]:
+        """Read one rank's manifest. Raises CheckpointError where it is damaged, of another version, or of another
+        rank than its folder."""
+        sums = path.with_name(MANIFEST_CHECKSUM)
+        try:
+            if sums.is_file() and sums.read_text() != checksum(path):
+                raise ValueError("its checksum is not the one it was written with")
+            manifest: dict[str, Any] = json.loads(path.read_text())
+            version, client, rank = manifest["version"], manifest["client"], manifest["rank"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"damaged manifest: {error}", where=str(path), fix="copy the folder again from the host it is from"
+            ) from error
+        if version != VERSION:
+            raise CheckpointError(
+                f"format version {version}, known here: {VERSION}",
+                where=str(path),
+                fix="use the version of deca_ds that saved it",
+            )
+        if rank_folder(self.folder, client, rank) != path.parent:
+            raise CheckpointError(
+                f"this folder holds client {client} rank {rank}",
+                where=str(path.parent),
+                fix=f"it belongs in {rank_folder(self.folder, client, rank)}",
+            )
+        return manifest
+
+    def _refuse_unknown_clients(self) -> None:
+        for client in self.clients:
+            if not 0 <= client < self.clients_of_run:
+                raise CheckpointError(
+                    f"there is no client {client}", where=str(self.folder), fix=f"0 to {self.clients_of_run - 1} exist"
+                )
+
+    def _refuse_missing(self, only: Sequence[int] | None) -> None:
+        """Raise CheckpointError where the manifest of a client, or of one of its ranks, is missing. only: these ranks;
+        None: all."""
         absent = []
         for client in self.clients:
-            if client not in ranks:
+            if client not in self.ranks:
                 absent.append(f"client {client}")
             else:
-                wanted = range(ranks[client]) if only is None else only
-                absent += [f"client {client} rank {r}" for r in wanted if (client, r) not in manifests]
+                wanted = range(self.ranks[client]) if only is None else only
+                absent += [f"client {client} rank {r}" for r in wanted if (client, r) not in self.manifests]
         if absent:
             raise CheckpointError(
                 f"the saved model is incomplete; missing: {', '.join(absent)}",
                 where=str(self.folder),
                 fix="copy client_*/rank_* from the other hosts of the run into this folder",
             )
+
+    def _refuse_other_runs(self) -> None:
+        for (client, rank), manifest in self.manifests.items():
+            if (manifest["clients"], manifest["step"]) != (self.clients_of_run, self.step):
+                raise CheckpointError(
+                    f"client {client} rank {rank} was saved at step {manifest['step']} of a run with "
+                    f"{manifest['clients']} clients, others at step {self.step} with {self.clients_of_run}",
+                    where=str(rank_folder(self.folder, client, rank)),
+                    fix="bring together the files of one run only",
+                )
 
     def _refuse_wrong_sizes(self) -> None:
         for path, entry in self._files.items():
@@ -218,11 +230,11 @@ class ShardedModel:
             )
         self._intact.add(path)
 
-    def _index(self, manifests: dict[tuple[int, int], dict[str, Any]]) -> tuple[dict[str, _Described], _Slices]:
+    def _index(self) -> tuple[dict[str, _Described], _Slices]:
         """Check consistency; return name -> shape and data type, and (name, client) -> slices in ascending order."""
         meta: dict[str, _Described] = {}
         slices: _Slices = {}
-        for (client, rank), manifest in sorted(manifests.items()):
+        for (client, rank), manifest in sorted(self.manifests.items()):
             where = rank_folder(self.folder, client, rank)
             for name, entry in manifest["tensors"].items():
                 if self._model_only and is_buffer(name):

@@ -50,7 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def zero3_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed configuration of a client: what the user's JSON says, plus what block-wise training needs."""
+    """Make the DeepSpeed configuration of a client: what the user's JSON says, plus what block-wise training needs."""
     merged = read_deepspeed_json(Path(config.deepspeed)) if config.deepspeed else {}
     merged["train_micro_batch_size_per_gpu"] = config.data.micro_batch_size
     merged["bf16"] = {"enabled": config.model.dtype == "bfloat16"}
@@ -65,7 +65,7 @@ def zero3_config(config: Config) -> dict[str, Any]:
 
 
 def load_architecture(model: ModelConfig) -> PretrainedConfig:
-    """The model's configuration. Raises ModelError if it cannot be had."""
+    """Load the model's configuration. Raises ModelError if it cannot be had."""
     check_model_path(model)
     with explained(model.path, "model.path", BAD_FILE):
         architecture: PretrainedConfig = AutoConfig.from_pretrained(
@@ -79,7 +79,7 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
+    """Load the tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
     path = model.tokenizer or model.path
     check_model_path(model)
     with explained(path, "model.tokenizer" if model.tokenizer else "model.path", BAD_FILE):
@@ -91,13 +91,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up rows: any, where there is none for it, as nothing is trained or seen there."""
+    """Return the token that fills up rows: any, where there is none for it, as nothing is trained or seen there."""
     pad: int | None = tokenizer.pad_token_id
     return pad if pad is not None else tokenizer.eos_token_id or 0
 
 
 def meta_model(model: ModelConfig, architecture: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model's modules on the meta device: shapes without memory or values. options: of transformers."""
+    """Build the model's modules on the meta device: shapes without memory or values. options: of transformers."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(), no_init_weights(), explained(model.path, "model.path", BAD_FILE):
@@ -109,30 +109,13 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig, **options: An
 
 
 def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWeights:
-    """The weights in the model's files, matched with the architecture by name and shape; no values are kept.
+    """Describe the weights in the model's files, matched with the architecture by name and shape; no values are kept.
 
     Where the architecture ties parameters that have different values in the files, it is changed: they are not tied.
     Raises ModelError for weights that do not fit, see GivenWeights.
     """
     built = meta_model(model, architecture)
-    with explained(model.path, "model.path", BAD_FILE):
-        if find_adapter_config_file(model.path, revision=model.revision) is not None:
-            raise ModelError(
-                f"{model.path!r} holds an adapter (adapter_config.json), not a whole model",
-                where="model.path",
-                fix="merge the adapter into its base model, save that, and give its folder",
-            )
-        files, _ = _get_resolved_checkpoint_files(
-            model.path,
-            variant=None,
-            gguf_file=None,
-            use_safetensors=None,
-            user_agent=None,
-            is_remote_code=built.is_remote_code(),
-            transformers_explicit_filename=getattr(architecture, "transformers_weights", None),
-            download_kwargs={"revision": model.revision},
-        )
-    assert files is not None, "there are none for no path only"
+    files = _weight_files(model, architecture, is_remote_code=built.is_remote_code())
     given = GivenWeights(built, files, model.path)
     beside = _files_beside(model.path, files)
     if not given.untied:
@@ -156,6 +139,30 @@ def given_weights(model: ModelConfig, architecture: PretrainedConfig) -> GivenWe
     return given
 
 
+def _weight_files(model: ModelConfig, architecture: PretrainedConfig, *, is_remote_code: bool) -> list[str]:
+    """Return the paths of the model's weight files. Raises ModelError where there are none, or those of an adapter."""
+    with explained(model.path, "model.path", BAD_FILE):
+        if find_adapter_config_file(model.path, revision=model.revision) is not None:
+            raise ModelError(
+                f"{model.path!r} holds an adapter (adapter_config.json), not a whole model",
+                where="model.path",
+                fix="merge the adapter into its base model, save that, and give its folder",
+            )
+        files: list[str] | None
+        files, _ = _get_resolved_checkpoint_files(
+            model.path,
+            variant=None,
+            gguf_file=None,
+            use_safetensors=None,
+            user_agent=None,
+            is_remote_code=is_remote_code,
+            transformers_explicit_filename=getattr(architecture, "transformers_weights", None),
+            download_kwargs={"revision": model.revision},
+        )
+    assert files is not None, "there are none for no path only"
+    return files
+
+
 def _files_beside(path: str, files: Sequence[str]) -> list[str]:
     """Return a line that names the other weight files in the folder `path`, if any: they may hold other weights."""
     read = {Path(file).name for file in files}
@@ -166,7 +173,7 @@ def _files_beside(path: str, files: Sequence[str]) -> list[str]:
 
 
 def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedModel:
-    """The model, partitioned over this client's ranks while it is built. All of the client's ranks must call this.
+    """Load the model, partitioned over this client's ranks while it is built. All of the client's ranks must call this.
 
     If the method trains adapters, they are on it. model.init=random draws the weights from run.seed.
     Raises ModelError for weights that do not fit the architecture, are not finite, or do not arrive on the shards.
@@ -206,7 +213,8 @@ def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedMode
 
 
 def expert_lists(model: nn.Module) -> list[nn.Module]:
-    """Modules inside the model's layers that hold a list of modules, of which they may use others for other data.
+    """Return the modules inside the model's layers that hold a list of modules, of which they may use others for other
+    data.
 
     That is what experts in a list are; a list that is always used whole costs memory here and nothing else.
     """
@@ -222,7 +230,8 @@ def _own_slice(parameter: nn.Parameter) -> Slice:
 
 
 def find_blocks(config: Config, model: nn.Module) -> BlockPlan:
-    """The model's blocks as the configuration wants them. Raises ModelError for a model without a list of layers."""
+    """Split the model into blocks as the configuration wants them. Raises ModelError for a model without a list of
+    layers."""
     if METHODS[config.algorithm.method].adapters:
         return adapter_plan(model)
     try:

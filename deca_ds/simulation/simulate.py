@@ -61,23 +61,13 @@ class Simulation:
             self._evaluate(0)
         for step in self.schedule:
             if step.opens:
-                theta, local_steps = self.clients.block(step.block)
-                zeros = {name: torch.zeros_like(theta) for name in ("grad", *self.rule.buffers)}
-                self.state = {"theta": theta} | zeros
-                self.rule.open(self.state)
+                local_steps = self._open(step.block)
             state = self.state
             lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
-            losses, optimizer = [], self.config.optimizer
-            every_column = slice(0, state["theta"].shape[1])
-            for client in range(self.clients.clients):
-                own = {name: tensor[client] for name, tensor in state.items()}
-                loss, norm, reached = self.clients.gradient(
-                    step.block, client, next(batches[client]), own["grad"], optimizer.clip_norm
-                )
-                losses.append(loss)
-                self._refuse(step, client, {"the loss is": loss, "the norm of the gradient is": norm})
-                runs = local_steps[client].next(reached)
-                local_step(self.rule, own, runs, every_column, lr=lr, weight_decay=optimizer.weight_decay)
+            losses = [
+                self._local_step(step, client, next(batches[client]), local_steps[client], lr)
+                for client in range(self.clients.clients)
+            ]
             before = spread(state["grad"])
             for rows, mixed in self._by_neighbours(step):
                 self._exchange(state, rows, mixed, step, lr)
@@ -93,6 +83,24 @@ class Simulation:
             done, every = step.index + 1, self.config.evaluation.every
             if done == len(self.schedule) or (every > 0 and done % every == 0):
                 self._evaluate(done)
+
+    def _open(self, block: int) -> list[LocalSteps]:
+        """Make the state of a block that becomes active; return each client's counts of local steps."""
+        theta, local_steps = self.clients.block(block)
+        self.state = {"theta": theta} | {name: torch.zeros_like(theta) for name in ("grad", *self.rule.buffers)}
+        self.rule.open(self.state)
+        return local_steps
+
+    def _local_step(
+        self, step: Step, client: int, batch: Sequence[Mapping[str, Tensor]], local_steps: LocalSteps, lr: float
+    ) -> float:
+        """Take one client's gradient and local step; return its loss. batch: its micro-batches."""
+        own, optimizer = {name: tensor[client] for name, tensor in self.state.items()}, self.config.optimizer
+        loss, norm, reached = self.clients.gradient(step.block, client, batch, own["grad"], optimizer.clip_norm)
+        self._refuse(step, client, {"the loss is": loss, "the norm of the gradient is": norm})
+        every_column = slice(0, own["grad"].numel())
+        local_step(self.rule, own, local_steps.next(reached), every_column, lr=lr, weight_decay=optimizer.weight_decay)
+        return loss
 
     def _note_untrained(self, step: Step, local_steps: Sequence[LocalSteps]) -> None:
         """Name the parameters of a block that no client's gradient has reached by the end of its activation."""
@@ -147,8 +155,8 @@ class Simulation:
         return [(place.nonzero().flatten(), True), ((~place).nonzero().flatten(), False)]
 
     def _record(self, step: Step, lr: float, losses: list[float], before: float, after: float) -> dict[str, Any]:
-        """loss: per client, nats. spread_before, spread_after: sqrt(mean_i |x_i - mean|^2) of the active block before
-        and after the averaging. bytes_sent: per client, since the start."""
+        """Make the record of an inner step. loss: per client, nats. spread_before, spread_after: sqrt(mean_i |x_i -
+        mean|^2) of the active block before and after the averaging. bytes_sent: per client, since the start."""
         if step.gossip is not None:
             numel = self.clients.plan.blocks[step.block].numel * len(self.rule.travels)
             for client in range(self.clients.clients):
@@ -209,7 +217,8 @@ class Simulation:
 
 
 def spread(x: Tensor) -> float:
-    """Consensus distance sqrt(mean_i |x_i - mean|^2) of stacked parameters, [n, numel], in double precision."""
+    """Return the consensus distance sqrt(mean_i |x_i - mean|^2) of stacked parameters, [n, numel], in double
+    precision."""
     total = 0.0
     for columns in x.split(SPREAD_COLUMNS, dim=1):
         part = columns.double()

@@ -88,7 +88,8 @@ def train(config: Given, overrides: Sequence[str] = (), *, join: bool = False) -
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
-    """The body has libraries see a client's ranks as a world of their own; the script continues with the launcher's."""
+    """Restore the launcher's environment at the end: the body has libraries see a client's ranks as a world of their
+    own."""
     before = dict(os.environ)
     try:
         yield
@@ -99,7 +100,7 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _run(read: Callable[[], Config], *, join: bool, dry_run: bool) -> tuple[Config, Launch]:
-    """read: gives the configuration."""
+    """Run one rank from its launch to the end of the job. read: gives the configuration."""
     # DeepSpeed still calls collectives by names that newer versions of torch have renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     launch, rejoin, rejoining = read_launch(), None, None
@@ -123,7 +124,7 @@ def _run(read: Callable[[], Config], *, join: bool, dry_run: bool) -> tuple[Conf
 
 
 def _read_config(read: Callable[[], Config], launch: Launch) -> Config | UserError:
-    """The configuration, or the mistake in it, which the guard then reports to the other ranks."""
+    """Read the configuration; return it, or the mistake in it, which the guard then reports to the other ranks."""
     try:
         given().check(launch.world_size)
         return read()
@@ -132,8 +133,8 @@ def _read_config(read: Callable[[], Config], launch: Launch) -> Config | UserErr
 
 
 def _open_store(config: Config | UserError, launch: Launch) -> tuple[Launch, JobStore]:
-    """The launch without cluster.absent, and the job's store. It is opened even if the configuration is wrong, so that
-    all ranks learn why the job ends."""
+    """Open the job's store; return the launch without cluster.absent, and the store. It is opened even if the
+    configuration is wrong, so that all ranks learn why the job ends."""
     patience_s, meet_s = _START_TIMEOUT_S, _START_S
     if not isinstance(config, UserError):
         patience_s, meet_s = max(_START_S, config.cluster.timeout_s), config.cluster.meet_s
@@ -186,7 +187,12 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rej
         return
     if not all_start:
         hear_signals()
-    finished = trainer.train()
+    _end(trainer, guard, finished=trainer.train())
+
+
+def _end(trainer: Trainer, guard: JobGuard, *, finished: bool) -> None:
+    """End the job together: close the metrics, and have the job's leader mark the folder and print the results; a
+    client that was cut off returns instead. finished: all steps are done."""
     guard.progress.enter("the end")
     missing = trainer.cluster.members.missing
     trainer.meet()
@@ -196,7 +202,7 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rej
         end = _end_done if finished else _end_stopped
         end(trainer, missing)
         forget_request(trainer.output)
-    if finished and not config.checkpoint.every:  # it was for a failure before this
+    if finished and not trainer.config.checkpoint.every:  # it was for a failure before this
         trainer.meet()
         trainer.checkpoints.forget()
     if trainer.agent is not None and trainer.agent.returns:
@@ -204,8 +210,8 @@ def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rej
 
 
 def _end_before_training(config: Config, guard: JobGuard, number: int, *_: Any) -> None:
-    """A signal handler for jobs whose clients may die, whose ranks cannot stop together yet: this rank fails, and all
-    learn why."""
+    """Fail, so that all ranks learn why; a signal handler for jobs whose clients may die, before their ranks can stop
+    together."""
     what = f"{signal.Signals(number).name} came before training began: nothing was trained"
     guard.early_end.interrupt(EndedError(f"{what}\n  fix:   give {same_command(config.run.resume, trained=False)}"))
 
@@ -235,7 +241,8 @@ def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
 
 
 def _end_early(config: Config, output: Path | None) -> None:
-    """The same if the job stops before any training. output: None before the run's folder is taken."""
+    """Mark the run's folder, and print how to continue, if the job stops before any training. output: None before the
+    run's folder is taken."""
     how = "the same command"
     if output is not None:
         how = same_command(config.run.resume, trained=False)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deca_ds.config.arguments import add_config, chosen
 from deca_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from deca_ds.config import Config
+    from deca_ds.tools.data.look import Found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +32,25 @@ def run(arguments: argparse.Namespace) -> int:
     from deca_ds.config import load_config
 
     config = load_config(*chosen(arguments))
-    clients = config.cluster.clients
+    _check(arguments, config.cluster.clients)
+
+    from datasets import disable_progress_bars
+    from rich.console import Console
+
+    from deca_ds.tools.data.as_json import as_json
+    from deca_ds.tools.data.show import show
+
+    disable_progress_bars()
+    found = _look(config, arguments)
+    if arguments.json:
+        print(as_json(found))
+    else:
+        show(Console(), found)
+    return 0
+
+
+def _check(arguments: argparse.Namespace, clients: int) -> None:
+    """Raise ConfigError for numbers out of range. clients: of the configuration."""
     if arguments.client is not None and not 0 <= arguments.client < clients:
         raise ConfigError(
             f"there is no client {arguments.client}",
@@ -39,19 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.sample is not None and arguments.sample < 1:
         raise ConfigError(f"--sample {arguments.sample} is no number of rows", fix="give 1 or more")
 
-    from datasets import disable_progress_bars
-    from rich.console import Console
 
+def _look(config: Config, arguments: argparse.Namespace) -> Found:
+    """Prepare the data as a run would, in a folder that is removed again. Raises UserErrors."""
     from deca_ds.engine.load import load_tokenizer
-    from deca_ds.tools.data.as_json import as_json
     from deca_ds.tools.data.look import look
-    from deca_ds.tools.data.show import show
 
-    disable_progress_bars()
     tokenizer = load_tokenizer(config.model)
     with tempfile.TemporaryDirectory(prefix="deca_ds-data-") as scratch:
         try:
-            found = look(config, tokenizer, Path(scratch), arguments.client, arguments.sample, arguments.examples)
+            return look(config, tokenizer, Path(scratch), arguments.client, arguments.sample, arguments.examples)
         except DataError as error:
             if arguments.sample is None:
                 raise
@@ -59,8 +79,3 @@ def run(arguments: argparse.Namespace) -> int:
             raise DataError(
                 what, where=error.where, fix=f"{error.fix or 'look at the row'}; or a larger --sample"
             ) from error
-    if arguments.json:
-        print(as_json(found))
-    else:
-        show(Console(), found)
-    return 0

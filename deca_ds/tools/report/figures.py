@@ -23,7 +23,7 @@ Cells = list[dict[str, Value]]
 
 
 def recall(run: Run) -> list[Figure]:
-    """Recall by label of every model after training."""
+    """Draw the recall by label of every model after training."""
     found = []
     for kind in run.kinds:
         rows = [row for row in score_rows(run, kind) if row.after.recall]
@@ -52,7 +52,7 @@ def recall(run: Run) -> list[Figure]:
 
 
 def confusion(run: Run) -> list[Figure]:
-    """Who is taken for whom after training: by the mean model, and by the clients' models."""
+    """Draw which label is taken for which after training, by the mean model, and by the clients' models."""
     found = []
     for kind in run.kinds:
         rows = [row for row in score_rows(run, kind) if row.after.confusion]
@@ -92,7 +92,7 @@ def _trained_on(run: Run, model: str, label: str) -> str:
 
 
 def partition(run: Run) -> list[Figure]:
-    """Which client has how much of what."""
+    """Draw which client has how many examples of which label."""
     rows = [f"client {share.client}" for share in run.data]
     every = {label for share in run.data for label in share.labels}
     if not every:
@@ -119,11 +119,19 @@ def partition(run: Run) -> list[Figure]:
 
 
 def graph(run: Run, net: Network) -> list[Figure]:
-    """The clients, with their edges as wide as what they have carried."""
+    """Draw the clients, with their edges as wide as what they have carried."""
     if run.clients == 1:
         return []
     few = run.clients <= SINGLE
-    most = max((link.sent or 0.0 for link in net.links), default=0.0)
+    shown = {"client": "client", "state": "at the end", "sequences": "training sequences", "loss": "evaluation loss"}
+    of_edge = {"edge": "edge", "sent": "sent, both ways", "trip": "round trip", "speed": "speed", "hosts": "hosts"}
+    spec = charts.graph(_nodes(run, net, few), _edges(net, few), shown=shown, shown_of_edge=of_edge)
+    wide = " A wider edge has carried more." if any(link.sent for link in net.links) else ""
+    return [Figure("Graph", f"{net.summary}.{wide}", spec)]
+
+
+def _nodes(run: Run, net: Network, few: bool) -> Cells:
+    """Return a node a client, with what is said where the reader points. few: colours and large nodes for all."""
     shares = {share.client: share for share in run.data}
     there = run.members(run.reached)
     nodes: Cells = []
@@ -139,6 +147,12 @@ def graph(run: Run, net: Network) -> list[Figure]:
                 "loss": loss(scored[-1].loss) if scored else NONE,
             }
         )  # fmt: skip
+    return nodes
+
+
+def _edges(net: Network, few: bool) -> Cells:
+    """Return the edges, as wide as what they have carried."""
+    most = max((link.sent or 0.0 for link in net.links), default=0.0)
     edges: Cells = []
     for link in net.links:
         (x, y), (x2, y2) = (net.places[end] for end in link.ends)
@@ -153,15 +167,11 @@ def graph(run: Run, net: Network) -> list[Figure]:
                 "hosts": " and ".join(edge.hosts) if edge is not None else NONE,
             }
         )  # fmt: skip
-    shown = {"client": "client", "state": "at the end", "sequences": "training sequences", "loss": "evaluation loss"}
-    of_edge = {"edge": "edge", "sent": "sent, both ways", "trip": "round trip", "speed": "speed", "hosts": "hosts"}
-    wide = " A wider edge has carried more." if most else ""
-    spec = charts.graph(nodes, edges, shown=shown, shown_of_edge=of_edge)
-    return [Figure("Graph", f"{net.summary}.{wide}", spec)]
+    return edges
 
 
 def timeline(run: Run) -> list[Figure]:
-    """Which block was active when."""
+    """Draw which block was active when."""
     every = activations(run)
     spans = every[:_MOST_SPANS]
     if not spans:
@@ -186,7 +196,7 @@ def timeline(run: Run) -> list[Figure]:
 
 
 def membership(run: Run) -> list[Figure]:
-    """Who trained when, where clients went or came."""
+    """Draw who trained when, where clients went or came."""
     if not run.memberships:
         return []
     last = max(run.reached, 1)
@@ -211,7 +221,7 @@ def membership(run: Run) -> list[Figure]:
 
 
 def time(run: Run) -> list[Figure]:
-    """Seconds of each client by phase."""
+    """Draw the seconds of each client by phase."""
     parts = ("gradient and update", "waiting for neighbours", "evaluation")
     values: Cells = []
     for client, steps in sorted(run.steps.items()):
@@ -229,7 +239,7 @@ def time(run: Run) -> list[Figure]:
 
 
 def memory(run: Run) -> list[Figure]:
-    """The peak of every rank since its start, and which phase has raised it."""
+    """Draw the peak of every rank since its start, and which phase has raised it."""
     since = run.starts[-1].step if run.starts else 0
     values: Cells = []
     for client, evaluations in sorted(run.evaluations.items()):
