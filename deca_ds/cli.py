@@ -15,7 +15,7 @@ from deca_ds.printing import print_wrapped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`deca COMMAND ...`; returns the exit code. Imports the module of that command alone."""
+    """Run `deca COMMAND ...`, and import the module of that command alone. Returns the exit code."""
     from deca_ds.training.terminal import own_streams
 
     own_streams()
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(given: Sequence[str]) -> argparse.Namespace:
-    """What follows `deca` on the command line, as its command takes it; given[0] is one of `_COMMANDS`."""
+    """Return what follows `deca` on the command line, as its command takes it; given[0] is one of `_COMMANDS`."""
     about, module = _COMMANDS[given[0]]
     parser = argparse.ArgumentParser(prog=f"deca {given[0]}", description=f"{about[0].upper()}{about[1:]}.")
     import_module(f"deca_ds.{module}").add_arguments(parser)

@@ -133,7 +133,7 @@ class EndedError(BaseException):
 
 
 def exit_code(error: BaseException) -> int:
-    """With which a rank that fails with `error` ends."""
+    """Return the exit code of a rank that fails with `error`."""
     return error.code if isinstance(error, UserError) else FAILURE_CODE
 
 
@@ -141,7 +141,7 @@ INTERRUPTED = "interrupted (SIGINT); SIGTERM has a job save a checkpoint before 
 
 
 def public_message(error: BaseException) -> str:
-    """What other clients may read of `error`: nothing that could quote data."""
+    """Return what other clients may read of `error`: nothing that could quote data."""
     kind = type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
@@ -155,7 +155,7 @@ def public_message(error: BaseException) -> str:
 
 
 def whole_message(error: BaseException) -> str:
-    """What the own output says of `error`: everything."""
+    """Return what the rank's own output says of `error`: everything."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return str(error) if isinstance(error, UserError | EndedError) else "".join(traceback.format_exception(error))

@@ -23,7 +23,8 @@ def print_wrapped(text: str, file: IO[str] | None = None) -> None:
 
 
 def print_line(console: Console, text: str, style: str = "", head: tuple[str, str] = ("WARNING:", "bold")) -> None:
-    """The same for a console, and with a style. head: a first word, and the style that it gets where `text` has it."""
+    """Print a line on a console as `print_wrapped` does, and with a style. head: a first word, and the style that it
+    gets where `text` has it."""
     from rich.text import Text  # here: it takes a while, and most have no need of it
 
     line, (word, emphasis) = Text(wrapped(text, console.file), style), head
@@ -33,7 +34,8 @@ def print_line(console: Console, text: str, style: str = "", head: tuple[str, st
 
 
 def wrapped(text: str, file: IO[str]) -> str:
-    """`text`, in lines as `file` wants them. A word that is longer than a line, as a path may be, stays whole."""
+    """Return `text`, in lines as `file` wants them. A word that is longer than a line, as a path may be, stays
+    whole."""
     width = _columns(file)
     if not width:
         return text

@@ -36,7 +36,7 @@ class AdamRule(Rule):
     def candidate(
         self, theta: Tensor, m: Tensor, v: Tensor, out: Tensor, *, inner: int, lr: float, decay: float
     ) -> None:
-        """out = theta_half of these moments."""
+        """Write theta_half of these moments into `out`."""
         m_correction = 1 - self.a1 ** (inner + 1)
         v_correction = 1 - self.a2 ** (inner + 1)
         denominator = v.sqrt().div_(v_correction**0.5).add_(self.eps)

@@ -29,7 +29,7 @@ class GossipAdam(AdamRule):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """theta becomes theta'."""
+        """Make theta theta'."""
         state["theta"].copy_(mixed)
 
 
@@ -59,7 +59,7 @@ class QgAdam(AdamRule):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """theta becomes theta', state["grad"] becomes theta - theta'."""
+        """Make theta theta', and state["grad"] theta - theta'."""
         torch.sub(state["theta"], mixed, out=state["grad"])
         state["theta"].copy_(mixed)
 
@@ -110,7 +110,7 @@ class GtAdam(AdamRule):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """theta or the tracker becomes its average."""
+        """Make theta or the tracker its average."""
         state["theta" if name == "grad" else name].copy_(mixed)
 
 

@@ -65,7 +65,7 @@ class DecaRule(AdamRule):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """theta becomes theta', state["grad"] becomes h up to its scale."""
+        """Make theta theta', and state["grad"] h up to its scale."""
         theta, work = state["theta"], state["grad"]
         if self.signal == "disagreement":
             work.sub_(mixed)

@@ -67,7 +67,7 @@ class DecaExactDiffusion(DecaRule):
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
-        """theta becomes theta', state["grad"] becomes h up to its scale, and the change is that of this averaging."""
+        """Make theta theta', state["grad"] h up to its scale, and the change that of this averaging."""
         sent, change = state["grad"], state["change"]
         averaged = torch.lerp(sent, mixed, 0.5)
         change.mul_(self.correction).sub_(sent).add_(averaged)  # c d - sent is -theta_half

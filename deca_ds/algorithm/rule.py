@@ -68,8 +68,8 @@ class Rule(ABC):
 
     @torch.no_grad()
     def skip_step(self, state: State) -> None:
-        """Instead of `local_step`, for parameters that no gradient reached at this step: they stay where they are,
-        without weight decay, and so do the buffers (torch.optim.AdamW with grad None). state["grad"] is zero here."""
+        """Leave parameters that no gradient reached at this step where they are, without weight decay, and so the
+        buffers; called instead of `local_step` (torch.optim.AdamW with grad None). state["grad"] is zero here."""
         state["grad"].copy_(state["theta"])
 
     @abstractmethod

@@ -58,7 +58,7 @@ class Schedule:
         return self.inner_steps * (self.rounds if self.blocks == 1 else 1)
 
     def block_order(self, round_index: int) -> list[int]:
-        """Indices of all blocks in the order in which the given round visits them."""
+        """Return the indices of all blocks in the order in which the given round visits them."""
         order = list(range(self.blocks))
         if self.order == "descending":
             order.reverse()
@@ -67,7 +67,7 @@ class Schedule:
         return order
 
     def trained(self, first: int, last: int) -> set[int]:
-        """Indices of the blocks of the inner steps first .. last - 1."""
+        """Return the indices of the blocks of the inner steps first .. last - 1."""
         length = self.activation_steps
         return {self.step(index).block for index in range(first - first % length, last, length) if first < last}
 
@@ -96,7 +96,7 @@ class Schedule:
 def learning_rate(
     index: int, total: int, *, peak: float, schedule: str = "constant", warmup_steps: int = 0, final_ratio: float = 0.0
 ) -> float:
-    """Learning rate of inner step `index` of `total`.
+    """Return the learning rate of inner step `index` of `total`.
 
     Linear from peak / warmup_steps to `peak` over the warm-up, then constant, or falling along a line or half a cosine
     to peak * final_ratio one step after the last, so that no step is spent on a rate of 0.

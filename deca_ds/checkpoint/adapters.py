@@ -60,7 +60,7 @@ class MergedModel:
         return self._saved.shape(self._stored.get(name, name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Data type that the weight is stored in; a merged one is read as float32 all the same."""
+        """Return the data type that the weight is stored in; a merged one is read as float32 all the same."""
         return self._saved.dtype(self._stored.get(name, name))
 
     def model_dtype(self, name: str) -> torch.dtype:

@@ -21,22 +21,22 @@ def mark_done(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
 
 
 def mark_stopped(run: Path, steps: str, how: str, missing: Sequence[int] = ()) -> None:
-    """The same for a run that can continue. steps: done so far. how: to continue, for people."""
+    """Mark the run as stopped, so that it can continue. steps: done so far. how: to continue, for people."""
     _mark(run / STOPPED, steps, missing, f"to continue: {how}")
 
 
 def ended(run: Path) -> list[str]:
-    """The markers that are there."""
+    """Return the markers that are there."""
     return [name for name in (DONE, STOPPED, FAILED) if (run / name).is_file()]
 
 
 def is_done(run: Path) -> bool:
-    """Whether the run has come to its end."""
+    """Return whether the run has come to its end."""
     return (run / DONE).is_file()
 
 
 def inner_steps(run: Path) -> int:
-    """Of a run that is done. Raises CheckpointError if its marker does not tell."""
+    """Return the inner steps of a run that is done. Raises CheckpointError if its marker does not tell."""
     found = re.search(r"of (\d+) inner steps", (run / DONE).read_text(errors="replace"))
     if found is None:
         raise CheckpointError(f"{DONE} does not say how many inner steps the run had", where=str(run / DONE))
@@ -44,12 +44,12 @@ def inner_steps(run: Path) -> int:
 
 
 def missing_clients(run: Path) -> list[int]:
-    """The clients that died before the run's end, ascending; empty without a marker."""
+    """Return the clients that died before the run's end, ascending; empty without a marker."""
     return _missing(run / DONE)
 
 
 def stopped_without(run: Path) -> list[int]:
-    """The clients that had died when the run stopped, ascending; empty without a marker."""
+    """Return the clients that had died when the run stopped, ascending; empty without a marker."""
     return _missing(run / STOPPED)
 
 

@@ -20,7 +20,7 @@ from deca_ds.errors import CheckpointError
 
 
 def empty_model(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The causal language model that `folder`/config.json describes, on the meta device, tied weights tied.
+    """Return the causal language model that `folder`/config.json describes, on the meta device, tied weights tied.
 
     Raises CheckpointError if there is no config.json or no model can be made from it.
     """
@@ -41,14 +41,15 @@ def empty_model(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Full shape of every parameter (a shared one under its first name) and persistent buffer, in the model's order."""
+    """Return the full shape of every parameter (a shared one under its first name) and persistent buffer, in the
+    model's order."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return shapes | {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in parameters}
 
 
 def conversion_groups(model: PreTrainedModel, names: Iterable[str]) -> list[list[str]]:
-    """`names` in order, joined to groups where the file format makes something out of several of them."""
+    """Return `names` in order, joined to groups where the file format makes something out of several of them."""
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     converters = [entry.reverse_transform() for entry in reversed(mapping) if isinstance(entry, WeightConverter)]
     groups: dict[str, list[str]] = {}
@@ -60,6 +61,7 @@ def conversion_groups(model: PreTrainedModel, names: Iterable[str]) -> list[list
 
 
 def to_file_format(model: PreTrainedModel, group: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of one conversion group by module name -> tensors by the name they have in a file."""
+    """Convert the parameters of one conversion group, by module name, to tensors by the name that they have in a
+    file."""
     named: dict[str, Tensor] = revert_weight_conversion(model, group)
     return named

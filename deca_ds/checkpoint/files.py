@@ -19,7 +19,7 @@ def sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """BLAKE2b (16 bytes, hexadecimal) of a file, read in chunks of 4 MiB."""
+    """Return the BLAKE2b digest (16 bytes, hexadecimal) of a file, which is read in chunks of 4 MiB."""
     state = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):

@@ -21,7 +21,7 @@ def save_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def adapt_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """`adapt` the generation config that `folder` holds, if there is one; returns what that says."""
+    """Call `adapt` for the generation config that `folder` holds, if there is one; returns what that says."""
     if not (folder / _NAME).is_file():
         return None
     config = GenerationConfig.from_pretrained(folder)

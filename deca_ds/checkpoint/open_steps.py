@@ -12,7 +12,7 @@ from deca_ds.errors import CheckpointError
 
 
 def open_checkpoint(folder: Path, step: int, own: Part) -> ShardedModel:
-    """What a rank needs of a checkpoint, every file of it verified.
+    """Open what a rank needs of a checkpoint, and verify every file of it.
 
     Written by as many ranks, it is this rank's own part, and only that must be here. Else it is the whole client's.
     Raises CheckpointError if a part is missing or damaged or comes from another attempt at the run.
@@ -21,7 +21,7 @@ def open_checkpoint(folder: Path, step: int, own: Part) -> ShardedModel:
 
 
 def open_part(here: Path, step: int, own: Part) -> ShardedModel:
-    """The same of what is in the folder `here`."""
+    """Open what is in the folder `here` as `open_checkpoint` does. Raises CheckpointError."""
     has_own = (own.folder(here) / MANIFEST).is_file()
     saved = ShardedModel(here, [own.client], [own.rank] if has_own else None)
     if has_own and saved.ranks[own.client] != own.ranks:
@@ -34,8 +34,8 @@ def open_part(here: Path, step: int, own: Part) -> ShardedModel:
 
 
 def find_checkpoint(folder: Path, step: int | None = None, client: int | None = None) -> ShardedModel:
-    """The model in the checkpoint after `step` inner steps, or in the newest that is complete here: of one client, or
-    of all that were in when it was saved.
+    """Open the model in the checkpoint after `step` inner steps, or in the newest that is complete here: of one client,
+    or of all that were in when it was saved.
 
     Raises CheckpointError if there is none, or a part is missing or comes from another attempt at the run.
     """

@@ -46,14 +46,15 @@ def compare_shapes(saved: ShardedModel | MergedModel, expected: Mapping[str, tup
 
 
 def digest(tensor: Tensor) -> str:
-    """Checksum of a contiguous tensor's data type, shape and bytes."""
+    """Return the checksum of a contiguous tensor's data type, shape and bytes."""
     state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
 def compare_file(path: Path, digests: Mapping[str, str]) -> None:
-    """Re-read a weight file tensor by tensor; raise CheckpointError unless it holds what `digests` (by name) says."""
+    """Read a weight file again, tensor by tensor. Raises CheckpointError unless it holds what `digests` (by name)
+    says."""
     with safe_open(path, framework="pt") as file:
         wrong = sorted(set(file.keys()) ^ set(digests))
         wrong = wrong or [name for name in file.keys() if digest(file.get_tensor(name)) != digests[name]]  # noqa: SIM118

@@ -22,7 +22,7 @@ def add_config(parser: argparse.ArgumentParser, about: str = "YAML file with the
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[Path | None, list[str]]:
-    """The file, if one is named, and what replaces its keys. Raises ConfigError where two are named."""
+    """Return the file, if one is named, and what replaces its keys. Raises ConfigError where two are named."""
     files = [] if arguments.config is None else [arguments.config]
     overrides = []
     for given in arguments.overrides:

@@ -157,8 +157,8 @@ def _check_best(config: Config) -> None:
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The user's DeepSpeed configuration. Raises ConfigError for a file that is no JSON object, for a ZeRO stage other
-    than 3 and for keys that the trainer owns or cannot support."""
+    """Return the user's DeepSpeed configuration. Raises ConfigError for a file that is no JSON object, for a ZeRO stage
+    other than 3 and for keys that the trainer owns or cannot support."""
     try:
         read = json.loads(path.read_text())
     except OSError as error:
@@ -191,7 +191,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def check_world(config: Config, world_size: int) -> list[int]:
-    """The number of ranks of each client, where `world_size` are launched.
+    """Return the number of ranks of each client, where `world_size` are launched.
 
     Raises ConfigError where they do not fit cluster.clients or cluster.ranks, or a client's batch not its ranks.
     """
@@ -271,8 +271,8 @@ def _check_absent(config: Config) -> None:
 
 
 def check_output(config: Config) -> Path:
-    """The run's output folder, which must not hold anything yet but what a job that has just come to it, or that was
-    killed there, has put in. Raises ConfigError if it does, or cannot be made."""
+    """Return the run's output folder. Raises ConfigError if it cannot be made, or holds more than the word of a job
+    that has just come to it, or was killed there."""
     output = Path(config.run.output)
     check_writable(output, "run.output")
     if is_used(output):
@@ -281,12 +281,12 @@ def check_output(config: Config) -> Path:
 
 
 def is_used(output: Path) -> bool:
-    """Whether the folder holds more than the word of a job that has just come to it."""
+    """Return whether the folder holds more than the word of a job that has just come to it."""
     return output.is_dir() and holds_more(path.name for path in output.iterdir())
 
 
 def holds_more(names: Iterable[str]) -> bool:
-    """The same of a folder with files of these names."""
+    """Return whether a folder with files of these names holds more than that."""
     return any(name != LOCK for name in names)
 
 

@@ -19,7 +19,8 @@ Kind = Literal["model", "dataset"]
 
 
 def why_not_on_hub(name: str, kind: Kind) -> str | None:
-    """Why what is called `name` cannot be had from the hub, by one short question, or by none with HF_HUB_OFFLINE set.
+    """Return why what is called `name` cannot be had from the hub, by one short question, or by none with
+    HF_HUB_OFFLINE set.
 
     None if it can, if the cache here has something of that name, and after an answer of another kind: then the one who
     loads it will know better.
@@ -47,7 +48,7 @@ def why_not_on_hub(name: str, kind: Kind) -> str | None:
 
 
 def why_not_whole(kind: Kind) -> str | None:
-    """Why what the cache here has of a name does not do; None where the hub may be asked."""
+    """Return why what the cache of this host has of a name will not do; None where the hub may be asked."""
     from huggingface_hub import constants, is_offline_mode
 
     if not is_offline_mode():
@@ -56,7 +57,7 @@ def why_not_whole(kind: Kind) -> str | None:
 
 
 def hub_fix(name: str, kind: Kind) -> str:
-    """What to do where one of these gives a reason."""
+    """Say what to do where `why_not_on_hub` or `why_not_whole` gives a reason."""
     from huggingface_hub import is_offline_mode
 
     if not is_offline_mode():
@@ -84,7 +85,8 @@ def _is_cached(name: str, kind: Kind) -> bool:
 
 
 def _is_prepared(name: str, home: str) -> bool:
-    """Whether the `datasets` library has it in its own cache, where it writes case and owner in a way of its own."""
+    """Return whether the `datasets` library has the data set in its own cache, where it writes case and owner in its
+    own way."""
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(home, "datasets")).expanduser()
     letters = re.sub("[/_]", "", name).lower()
     return folder.is_dir() and any(re.sub("_", "", each.name).lower() == letters for each in folder.iterdir())

@@ -19,17 +19,17 @@ class Allowed:
 
 
 def at_least(least: float) -> Allowed:
-    """least or more."""
+    """Allow `least` or more."""
     return Allowed(lambda x: x >= least, f"at least {least:g}")
 
 
 def more_than(bound: float) -> Allowed:
-    """More than bound."""
+    """Allow more than `bound`."""
     return Allowed(lambda x: x > bound, f"more than {bound:g}")
 
 
 def inside(interval: str, why: str = "") -> Allowed:
-    """As mathematics writes it: "[0, 1)" has 0 and not 1. why: for messages."""
+    """Allow an interval as mathematics writes it: "[0, 1)" has 0 and not 1. why: for messages."""
     low, high = map(float, interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
     below = operator.le if interval[-1] == "]" else operator.lt
@@ -37,7 +37,7 @@ def inside(interval: str, why: str = "") -> Allowed:
 
 
 def or_null(allowed: Allowed) -> Allowed:
-    """These, or null."""
+    """Allow these, or null."""
     return Allowed(lambda x: x is None or allowed.holds(x), f"null or {allowed.words}")
 
 
@@ -52,7 +52,7 @@ DAY = Allowed(_is_day, "a day, YYYY-MM-DD")
 
 
 def key(default: Any, meaning: str, see: str | None = None, *, allowed: Allowed | None = None) -> Any:
-    """A configuration key.
+    """Declare a configuration key.
 
     meaning: one sentence for the reference and for error messages. see: the page in docs/ that tells more, or
     page.md#section. allowed: which values of its type it may have; None: all.

@@ -31,7 +31,7 @@ Given = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
 def load_config(given: Given | None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then what is given, then `a.b=value` overrides; typed and checked.
+    """Return the configuration, typed and checked: defaults, then what is given, then `a.b=value` overrides.
 
     given: the path of a YAML file, a mapping of sections like the one in such a file, or a Config. Of algorithm.rounds
     and algorithm.epochs just one is set then. Raises ConfigError with the file or argument, the key and the value for
@@ -82,7 +82,8 @@ def _schema() -> DictConfig:
 
 
 def _read(given: Given) -> tuple[str, DictConfig]:
-    """Where it is from, for messages, and what it says. What a script gives passes the checks of a file's text."""
+    """Return where the configuration is from, for messages, and what it says. What a script gives passes the checks of
+    a file's text."""
     if isinstance(given, str | os.PathLike):
         path = path_argument(os.fspath(given))
         return str(path), _read_yaml(path)
@@ -108,7 +109,7 @@ _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:y
 
 
 def _plain(value: Any) -> Any:
-    """`value` with the types that YAML has; numbers may be NumPy's."""
+    """Return `value` with the types that YAML has; numbers may be NumPy's."""
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, os.PathLike):

@@ -32,12 +32,12 @@ _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
 def expand(path: str) -> str:
-    """`path` with ~, ~user and $NAME replaced; those that mean nothing on this host stay."""
+    """Return `path` with ~, ~user and $NAME replaced; those that mean nothing on this host stay."""
     return os.path.expandvars(os.path.expanduser(path))
 
 
 def argument(path: str) -> Path:
-    """A path from the command line; shells leave the ~ of --config=~/run.yaml alone."""
+    """Expand a path from the command line; shells leave the ~ of --config=~/run.yaml alone."""
     return Path(expand(path))
 
 
@@ -57,12 +57,12 @@ def expand_all(config: Config) -> None:
 
 
 def could_be_hub_name(path: str) -> bool:
-    """Whether the hub could have a model or a data set of this name."""
+    """Return whether the hub could have a model or a data set of this name."""
     return _HUB_NAME.fullmatch(path) is not None
 
 
 def look_for(path: str) -> str:
-    """Advice about `path`, which is not there."""
+    """Advise what to do about `path`, which is not there."""
     for link in (path, *map(str, Path(path).parents)):
         if os.path.islink(link) and not os.path.exists(link):
             return f"{link!r} is a link to {os.readlink(link)!r}, which is not there"

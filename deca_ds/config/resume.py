@@ -90,7 +90,8 @@ def check_folder(config: Config) -> None:
 
 
 def check_new(config: Config) -> None:
-    """The same for a run that begins anew, because there was none to be continued when it looked first."""
+    """Check the output folder of a run that begins anew, because there was none to be continued when it looked first.
+    Raises ConfigError where there is one now."""
     check_folder(config)
     if has_begun(Path(config.run.output)):
         raise ConfigError(
@@ -101,26 +102,26 @@ def check_new(config: Config) -> None:
 
 
 def same_command(resume: str, *, trained: bool) -> str:
-    """What continues a run that has stopped, in words. resume: the run.resume that it was started with. trained:
-    whether it has saved a checkpoint; without one, the run begins anew."""
+    """Say how to continue a run that has stopped. resume: the run.resume that it was started with. trained: whether it
+    has saved a checkpoint; without one, the run begins anew."""
     if resume != "never":
         return "the same command"
     return f"the same command with run.resume={'require' if trained else 'auto'}"
 
 
 def has_begun(output: Path) -> bool:
-    """Whether the run in `output` has come to train. One that ended while it loaded has left its configuration there,
-    and maybe its data's table, but nothing to continue from."""
+    """Return whether the run in `output` has come to train. One that ended while it loaded has left its configuration
+    there, and maybe its data's table, but nothing to continue from."""
     return (output / SAVED_CONFIG).is_file() and any((output / name).exists() for name in _TRAINED)
 
 
 def has_diverged(output: Path) -> bool:
-    """Whether the run in `output` has ended at values that were not finite."""
+    """Return whether the run in `output` has ended at values that were not finite."""
     return any(map(tells_divergence, output.glob("FAILED*")))
 
 
 def tells_divergence(marker: Path) -> bool:
-    """Whether that marker of a failure tells of values that were not finite."""
+    """Return whether the marker of a failure tells of values that were not finite."""
     return "has diverged" in marker.read_text(errors="replace")
 
 
@@ -139,7 +140,8 @@ def save_changes(config: Config) -> str:
 
 
 def changes(before: Config, now: Config, allowed: Sequence[str] = MAY_CHANGE) -> dict[str, tuple[Any, Any]]:
-    """Key -> both values, of the keys that differ and must not. allowed: names of keys, and of sections with a dot."""
+    """Return the keys that differ and must not, each with both values. allowed: names of keys, and of sections with a
+    dot."""
     old, new = flat(before), flat(now)
     return {
         key: (old[key], value)
@@ -151,7 +153,7 @@ def changes(before: Config, now: Config, allowed: Sequence[str] = MAY_CHANGE) ->
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """section.key -> value, of all keys."""
+    """Return the value of every key, by section.key."""
     found: dict[str, Any] = {}
     for section, values in asdict(config).items():
         found |= (

@@ -55,8 +55,8 @@ def check_file(text: str, path: str, *, lines: bool = True) -> None:
 
 
 def check_argument(key: str, text: str) -> None:
-    """The same for `text`, the value of `key` on the command line, which has no comments and no lines to be folded, and
-    for a key that continues below a value."""
+    """Check `text`, the value of `key` on the command line, as `check_file` does; it has no comments and no lines to be
+    folded. Raises ConfigError, also for a key that continues below a value."""
     _check_depth(key, text)
     for node, message, fix in _look_through(text, key):
         quoted = fix.startswith(_QUOTES) and node.value == text and "'" not in text
@@ -84,8 +84,8 @@ def _check_depth(key: str, text: str) -> None:
 
 
 def in_type(tree: Any, kind: Any = Config) -> Any:
-    """`tree`, the plain values of a configuration, with a list of one for a single text where the schema has a list of
-    texts, and with texts as the names in a mapping."""
+    """Return `tree`, the plain values of a configuration, with a list of one for a single text where the schema has a
+    list of texts, and with texts as the names in a mapping."""
     if is_dataclass(kind) and isinstance(tree, dict):
         kinds = _kinds(kind)
         return {key: in_type(value, kinds.get(key)) for key, value in tree.items()}
@@ -96,7 +96,7 @@ def in_type(tree: Any, kind: Any = Config) -> Any:
 
 
 def keys_of(wanted: Any, section: Any = Config, prefix: str = "") -> list[str]:
-    """The keys of the schema whose type is made by `wanted`, such as dict, in its order."""
+    """Return the keys of the schema whose type is made by `wanted`, such as dict, in its order."""
     found = []
     for name, kind in _kinds(section).items():
         if is_dataclass(kind):
@@ -107,7 +107,7 @@ def keys_of(wanted: Any, section: Any = Config, prefix: str = "") -> list[str]:
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """The values that the schema allows for a key that takes one of a few."""
+    """Return the values that the schema allows for a key that takes one of a few."""
     return get_args(_without_none(_kind_of(key)))
 
 
@@ -223,7 +223,7 @@ def _quote(text: str) -> str:
 
 
 def _means(text: str, number: int | float) -> bool:
-    """Whether `number` is what the digits say; 010 and 12:30 do not say 8 and 750."""
+    """Return whether `number` is what the digits say; 010 and 12:30 do not say 8 and 750."""
     if not math.isfinite(number):
         return True
     for read in (lambda digits: int(digits, 0), float):

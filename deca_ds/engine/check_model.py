@@ -22,7 +22,8 @@ _POSITIONAL = re.compile(r"pos|wpe")
 def check_model(
     config: Config, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True
 ) -> list[str]:
-    """Warnings, a line each. Raises ModelError for what cannot be trained, or not as the user means it.
+    """Return warnings about the model, a line each. Raises ModelError for what cannot be trained, or not as the user
+    means it.
 
     weights: whether to match the names and shapes in the weight files, too, where model.init wants them; without them
     no model is to be loaded on this host, and a package for model.attention that it lacks is a warning.
@@ -94,7 +95,7 @@ def _check_attention(model: ModelConfig, architecture: PretrainedConfig, *, need
 
 
 def position_limit(model: PreTrainedModel) -> tuple[int | None, bool]:
-    """How many positions the model is made for, None if it does not say, and whether it cannot do more.
+    """Return how many positions the model is made for, None if it does not say, and whether it cannot do more.
 
     It cannot where positions are rows of an embedding or of a table; rotary ones continue, untrained.
     """

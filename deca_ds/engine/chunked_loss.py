@@ -29,13 +29,13 @@ def positions_at_a_time(head: OutputHead) -> int:
 
 
 def positions_of_a_piece(head: OutputHead, gpu: bool) -> int:
-    """How many positions of a chunk have losses and their gradients together: on a GPU, which has no use for small
-    pieces, all of them. The numbers do not depend on it."""
+    """Return how many positions of a chunk have losses and their gradients together: on a GPU, which has no use for
+    small pieces, all of them. The numbers do not depend on it."""
     return positions_at_a_time(head) if gpu else max(1, PIECE_BYTES // (4 * head.linear.out_features))
 
 
 def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every target, and 1 if it is the likeliest token, else 0; no gradients.
+    """Return the cross-entropy of every target, and 1 if it is the likeliest token, else 0; no gradients.
 
     hidden: [batch, length, hidden]. labels: [batch, length], on the CPU, those that each position predicts. Returns
     float32 [batch, length, 2], zero where labels are -100; of both, what belongs to a row lies together.
@@ -62,7 +62,7 @@ def chunked_loss(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Ten
 def summed_loss(
     model: nn.Module, head: OutputHead, hidden: Tensor, chunks: Iterable[Chunk], piece: int, divisor: int
 ) -> Tensor:
-    """`chunked_loss` of the given chunks. piece: positions of a piece."""
+    """Sum the loss over the given chunks; see `chunked_loss`. piece: positions of a piece."""
     arguments = (hidden, head.linear.weight, head.linear.bias, model, head, chunks, piece, divisor)
     loss: Tensor = _SummedLoss.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it without types
     return loss
@@ -135,8 +135,8 @@ class _SummedLoss(torch.autograd.Function):
 def _loss_of_piece(
     model: nn.Module, head: OutputHead, output: Tensor, targets: Tensor, divisor: int, differentiate: bool
 ) -> Tensor:
-    """Cross-entropy of each target. differentiate: overwrite `output`, of the head's layer, with the gradient of the
-    losses' sum over `divisor`."""
+    """Return the cross-entropy of each target. differentiate: overwrite `output`, of the head's layer, with the
+    gradient of the losses' sum over `divisor`."""
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
         losses = F.cross_entropy(head.logits(model, leaf).float(), targets, reduction="none")
@@ -147,5 +147,5 @@ def _loss_of_piece(
 
 
 def _sum(losses: Tensor) -> Tensor:
-    """In the order in which torch adds the losses of rows up when it is asked for nothing but their sum."""
+    """Add up in the order in which torch adds the losses of rows up when it is asked for nothing but their sum."""
     return F.nll_loss(-losses[:, None], torch.zeros_like(losses, dtype=torch.int64), reduction="sum")

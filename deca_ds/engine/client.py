@@ -60,11 +60,11 @@ class BlockState:
         return self.tensors["grad"]
 
     def part(self, elements: slice) -> dict[str, Tensor]:
-        """Views of the same elements of all tensors."""
+        """Return views of the same elements of all tensors."""
         return {name: tensor[elements] for name, tensor in self.tensors.items()}
 
     def by_parameter(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Views of a flat tensor of this layout, one a parameter."""
+        """Return views of a flat tensor of this layout, one a parameter."""
         return dict(zip(self.names, tensor.split(list(self.local_steps.sizes)), strict=True))
 
 
@@ -196,9 +196,9 @@ class Client:
         return GradientStats(total_loss, targets, int(counts[1]), norm, kept, own)
 
     def kept(self) -> tuple[list[float], Tensor]:
-        """What shows whether the block's state was finite at the last `write_back`: the squared 2-norm of theta and the
-        sum of each buffer, over all ranks, and on this rank (float64, 1-D). The next `gradient` returns the same
-        without a reduction of its own."""
+        """Return what shows whether the block's state was finite at the last `write_back`: the squared 2-norm of theta
+        and the sum of each buffer, over all ranks, and on this rank (float64, 1-D). The next `gradient` returns the
+        same without a reduction of its own."""
         summed = self._kept.clone()
         dist.all_reduce(summed)
         return summed.tolist(), self._kept
@@ -233,20 +233,21 @@ class Client:
         internals.partition_all(self._zero)
 
     def shards(self, names: Sequence[str]) -> Iterator[tuple[str, int, int, Tensor]]:
-        """(name, start, stop, values) of this rank's slices; values write through to the model."""
+        """Yield (name, start, stop, values) of this rank's slices; values write through to the model."""
         for name in names:
             parameter = self._parameters[name]
             yield name, *internals.shard_range(parameter), internals.shard(parameter)
 
     def low_bits(self, names: Sequence[str]) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, start, bits) of this rank's slices of the parameters that have masters beside their shards: the 16
-        bits that rounding took from each master, int16 on the host, as views. Out of date for the active block."""
+        """Yield (name, start, bits) of this rank's slices of the parameters that have masters beside their shards: the
+        16 bits that rounding took from each master, int16 on the host, as views. Out of date for the active block."""
         for name in (name for name in names if name in self._low):
             yield name, internals.shard_range(self._parameters[name])[0], self._low[name]
 
     def masters(self, names: Sequence[str]) -> Iterator[tuple[str, int, int, Tensor, Tensor | None]]:
-        """(name, start, stop, values, low bits) of this rank's slices; `masters.join` makes masters of the last two.
-        Low bits are None for the active block, whose values are the masters, and for parameters without masters."""
+        """Yield (name, start, stop, values, low bits) of this rank's slices; `masters.join` makes masters of the
+        last two. Low bits are None for the active block, whose values are the masters, and for parameters without
+        masters."""
         active = self._masters()
         for name, start, stop, shard in self.shards(names):
             held = (active[name], None) if name in active else (shard, self._low.get(name))
@@ -262,12 +263,12 @@ class Client:
             self._low[name].copy_(low_bits(values.float()))
 
     def _masters(self) -> dict[str, Tensor]:
-        """The active block's masters, by parameter; empty if no block is active."""
+        """Return the active block's masters, by parameter; empty if no block is active."""
         return {} if self._state is None else self._state.by_parameter(self._state.theta)
 
     def block_shards(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
-        """(name, start, stop, state) of this rank's slices of the active block, if there is one; state: views of all of
-        the block's tensors."""
+        """Yield (name, start, stop, state) of this rank's slices of the active block, if there is one; state: views of
+        all of the block's tensors."""
         if self._state is None:
             return
         parts = {key: self._state.by_parameter(tensor) for key, tensor in self._state.tensors.items()}
@@ -276,12 +277,13 @@ class Client:
             yield name, *internals.shard_range(self._parameters[name]), state
 
     def block_numels(self) -> list[int]:
-        """Number of elements of each parameter of the active block, over all ranks, in the order of the shard."""
+        """Return the number of elements of each parameter of the active block, over all ranks, in the order of the
+        shard."""
         assert self._state is not None
         return [prod(self.shapes[name]) for name in self._state.names]
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Persistent buffers, which are part of a saved model and whole on every rank."""
+        """Yield persistent buffers, which are part of a saved model and whole on every rank."""
         saved = self.model.state_dict(keep_vars=True)
         return ((name, buffer) for name, buffer in self.model.named_buffers() if name in saved)
 

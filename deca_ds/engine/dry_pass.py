@@ -71,7 +71,7 @@ class DryModel:
         self._record_calls()
 
     def training(self, trained: Sequence[str], rows: int, length: int, checkpointing: bool = False) -> PassMemory:
-        """A forward and a backward pass of `rows` sequences of `length` tokens; trained: names of parameters.
+        """Measure a forward and a backward pass of `rows` sequences of `length` tokens; trained: names of parameters.
 
         checkpointing: of gradients, whatever is configured.
         """
@@ -111,7 +111,7 @@ class DryModel:
 
     @torch.no_grad()
     def scoring(self, rows: int, length: int) -> int:
-        """The most bytes at a time while an evaluation scores `rows` sequences of `length` tokens."""
+        """Measure the most bytes held at a time while an evaluation scores `rows` sequences of `length` tokens."""
         self._model.eval()
         with self._allocated(rows) as allocated:
             self._loss(rows, length, lambda *_: None)

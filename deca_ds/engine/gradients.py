@@ -138,7 +138,7 @@ class _Turns:
             self._called.update(dict.fromkeys(parameters))
 
     def is_over(self, index: int) -> bool:
-        """Whether this parameter's turn is over."""
+        """Return whether this parameter's turn is over."""
         return index in self._fix_order()[: self._next]
 
     def keep(self, index: int, gradient: Tensor) -> None:

@@ -35,9 +35,9 @@ def partitioned(parameter: nn.Parameter) -> _Partitioned:
 
 
 def keep_shards_whole(engine: Any) -> bool:
-    """Where this rank's shards are whole parameters, have `engine`, DeepSpeed's, leave the model an ordinary one: each
-    parameter is a view of its shard for good, and no hook is left. Returns whether that is so: the client has one rank,
-    and its shards lie where it computes.
+    """Have `engine`, DeepSpeed's, leave the model an ordinary one where this rank's shards are whole parameters: each
+    parameter becomes a view of its shard for good, and no hook is left. Returns whether that is so: the client has one
+    rank, and its shards lie where it computes.
 
     ZeRO-3 gathers such parameters as views as well, so this takes no memory. Its hooks run fifty times as much Python
     as the model does, which a GPU would wait for, and change the order in which autograd adds gradients up.
@@ -144,20 +144,20 @@ def shard(parameter: nn.Parameter) -> Tensor:
 
 
 def shard_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """First and last-plus-one element of the row-major parameter that this rank holds."""
+    """Return the first and the last-plus-one element of the row-major parameter that this rank holds."""
     size, numel = partitioned(parameter).ds_tensor.ds_numel, partitioned(parameter).ds_numel
     rank = torch.distributed.get_rank()
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
 def leaf(parameter: nn.Parameter) -> nn.Module | None:
-    """The module around the parameter that ZeRO-3 gathers as a whole, because what runs in it may differ from rank to
-    rank; None outside such modules."""
+    """Return the module around the parameter that ZeRO-3 gathers as a whole, because what runs in it may differ from
+    rank to rank; None outside such modules."""
     return getattr(parameter, "ds_z3_leaf_module", None)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether ZeRO-3 gathers the module as a whole."""
+    """Return whether ZeRO-3 gathers the module as a whole."""
     from deepspeed.utils import z3_leaf_module
 
     return bool(z3_leaf_module(module))

@@ -39,7 +39,7 @@ class RowScores(NamedTuple):
 
 
 def row_scores(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> RowScores:
-    """`token_scores`, summed over each row."""
+    """Return `token_scores`, summed over each row."""
     scores = token_scores(model, batch, device)
     return RowScores(*(each.sum(dim=1).cpu() for each in scores))
 
@@ -59,7 +59,7 @@ def token_scores(model: nn.Module, batch: Mapping[str, Tensor], device: torch.de
 
 
 def training_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device, targets: int) -> Tensor:
-    """A micro-batch's part of the mean loss over `targets` tokens: the parts of all micro-batches add up to it.
+    """Return a micro-batch's part of the mean loss over `targets` tokens: the parts of all micro-batches add up to it.
 
     With output_router_logits in the model's configuration, the router's auxiliary loss is part of it, as transformers
     computes it for this micro-batch, weighted by the micro-batch's share of the targets. A model that is body and head
@@ -116,7 +116,7 @@ def check_own_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: 
 
 
 def count_targets(batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch that the loss is taken at."""
+    """Count the tokens of a batch that the loss is taken at."""
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
@@ -144,7 +144,7 @@ def _chunked_scores(
 
 
 def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`losses` and `targets` of TokenScores, of whole logits, [batch, length, vocabulary]."""
+    """Return `losses` and `targets` of TokenScores, of whole logits, [batch, length, vocabulary]."""
     labels = _predicted(labels)  # logits[:, :-1] would copy them, and in the backward pass their gradient
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return losses.view(labels.shape)[:, :-1].contiguous(), labels[:, :-1] != -100

@@ -26,7 +26,7 @@ class OutputHead:
     switches: Mapping[str, bool]
 
     def logits(self, model: nn.Module, output: Tensor) -> Tensor:
-        """The model's logits at n positions, [n, vocabulary], from the output that its linear layer has there.
+        """Return the model's logits at n positions, [n, vocabulary], from the output that its linear layer has there.
 
         The model's own forward scales, caps or shifts them: it runs with stand-ins in place of all its modules, of
         which the head's returns `output`. So neither the body nor the layer runs, and no hook.
@@ -70,7 +70,8 @@ class OutputHead:
 
 
 def find_head(model: nn.Module) -> OutputHead | None:
-    """The model's output head, or None where its forward is anything else than body and head. The body does not run.
+    """Return the model's output head, or None where its forward is anything else than body and head. The body does not
+    run.
 
     The model may be on the meta device or partitioned by ZeRO-3.
     """

@@ -25,7 +25,8 @@ _Drawn = list[tuple[nn.Module, str, nn.Parameter, Tensor]]  # module, name in it
 
 @contextmanager
 def nothing_drawn() -> Iterator[None]:
-    """Models that are made meanwhile do not draw theirs, or only what their modules' constructors do."""
+    """Keep models that are made meanwhile from drawing their weights; only their modules' constructors may still do
+    so."""
     with patch.object(PreTrainedModel, "_initialize_weights", lambda *_: None):
         yield
 

@@ -62,7 +62,7 @@ def buffer_name(buffer: str, parameter: str) -> str:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether `buffer_name` has made it: parameters and buffers of modules have dots."""
+    """Return whether `buffer_name` has made it: parameters and buffers of modules have dots."""
     return "/" in name
 
 

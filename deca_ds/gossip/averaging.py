@@ -69,7 +69,7 @@ class Averaging(ABC):
         return exchange_chunk(self.gossip.transport, message.chunk, send, destinations, terms, tag)
 
     def before_sending(self, message: Message) -> None:  # noqa: B027, most have nothing to do
-        """Called for each message that has a receiver or a source, right before it is sent."""
+        """Prepare a message that has a receiver or a source; called right before it is sent."""
 
     def refusal(self, what: str, j: int) -> DivergedMessageError:
         """Make the error for a message of client j that must not be averaged."""

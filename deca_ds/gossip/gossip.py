@@ -80,7 +80,7 @@ class Gossip:
         self.schedule = schedule
 
     def has_neighbours(self, t: int) -> bool:
-        """Whether averaging t joins this client with any other."""
+        """Return whether averaging t joins this client with any other."""
         client = self.transport.client
         return bool(self.schedule.sources(client, t) or self.schedule.destinations(client, t))
 

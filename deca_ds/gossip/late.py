@@ -85,7 +85,7 @@ class EdgeDecision:
         return self._seen.endswith(f" {self._client}")
 
     def is_(self, word: str) -> bool:
-        """Whether `word` stands there, as far as this end knows."""
+        """Return whether `word` stands in the store, as far as this end knows."""
         return self._seen.split(" ")[0] == word
 
     def write(self, word: str) -> None:

@@ -66,7 +66,7 @@ class MixingSchedule:
         return [_others(matrix.T) for matrix in self.matrices]
 
     def sends(self, t: int) -> bool:
-        """Whether averaging t joins any two clients."""
+        """Return whether averaging t joins any two clients."""
         matrix = self.matrix(t)
         return bool(np.count_nonzero(matrix) > np.count_nonzero(matrix.diagonal()))
 

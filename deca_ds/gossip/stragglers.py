@@ -49,8 +49,8 @@ class _Message:
 
 
 def _through(messages: deque[_Message], then: Callable[[_Message], None]) -> bool:
-    """Whether all messages are through. Those that are leave the queue and go to `then`; they are tested one by one,
-    because torch starts a thread for each test."""
+    """Return whether all messages are through. Those that are leave the queue and go to `then`; they are tested one by
+    one, because torch starts a thread for each test."""
     while messages and messages[0].exchange.test():
         then(messages.popleft())
     return not messages

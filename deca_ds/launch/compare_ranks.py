@@ -53,7 +53,7 @@ def compare_software(config: Config, launch: Launch, store: JobStore, matrices: 
 
 
 def software(config: Config, matrices: Sequence[bytes]) -> dict[str, str]:
-    """Versions and digests of what this rank runs: libraries, "code" and "keys", the configuration's."""
+    """Return versions and digests of what this rank runs: libraries, "code" and "keys", the configuration's."""
     versions = {"Python": platform.python_version()} | {name: version_of(name) or "none" for name in _PACKAGES}
     keys = json.dumps(_keys(config, matrices)).encode()
     return {**versions, "code": code_digest(Path(deca_ds.__file__).parent), "keys": digest([keys])}
@@ -73,7 +73,7 @@ def compare_start(launch: Launch, store: JobStore, parts: Mapping[str, str], ran
 
 
 def odd_ones(values: Mapping[int, str], hosts: Mapping[int, str]) -> list[str]:
-    """A sentence for each value that the majority does not have, with {} for the name; none if all are equal.
+    """Return a sentence for each value that the majority does not have, with {} for the name; none if all are equal.
 
     values, hosts: by rank. Of values that equally many have, the lowest rank's counts as theirs.
     """

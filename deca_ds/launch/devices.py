@@ -164,7 +164,8 @@ def _usable_gpus(wanted: str, host: str) -> int:
 
 
 def computes_on_gpu(wanted: str) -> bool:
-    """Whether a run of run.device=`wanted` that was started here would take a GPU, as far as this machine shows."""
+    """Return whether a run of run.device=`wanted` that was started here would take a GPU, as far as this machine
+    shows."""
     return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
 
 

@@ -34,7 +34,7 @@ class Command:
     folder: str
 
     def names(self, programs: Sequence[str]) -> bool:
-        """Whether it runs one of them, by itself or by an interpreter."""
+        """Return whether the launcher runs one of them, by itself or by an interpreter."""
         return any(Path(word).name in programs for word in self.words[:4])
 
 
@@ -49,7 +49,7 @@ class Given:
 
     @classmethod
     def of(cls, above: Sequence[Command]) -> Given:
-        """above: this process's parent, its parent, and so on."""
+        """Find the launcher above this process. above: this process's parent, its parent, and so on."""
         hosts = next((found for command in above if (found := _hosts_of_ranks(command.words))), ())
         for command in above:
             by_deepspeed = command.names(_DEEPSPEED)
@@ -84,12 +84,12 @@ class Given:
 
 
 def given() -> Given:
-    """To the launcher of this process."""
+    """Return what was given to the launcher of this process."""
     return Given.of(list(_above()))
 
 
 def look_at_hosts(fix: str) -> str:
-    """`fix` for a failure of hosts or of what is between them, with the command that looks for the cause."""
+    """Extend `fix`, for a failure of hosts or of what is between them, with the command that looks for the cause."""
     return f"{fix}. {given().doctor}"
 
 

@@ -40,7 +40,7 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
 
 
 def _all_come(launch: Launch, store: JobStore, within_s: float) -> bool:
-    """Whether all ranks come within `within_s` seconds."""
+    """Wait for all ranks; return whether they come within `within_s` seconds."""
     deadline = time.monotonic() + within_s
     keys = [_HERE.format(rank) for rank in launch.ranks]
     while not store.store.check(keys):

@@ -39,7 +39,7 @@ def starting(launch: Launch, meet_s: float) -> Iterator[None]:
 
 
 def late(launch: Launch, meet_s: float) -> AbsentError:
-    """Not all came."""
+    """Make the error that says that not all ranks came."""
     return AbsentError(
         f"rank {launch.rank} on {launch.host}: not all {launch.world_size} MPI ranks came within {meet_s:g} s",
         where="MPI world",

@@ -81,7 +81,7 @@ class JobStore:
             return self.store.get(key)
 
     def comes(self, key: str, within_s: float) -> bool:
-        """Whether there is such a key within so many seconds. Raises RuntimeError if the store is gone.
+        """Wait for a key; return whether it is there within so many seconds. Raises RuntimeError if the store is gone.
 
         It is asked again and again: Python handles no signal while torch waits, and a wait in vain has torch print a
         lot.
@@ -104,7 +104,7 @@ class JobStore:
         return server
 
     def join_server(self, key: str) -> Store:
-        """Connect to the store that another rank published under `key`. Raises LaunchError if it does not."""
+        """Connect to the store that another rank published under `key`. Raises AbsentError if none did in time."""
         if not self.comes(key, self.timeout.total_seconds()):
             raise AbsentError(
                 f"nobody hosted a store within {self.timeout.total_seconds():g} s",
@@ -253,7 +253,7 @@ def join_again(former: JobStore, address: tuple[str, int]) -> JobStore:
 
 
 def join_job_store(address: tuple[str, int], timeout_s: float, *, answer_s: float = _ANSWER_S) -> JobStore:
-    """Connect to the store of a job that is under way. Raises LaunchError if it does not answer within `answer_s`
+    """Connect to the store of a job that is under way. Raises AbsentError if it does not answer within `answer_s`
     seconds."""
     host, port = address
     timeout = timedelta(seconds=timeout_s)

@@ -15,8 +15,8 @@ class StoreSite:
         self._hosted: JobStore | None = None  # by this rank, for those who are left
 
     def announcement(self, view: View, layout: ClientLayout) -> str:
-        """For View.announcement, of the leader of the first client of `view`: the address of another store, which this
-        rank hosts from here on, if the host of the present one is out; otherwise nothing."""
+        """Return the address of another store, which this rank hosts from here on, if the host of the present one is
+        out; otherwise nothing. It is for View.announcement, by the leader of the first client of `view`."""
         if layout.client_of(self.host) in view:
             return ""
         self._hosted = self._hosted or host_again(self.store)

@@ -86,7 +86,7 @@ class Cluster:
         return "mpi" if self.gossip_comm is not None else "torch"
 
     def gather_in_client(self, value: Any) -> list[Any]:
-        """What each rank of this client gives, by shard; small objects, which stay within the client."""
+        """Gather what each rank of this client gives, by shard; small objects, which stay within the client."""
         every: list[Any] = [None] * self.ranks
         dist.all_gather_object(every, value)
         return every
@@ -160,7 +160,7 @@ def _open_world(store: Store, rank: int, ranks: int, device: torch.device, timeo
 
 
 def choose_transport(wanted: str, launch: Launch) -> str:
-    """ "mpi" or "torch". "auto" takes MPI where MPI.COMM_WORLD spans all ranks of the job.
+    """Return "mpi" or "torch"; "auto" takes MPI where MPI.COMM_WORLD spans all ranks of the job.
 
     Raises LaunchError if MPI is asked for and the launcher made no MPI world.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """Add no argument: the command takes none."""
 
 
 def run(_: argparse.Namespace) -> int:

@@ -30,12 +30,12 @@ SCORES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `deca simulate`."""
+    """Add the arguments of `deca simulate`."""
     add_config(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Simulate, write run.output and print how it went."""
+    """Simulate, write run.output and print how it went. Returns the exit status. Raises UserErrors."""
     from deca_ds.simulation.run import run_to_folder
 
     report(*run_to_folder(load_config(*chosen(arguments))))
@@ -74,7 +74,7 @@ def report(simulation: Simulation, seconds: float) -> None:
 
 
 def _contraction(simulation: Simulation) -> str:
-    """What averagings did to the disagreement over the active block, beside what the spectral gap says of it."""
+    """Say what averagings did to the disagreement over the active block, beside what the spectral gap says of it."""
     averagings = [step for step in simulation.steps if step["gossip"] and step["spread_before"] > 0]
     if simulation.mixing.messages == 0 or not averagings:
         return "no averaging changed anything: the clients do not gossip, or were the same before each of them"

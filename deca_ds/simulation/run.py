@@ -36,7 +36,7 @@ def simulate(config: Given, overrides: Sequence[str] = ()) -> RunResult:
 
 
 def run_to_folder(config: Config) -> tuple[Simulation, float]:
-    """The simulation, when it has run and is written, and the seconds that it took. Prints what is to be known of the
+    """Run a simulation and write its folder; return it and the seconds that it took. Prints what is to be known of the
     configuration and the data."""
     check(config)
     for warning in doubts(config):
@@ -57,8 +57,8 @@ def run_to_folder(config: Config) -> tuple[Simulation, float]:
 
 
 def write(simulation: Simulation, output: Path) -> None:
-    """config.yaml, data.json, starts.json and simulation.jsonl: a line a step and a line an evaluation, all clients in
-    each."""
+    """Write config.yaml, data.json, starts.json and simulation.jsonl: a line a step and a line an evaluation, all
+    clients in each."""
     output.mkdir(parents=True, exist_ok=True)
     save_config(simulation.config, output / "config.yaml")
     clients = simulation.clients

@@ -30,7 +30,7 @@ from deca_ds.training.template_date import today, with_date
 
 
 def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulation:
-    """Clients, data and method of `config`, all in this process; nothing is written.
+    """Build clients, data and method of `config`, all in this process; nothing is written.
 
     data: what `load_data` gave for the same data section, model and seed, where it is used again. Raises UserErrors.
     """
@@ -64,7 +64,7 @@ def build(config: Config, data: Sequence[ClientData] | None = None) -> Simulatio
 
 
 def check(config: Config) -> MixingSchedule:
-    """What is to be known before anything is loaded. Raises UserErrors."""
+    """Check what can be checked before anything is loaded, and return the mixing matrices. Raises UserErrors."""
     check_method(config)
     if config.cluster.absent:
         raise ConfigError(
@@ -80,7 +80,7 @@ def check(config: Config) -> MixingSchedule:
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
-    """Every client's data. In a simulation one process reads all of it, private files too."""
+    """Load every client's data. In a simulation one process reads all of it, private files too."""
     disable_progress_bars()
     config = with_date(config, today())
     data = load_all(config, tokenizer)

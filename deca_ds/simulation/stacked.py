@@ -64,7 +64,7 @@ class StackedClients:
         return self.values[:, start:stop], [LocalSteps(sizes, decays) for _ in range(self.clients)]
 
     def parameters(self, client: int) -> Iterator[tuple[str, Tensor]]:
-        """(name, values) of one client's model, views."""
+        """Yield (name, values) of one client's model, as views."""
         for name in self.names:
             yield name, self.values[client, self._columns[name]].view(self._shapes[name])
 

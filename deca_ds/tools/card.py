@@ -50,7 +50,7 @@ class Card:
         self.client, self.missing, self.base_model = client, list(missing), base_model
 
     def text(self, *, parameters: int, dtype: str, chat: bool) -> str:
-        """The content of `NAME`."""
+        """Write the content of `NAME`."""
         data = ModelCardData(
             base_model=self.base_model,
             library_name="transformers",

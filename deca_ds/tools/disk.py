@@ -32,7 +32,8 @@ class Stored:
 
     @classmethod
     def of(cls, model: nn.Module, plan: BlockPlan, config: ModelConfig, rule: Rule) -> Stored:
-        """model: may be on the meta device, with float32 parameters whatever `config` says."""
+        """Describe what is stored of a model. model: may be on the meta device, with float32 parameters whatever
+        `config` says."""
         width = 2 if config.dtype == "bfloat16" else _FLOAT32
         trained = _FLOAT32 if config.masters == "exact" else width
         shapes, saved = parameter_shapes(model), model.state_dict(keep_vars=True)
@@ -48,7 +49,7 @@ class Stored:
         return sum(self.blocks) + self.frozen + self.buffers
 
     def checkpoint(self, schedule: Schedule, done: int) -> int:
-        """Of a whole one after `done` inner steps."""
+        """Return the bytes of a whole checkpoint after `done` inner steps."""
         step = schedule.step(done) if done < len(schedule) else None
         return self.model + (self.active[step.block] if step is not None and step.inner else 0)
 
@@ -64,7 +65,8 @@ class DiskNeed:
 
 
 def disk_need(stored: Stored, schedule: Schedule, config: CheckpointConfig) -> DiskNeed:
-    """What a run needs that nothing interrupts; without `every`, also one that is told to stop at the dearest step.
+    """Return what a run that nothing interrupts needs; without `every`, also one that is told to stop at the dearest
+    step.
 
     Every run saves a checkpoint when it has trained, before it evaluates and saves the model. Then the oldest may still
     be there, on ranks that wrote before others did. Where a rank is later than that, the others keep more. With `best`
@@ -90,7 +92,8 @@ def disk_need(stored: Stored, schedule: Schedule, config: CheckpointConfig) -> D
 
 
 def taken(output: Path) -> int:
-    """Bytes that the models and checkpoints in a run's folder take already, files with several names once."""
+    """Return the bytes that the models and checkpoints in a run's folder take already, files with several names
+    once."""
     found = {}
     for path in (path for part in (FOLDER, "model") for path in (output / part).rglob("*.safetensors")):
         state = path.stat()

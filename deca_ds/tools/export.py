@@ -143,7 +143,7 @@ def _best_step(run: Path) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "500MB", "2GB", "1GiB". Raises ConfigError for anything else and for less than a byte."""
+    """Return the bytes of "500MB", "2GB", "1GiB". Raises ConfigError for anything else and for less than a byte."""
     from accelerate.utils import convert_file_size_to_int
 
     try:

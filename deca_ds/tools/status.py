@@ -104,7 +104,7 @@ def watch(
 
 
 def look(folder: Path) -> State:
-    """How the run is. Raises CheckpointError for a folder that is no run's."""
+    """Read how the run stands. Raises CheckpointError for a folder that is no run's."""
     markers = ended(folder)  # before the heartbeats, which stop then
     beats = _beats(folder)
     clients = {beat.client for beat in beats if beat.client is not None}
@@ -113,7 +113,7 @@ def look(folder: Path) -> State:
 
 
 def status_table(state: State) -> Table:
-    """A line a rank."""
+    """Tabulate the ranks, a line for each."""
     table = Table(title=str(state.folder), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
     for column in ("rank", "host", "client", "phase", "step", "loss", "last progress"):
         justify: Any = "left" if column in ("host", "phase") else "right"
@@ -131,7 +131,7 @@ def status_table(state: State) -> Table:
 
 
 def told_ends(state: State) -> list[str]:
-    """What the run left of its end, marker by marker; nothing of one that has not ended."""
+    """Tell what the run left of its end, marker by marker; nothing of one that has not ended."""
     return [f"{name}: {(state.folder / name).read_text(errors='replace').strip()}" for name in state.markers]
 
 

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask, wait until the job has ended, and say how; returns the exit code of the module's text."""
+    """Ask, wait until the job has ended, and say how; returns the exit code of the module's text. Raises
+    CheckpointError for a folder that is no run's, and where this user cannot ask the job."""
     folder: Path = arguments.run
     state = look(folder)
     if state.is_over:

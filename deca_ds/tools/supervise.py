@@ -148,7 +148,7 @@ class Supervisor:
         return Path(self.command[0]).name in _HANDS_ON
 
     def stop(self, number: int, *_: Any) -> None:
-        """A signal handler: have the job save a checkpoint and stop. At SIGINT, from a terminal, a launcher that is not
+        """Have the job save a checkpoint and stop; a signal handler. At SIGINT, from a terminal, a launcher that is not
         apart has its ranks do so by itself."""
         again, self._told = self._told, True
         if number != signal.SIGINT:
@@ -161,7 +161,7 @@ class Supervisor:
             self._hand_on()
 
     def run(self) -> int:
-        """Returns the exit code of the last start."""
+        """Start the job, again and again where it may be; return the exit code of the last start."""
         vain, command = 0, list(self.command)
         while True:
             before, failures, ends, started = self._reached(), self._failures(), self._ends(), time.monotonic()
@@ -226,7 +226,7 @@ class Supervisor:
             return code if code >= 0 else 128 - code, told_exit_codes(codes)  # as a shell has it
 
     def _is_through(self, code: int) -> bool:
-        """Whether the job must not be started again."""
+        """Return whether the job must not be started again."""
         if code == 0:
             return self.joins or is_done(self.output) or not stopped_without(self.output)
         # nobody to join, or a mistake
@@ -237,8 +237,8 @@ class Supervisor:
         return self._trained() if self.joins else self._newest_checkpoint()
 
     def _has_trained(self) -> bool:
-        """Whether a rank of this host has ever trained, or was about to when others would have continued without it. A
-        rank that comes back says neither before it is let in."""
+        """Return whether a rank of this host has ever trained, or was about to when others would have continued without
+        it. A rank that comes back says neither before it is let in."""
         beats = read_heartbeats(self.output)
         self._begun |= self._newest_checkpoint() >= 0 or any(beat.step or beat.outlived for beat in beats)
         return self._begun
@@ -284,7 +284,7 @@ class Supervisor:
         return found
 
     def _runs_trainer(self, words: Sequence[str]) -> bool:
-        """Whether an interpreter with these arguments runs what the job's command names."""
+        """Return whether an interpreter with these arguments runs what the job's command names."""
         place, of = _script(self.command), next((place for place, word in enumerate(words) if word[:1] != "-"), None)
         if place is None or of is None:
             return False

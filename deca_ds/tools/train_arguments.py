@@ -9,7 +9,7 @@ from deca_ds.watchdog.restart import JOIN
 
 
 def parser(program: str | None = None) -> argparse.ArgumentParser:
-    """program: its name in messages; None: the script's."""
+    """Make the parser of a rank's arguments. program: its name in messages; None: the script's."""
     parser = argparse.ArgumentParser(
         prog=program, description="Train with DECA: block-wise Adam on ZeRO-3 clients that gossip."
     )

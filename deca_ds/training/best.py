@@ -11,8 +11,8 @@ State = Mapping[str, Any]
 
 
 def is_better(best: State, loss: float, sets: Sequence[int]) -> bool:
-    """Whether an evaluation with this loss is the best so far. The first on other sets always is: losses of different
-    examples tell nothing about models, so the search begins anew."""
+    """Return whether an evaluation with this loss is the best so far. The first on other sets always is: losses of
+    different examples tell nothing about models, so the search begins anew."""
     return not best or list(best.get("sets", sets)) != list(sets) or loss < float(best["loss"])
 
 
@@ -24,5 +24,5 @@ def after(best: State, step: int, loss: float, sets: Sequence[int]) -> dict[str,
 
 
 def gives_up(best: State, patience: int) -> bool:
-    """Whether a run stops early. patience: evaluation.patience."""
+    """Return whether a run stops early. patience: evaluation.patience."""
     return 0 < patience <= int(best.get("since", 0))

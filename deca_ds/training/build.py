@@ -119,8 +119,8 @@ def _make_gossip(job: Job, client: Client, attempt: int) -> Gossip:
 
 
 def _invite_others(job: Job, elastic: Elastic, attempt: int, data: ClientData, vocabulary: str, rounds: int) -> None:
-    """Over torch, keep up to date what a client that comes back finds in the folder, and what this client's coordinator
-    tells it. vocabulary: digest of the tokenizer's vocabulary. rounds: of the run."""
+    """Keep up to date, over torch, what a client that comes back finds in the folder, and what this client's
+    coordinator tells it. vocabulary: digest of the tokenizer's vocabulary. rounds: of the run."""
     config, guard = job.config, job.guard
     if elastic.rejoinable is None or not job.cluster.is_leader:
         return

@@ -72,7 +72,7 @@ class Holder:
 
 
 def take_for_job(output: Path, launch: Launch, store: JobStore, check: Callable[[], object]) -> None:
-    """`take` the folder for all ranks of a job, also on hosts that do not share the first rank's folder."""
+    """Call `take` for the folder, for all ranks of a job, also on hosts that do not share the first rank's folder."""
     own = None
     if launch.rank == launch.first:
         own = take(output, check)
@@ -131,7 +131,8 @@ def take_place(output: Path, rank: int) -> None:
     """Take the place of `rank` in the job in `output` for this process, which joins it, as long as the process lives or
     until it leaves the place.
 
-    Raises LaunchError if another process has it already, as far as the file system tells.
+    Raises LaunchError if another process has it already, as far as the file system tells, and ConfigError where the
+    folder cannot be written to.
     """
     file = _place(output, rank)
     if not output.is_dir():  # there is no such run, which is told elsewhere
@@ -246,8 +247,8 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_free(descriptor: int) -> bool | None:
-    """Whether this process would get the lock now. It does not take it, because a job that starts at this moment would
-    find it taken. None if the file system has no locks."""
+    """Return whether this process would get the lock now. It does not take it, because a job that starts at this moment
+    would find it taken. None if the file system has no locks."""
     question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
@@ -264,7 +265,7 @@ def _wait_for_word(descriptor: int, locked: bool | None) -> Holder | None:
 
 
 def _shows_life(output: Path, holder: Holder | None, locked: bool | None) -> bool:
-    """Whether the job that has left its file in the folder may still be at work."""
+    """Return whether the job that has left its file in the folder may still be at work."""
     if ended(output):
         return False
     if holder is not None and holder.host == socket.gethostname() and not locked:

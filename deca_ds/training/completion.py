@@ -24,11 +24,11 @@ class Written(Protocol):
         ...
 
     def complete(self, step: int) -> bool:
-        """Whether all ranks have written it, as far as this one knows."""
+        """Return whether all ranks have written the checkpoint, as far as this one knows."""
         ...
 
     def keeps(self, step: int) -> bool:
-        """Whether the checkpoint has to stay, however many newer ones there are."""
+        """Return whether the checkpoint has to stay, however many newer ones there are."""
         ...
 
     def wait(self, step: int) -> None:

@@ -104,12 +104,13 @@ READ: dict[str, Reading] = {
 
 
 def doubts(config: Config) -> list[str]:
-    """Warnings, a line each, of a configuration that has been checked. Looks for the files of data.train."""
+    """Return warnings, a line each, of a configuration that has been checked. Looks for the files of data.train."""
     return [*_unread(config), *_backslashes(config)]
 
 
 def doubts_of_gossip(config: Config, mixing: MixingSchedule, weight_scale: float) -> list[str]:
-    """Warnings, a line each, of a graph that is too slow or drives clients apart. weight_scale: see `slow_mixing`."""
+    """Return warnings, a line each, of a graph that is too slow or drives clients apart. weight_scale: see
+    `slow_mixing`."""
     algorithm = config.algorithm
     found = slow_mixing(
         mixing,
@@ -122,7 +123,7 @@ def doubts_of_gossip(config: Config, mixing: MixingSchedule, weight_scale: float
 
 
 def doubts_of_length(config: Config, steps: int) -> list[str]:
-    """Warnings, a line each, of what a run of so many inner steps never comes to."""
+    """Return warnings, a line each, of what a run of so many inner steps never comes to."""
     never = {
         "optimizer.warmup_steps": "the learning rate never comes to optimizer.lr",
         "logging.every": "the metrics have no step",

@@ -58,8 +58,8 @@ def length_of(config: Config, schedule: Schedule, summaries: Sequence[Mapping[st
 
 
 def tell_length(config: Config, schedule: Schedule, summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for the user: the run's length in epochs, sequences and tokens, and a warning where a client goes over its
-    data very often. summaries: `ClientData.summary` of every client."""
+    """Return lines for the user: the run's length in epochs, sequences and tokens, and a warning where a client goes
+    over its data very often. summaries: `ClientData.summary` of every client."""
     length = length_of(config, schedule, summaries)
     passes, epochs = length.passes, length.epochs
     assert epochs is not None
@@ -120,7 +120,7 @@ def check_place(schedule: Schedule, saved: Mapping[str, int]) -> None:
 
 
 def _same_place(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """Whether both are one place of the schedule. At a run's end no block is open, as before an activation."""
+    """Return whether both are one place of the schedule. At a run's end no block is open, as before an activation."""
     if "inner" in one and "inner" in other:
         return all(one[key] == other[key] for key in ("done", "round", "block", "inner"))
     return one["done"] == other["done"] and not one.get("inner") and not other.get("inner")

@@ -118,7 +118,7 @@ class Trainer:
         self.gossip.commit.run(lambda: barrier(self.gossip.transport))
 
     def _goes_on(self) -> bool:
-        """Whether the job continues here, after letting in clients that come back."""
+        """Return whether the job continues here, after letting in clients that come back."""
         if self.agent is not None:
             self.state.stopping = not self.stop.may_pass(self.done)
             self.agent.let_in(self.state)

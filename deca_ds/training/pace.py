@@ -73,7 +73,7 @@ def pace_from(schedule: Schedule, done: int, every: int) -> Pace:
 
 
 def evaluates(done: int, steps: int, every: int) -> bool:
-    """Whether the models are scored after `done` of `steps` inner steps. every: evaluation.every."""
+    """Return whether the models are scored after `done` of `steps` inner steps. every: evaluation.every."""
     return done in (0, steps) or (every > 0 and done % every == 0)
 
 

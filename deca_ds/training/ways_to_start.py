@@ -70,7 +70,7 @@ class Start(ABC):
 
     @abstractmethod
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
-        """If clients may die: become a member of the job, and bring `state` to where the other members are."""
+        """Become a member of the job, if clients may die, and bring `state` to where the other members are."""
 
 
 class _Together(Start):
@@ -164,7 +164,7 @@ class NewRun(_Together):
         print_wrapped(f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}")
 
     def _check_schedule(self, job: Job, schedule: Schedule) -> None:
-        """Any will do."""
+        """Accept any schedule."""
 
     def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
         cluster = job.cluster
@@ -177,7 +177,7 @@ class ResumedRun(_Together):
     """Continues from a checkpoint; the run's folder was taken when the checkpoint was chosen."""
 
     def __init__(self, resumption: Resumption, rounds: int):
-        """rounds: the run's length from here on."""
+        """Note what is resumed. rounds: the run's length from here on."""
         super().__init__()
         self.resumption, self.resumed, self._rounds = resumption, resumption.step, rounds
         self._to_save: list[dict[str, Any]] = []  # of the clients' data, on the first rank
@@ -202,7 +202,7 @@ class ResumedRun(_Together):
         self._log(job, state)
 
     def _take(self, job: Job) -> None:
-        """Nothing: see ResumedRun."""
+        """Do nothing: see ResumedRun."""
 
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:
         self._to_save = compare_with_saved(job.output, summaries)
@@ -217,7 +217,7 @@ class ResumedRun(_Together):
             print_wrapped(tell_other_length(job.config, schedule, place))
 
     def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """Nothing: the checkpoint has each client's own model."""
+        """Compare nothing: the checkpoint has each client's own model."""
 
 
 class RejoinedRun(Start):

@@ -22,7 +22,7 @@ class Exchange(Protocol):
     """Messages under way, started by Transport.exchange."""
 
     def test(self) -> bool:
-        """Whether all messages are through; does not wait."""
+        """Return whether all messages are through; does not wait."""
         ...
 
     def wait(self) -> None:
@@ -80,5 +80,5 @@ class CheckedExchange:
 
 
 def checksum(values: Tensor) -> bytes:
-    """XXH3 of the memory of a contiguous CPU tensor, SIZE bytes. Other threads run meanwhile."""
+    """Return the XXH3 hash of the memory of a contiguous CPU tensor, SIZE bytes. Other threads run meanwhile."""
     return xxhash.xxh3_64_digest(values.detach().view(-1).view(torch.uint8).numpy().data)

@@ -46,7 +46,8 @@ class MpiTransport(Transport):
 
     @staticmethod
     def duplicate(comm: MPI.Comm, timeout_s: float) -> MPI.Comm:
-        """Make a communicator over the same ranks that is not shared, and whose failures are Python exceptions."""
+        """Make a communicator over the same ranks that is not shared, and whose failures are Python exceptions. Raises
+        DisconnectedError unless all ranks do so within `timeout_s`."""
         from mpi4py import MPI
 
         duplicate, request = comm.Idup()
@@ -82,7 +83,7 @@ class MpiTransport(Transport):
         return exchange
 
     def completed(self, request: _Request, tag: int) -> bool:
-        """Whether a request is through. Raises MessageError if it failed or if its message is too short."""
+        """Return whether a request is through. Raises MessageError if it failed or if its message is too short."""
         direction, peer, handle, part = request
         status = self._mpi.Status()
         try:

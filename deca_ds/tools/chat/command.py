@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Talk until the input ends, or answer one prompt. Raises UserErrors: for a model before any is loaded."""
+    """Talk until the input ends, or answer one prompt. Returns the exit status. Raises UserErrors, for a wrong model
+    before any is loaded."""
     if not 0 <= arguments.temperature < math.inf:
         raise ConfigError(f"--temperature {arguments.temperature} is no temperature", fix="give 0 or more")
     if arguments.max_new_tokens < 1:

@@ -25,14 +25,14 @@ class Screen(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def begin(self, speaker: int) -> None:
-        """From now on that one speaks."""
+        """Let this one speak from now on."""
 
     def say(self, text: str) -> None:
-        """The next piece of what it says."""
+        """Show the next piece of what it says."""
 
 
 def screen(console: Console, names: Sequence[str]) -> Screen:
-    """That which fits the console. names: of the speakers; a single one is not named."""
+    """Choose the screen that fits the console. names: of the speakers; a single one is not named."""
     beside = len(names) > 1 and console.is_terminal and console.width // len(names) >= _COLUMN
     return Beside(console, names) if beside else Below(console, names)
 
@@ -104,7 +104,7 @@ class Beside:
         self._live.refresh()
 
     def picture(self) -> Table:
-        """All that has been said."""
+        """Draw all that has been said."""
         table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0))
         for name in self._names:
             table.add_column(Text(name, "bold", overflow="fold"), ratio=1, overflow="fold")

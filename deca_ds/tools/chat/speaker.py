@@ -62,8 +62,8 @@ class Speaker:
         self.name, self.has_template = name, bool(self._tokenizer.chat_template) and not plain
 
     def answer(self, prompt: str, sampling: Sampling, say: Callable[[str], None]) -> str:
-        """What the model says to `prompt` after the turns that were kept. say: called with each piece of it, as soon as
-        it stands. Raises ModelError where there is no room for an answer."""
+        """Generate what the model says to `prompt` after the turns that were kept. say: called with each piece of it,
+        as soon as it stands. Raises ModelError where there is no room for an answer."""
         inputs = self._encode(prompt).to(self._model.device)
         length = inputs["input_ids"].shape[1]
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -88,7 +88,7 @@ class Speaker:
         return whole.removeprefix(before) if whole.startswith(before) else ""
 
     def keep(self, prompt: str, answer: str) -> None:
-        """From now on both are part of the conversation."""
+        """Make both a part of the conversation from now on."""
         self._turns.append((prompt, answer))
 
     def reset(self) -> None:

@@ -23,8 +23,8 @@ class Bin:
 
 
 def bins(counts: Counts, max_length: int, reach: int | None = None) -> list[Bin]:
-    """Of equal width up to max_length, or to the longest example where that is shorter; beyond it each is twice as wide
-    as the one before. reach: the longest example of all sets that are to have the same bins."""
+    """Return bins of equal width up to max_length, or to the longest example where that is shorter; beyond it each is
+    twice as wide as the one before. reach: the longest example of all sets that are to have the same bins."""
     longest = reach if reach is not None else counts[-1][0]
     inside = min(longest, max_length)
     width = 1
@@ -40,7 +40,7 @@ def bins(counts: Counts, max_length: int, reach: int | None = None) -> list[Bin]
 
 
 def quantile(counts: Counts, share: float) -> int:
-    """The smallest length that this share of the examples does not exceed."""
+    """Return the smallest length that this share of the examples does not exceed."""
     wanted, seen = share * sum(count for _, count in counts), 0
     for length, count in counts:
         seen += count
@@ -58,7 +58,7 @@ def merged(several: Sequence[Counts]) -> list[list[int]]:
 
 
 def line(of: Sequence[Bin]) -> str:
-    """A character a bin; what is there is seen, however little."""
+    """Draw a character for each bin; what is there is seen, however little."""
     most = max((each.count for each in of), default=0)
     top = len(_LEVELS) - 1
     return "".join(_LEVELS[max(1, round(top * each.count / most)) if each.count else 0] for each in of)

@@ -77,7 +77,7 @@ def look(
     sample: int | None = None,
     shown: int = 2,
 ) -> Found:
-    """Of `client`, or of all clients whose files are here; scratch: an empty folder.
+    """Prepare and describe the data of `client`, or of all clients whose files are here. scratch: an empty folder.
 
     A sample leaves nothing in the cache; else what is prepared stays there, as after any start of the run. Raises
     DataError and ConfigError as the run would, and where this machine has no client's files.
@@ -108,7 +108,8 @@ def look(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
-    """The text of a sequence, in runs of tokens that carry the loss and of others. The first token never does."""
+    """Return the text of a sequence, in runs of tokens that carry the loss and of others. The first token never
+    does."""
     trained = [place > 0 and label != IGNORED for place, label in enumerate(labels)]
     made, before, end = [], "", 0
     for is_trained, run in groupby(trained):

@@ -29,7 +29,7 @@ class Contents:
     examples: Dataset
 
     def place(self, index: int) -> str | None:
-        """File and line; None for a piece of a document."""
+        """Return file and line of an example; None for a piece of a document."""
         return str(self.examples[index]["place"]) if "place" in self.examples.column_names else None
 
 
@@ -75,7 +75,7 @@ def contents(examples: Dataset) -> Contents:
 
 
 def repeats(sets: Mapping[int, Mapping[str, Contents]]) -> Repeats:
-    """sets: of each client, TRAIN, OWN and COMMON."""
+    """Find the examples that several sets have. sets: of each client, TRAIN, OWN and COMMON."""
     train = {client: of[TRAIN] for client, of in sets.items()}
     distinct = {client: np.unique(of.hashes) for client, of in train.items()}
     values, holders = np.unique(np.concatenate(list(distinct.values())), return_counts=True)

@@ -57,8 +57,8 @@ def show(console: Console, found: Found) -> None:
 
 
 def rendered(pieces: Sequence[Piece], *, colour: bool) -> Text:
-    """A sequence with its trained tokens marked. Long runs lose their middle, and characters that would steer a
-    terminal are written out."""
+    """Mark the trained tokens of a sequence. Long runs lose their middle, and characters that would steer a terminal
+    are written out."""
     text = Text()
     for piece in pieces:
         shown = _shortened(_harmless(piece.text))

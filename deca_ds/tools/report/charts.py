@@ -76,8 +76,9 @@ def lines(
     points: bool = False,
     zero: bool = False,
 ) -> Spec:
-    """Curves over inner steps, with the values of all of them where the reader points. rows: by "x", the step. title:
-    of the y axis. numbers, axis: formats of the values and of the axis. points: mark every value."""
+    """Return the chart of curves over inner steps, with the values of all of them where the reader points. rows: by
+    "x", the step. title: of the y axis. numbers, axis: formats of the values and of the axis. points: mark every
+    value."""
     x: Spec = {"field": "x", "type": "quantitative", "title": "inner step", "scale": {"nice": False, "zero": False}}
     x["axis"] = {"grid": False, **STEPS}
     y: Spec = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": zero}}
@@ -154,8 +155,9 @@ def heat_map(
     shown: Mapping[str, str],
     step: int = 34,
 ) -> Spec:
-    """A cell each of "column", "row", "share" (0 to 1: how strong its colour is) and "text". across, down: titles of
-    the axes. shown: what a cell says where the reader points, field -> title."""
+    """Return a chart with a cell for each of `cells`, which have "column", "row", "share" (0 to 1: how strong its
+    colour is) and "text". across, down: titles of the axes. shown: what a cell says where the reader points, field ->
+    title."""
     x: Spec = {"field": "column", "type": "nominal", "sort": None, "title": across, "scale": {"domain": list(columns)}}
     x["axis"] = {"labelAngle": -40, "ticks": False, "domain": False, "orient": "bottom", "labelLimit": 90}
     y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": down, "scale": {"domain": list(rows)}}
@@ -182,8 +184,8 @@ def heat_map(
 
 
 def bars(values: Sequence[Mapping[str, Value]], *, parts: Sequence[str], title: str, numbers: str = ".3~g") -> Spec:
-    """Bars to the right, one a "row", each made of "part"s of "value". parts: in the order in which they are stacked.
-    A legend stands below them where there are several."""
+    """Return a chart of bars to the right, one a "row", each made of "part"s of "value". parts: in the order in which
+    they are stacked. A legend stands below them where there are several."""
     rows = list(dict.fromkeys(str(value["row"]) for value in values))
     place = {part: number for number, part in enumerate(parts)}
     legend: Spec = {} if len(parts) > 1 else {"legend": None}
@@ -209,7 +211,8 @@ def bars(values: Sequence[Mapping[str, Value]], *, parts: Sequence[str], title: 
 
 
 def timeline(spans: Sequence[Mapping[str, Value]], *, rows: Sequence[str], shown: Mapping[str, str], last: int) -> Spec:
-    """Spans of inner steps, from "from" to "to", one line a "row"; "share" (0 to 1) is how strong its colour is."""
+    """Return a chart of spans of inner steps, from "from" to "to", one line a "row"; "share" (0 to 1) is how strong its
+    colour is."""
     return {
         **_wide(24 * len(rows)),
         "data": {"values": [dict(span) for span in spans]},
@@ -231,7 +234,8 @@ def graph(
     nodes: Sequence[Mapping[str, Value]], edges: Sequence[Mapping[str, Value]], *, shown: Mapping[str, str],
     shown_of_edge: Mapping[str, str],
 ) -> Spec:  # fmt: skip
-    """Nodes at "x", "y" with a "name", a "colour" and a "size", and edges from "x", "y" to "x2", "y2" of a "width"."""
+    """Return a chart of nodes at "x", "y" with a "name", a "colour" and a "size", and edges from "x", "y" to "x2", "y2"
+    of a "width"."""
     hidden = {"axis": None, "scale": {"domain": [-1.25, 1.25]}}
     at = {"x": {"field": "x", "type": "quantitative", **hidden}, "y": {"field": "y", "type": "quantitative", **hidden}}
     to = {"x2": {"field": "x2"}, "y2": {"field": "y2"}}
@@ -267,7 +271,7 @@ def graph(
 
 
 def thin(rows: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:
-    """At most MOST_POINTS rows: means of as many neighbouring ones as that takes, at the last one's x."""
+    """Return at most MOST_POINTS rows: means of as many neighbouring ones as that takes, at the last one's x."""
     if len(rows) <= MOST_POINTS:
         return [_rounded(row) for row in rows]
     size = -(-len(rows) // MOST_POINTS)

@@ -15,7 +15,7 @@ _BEGINNING = 2000  # characters of a file in which a report shows what it is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `deca report`."""
+    """Add the arguments of `deca report`."""
     parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="a run's output folder")
     parser.add_argument(
         "-o", "--output", type=path_argument, default=Path("report.html"), metavar="FILE", help="default: report.html"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the report and say where it is. Raises UserErrors, before anything is written."""
+    """Write the report and say where it is; returns the exit status. Raises UserErrors, before anything is written."""
     from deca_ds.tools.report.page import MARK, render
     from deca_ds.tools.report.reading import read_runs
 
@@ -56,7 +56,7 @@ def check_output(path: Path, mark: str) -> None:
 
 
 def write(page: str, path: Path) -> None:
-    """All of it or nothing. Raises ConfigError where that cannot be."""
+    """Write all of the page or nothing. Raises ConfigError where it cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(page, encoding="utf-8")

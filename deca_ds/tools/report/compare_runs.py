@@ -30,7 +30,8 @@ class Gap:
 
 
 def differences(runs: Sequence[Run], defaults: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(key, its value in every run) of the keys in which the runs differ. defaults: of keys that a run's file lacks."""
+    """Return (key, its value in every run) for the keys in which the runs differ. defaults: of keys that a run's file
+    lacks."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in _OF_THE_FOLDER)
     found = []
     for key in keys:
@@ -41,7 +42,7 @@ def differences(runs: Sequence[Run], defaults: dict[str, Any]) -> list[tuple[str
 
 
 def changed(run: Run, defaults: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, value, default) of the keys that are not as the schema has them."""
+    """Return (key, value, default) for the keys that are not as the schema has them."""
     return [
         (key, setting(key, value), NONE if defaults.get(key) == "???" else setting(key, defaults.get(key)))
         for key, value in run.config.items()
@@ -50,19 +51,20 @@ def changed(run: Run, defaults: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def clients_scores(run: Run) -> Scores | None:
-    """The mean over clients of the last scores on the common set, else on their own."""
+    """Return the mean over clients of the last scores on the common set, else on their own."""
     every = averaged(run, run.kinds[0]) if run.kinds else []
     return every[-1][1] if every else None
 
 
 def is_alone(run: Run) -> bool:
-    """Whether every client trained by itself."""
+    """Return whether every client trained by itself."""
     return run.clients > 1 and run.config.get("gossip.graph") == "isolated"
 
 
 def gaps(runs: Sequence[Run]) -> list[Gap | None]:
-    """Of every run: None unless a run of clients alone and one of a single client with all data, which scored the same
-    common examples, bracket it. Of several brackets the best counts, by the loss of the clients on the common set."""
+    """Return the gap of every run: None unless a run of clients alone and one of a single client with all data, which
+    scored the same common examples, bracket it. Of several brackets the best counts, by the loss of the clients on the
+    common set."""
     return [_gap(run, [other for other in runs if _same_set(run, other)]) for run in runs]
 
 
@@ -84,7 +86,7 @@ def _gap(run: Run, runs: Sequence[Run]) -> Gap | None:
 
 
 def _closed(own: float | None, alone: float | None, central: float | None, better: int) -> float | None:
-    """(own - alone) / (central - alone). None where all data in one place is no better than alone."""
+    """Return (own - alone) / (central - alone); None where all data in one place is no better than alone."""
     if own is None or alone is None or central is None or better * (central - alone) <= 0:
         return None
     return (own - alone) / (central - alone)

@@ -39,7 +39,7 @@ _SCORES: tuple[tuple[str, Callable[[Scores], float | None], Look], ...] = (
 
 
 def learning(run: Run) -> list[Figure]:
-    """Loss and scores, and how far the clients are from each other."""
+    """Draw loss and scores, and how far the clients are from each other."""
     clients = _clients(run)
     average = [Series("average", "mean of the clients", None)] if len(clients) > 1 else []
     text = f"Nats per target token, over a client's whole batch{logged(run)}."
@@ -58,7 +58,7 @@ def learning(run: Run) -> list[Figure]:
 
 
 def pace(run: Run) -> list[Figure]:
-    """The learning rate, where it changes, and the gradient's norm."""
+    """Draw the learning rate, where it changes, and the gradient's norm."""
     rates = {step.step: step.lr for step in run.all_steps if step.lr is not None}
     rate = [Series("lr", "learning rate", None)] if len(set(rates.values())) > 1 else []
     text = f"2-norm of the active block's gradient, before clipping{logged(run)}."
@@ -73,7 +73,7 @@ def pace(run: Run) -> list[Figure]:
 
 
 def speed(run: Run) -> list[Figure]:
-    """Tokens per second."""
+    """Draw the tokens per second."""
     rates = _of_steps(run, lambda step: step.tokens / step.seconds if step.tokens and step.seconds else None)
     text = f"Tokens per second of each client in its inner steps{logged(run)}."
     look: Look = {"numbers": ",.0f", "axis": "~s", "zero": True}
@@ -81,7 +81,7 @@ def speed(run: Run) -> list[Figure]:
 
 
 def overlaid(runs: Sequence[Run]) -> list[Figure]:
-    """Several runs in one chart each: the mean of their clients with the range, their mean models, their distances."""
+    """Draw several runs in one chart: the mean of their clients with the range, their mean models, their distances."""
     series = [Series(f"r{place}", run.name, place) for place, run in enumerate(runs)]
     named = {f"r{place}": run for place, run in enumerate(runs)}
     losses = {key: list(_of_steps(run, _step_loss).values()) for key, run in named.items()}
@@ -102,7 +102,7 @@ def overlaid(runs: Sequence[Run]) -> list[Figure]:
 
 
 def logged(run: Run) -> str:
-    """Which steps a figure shows, where it is not every one."""
+    """Say which steps a figure shows, where it is not every one."""
     every = every_nth(run)
     ending = {1: "st", 2: "nd", 3: "rd"}.get(every % 10 if every % 100 not in (11, 12, 13) else 0, "th")
     return f", at every {every}{ending} step" if every > 1 else ""

@@ -34,8 +34,8 @@ class Network:
 
 
 def network(run: Run) -> Network:
-    """The graph of all clients of the configuration. Where it cannot be made again, because a file is gone or it is of
-    another version, the edges that were tested at the start stand for it."""
+    """Describe the graph of all clients of the configuration. Where it cannot be made again, because a file is gone or
+    it is of another version, the edges that were tested at the start stand for it."""
     mixing = _mixing(run)
     measured = {tuple(sorted(edge.clients)): edge for edge in run.edges}
     if mixing is None:

@@ -39,7 +39,8 @@ class Part:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The whole page; the same for the same runs. Raises ConfigError where the extra `report` is not installed."""
+    """Render the whole page; the same for the same runs. Raises ConfigError where the extra `report` is not
+    installed."""
     template, library = _template(), _library()
     nets = [network(run) for run in runs]
     defaults = flatten(asdict(Config()))

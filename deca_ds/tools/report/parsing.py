@@ -15,7 +15,7 @@ _LARGEST = 1e300
 
 
 def of_client(line: Line, client: int) -> dict[str, Any]:
-    """What a simulation's line, which is of all clients, says of one of them."""
+    """Return what a simulation's line, which is of all clients, says of one of them."""
     own = {key: value for key, value in line.items() if key not in ("clients", "loss", "bytes_sent")}
     for key, name in (("loss", "loss"), ("bytes_sent", "gossip_bytes_sent")):
         values = line.get(key)
@@ -176,7 +176,7 @@ def share(place: int, entry: Line) -> records.Share:
 
 
 def number(value: Any) -> float | None:
-    """None for what is no finite number, or too large for one."""
+    """Return the number; None for what is no finite number, or too large for one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         return None
     return value

@@ -27,7 +27,7 @@ _LARGEST_MESSAGE = 20_000  # characters of a marker that are shown
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """One run a folder, with names that tell them apart. Raises CheckpointError for what is no run's folder."""
+    """Read one run a folder, with names that tell them apart. Raises CheckpointError for what is no run's folder."""
     for folder in folders:
         _check(folder)
     paths = list(dict.fromkeys(folder.resolve() for folder in folders))
@@ -35,7 +35,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """section.key -> value."""
+    """Return the values by section.key."""
     found: dict[str, Any] = {}
     for section, values in sections.items():
         if isinstance(values, Mapping):

@@ -179,7 +179,7 @@ class Run:
         return max([*logged, *scored], default=0)
 
     def members(self, step: int) -> set[int]:
-        """Who does inner step `step` with the others, as far as the job's records tell."""
+        """Return the clients that do inner step `step` with the others, as far as the job's records tell."""
         there = set(range(self.clients))
         for change in self.memberships:
             if change.step <= step:
@@ -187,7 +187,7 @@ class Run:
         return there
 
     def scores(self, client: int, kind: str) -> list[tuple[int, Scores]]:
-        """(step, scores) of a client's evaluations on the `kind` of set, own or common."""
+        """Return (step, scores) of a client's evaluations on the `kind` of set, own or common."""
         every = ((each.step, each.own if kind == "own" else each.common) for each in self.evaluations.get(client, ()))
         return [(step, scores) for step, scores in every if scores is not None]
 
@@ -203,6 +203,6 @@ class Run:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are there."""
+    """Return the mean of the values that are there; None of none."""
     there = [value for value in values if value is not None]
     return fmean(there) if there else None

@@ -52,7 +52,7 @@ class Event:
 
 
 def length(run: Run) -> int | None:
-    """Inner steps of the whole run, where its files tell."""
+    """Return the inner steps of the whole run, where its files tell."""
     if run.end is not None and (found := re.search(r"of (\d+) inner steps", run.end[1])) is not None:
         return int(found[1])
     blocks = len(run.starts[-1].blocks) if run.starts else 0
@@ -63,20 +63,20 @@ def length(run: Run) -> int | None:
 
 
 def rounds_of(run: Run) -> Any:
-    """Of the whole run, which algorithm.epochs came to where the configuration does not say."""
+    """Return the rounds of the whole run; where the configuration does not say, those that algorithm.epochs came to."""
     counted = run.starts[-1].rounds if run.starts else None
     return counted or run.config.get("algorithm.rounds")
 
 
 def blocks(run: Run) -> list[str]:
-    """Labels, in the model's order where that is known, else as they came."""
+    """Return the blocks' labels, in the model's order where that is known, else as they came."""
     if run.starts and run.starts[-1].blocks:
         return list(run.starts[-1].blocks)
     return list(dict.fromkeys(step.block for step in run.all_steps))
 
 
 def state(run: Run) -> tuple[str, str]:
-    """(one word, what it means)."""
+    """Return the state of the run in one word, and what it means."""
     if run.end is not None:
         return run.end[0], redact(run.end[1])
     if run.simulated:
@@ -88,14 +88,14 @@ def state(run: Run) -> tuple[str, str]:
 
 
 def graph_name(run: Run) -> str:
-    """What joins the clients: a graph, or a file with a mixing matrix."""
+    """Name what joins the clients: a graph, or a file with a mixing matrix."""
     if matrix := run.config.get("gossip.matrix"):
         return redact(Path(str(matrix)).name)
     return str(run.config.get("gossip.graph")).replace("_", " ")
 
 
 def sentences(run: Run) -> list[str]:
-    """What was done, for somebody who has not seen the configuration."""
+    """Say what was done, for somebody who has not seen the configuration."""
     value, start = run.config.get, run.starts[-1] if run.starts else None
     model = f"{start.architecture} of {short_count(start.parameters)} parameters" if start else str(value("model.path"))
     method = (start.method if start else "") or str(value("algorithm.method"))
@@ -128,7 +128,7 @@ def _ranks(run: Run) -> str:
 
 
 def figures_of(run: Run) -> list[tuple[str, str]]:
-    """The numbers that come first: (name, value)."""
+    """Return the numbers that come first: (name, value)."""
     total, found = length(run), []
     found.append(("inner steps", f"{count(run.reached)} of {count(total)}" if total else count(run.reached)))
     for kind in run.kinds[:1]:
@@ -160,7 +160,7 @@ def _before_and_after(run: Run, kind: str) -> Iterator[tuple[str, str]]:
 
 
 def score_rows(run: Run, kind: str) -> list[Row]:
-    """Every model's scores on a kind of set: the mean model's, the mean of the clients', and each client's."""
+    """Return every model's scores on a kind of set: the mean model's, the mean of the clients', and each client's."""
     found = [
         row
         for client in sorted(run.evaluations)
@@ -184,7 +184,7 @@ def _comparable(run: Run, kind: str, every: Sequence[tuple[int, Scores]]) -> lis
 
 
 def averaged(run: Run, kind: str) -> list[tuple[int, Scores]]:
-    """The mean over clients of every score, after each step at which all those were scored that were there."""
+    """Return the mean over clients of every score, after each step at which all those were scored that were there."""
     every = {client: dict(run.scores(client, kind)) for client in run.evaluations if run.scores(client, kind)}
     found = []
     for step in sorted({step for scores in every.values() for step in scores}):
@@ -225,19 +225,20 @@ def _row(model: str, series: str, every: Sequence[tuple[int, Scores]]) -> Row | 
 
 
 def every_nth(run: Run) -> int:
-    """How many inner steps stand behind one logged."""
+    """Return how many inner steps stand behind one logged."""
     every = run.config.get("logging.every")
     return every if isinstance(every, int) and every > 0 and not run.simulated else 1
 
 
 def tokens(run: Run) -> float | None:
-    """Of all clients; from the logged steps, where not every step was."""
+    """Return the tokens that all clients trained on, estimated from the logged steps where not every step was
+    logged."""
     seen = [step.tokens for step in run.all_steps if step.tokens is not None]
     return sum(seen) * every_nth(run) if seen else None
 
 
 def training_seconds(run: Run) -> float | None:
-    """Of the client that took longest, in its inner steps."""
+    """Return the seconds that the slowest client spent in its inner steps."""
     spent = [
         sum(step.seconds for step in steps if step.seconds is not None) * every_nth(run)
         for steps in run.steps.values()
@@ -247,7 +248,7 @@ def training_seconds(run: Run) -> float | None:
 
 
 def sent_by_client(run: Run) -> dict[int, float]:
-    """Bytes that each client has sent to neighbours, since the last start."""
+    """Return the bytes that each client has sent to neighbours, since the last start."""
     found = {}
     for client, evaluations in run.evaluations.items():
         sent = [each.sent for each in evaluations if each.sent is not None]
@@ -257,7 +258,7 @@ def sent_by_client(run: Run) -> dict[int, float]:
 
 
 def events(run: Run) -> list[Event]:
-    """What happened to the job: starts, clients that went and came, and its end."""
+    """List what happened to the job: starts, clients that went and came, and its end."""
     found = [
         Event(
             start.step,
@@ -293,7 +294,7 @@ def events(run: Run) -> list[Event]:
 
 
 def late(run: Run) -> list[tuple[int, str, int]]:
-    """(client, neighbour, averagings without it), where there were any."""
+    """Return (client, neighbour, averagings without it) where there were any."""
     found = []
     for client, evaluations in sorted(run.evaluations.items()):
         skipped = next((each.skipped for each in reversed(evaluations) if each.skipped), {})
@@ -302,7 +303,8 @@ def late(run: Run) -> list[tuple[int, str, int]]:
 
 
 def activations(run: Run) -> list[tuple[int, int, int, str, float | None]]:
-    """(first step, last step, round, block, mean loss over clients) of every activation of a block that was logged."""
+    """Return (first step, last step, round, block, mean loss over clients) of every activation of a block that was
+    logged."""
     inner = run.config.get("algorithm.inner_steps")
     length_of = inner if isinstance(inner, int) and inner > 0 else 1
     if len(blocks(run)) == 1:

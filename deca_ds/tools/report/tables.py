@@ -53,7 +53,7 @@ class Table:
 
 
 def scores(run: Run, kind: str) -> Table:
-    """How every model scores on a kind of set before and after training, and at its best."""
+    """Tabulate how every model scores on a kind of set before and after training, and at its best."""
     rows = score_rows(run, kind)
     labelled = any(row.after.accuracy is not None for row in rows)
     head = ["model", "loss before", "after", "best (step)"]
@@ -99,7 +99,7 @@ def _tokens(row: Row) -> list[str]:
 
 
 def data(run: Run) -> Table:
-    """What each client trains on."""
+    """Tabulate what each client trains on."""
     sent = sent_by_client(run)
     rows = [
         [
@@ -113,7 +113,7 @@ def data(run: Run) -> Table:
 
 
 def edges(net: Network) -> Table | None:
-    """The slowest edges first."""
+    """Tabulate the edges, the slowest first."""
     links = [link for link in net.links if link.measured is not None or link.sent]
     if not links:
         return None
@@ -141,19 +141,19 @@ def edges(net: Network) -> Table | None:
 
 
 def happenings(run: Run) -> Table | None:
-    """What happened to the job."""
+    """Tabulate what happened to the job."""
     rows = [[count(each.step), each.what, moment(each.time)] for each in events(run)]
     return Table("Events", ["inner step", "what", "when"], rows, frozenset({0, 1, 2})) if rows else None
 
 
 def latecomers(run: Run) -> Table | None:
-    """Neighbours that were left out of averagings because they were late."""
+    """Tabulate the neighbours that were left out of averagings because they were late."""
     rows = [[f"client {client}", f"client {neighbour}", count(times)] for client, neighbour, times in late(run)]
     return Table("Late neighbours", ["client", "averaged without", "times"], rows, frozenset({0, 1})) if rows else None
 
 
 def settings(run: Run, defaults: dict[str, Any]) -> list[Table]:
-    """The keys that were set, and all of them."""
+    """Tabulate the keys that were set, and all of them."""
     own = [[key, value, default] for key, value, default in changed(run, defaults)]
     every = [[key, setting(key, value)] for key, value in run.config.items()]
     return [
@@ -163,7 +163,7 @@ def settings(run: Run, defaults: dict[str, Any]) -> list[Table]:
 
 
 def versions(run: Run) -> Table | None:
-    """What the job ran on, start by start."""
+    """Tabulate what the job ran on, start by start."""
     if not run.starts:
         return None
     names = list(dict.fromkeys(name for start in run.starts for name in start.software if name != "keys"))
@@ -182,7 +182,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def overview(runs: Sequence[Run], nets: Sequence[Network]) -> Table:
-    """A column a run. Lines that say nothing of any run are left out."""
+    """Tabulate the runs, a column for each. Lines that say nothing of any run are left out."""
     closed = gaps(runs)
     columns = [_column(*each) for each in zip(runs, nets, closed, strict=True)]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]

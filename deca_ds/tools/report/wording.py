@@ -22,14 +22,14 @@ _SECRETS = (
 
 
 def redact(text: str) -> str:
-    """Without passwords in addresses, secrets in queries, and what looks like an access token."""
+    """Return the text without passwords in addresses, secrets in queries, and what looks like an access token."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def setting(key: str, value: Any) -> str:
-    """A configuration's value as it could stand in YAML."""
+    """Return a configuration's value as it could stand in YAML."""
     if value is not None and value != "" and _SECRET_KEY.search(key.rpartition(".")[2]):
         return HIDDEN
     return redact(_plain(value))
@@ -48,7 +48,7 @@ def _plain(value: Any) -> str:
 
 
 def loss(value: float | None) -> str:
-    """Four digits behind the point, or as many significant ones where that shows nothing."""
+    """Write a loss with four digits behind the point, or as many significant ones where that shows nothing."""
     if value is None:
         return NONE
     return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
@@ -59,7 +59,7 @@ def percent(value: float | None) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """No exponent where people need none."""
+    """Write a number without an exponent where people need none."""
     if value is None:
         return NONE
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -73,7 +73,7 @@ def count(value: float | None) -> str:
 
 
 def short_count(value: float | None) -> str:
-    """1.2 million."""
+    """Write a count as in "1.2 million"."""
     if value is None:
         return NONE
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
@@ -83,7 +83,7 @@ def short_count(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes, in powers of ten."""
+    """Write a number of bytes, in powers of ten."""
     if value is None:
         return NONE
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
@@ -104,7 +104,7 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(time: float | None) -> str:
-    """Of seconds since 1970."""
+    """Write the moment so many seconds after 1970 began."""
     if time is None:
         return NONE
     try:
@@ -114,7 +114,7 @@ def moment(time: float | None) -> str:
 
 
 def clients(numbers: Sequence[int], shown: int = 8) -> str:
-    """client 1; clients 1, 2 and 4."""
+    """Name clients as in "client 1" or "clients 1, 2 and 4"."""
     if len(numbers) == 1:
         return f"client {numbers[0]}"
     if len(numbers) > shown:
@@ -123,7 +123,7 @@ def clients(numbers: Sequence[int], shown: int = 8) -> str:
 
 
 def short(number: int) -> str:
-    """In five characters at most: 1234, 56k, 1.2M."""
+    """Write a number in five characters at most: 1234, 56k, 1.2M."""
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= 10 * unit or (number >= unit and unit > 10**3):
             return f"{number / unit:.1f}{name}" if number < 10 * unit else f"{number / unit:.0f}{name}"
