@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deca_ds.launchers.train import main as train
 
         return train(given[1:], "deca train")
-    if not given or given[0] not in _COMMANDS:
+    if not given or given[0] not in COMMANDS:
         return _without_command(given)
     arguments = parse(given)
     try:
-        return int(import_module(f"deca_ds.{_COMMANDS[given[0]][1]}").run(arguments))
+        return int(import_module(f"deca_ds.{COMMANDS[given[0]][1]}").run(arguments))
     except UserError as error:
         print_wrapped(f"ERROR: {error}")
         return 2
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(given: Sequence[str]) -> argparse.Namespace:
-    """Return what follows `deca` on the command line, as its command takes it; given[0] is one of `_COMMANDS`."""
-    about, module = _COMMANDS[given[0]]
+    """Return what follows `deca` on the command line, as its command takes it; given[0] is one of `COMMANDS`."""
+    about, module = COMMANDS[given[0]]
     parser = argparse.ArgumentParser(prog=f"deca {given[0]}", description=f"{about[0].upper()}{about[1:]}.")
     import_module(f"deca_ds.{module}").add_arguments(parser)
     # options and arguments in any order, unless the rest of the line is another program's command
@@ -54,7 +54,7 @@ def _without_command(given: Sequence[str]) -> int:
         return 2
     if given[0] in ("-h", "--help", "--version"):
         _overview().parse_args(given[:1])  # which exits
-    close = difflib.get_close_matches(given[0], ["train", *_COMMANDS], n=1)
+    close = difflib.get_close_matches(given[0], ["train", *COMMANDS], n=1)
     fix = f"did you mean deca {close[0]}?" if close else "deca --help lists the commands"
     print_wrapped(f"ERROR: {ConfigError(f'deca has no command {given[0]!r}', fix=fix)}")
     return 2
@@ -65,13 +65,13 @@ def _overview() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deca_ds {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train; started on every rank by a launcher, or by itself as one client")
-    for name, (about, _) in _COMMANDS.items():
+    for name, (about, _) in COMMANDS.items():
         commands.add_parser(name, help=about)
     return parser
 
 
 # name: what it does, and the module with its `add_arguments` and `run`
-_COMMANDS: dict[str, tuple[str, str]] = {
+COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("show how much room prepared data take, and remove old ones", "tools.cache"),
     "chat": ("ask one or several models, and read their answers side by side", "tools.chat.command"),
     "data": ("show what each client trains on: examples, lengths, labels, repeats", "tools.data.command"),

@@ -40,7 +40,7 @@ class FakeClient:
         whole = (torch.arange(float(numel)) + offset) / 3 + 1000 * self._number  # no bfloat16 holds it
         return torch.cat([whole[:0], *(whole[a:b] for a, b in held([numel], self._ranks, self._shard))]).clone()
 
-    def _range(self, name: str) -> tuple[int, int]:
+    def range_of(self, name: str) -> tuple[int, int]:
         numel = prod(SHAPES[name])
         size = -(-numel // self._ranks)
         return min(numel, self._shard * size), min(numel, (self._shard + 1) * size)
@@ -63,10 +63,10 @@ class FakeClient:
     def masters(self, names):
         for name in names:
             if self.active is not None and name in BLOCK:
-                yield name, *self._range(name), self.active.tensors["theta"][name], None
+                yield name, *self.range_of(name), self.active.tensors["theta"][name], None
             else:
                 low = None if name == "frozen" else low_bits(self._masters[name]).clone()
-                yield name, *self._range(name), rounded(self._masters[name]), low
+                yield name, *self.range_of(name), rounded(self._masters[name]), low
 
     def set_master(self, name, values):
         self._masters[name].copy_(values)
@@ -75,7 +75,7 @@ class FakeClient:
 
     def block_shards(self):
         for name in BLOCK if self.active is not None else ():
-            yield name, *self._range(name), {key: values[name] for key, values in self.active.tensors.items()}
+            yield name, *self.range_of(name), {key: values[name] for key, values in self.active.tensors.items()}
 
     def buffers(self):
         return iter(self._buffers.items())

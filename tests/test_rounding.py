@@ -115,7 +115,7 @@ def mean_of_means(simulation, monkeypatch):
 
 def stale_neighbour(simulation, monkeypatch):
     """Client 1 gets what client 0 held at the averaging before."""
-    exchange, held = simulation._exchange, {}
+    exchange, held = simulation.exchange, {}
 
     def stale(state, rows, mixed, step, lr):
         sent = state["grad"].clone()
@@ -125,7 +125,7 @@ def stale_neighbour(simulation, monkeypatch):
         if mixed:
             held["grad"] = sent
 
-    monkeypatch.setattr(simulation, "_exchange", stale)
+    monkeypatch.setattr(simulation, "exchange", stale)
 
 
 def changed_rule(**changes):

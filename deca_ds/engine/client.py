@@ -24,7 +24,7 @@ from deca_ds.engine.load import find_blocks, zero3_config
 from deca_ds.engine.losses import RowScores, check_own_loss, count_targets, row_scores, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
 
-_BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
+BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Client:
             parameter.requires_grad_(True)
         internals.forget_trace(self._zero)
         leaves = [internals.leaf(parameter) for parameter in parameters]
-        self._reducer = GradientReducer(self.model, parameters, tensors["grad"].split(sizes), leaves, _BUCKET_NUMEL)
+        self._reducer = GradientReducer(self.model, parameters, tensors["grad"].split(sizes), leaves, BUCKET_NUMEL)
         return_freed_memory()  # what the block before has left: its gradients and activations had other sizes
         local_steps = LocalSteps(sizes, [len(self.shapes[name]) >= 2 for name in names])
         self._state = BlockState(block, tensors, tuple(names), local_steps, [False] * len(names))

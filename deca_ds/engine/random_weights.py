@@ -56,11 +56,11 @@ def _draw(module: nn.Module, name: str, rule: _Rule, seed: int, done: set[nn.Par
         for key, p in _floating(module)
     ]
     with _in_place(children + own):
-        _seed(seed, name)
+        seed_for(seed, name)
         rule(module)
     reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
     if any(_undrawn(values) for *_, values in own) and reset is not None:
-        _draw_as_constructed(reset, own, lambda: _seed(seed, name))
+        _draw_as_constructed(reset, own, lambda: seed_for(seed, name))
     _finish(children)
     first = [entry for entry in own if entry[2] not in done]  # a tied parameter is that of the module that has it first
     done.update(parameter for _, _, parameter, _ in first)
@@ -108,7 +108,8 @@ def _undrawn(values: Tensor) -> int:
     return int(values.isnan().sum()) if values.sum().isnan() else 0
 
 
-def _seed(seed: int, name: str) -> None:
+def seed_for(seed: int, name: str) -> None:
+    """Seed the generator from which the module `name` of a model with this `seed` draws."""
     drawn = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     torch.default_generator.manual_seed(int.from_bytes(drawn, "little") >> 1)
 

@@ -7,25 +7,28 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Flat CPU buffers that are reused; page-locked if `pinned`, as copies to and from a GPU want them."""
+    """Flat CPU buffers that are reused; page-locked if `pinned`, as copies to and from a GPU want them.
+
+    Attributes: free (the buffers that are not in use, ascending by size).
+    """
 
     def __init__(self, dtype: torch.dtype, pinned: bool):
         self._dtype, self._pinned = dtype, pinned
-        self._free: list[Tensor] = []  # ascending by size
+        self.free: list[Tensor] = []
 
     def take(self, numel: int) -> Tensor:
         """Return a buffer of at least `numel` elements: the smallest free one, or a new one in place of a smaller."""
-        for place, buffer in enumerate(self._free):
+        for place, buffer in enumerate(self.free):
             if buffer.numel() >= numel:
-                return self._free.pop(place)
-        if self._free:
-            self._free.pop(0)
+                return self.free.pop(place)
+        if self.free:
+            self.free.pop(0)
         return torch.empty(numel, dtype=self._dtype, pin_memory=self._pinned)
 
     def give_back(self, buffer: Tensor) -> None:
         """Make a taken buffer free again."""
-        self._free.append(buffer)
-        self._free.sort(key=Tensor.numel)
+        self.free.append(buffer)
+        self.free.sort(key=Tensor.numel)
 
 
 class Outputs:

@@ -62,7 +62,7 @@ class Estimate:
         return self._by_block()
 
     @cached_property
-    def _dry(self) -> DryModel | None:
+    def dry(self) -> DryModel | None:
         """The model without values; None if it does not run without them."""
         try:
             return DryModel(self.config, self.architecture, self.gpu)
@@ -73,26 +73,26 @@ class Estimate:
         """Return the estimate for another configuration of the same model, without repeating passes that are known."""
         other = Estimate(config, self.architecture, self.mixing, ranks, self.gpu)
         if config.model.dtype == self.config.model.dtype:
-            other._dry = self._dry
+            other.dry = self.dry
         return other
 
     @property
     def passes_are_known(self) -> bool:
         """Whether the memory of passes is known, and so part of `by_block`."""
-        return self._dry is not None
+        return self.dry is not None
 
     @cached_property
     def _calls(self) -> Sequence[Sequence[str]]:
         """The parameters of each module in a forward pass or, where these are not known, of each block."""
-        return self._dry.calls if self._dry is not None else [block.names for block in self.plan.blocks]
+        return self.dry.calls if self.dry is not None else [block.names for block in self.plan.blocks]
 
     def other_activations(self) -> int | None:
         """Return the bytes that `worst` would keep for the backward pass with gradient checkpointing the other way."""
-        if self._dry is None or not self.model.supports_gradient_checkpointing:
+        if self.dry is None or not self.model.supports_gradient_checkpointing:
             return None
         names = self.plan.blocks[self.worst.index].names
         other = not self.config.model.gradient_checkpointing
-        return self._dry.training(names, self.rows, self.config.data.max_length, other).saved
+        return self.dry.training(names, self.rows, self.config.data.max_length, other).saved
 
     @property
     def width(self) -> int:
@@ -135,10 +135,10 @@ class Estimate:
         """Return the mean over blocks, of full sequences. net: bytes a second between hosts. spans: whether a client
         spans hosts. sharing: clients that one host's network serves; half a client where one spans two hosts."""
         blocks = range(len(self.plan.blocks))
-        times = [step_time(self._work(index, spans, sharing), gpu, net, self.config.model.dtype) for index in blocks]
+        times = [step_time(self.work(index, spans, sharing), gpu, net, self.config.model.dtype) for index in blocks]
         return StepTime(*(sum(getattr(time, part.name) for time in times) / len(times) for part in fields(StepTime)))
 
-    def _work(self, index: int, spans: bool, sharing: float) -> Work:
+    def work(self, index: int, spans: bool, sharing: float) -> Work:
         """Return the work of a rank in an inner step with this block active."""
         tokens = self.config.data.batch_size * self.config.data.max_length
         block = self.plan.blocks[index]
@@ -268,7 +268,7 @@ class Estimate:
 
     def _by_block(self) -> list[BlockMemory]:
         length, rows = self.config.data.max_length, self.rows
-        dry, again = self._dry, self.config.model.gradient_checkpointing
+        dry, again = self.dry, self.config.model.gradient_checkpointing
         scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
         blocks = self.plan.blocks
         known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})

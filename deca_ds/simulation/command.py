@@ -62,7 +62,7 @@ def report(simulation: Simulation, seconds: float) -> None:
                 step = distance = ""
     console = Console()
     console.print(table)
-    print_line(console, _contraction(simulation))
+    print_line(console, contraction(simulation))
     for label, names in simulation.untrained.items():
         print_line(console, untrained(label, names))
     sent = simulation.steps[-1]["bytes_sent"]
@@ -73,7 +73,7 @@ def report(simulation: Simulation, seconds: float) -> None:
     )
 
 
-def _contraction(simulation: Simulation) -> str:
+def contraction(simulation: Simulation) -> str:
     """Say what averagings did to the disagreement over the active block, beside what the spectral gap says of it."""
     averagings = [step for step in simulation.steps if step["gossip"] and step["spread_before"] > 0]
     if simulation.mixing.messages == 0 or not averagings:

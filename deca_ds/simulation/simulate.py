@@ -54,7 +54,7 @@ class Simulation:
         evaluate_first: score the models before the first step too. Raises DivergedError at the first loss, gradient,
         parameter, moment or score that is not finite.
         """
-        batches = [self._batches(client) for client in range(self.clients.clients)]
+        batches = [self.batches(client) for client in range(self.clients.clients)]
         self.sent = [0] * self.clients.clients
         local_steps: list[LocalSteps] = []
         if evaluate_first:
@@ -70,7 +70,7 @@ class Simulation:
             ]
             before = spread(state["grad"])
             for rows, mixed in self._by_neighbours(step):
-                self._exchange(state, rows, mixed, step, lr)
+                self.exchange(state, rows, mixed, step, lr)
             self._refuse_state(step, state)
             model = self.config.model
             if step.closes and model.dtype == "bfloat16" and model.masters == "rounded":
@@ -123,7 +123,7 @@ class Simulation:
                 block = self.clients.plan.blocks[step.block].label
                 raise diverged(client, name, value, f"inner step {step.index + 1}, block {block}")
 
-    def _exchange(self, state: State, rows: Tensor | None, mixed: bool, step: Step, lr: float) -> None:
+    def exchange(self, state: State, rows: Tensor | None, mixed: bool, step: Step, lr: float) -> None:
         """Finish an inner step of the clients `rows` (None: of all, in place), with an averaging if `mixed`."""
         part = dict(state) if rows is None else {name: tensor[rows] for name, tensor in state.items()}
         if mixed:
@@ -203,7 +203,8 @@ class Simulation:
             take_in(totals, batch["row"], self.clients.score(row, batch))
         return summarize(totals, dataset, self.data[0], whose)
 
-    def _batches(self, client: int) -> Iterator[list[dict[str, Tensor]]]:
+    def batches(self, client: int) -> Iterator[list[dict[str, Tensor]]]:
+        """Yield the micro-batches of each of a client's inner steps, see `training_batches`."""
         return training_batches(
             self.data[client].train,
             batch_size=self.config.data.batch_size,

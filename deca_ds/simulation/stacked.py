@@ -30,7 +30,7 @@ class StackedClients:
     def __init__(self, model: PreTrainedModel, plan: BlockPlan, clients: int):
         self.plan = plan
         self.clients = clients
-        self._model = model
+        self.model = model
         self._parameters = dict(model.named_parameters())
         self.names = [name for block in plan.blocks for name in self._ordered(block.names)] + list(plan.frozen)
         starts = [0]
@@ -46,7 +46,7 @@ class StackedClients:
     @property
     def architecture(self) -> str:
         """The class of the models."""
-        return type(self._model).__name__
+        return type(self.model).__name__
 
     def _ordered(self, names: Sequence[str]) -> list[str]:
         return sorted(names, key=lambda name: self._parameters[name].dim() < 2)  # stable
@@ -99,7 +99,7 @@ class StackedClients:
         total = 0.0
         self._mode(training=True)
         for batch in micro_batches:
-            loss = training_loss(self._model, batch, _CPU, targets)
+            loss = training_loss(self.model, batch, _CPU, targets)
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
@@ -122,11 +122,11 @@ class StackedClients:
         """Return how well the model with the parameters `row`, [numel], predicts the targets of each row of a batch."""
         self._become(row)
         self._mode(training=False)
-        return row_scores(self._model, batch, _CPU)
+        return row_scores(self.model, batch, _CPU)
 
     def _mode(self, *, training: bool) -> None:
-        if self._model.training != training:  # it visits every module, of which a small model has many
-            self._model.train(training)
+        if self.model.training != training:  # it visits every module, of which a small model has many
+            self.model.train(training)
 
     def _become(self, row: Tensor) -> None:
         for name, parameter in self._parameters.items():

@@ -70,20 +70,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """See the module's text; returns the exit code. Raises UserError where the job could not be started again."""
     command = arguments.job[1:] if arguments.job[:1] == ["--"] else arguments.job
-    config = _configuration(command)
+    config = configuration_of(command)
     client = None
     if "RANK" in os.environ and config.cluster.on_failure == "continue":
         launch = read_launch()
         client = ClientLayout.of(check_world(config, launch.world_size)).client_of(launch.rank)
     else:
-        _check_resumes(config)
+        check_resumes(config)
     supervisor = Supervisor(command, Path(config.run.output), client, arguments.restarts, arguments.pause)
     on_stop(supervisor.stop)
     signal.signal(signal.SIGINT, supervisor.stop)
     return supervisor.run()
 
 
-def _configuration(command: Sequence[str]) -> Config:
+def configuration_of(command: Sequence[str]) -> Config:
     """Read the configuration of the job from its command line."""
     script = _script(command)
     if script is None:
@@ -107,7 +107,8 @@ def _script(command: Sequence[str]) -> int | None:
     return None
 
 
-def _check_resumes(config: Config) -> None:
+def check_resumes(config: Config) -> None:
+    """Raise ConfigError unless a new start continues the run, from checkpoints that the run saves."""
     if config.run.resume == "never":
         raise ConfigError(
             "run.resume = 'never': a new start would be refused", where="run.resume", fix="set run.resume=auto"
@@ -279,11 +280,11 @@ class Supervisor:
             for process in (top := psutil.Process(pid), *top.children(recursive=True)):
                 with contextlib.suppress(psutil.Error, ValueError):  # one that has just ended
                     interpreter, *words = process.cmdline()
-                    if Path(interpreter).name.startswith("python") and self._runs_trainer(words):
+                    if Path(interpreter).name.startswith("python") and self.runs_trainer(words):
                         found.append(process)
         return found
 
-    def _runs_trainer(self, words: Sequence[str]) -> bool:
+    def runs_trainer(self, words: Sequence[str]) -> bool:
         """Return whether an interpreter with these arguments runs what the job's command names."""
         place, of = _script(self.command), next((place for place, word in enumerate(words) if word[:1] != "-"), None)
         if place is None or of is None:

@@ -16,7 +16,7 @@ from deca_ds.errors import DataError
 from deca_ds.launch import ClientLayout
 from deca_ds.launch.digests import digest
 
-_PIECE = 2**20  # elements that are worked on at a time
+PIECE = 2**20  # elements that are worked on at a time
 _GOLDEN, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -88,8 +88,8 @@ def weighted_sum(name: str, start: int, values: torch.Tensor) -> int:
     """Return sum_i w_i b_i mod 2^64 of a 1-D slice whose first element is number `start` of the flat tensor `name`."""
     seed = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), dtype=np.uint64)
     total = 0
-    for first in range(0, values.numel(), _PIECE):
-        piece = values[first : first + _PIECE].detach().cpu().contiguous()
+    for first in range(0, values.numel(), PIECE):
+        piece = values[first : first + PIECE].detach().cpu().contiguous()
         bits = piece.view(torch.uint8).numpy().view(f"u{piece.element_size()}").astype(np.uint64)
         total += int((bits * _weights(seed, start + first, len(bits))).sum(dtype=np.uint64))
     return total % 2**64

@@ -85,7 +85,10 @@ class Evaluator:
         trained = [name for block in self.client.plan.blocks for name in block.names]
         with self.client.borrowed_shards(trained) as shards:
             numels = [prod(self.client.shapes[name]) for name in trained]
-            found = [self.client.client_sum(each) for each in self.commit.run(lambda: self._average(shards, numels))]
+            averaged = self.commit.run(
+                lambda: overwrite_with_mean(shards, numels, self.transport, len(self.cluster.members))
+            )
+            found = [self.client.client_sum(each) for each in averaged]
             total = self.commit.run(lambda: self._sum(torch.tensor(found, dtype=torch.float64)))
             if self.data.common_evaluation is not None:
                 scores = self._score(self.data.common_evaluation, MEAN_MODEL, MEAN, shared=True)
@@ -98,29 +101,6 @@ class Evaluator:
         squared, differing = total.tolist()  # of equal models the mean is off by its rounding
         distance = (squared / len(self.cluster.members)) ** 0.5 if differing else 0.0
         return {"consensus_distance": distance} | ({"mean": scores} if scores else {})
-
-    def _average(
-        self, shards: Sequence[tuple[Tensor, Callable[[slice], Tensor]]], numels: Sequence[int]
-    ) -> tuple[float, int]:
-        """Overwrite the shards, given with what makes their masters, with the mean of these; returns |x_i - mean|^2,
-        and of how many pieces this rank has seen that clients differ.
-
-        numels: of the whole parameters.
-        """
-        squared, differing = 0.0, 0
-
-        def differ() -> None:
-            nonlocal differing
-            differing += 1
-
-        held = [shard.numel() for shard, _ in shards]
-        sums = sum_slices(self.transport, numels, held, lambda number, elements: shards[number][1](elements), differ)
-        for number, elements, mean in sums:
-            shard, masters = shards[number]
-            mean /= len(self.cluster.members)
-            squared += float(squared_norm(masters(elements).sub_(mean)))
-            round_into(shard[elements], mean)
-        return squared, differing
 
     def _score(self, dataset: Dataset, what: str, whose: str = "", *, shared: bool = False) -> dict[str, Any]:
         """Return scores over `dataset`, by this client alone or, if `shared`, by all clients, each on a part. what: the
@@ -161,6 +141,34 @@ def take_in(totals: Tensor, rows: Tensor, scores: RowScores) -> None:
     totals[rows[kept]] = torch.stack([each[kept].double() for each in scores], dim=1)
 
 
+def overwrite_with_mean(
+    shards: Sequence[tuple[Tensor, Callable[[slice], Tensor]]],
+    numels: Sequence[int],
+    transport: Transport,
+    clients: int,
+) -> tuple[float, int]:
+    """Overwrite this rank's shards x with the mean over the clients, summed in float32; all ranks call this.
+
+    shards: flat, each with a function that makes the float32 masters of a slice of it. numels: of the whole parameters.
+    clients: how many take part. Returns |x - mean|^2 over the shards, and at how many pieces this rank has seen that
+    clients differ.
+    """
+    squared, differing = 0.0, 0
+
+    def differ() -> None:
+        nonlocal differing
+        differing += 1
+
+    held = [shard.numel() for shard, _ in shards]
+    sums = sum_slices(transport, numels, held, lambda number, elements: shards[number][1](elements), differ)
+    for number, elements, mean in sums:
+        shard, masters = shards[number]
+        mean /= clients
+        squared += float(squared_norm(masters(elements).sub_(mean)))
+        round_into(shard[elements], mean)
+    return squared, differing
+
+
 def summarize(totals: Tensor, dataset: Dataset, data: ClientData, whose: str = "the model") -> dict[str, Any]:
     """Return the scores of `dataset`, one of `data`'s sets, from those of its rows. totals: RowScores, [rows, 3].
     whose: the name of the model in errors.
@@ -193,7 +201,7 @@ def summarize(totals: Tensor, dataset: Dataset, data: ClientData, whose: str = "
     truth[example] = label
     predicted = scores.argmax(axis=1)
     answers = candidate == label
-    return _language_scores(losses[answers], counts[answers]) | _class_scores(truth, predicted, data.label_names)
+    return _language_scores(losses[answers], counts[answers]) | class_scores(truth, predicted, data.label_names)
 
 
 def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def average(summaries: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     return pooled | {"examples": sum(weights)}
 
 
-def _class_scores(truth: np.ndarray, predicted: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+def class_scores(truth: np.ndarray, predicted: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
     """Return the accuracy, the recall of each class that occurs in `truth`, the mean of their F1 scores, and the
     confusion matrix."""
     confusion = np.zeros((len(label_names), len(label_names)), dtype=int)

@@ -64,7 +64,7 @@ class Log:
         """Append a line. Raises CheckpointError where it cannot be written."""
         self._lines.write({"kind": kind, "step": step, **record})
         if self._trackers:
-            numbers = {f"{kind}/{key}": value for key, value in _numbers(record)}
+            numbers = {f"{kind}/{key}": value for key, value in flat_numbers(record)}
             for tracker in self._trackers:
                 tracker.add(numbers, step)
 
@@ -158,11 +158,12 @@ def peak_memory_bytes(device: torch.device) -> list[int]:
     return every.tolist()
 
 
-def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def flat_numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Return the numbers of a record, and of those within it, by names as own/recall/red."""
     found: list[tuple[str, float]] = []
     for key, value in record.items():
         if isinstance(value, dict):
-            found += _numbers(value, f"{prefix}{key}/")
+            found += flat_numbers(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)):
             found.append((prefix + key, float(value)))
     return found

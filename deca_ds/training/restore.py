@@ -30,14 +30,14 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
     """
     remove_newer(output / FOLDER, done, Part(cluster.client, cluster.shard, cluster.ranks))
     if cluster.is_leader:
-        _rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
+        rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
         shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)
     if cluster.is_job_leader:
-        _rewind_lines(output / "metrics" / "job.jsonl", done)
+        rewind_lines(output / "metrics" / "job.jsonl", done)
     dist.barrier()
 
 
-def _rewind_lines(path: Path, done: int) -> None:
+def rewind_lines(path: Path, done: int) -> None:
     if not path.exists():
         return
     kept = []

@@ -65,20 +65,20 @@ class LocalTransport(Transport):
 
     def __init__(self, network: LocalNetwork, rank: int):
         super().__init__(Endpoint(network.layout, rank, network.timeout_s))
-        self._network = network
+        self.network = network
 
     def _exchange(
         self, send: Tensor, destinations: Sequence[int], receives: Mapping[int, Tensor], tag: int
     ) -> LocalExchange:
         """See Transport."""
-        mailboxes = self._network.mailboxes
-        with self._network.arrived:
+        mailboxes = self.network.mailboxes
+        with self.network.arrived:
             for j in destinations:
                 mailboxes[self.rank, j, tag].put(send.clone())
                 self.bytes_sent += send.nbytes
-            self._network.arrived.notify_all()
+            self.network.arrived.notify_all()
             expected = {j: (mailboxes[j, self.rank, tag].expect(), buffer) for j, buffer in receives.items()}
-        return LocalExchange(self._network, self, expected, tag)
+        return LocalExchange(self.network, self, expected, tag)
 
     def close(self) -> None:
         """See Transport."""
@@ -94,7 +94,7 @@ class LocalExchange:
         expected: dict[int, tuple[_Receive, Tensor]],
         tag: int,
     ):
-        self._network = network
+        self.network = network
         self._transport = transport
         self._expected = expected
         self._tag = tag
@@ -114,16 +114,16 @@ class LocalExchange:
 
     def test(self) -> bool:
         """See Exchange."""
-        with self._network.arrived:
+        with self.network.arrived:
             return all([self._take(source) for source in list(self._expected)])
 
     def wait(self) -> None:
         """See Exchange."""
         deadline = time.monotonic() + self._transport.timeout_s
-        with self._network.arrived:
+        with self.network.arrived:
             for source in list(self._expected):
                 self._transport.note_wait(source)
                 while not self._take(source):
-                    if not self._network.arrived.wait(max(0.0, deadline - time.monotonic())):
+                    if not self.network.arrived.wait(max(0.0, deadline - time.monotonic())):
                         raise self._transport.no_answer(source, "from", self._tag)
         self._transport.progress.wait_for(None)

@@ -166,7 +166,7 @@ def measure(client: engine.Client, dense: Model, rank: int, checkpointing: bool)
     names = client.plan.blocks[1].names
     assert all(name.split(".")[1] in "012" for name in names)
     with Watch(client) as watch:
-        parameters = [client._parameters[name] for name in names]
+        parameters = [client.model.get_parameter(name) for name in names]
         early = [p.requires_grad_(True).register_post_accumulate_grad_hook(watch.before) for p in parameters]
         state = client.open_block(1, ())
         late = [p.register_post_accumulate_grad_hook(watch.after) for p in parameters]
@@ -218,7 +218,7 @@ def left_at_the_end(client: engine.Client) -> list[bool]:
         return send(output, rows, **options)
 
     (name,) = client.plan.blocks[0].names
-    matrix = client._parameters[name]
+    matrix = client.model.get_parameter(name)
     note = matrix.requires_grad_(True).register_post_accumulate_grad_hook(
         lambda p: known.append(StorageWeakRef(p.grad.untyped_storage()))
     )
@@ -244,7 +244,7 @@ def main() -> None:
         dense = Model()
         internals.start()
         torch.manual_seed(0)
-        engine._BUCKET_NUMEL = BUCKET
+        engine.BUCKET_NUMEL = BUCKET
         with deepspeed.zero.Init(config_dict_or_path=zero3_config(config)):
             model = Model()
         for name, values in dense.named_parameters():

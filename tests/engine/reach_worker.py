@@ -119,7 +119,7 @@ def main() -> None:
         cluster = connect(config, launch, store)
         internals.start()
         torch.manual_seed(0)
-        engine._BUCKET_NUMEL = 10  # a bucket for each parameter
+        engine.BUCKET_NUMEL = 10  # a bucket for each parameter
         with deepspeed.zero.Init(config_dict_or_path=zero3_config(config)):
             model = Model()
         deepspeed.utils.set_z3_leaf_modules(model, [Experts])

@@ -53,10 +53,10 @@ def by_the_rules(model: PreTrainedModel, seed: int) -> None:
     def apply(module: nn.Module, name: str, rule) -> None:
         for key, child in module.named_children():
             apply(child, f"{name}.{key}", child._init_weights if isinstance(child, PreTrainedModel) else rule)
-        random_weights._seed(seed, name)
+        random_weights.seed_for(seed, name)
         if isinstance(module, nn.Linear):
             module.reset_parameters()  # as its constructor does
-            random_weights._seed(seed, name)
+            random_weights.seed_for(seed, name)
         rule(module)
 
     with torch.no_grad():

@@ -164,7 +164,7 @@ def test_kubernetes_the_launcher_has_succeeded_only_where_the_run_is_done(slurm,
 
     deca, _, *command = shlex.split(script.partition("&")[0].replace("\\\n", ""))
     assert deca == "deca"
-    supervise._check_resumes(supervise._configuration(command))
+    supervise.check_resumes(supervise.configuration_of(command))
     path = os.pathsep.join(map(str, (slurm.bin, BIN, os.environ["PATH"])))
     finished = run_command(["bash", "-c", script], cwd=folder, during=during, PATH=path, DECA=does)
     assert finished.code == code, finished.output
@@ -192,8 +192,8 @@ def test_templates_without_a_scheduler_pass_arguments_that_launcher_and_trainer_
     else:
         deca, supervised, *command = ran.output.split()
         assert (deca, supervised, command[:3]) == ("deca", "supervise", ["mpirun", "--hostfile", "node1"])
-        config = supervise._configuration(command)
-        supervise._check_resumes(config)
+        config = supervise.configuration_of(command)
+        supervise.check_resumes(config)
     assert (config.run.resume, config.optimizer.lr) == ("auto", 2e-5)
 
 

@@ -111,7 +111,7 @@ def test_buffers_are_used_again_and_bounded_by_the_window():
 
     class CountingPool(BufferPool):
         def take(self, numel: int) -> torch.Tensor:
-            free = {id(buffer) for buffer in self._free}
+            free = {id(buffer) for buffer in self.free}
             buffer = super().take(numel)
             if id(buffer) not in free:
                 with lock:
@@ -125,7 +125,7 @@ def test_buffers_are_used_again_and_bounded_by_the_window():
         gossip.pool = CountingPool(torch.float32, pinned=False)
         for t in range(20):
             mix(gossip, t, torch.zeros(64 * 6 + 10))
-        assert len(gossip.pool._free) <= 2 * WINDOW
+        assert len(gossip.pool.free) <= 2 * WINDOW
 
     on_all_clients(4, body)
     assert len(allocated) <= 4 * WINDOW * 2
@@ -137,7 +137,7 @@ def test_a_smaller_free_buffer_makes_room_for_a_larger():
     pool.give_back(torch.empty(16))
     assert pool.take(10).numel() == 16
     assert pool.take(10).numel() == 10
-    assert pool._free == []
+    assert pool.free == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

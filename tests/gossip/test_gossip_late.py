@@ -195,7 +195,7 @@ def test_a_client_that_stops_for_a_while_is_left_out_and_comes_back(radius: floa
     assert store.num_keys() == 0
     for gossip in ends:
         # the pool has all its buffers back: those of the messages that were thrown away, too
-        assert len(gossip.pool._free) <= 2 * 4 * (2 + 1)
+        assert len(gossip.pool.free) <= 2 * 4 * (2 + 1)
         assert not any(gossip.stragglers._stray.values()) and not any(gossip.stragglers._leaving.values())
 
 
@@ -230,7 +230,7 @@ def test_a_neighbour_that_is_away_keeps_one_averaging_of_buffers_alive():
     _, skipped, ends = run_clients(schedule, 11, pause, wait_s=0.02)
     assert all(without == [1] for without in skipped[0][:10])
     assert ends[0].bytes_sent <= 2 * 4 * NUMEL
-    assert len(ends[0].pool._free) <= 2 * 2 * 4
+    assert len(ends[0].pool.free) <= 2 * 2 * 4
 
 
 def test_without_anybody_late_the_bits_are_those_of_waiting():

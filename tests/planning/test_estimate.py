@@ -65,7 +65,7 @@ def test_blocks_between_those_that_are_run_lie_on_the_line():
     assert len(kept) == 6 and kept[1:] == sorted(kept[1:], reverse=True)
     assert kept[2] - kept[3] == pytest.approx(kept[3] - kept[4], abs=1)
     names = found.plan.blocks[2].names
-    assert kept[2] == pytest.approx(found._dry.training(names, 1, LENGTH).saved, rel=0.01)
+    assert kept[2] == pytest.approx(found.dry.training(names, 1, LENGTH).saved, rel=0.01)
 
 
 def test_checkpointing_is_told_the_other_way_round_too():
@@ -149,13 +149,13 @@ def test_the_json_has_the_memory_of_every_active_block():
 
 def test_a_step_takes_the_work_of_its_passes_and_messages():
     found = estimate(1, True, "data.batch_size=2", "model.dtype=bfloat16")
-    work = [found._work(index, False, 1.0) for index in range(6)]
+    work = [found.work(index, False, 1.0) for index in range(6)]
     layer, head = 4 * 64 * 64 + 3 * 64 * 96, 512 * 64
     matrices, tokens, scores = 4 * layer + head, 2 * LENGTH, 2 * 4 * 64 * LENGTH
     assert work[5].flops == pytest.approx(tokens * (2 * matrices + scores + 4 * head + 2 * scores * head / matrices))
     assert work[0].flops == pytest.approx(tokens * (4 * matrices + 3 * scores))  # looking embeddings up is no product
     assert work[1].gathered == 0.0 and work[1].messages == 2 * 4 * (layer + 2 * 64)
-    spread = estimate(2, True, "data.batch_size=2", "model.dtype=bfloat16")._work(1, True, 0.5)
+    spread = estimate(2, True, "data.batch_size=2", "model.dtype=bfloat16").work(1, True, 0.5)
     assert spread.flops == pytest.approx(work[1].flops / 2) and spread.messages == work[1].messages / 2
     assert spread.gathered > 2 * sum(prod(p.shape) for p in found.model.parameters()) / 2
 

@@ -19,7 +19,7 @@ from deca_ds.config import load_config, save_config
 from deca_ds.engine.losses import count_targets, token_scores
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import ConfigError
-from deca_ds.simulation.command import _contraction, report
+from deca_ds.simulation.command import contraction, report
 from deca_ds.simulation.setup import build
 from deca_ds.simulation.simulate import SPREAD_COLUMNS, spread
 from deca_ds.tools.report.reading import read_runs
@@ -90,7 +90,7 @@ def test_the_spread_of_close_parameters_is_exact(columns):
 )
 def test_what_averagings_did_is_told(spreads, told):
     steps = [{"gossip": True, "spread_before": before, "spread_after": after} for before, after in spreads]
-    assert told in _contraction(SimpleNamespace(steps=steps, mixing=SimpleNamespace(messages=2, spectral_gap=0.4)))
+    assert told in contraction(SimpleNamespace(steps=steps, mixing=SimpleNamespace(messages=2, spectral_gap=0.4)))
 
 
 def test_the_table_has_what_classification_is_judged_by(capsys):
@@ -189,7 +189,7 @@ def test_a_parameter_without_a_gradient_stays_and_is_named(keys):
     simulation = build(load_config(None, [*keys, "optimizer.weight_decay=0.1", "gossip.graph=isolated"]))
     clients = simulation.clients
     name = next(name for name in clients.block_names(1) if name.endswith("o_proj.weight"))
-    module = clients._model.get_submodule(name.removesuffix(".weight"))
+    module = clients.model.get_submodule(name.removesuffix(".weight"))
     module.forward = lambda hidden: hidden  # the module does not run
     before = dict(clients.parameters(2))[name].clone()
     for _ in simulation.run():
@@ -205,7 +205,7 @@ def test_bfloat16_equals_adam_on_masters_that_live_on_or_are_rounded(keys, maste
     config = load_config(None, [*keys, *alone, *half])
     simulation = build(config)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.bfloat16)
-    batches = simulation._batches(0)
+    batches = simulation.batches(0)
     trained = {name: p.detach().float() for name, p in model.named_parameters()}
     for _ in range(2):
         for block in simulation.clients.plan.blocks:

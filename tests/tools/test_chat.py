@@ -78,7 +78,7 @@ def test_sampling_is_seeded(chatty, capsys):
 def test_turns_are_remembered_until_a_reset(tiny_model, chatty, monkeypatch):
     """Each model remembers its own answers. An interrupted turn, and one that one of them has no room for, are none."""
     speakers = [Speaker(str(folder), CPU) for folder in (tiny_model, chatty)]
-    seen, encode = [], Speaker._encode
+    seen, encode = [], Speaker.encode
 
     def note(self, prompt):
         inputs = encode(self, prompt)
@@ -87,7 +87,7 @@ def test_turns_are_remembered_until_a_reset(tiny_model, chatty, monkeypatch):
             raise KeyboardInterrupt
         return inputs
 
-    monkeypatch.setattr(Speaker, "_encode", note)
+    monkeypatch.setattr(Speaker, "encode", note)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"w1\n\nw9\n{'w2 ' * 70}\nw3\n/reset\nw4\n"))
     shown = Console(file=io.StringIO(), width=80)
     talk(speakers, Sampling(0.0, 2), 0, shown)

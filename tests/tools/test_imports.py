@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import deca_ds
-from deca_ds.cli import _COMMANDS
+from deca_ds.cli import COMMANDS
 
 SCRIPT = """
 import json, sys
@@ -36,7 +36,7 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
         ' "idle_s": 0.5, "time": 1.0}'
     )
     (run / "DONE").write_text("3 of 3 inner steps\n")
-    helps = [[name, "--help"] for name in _COMMANDS]
+    helps = [[name, "--help"] for name in COMMANDS]
     keys = (f"run.output={run}", "model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=1")
     looks = [["--help"], ["status", str(run)], ["stop", str(run)], ["where"]]
     others = [["supervise", "true", "train.py", *keys], *helps]

@@ -60,4 +60,4 @@ def test_the_citation_has_the_version():
     ],
 )
 def test_a_supervisor_knows_the_ranks_of_both_ways_to_train(tmp_path, job, rank, runs):
-    assert Supervisor(job, tmp_path, False, 5, 5.0)._runs_trainer(rank) is runs
+    assert Supervisor(job, tmp_path, False, 5, 5.0).runs_trainer(rank) is runs

@@ -61,15 +61,13 @@ class Page(HTMLParser):
                 self._titles.setdefault(data, place)
 
 
-@pytest.fixture(autouse=True)
-def quick(request, monkeypatch):
+def rendered(*folders: Path) -> str:
     """Without the library that draws, which takes two seconds to be put together."""
-    if "library" not in request.node.name:
-        monkeypatch.setattr(page, "_library", lambda: LIBRARY)
+    return page.render(read_runs(folders), lambda: LIBRARY)
 
 
 def report(*folders: Path) -> Page:
-    return Page(page.render(read_runs(folders)))
+    return Page(rendered(*folders))
 
 
 def points(spec: dict) -> list[dict]:
@@ -319,7 +317,7 @@ def test_nothing_that_stands_in_a_run_becomes_markup_or_runs(tmp_path):
     (folder / "DONE").rename(folder / "FAILED")
     (folder / "FAILED").write_text(EVIL)
     (folder / "FAILED_client_001").write_text(EVIL)
-    html = page.render(read_runs([folder, write_job(tmp_path / "other")]))
+    html = rendered(folder, write_job(tmp_path / "other"))
     made = Page(html)
     assert len(made.scripts) == 3 and made.scripts[1] == LIBRARY
     assert not {"img", "iframe"} & {tag for tag, _ in made.tags}
@@ -372,8 +370,7 @@ def test_the_same_runs_make_the_same_bytes_without_torch(tmp_path):
         "assert not {'torch', 'networkx', 'jinja2'} & sys.modules.keys()\n"
         "from deca_ds.tools.report import page\n"
         "from deca_ds.tools.report.reading import read_runs\n"
-        f"page._library = lambda: {LIBRARY!r}\n"
-        "sys.stdout.write(page.render(read_runs([Path(sys.argv[1])])))\n"
+        f"sys.stdout.write(page.render(read_runs([Path(sys.argv[1])]), lambda: {LIBRARY!r}))\n"
         "assert 'torch' not in sys.modules\n"
     )
     other = subprocess.run(
@@ -384,7 +381,7 @@ def test_the_same_runs_make_the_same_bytes_without_torch(tmp_path):
         timeout=120,
     )
     assert other.returncode == 0, other.stderr
-    assert other.stdout == page.render(read_runs([folder]))
+    assert other.stdout == rendered(folder)
 
 
 def test_with_the_library_the_command_writes_a_page_that_can_be_drawn(tmp_path, capsys):
@@ -405,7 +402,7 @@ def test_with_the_library_the_command_writes_a_page_that_can_be_drawn(tmp_path, 
 
 def test_without_the_library_the_command_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    page._library.cache_clear()
+    page.library.cache_clear()
     assert main(["report", str(write_job(tmp_path / "job")), "-o", str(tmp_path / "page.html")]) == 2
     assert "pip install 'deca_ds[report]'" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jobs import wait_until
 from torch.distributed import HashStore
 
 from deca_ds.algorithm.local import LocalSteps
@@ -60,9 +62,23 @@ class OneRank:
         return iter([("c", torch.arange(5))])
 
 
+@dataclass
+class Job:
+    """One rank's view of a job."""
+
+    saver: Checkpoints
+    client: OneRank
+    store: HashStore
+    state: TrainingState
+
+    def after_step(self, done: int) -> None:
+        self.state.done = done
+        self.saver.after_step()
+
+
 @pytest.fixture
 def job(tmp_path: Path):
-    """make(world=1, **CheckpointConfig) -> (checkpoints, client, the job's store). others_s: for all ranks to write."""
+    """make(world=1, **CheckpointConfig) -> Job. others_s: for all ranks to write."""
     mixing = SimpleNamespace(matrices=(np.eye(1),))
     gossip = SimpleNamespace(schedule=mixing, bytes_sent=3, wait_seconds=0.5)
 
@@ -78,23 +94,18 @@ def job(tmp_path: Path):
         schedule = Schedule(rounds=2, blocks=2, inner_steps=5)
         written = StoreCount(cluster, 7, others_s)
         state = TrainingState(client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
-        made = Checkpoints(CheckpointConfig(**config), cluster, state, gossip, written, **options)
-        return made, client, store
+        saver = Checkpoints(CheckpointConfig(**config), cluster, state, gossip, written, **options)
+        return Job(saver, client, store, state)
 
     return make
 
 
-def after_step(saver: Checkpoints, done: int) -> None:
-    saver._state.done = done
-    saver.after_step()
-
-
 def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_path: Path) -> None:
-    saver, client, _ = job(every=3)
-    client.value = 1 / 3
+    run = job(every=3)
+    run.client.value = 1 / 3
     for done in (1, 2, 3):
-        after_step(saver, done)
-    saver.wait()
+        run.after_step(done)
+    run.saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [3]
     saved = open_checkpoint(tmp_path / "checkpoints", 3, Part(0, 0, 1))
     assert set(saved.names) == {"a", "b", "c", "d", "m/a", "v/a"}
@@ -114,29 +125,29 @@ def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_pa
 
 
 def test_the_newest_complete_ones_are_kept(job, tmp_path: Path) -> None:
-    saver, _, store = job(world=2, others_s=0.2, every=1, keep=2)
+    run = job(world=2, others_s=0.2, every=1, keep=2)
     for done in range(1, 5):
-        after_step(saver, done)
-        saver.wait()
+        run.after_step(done)
+        run.saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [1, 2, 3, 4]  # the other rank has written none
     for done in range(1, 4):
-        store.add(f"checkpoint/7/{done}", 1)
-    after_step(saver, 5)
-    saver.wait()
+        run.store.add(f"checkpoint/7/{done}", 1)
+    run.after_step(5)
+    run.saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [2, 3, 4, 5]
     # what was complete when each was written, for a run that finds none whole
     whole = [open_checkpoint(tmp_path / "checkpoints", step, Part(0, 0, 1)) for step in (4, 5)]
     assert [saved.states[0, 0]["earlier"] for saved in whole] == [None, 3]
     with pytest.raises(CheckpointError, match="not all ranks have saved step 5"):
-        saver.wait_for_all()
+        run.saver.wait_for_all()
     for done in (4, 5):
-        store.add(f"checkpoint/7/{done}", 1)
-    saver.wait_for_all()
+        run.store.add(f"checkpoint/7/{done}", 1)
+    run.saver.wait_for_all()
     assert steps_in(tmp_path / "checkpoints") == [4, 5]  # what was kept for the other rank has gone
 
 
 def test_training_continues_while_one_is_written_and_the_next_waits(job, tmp_path: Path, monkeypatch) -> None:
-    saver, client, _ = job(every=1)
+    run = job(every=1)
     writing, go = threading.Event(), threading.Event()
     original = module.save_shards
 
@@ -146,45 +157,43 @@ def test_training_continues_while_one_is_written_and_the_next_waits(job, tmp_pat
         return original(*arguments, **options)
 
     monkeypatch.setattr(module, "save_shards", slow)
-    client.value = 1.0
-    after_step(saver, 1)
+    run.client.value = 1.0
+    run.after_step(1)
     assert writing.wait(timeout=100)
-    client.value = 2.0  # training continues: what is written is a copy
-    next_one = threading.Thread(target=after_step, args=(saver, 2))
+    run.client.value = 2.0  # training continues: what is written is a copy
+    next_one = threading.Thread(target=run.after_step, args=(2,))
     next_one.start()
     next_one.join(timeout=0.2)
     assert next_one.is_alive()
     go.set()
     next_one.join(timeout=100)
-    saver.wait()
+    run.saver.wait()
     for step in (1, 2):
         saved = open_checkpoint(tmp_path / "checkpoints", step, Part(0, 0, 1))
         assert torch.equal(saved.read("m/a", 0), torch.full((3, 2), float(step)))
 
 
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(job, tmp_path: Path, monkeypatch) -> None:
-    saver, _, _ = job(every=2)
-    after_step(saver, 2)
-    saver.wait()
+    run = job(every=2)
+    run.after_step(2)
+    run.saver.wait()
     from deca_ds.checkpoint import write_shards
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write_shards, "save_file", full)
-    after_step(saver, 4)
+    run.after_step(4)
     message = r"No space left[\s\S]*takes 0.0 MB, [\d.]+ MB are free[\s\S]*step_00000004[\s\S]*run.resume=require"
     with pytest.raises(CheckpointError, match=message):
-        for _ in range(200):
-            saver._thread.submit(lambda: None).result()  # until the write is through
-            after_step(saver, 5)
+        wait_until(lambda: run.after_step(5), "told of the full disk")
     open_checkpoint(tmp_path / "checkpoints", 2, Part(0, 0, 1))
     assert not list(step_folder(tmp_path / "checkpoints", 4).rglob("*rank*"))
 
 
 def test_the_checkpoint_that_a_run_continued_from_is_not_written_again(job, tmp_path: Path) -> None:
-    saver, _, _ = job(resumed=6)
-    saver._state.done = 6
-    saver.save()
-    saver.wait_for_all()
+    run = job(resumed=6)
+    run.state.done = 6
+    run.saver.save()
+    run.saver.wait_for_all()
     assert steps_in(tmp_path / "checkpoints") == []

@@ -12,8 +12,7 @@ from datasets import Dataset
 from deca_ds.engine.losses import RowScores
 from deca_ds.engine.masters import join
 from deca_ds.launch.launcher import ClientLayout
-from deca_ds.training.evaluation import Evaluator, _class_scores, average, empty_totals, summarize, take_in
-from deca_ds.transport.commit import Commit
+from deca_ds.training.evaluation import average, class_scores, empty_totals, overwrite_with_mean, summarize, take_in
 from deca_ds.transport.local import LocalNetwork
 
 
@@ -73,7 +72,7 @@ def test_class_scores_equal_those_of_scikit_learn(seed):
     random = np.random.default_rng(seed)
     names = [f"class {index}" for index in range(6)]
     truth, predicted = random.choice([0, 1, 3, 4], 30), random.choice([0, 2, 3, 5], 30)
-    scores = _class_scores(truth, predicted, names)
+    scores = class_scores(truth, predicted, names)
     present = sorted(set(truth))
     recall = metrics.recall_score(truth, predicted, labels=present, average=None, zero_division=0)
     assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
@@ -115,13 +114,11 @@ def test_the_mean_model_is_made_in_pieces(sizes, monkeypatch):
 
         own = [x[held(x.numel())].clone() for x in whole[client]]
         shards[rank] = [torch.zeros_like(values) for values in own]
-        cluster = SimpleNamespace(members=range(clients))
-        evaluator = Evaluator(None, cluster, transport, Commit(), None, 1, 0, True)
         parts = [
             (target, lambda elements, values=values: masters(values, elements))
             for target, values in zip(shards[rank], own, strict=True)
         ]
-        squared[rank], _ = evaluator._average(parts, numels)
+        squared[rank], _ = overwrite_with_mean(parts, numels, transport, clients)
 
     threads = [threading.Thread(target=body, args=(rank,)) for rank in range(sum(sizes))]
     for thread in threads:
@@ -159,10 +156,8 @@ def test_models_that_are_equal_are_told_from_those_that_are_not(sizes, other, mo
             own[other] = own[other].nextafter(torch.tensor(9.0))
         size = -(-numel // sizes[client])
         own = own[shard * size : (shard + 1) * size]
-        evaluator = Evaluator(
-            None, SimpleNamespace(members=range(3)), network.transport(rank), Commit(), None, 1, 0, True
-        )
-        return evaluator._average([(torch.zeros_like(own), lambda elements: own[elements].clone())], [numel])
+        shards = [(torch.zeros_like(own), lambda elements: own[elements].clone())]
+        return overwrite_with_mean(shards, [numel], network.transport(rank), 3)
 
     with ThreadPoolExecutor(sum(sizes)) as threads:
         found = list(threads.map(body, range(sum(sizes))))

@@ -7,7 +7,7 @@ import pytest
 from deca_ds.config.schema import LoggingConfig
 from deca_ds.errors import CheckpointError
 from deca_ds.launch.progress import Progress
-from deca_ds.training.metrics import JsonLines, Metrics, _numbers
+from deca_ds.training.metrics import JsonLines, Metrics, flat_numbers
 
 
 def test_lines_are_on_disk_as_soon_as_written(tmp_path):
@@ -23,7 +23,7 @@ def test_lines_are_on_disk_as_soon_as_written(tmp_path):
 
 def test_numbers_of_nested_records_have_paths():
     record = {"own": {"loss": 1.5, "recall": {"red": 1}}, "block": "layer 0", "lr": 0.1}
-    assert dict(_numbers(record)) == {"own/loss": 1.5, "own/recall/red": 1.0, "lr": 0.1}
+    assert dict(flat_numbers(record)) == {"own/loss": 1.5, "own/recall/red": 1.0, "lr": 0.1}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")

@@ -29,7 +29,7 @@ from deca_ds.launch.store import JobStore
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import release
-from deca_ds.training.restore import _rewind_lines, compare_with_saved
+from deca_ds.training.restore import compare_with_saved, rewind_lines
 from deca_ds.training.resume import choose, leave_behind
 from deca_ds.training.start import begin_or_resume, start
 from deca_ds.training.ways_to_start import NewRun, ResumedRun
@@ -237,13 +237,13 @@ def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     lines += [{"kind": "evaluation", "step": 2}, {"kind": "step", "step": 3}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_text(text + '{"kind": "st')  # killed while it wrote
-    _rewind_lines(path, 3)
+    rewind_lines(path, 3)
     assert path.read_text() == text
-    _rewind_lines(path, 2)  # the evaluation after step 2 is repeated
+    rewind_lines(path, 2)  # the evaluation after step 2 is repeated
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
-    _rewind_lines(path, 0)
+    rewind_lines(path, 0)
     assert path.read_text() == ""
-    _rewind_lines(tmp_path / "none.jsonl", 0)
+    rewind_lines(tmp_path / "none.jsonl", 0)
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:

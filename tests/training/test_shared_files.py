@@ -77,25 +77,41 @@ class Trained:
         return iter([("c", torch.full((2,), self.done))])
 
 
+class Count(StoreCount):
+    """late: another rank writes nothing, so that no checkpoint is complete."""
+
+    late = False
+
+    def complete(self, step: int) -> bool:
+        return not self.late and super().complete(step)
+
+
 class Job:
-    """One rank that trains along a schedule and saves."""
+    """One rank, of a client of `ranks`, that trains along a schedule and saves."""
 
     def __init__(
-        self, folder: Path, schedule: Schedule, *, resumed: int | None = None, known: dict | None = None, **config: int
+        self,
+        folder: Path,
+        schedule: Schedule,
+        *,
+        resumed: int | None = None,
+        known: dict | None = None,
+        ranks: int = 1,
+        **config: int,
     ):
         self.folder = folder
         gossip = SimpleNamespace(schedule=SimpleNamespace(matrices=(np.eye(1),)), bytes_sent=0, wait_seconds=0.0)
         cluster = SimpleNamespace(
-            client=0, clients=1, shard=0, ranks=1, is_job_leader=True, members=View.of_all(1),
+            client=0, clients=1, shard=0, ranks=ranks, is_job_leader=True, members=View.of_all(1),
             launch=SimpleNamespace(world_size=1), progress=Progress(),
             store=JobStore(HashStore(), None, timedelta(seconds=100)),
         )  # fmt: skip
         self.client, self.config = Trained(schedule), CheckpointConfig(**config)
         options = {"folder": folder, "attempt": 1, "timeout_s": 100.0, "resumed": resumed}
-        written = StoreCount(cluster, 1, 100.0)
+        self.written = Count(cluster, 1, 100.0)
         self.state = TrainingState(self.client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
         self.state.best = known or {}
-        self.saver = Checkpoints(self.config, cluster, self.state, gossip, written, **options)
+        self.saver = Checkpoints(self.config, cluster, self.state, gossip, self.written, **options)
 
     def save(self, *steps: int, best: bool = False) -> None:
         for done in steps:
@@ -144,7 +160,7 @@ SCHEDULE = Schedule(rounds=2, blocks=4, inner_steps=3)
 def test_only_what_was_trained_since_the_oldest_that_stays_is_written(tmp_path: Path) -> None:
     job = Job(tmp_path, SCHEDULE, keep=2)
     job.save(2, 4)
-    job.saver._written.complete = lambda step: False  # another rank is late: nothing is removed
+    job.written.late = True  # nothing is removed
     job.save(7, 8, 9)
     assert steps_in(tmp_path) == [2, 4, 7, 8, 9]
     names = ["000_layer-0", "001_layer-1", "002_layer-2", "003_layer-3", "004_frozen"]
@@ -187,7 +203,7 @@ def test_without_hard_links_all_is_written_and_said_once(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "link", refuse)
     job = Job(tmp_path, SCHEDULE, keep=1)
-    job.saver._written.complete = lambda step: False  # nothing is removed
+    job.written.late = True  # nothing is removed
     job.save(1, 2, 5)
     for done in (1, 2, 5):
         job.assert_holds(done)
@@ -206,7 +222,7 @@ def test_what_cannot_be_linked_file_by_file_is_written(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "link", full)
     job = Job(tmp_path, SCHEDULE, keep=2)
-    job.saver._written.complete = lambda step: False
+    job.written.late = True
     job.save(1, 2, 3)
     assert [name[:3] for name in shared(tmp_path, 1, 3)] == ["001", "002", "004"]
     job.assert_holds(3)
@@ -228,7 +244,7 @@ def test_an_earlier_one_that_is_not_as_it_was_written_is_not_built_on(tmp_path: 
         manifest.unlink()
     else:
         manifest.write_text(manifest.read_text().replace("layer-2", "layer-3", 1))
-    job.saver._written.complete = lambda step: False
+    job.written.late = True
     job.save(2)
     assert lost == "all" or shared(tmp_path, 1, 2) == []
     job.assert_holds(2)
@@ -236,12 +252,11 @@ def test_an_earlier_one_that_is_not_as_it_was_written_is_not_built_on(tmp_path: 
 
 @pytest.mark.parametrize(("ranks", "links"), [(1, True), (2, False)])
 def test_a_run_that_continued_builds_on_what_it_continued_from(tmp_path: Path, ranks: int, links: bool) -> None:
-    before = Job(tmp_path, SCHEDULE, keep=1)
-    before.saver._cluster.ranks, before.saver._own = ranks, Part(0, 0, ranks)
+    before = Job(tmp_path, SCHEDULE, keep=1, ranks=ranks)
     before.save(4)
     job = Job(tmp_path, SCHEDULE, keep=1, resumed=4)
     job.train(4)
-    job.saver._remove_old = lambda: None
+    job.written.late = True
     job.save(5)
     assert [name[:3] for name in shared(tmp_path, 4, 5)] == (["000", "002", "003", "004"] if links else [])
     job.assert_holds(5)
@@ -250,7 +265,7 @@ def test_a_run_that_continued_builds_on_what_it_continued_from(tmp_path: Path, r
 def test_what_is_shared_takes_its_room_once(tmp_path: Path) -> None:
     assert taken(tmp_path) == 0
     job = Job(tmp_path / "checkpoints", SCHEDULE, keep=1)
-    job.saver._remove_old = lambda: None
+    job.written.late = True
     job.save(1, 2)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/w.safetensors").write_bytes(b"123")

@@ -48,14 +48,14 @@ class WithMore(TrainingState):
     extra: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        name, (start, stop) = "a", self.client._range("a")
+        name, (start, stop) = "a", self.client.range_of("a")
         self.extra |= {"sharded": torch.arange(start, stop) + self.seed, "whole": torch.full((2, 2), float(self.seed))}
         self.extra |= {scope.name: [self.seed, scope.name] for scope in Scope}
         self.shape = self.client.shapes[name]
 
     def pieces(self):
         yield from super().pieces()
-        start, stop = self.client._range("a")
+        start, stop = self.client.range_of("a")
         yield Sharded("more", [Slice("more/a", self.shape, start, stop, self.extra["sharded"])])
         yield Whole("other", [("other/table", self.extra["whole"])])
         for scope in Scope:

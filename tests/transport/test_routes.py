@@ -216,7 +216,7 @@ class Without(Commit):
         self._left -= 1
         if self._left == 0:
             transport = self._transport
-            transport._network, transport.epoch = self._new, transport.epoch + 1
+            transport.network, transport.epoch = self._new, transport.epoch + 1
             left = tuple(j for j in transport.members.clients if j != self._dead)
             transport.membership.change(View(1, left, transport.clients))
         return work()

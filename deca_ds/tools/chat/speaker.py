@@ -64,7 +64,7 @@ class Speaker:
     def answer(self, prompt: str, sampling: Sampling, say: Callable[[str], None]) -> str:
         """Generate what the model says to `prompt` after the turns that were kept. say: called with each piece of it,
         as soon as it stands. Raises ModelError where there is no room for an answer."""
-        inputs = self._encode(prompt).to(self._model.device)
+        inputs = self.encode(prompt).to(self._model.device)
         length = inputs["input_ids"].shape[1]
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         most = positions or length + sampling.tokens
@@ -95,7 +95,8 @@ class Speaker:
         """Forget the conversation."""
         self._turns.clear()
 
-    def _encode(self, prompt: str) -> Any:
+    def encode(self, prompt: str) -> Any:
+        """Return the tokens of the conversation with `prompt` as its next turn, as the model takes them."""
         if not self.has_template:
             text = "".join(f"{asked}{said}\n" for asked, said in self._turns) + prompt
             return self._tokenizer(text, return_tensors="pt", return_token_type_ids=False)

@@ -75,7 +75,10 @@ def contents(examples: Dataset) -> Contents:
 
 
 def repeats(sets: Mapping[int, Mapping[str, Contents]]) -> Repeats:
-    """Find the examples that several sets have. sets: of each client, TRAIN, OWN and COMMON."""
+    """Find examples that occur more than once: within a client, at several clients, or in an evaluation set.
+
+    sets: of each client, TRAIN, OWN and COMMON.
+    """
     train = {client: of[TRAIN] for client, of in sets.items()}
     distinct = {client: np.unique(of.hashes) for client, of in train.items()}
     values, holders = np.unique(np.concatenate(list(distinct.values())), return_counts=True)

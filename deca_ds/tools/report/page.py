@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -38,10 +38,26 @@ class Part:
     folded: Sequence[Table] = ()
 
 
-def render(runs: Sequence[Run]) -> str:
+@cache
+def library() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed in one script, about 0.9 MB. Raises ConfigError where the extra `report` is
+    not installed."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise _not_installed() from error
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    assert "</script" not in bundle and "<!--" not in bundle
+    return bundle
+
+
+def render(runs: Sequence[Run], draws: Callable[[], str] = library) -> str:
     """Render the whole page; the same for the same runs. Raises ConfigError where the extra `report` is not
-    installed."""
-    template, library = _template(), _library()
+    installed.
+
+    draws: makes the script that defines window.vegaEmbed(element, spec, options), which draws a chart.
+    """
+    template, drawing = _template(), draws()
     nets = [network(run) for run in runs]
     defaults = flatten(asdict(Config()))
     views = [_view(run, net, defaults, place) for place, (run, net) in enumerate(zip(runs, nets, strict=True))]
@@ -54,8 +70,8 @@ def render(runs: Sequence[Run]) -> str:
         "runs": views,
         "comparison": comparison,
         "style": (_HERE / "page.css").read_text(encoding="utf-8"),
-        "scripts": [library, script],
-        "script_hashes": " ".join(f"'{_hash(text)}'" for text in (library, script)),
+        "scripts": [drawing, script],
+        "script_hashes": " ".join(f"'{_hash(text)}'" for text in (drawing, script)),
         "place_of": places.of,
         "mark_class": _mark_class,
         "charts": places.script,  # called where all figures have been given their places
@@ -142,18 +158,6 @@ def _template() -> Any:
         "lstrip_blocks": True,
     }
     return Environment(loader=FileSystemLoader(_HERE), **options).get_template("page.html")
-
-
-@cache
-def _library() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed in one script, about 0.9 MB."""
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise _not_installed() from error
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    assert "</script" not in bundle and "<!--" not in bundle
-    return bundle
 
 
 def _not_installed() -> ConfigError:
