@@ -32,7 +32,8 @@ def training_batches(
     pad_id: int,
     start_step: int = 0,
 ) -> Iterator[list[Tensors]]:
-    """For every inner step from `start_step` on, without end, the micro-batches of rank `rank` of the client's `ranks`.
+    """Yield, for every inner step from `start_step` on, without end, the micro-batches of rank `rank` of the client's
+    `ranks`.
 
     A step takes the next batch_size sequences of an order that is shuffled anew every epoch from (seed, client, epoch);
     batches run across the ends of epochs. Neither `ranks` nor `micro_batch_size` changes which sequences a step has.
@@ -60,7 +61,7 @@ def training_batches(
 def evaluation_batches(
     dataset: Dataset, *, batch_size: int, rank: int, ranks: int, pad_id: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The rows of an evaluation set, each exactly once over all ranks, in equally many batches on every rank.
+    """Yield the rows of an evaluation set, each exactly once over all ranks, in equally many batches on every rank.
 
     A batch is {"input_ids", "attention_mask", "labels"}, int64 [batch_size, longest], and "row", int64 [batch_size]:
     the row's index in `dataset`, or -1 for a filler row, all of whose labels are -100. Longest rows come first, so that

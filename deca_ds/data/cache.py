@@ -45,14 +45,14 @@ class Entry:
     about: dict[str, Any]
 
     def table(self, name: str) -> Dataset | None:
-        """The rows of NAME.arrow, memory-mapped; None if there are none."""
+        """Return the rows of NAME.arrow, memory-mapped; None if there are none."""
         path = self.folder / f"{name}.arrow"
         rows = Dataset.from_file(str(path)) if path.exists() else None
         return rows if rows is not None and len(rows) else None
 
     @classmethod
     def read(cls, folder: Path) -> Entry:
-        """An entry that has been looked through."""
+        """Read an entry that has been looked through."""
         text = (folder / NOTE).read_text(encoding="utf-8")
         return cls(folder, json.loads(text.splitlines()[0])["about"])
 
@@ -73,7 +73,7 @@ class Cache:
         self._found: dict[str, Entry] = {}
 
     def entry(self, kind: str, parts: Any, make: Callable[[Path], dict[str, Any]]) -> Entry:
-        """The entry of this kind that this code makes of `parts`, JSON-able.
+        """Return the entry of this kind that this code makes of `parts`, JSON-able.
 
         make: write its files into a folder, beside which there is room for others; returns what to note. It is called
         only if there is no such entry.
@@ -84,7 +84,7 @@ class Cache:
         return self._found[name]
 
     def content(self, path: Path) -> str:
-        """The `fingerprint` of a file that is read, once for each cache. Raises OSError."""
+        """Return the `fingerprint` of a file that is read, once for each cache. Raises OSError."""
         state = path.stat()
         known = path.absolute(), state.st_size, state.st_mtime_ns
         if known not in self._known:
@@ -199,12 +199,13 @@ class Cache:
 
 
 def folder_of(given: str | None) -> Path:
-    """Where entries are. given: data.cache."""
+    """Return the folder of the entries. given: data.cache."""
     return Path(given or Path(datasets.config.HF_DATASETS_CACHE) / "deca_ds").absolute()
 
 
 def fingerprint(path: Path, tick: Callable[[], None] = lambda: None) -> str:
-    """Of the content of a file: its size and XXH3 hash of 128 bits. Raises OSError. tick: called every 4 MiB."""
+    """Return the fingerprint of a file's content: its size and XXH3 hash of 128 bits. Raises OSError. tick: called
+    every 4 MiB."""
     hashed, size, part = xxhash.xxh3_128(), 0, memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(part):

@@ -42,8 +42,8 @@ def validate_data_config(config: Config, client: int | None = None) -> None:
 
 
 def tell_files(data: DataConfig, client: int | None = None) -> list[str]:
-    """Which files are read and which are left out, a line a key: of the common data, or of `client`'s own. And which
-    are scored on though they are trained on."""
+    """Tell which files are read and which are left out, a line a key: of the common data, or of `client`'s own. And
+    which are scored on though they are trained on."""
     lists = {"train": data.train, "evaluation": data.evaluation}
     if client is not None:
         private = {"per_client": data.per_client, "per_client_evaluation": data.per_client_evaluation}
@@ -64,7 +64,8 @@ def tell_files(data: DataConfig, client: int | None = None) -> list[str]:
 
 
 def own_sources(data: DataConfig, key: str, client: int) -> list[Source]:
-    """Client `client`'s files in the list `key` (per_client or per_client_evaluation); [] if the list is empty."""
+    """Return client `client`'s files in the list `key` (per_client or per_client_evaluation); [] if the list is
+    empty."""
     entries = getattr(data, key)
     return find_sources([entries[client]], f"data.{key}[{client}], of client {client}", hub=False) if entries else []
 

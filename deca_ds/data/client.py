@@ -52,7 +52,7 @@ def prepare_client_data(
 
 
 def read_client_data(folder: Path) -> ClientData:
-    """What `prepare_client_data` has made, memory-mapped."""
+    """Read what `prepare_client_data` has made, memory-mapped."""
     entry = Entry.read(folder)
     tables = [entry.table(name) for name in (TRAIN, OWN, COMMON)]
     train, own, common = (table and table.select_columns(_columns(table)) for table in tables)
@@ -67,13 +67,14 @@ def _columns(table: Dataset) -> list[str]:
 def load_client_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, client: int, *, work: Work | None = None
 ) -> ClientData:
-    """Both, in this process alone."""
+    """Prepare and read a client's data, in this process alone."""
     with closing(Cache(config.data.cache)) as cache:
         return read_client_data(prepare_client_data(config, tokenizer, client, cache, work or Work()))
 
 
 def load_all(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ClientData]:
-    """Every client's data, in this process, with all cores that it may use and a bar on its terminal."""
+    """Prepare and read every client's data, in this process, with all cores that it may use and a bar on its
+    terminal."""
     work = Work.here(shown=True)
     with closing(Cache(config.data.cache)) as cache:
         folders = [

@@ -25,7 +25,7 @@ _LIBRARIES = (
 )
 
 
-def _digest(root: Path) -> str:
+def digest_of(root: Path) -> str:
     """Return a digest of the source files in this folder and below."""
     files = sorted(root.rglob("*.py"))
     content = [(str(file.relative_to(root)), file.read_bytes()) for file in files]
@@ -40,13 +40,14 @@ def _version(library: str) -> str | None:
 
 
 # As the modules are imported: what a file becomes while a process runs is not what that process runs.
-SOURCES = _digest(Path(__file__).parent)
+SOURCES = digest_of(Path(__file__).parent)
 CODE = {"data": SOURCES, "python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}}
 
 
 def code_of(thing: Any) -> list[str]:
-    """Of a function, or of a class, that may be somebody else's: its name and the content of the file that defines it,
-    but not of what that imports; or what it is made of where it has no file, as in a notebook."""
+    """Return what tells the code of a function, or of a class, that may be somebody else's: its name and the content of
+    the file that defines it, but not of what that imports; or what it is made of where it has no file, as in a
+    notebook."""
     file = getattr(sys.modules.get(thing.__module__), "__file__", None)
     if file is None:
         return [Hasher.hash(thing)]

@@ -110,7 +110,7 @@ class Encoder:
         return digest
 
     def sequences(self, batch: Batch) -> Batch:
-        """A batched map to SEQUENCES; examples without a single token to predict are left out.
+        """Map a batch of examples to SEQUENCES; examples without a single token to predict are left out.
 
         targets: number of tokens with a loss; the first token of a sequence is never predicted. length: tokens before
         the sequence was cut.
@@ -126,7 +126,8 @@ class Encoder:
         return _columns([row for row in rows if row["targets"]], SEQUENCES)
 
     def candidates(self, batch: Batch, indices: list[int]) -> Batch:
-        """A batched map with indices to CANDIDATES: a row for each classification example and each answer word.
+        """Map a batch of examples with their indices to CANDIDATES: a row for each classification example and each
+        answer word.
 
         The loss is on the answer. example: index of the example; candidate, label: indices in `label_names`. The
         candidates of an example share the same, equally cut prompt.
@@ -147,7 +148,7 @@ class Encoder:
         return _columns(rows, CANDIDATES)
 
     def pieces(self, batch: Batch) -> Batch:
-        """A batched map of text examples to PIECES: documents are cut into consecutive runs of max_length tokens."""
+        """Map a batch of text examples to PIECES: documents are cut into consecutive runs of max_length tokens."""
         rows = []
         for text, document, group in zip(batch["text"], batch["document"], batch["group"], strict=True):
             if not document or not text:
@@ -218,7 +219,7 @@ class Encoder:
 
 
 def pack(batch: Batch, max_length: int) -> Batch:
-    """A batched map of SEQUENCES: whole sequences one after the other, as many in a row as fit into max_length.
+    """Map a batch of SEQUENCES to rows of whole sequences one after the other, as many in a row as fit into max_length.
 
     The first token of every sequence stays without a loss, so the targets are those of the unpacked sequences.
     Attention is not separated: a token also sees the sequences packed before its own, with an EOS between.

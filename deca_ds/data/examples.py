@@ -30,7 +30,8 @@ _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
 
 def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, work: Work | None = None) -> Dataset:
-    """The examples of all sources in order, memory-mapped from the cache; read anew when a file's content changed.
+    """Return the examples of all sources in order, memory-mapped from the cache; they are read anew when a file's
+    content changed.
 
     Raises DataError naming file and line for a malformed row, a missing column, a wrong type or an unknown label, and
     for sources without any example.
@@ -60,7 +61,7 @@ def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, 
 
 
 def contents(sources: Iterable[Source], rules: ExampleRules, cache: Cache) -> list[str]:
-    """What tells the content of each source, and how it is read, from any other's."""
+    """Return what tells the content of each source, and how it is read, from any other's."""
     return [_content(source, rules, cache) for source in sources]
 
 
@@ -72,7 +73,7 @@ def check_unchanged(before: Sequence[str], sources: Sequence[Source], rules: Exa
 
 
 def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterator[dict[str, Any]]:
-    """Examples of `sources`, one after the other."""
+    """Yield the examples of `sources`, one after the other. Raises DataError as `read_examples` does."""
     empty, format = True, FORMATS[rules.format]
     named = (*format.columns(rules), *([rules.group_column] if rules.group_column else []))
     whole = replace(rules, text_columns=("text",))  # a text file has this one column

@@ -52,7 +52,7 @@ _SHOWN = 8  # names in a line
 
 
 def kind_of(path: Path) -> str:
-    """How the file is read: one of the ends of names above, in lower case; "" for no data file."""
+    """Return how the file is read: one of the ends of names above, in lower case; "" for no data file."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         inner = Path(path.stem).suffix.lower()
@@ -69,7 +69,7 @@ class Found:
     _names: dict[tuple[int, int], Path] = field(default_factory=dict)  # by the system's number of the file
 
     def add(self, file: Path) -> None:
-        """A file that holds data, unless it is there under another name."""
+        """Add a file that holds data, unless it is there under another name."""
         state = file.stat()
         first = self._names.setdefault((state.st_dev, state.st_ino), file)
         if first == file:
@@ -78,7 +78,7 @@ class Found:
             self.left_out[file] = f"the same file as {first}"
 
     def also_in(self, other: Found) -> list[Path]:
-        """The files that `other` has too, under whatever name."""
+        """Return the files that `other` has too, under whatever name."""
         return [file for state, file in self._names.items() if state in other._names]
 
     def __str__(self) -> str:
@@ -262,7 +262,7 @@ def _current(folder: Path) -> set[str] | None:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Name the first few, and how many more there are."""
     every = list(names)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

@@ -23,7 +23,8 @@ class Kept:
     used: float
 
     def remove(self) -> None:
-        """A job that has mapped it into memory continues; nobody finds half of it. Raises ConfigError."""
+        """Remove the entry: a job that has mapped it into memory continues, and nobody finds half of it. Raises
+        ConfigError."""
         try:
             gone = tempfile.mkdtemp(prefix=f".{self.folder.name}{MAKING}", dir=self.folder.parent)
             os.rename(self.folder, Path(gone) / "removed")
@@ -35,7 +36,7 @@ class Kept:
 
 
 def kept(folder: Path) -> list[Kept]:
-    """The whole entries in a folder; those used last come last."""
+    """Return the whole entries in a folder; those used last come last."""
     found = []
     for note in folder.glob(f"[!.]*/{NOTE}"):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile

@@ -60,7 +60,7 @@ class Conversations:
         self.layouts: dict[tuple[bool, str], Layout] = {}
 
     def render(self, conversation: Conversation, place: str) -> tuple[str, Spans, Spans]:
-        """The text, the spans of it that are trained, and those of the assistant's turns that are not to be.
+        """Return the text, the spans of it that are trained, and those of the assistant's turns that are not to be.
 
         Raises DataError with the place for a conversation that the template refuses, or does not write as it is.
         """
@@ -87,7 +87,7 @@ class Conversations:
         )
 
     def notes(self) -> list[str]:
-        """What the user should know of the template."""
+        """Say what the user should know of the template."""
         try:
             text = self.template.render([PROBE, {"role": "assistant", "content": "Zq00000qZ"}], marked=True)
         except ERRORS:

@@ -17,7 +17,7 @@ DRAWS = 100
 
 
 def iid(count: int, clients: int, seed: int | Sequence[int]) -> list[Indices]:
-    """A random partition of `count` examples into shares whose sizes differ by one at most.
+    """Partition `count` examples at random into shares whose sizes differ by one at most.
 
     Raises DataError if there are fewer examples than clients.
     """
@@ -33,9 +33,11 @@ def iid(count: int, clients: int, seed: int | Sequence[int]) -> list[Indices]:
 def dirichlet(
     labels: Sequence[str] | Indices, clients: int, alpha: float, seed: int | Sequence[int], minimum: int = 1
 ) -> list[Indices]:
-    """Label-skewed shares: of each label, client i gets the share p_i, p ~ Dir(alpha, ..., alpha), drawn per label.
+    """Return label-skewed shares: of each label, client i gets the share p_i, p ~ Dir(alpha, ..., alpha), drawn per
+    label.
 
-    Drawn again, up to DRAWS times, until every client has at least `minimum` examples; DataError if none will do.
+    They are drawn again, up to DRAWS times, until every client has at least `minimum` examples. Raises DataError if
+    none will do.
     Source: Hsu, Qi and Brown, "Measuring the effects of non-identical data distribution", 2019, and the variant per
     label of Yurochkin et al., ICML 2019.
     """
@@ -60,7 +62,7 @@ def dirichlet(
 
 
 def by_key(values: Sequence[str] | Indices, clients: int) -> list[Indices]:
-    """Whole groups of equal values, dealt out from the largest group to the client with the fewest examples so far.
+    """Deal out whole groups of equal values, from the largest group to the client with the fewest examples so far.
 
     Raises DataError if there are fewer distinct values than clients.
     """
@@ -81,14 +83,15 @@ def by_key(values: Sequence[str] | Indices, clients: int) -> list[Indices]:
 
 
 def hold_out(count: int, fraction: float, seed: int | Sequence[int]) -> tuple[Indices, Indices]:
-    """(kept, held out): a random `fraction` of `count` examples is held out, at least one where that leaves one."""
+    """Return (kept, held out): a random `fraction` of `count` examples is held out, at least one where that leaves
+    one."""
     held = min(max(1, round(fraction * count)), count - 1) if fraction > 0 and count >= 2 else 0
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
 def choose(count: int, limit: int | None, seed: int | Sequence[int]) -> Indices:
-    """At most `limit` of `count` examples, chosen at random; all if `limit` is None."""
+    """Choose at most `limit` of `count` examples at random; all if `limit` is None."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])

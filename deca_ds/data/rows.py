@@ -54,12 +54,12 @@ class Work:
 
     @classmethod
     def here(cls, **options: Any) -> Work:
-        """With all cores that this process may use."""
+        """Prepare with all cores that this process may use."""
         return cls(processes=len(os.sched_getaffinity(0)), **options)
 
     @contextmanager
     def bar(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """Gives a function that notes so many rows as done. total: None where nobody knows."""
+        """Show a bar, and give a function that notes so many rows as done. total: None where nobody knows."""
         console = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         shown = self.shown and console.is_terminal and (total is None or total >= _MANY)
@@ -74,7 +74,7 @@ class Work:
 
 
 def write_rows(path: Path, features: Features, batches: Iterable[pa.RecordBatch]) -> Dataset:
-    """A new Arrow file as the datasets library writes them; returns its rows, memory-mapped."""
+    """Write a new Arrow file as the datasets library writes them; returns its rows, memory-mapped."""
     with path.open("xb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
@@ -82,7 +82,7 @@ def write_rows(path: Path, features: Features, batches: Iterable[pa.RecordBatch]
 
 
 def batches_of(rows: Iterable[dict[str, Any]], features: Features) -> Iterator[pa.RecordBatch]:
-    """Rows, BATCH at a time or fewer: Arrow counts the bytes of a batch's texts in 31 bits."""
+    """Yield the rows, BATCH at a time or fewer: Arrow counts the bytes of a batch's texts in 31 bits."""
     part: list[dict[str, Any]] = []
     length = 0
     for row in rows:
@@ -96,7 +96,8 @@ def batches_of(rows: Iterable[dict[str, Any]], features: Features) -> Iterator[p
 
 
 def select_rows(dataset: Dataset, indices: npt.NDArray[np.int64], path: Path) -> Dataset:
-    """These rows; which ones they are lies in `path`, a new file: rows of others may be mapped from one that is there.
+    """Select these rows; which ones they are lies in `path`, a new file: rows of others may be mapped from one that is
+    there.
 
     The datasets library's own `select` makes an object of Python's of each number, 40 bytes large.
     """
@@ -113,8 +114,8 @@ def select_rows(dataset: Dataset, indices: npt.NDArray[np.int64], path: Path) ->
 
 
 def column(dataset: Dataset, name: str) -> pa.ChunkedArray:
-    """The values of a column, BATCH rows to a chunk: of rows that were selected the datasets library makes each a table
-    of its own, 600 bytes large, for as long as they are used together."""
+    """Return the values of a column, BATCH rows to a chunk: of rows that were selected the datasets library makes each
+    a table of its own, 600 bytes large, for as long as they are used together."""
     if dataset._indices is None:  # all rows, as they lie in the file
         return dataset.with_format("arrow")[name][:]
     parts = dataset.select_columns([name]).with_format("arrow").iter(BATCH)
@@ -137,11 +138,11 @@ def encode_rows(
 
     Raises what it raises for the first row that it refuses. With several processes `encode` is pickled.
     """
-    job = _Job(dataset, encode, features, with_indices)
+    job = Encoding(dataset, encode, features, with_indices)
     with work.bar(what, len(dataset)) as advance:
 
         def counted() -> Iterator[pa.RecordBatch]:
-            for batch in _encoded(job, min(work.processes, len(dataset) // ROWS_A_PROCESS)):
+            for batch in encoded(job, min(work.processes, len(dataset) // ROWS_A_PROCESS)):
                 advance(BATCH)
                 yield batch
 
@@ -169,7 +170,9 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Encoding:
+    """What is made of the rows of a dataset, batch by batch. encode: see `encode_rows`."""
+
     dataset: Dataset
     encode: Callable[..., Batch]
     features: Features
@@ -181,12 +184,13 @@ class _Job:
         return pa.RecordBatch.from_pydict(made, self.features.arrow_schema)
 
 
-def _encoded(job: _Job, processes: int) -> Iterator[pa.RecordBatch]:
+def encoded(job: Encoding, processes: int) -> Iterator[pa.RecordBatch]:
+    """Yield all batches in order, from other processes if `processes` > 1 and as far as these can do it."""
     count, done = len(job.dataset), 0
     ranges = [(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
     if processes > 1:
         try:
-            for batch in _by_processes(job, ranges, processes):
+            for batch in by_processes(job, ranges, processes):
                 yield batch
                 done += 1
         except (BrokenProcessPool, pickle.PicklingError) as error:
@@ -195,9 +199,13 @@ def _encoded(job: _Job, processes: int) -> Iterator[pa.RecordBatch]:
     yield from starmap(job.batch, ranges[done:])
 
 
-def _by_processes(job: _Job, ranges: list[tuple[int, int]], processes: int) -> Iterator[pa.RecordBatch]:
+def by_processes(job: Encoding, ranges: list[tuple[int, int]], processes: int) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of these ranges of rows in order, made by other processes.
+
+    Raises what `encode` raises, PicklingError where it cannot be handed over, and BrokenProcessPool where one died.
+    """
     executor = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(SOURCES, _pickled(job))
+        processes, multiprocessing.get_context("spawn"), initializer=begin, initargs=(SOURCES, _pickled(job))
     )
     waiting: deque[Future[pa.RecordBatch]] = deque()
     try:
@@ -211,17 +219,19 @@ def _by_processes(job: _Job, ranges: list[tuple[int, int]], processes: int) -> I
         executor.shutdown(cancel_futures=True)
 
 
-def _pickled(job: _Job) -> bytes:
+def _pickled(job: Encoding) -> bytes:
     try:
         return pickle.dumps(job)
     except (TypeError, AttributeError) as error:  # so does pickle say that it knows no way, of some objects
         raise pickle.PicklingError(str(error)) from error
 
 
-_job: _Job  # of a process that encodes
+_job: Encoding  # of a process that encodes
 
 
-def _begin(sources: str, pickled: bytes) -> None:
+def begin(sources: str, pickled: bytes) -> None:
+    """Begin a process that encodes. sources: digest of the code that asks. Raises RuntimeError where this code is
+    another."""
     global _job
     if sources != SOURCES:
         raise RuntimeError("the code of deca_ds/data has changed since the process started that asks for this")

@@ -78,7 +78,7 @@ class Selection:
         self._common = find_sources(data.evaluation, "data.evaluation")
 
     def parts(self) -> dict[str, Any]:
-        """All that the examples, and what is made of them, depend on beside the code; JSON-able."""
+        """Return all that the examples, and what is made of them, depend on beside the code; JSON-able."""
         data, rules = self._data, self._rules(self.words, training=True)
         return {
             "format": code_of(self._format.example),
@@ -125,7 +125,7 @@ class Selection:
         return Examples(examples, own, common, words, frozenset(unused))
 
     def seed(self, draw: Draw, *, own: bool = False) -> list[int]:
-        """Of a random choice. own: which every client makes for itself."""
+        """Return the seed of a random choice. own: which every client makes for itself."""
         return [self._config.run.seed, int(draw), *([self._client + 1] if own else [])]
 
     @property
@@ -185,7 +185,8 @@ class Selection:
 
 
 def label_words(data: DataConfig) -> dict[str, str]:
-    """label -> answer word, as the configuration names them."""
+    """Return the answer word of each label that the configuration names. Raises ConfigError for a label with two
+    words."""
     words: dict[str, str] = {}
     for value, word in data.label_names.items():
         label = normal_label(value)

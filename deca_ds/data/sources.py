@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -52,7 +52,8 @@ Source = Path | HubName
 
 
 def find_sources(entries: Iterable[str], key: str, *, hub: bool = True) -> list[Source]:
-    """The files and hub names that `entries` of the configuration key `key` stand for, in a fixed order, each once.
+    """Return the files and hub names that `entries` of the configuration key `key` stand for, in a fixed order, each
+    once.
 
     An entry is a file, a folder (all data files below it), a glob, or, if `hub`, the name of a hub data set. What is
     there as a file or folder is no hub name. Raises DataError for an entry without files or a file of an unknown kind.
@@ -61,7 +62,7 @@ def find_sources(entries: Iterable[str], key: str, *, hub: bool = True) -> list[
 
 
 def look_through(entries: Iterable[str], key: str, *, hub: bool = True) -> tuple[list[Source], Found]:
-    """The same, and the files by themselves with those that were left out."""
+    """Return what `find_sources` does, and the files by themselves with those that were left out. Raises DataError."""
     found, sources = Found(), dict[Source, None]()
     for entry in entries:
         path = Path(entry)
@@ -93,7 +94,7 @@ def _hub_name(entry: str) -> HubName | None:
 
 
 def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) for each row of a data file; a place reads "FILE, line 7" or "FILE, row 7", counted from 1.
+    """Yield (place, row) for each row of a data file; a place reads "FILE, line 7" or "FILE, row 7", counted from 1.
 
     column_names: names for the columns of a CSV or TSV file without a header. Strings in a JSON list are rows with the
     one column `text`; so is a whole .txt file. Raises DataError with file and line for anything malformed.
@@ -133,7 +134,8 @@ def check_on_hub(sources: Iterable[Source]) -> None:
 
 
 def load_hub(name: HubName, subset: str | None, split: str) -> Dataset:
-    """A hub data set through the `datasets` library and its cache. Raises DataError if that fails, for any reason."""
+    """Load a hub data set through the `datasets` library and its cache. Raises DataError if that fails, for any
+    reason."""
     split = name.split or split
     try:
         return load_dataset(name.name, subset, split=split)
@@ -193,7 +195,7 @@ def _numbered(rows: Iterator[Any], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _has_json_lines(path: Path) -> bool:
-    """Whether the first line is JSON by itself, and others follow: JSON lines are often named .json."""
+    """Return whether the first line is JSON by itself, and others follow: JSON lines are often named .json."""
     with _open(path) as file:
         lines = filter(bytes.strip, file)
         first, second = next(lines, b""), next(lines, b"")
@@ -277,27 +279,35 @@ def _read_table(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, A
             if not values:
                 continue
             if not names:
+                _check_header(values, place)
                 names = values
-                if len(set(names)) < len(names):
-                    raise DataError(
-                        f"the header names a column twice: {names}",
-                        where=place,
-                        fix="rename one, or set data.column_names if the file has no header",
-                    )
                 continue
-            if len(values) != len(names):
-                raise DataError(
-                    f"a row of {len(values)} columns instead of {len(names)} ({', '.join(names)})",
-                    where=place,
-                    fix="repair the row; for a file without a header set data.column_names",
-                )
-            if values == names:
-                raise DataError(
-                    f"the names of the columns stand in a row: {', '.join(names)}",
-                    where=place,
-                    fix="remove that line; set data.column_names only for files without a header",
-                )
+            _check_table_row(values, names, place)
             yield place, dict(zip(names, values, strict=True))
+
+
+def _check_header(names: Sequence[str], place: str) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"the header names a column twice: {names}",
+            where=place,
+            fix="rename one, or set data.column_names if the file has no header",
+        )
+
+
+def _check_table_row(values: Sequence[str], names: Sequence[str], place: str) -> None:
+    if len(values) != len(names):
+        raise DataError(
+            f"a row of {len(values)} columns instead of {len(names)} ({', '.join(names)})",
+            where=place,
+            fix="repair the row; for a file without a header set data.column_names",
+        )
+    if values == names:
+        raise DataError(
+            f"the names of the columns stand in a row: {', '.join(names)}",
+            where=place,
+            fix="remove that line; set data.column_names only for files without a header",
+        )
 
 
 def _read_batches(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 def parse(text: str) -> Any:
-    """What `text` holds. Raises ValueError where it is no JSON, or an object in it names one of its values twice."""
+    """Parse `text`. Raises ValueError where it is no JSON, or an object in it names one of its values twice."""
     return json.loads(text, object_pairs_hook=_object)
 
 
@@ -28,7 +28,7 @@ class Reader:
         self._at = self._lines = 0  # the place in the text that has been read, and the line that the text begins in
 
     def peek(self) -> str:
-        """The next character that is no blank; "" at the end."""
+        """Return the next character that is no blank; "" at the end."""
         while True:
             blanks = _BLANKS.match(self._text, self._at)
             self._at = blanks.end() if blanks else self._at
@@ -36,7 +36,8 @@ class Reader:
                 return self._text[self._at : self._at + 1]
 
     def items(self) -> Iterator[Any]:
-        """The values of a list, which is all that is there. Raises what `parse` does, JSONDecodeError with the line."""
+        """Yield the values of a list, which is all that is there. Raises what `parse` does, JSONDecodeError with the
+        line."""
         self._take("[")
         if self.peek() == "]":
             self._take("]")

@@ -48,8 +48,8 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], tools: Any = None, *, marked: bool = False, prompt: bool = False
     ) -> str:
-        """The text of a conversation. marked: with BEGIN and END around what {% generation %} encloses. prompt: with
-        the prompt of the next answer. Raises what ERRORS lists."""
+        """Return the text of a conversation. marked: with BEGIN and END around what {% generation %} encloses. prompt:
+        with the prompt of the next answer. Raises what ERRORS lists."""
         source = self.sources[bool(tools)]
         marks = (BEGIN, END) if marked else ("", "")
         source = _GENERATION.sub(lambda tag: f'{{%{tag[1]} print "{marks[bool(tag[2])]}" {tag[3]}%}}', source)

@@ -34,7 +34,8 @@ class Spanning:
     def encode(
         self, texts: Sequence[str], spans: Sequence[Spans], places: Sequence[str]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, spans of tokens) of each text. Raises DataError that names the place where they do not decode to it."""
+        """Return (ids, spans of tokens) of each text. Raises DataError that names the place where they do not decode to
+        it."""
         made = self._fast(texts, spans) if self.backend is not None else self._slow(texts, spans)
         read = iter(self._decode([ids[first:end] for ids, found, _ in made for first, end in found]))
         for (_, found, written), place in zip(made, places, strict=True):

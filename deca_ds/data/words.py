@@ -47,66 +47,74 @@ class Masked:
         return [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
 
     def kind(self, turn: int) -> int:
-        """Of the characters of an answer: TRAINED or LEFT_OUT."""
+        """Return what the characters of an answer are: TRAINED or LEFT_OUT."""
         return LEFT_OUT if turn in self.untrained else TRAINED
 
 
-def mask(conversation: Mapping[str, Any], *, tags: bool) -> Masked:
-    """tags: let tags stay where they are in a content, with the blanks around them."""
-    slots: list[Slot] = []
-    texts: list[str] = []
-    wanted = [tuple(link) for link in conversation["wanted"]]
+class _Words:
+    """The words of a conversation, numbered, and what each stands for."""
 
-    def word(value: Any, turn: int, field: str, optional: bool = False) -> Any:
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.texts: list[str] = []
+
+    def mask(self, value: Any, turn: int, field: str, optional: bool = False) -> Any:
+        """Return `value` with a word in the place of each text in it that is not blank."""
         if isinstance(value, dict):
-            return {key: word(item, turn, field, optional) for key, item in value.items()}
+            return {key: self.mask(item, turn, field, optional) for key, item in value.items()}
         if isinstance(value, list):
-            return [word(item, turn, field, optional) for item in value]
+            return [self.mask(item, turn, field, optional) for item in value]
         if not isinstance(value, str) or not value.strip():
             return value
-        slots.append(Slot(turn, field, optional))
-        texts.append(value)
-        return f"Zq{len(slots) - 1:05}qZ"
+        self.slots.append(Slot(turn, field, optional))
+        self.texts.append(value)
+        return f"Zq{len(self.slots) - 1:05}qZ"
 
+    def mask_between_tags(self, content: Any, turn: int) -> Any:
+        """Return a content of which tags stay where they are, with the blanks around them."""
+        parts = _TAG.split(content)
+        if not any(map(str.strip, parts[::2])):  # there is nothing but tags
+            return self.mask(content, turn, "content")
+        return "".join(part if place % 2 else self.mask(part, turn, "content") for place, part in enumerate(parts))
+
+    def mask_call(self, call: Mapping[str, Any], turn: int) -> dict[str, Any]:
+        """Return a tool call, whose id the template need not write."""
+        named = {"id": self.mask(call["id"], turn, "id of a tool call", True)} if "id" in call else {}
+        return {**named, "type": call["type"], "function": self.mask(call["function"], turn, "tool call")}
+
+
+def mask(conversation: Mapping[str, Any], *, tags: bool) -> Masked:
+    """Put a word in the place of each text. tags: let tags stay where they are in a content, with the blanks around
+    them."""
+    words = _Words()
+    wanted = [tuple(link) for link in conversation["wanted"]]
     messages = []
     for turn, message in enumerate(conversation["messages"]):
         masked = {"role": message["role"]}
         for field, value in message.items():
             if field == "role":
                 continue
-            tagged = _TAG.split(value) if field == "content" and tags else []
-            if any(map(str.strip, tagged[::2])):  # there is more than tags
-                parts = enumerate(tagged)
-                masked[field] = "".join(part if place % 2 else word(part, turn, field) for place, part in parts)
+            if field == "content" and tags:
+                masked[field] = words.mask_between_tags(value, turn)
             elif field == "tool_calls":
-                masked[field] = [
-                    {
-                        **{
-                            key: word(item, turn, "id of a tool call", True)
-                            for key, item in call.items()
-                            if key == "id"
-                        },
-                        "type": call["type"],
-                        "function": word(call["function"], turn, "tool call"),
-                    }
-                    for call in value
-                ]
+                masked[field] = [words.mask_call(call, turn) for call in value]
             else:
                 optional = field in ("name", "tool_call_id") and (turn, field) not in wanted
-                masked[field] = word(value, turn, field, optional)
+                masked[field] = words.mask(value, turn, field, optional)
         messages.append(masked)
     shape = json.dumps({**conversation, "messages": messages}, ensure_ascii=False)
-    return Masked(messages, conversation["tools"], conversation["untrained"], slots, texts, shape)
+    return Masked(messages, conversation["tools"], conversation["untrained"], words.slots, words.texts, shape)
 
 
 def split(text: str) -> tuple[list[str], list[int]]:
-    """The literals of a rendered text, and the numbers of the words between them."""
+    """Return the literals of a rendered text, and the numbers of the words between them."""
     parts = _WORD.split(text)
     return parts[::2], [int(number) for number in parts[1::2]]
 
 
 def match(pieces: Pieces, texts: Sequence[str], text: str) -> tuple[Spans, ...] | None:
-    """The spans of each kind, if `text` is the pieces with the texts in the place of their numbers; else None."""
+    """Return the spans of each kind, if `text` is the pieces with the texts in the place of their numbers; else
+    None."""
     spans: tuple[Spans, ...] = ([], [], [])
     position = 0
     for place, (piece, kind) in enumerate(pieces):
@@ -166,7 +174,7 @@ def _arguments_as_text(messages: Messages) -> Messages:
 
 
 def with_content(messages: Messages) -> Messages:
-    """For templates that want every turn to have a content."""
+    """Give every turn a content, for templates that want it."""
     return [{"content": "", **turn} for turn in messages]
 
 

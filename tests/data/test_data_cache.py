@@ -97,17 +97,17 @@ def test_what_other_code_has_made_does_not_count(tokenizer, path, folder, encode
     load_client_data(config, tokenizer, 0)
     assert len(encoded) > made and len(entries(folder)) == len(entries(folder, "examples")) == 2
     with pytest.raises(RuntimeError, match="has changed since"):
-        rows._begin("other", b"")
+        rows.begin("other", b"")
 
 
 def test_every_source_file_of_the_part_counts(tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(Path(code.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    assert code.CODE["data"] == code._digest(copy), "wherever it lies"
+    assert code.CODE["data"] == code.digest_of(copy), "wherever it lies"
     for file in (copy / "words.py", copy / "formats" / "plain.py"):
-        before = code._digest(copy)
+        before = code.digest_of(copy)
         file.write_text(file.read_text().replace("return", "return ", 1))
-        assert code._digest(copy) != before
+        assert code.digest_of(copy) != before
 
 
 def test_every_library_that_the_part_imports_counts_or_makes_no_tokens():
@@ -345,12 +345,12 @@ def test_another_process_gives_the_same_in_order_and_the_same_error(tmp_path, mo
     monkeypatch.setattr(rows, "BATCH", 10)
     dataset = datasets.Dataset.from_list(ROWS).select(range(39, -1, -1)).select(range(39, -1, -1))
     features = datasets.Features({"text": datasets.Value("string"), "told": datasets.Value("string")})
-    job = rows._Job(dataset, shout, features, False)
+    job = rows.Encoding(dataset, shout, features, False)
     made, errors = [], []
     for processes in (1, 0):  # 1: of one process beside this one
         made.append([])
         source = (
-            rows._by_processes(job, [(0, 10), (10, 20), (20, 30), (30, 40)], 1) if processes else rows._encoded(job, 1)
+            rows.by_processes(job, [(0, 10), (10, 20), (20, 30), (30, 40)], 1) if processes else rows.encoded(job, 1)
         )
         with pytest.raises(DataError) as error:
             made[-1].extend(source)
@@ -371,7 +371,7 @@ def test_as_many_processes_as_rows_are_worth(tokenizer, path, folder, monkeypatc
         yield from (job.batch(*one) for one in ranges[:1])
         raise rows.BrokenProcessPool("killed")
 
-    monkeypatch.setattr(rows, "_by_processes", beside)
+    monkeypatch.setattr(rows, "by_processes", beside)
     config = make_config(train=[path], cache=str(folder), client_holdout=0.0)
     load_client_data(config, tokenizer, 0, work=Work(64))
     assert not asked, "few rows are for this process"
@@ -387,6 +387,6 @@ def test_as_many_processes_as_rows_are_worth(tokenizer, path, folder, monkeypatc
 def test_what_no_other_process_can_be_given_is_done_here(monkeypatch, capsys):
     monkeypatch.setattr(rows, "BATCH", 10)
     features = datasets.Features({"text": datasets.Value("string")})
-    job = rows._Job(datasets.Dataset.from_list(ROWS), lambda batch: {"text": batch["text"]}, features, False)
-    assert flat(batch["text"].to_pylist() for batch in rows._encoded(job, 2)) == [row["text"] for row in ROWS]
+    job = rows.Encoding(datasets.Dataset.from_list(ROWS), lambda batch: {"text": batch["text"]}, features, False)
+    assert flat(batch["text"].to_pylist() for batch in rows.encoded(job, 2)) == [row["text"] for row in ROWS]
     assert "this one continues alone" in capsys.readouterr().err

@@ -13,7 +13,7 @@ _CALL = 'write [{"type": "function", "function": {"name": ..., "arguments": {...
 
 
 def calls_of(calls: Any, at: str) -> list[dict[str, Any]]:
-    """Tool calls as chat templates expect them: arguments as an object."""
+    """Return tool calls as chat templates expect them: arguments as an object. Raises DataError for anything else."""
     if not isinstance(calls, list):
         raise DataError(f"tool_calls is a {type(calls).__name__}, no list", where=at, fix=_CALL)
     made = []
@@ -40,6 +40,8 @@ def calls_of(calls: Any, at: str) -> list[dict[str, Any]]:
 
 
 def tools_of(row: Mapping[str, Any], place: str) -> list[dict[str, Any]] | None:
+    """Return the tools that a row describes, as chat templates expect them; None for none. Raises DataError for
+    anything else."""
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = parse_json(tools, place, "the field 'tools'") if tools.strip() else None
@@ -59,7 +61,8 @@ def tools_of(row: Mapping[str, Any], place: str) -> list[dict[str, Any]] | None:
 
 
 def check_links(messages: Sequence[Mapping[str, Any]], place: str) -> list[list[Any]]:
-    """[turn, field] of the names and ids that a template must write, because nothing else in the text tells them.
+    """Return [turn, field] of the names and ids that a template must write, because nothing else in the text tells
+    them.
 
     Whose answer a tool's turn is follows from the order of the calls before it, and so does the name of its function:
     a template need not repeat either. Raises DataError for an answer to no call.
@@ -91,6 +94,7 @@ def check_links(messages: Sequence[Mapping[str, Any]], place: str) -> list[list[
 
 
 def parse_json(text: str, at: str, what: str) -> Any:
+    """Parse JSON in a row. what: the text is, for the message. Raises DataError where it is no JSON."""
     try:
         return parse(text)
     except (ValueError, RecursionError) as error:

@@ -123,13 +123,14 @@ def check_fields(
 
 
 def missing(value: Any) -> bool:
-    """Whether there is no value: null, NaN, or a text without a character that shows."""
+    """Return whether there is no value: null, NaN, or a text without a character that shows."""
     if isinstance(value, str):
         return all(unicodedata.category(char) in _UNSEEN for char in value)
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
+    """Return the value of a column. Raises DataError where the row has none."""
     if column not in row:
         raise DataError(
             f"no column {column!r}; there are: {', '.join(map(str, row)) or 'none'}",
@@ -140,7 +141,7 @@ def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], column: str, place: str, *, blank: bool = False) -> str:
-    """The text of a column. Raises DataError for anything else, and unless `blank` for a missing one."""
+    """Return the text of a column. Raises DataError for anything else, and unless `blank` for a missing one."""
     value = value_of(row, column, place)
     if missing(value) and not (blank and isinstance(value, str)):
         raise DataError(
@@ -153,7 +154,8 @@ def text_of(row: Mapping[str, Any], column: str, place: str, *, blank: bool = Fa
 
 
 def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, ...]) -> str:
-    """The label in a column, by the rule of `normal_label`. known: texts that are labels, whatever they look like.
+    """Return the label in a column, by the rule of `normal_label`. known: texts that are labels, whatever they look
+    like.
 
     Raises DataError if it is missing, infinite, or a list or object.
     """
@@ -176,7 +178,8 @@ def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, 
 
 
 def encodable(text: str) -> str:
-    """`text`, with lone surrogates (a JSON escape that was cut in half) replaced: they have no UTF-8 encoding."""
+    """Return `text`, with lone surrogates (a JSON escape that was cut in half) replaced: they have no UTF-8
+    encoding."""
     try:
         text.encode()
     except UnicodeEncodeError:
