@@ -79,6 +79,7 @@ class ShardedModel:
         return list(self._meta)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the whole parameter."""
         return self._meta[name][0]
 
     def dtype(self, name: str) -> torch.dtype:

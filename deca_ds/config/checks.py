@@ -291,6 +291,7 @@ def holds_more(names: Iterable[str]) -> bool:
 
 
 def already_used(output: Path) -> ConfigError:
+    """Make the error for an output folder that holds a run already."""
     return ConfigError(
         f"the output folder {str(output)!r} is already used",
         where="run.output",

@@ -148,11 +148,13 @@ class ClientLayout:
         return not self.sizes
 
     def client_of(self, rank: int) -> int:
+        """Return the client that a rank of the job belongs to."""
         if self.even:
             return rank // self.ranks_per_client
         return bisect_right(list(accumulate(self.sizes)), rank)
 
     def shard_of(self, rank: int) -> int:
+        """Return the shard index of a rank of the job: its place within its client."""
         return rank - self.leader_of(self.client_of(rank))
 
     def leader_of(self, client: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from functools import cached_property
 from math import ceil, prod
@@ -36,6 +36,7 @@ class BlockMemory:
     parts: tuple[Part, ...]
 
     def at_most(self, where: Place) -> int:
+        """Return the most bytes that are held there at a time."""
         return peak(self.parts, where)[1]
 
 
@@ -128,6 +129,7 @@ class Estimate:
         return CODECS[self.config.gossip.wire].bytes * len(self.rule.travels) * numel
 
     def averagings_a_step(self) -> float:
+        """Return how many averagings there are for each inner step, on average."""
         steps = self.schedule.activation_steps
         return ceil(steps / self.config.gossip.every) / steps
 
@@ -140,26 +142,10 @@ class Estimate:
 
     def work(self, index: int, spans: bool, sharing: float) -> Work:
         """Return the work of a rank in an inner step with this block active."""
-        tokens = self.config.data.batch_size * self.config.data.max_length
-        block = self.plan.blocks[index]
+        block, again = self.plan.blocks[index], self.config.model.gradient_checkpointing
         of_block = set(block.names)
         first = next((k for k, call in enumerate(self._calls) if not of_block.isdisjoint(call)), 0)
         above = {name for call in self._calls[first:] for name in call} - of_block
-        multiplied = self._multiplied
-        part = sum(multiplied.get(name, 0) for name in of_block)
-        over = sum(multiplied.get(name, 0) for name in above)
-        again = self.config.model.gradient_checkpointing
-        total = sum(multiplied.values())
-        share = (part + over) / total if total else 0.0
-        flops = pass_flops(
-            total,
-            above=over,
-            block=part,
-            attention=self._scores,
-            attention_above=self._scores * share,
-            tokens=tokens / self.ranks,
-            again=again,
-        )
         k, w = self.ranks, self.width
         passes = max(1, ceil(self.config.data.batch_size / self.ranks / self.rows))
         every = sum(self._numels.values())
@@ -170,13 +156,31 @@ class Estimate:
         sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
         fetched = read / k if self._offload else 0.0
         return Work(
-            flops=flops,
+            flops=self._pass_flops(of_block, above),
             moved=read + optimizer,
             gathered=received,
             fetched=fetched,
             spans=spans,
             messages=sent * sharing,
             copied=2 * sent / k,
+        )
+
+    def _pass_flops(self, block: Collection[str], above: Collection[str]) -> float:
+        """Return the floating-point operations of a rank's passes in an inner step. block, above: parameters of the
+        active block, and those that the backward pass goes through to reach it."""
+        multiplied, tokens = self._multiplied, self.config.data.batch_size * self.config.data.max_length
+        part = sum(multiplied.get(name, 0) for name in block)
+        over = sum(multiplied.get(name, 0) for name in above)
+        total = sum(multiplied.values())
+        share = (part + over) / total if total else 0.0
+        return pass_flops(
+            total,
+            above=over,
+            block=part,
+            attention=self._scores,
+            attention_above=self._scores * share,
+            tokens=tokens / self.ranks,
+            again=self.config.model.gradient_checkpointing,
         )
 
     def evaluation_time(

@@ -38,6 +38,7 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
 
 
 def rewind_lines(path: Path, done: int) -> None:
+    """Leave out, in a file of metrics, what a run that continues after `done` inner steps will write again."""
     if not path.exists():
         return
     kept = []

@@ -4,18 +4,23 @@ in nobody's way."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError, LaunchError
-from deca_ds.training import claim
 from deca_ds.training.claim import check_free, check_held, leave_place, release, take, take_place
 from deca_ds.watchdog.stop import is_requested, request_stop
 
@@ -39,6 +44,28 @@ def nothing() -> None:
     """The folder is what the run needs."""
 
 
+@contextmanager
+def heartbeats(output: Path) -> Iterator[None]:
+    """A rank of another host beats in the folder meanwhile."""
+    folder, over = output / "heartbeats", threading.Event()
+
+    def beat() -> None:
+        for number in count():
+            (folder / "rank_0001.json").write_text(str(number))
+            if over.wait(0.02):
+                return
+
+    folder.mkdir()
+    rank = threading.Thread(target=beat)
+    rank.start()
+    try:
+        yield
+    finally:
+        over.set()
+        rank.join()
+        shutil.rmtree(folder)
+
+
 @pytest.fixture
 def other(tmp_path: Path):
     """Another job, which has the folder."""
@@ -49,7 +76,7 @@ def other(tmp_path: Path):
     process.wait()
 
 
-def test_one_who_only_asks_is_told_the_same_and_takes_nothing(other, tmp_path: Path, monkeypatch) -> None:
+def test_one_who_only_asks_is_told_the_same_and_takes_nothing(other, tmp_path: Path) -> None:
     before = (tmp_path / LOCK).read_bytes()
     check_free(tmp_path / "new")
     with pytest.raises(ConfigError, match=rf"taken by another job: process {other.pid} on .*, started 20"):
@@ -58,9 +85,7 @@ def test_one_who_only_asks_is_told_the_same_and_takes_nothing(other, tmp_path: P
     other.kill()
     other.wait()
     check_free(tmp_path)
-    beats = iter([{"rank_0001.json": b"1"}, {"rank_0001.json": b"2"}])
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="taken by another job"):
-        patch.setattr(claim, "_heartbeats", lambda output: next(beats))
+    with heartbeats(tmp_path), pytest.raises(ConfigError, match="taken by another job"):
         check_free(tmp_path)
     take(tmp_path, nothing)
     check_free(tmp_path)  # its own
@@ -112,21 +137,23 @@ def test_a_folder_that_was_moved_while_the_run_continued_is_found_out(tmp_path: 
     release(output)
 
 
-def test_a_job_whose_first_rank_is_gone_may_still_be_at_work(other, tmp_path: Path, monkeypatch) -> None:
+def test_a_job_whose_first_rank_is_gone_may_still_be_at_work(other, tmp_path: Path) -> None:
     other.kill()
     other.wait()
-    beats = iter([{"rank_0001.json": b"1"}, {"rank_0001.json": b"2"}])
-    monkeypatch.setattr(claim, "_heartbeats", lambda output: next(beats))
-    with pytest.raises(ConfigError, match="taken by another job"):
+    with heartbeats(tmp_path):
+        with pytest.raises(ConfigError, match="taken by another job"):
+            take(tmp_path, nothing)
+        (tmp_path / "STOPPED").touch()
         take(tmp_path, nothing)
-    (tmp_path / "STOPPED").touch()
-    take(tmp_path, nothing)
     release(tmp_path)
 
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_without_locks_heartbeats_tell_whether_the_job_lives(other, tmp_path: Path, monkeypatch, alive: bool) -> None:
-    monkeypatch.setattr(claim, "_lock", lambda descriptor: None)
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", without)
     if not alive:
         other.kill()
         other.wait()

@@ -10,6 +10,7 @@ from deca_ds.tools.data.look import Client, Found
 
 
 def as_json(found: Found) -> str:
+    """Write all that was found as JSON, texts in full."""
     return json.dumps(
         {
             "sample": found.sample,

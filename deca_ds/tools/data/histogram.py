@@ -50,6 +50,7 @@ def quantile(counts: Counts, share: float) -> int:
 
 
 def merged(several: Sequence[Counts]) -> list[list[int]]:
+    """Add up the counts of several sets."""
     total: dict[int, int] = {}
     for counts in several:
         for length, count in counts:

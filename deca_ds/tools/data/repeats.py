@@ -63,6 +63,7 @@ class Repeats:
 
 
 def contents(examples: Dataset) -> Contents:
+    """Hash the examples of a set by their texts, whatever their blanks and letter case."""
     hashes: list[int] = []
     for batch in examples.iter(BATCH) if len(examples) else ():
         texts = zip(*(batch[name] for name in batch if name not in _NOT_TEXT), strict=True)

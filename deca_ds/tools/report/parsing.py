@@ -28,6 +28,7 @@ def of_client(line: Line, client: int) -> dict[str, Any]:
 
 
 def steps(lines: Sequence[Line]) -> list[records.Step]:
+    """Return the inner steps in a file of metrics, each once, in order."""
     found = {}
     for line in lines:
         if line.get("kind") != "step":
@@ -48,6 +49,7 @@ def steps(lines: Sequence[Line]) -> list[records.Step]:
 
 
 def evaluations(lines: Sequence[Line]) -> list[records.Evaluation]:
+    """Return a client's evaluations in a file of metrics, each once, in order."""
     found = {}
     for line in lines:
         if line.get("kind") != "evaluation":
@@ -73,6 +75,7 @@ def evaluations(lines: Sequence[Line]) -> list[records.Evaluation]:
 
 
 def together(lines: Sequence[Line]) -> list[records.Together]:
+    """Return what the evaluations in the job's metrics say of all clients together."""
     found = {}
     for line in lines:
         if line.get("kind") == "evaluation":
@@ -148,6 +151,7 @@ def start(entry: Line) -> records.Start:
 
 
 def edge(entry: Line) -> records.Edge | None:
+    """Return an edge that was tested at the start, as its slowest ranks were; None if the entry names no two ends."""
     ends, hosts = listed(entry.get("clients")), listed(entry.get("hosts"))
     shards = [shard for shard in listed(entry.get("shards")) if isinstance(shard, dict)]
     if len(ends) != 2 or len(hosts) != 2:
@@ -163,6 +167,7 @@ def edge(entry: Line) -> records.Edge | None:
 
 
 def share(place: int, entry: Line) -> records.Share:
+    """Return what a client has of the data. place: of the entry, which older files have in the place of a number."""
     labels = entry.get("labels")
     client = count(entry.get("client"))
     return records.Share(
@@ -183,15 +188,18 @@ def number(value: Any) -> float | None:
 
 
 def count(value: Any) -> int | None:
+    """Return the number without decimals; None as `number`."""
     found = number(value)
     return None if found is None else int(found)
 
 
 def whole(value: Any) -> int:
+    """Return the number without decimals; 0 where there is none."""
     return count(value) or 0
 
 
 def listed(value: Any) -> list[Any]:
+    """Return the list; an empty one for anything else."""
     return value if isinstance(value, list) else []
 
 

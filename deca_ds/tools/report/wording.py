@@ -55,6 +55,7 @@ def loss(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
+    """Write a share as a percentage."""
     return NONE if value is None else f"{value:.1%}"
 
 
@@ -69,6 +70,7 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
+    """Write a whole number with its thousands apart."""
     return NONE if value is None else f"{value:,.0f}"
 
 
@@ -93,6 +95,7 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Write a time in the unit that fits it."""
     if seconds is None:
         return NONE
     if seconds < 60:
