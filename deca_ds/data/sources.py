@@ -35,7 +35,7 @@ from deca_ds.data.strict_json import Reader, parse
 from deca_ds.errors import DataError
 
 LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
-_PART = 2**20  # bytes
+PART = 2**20  # bytes
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 
@@ -113,7 +113,7 @@ def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[st
         else:
             yield from _read_json(path)
     except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=_undecodable_line(path), fix="save the file as UTF-8") from error
+        raise DataError("not UTF-8 text", where=undecodable_line(path), fix="save the file as UTF-8") from error
     except _DAMAGED as error:
         raise DataError(f"a damaged compressed file: {error}", where=str(path), fix="copy or make it again") from error
     except OSError as error:
@@ -349,12 +349,12 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                 yield from reader
 
 
-def _undecodable_line(path: Path) -> str:
+def undecodable_line(path: Path) -> str:
     """Say where the first bytes are that are no UTF-8. Of a long line only a part is in memory at a time."""
     decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
     with _open(path) as file:
         while True:
-            part = file.read(_PART)
+            part = file.read(PART)
             try:
                 decoder.decode(part, final=not part)
             except UnicodeDecodeError as error:

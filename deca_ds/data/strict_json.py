@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-_PART = 2**20  # characters that are read at a time
+PART = 2**20  # characters that are read at a time
 _LONGEST = 12  # characters of the longest thing that makes no sense when it is cut: \ud83d\ude00
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
@@ -73,7 +73,7 @@ class Reader:
     def _more(self) -> bool:
         """Read on, at least as much as the text that is not used yet; returns False at the end of the file."""
         rest = len(self._text) - self._at
-        read = self._file.read(max(_PART, rest))
+        read = self._file.read(max(PART, rest))
         if read:
             self._lines += self._text.count("\n", 0, self._at)
             self._text, self._at = self._text[self._at :] + read, 0

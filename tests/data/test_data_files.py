@@ -124,7 +124,7 @@ def test_compressed_lines_are_not_read_as_a_whole(tmp_path, end):
 
 def test_where_a_file_is_no_utf8_is_found_without_reading_whole_lines(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    monkeypatch.setattr(sources, "_PART", 3)  # which cuts letters of two bytes and more
+    monkeypatch.setattr(sources, "PART", 3)  # which cuts letters of two bytes and more
     for text, line in (
         ("ä€\n".encode() * 5 + b"x\n\nx\xff\n", 8),
         ("€".encode() * 40 + b"\xe2\n", 1),
@@ -132,13 +132,13 @@ def test_where_a_file_is_no_utf8_is_found_without_reading_whole_lines(tmp_path, 
         (b"\xff", 1),
     ):
         path.write_bytes(text)
-        assert sources._undecodable_line(path) == f"{path}, line {line}"
+        assert sources.undecodable_line(path) == f"{path}, line {line}"
     longest = tmp_path / "b.json"
     longest.write_bytes(b'["' + b"x" * 8_000_000 + b"\xff" + b'"]')
     monkeypatch.undo()
     tracemalloc.start()
     with pytest.raises(DataError, match=r"(?s)not UTF-8.*b\.json, line 1"):
-        raise DataError("not UTF-8 text", where=sources._undecodable_line(longest))
+        raise DataError("not UTF-8 text", where=sources.undecodable_line(longest))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6e6

@@ -50,7 +50,7 @@ NO_JSON_LISTS = [
 
 @pytest.mark.parametrize("part", [1, 2, 7, 100, 10**6])
 def test_a_json_list_is_read_in_parts_as_it_would_be_whole(monkeypatch, part):
-    monkeypatch.setattr(strict_json, "_PART", part)
+    monkeypatch.setattr(strict_json, "PART", part)
     for text in JSON_LISTS:
         assert repr(list(strict_json.Reader(io.StringIO(text)).items())) == repr(json.loads(text)), text
     for text in NO_JSON_LISTS:

@@ -27,7 +27,7 @@ from deca_ds.transport.gloo import GlooTransport
 from deca_ds.transport.local import LocalNetwork
 from deca_ds.transport.mpi import MpiTransport
 from deca_ds.transport.polling import poll
-from deca_ds.transport.transport import Endpoint, Transport
+from deca_ds.transport.transport import Endpoint
 
 CLIENTS, DEADLINE_S = 3, 120
 WORKER = str(Path(gossip_worker.__file__))
@@ -162,16 +162,19 @@ class Request:
         return self.asked > 1
 
 
-def test_starting_a_message_moves_on_what_is_under_way():
+def test_starting_a_message_moves_on_what_is_under_way(monkeypatch):
     """MPI does so only while it is called, and between two waits the trainer computes."""
     request = Request()
-    transport = MpiTransport.__new__(MpiTransport)  # no MPI in this process
-    Transport.__init__(transport, Endpoint(ClientLayout(2, 1), 0, timeout_s=60))
-    transport.timeout_s, transport._abandoned = 5.0, []
-    transport._comm = SimpleNamespace(Irecv=lambda *message: request)
-    transport._mpi = SimpleNamespace(
-        Exception=RuntimeError, BYTE=None, Status=lambda: SimpleNamespace(Get_count=lambda kind: 12)
+    mpi = SimpleNamespace(
+        Exception=RuntimeError,
+        BYTE=None,
+        ERRORS_RETURN=None,
+        Status=lambda: SimpleNamespace(Get_count=lambda kind: 12),
     )
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))  # no MPI in this process
+    comm = SimpleNamespace(Set_errhandler=lambda handler: None, Irecv=lambda *message: request)
+    comm.Idup = lambda: (comm, SimpleNamespace(Test=lambda: True))
+    transport = MpiTransport(comm, Endpoint(ClientLayout(2, 1), 0, timeout_s=60))
     exchange = transport.exchange(torch.empty(0), [], {1: torch.empty(3)}, 7)
     assert request.asked == 1
     exchange.wait()
