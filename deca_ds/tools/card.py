@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from deca_ds.data.formats import FORMATS
 from deca_ds.plural import several
 from deca_ds.tools.report.reading import CONFIG, read_runs
 from deca_ds.tools.report.records import Run
@@ -67,7 +68,8 @@ class Card:
 
     def _how(self, chat: bool) -> str:
         trained = None if self.run is None else self.run.config.get("data.format")
-        if chat and trained not in _PLAIN_FORMATS:
+        known = FORMATS.get(str(trained))
+        if chat and (known is None or known.turns):
             return _CHAT
         why = f"The training, in the format `{trained}`, did not go through the chat template: prompt as it did."
         return f"{_COMPLETION}\n\n{why if chat else _WITHOUT_TEMPLATE}"
@@ -208,4 +210,3 @@ inputs = tokenizer("...", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```"""
 _WITHOUT_TEMPLATE = "The tokenizer has no chat template: the model completes a text."
-_PLAIN_FORMATS = ("text", "alpaca", "classification")  # no chats

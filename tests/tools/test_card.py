@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from run_folders import write_job
 
+from deca_ds.data.formats import FORMATS
 from deca_ds.errors import ConfigError
 from deca_ds.tools import export, push
 from deca_ds.tools.card import Card
@@ -66,6 +68,13 @@ def test_a_run_whose_start_is_not_known_names_its_method_as_the_configuration_do
     run = write_job(tmp_path / "run")
     (run / "starts.json").unlink()
     assert "| method | `deca` |" in text(Card(run))
+
+
+def test_a_format_that_is_new_and_no_conversation_is_loaded_as_a_plain_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "questions", replace(FORMATS["alpaca"], name="questions"))
+    assert "in the format `questions`, did not go through" in text(
+        Card(write_job(tmp_path / "run", data__format="questions"))
+    )
 
 
 def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path):
