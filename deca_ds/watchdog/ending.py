@@ -29,11 +29,19 @@ from deca_ds.errors import (
 from deca_ds.launch import Launch
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.printing import print_wrapped
-from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection, tell_exit_code
+from deca_ds.watchdog.failure import (
+    Failure,
+    all_leave,
+    is_lost_connection,
+    lost_connection,
+    note_leaving,
+    tell_exit_code,
+)
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.restart import come_back
 
-_LINGER_S = 2.0  # the store's host stays until the others have read why the job ends
+_LINGER_S = 10.0  # so long at most the store's host stays until the others have read why the job ends
+_LOOK_S = 0.05
 
 
 class Ending:
@@ -66,7 +74,11 @@ class Ending:
         report = first = self.report(public, code)
         with contextlib.suppress(RuntimeError):  # the store is gone if rank 0 died: report what we know
             first = report.report(self._site.store.store)
-        self.leave(self.report(whole, code) if first == report else first)
+            note_leaving(self._launch.rank, self._site.store.store)
+        if first == report:
+            first = self.report(whole, code)
+            first.mark(self.output, "FAILED", replaces=True)  # the others know less, and may have marked it already
+        self.leave(first)
 
     def end_the_client(self, error: BaseException) -> None:
         """End this rank, and with it its client, while the others continue."""
@@ -87,8 +99,16 @@ class Ending:
             report.mark(self.output, "FAILED")
         tell_exit_code(report.code)
         if self._launch.rank == self._site.host and self._launch.world_size > 1:
-            time.sleep(_LINGER_S)
+            with contextlib.suppress(RuntimeError):
+                self._linger()
         end_process(report.code)
+
+    def _linger(self) -> None:
+        """Stay until the others leave, too: without the store they would not learn why the job ends."""
+        others, deadline = set(self._heartbeats.ranks()) - {self._launch.rank}, time.monotonic() + _LINGER_S
+        store = self._site.store.reconnect()  # another thread may wait in the present connection
+        while not all_leave(others, store) and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
 
     def come_back(self, why: str, return_s: float, *, through: bool = True) -> NoReturn:
         """Become a new process that tries for `return_s` seconds to rejoin the others. through: whether they learn that

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from deca_ds.printing import print_wrapped
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_KEY = "job/failed"
+_KEY, _LEAVES = "job/failed", "job/leaves"
 EXIT_CODES = "DECA_EXIT_CODES"  # in the environment: the file for the exit codes of a host's ranks
 _LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited")
 
@@ -80,13 +80,42 @@ class Failure:
         ends = "" if of_client is None else f"client {of_client} ends, "
         print_wrapped(f"\nERROR: {'' if alone else f'{ends}{self.where}: '}{self.message}")
 
-    def mark(self, output: Path | None, name: str) -> None:
-        """Write the failure to a new file in the run's folder, if that exists. name: FAILED, which is not written once
-        the job is done, or the name for one client, without which the others may have finished."""
+    def mark(self, output: Path | None, name: str, *, replaces: bool = False) -> None:
+        """Write the failure to a file in the run's folder, if that exists; the file appears as a whole. name: FAILED,
+        which is not written once the job is done, or the name for one client, without which the others may have
+        finished. replaces: whether to replace the file if another rank has written it already."""
         if output is None or not output.is_dir() or (name == "FAILED" and (output / "DONE").exists()):
             return
-        with contextlib.suppress(OSError), open(output / name, "x", encoding="utf-8", errors="replace") as marker:
-            marker.write(f"{self.where}\n{self.message}\n")
+        marker, partial = output / name, output / f".{name}.{self.rank}.partial"
+        with contextlib.suppress(OSError):  # on a full disk the marker is empty
+            partial.write_text(f"{self.where}\n{self.message}\n", encoding="utf-8", errors="replace")
+        with contextlib.suppress(OSError):  # another rank was first
+            if replaces:
+                os.replace(partial, marker)
+            else:
+                _link(partial, marker)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def note_leaving(rank: int, store: Store) -> None:
+    """Note that `rank` knows why the job ends, and needs the job's store no more."""
+    store.set(f"{_LEAVES}/{rank}", "")
+
+
+def all_leave(ranks: Iterable[int], store: Store) -> bool:
+    """Whether all of `ranks` have noted that."""
+    return store.check([f"{_LEAVES}/{rank}" for rank in ranks])
+
+
+def _link(partial: Path, marker: Path) -> None:
+    try:
+        os.link(partial, marker)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with open(marker, "xb") as file:
+            file.write(partial.read_bytes())
 
 
 def tell_exit_code(code: int) -> None:

@@ -6,6 +6,7 @@ When the store moves, another thread takes over. A second thread counts for how 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
 from deca_ds.watchdog.early_end import EarlyEnd
 from deca_ds.watchdog.ending import Ending
-from deca_ds.watchdog.failure import Failure, rank_is_gone
+from deca_ds.watchdog.failure import Failure, note_leaving, rank_is_gone
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.look import Look
 from deca_ds.watchdog.role import Event, Outcome, Role
@@ -105,7 +106,7 @@ class Watcher:
             except Exception as error:  # without its watcher a rank could wait for ever
                 report = self._ending.report(f"the watcher has failed: {error!r}", FAILURE_CODE)
             if report is not None:
-                self._leave(report)
+                self._leave(report, store)
         silence.close()
 
     def _pause_s(self) -> float:
@@ -146,8 +147,11 @@ class Watcher:
             self._ending.begun.acquire()
             self._ending.come_back("has lost the job before it was let in", self._standing.return_s)
 
-    def _leave(self, report: Failure, within_s: float = -1.0) -> None:
-        """End this process. within_s: seconds after which to do so even if another thread has begun to end it and has
-        not finished; negative waits without a limit."""
+    def _leave(self, report: Failure, store: Store | None = None, within_s: float = -1.0) -> None:
+        """End this process. store: where to note that. within_s: seconds after which to end it even if another thread
+        has begun to and has not finished; negative waits without a limit."""
         self._ending.begun.acquire(timeout=within_s)
+        if store is not None:
+            with contextlib.suppress(RuntimeError):  # it is gone
+                note_leaving(self._launch.rank, store)
         self._ending.leave(report, mark=self._standing.role is not Role.REJOINING)

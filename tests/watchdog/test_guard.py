@@ -1,5 +1,6 @@
 """How one rank's failure ends another rank, with processes that know nothing but the job's store."""
 
+import errno
 import json
 import os
 import re
@@ -8,9 +9,10 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from jobs import free_port, preloaded_server
+from jobs import free_port, preloaded_server, wait_until
 from preloaded import ADDRESS, PYTHON
 from torch.distributed import HashStore
 
@@ -18,7 +20,8 @@ from deca_ds.errors import ConfigError, DataError, public_message, whole_message
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.transport.local import LocalNetwork
-from deca_ds.watchdog.failure import Failure, is_lost_connection, lost_connection
+from deca_ds.watchdog import ending
+from deca_ds.watchdog.failure import Failure, all_leave, is_lost_connection, lost_connection, note_leaving
 from deca_ds.watchdog.guard import JobGuard
 from deca_ds.watchdog.heartbeats import Heartbeat, Heartbeats
 
@@ -190,6 +193,82 @@ def test_a_stop_before_training_ends_all_with_zero_wherever_they_are(tmp_path):
     codes, outputs = run(tmp_path, "loads", "asked", "hangs")
     assert (codes, outputs) == ([0, 0, 0], ["", "", ""])
     assert len(list(tmp_path.glob("stopped*"))) == 3
+
+
+class Ended(BaseException):
+    """In place of the end of this process."""
+
+
+def fails(made: JobGuard, error: Exception, monkeypatch) -> None:
+    def end(code: int) -> None:
+        raise Ended
+
+    monkeypatch.setattr(ending, "end_process", end)
+    try:
+        with pytest.raises(Ended):
+            made.fail(error)
+    finally:
+        made._watcher.close()
+
+
+def test_the_host_of_the_store_stays_until_the_others_know_why_the_job_ends(monkeypatch):
+    store, waits = HashStore(), []
+
+    def pause(seconds: float) -> None:
+        waits.append(all_leave([1, 2], store))
+        if len(waits) > 2:
+            note_leaving(len(waits) - 2, store)
+
+    made = JobGuard(Launch("deepspeed", 0, 3, 0, None), JobStore(store, None, timedelta(seconds=100)))
+    monkeypatch.setattr(ending, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
+    fails(made, ConfigError("the value is odd"), monkeypatch)
+    assert waits == [False] * 4 and all_leave([0, 1, 2], store)
+
+
+def test_a_rank_that_leaves_with_another_one_s_failure_lets_the_host_go(monkeypatch):
+    store = HashStore()
+    made = JobGuard(Launch("deepspeed", 1, 2, 1, None), JobStore(store, None, timedelta(seconds=100)))
+    left = []
+    monkeypatch.setattr(made._ending, "leave", lambda report, mark: left.append((report, all_leave([1], store))))
+    first = Failure(0, "n0", "gradient", "the value is odd", 2)
+    first.report(store)
+    wait_until(lambda: left, "left")
+    assert left == [(first, True)]
+    made._watcher.close()
+
+
+def test_a_marker_is_the_failed_rank_s_own_though_another_one_was_faster(tmp_path, monkeypatch):
+    """It alone has the whole message; the others have what the store may carry."""
+    made = JobGuard(Launch("deepspeed", 1, 2, 1, None), JobStore(HashStore(), None, timedelta(seconds=100)))
+    made.write_to(tmp_path)
+    report = Failure.report
+
+    def reported(failure: Failure, store: HashStore) -> Failure:
+        first = report(failure, store)
+        first.mark(tmp_path, "FAILED")
+        return first
+
+    monkeypatch.setattr(Failure, "report", reported)
+    fails(made, DataError("row 3 says 'secret'"), monkeypatch)
+    assert "secret" in (tmp_path / "FAILED").read_text()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_marker_appears_as_a_whole_and_the_first_one_stays(tmp_path, monkeypatch, links):
+    link, seen = os.link, []
+
+    def looks(source: Path, target: Path) -> None:
+        seen.append((Path(source).read_text(), Path(target).exists()))
+        if not links:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", looks)
+    for rank in (1, 0):
+        Failure(rank, f"n{rank}", "gradient", "the value is odd", 2).mark(tmp_path, "FAILED")
+    assert seen[0] == ("rank 1 on n1, gradient\nthe value is odd\n", False)
+    assert (tmp_path / "FAILED").read_text() == seen[0][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["FAILED"], "no file is left"
 
 
 @pytest.mark.multiprocess
