@@ -41,11 +41,12 @@ from deca_ds.printing import print_wrapped
 from deca_ds.tools.train_arguments import parser as train_parser
 from deca_ds.training.terminal import on_stop
 from deca_ds.watchdog.failure import EXIT_CODES, told_exit_codes
-from deca_ds.watchdog.heartbeats import read_heartbeats
+from deca_ds.watchdog.heartbeats import Heartbeat, read_heartbeats
 from deca_ds.watchdog.restart import JOIN
 
 _HANDS_ON = ("mpirun", "mpiexec", "prterun", "srun")  # launchers that pass SIGUSR1 to all ranks
 _LONGEST_PAUSE_S = 120.0
+_LOOK_S = 0.5  # between two looks at whether a signal is to be handed on
 _INTERRUPTED = "interrupted: the job saves a checkpoint and stops; Ctrl-C again ends it at once"
 
 
@@ -141,6 +142,8 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = False  # what `_has_trained` has found
         self._told = False  # no Event: a signal handler must not wait for a lock that it has interrupted
+        self._handed_on = False  # whether a rank has been asked to stop
+        self._missed = False  # whether there was none to be asked
 
     @property
     def _is_apart(self) -> bool:
@@ -220,11 +223,18 @@ class Supervisor:
                 self._process = subprocess.Popen(command, env=environment, start_new_session=self._is_apart)
             except OSError as error:
                 raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise") from None
-            if self._told:  # by a signal that found no job
-                self._hand_on()
-            code = self._process.wait()
+            code = self._wait_for_end(self._process)
             self._process = None
             return code if code >= 0 else 128 - code, told_exit_codes(codes)  # as a shell has it
+
+    def _wait_for_end(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the launcher, and hand on a signal that has found no launcher, or a launcher that had not started
+        its ranks yet."""
+        while True:
+            if self._told and not self._handed_on:
+                self._hand_on()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_LOOK_S)
 
     def _is_through(self, code: int) -> bool:
         """Return whether the job must not be started again."""
@@ -240,13 +250,17 @@ class Supervisor:
     def _has_trained(self) -> bool:
         """Return whether a rank of this host has ever trained, or was about to when others would have continued without
         it. A rank that comes back says neither before it is let in."""
-        beats = read_heartbeats(self.output)
-        self._begun |= self._newest_checkpoint() >= 0 or any(beat.step or beat.outlived for beat in beats)
+        self._begun |= self._newest_checkpoint() >= 0 or any(beat.step or beat.outlived for beat in self._beats())
         return self._begun
 
     def _trained(self) -> int:
         """Return the furthest inner step of this host's ranks."""
-        return max((beat.step for beat in read_heartbeats(self.output)), default=0)
+        return max((beat.step for beat in self._beats()), default=0)
+
+    def _beats(self) -> list[Heartbeat]:
+        """Read the heartbeats of this host's ranks or, of a rank that joins by itself, of its client: the others train
+        on when it cannot."""
+        return [beat for beat in read_heartbeats(self.output) if self.client in (None, beat.client)]
 
     def _newest_checkpoint(self) -> int:
         """Return the step of the newest checkpoint of which a rank of this host has a part, complete or not, or -1."""
@@ -259,13 +273,15 @@ class Supervisor:
             return
         if self._is_apart:
             self._signal(signal.SIGUSR1)
+            self._handed_on = True
             return
-        ranks = self._ranks(self._process.pid)
-        for rank in ranks:
+        for rank in self._ranks(self._process.pid):
             with contextlib.suppress(psutil.Error):
                 rank.send_signal(signal.SIGUSR1)
-        if not ranks:
-            self._say(f"no rank to stop: none of {Path(self.command[0]).name}'s processes on this host is one")
+                self._handed_on = True
+        if not self._handed_on and not self._missed:
+            self._missed = True
+            self._say(f"no rank to stop yet: none of {Path(self.command[0]).name}'s processes on this host is one")
 
     def _signal(self, number: signal.Signals) -> None:
         """Send the launcher a signal."""

@@ -47,10 +47,13 @@ elif what in ("trained", "outlived", "invited"):
     from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat, read_heartbeats
 
     (output / FOLDER).mkdir(exist_ok=True)
-    beats = read_heartbeats(output)
-    step = 0 if what != "trained" else beats[0].step + 1 if beats else 3
-    beat = Heartbeat(0, "n0", 0, "gossip", step, "layers 0-1", None, 0.0, time.time(), what == "outlived")
-    (output / FOLDER / "rank_0000.json").write_text(json.dumps(asdict(beat)))
+    beats = {beat.rank: beat.step for beat in read_heartbeats(output)}
+    steps = {0: max([3, *beats.values()]) + 1}  # client 0, whose folder is the same, trains on
+    steps[1] = steps[0] if what == "trained" else 0
+    for rank, step in steps.items():
+        outlived = rank == 0 or what == "outlived"
+        beat = Heartbeat(rank, "n0", rank, "gossip", step, "layers 0-1", None, 0.0, time.time(), outlived)
+        (output / FOLDER / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(beat)))
 elif what == "failed":
     (output / "FAILED").write_text("rank 0 on n0, gradient, step 3\nkilled\n")
 elif what == "told":

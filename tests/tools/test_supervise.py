@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from jobs import BIN, REPOSITORY, processes_below, wait_until
@@ -100,6 +101,7 @@ def test_what_may_succeed_again_is_started_again_though_nothing_was_trained(tmp_
         ("outlived:137 join:stopped:0 1", 0, 2),  # it died within a second of the first step
         ("trained:137 join:invited:137 join:stopped:0 1", 0, 3),
         ("trained:137 join:2 join:2 join:2 join:2", 2, 4),  # nobody to join any more
+        ("trained:137 join:invited:1 join:invited:1 join:invited:1 done:0", 1, 4),  # though the others train on
         ("1 done:0", 1, 1),  # the job did not begin
         ("diverged:137 done:0", 137, 1),
         ("trained:137 join:other:137 join:stopped:0 1", 0, 3),  # another client has diverged
@@ -118,11 +120,12 @@ def ask_by_terminal(supervisor: subprocess.Popen) -> None:
     os.killpg(supervisor.pid, signal.SIGINT)
 
 
-def start_supervisor(launcher: Path, script: str, *command: str) -> subprocess.Popen:
+def start_supervisor(launcher: Path, script: str, *command: str, stderr: TextIO | None = None) -> subprocess.Popen:
     """Of a job whose launcher is this shell script, in a process group of its own, as from a terminal."""
     launcher.write_text(f"#!/bin/sh\n{script}")
     launcher.chmod(0o755)
-    return subprocess.Popen([BIN / "deca", "supervise", str(launcher), *command, *KEYS], start_new_session=True)
+    supervisor = [BIN / "deca", "supervise", str(launcher), *command, *KEYS]
+    return subprocess.Popen(supervisor, start_new_session=True, stderr=stderr)
 
 
 def end(supervisor: subprocess.Popen) -> None:
@@ -154,6 +157,25 @@ def test_a_signal_is_handed_on_and_the_job_is_not_started_again(tmp_path, name, 
     finally:
         end(process)
     assert (tmp_path / "run" / "STOPPED").exists() and (tmp_path / "run.plan").read_text() == "done:0"
+
+
+def test_a_signal_that_finds_no_rank_yet_is_handed_on_to_those_that_come(tmp_path):
+    """The stand-in does not end without one. That which comes while it is starting ends it otherwise."""
+    go_on, told = tmp_path / "go_on", tmp_path / "told"
+    (tmp_path / "run.plan").write_text("waits:0 done:0")
+    launcher = f'touch {tmp_path}/runs\nwhile ! [ -e {go_on} ]; do sleep 0.05; done\n"$@"\nexit $?\n'
+    job = sys.executable, SCRIPT, f"run.output={tmp_path / 'run'}"
+    with told.open("w") as sink:
+        process = start_supervisor(tmp_path / "other", launcher, *job, stderr=sink)
+    try:
+        wait_until((tmp_path / "runs").exists, "started", process=process)
+        process.terminate()
+        wait_until(lambda: "no rank to stop" in told.read_text(), "told", process=process)
+        go_on.touch()
+        wait_until(lambda: process.poll() is not None, "at its end")
+    finally:
+        end(process)
+    assert told.read_text().count("no rank to stop yet") == 1 and "Starting it again" not in told.read_text()
 
 
 def test_a_second_interrupt_ends_a_job_that_has_not_stopped_yet(tmp_path):
