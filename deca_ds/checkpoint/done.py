@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from deca_ds.checkpoint.files import sync
@@ -28,6 +29,15 @@ def mark_stopped(run: Path, steps: str, how: str, missing: Sequence[int] = ()) -
 def ended(run: Path) -> list[str]:
     """Return the markers that are there."""
     return [name for name in (DONE, STOPPED, FAILED) if (run / name).is_file()]
+
+
+def is_word_of(run: Path, taken: Path) -> bool:
+    """Whether there is a marker of the job that has taken the folder last: one that is not older than the file `taken`,
+    which that job wrote first. A job that continues a run leaves the marker of the one before until it has loaded."""
+    with suppress(FileNotFoundError):
+        since = taken.stat().st_mtime_ns
+        return any((run / name).stat().st_mtime_ns >= since for name in ended(run))
+    return bool(ended(run))
 
 
 def is_done(run: Path) -> bool:

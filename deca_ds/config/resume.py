@@ -48,6 +48,7 @@ BEFORE_CONFIG = {
     "heartbeats",
     "FAILED",
     "STOPPED",
+    "STOP",
 }  # what may be there of a run that ended before it had saved its configuration
 _TRAINED = (STARTS, "checkpoints", "model", "DONE")  # one of these is there of a run that has come to train
 

@@ -27,8 +27,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended
-from deca_ds.config.checks import SAVED_CONFIG, STARTS
+from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended, is_word_of
+from deca_ds.config.checks import LOCK, SAVED_CONFIG, STARTS
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import look_for
 from deca_ds.errors import FAILURE_CODE, CheckpointError
@@ -106,7 +106,10 @@ def watch(
 def look(folder: Path) -> State:
     """Read how the run stands. Raises CheckpointError for a folder that is no run's."""
     markers = ended(folder)  # before the heartbeats, which stop then
+    is_word = is_word_of(folder, folder / LOCK)
     beats = _beats(folder)
+    if not is_word and any(beat.silent_s() <= SILENCE_S for beat in beats):
+        markers = []  # of the job before: one that continues the run is loading
     clients = {beat.client for beat in beats if beat.client is not None}
     losses = {client: _last_loss(folder / "metrics" / f"client_{client:03d}.jsonl") for client in clients}
     return State(folder, beats, markers, {client: loss for client, loss in losses.items() if loss is not None})
@@ -148,7 +151,8 @@ def _below(state: State) -> list[str]:
 def _beats(folder: Path) -> list[Heartbeat]:
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r}", where="RUN", fix=look_for(str(folder)))
-    if not (folder / FOLDER).is_dir():
+    beats = read_heartbeats(folder)
+    if not beats:
         run_without = (folder / SAVED_CONFIG).is_file()
         raise CheckpointError(
             f"there are no heartbeats in {str(folder)!r}" + ("" if run_without else ", which is no run's folder"),
@@ -159,7 +163,7 @@ def _beats(folder: Path) -> list[Heartbeat]:
         ranks = sum(json.loads((folder / STARTS).read_text())[-1]["ranks"])
     except (OSError, ValueError, LookupError, TypeError):  # on another host, or being written; or a run of a rank alone
         ranks = 0
-    return [beat for beat in read_heartbeats(folder) if beat.rank < (ranks or beat.rank + 1)]  # earlier starts had more
+    return [beat for beat in beats if beat.rank < (ranks or beat.rank + 1)]  # earlier starts had more
 
 
 def _last_loss(path: Path) -> float | None:

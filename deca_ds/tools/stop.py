@@ -16,7 +16,7 @@ from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import CheckpointError
 from deca_ds.printing import print_wrapped
 from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, told_ends, watch
-from deca_ds.watchdog.stop import request_stop
+from deca_ds.watchdog.stop import forget_request, is_requested, request_stop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,16 +31,25 @@ def run(arguments: argparse.Namespace) -> int:
     if state.is_over:
         print_wrapped(f"nothing to stop: {_how(state)}", sys.stdout)
         return _code(state)
+    _ask(folder)
+    print_wrapped("asked; the job stops after its inner step, or the evaluation that is under way")
+    state = watch(folder, lambda state: None if state.is_over else _ask(folder))
+    if state.markers:
+        forget_request(folder)  # one that came after the end
+    print_wrapped(_how(state), sys.stdout)
+    return _code(state)
+
+
+def _ask(folder: Path) -> None:
+    """Ask the job, unless it is asked already. A job that takes the folder meanwhile, as after a death, forgets what
+    the one before was asked."""
     try:
-        request_stop(folder)
+        if not is_requested(folder):
+            request_stop(folder)
     except OSError as error:
         raise CheckpointError(
             f"the job cannot be asked: {error.strerror or error}", where=str(folder), fix="ask as who started the job"
         ) from error
-    print_wrapped("asked; the job stops after its inner step, or the evaluation that is under way")
-    state = watch(folder)
-    print_wrapped(_how(state), sys.stdout)
-    return _code(state)
 
 
 def _how(state: State) -> str:

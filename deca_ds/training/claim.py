@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from deca_ds.checkpoint.done import ended
+from deca_ds.checkpoint.done import is_word_of
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch import Launch
@@ -266,7 +266,7 @@ def _wait_for_word(descriptor: int, locked: bool | None) -> Holder | None:
 
 def _shows_life(output: Path, holder: Holder | None, locked: bool | None) -> bool:
     """Return whether the job that has left its file in the folder may still be at work."""
-    if ended(output):
+    if is_word_of(output, output / LOCK):
         return False
     if holder is not None and holder.host == socket.gethostname() and not locked:
         with contextlib.suppress(psutil.NoSuchProcess):

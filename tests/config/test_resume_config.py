@@ -47,6 +47,7 @@ def test_there_must_be_a_run_to_continue(tmp_path: Path) -> None:
         check_folder(configured(tmp_path / "new"))
     (tmp_path / "heartbeats").mkdir()  # a run that ended before it had saved its configuration is none
     (tmp_path / "STOPPED").touch()
+    (tmp_path / "STOP").touch()
     check_folder(configured(tmp_path, resume="auto"))
     (tmp_path / "something").touch()
     for resume in ("auto", "require"):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from operator import gt
 from pathlib import Path
 
 import pytest
@@ -269,17 +270,21 @@ def test_a_resume_that_data_or_model_refuse_changes_nothing(tiny_model, word_fil
         return {
             str(path.relative_to(run)): path.read_bytes()
             for path in run.rglob("*")
-            if path.is_file() and path.name != "LOCK"
+            if path.is_file() and path.name != "LOCK" and path.parent.name != "heartbeats"
         }
 
+    def beats() -> list[float]:
+        return [json.loads(path.read_text())["time"] for path in sorted((run / "heartbeats").glob("rank_*.json"))]
+
     def refused(message: str, finished: bool) -> None:
-        before = content()
+        before, last = content(), beats()
         longer = {**shape, "run.resume": "require", "algorithm.rounds": 2, "optimizer.lr": 1e-7}
         if finished:
             del longer["optimizer.lr"]
         again = launch("hand", 2, word_job(model, files, **longer))
         assert again.code != 0 and message in again.output, again.output[-4000:]
         assert content() == before and "removed" not in again.output
+        assert all(map(gt, beats(), last)), "from the moment that they had taken the folder, they told what they did"
 
     rows = files[0].read_text().splitlines(keepends=True)
     files[0].write_text("".join(rows[:-3]))

@@ -4,6 +4,7 @@ that is no run's."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 
@@ -78,6 +79,20 @@ def test_ranks_of_an_earlier_larger_start_are_no_longer_of_the_run(tmp_path):
     assert look(tmp_path).code == 0
 
 
+def test_a_run_that_is_continued_has_not_ended_though_the_marker_is_there_until_it_has_loaded(tmp_path):
+    (tmp_path / "STOPPED").write_text("words\n")
+    (tmp_path / "LOCK").touch()
+    later = (tmp_path / "STOPPED").stat().st_mtime_ns + 1
+    os.utime(tmp_path / "LOCK", ns=(later, later))
+    beat(tmp_path, 0, phase="verifying the checkpoints")
+    assert (look(tmp_path).code, look(tmp_path).is_over) == (0, False)
+    beat(tmp_path, 0, silent_s=90.0)  # it was refused
+    assert (look(tmp_path).code, look(tmp_path).is_over) == (3, True)
+    beat(tmp_path, 0)
+    os.utime(tmp_path / "STOPPED", ns=(later, later))  # it has stopped again, a moment ago
+    assert (look(tmp_path).code, look(tmp_path).is_over) == (3, True)
+
+
 @pytest.mark.parametrize(("marker", "code"), [("DONE", 0), ("STOPPED", 3), ("FAILED", 1), (None, 4)])
 def test_a_watch_ends_with_the_run(tmp_path, marker, code):
     beat(tmp_path, 0)
@@ -97,6 +112,9 @@ def test_a_watch_ends_with_the_run(tmp_path, marker, code):
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert f"no heartbeats in '{tmp_path}', which is no run's folder" in capsys.readouterr().err
+    (tmp_path / FOLDER).mkdir()  # before the first one is written
+    assert main(["status", str(tmp_path)]) == 2
+    assert f"no heartbeats in '{tmp_path}'" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text("")
     assert main(["status", str(tmp_path)]) == 2
     assert "which is no run's folder" not in capsys.readouterr().err

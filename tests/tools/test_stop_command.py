@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from test_status import beat
 from deca_ds.checkpoint.done import mark_stopped
 from deca_ds.cli import main
 from deca_ds.tools import stop
-from deca_ds.tools.status import look
+from deca_ds.tools.status import look, watch
 from deca_ds.watchdog.stop import forget_request, is_requested
 
 
@@ -18,7 +19,7 @@ from deca_ds.watchdog.stop import forget_request, is_requested
 def test_a_job_is_asked_and_its_end_is_told(tmp_path: Path, monkeypatch, capsys, marker: str, code: int) -> None:
     beat(tmp_path, 0)
 
-    def ends(folder: Path):
+    def ends(folder: Path, show):
         assert is_requested(folder)
         if marker == "STOPPED":
             mark_stopped(folder, "5 of 9", "the same command")
@@ -39,6 +40,21 @@ def test_where_no_job_is_at_work_nobody_is_asked(tmp_path: Path, capsys, silent_
         (tmp_path / marker).write_text("words\n")
     assert main(["stop", str(tmp_path)]) == code
     assert "nothing to stop" in capsys.readouterr().out and not is_requested(tmp_path)
+
+
+def test_a_job_that_starts_meanwhile_is_asked_again(tmp_path: Path, monkeypatch) -> None:
+    """It forgets what the one before, which was killed a moment ago, was asked."""
+    beat(tmp_path, 0)
+    steps = iter([forget_request, lambda run: None, lambda run: mark_stopped(run, "5 of 9", "the same command")])
+    asked = []
+
+    def pause(seconds: float) -> None:
+        asked.append(is_requested(tmp_path))
+        next(steps)(tmp_path)
+
+    monkeypatch.setattr(stop, "watch", partial(watch, sleep=pause))
+    assert main(["stop", str(tmp_path)]) == 0
+    assert asked == [True] * 3 and not is_requested(tmp_path), "an end that came before it was looked at leaves none"
 
 
 def test_a_folder_that_is_no_run_s_is_refused(tmp_path: Path, capsys) -> None:

@@ -56,6 +56,7 @@ def heartbeats(output: Path) -> Iterator[None]:
                 return
 
     folder.mkdir()
+    (folder / "rank_0001.json").touch()  # before the thread, which may begin late
     rank = threading.Thread(target=beat)
     rank.start()
     try:
@@ -144,6 +145,22 @@ def test_a_job_whose_first_rank_is_gone_may_still_be_at_work(other, tmp_path: Pa
         with pytest.raises(ConfigError, match="taken by another job"):
             take(tmp_path, nothing)
         (tmp_path / "STOPPED").touch()
+        take(tmp_path, nothing)
+    release(tmp_path)
+
+
+def test_the_marker_of_the_job_before_does_not_end_the_one_that_continues_its_run(other, tmp_path: Path) -> None:
+    """Which removes it when it has loaded, and which here has its lock on another host."""
+    other.kill()
+    other.wait()
+    (tmp_path / "STOPPED").touch()
+    taken = (tmp_path / LOCK).stat().st_mtime_ns
+    os.utime(tmp_path / "STOPPED", ns=(taken - 1, taken - 1))
+    with heartbeats(tmp_path):
+        for asks in (check_free, lambda output: take(output, nothing)):
+            with pytest.raises(ConfigError, match="taken by another job"):
+                asks(tmp_path)
+        os.utime(tmp_path / "STOPPED", ns=(taken, taken))
         take(tmp_path, nothing)
     release(tmp_path)
 
