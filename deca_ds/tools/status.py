@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,11 @@ def status_table(state: State) -> Table:
 
 def told_ends(state: State) -> list[str]:
     """Tell what the run left of its end, marker by marker; nothing of one that has not ended."""
-    return [f"{name}: {(state.folder / name).read_text(errors='replace').strip()}" for name in state.markers]
+    told = []
+    for name in state.markers:
+        with suppress(FileNotFoundError):  # a job that continues the run removes them
+            told.append(f"{name}: {(state.folder / name).read_text(errors='replace').strip()}")
+    return told
 
 
 def _picture(state: State, console: Console) -> Group:

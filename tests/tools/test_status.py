@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from deca_ds.cli import main
-from deca_ds.tools.status import look, watch
+from deca_ds.tools.status import look, told_ends, watch
 from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat
 
 
@@ -91,6 +91,15 @@ def test_a_run_that_is_continued_has_not_ended_though_the_marker_is_there_until_
     beat(tmp_path, 0)
     os.utime(tmp_path / "STOPPED", ns=(later, later))  # it has stopped again, a moment ago
     assert (look(tmp_path).code, look(tmp_path).is_over) == (3, True)
+
+
+def test_a_marker_that_a_job_removes_at_this_moment_is_not_told(tmp_path):
+    beat(tmp_path, 0)
+    (tmp_path / "STOPPED").write_text("words\n")
+    state = look(tmp_path)
+    assert told_ends(state) == ["STOPPED: words"]
+    (tmp_path / "STOPPED").unlink()
+    assert told_ends(state) == []
 
 
 @pytest.mark.parametrize(("marker", "code"), [("DONE", 0), ("STOPPED", 3), ("FAILED", 1), (None, 4)])
