@@ -47,7 +47,7 @@ from deca_ds.launch import ClientLayout
 GRACE_S = 20.0  # for the other ranks to notice that the old coordinator is lost; with a silent host this takes 11 s
 ALIVE_S = 5.0  # a coordinator gives signs of life at least this often
 _PATIENCE_S = 5.0  # for the ranks that do not hang to learn of the stall, and to vote
-_HANGING_S = 3.0  # after so long without `stalled`, which ranks repeat every second, a stall is over
+_OVER_S = 10.0  # after so long without `stalled` a stall is over; ranks repeat it every second, busy ones more rarely
 
 _WITHOUT_IT = "the others have continued without it"
 
@@ -85,6 +85,7 @@ class Coordinator:
     ):
         self._layout, self._leader = layout, layout.leader_of(client)
         self._timeout_s, self._silence_s = timeout_s, silence_s
+        self._over_s = max(3.0, min(_OVER_S, silence_s / 2))  # the next stall does not begin before silence_s
         self.last = Decision(0, 0, "", tuple(clients))
         self.invitation: Message | None = None
         self.retired = False
@@ -284,7 +285,7 @@ class Coordinator:
                 self._drop(self._layout.client_of(rank), f"its rank {rank} has not come")
 
     def _note_stall(self, now: float) -> None:
-        if self._stalled is None or now - self._stalled[1] > _HANGING_S:
+        if self._stalled is None or now - self._stalled[1] > self._over_s:
             self._stalled = now, now
             self._interrupt()
         self._stalled = self._stalled[0], now

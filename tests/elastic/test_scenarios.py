@@ -157,6 +157,23 @@ def test_a_client_that_hangs_is_dropped(hanging, whole):
     ends_well(job, set(others))
 
 
+@pytest.mark.parametrize(("every_s", "remain"), [(1.0, [0]), (8.0, [0]), (12.0, [0, 1])])
+def test_a_rank_that_is_slow_to_repeat_that_nobody_moves_on_is_heard(every_s, remain):
+    """The watcher of a busy rank may be late; 12 s later it is another standstill."""
+    coordinator = Coordinator(ClientLayout(2, 1), 0, (0, 1), 60.0, 60.0, 0.0)
+
+    def hear(connection: int, kind: str, now: float, **content: Any) -> None:
+        coordinator.heard(connection, {"kind": kind, "rank": connection, **content}, now)
+        coordinator.passed(now)
+
+    for rank in (0, 1):
+        hear(rank, "hello", 0.0, last=asdict(Decision(0, 0, "", (0, 1))), lost=[])
+    hear(0, "vote", 1.0, number=1, yes=YES, news="")
+    for again in range(8):
+        hear(0, "stalled", 60.0 + every_s * again, number=1)
+    assert coordinator.clients == remain
+
+
 def test_a_client_that_continues_after_all_is_not_dropped():
     job = in_training(3)
     job.freeze(job.ranks(2), 32.0)  # the others are about to take it for hanging
