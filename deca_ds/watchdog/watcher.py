@@ -63,6 +63,7 @@ class Watcher:
     def close(self) -> None:
         """Stop watching: this rank is done."""
         self._finished.set()
+        self._watch.silence.close()  # the thread may wait for ever for another one that ends this process
         self._watch.thread.join(timeout=2 * _POLL_S)
 
     def follow(self, before: View, view: View) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -242,6 +243,25 @@ def test_a_watcher_that_fails_ends_its_rank(watch, monkeypatch):
     watch(made)
     wait_until(lambda: made.ending.left, "its end")
     assert made.ending.left[0][0].message == "the watcher has failed: KeyError('a defect')"
+
+
+def test_a_watcher_that_is_closed_counts_no_silence_though_its_thread_waits_for_another_one_to_end_the_process():
+    class Begun:
+        """Held by the main thread, whatever happens."""
+
+        waits = threading.Event()
+
+        def acquire(self, *, timeout: float) -> None:
+            self.waits.set()
+            threading.Event().wait()
+
+    made = Parts(Role.MEMBER, HashStore())
+    made.ending.begun = Begun()
+    Failure(1, "n1", "gradient", "the value is odd", 2).report(made.store)
+    watcher = made.watcher()
+    assert Begun.waits.wait(100)
+    watcher.close()
+    assert watcher._watch.silence._over.is_set()
 
 
 def test_a_watcher_that_is_closed_takes_no_end_of_the_store_for_a_failure():
