@@ -32,8 +32,9 @@ def ended(run: Path) -> list[str]:
 
 
 def is_word_of(run: Path, taken: Path) -> bool:
-    """Whether there is a marker of the job that has taken the folder last: one that is not older than the file `taken`,
-    which that job wrote first. A job that continues a run leaves the marker of the one before until it has loaded."""
+    """Return whether there is a marker of the job that has taken the folder last: one that is not older than the file
+    `taken`, which that job wrote first. A job that continues a run leaves the marker of the one before until it has
+    loaded."""
     with suppress(FileNotFoundError):
         since = taken.stat().st_mtime_ns
         return any((run / name).stat().st_mtime_ns >= since for name in ended(run))

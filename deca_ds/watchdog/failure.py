@@ -104,7 +104,7 @@ def note_leaving(rank: int, store: Store) -> None:
 
 
 def all_leave(ranks: Iterable[int], store: Store) -> bool:
-    """Whether all of `ranks` have noted that."""
+    """Return whether all of `ranks` have noted that."""
     return store.check([f"{_LEAVES}/{rank}" for rank in ranks])
 
 
