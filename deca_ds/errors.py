@@ -20,6 +20,7 @@ class UserError(ValueError):
 
     what: the fact, with the offending value. where: the configuration key, file and line, host or rank.
     fix: what to change. The three make up the message, a line each.
+    of_host: whether it is about what this host lacks, and another one may have, as a file.
     code: the exit code that it calls for. USER_ERROR_CODE: the same command fails again until somebody mends something.
     FAILURE_CODE: it may go through, because another process, a host or the network was at fault.
     """
@@ -27,8 +28,8 @@ class UserError(ValueError):
     code: ClassVar[int] = USER_ERROR_CODE
     private = False  # whether the message may quote a client's data, and so stays with that client
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
-        self.what, self.where, self.fix = what, where, fix
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, of_host: bool = False):
+        self.what, self.where, self.fix, self.of_host = what, where, fix, of_host
         lines = [what]
         if where:
             lines.append(f"  where: {where}")

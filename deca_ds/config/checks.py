@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from deca_ds.config.paths import check_writable
+from deca_ds.config.paths import check_writable, look_for
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
 
@@ -162,7 +162,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}", where="deepspeed") from error
+        raise ConfigError(
+            f"cannot read {str(path)!r}: {error.strerror}", where="deepspeed", fix=look_for(str(path)), of_host=True
+        ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, thousands of brackets

@@ -130,7 +130,9 @@ def _read_yaml(path: Path) -> DictConfig:
         within = " in it" * bool(list(path.glob("*.y*ml")))
         raise ConfigError(f"{str(path)!r} is a folder", where="command line", fix=f"name the YAML file{within}")
     if not os.path.isfile(path):
-        raise ConfigError(f"no configuration file {str(path)!r}", where="command line", fix=look_for(str(path)))
+        raise ConfigError(
+            f"no configuration file {str(path)!r}", where="command line", fix=look_for(str(path)), of_host=True
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
         check_file(text, str(path))

@@ -94,9 +94,10 @@ def check_model_path(model: ModelConfig) -> None:
         if path is None or (path and os.path.isdir(path)):
             continue
         if os.path.isfile(path):
-            raise ModelError(f"{path!r} is a file", where=key, fix="name the folder that holds config.json")
+            fix = "name the folder that holds config.json"
+            raise ModelError(f"{path!r} is a file", where=key, fix=fix, of_host=True)
         if os.path.islink(path) or not could_be_hub_name(path):
-            raise ModelError(f"there is no folder {path!r}", where=key, fix=look_for(path))
+            raise ModelError(f"there is no folder {path!r}", where=key, fix=look_for(path), of_host=True)
         check_model_on_hub(path, key)
 
 
@@ -107,6 +108,7 @@ def check_model_on_hub(name: str, key: str) -> None:
             f"there is no folder {name!r} in {Path.cwd()}, and {why}",
             where=key,
             fix=f"{look_for(name)}; {hub_fix(name, 'model')}",
+            of_host=True,
         )
 
 
@@ -133,6 +135,7 @@ def check_writable(folder: Path, key: str) -> None:
             f"cannot write to {str(folder)!r}:{at} {reason}",
             where=key,
             fix="name a folder that this process may write to",
+            of_host=True,
         ) from None
 
 

@@ -75,12 +75,12 @@ def look_through(entries: Iterable[str], key: str, *, hub: bool = True) -> tuple
         elif glob.has_magic(entry):
             matches = sorted(glob.glob(entry, recursive=True))
             if not matches:
-                raise DataError(f"no file matches {entry!r}", where=key, fix=look_for(entry))
+                raise DataError(f"no file matches {entry!r}", where=key, fix=look_for(entry), of_host=True)
             add_matches(found, map(Path, matches), entry, key)
         elif hub and (named := _hub_name(entry)) is not None:
             sources[named] = None
         else:
-            raise DataError(f"no such file or folder: {entry!r}", where=key, fix=look_for(entry))
+            raise DataError(f"no such file or folder: {entry!r}", where=key, fix=look_for(entry), of_host=True)
         sources |= dict.fromkeys(found.files)
     return list(sources), found
 
@@ -130,6 +130,7 @@ def check_on_hub(sources: Iterable[Source]) -> None:
                 f"there is no file or folder {source.name!r} in {Path.cwd()}, and {why}",
                 where="data.train or data.evaluation",
                 fix=f"{look_for(source.name)}; {hub_fix(source.name, 'dataset')}",
+                of_host=True,
             )
 
 

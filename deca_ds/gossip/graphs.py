@@ -137,7 +137,10 @@ def edge_list(path: str | None, n: int) -> Graphs:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise GossipError(
-            f"cannot read the edge list: {error}", where=f"{EDGES_KEY}={path}", fix="check the path"
+            f"cannot read the edge list: {error}",
+            where=f"{EDGES_KEY}={path}",
+            fix="check the path",
+            of_host=True,
         ) from None
     graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(n))

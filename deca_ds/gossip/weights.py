@@ -59,7 +59,10 @@ def load(path: str, n: int) -> np.ndarray:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise GossipError(
-            f"cannot read the mixing matrix: {error}", where=f"{MATRIX_KEY}={path}", fix="check the path"
+            f"cannot read the mixing matrix: {error}",
+            where=f"{MATRIX_KEY}={path}",
+            fix="check the path",
+            of_host=True,
         ) from None
     rows: list[list[float]] = []
     for number, line in enumerate(lines, start=1):

@@ -11,6 +11,8 @@ import binascii
 import contextlib
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ _DEEPSPEED = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 _MPIRUN = ("mpirun", "mpiexec", "orterun", "prterun")
 _HOSTFILE = ("-H", "-hostfile", "--hostfile", "-machinefile", "--machinefile")
 _WORLD_INFO = "--world_info="
+_SCRIPT, _CLI, _COMMAND = "train.py", "deca", "train"
+_NO_CONFIGURATION = ("--local_rank", "--local-rank", "--dry-run", "--join")
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,12 @@ class Given:
         """Name a rank in a message: `rank 3 on n1`, as far as the host is known."""
         return f"rank {rank}" + (f" on {self.hosts[rank]}" if rank < len(self.hosts) else "")
 
-    @property
-    def doctor(self) -> str:
-        """The command that looks at the hosts."""
+    def doctor(self, configuration: Sequence[str] = ()) -> str:
+        """The command that looks at the hosts, or also at what a configuration needs there."""
         if self.hostfile is None and set(self.hosts) == {"localhost"}:
-            return "`deca doctor` looks at this host"
-        return f"`deca doctor --hostfile {self.hostfile or 'HOSTS'}` looks at every host"
+            return f"`{shlex.join(['deca', 'doctor', *configuration])}` looks at this host"
+        words = ["deca", "doctor", "--hostfile", str(self.hostfile or "HOSTS"), *configuration]
+        return f"`{shlex.join(words)}` looks at every host"
 
 
 def given() -> Given:
@@ -90,7 +94,23 @@ def given() -> Given:
 
 def look_at_hosts(fix: str) -> str:
     """Extend `fix`, for a failure of hosts or of what is between them, with the command that looks for the cause."""
-    return f"{fix}. {given().doctor}"
+    return f"{fix}. {given().doctor()}"
+
+
+def look_for_files() -> str:
+    """Return the command that looks for what the configuration of this process names on every host of the job."""
+    return given().doctor(_configuration(sys.argv))
+
+
+def _configuration(words: Sequence[str]) -> Sequence[str]:
+    """Return the trainer's arguments that say what is trained. words: of this process, whose script may be the user's
+    own."""
+    program, arguments = Path(words[0]).name, list(words[1:])
+    if program == _CLI and arguments[:1] == [_COMMAND]:
+        del arguments[0]
+    elif program != _SCRIPT:
+        return ["--config", "RUN.yaml"]
+    return [word for word in arguments if not word.startswith(_NO_CONFIGURATION)]
 
 
 def _above() -> Iterator[Command]:

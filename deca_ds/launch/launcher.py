@@ -20,17 +20,17 @@ _VARIABLES: dict[str, tuple[str, str]] = {
     "flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
-# (variable of the rank on its host, variable of the rank): the first counts only if the second equals this rank. PMI
-# itself has no rank on the host, but the programs that set it do; and processes inherit the variables of a batch
-# script's shell, which are not theirs.
+# (variable of the rank on its host, variable of the rank, variables of the number of ranks on its host): the others
+# count only if the second equals this rank. PMI itself has no rank on the host, but the programs that set it do; and
+# processes inherit the variables of a batch script's shell, which are not theirs.
 _ON_HOST = (
-    ("LOCAL_RANK", "RANK"),
-    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK"),
-    ("MPI_LOCALRANKID", "PMI_RANK"),
-    ("PMI_LOCAL_RANK", "PMI_RANK"),
-    ("PALS_LOCAL_RANKID", "PALS_RANKID"),
-    ("FLUX_TASK_LOCAL_ID", "FLUX_TASK_RANK"),
-    ("SLURM_LOCALID", "SLURM_PROCID"),
+    ("LOCAL_RANK", "RANK", ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
+    ("MPI_LOCALRANKID", "PMI_RANK", ("MPI_LOCALNRANKS",)),
+    ("PMI_LOCAL_RANK", "PMI_RANK", ("PMI_LOCAL_SIZE",)),
+    ("PALS_LOCAL_RANKID", "PALS_RANKID", ()),
+    ("FLUX_TASK_LOCAL_ID", "FLUX_TASK_RANK", ()),
+    ("SLURM_LOCALID", "SLURM_PROCID", ()),
 )
 # Launchers whose ranks may make up one MPI world.
 MPI_LAUNCHERS = ("openmpi", "mpich", "flux", "slurm")
@@ -43,7 +43,7 @@ class Launch:
 
     rank, world_size: over all clients. local_rank: on this host; None if the launcher does not say. master: host and
     port that the launcher reserved for the job's store, or None under MPI. absent: ranks of the world that do not start
-    with the others.
+    with the others. on_host: how many of the ranks are on this host; None if the launcher does not say.
     """
 
     launcher: str
@@ -52,6 +52,12 @@ class Launch:
     local_rank: int | None
     master: tuple[str, int] | None
     absent: frozenset[int] = frozenset()
+    on_host: int | None = None
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether the launcher says that it has started ranks on other hosts, too."""
+        return self.on_host is not None and self.on_host < self.world_size
 
     @property
     def ranks(self) -> list[int]:
@@ -94,8 +100,10 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         rank, size = _number(environ, rank_key), _number(environ, size_key, least=1)
         if rank >= size:
             raise LaunchError(f"{rank_key}={rank} is not below {size_key}={size}", where=_WHERE)
-        said = (key for key, of in _ON_HOST if key in environ and environ.get(of) == environ[rank_key])
-        local_rank = next((_number(environ, key) for key in said), None)
+        said = [each for each in _ON_HOST if each[0] in environ and environ.get(each[1]) == environ[rank_key]]
+        local_rank = next((_number(environ, key) for key, _, _ in said), None)
+        sizes = (key for _, _, keys in said for key in keys if key in environ)
+        on_host = next((_number(environ, key, least=1) for key in sizes), None)
         master = None
         if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
             port = _number(environ, "MASTER_PORT", least=1, most=65535)
@@ -106,7 +114,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
                 where=_WHERE,
                 fix=f"set them to the address of rank 0's host and a free port there; for one process unset {rank_key}",
             )
-        return Launch(launcher, rank, size, local_rank, master)
+        return Launch(launcher, rank, size, local_rank, master, on_host=on_host)
     if "RANK" in environ or environ.get("WORLD_SIZE", "1") != "1":
         raise LaunchError(
             "of RANK and WORLD_SIZE only one is set", where=_WHERE, fix="set both; for one process unset both"

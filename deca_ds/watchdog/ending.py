@@ -22,11 +22,13 @@ from deca_ds.errors import (
     CutOffError,
     MessageError,
     RankLostError,
+    UserError,
     exit_code,
     public_message,
     whole_message,
 )
 from deca_ds.launch import Launch
+from deca_ds.launch.given import look_for_files
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.printing import print_wrapped
 from deca_ds.watchdog.failure import (
@@ -128,8 +130,10 @@ class Ending:
             if others := self._heartbeats.other_end(self._site.store.store, rank):
                 lost = lost_connection(error, others)
                 return lost, lost
-        seen = self._last_seen(error)
-        return public_message(error) + seen, whole_message(error) + seen
+        more = self._last_seen(error)
+        if isinstance(error, UserError) and error.of_host and self._launch.spans_hosts:
+            more += f". {look_for_files()}"
+        return public_message(error) + more, whole_message(error) + more
 
     def _last_seen(self, error: BaseException) -> str:
         """Say where the awaited ranks are, if `error` comes from a connection or from a wait inside a library."""

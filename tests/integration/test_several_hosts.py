@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -170,5 +171,7 @@ def test_mistakes_on_other_hosts_are_told_with_the_host(cluster):
     assert second.code == 2 and "Traceback" not in second.output
     assert second.output.count("ERROR: rank 1 on n2") == 1, second.output[-4000:]
     assert second.output.count(f"there is no folder '{cluster.disk / 'model'}'") == 1
+    hint = shlex.join(["deca", "doctor", "--hostfile", "HOSTS", *lame[lame.index("launchers/train.py") + 1 :]])
+    assert second.output.count(f"`{hint}` looks at every host") == 1, "n2 does not see what deepspeed was given on n1"
     assert not cluster.left()
     assert not any((cluster.of(name) / each.name).exists() for name in HEALTHY for each in (silent, without))

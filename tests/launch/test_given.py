@@ -10,7 +10,7 @@ import pytest
 
 from deca_ds.errors import LaunchError
 from deca_ds.launch import given as module
-from deca_ds.launch.given import Command, Given, look_at_hosts
+from deca_ds.launch.given import Command, Given, look_at_hosts, look_for_files
 
 RUNNER = ["/venv/bin/python", "/venv/bin/deepspeed"]
 
@@ -70,3 +70,15 @@ def test_the_hint_names_the_hostfile_and_none_where_all_ranks_are_here(monkeypat
     assert "--hostfile HOSTS`" in look_at_hosts("do x")
     monkeypatch.setattr(module, "given", lambda: Given.of([LOCAL, Command([*RUNNER, "train.py"], "/work")]))
     assert look_at_hosts("do x") == "do x. `deca doctor` looks at this host"
+
+
+def test_the_hint_at_a_missing_file_repeats_what_is_trained(monkeypatch):
+    monkeypatch.setattr(module, "given", lambda: Given(Path("/work/hosts")))
+    keys = ["--config", "my run.yaml", "model.path=x"]
+    for words in (["launchers/train.py", "--local_rank=1", *keys, "--dry-run"], ["/venv/bin/deca", "train", *keys]):
+        monkeypatch.setattr("sys.argv", words)
+        assert look_for_files() == (
+            "`deca doctor --hostfile /work/hosts --config 'my run.yaml' model.path=x` looks at every host"
+        )
+    monkeypatch.setattr("sys.argv", ["/work/own_script.py", "train"])
+    assert "/work/hosts --config RUN.yaml`" in look_for_files()

@@ -18,7 +18,7 @@ LAUNCHERS = {
     ),
     "torchrun": (
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MASTER},
-        Launch("deepspeed", 1, 2, 1, ("10.0.0.1", 29500)),
+        Launch("deepspeed", 1, 2, 1, ("10.0.0.1", 29500), on_host=2),
     ),
     "by hand": ({"RANK": "1", "WORLD_SIZE": "2", **MASTER}, Launch("deepspeed", 1, 2, None, ("10.0.0.1", 29500))),
     "deepspeed in an MPI job": (
@@ -50,6 +50,19 @@ LAUNCHERS = {
         Launch("mpich", 6, 8, 2, None),
     ),
 }
+
+
+def test_ranks_on_other_hosts_are_known_from_the_number_on_this_one():
+    deepspeed = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
+    for own, number, spans in (
+        (deepspeed, {"LOCAL_SIZE": "1"}, True),
+        (deepspeed, {"LOCAL_SIZE": "2"}, False),
+        (OPEN_MPI, {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, True),
+        (OPEN_MPI, {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, False),
+        (deepspeed, OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),  # of the job around it
+        (deepspeed, {}, False),
+    ):
+        assert read_launch(own | number).spans_hosts == spans
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

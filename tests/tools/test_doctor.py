@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from jobs import free_port
@@ -71,11 +72,17 @@ def test_on_one_machine_the_paths_of_a_configuration_are_checked_and_nothing_is_
     code, found, _ = doctor(capsys, "--config", "run.yaml")
     assert code == 0, found
     needed = {check: of["what"] for (check, _), of in found.items()}
-    assert needed["files"] == "3 paths" and needed["output"] == str(tmp_path) and needed["disk"].endswith("needed")
+    assert needed["files"] == "4 paths" and needed["output"] == str(tmp_path) and needed["disk"].endswith("needed")
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"], "nothing is left behind"
     code, found, _ = doctor(capsys, "--config", "run.yaml", f"data.per_client=[{word_files[0]},gone.jsonl]")
     wrong = {check: of["what"] for (check, _), of in found.items() if of["state"] == "fail"}
     assert code == 2 and wrong == {"files": "data.per_client: gone.jsonl is not there"}
+    code, found, _ = doctor(capsys, "--config", "run.yaml", "model.path=./gone", "data.per_client=[a.csv,b.csv]")
+    wrong = {check: of["what"] for (check, _), of in found.items() if of["state"] == "fail"}
+    assert code == 2 and wrong["plan"] == "there is no folder './gone' (model.path)"
+    for path in ("model.path: ./gone", "data.per_client: a.csv", "data.per_client: b.csv"):
+        assert f"{path} is not there" in wrong["files"], "the rest is looked for nevertheless"
+    assert "needed" not in next(of["what"] for (check, _), of in found.items() if check == "disk")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "notes").touch()
     for keys, why in (
@@ -113,7 +120,7 @@ def test_a_name_of_the_hub_is_looked_for_on_each_host(tmp_path, tiny_model, monk
         assert told["state"] == "fail" and told["what"].startswith("data.train: owner/gone: the hub's cache (")
         assert "owner/kept" not in told["what"] and "hf download owner/gone --repo-type dataset" in told["fix"]
     code, found, _ = doctor(capsys, "--hostfile", "hosts", "--config", "run.yaml", "data.train=[owner/kept]")
-    assert found["files", "127.0.0.2"]["what"] == "1 path, 1 name of the hub"
+    assert found["files", "127.0.0.2"]["what"] == "2 paths, 1 name of the hub"
 
 
 def test_a_host_that_hangs_costs_the_time_of_one_answer():
@@ -162,6 +169,8 @@ def test_names_of_the_hub_are_no_paths_and_clients_files_are_for_their_own_hosts
     everywhere = [("model.tokenizer", "./tokens"), ("data.train", "rows.jsonl"), ("data.train", "/d/*.csv")]
     assert names_of(train) == [("model.path", "model", "Qwen/Qwen2.5-0.5B"), ("data.train", "dataset", "owner/rows")]
     assert paths_of(train, ClientLayout.of([1, 1]), ["a", "b"]) == {"a": everywhere, "b": everywhere}
+    own = paths_of(train, ClientLayout.of([1, 1]), ["a", "b"], Path("run.yaml"))
+    assert own["b"] == [("--config", "run.yaml"), *everywhere], "each rank reads it on its own host"
     apart = paths_of(
         load_config(None, [*keys, "data.per_client=[x.csv,y.csv]"]), ClientLayout.of([2, 1]), ["a", "b", "c"]
     )

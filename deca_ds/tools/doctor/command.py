@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
                 slots = {name: _ranks(config) for name in slots}
             from deca_ds.tools.doctor.needs import needs_of
 
-            needs = needs_of(config, slots)
+            needs = needs_of(config, slots, path)
         except UserError as error:
             mistake = error
     port = _port(arguments.port or os.environ.get("MASTER_PORT", str(STORE_PORT)))

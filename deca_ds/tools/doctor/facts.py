@@ -58,7 +58,8 @@ class Needs:
     """What a configuration wants of the hosts. refused: why a start would not take run.output as this machine sees it.
     paths: host -> (key, path) of files that ranks there read. disk: bytes that a host's ranks write in run.output.
     memory: bytes that they hold at least on CPUs; gpu_memory, beside_gpus: on GPUs, and on the host then. pairs: of
-    hosts that send each other messages. names: key, kind and name of what all ranks have from the hub."""
+    hosts that send each other messages. names: key, kind and name of what all ranks have from the hub. unplanned: why
+    disk and memory are empty, if so."""
 
     output: str
     resume: str
@@ -73,6 +74,7 @@ class Needs:
     beside_gpus: Mapping[str, int]
     pairs: Sequence[tuple[str, str]]
     names: Sequence[tuple[str, Kind, str]] = ()
+    unplanned: UserError | None = None
 
 
 @dataclass(frozen=True)

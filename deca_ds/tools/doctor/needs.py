@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world
@@ -13,7 +14,7 @@ from deca_ds.config.hub import Kind
 from deca_ds.config.paths import could_be_hub_name
 from deca_ds.data.sources import LOOKS_LIKE_A_PATH
 from deca_ds.engine.load import load_architecture
-from deca_ds.errors import UserError
+from deca_ds.errors import ModelError, UserError
 from deca_ds.gossip import MixingSchedule, build_mixing
 from deca_ds.launch import ClientLayout
 from deca_ds.planning.estimate import Estimate
@@ -23,13 +24,41 @@ from deca_ds.training.chosen_method import check_method
 from deca_ds.training.resume import check_start
 
 
-def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
-    """slots: host -> ranks. Raises the UserErrors of a configuration that has no plan, or none for these hosts."""
+def needs_of(config: Config, slots: Mapping[str, int], file: Path | None = None) -> Needs:
+    """slots: host -> ranks. file: of the configuration. Raises the UserErrors of a configuration that has no plan, or
+    none for these hosts, except that of a model that is not here: the hosts may have it."""
     world = sum(slots.values())
     layout = ClientLayout.of(check_world(config, world))
     check_method(config)
     host_of = [host for host, count in slots.items() for _ in range(count)]
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
+    unplanned = None
+    try:
+        disk, memory, gpu_memory, beside_gpus = _sizes(config, layout, mixing, host_of)
+    except ModelError as error:
+        unplanned, disk, memory, gpu_memory, beside_gpus = error, {}, {}, {}, {}
+    return Needs(
+        output=config.run.output,
+        resume=config.run.resume,
+        refused=_refused(config),
+        transport=config.cluster.transport,
+        device=config.run.device,
+        mixed_versions=config.cluster.allow_mixed_versions,
+        paths=paths_of(config, layout, host_of, file),
+        names=names_of(config),
+        disk=disk,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        beside_gpus=beside_gpus,
+        pairs=pairs_of(layout, mixing, host_of),
+        unplanned=unplanned,
+    )
+
+
+def _sizes(
+    config: Config, layout: ClientLayout, mixing: MixingSchedule, host_of: Sequence[str]
+) -> tuple[dict[str, int], ...]:
+    """Return disk, memory, gpu_memory and beside_gpus of `Needs`. host_of: of each rank."""
     architecture = load_architecture(config.model)
     ranks_of = [len(layout.ranks_of(layout.client_of(rank))) for rank in range(len(host_of))]
     on_gpus, on_cpus = (
@@ -43,21 +72,7 @@ def needs_of(config: Config, slots: Mapping[str, int]) -> Needs:
         memory[host] += on_cpus[k].at_rest("host")
         gpu_memory[host] += on_gpus[k].at_rest("gpu")
         beside_gpus[host] += on_gpus[k].at_rest("host")
-    return Needs(
-        output=config.run.output,
-        resume=config.run.resume,
-        refused=_refused(config),
-        transport=config.cluster.transport,
-        device=config.run.device,
-        mixed_versions=config.cluster.allow_mixed_versions,
-        paths=paths_of(config, layout, host_of),
-        names=names_of(config),
-        disk=dict(disk),
-        memory=dict(memory),
-        gpu_memory=dict(gpu_memory),
-        beside_gpus=dict(beside_gpus),
-        pairs=pairs_of(layout, mixing, host_of),
-    )
+    return dict(disk), dict(memory), dict(gpu_memory), dict(beside_gpus)
 
 
 def _refused(config: Config) -> UserError | None:
@@ -87,9 +102,11 @@ def _is_data_path(entry: str) -> bool:
     return os.path.exists(entry) or LOOKS_LIKE_A_PATH.search(entry) is not None
 
 
-def paths_of(config: Config, layout: ClientLayout, host_of: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """Host -> (key, path) of what its ranks open. Names of the hub are no paths."""
-    everywhere: list[tuple[str, str]] = []
+def paths_of(
+    config: Config, layout: ClientLayout, host_of: Sequence[str], file: Path | None = None
+) -> dict[str, list[tuple[str, str]]]:
+    """Host -> (key, path) of what its ranks open. Names of the hub are no paths. file: of the configuration."""
+    everywhere = [] if file is None else [("--config", str(file))]
     for key, path in (("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer)):
         if path is not None and _is_model_path(path):
             everywhere.append((key, path))

@@ -23,9 +23,10 @@ _UNLIMITED = -1
 def plan(facts: Facts) -> Iterator[Verdict]:
     """Whether the configuration has a plan at all for these hosts."""
     host = HERE if facts.remote else next(iter(facts.hosts))
-    if facts.mistake is not None:
-        where = f" ({facts.mistake.where})" if facts.mistake.where else ""
-        yield fail(host, facts.mistake.what + where, facts.mistake.fix or "see deca plan with this configuration")
+    mistake = facts.mistake or (None if facts.needs is None else facts.needs.unplanned)
+    if mistake is not None:
+        where = f" ({mistake.where})" if mistake.where else ""
+        yield fail(host, mistake.what + where, mistake.fix or "see deca plan with this configuration")
     elif facts.needs is not None:
         yield ok(host, "the configuration fits the hosts")
 
@@ -97,7 +98,7 @@ def disk(facts: Facts) -> Iterator[Verdict]:
             fix = "make room, lower checkpoint.keep, or name another run.output"
             yield fail(host, f"{decimal(free)} free at {of.output['at']}, the plan needs {decimal(need)}", fix)
         else:
-            yield ok(host, f"{decimal(free)} free, {decimal(need)} needed")
+            yield ok(host, f"{decimal(free)} free" + (f", {decimal(need)} needed" if need else ""))
 
 
 @check("memory")
