@@ -2,8 +2,10 @@
 `deepspeed` runner.
 
 `deepspeed` is two processes on the host where it is typed: the runner, which people see and signal, and below it the
-launcher of the ranks. SIGTERM, for example, ends the runner alone. A shell belongs to no job, and neither does anything
-further above: with nohup or setsid it is meant to go before the job does.
+launcher of the ranks. SIGTERM, for example, ends the runner alone. Ctrl-C ends the runner, too, and the launcher kills
+all ranks that have not ended 30 s later, whatever they are saving: so the ranks, when they have agreed to stop, end it
+first. A shell belongs to no job, and neither does anything further above: with nohup or setsid it is meant to go before
+the job does.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 _SHELLS = ("sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh")
 _RUNNERS = ("deepspeed", "deepspeed.py", "ds", "deepspeed.launcher.runner")
+_LAUNCHER = "deepspeed.launcher.launch"
 _RUNNER_GONE = "`deepspeed` is gone: the job saves a checkpoint and stops after this inner step"
 
 
@@ -31,21 +34,29 @@ class Ancestors:
         self._parent, self._is_shell = os.getppid(), False
         self._launcher: psutil.Process | None = None
         self._runner: int | None = None
+        self._kills_ranks = self._missed_launcher = False
         with contextlib.suppress(psutil.Error):  # it is gone, or not ours to look at
             self._launcher = psutil.Process(self._parent)
             self._is_shell = self._launcher.name() in _SHELLS
             above = self._launcher.parent()
             if above is not None and is_runner(above.cmdline()):
                 self._runner = above.pid
+                self._kills_ranks = _script(self._launcher.cmdline()) == _LAUNCHER
 
     def look(self, launch: Launch, stop: StopByStore | StopByCommit) -> str | None:
         """Return why this rank has to end, in words, if its launcher was killed. If only the runner is gone, have the
-        job stop."""
+        job stop, and then end DeepSpeed's launcher."""
+        if launch.launcher == "python":
+            return None
         # a launcher or runner that was told to stop, as this rank was, may end before this rank is done
-        if launch.launcher == "python" or stop.pending:
+        if stop.pending:
+            if stop.agreed and not launch.local_rank and self.runner_is_gone():
+                self._end_launcher()
             return None
         if self.launcher_is_gone():
-            return "the launcher is gone, so this rank stops"
+            # another rank may have ended it, and know a moment earlier than this one that the job stops
+            missed, self._missed_launcher = self._missed_launcher, True
+            return "the launcher is gone, so this rank stops" if missed else None
         if self.runner_is_gone():
             if not launch.local_rank:
                 print_wrapped(f"\n{_RUNNER_GONE}")
@@ -64,8 +75,17 @@ class Ancestors:
             return self._launcher.ppid() != self._runner
         return False
 
+    def _end_launcher(self) -> None:
+        if self._kills_ranks and self._launcher is not None:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                self._launcher.kill()
+
 
 def is_runner(command: Sequence[str]) -> bool:
     """Whether this is the command line of an interpreter that runs `deepspeed`."""
-    script = next((word for word in command[1:] if not word.startswith("-")), "")
-    return Path(script).name in _RUNNERS
+    return _script(command) in _RUNNERS
+
+
+def _script(command: Sequence[str]) -> str:
+    """Return the name of the file or module that an interpreter with this command line runs."""
+    return Path(next((word for word in command[1:] if not word.startswith("-")), "")).name

@@ -64,6 +64,11 @@ class StopByCommit:
         """See StopByStore."""
         return self._asked or self._agreed
 
+    @property
+    def agreed(self) -> bool:
+        """See StopByStore; another rank may learn it a moment later."""
+        return self._agreed
+
     def let_end_early(self) -> None:
         """Do nothing: such a job does not end early."""
 
@@ -110,6 +115,11 @@ class StopByStore:
     def pending(self) -> bool:
         """Whether the job is about to stop, as far as this rank knows."""
         return self._asked or self._last is not None
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all ranks know that the job is about to stop."""
+        return self._agreed or (self._world_size == 1 and self._asked)
 
     def let_end_early(self) -> None:
         """Let `ends_early` become true when no rank trains yet. A rank at its gate then waits there to be ended."""

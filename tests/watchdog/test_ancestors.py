@@ -26,9 +26,13 @@ START = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 SHELL = ["sh", "-c", '"$@"; true', "sh"]  # not its last command, which would take its place
 RANK = """
 import time
+from deca_ds.launch.launcher import Launch
 from deca_ds.watchdog.ancestors import Ancestors
-ancestors = Ancestors()
+from deca_ds.watchdog.stop import StopByCommit
+ancestors, stop = Ancestors(), StopByCommit()
 while True:  # until the test ends it
+    ancestors.look(Launch("deepspeed", 0, 2, 0, None), stop)
+    stop.heard(not stop.pending)
     print(int(ancestors.launcher_is_gone()), int(ancestors.runner_is_gone()), flush=True)
     time.sleep(0.05)
 """
@@ -108,6 +112,17 @@ def test_what_starts_a_launcher_or_a_rank_may_go(start, above):
 )
 def test_which_commands_are_runners(command, is_one):
     assert is_runner(command.split()) == is_one
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed.launcher.launch", "mpirun"])
+def test_without_the_runner_deepspeeds_launcher_is_ended_before_it_kills_ranks_that_are_saving(start, launcher):
+    """After Ctrl-C, which ends the runner, it would kill them in 30 s. mpirun's ranks could not go on without it."""
+    chain = start("deepspeed", launcher)
+    assert chain.tells() == "0 0"
+    chain.end(0)
+    told = "0 1" if launcher == "mpirun" else "1 0"
+    wait_until(lambda: chain.tells() == told, "another look")
+    assert chain.tells() == told
 
 
 class Gone(Ancestors):
