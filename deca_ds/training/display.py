@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -29,6 +30,34 @@ _STOPS = "stopping, with a checkpoint of what has been trained"  # also below a 
 _STILL_S = 20.0  # a rank that has not moved on for so long shows at what
 
 
+class Fact(NamedTuple):
+    """How far the run is, in a few words. weight: where there is no room for all facts, the lightest go first. shorter:
+    what then stands for it."""
+
+    weight: int
+    text: str
+    shorter: Fact | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """The facts that a line has room for."""
+
+    facts: Sequence[Fact]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.within(options.max_width), "dim", no_wrap=True, overflow="ellipsis")
+
+    def within(self, width: int) -> str:
+        """Return the facts in at most `width` characters, or the heaviest one."""
+        kept = list(self.facts)
+        while len(line := ", ".join(fact.text for fact in kept)) > width and len(kept) > 1:
+            lightest = min(range(len(kept)), key=lambda place: kept[place].weight)
+            shorter = kept[lightest].shorter
+            kept[lightest : lightest + 1] = [] if shorter is None else [shorter]
+        return line
+
+
 class Display:
     """What one rank shows of the run after `show`. beat: returns this rank's heartbeat. stops: returns whether the job
     has been told to stop."""
@@ -36,7 +65,8 @@ class Display:
     def __init__(self, config: LoggingConfig, beat: Callable[[], Heartbeat], stops: Callable[[], bool]):
         self._config, self._beat, self._stops = config, beat, stops
         self._rounds = self._steps = self._done = 0
-        self._place = self._distance = ""
+        self._place = ""
+        self._distance: Fact | None = None
         self._pace: Pace | None = None
         self._scored: tuple[str, int, int] | None = None  # in an evaluation: set, rows done, rows
         self._marked = time.monotonic()
@@ -78,7 +108,8 @@ class Display:
         if self._pace is not None:
             self._pace.evaluated(seconds)
         if distance is not None:
-            self._distance = f"consensus distance {distance:.3g} at step {self._done}"
+            told = f"consensus distance {distance:.3g}"
+            self._distance = Fact(0, f"{told} at step {self._done}", Fact(2, told))
         self._scored, self._marked = None, time.monotonic()
 
     def close(self) -> None:
@@ -95,19 +126,20 @@ class Display:
             what, done, rows = scored
             now = [f"step {self._done} of {self._steps}", f"evaluation, {what}: {done} of {rows} sequences"]
         else:
-            now = [f"step {self._done} of {self._steps} ({self._done / max(1, self._steps):.0%})", *self._training()]
+            now = [f"step {self._done} of {self._steps} ({self._done / max(1, self._steps):.0%})"]
+            now += [fact.text for fact in self._training()]
         return [*now, *self._left(), *self._still()]
 
-    def _training(self) -> Iterable[str]:
-        pace = self._pace
+    def _training(self) -> Iterable[Fact]:
+        pace, distance = self._pace, self._distance
         if self._place:
-            yield self._place
+            yield Fact(3, self._place)
         if pace is not None and pace.loss is not None:
-            yield f"loss {pace.loss:.4f}"
+            yield Fact(4, f"loss {pace.loss:.4f}")
         if pace is not None and pace.tokens_per_second is not None:
-            yield f"{pace.tokens_per_second:,.0f} tokens/s"
-        if self._distance:
-            yield self._distance
+            yield Fact(1, f"{pace.tokens_per_second:,.0f} tokens/s")
+        if distance is not None:
+            yield distance
 
     def _left(self) -> Iterable[str]:
         if self._stops():
@@ -141,7 +173,7 @@ class Display:
         left = " ".join(self._left())
         grid.add_row(Text(name, "bold"), ProgressBar(max(1, total), done), f"{done}/{total}", left)
         stopping = [Text(_STOPS, "bold")] if self._stops() else []
-        return Group(grid, Text(", ".join([*self._training(), *self._still()]), "dim"), *stopping)
+        return Group(grid, Line([*self._training(), *(Fact(5, text) for text in self._still())]), *stopping)
 
 
 def _moves(stream: Any) -> bool:

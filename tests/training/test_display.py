@@ -1,6 +1,7 @@
 """What a run shows of itself on a terminal and without one."""
 
 import io
+import re
 import sys
 import threading
 import time
@@ -84,20 +85,35 @@ def test_switched_off_nothing_is_shown(monkeypatch):
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("width", [40, 80])
-def test_the_bar_tells_the_same_and_fits_the_terminal(width):
+@pytest.mark.parametrize(
+    ("width", "told"),
+    [
+        (200, "round 1 of 2, block layers 0-1, loss 2.5000, N tokens/s, consensus distance 0.25 at step 1"),
+        (80, "round 1 of 2, block layers 0-1, loss 2.5000, consensus distance 0.25"),
+        (50, "round 1 of 2, block layers 0-1, loss 2.5000"),
+        (40, "loss 2.5000"),
+    ],
+)
+def test_the_bar_takes_two_lines_and_leaves_out_what_matters_least_where_they_are_short(width, told):
     shown = begun(display())
-    shown.step(1, 0, RECORD)
+    shown.step(1, 0, RECORD | {"tokens": 10**9})
     shown.evaluated(1.0, 0.25)
     console = Console(width=width, file=io.StringIO())
     console.print(shown.picture())
-    text = console.file.getvalue()
-    assert max(map(len, text.splitlines())) <= width
-    for fact in ("1/24", "left", "round 1 of 2", "loss 2.5000", "tokens/s", "consensus distance"):
-        assert fact in " ".join(text.split())
+    bar, facts = console.file.getvalue().splitlines()
+    assert max(len(bar), len(facts)) <= width and "1/24" in bar and "left" in bar
+    assert re.sub(r"[\d,]{9,} tokens", "N tokens", facts).strip() == told
     shown.scored("common set", 5, 10)
     console.print(shown.picture())
     assert "5/10" in console.file.getvalue()
+
+
+def test_where_a_run_stands_still_matters_most():
+    shown = begun(display(idle_s=90))
+    shown.step(1, 0, RECORD)
+    console = Console(width=60, file=io.StringIO())
+    console.print(shown.picture())
+    assert console.file.getvalue().splitlines()[1].strip() == "loss 2.5000, for 1:30 at: gossip, waiting for client 1"
 
 
 def test_the_display_may_ask_ranks_while_the_run_continues():
