@@ -76,12 +76,22 @@ def _variable() -> str:
     return next((name for name in names if os.environ.get(name)), names[0])
 
 
-def _is_cached(name: str, kind: Kind) -> bool:
+def cached_files(name: str) -> set[str]:
+    """Names of what the cache here has of a model, of whatever revision."""
+    return {file.name for file in _snapshots(name, "model").glob("*/*")}
+
+
+def _snapshots(name: str, kind: Kind) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "snapshots").is_dir()
-    return kept or (kind == "dataset" and _is_prepared(name, constants.HF_HOME))
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "snapshots")
+
+
+def _is_cached(name: str, kind: Kind) -> bool:
+    from huggingface_hub import constants
+
+    return _snapshots(name, kind).is_dir() or (kind == "dataset" and _is_prepared(name, constants.HF_HOME))
 
 
 def _is_prepared(name: str, home: str) -> bool:

@@ -5,8 +5,11 @@ What is loaded is compared with the weight files, see compare_weights.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from deca_ds.algorithm import METHODS, BlockPlan, split_into_blocks
 from deca_ds.config import Config
 from deca_ds.config.checks import read_deepspeed_json
-from deca_ds.config.hub import hub_fix, why_not_whole
+from deca_ds.config.hub import cached_files, hub_fix, why_not_whole
 from deca_ds.config.paths import check_model_path, look_for
 from deca_ds.config.schema import ModelConfig
 from deca_ds.engine import internals
@@ -46,6 +49,8 @@ BAD_FILE = (
     SyntaxError,
 )  # fmt: skip
 
+# with these transformers' tokenizers begin or end the names of their vocabularies
+_VOCABULARY = re.compile(r"^tokenizer\.|^vocab|^merges|spiece|sentencepiece|tekken|\.(model|tiktoken|vocab|bpe)$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -80,14 +85,22 @@ def load_architecture(model: ModelConfig) -> PretrainedConfig:
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the model or, if set, of model.tokenizer. Raises ModelError if it cannot be had."""
-    path = model.tokenizer or model.path
+    path, key = model.tokenizer or model.path, "model.tokenizer" if model.tokenizer else "model.path"
     check_model_path(model)
-    with explained(path, "model.tokenizer" if model.tokenizer else "model.path", BAD_FILE):
+    with explained(path, key, BAD_FILE, partial(no_vocabulary, path)):
         return AutoTokenizer.from_pretrained(
             path,
             revision=None if model.tokenizer else model.revision,
             trust_remote_code=model.trust_remote_code,
         )
+
+
+def no_vocabulary(path: str) -> str | None:
+    """Return what a tokenizer in `path`, a folder or a name of the hub, lacks if it has no vocabulary."""
+    files = os.listdir(path) if os.path.isdir(path) else cached_files(path)
+    if any(_VOCABULARY.search(file) for file in files):
+        return None
+    return "there is no tokenizer.json, tokenizer.model or other vocabulary of a tokenizer"
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -254,8 +267,14 @@ def _partitionable(architecture: PretrainedConfig) -> Iterator[None]:
 
 
 @contextmanager
-def explained(path: str, key: str, kinds: tuple[type[Exception], ...] = _BAD_FOLDER) -> Iterator[None]:
-    """Raise ModelError for what transformers raises of the model or tokenizer `path`. key: where that was given."""
+def explained(
+    path: str,
+    key: str,
+    kinds: tuple[type[Exception], ...] = _BAD_FOLDER,
+    lacks: Callable[[], str | None] = lambda: None,
+) -> Iterator[None]:
+    """Raise ModelError for what transformers raises of the model or tokenizer `path`. key: where that was given. lacks:
+    returns what is missing there, where transformers does not say so."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -267,9 +286,12 @@ def explained(path: str, key: str, kinds: tuple[type[Exception], ...] = _BAD_FOL
         if not Path(path).is_dir():
             here = f", which is no folder in {Path.cwd()} and so a name of the hub"
             fix = f"{look_for(path)}; {hub_fix(path, 'model')}"
-        why = why_not_whole("model") if here and isinstance(error, OSError) else None
+        missing = lacks()
+        why = why_not_whole("model") if here and (missing or isinstance(error, OSError)) else None
+        if missing and not why and key.startswith("model."):
+            fix += ", or name that of another model in model.tokenizer"
         raise ModelError(
-            f"cannot load {path!r}{here}: {why or ' '.join(str(error).split()) or type(error).__name__}",
+            f"cannot load {path!r}{here}: {why or missing or ' '.join(str(error).split()) or type(error).__name__}",
             where=key,
             fix=fix,
         ) from error

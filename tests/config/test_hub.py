@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,7 +16,7 @@ from deca_ds.config.paths import check_model_path
 from deca_ds.config.schema import ModelConfig
 from deca_ds.data import validate_data_config
 from deca_ds.data.sources import HubName, load_hub
-from deca_ds.engine.load import load_architecture, load_tokenizer
+from deca_ds.engine.load import given_weights, load_architecture, load_tokenizer
 from deca_ds.errors import DataError, ModelError
 from deca_ds.tools.chat.speaker import check_model
 
@@ -156,12 +158,34 @@ def test_offline_what_the_cache_lacks_is_told_at_once(offline, tmp_path):
     validate_data_config(data("owner/x:test", evaluation="owner/x"))
 
 
-def test_offline_what_the_cache_has_in_part_is_told_without_the_libraries_words(offline, tmp_path):
+def test_offline_what_the_cache_has_in_part_is_told_without_the_libraries_words(offline, tmp_path, tiny_model):
     for kind in ("models", "datasets"):
         (tmp_path / f"hub/{kind}--owner--x/snapshots/1").mkdir(parents=True)
-    with pytest.raises(ModelError, match=r"the hub's cache \(.*/home\) has only a part of this model; HF_H") as caught:
-        load_architecture(ModelConfig(path="owner/x"))
-    assert "hf download owner/x --local-dir" in caught.value.fix and "https" not in str(caught.value)
+        (tmp_path / f"hub/{kind}--owner--x/refs").mkdir()
+        (tmp_path / f"hub/{kind}--owner--x/refs/main").write_text("1")
+    model = ModelConfig(path="owner/x")
+
+    def has_only_a_part(load):
+        told = r"the hub's cache \(.*/home\) has only a part of this model; HF_H"
+        with pytest.raises(ModelError, match=told) as caught:
+            load()
+        assert "hf download owner/x --local-dir" in caught.value.fix and "https" not in str(caught.value)
+
+    for load in (load_architecture, load_tokenizer):
+        has_only_a_part(partial(load, model))
+    for name in ("config.json", "tokenizer_config.json"):  # with these alone transformers asks for sentencepiece
+        shutil.copy(tiny_model / name, tmp_path / "hub/models--owner--x/snapshots/1")
+        has_only_a_part(partial(load_tokenizer, model))
+    has_only_a_part(partial(given_weights, model, load_architecture(model)))
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path / "hub/models--owner--x/snapshots/1")
+    assert load_tokenizer(model).vocab_size
     with pytest.raises(DataError, match=r"the hub's cache \(.*/home\) has only a part of this dataset; HF_H") as caught:
         load_hub(HubName("owner/x"), None, "train")
     assert "hf download owner/x --repo-type dataset" in caught.value.fix
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(tiny_model, tmp_path):
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    with pytest.raises(ModelError, match=r"cannot load '.*': there is no tokenizer.json, tokenizer.model") as caught:
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
+    assert "model.tokenizer" in caught.value.fix and "sentencepiece" not in str(caught.value)
