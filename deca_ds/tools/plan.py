@@ -188,6 +188,8 @@ def _print_costs(console: Console, config: Config, estimate: Estimate, run: Plan
         print_fit(console, estimate, name, gpu)
         time = _times(estimate, run, gpu, machines)
         print_times(console, estimate, name, gpu, machines.rate, time)
+    else:
+        print_line(console, "time: `deca plan` estimates how long steps and the run take with --gpu NAME --net RATE")
     stored = Stored.of(estimate.model, estimate.plan, config.model, estimate.rule)
     disk = disk_need(stored, run.schedule, config.checkpoint)
     _print_disk(console, disk, config)

@@ -58,6 +58,7 @@ def test_a_folder_that_is_used_is_told_last_and_hides_no_mistake(tiny_model, wor
     capsys.readouterr()
     print_plan(load_config(None, keys))
     told = " ".join(capsys.readouterr().out.split())
+    assert "time: `deca plan` estimates how long steps and the run take with --gpu NAME" in told
     assert "steps:" in told and re.search(
         r"WARNING: the output folder '.*' is already used, .*run.resume=require", told
     )
