@@ -22,7 +22,8 @@ RECIPES = [
     EXAMPLES / "llama_7b_multinode.yaml",
     EXAMPLES / "per_client_files.yaml",
 ]
-SHAPES = {"qwen_0.5b": 0.49, "llama_7b": 6.74, "llama_8b": 8.03, "llama_70b": 70.55}  # billions of parameters
+# billions of parameters
+SHAPES = {"qwen_0.5b": 0.49, "qwen_1.5b": 1.54, "llama_7b": 6.74, "llama_8b": 8.03, "llama_70b": 70.55}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
