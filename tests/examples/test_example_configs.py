@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import runpy
+from argparse import Namespace
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from manual import commands
+from manual import NO_TEST, commands, marked_commands
 
 from deca_ds.algorithm.methods import METHODS, Method
 from deca_ds.algorithm.rule import Rule
@@ -18,6 +19,7 @@ from deca_ds.config.load import load_config
 from deca_ds.config.schema import Config
 from deca_ds.data import sources, validate_data_config
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.tools.doctor.facts import INTERFACE_VARIABLES
 from deca_ds.tools.train_arguments import parser
 from deca_ds.training.doubts import doubts, doubts_of_gossip
 
@@ -29,6 +31,8 @@ PAGES = ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/**/*.md")
 DOCUMENTS = [path for pages in PAGES for path in sorted(REPOSITORY.glob(pages))]
 FOLDERS = "benchmarks|deca_ds|docs|ds_configs|examples|launchers|tests"
 SCRIPT = "launchers/train.py"
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TEMPLATES = sorted((REPOSITORY / "examples/clusters").iterdir())
 
 
 def name(path: Path) -> str:
@@ -168,18 +172,41 @@ def test_lines_of_a_document_are_short(path: Path) -> None:
     assert path != README or len(lines) <= 200
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, *EXAMPLES], ids=name)
-def test_commands_are_understood(path: Path) -> None:
-    """Those that start the trainer, and those of `deca`, also where one starts the other."""
-    for words in commands(path.read_text(encoding="utf-8")):
-        understood = []
-        if words[:1] == ["deca"]:
-            understood.append(parse(words[1:]))
-        if SCRIPT in words:
-            understood.append(parser().parse_intermixed_args(words[words.index(SCRIPT) + 1 :]))
+@pytest.mark.parametrize("path", [*DOCUMENTS, *EXAMPLES, *TEMPLATES], ids=name)
+def test_commands_are_understood_or_carry_a_mark(path: Path) -> None:
+    """Those that start the trainer, and those of `deca`, also where one starts the other. Others are run by tests, or
+    the reader is told that they are not."""
+    for words, marked in marked_commands(path.read_text(encoding="utf-8")):
+        understood = understand(words)
         for arguments in understood:
             if getattr(arguments, "config", None) is not None and arguments.config.exists():
                 load_config(arguments.config, arguments.overrides)
+        assert marked != bool(understood or is_run(words)), f"{' '.join(words)}: {NO_TEST} if no test knows it"
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test # (no test)", "deca plan --config x.yaml  # (no test)"])
+def test_a_command_with_neither_or_both_is_noticed(tmp_path: Path, command: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```bash\n{command}\n```\n")
+    with pytest.raises(AssertionError, match="if no test knows it"):
+        test_commands_are_understood_or_carry_a_mark(page)
+
+
+def understand(words: list[str]) -> list[Namespace]:
+    """The arguments of the commands of this package in a command line."""
+    understood = [parse(words[1:])] if words[0] == "deca" else []
+    for place, word in enumerate(words):
+        if word.endswith((SCRIPT, "where)/train.py")):  # $(deca where)
+            understood.append(parser().parse_intermixed_args(words[place + 1 :]))
+    return understood
+
+
+def is_run(words: list[str]) -> bool:
+    """Whether it runs the tests, or is run by one (test_clusters.py), or sets what the ranks read."""
+    if words[0] == "export":
+        return {word.partition("=")[0] for word in words[1:]} <= {*LAUNCHER, *INTERFACE_VARIABLES}
+    scripts = [path for path in TEMPLATES if path.suffix == ".sh"]
+    return words == ["make", "test"] or "pytest" in words or any(Path(word).resolve() in scripts for word in words)
 
 
 def test_readme_first_run_is_a_configuration(tmp_path: Path) -> None:
