@@ -34,7 +34,6 @@ from deca_ds.training.template_date import agree_on_date, with_date
 from deca_ds.training.trackers import check_logging
 from deca_ds.training.ways_to_start import NewRun, RejoinedRun, ResumedRun, Start
 from deca_ds.watchdog.guard import JobGuard
-from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 
 
 def start(
@@ -122,7 +121,7 @@ def begin_or_resume(
         if begun["ends"]:
             return None
         take_for_job(output, launch, store, partial(check_folder, config))
-        guard.heartbeats.write_to(output / HEARTBEATS)  # nothing else, in case it is refused
+        guard.show_life(output)
     guard.progress.enter("verifying the checkpoints", works=True)
     own_part = _part_of(ClientLayout.of(check_world(config, launch.world_size)), launch.rank)
     finished = begun is not None and begun["finished"]

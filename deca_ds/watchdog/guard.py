@@ -95,6 +95,11 @@ class JobGuard:
     def write_to(self, output: Path) -> None:
         """Write to `output`, the run's folder, which this job has claimed, from now on."""
         self._ending.write_to(output)
+        self.show_life(output)
+
+    def show_life(self, output: Path) -> None:
+        """Write heartbeats to `output`, the run's folder, which this job has claimed, and nothing else: a start that
+        may still be refused leaves all other files as they are."""
         self.heartbeats.write_to(output / HEARTBEATS)
 
     def on_exit(self, callback: Callable[[], None]) -> None:

@@ -166,10 +166,12 @@ def diverged(run: Path, done: int = 5) -> Config:
 
 def resumed(config: Config, mixing=ALONE):
     store = JobStore(HashStore(), None, timedelta(seconds=100))
-    guard = SimpleNamespace(progress=Progress(), write_to=lambda output: None)
+    shown: list[Path] = []
+    guard = SimpleNamespace(progress=Progress(), write_to=lambda output: None, show_life=shown.append)
     try:
         return begin_or_resume(config, Launch("python", 0, 1, 0, None), store, guard, mixing)
     finally:
+        assert shown == [Path(config.run.output)], "once it has taken the folder, others can see that it lives"
         release(Path(config.run.output))  # as the end of the process would
 
 
