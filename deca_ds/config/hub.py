@@ -77,7 +77,7 @@ def _variable() -> str:
 
 
 def cached_files(name: str) -> set[str]:
-    """Names of what the cache here has of a model, of whatever revision."""
+    """Return the names of the files that the cache of this host has of a model, of whatever revision."""
     return {file.name for file in _snapshots(name, "model").glob("*/*")}
 
 

@@ -54,7 +54,7 @@ class Work:
 
     @classmethod
     def here(cls, **options: Any) -> Work:
-        """Prepare with all cores that this process may use."""
+        """Return work for all cores that this process may use."""
         return cls(processes=len(os.sched_getaffinity(0)), **options)
 
     @contextmanager
