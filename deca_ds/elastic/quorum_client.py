@@ -135,8 +135,7 @@ class QuorumClient:
             line = None
         with self._lock:
             self._line = line
-            now = time.monotonic()
-            self._do(self._voter.ended(now) if line is None else self._voter.connected(now))
+            self._do(self._voter.ended() if line is None else self._voter.connected(time.monotonic()))
 
     def _hear(self, messages: list[Message] | None) -> None:
         """Handle messages or, with None, the end of the connection."""
@@ -150,7 +149,7 @@ class QuorumClient:
             self._line.end()
             self._line.connection.close()
             self._line = None
-            self._do(self._voter.ended(time.monotonic()))
+            self._do(self._voter.ended())
 
     def _do(self, effects: Effects) -> None:
         """Carry out effects of the voter; the caller holds the lock."""

@@ -13,7 +13,7 @@ from deca_ds.errors import CutOffError, UserError
 Addresses = dict[int, tuple[str, int]]  # of every client's coordinator
 Effects = list[Message | Decision | UserError]  # in this order: messages to send, decisions, why this client is out
 
-_SILENT_S = 3 * ALIVE_S  # an inactive coordinator that gives no sign of life for so long hangs
+_SILENT_S = 3 * ALIVE_S  # a coordinator that gives no sign of life for so long hangs, or did
 
 
 class Voter:
@@ -42,26 +42,24 @@ class Voter:
         self.out: UserError | None = None
         self._waits = asked is not None  # to be let in
         self._welcome = asked is not None  # the coordinator is active
-        self._signed: float | None = None  # when it gave the last sign of life
+        self._signed = -math.inf  # when it gave the last sign of life
+        self._awake_since = -math.inf  # since when it has given them without a longer pause
         self._lost: list[int] = []  # clients whose coordinators are out of reach
         self._ballot: Message | None = None  # until it is decided
 
     def connected(self, now: float) -> Effects:
         """Handle a new connection to `coordinator`."""
-        self.deadline = now + (2 * GRACE_S if self.last.number or self._lost else self._timeout_s)
+        self.deadline = now + (self._silence_s if self._lost else self._timeout_s)
         return [{"kind": "hello", "rank": self._rank, "last": asdict(self.last), "lost": list(self._lost)}]
 
-    def ended(self, now: float) -> Effects:
+    def ended(self) -> Effects:
         """Handle a connection to `coordinator` that could not be made or has ended, or whose `deadline` is over."""
         assert self.coordinator is not None
-        if not self._welcome and now >= self.deadline and self._signed is not None and now - self._signed < _SILENT_S:
-            what = f"client {self.coordinator} has not lost the coordinator that this rank has lost: it is cut off"
-            return self._end(CutOffError(what, where=f"rank {self._rank}", fix="look at the network"))
         if self._waits:
             what = "the coordinator was lost before this client was let in"
             return self._end(CutOffError(what, fix="start it again"))
         self._lost.append(self.coordinator)
-        self.interrupted, self._welcome, self._signed, self.deadline = True, False, None, math.inf
+        self.interrupted, self._welcome, self._signed, self.deadline = True, False, -math.inf, math.inf
         left = [client for client in self.last.everybody if client not in self._lost]
         if not left:
             fix = "look at the network, and at whether this process was stopped for long"
@@ -72,6 +70,8 @@ class Voter:
     def heard(self, message: Message, now: float) -> Effects:
         """Handle a message of `coordinator`. Raises KeyError, TypeError or ValueError if it makes no sense."""
         kind, effects = message["kind"], Effects()
+        if now - self._signed >= _SILENT_S:
+            self._awake_since = now
         self._signed = now
         if kind == "out":
             return self._end(
@@ -86,7 +86,10 @@ class Voter:
             self.addresses |= {client: (host, port) for client, host, port in message["addresses"]}
         elif kind == "decision":
             effects += self._decided(Decision.read(message))
-        if self._welcome and not self._waits:
+        if self._lost and not self._welcome and now - self._awake_since >= 2 * GRACE_S:
+            what = f"client {self.coordinator} has not lost the coordinator that this rank has lost: it is cut off"
+            return self._end(CutOffError(what, where=f"rank {self._rank}", fix="look at the network"))
+        if (self._welcome or self._lost) and not self._waits:
             self.deadline = now + self._silence_s
         return effects
 

@@ -251,7 +251,7 @@ class Job(Network):
         if self.open(process, address, []):
             self.says(process, voter.connected(self.now))
         else:
-            self.says(process, voter.ended(self.now))
+            self.says(process, voter.ended())
 
     def _ask(self, process: Process) -> None:
         client = process.asking.pop(0)
@@ -270,7 +270,7 @@ class Job(Network):
         if process.voter is None:
             process.asked = None
         elif process.voter.out is None:
-            self.says(process, process.voter.ended(self.now))
+            self.says(process, process.voter.ended())
         self.forget(connection)
 
     def _heard_above(self, connection: Connection) -> None:

@@ -140,6 +140,34 @@ def test_a_next_coordinator_that_hangs_is_lost_and_nobody_is_taken_for_cut_off()
     assert job.current[2].voter.out is None and job.current[2].log[-1].clients == (2,)
 
 
+def test_a_next_coordinator_that_was_stopped_for_a_while_is_waited_for():
+    """Client 1 is stopped before it has noticed the loss, and its first sign of life afterwards comes before that."""
+    job = in_training(3, silence_s=100.0)
+    job.kill(job.current[0], lose=True)
+    job.notice(job.current[1], 11.0)
+    job.run(3)
+    job.freeze(job.ranks(1), 60.0)
+    job.run(80)
+    ends_well(job, {1, 2})
+
+
+def test_a_next_coordinator_that_is_stopped_between_two_hellos_of_a_client_is_lost_to_both_ranks_alike():
+    """One rank of client 2 is welcome and the other one is not, and their client must not fall apart over it."""
+    job = in_training(3, ranks=2, silence_s=100.0)
+    job.kill(job.current[0], lose=True)
+
+    def late(to: Process, message: Message) -> bool:
+        return message["kind"] == "hello" and message["rank"] == 5
+
+    welcome = job.sent["welcome"]
+    assert job.until(lambda: job.sent["welcome"] >= welcome + 3, hold=late)
+    job.freeze(job.ranks(1), 200.0)
+    job.run(120)
+    assert {process.voter.out for process in job.ranks(2)} == {None}
+    assert job.current[4].log[-1].clients == (2,)
+    ends_well(job, {2})
+
+
 @pytest.mark.parametrize("hanging", [1, 0], ids=["another client", "the coordinator's own client"])
 @pytest.mark.parametrize("whole", [False, True], ids=["a main thread", "processes"])
 def test_a_client_that_hangs_is_dropped(hanging, whole):
