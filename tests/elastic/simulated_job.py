@@ -258,7 +258,7 @@ class Job(Network):
         leader = self.current.get(self.layout.leader_of(process.client))
         address = ("host", leader.number) if process.leads else None
         message = {"kind": "join", "rank": process.rank, "address": address}
-        if self.open(process, self.saved[client], [message]):
+        if client in self.saved and self.open(process, self.saved[client], [message]):
             process.asked = client, self.now
 
     def _lose(self, process: Process) -> None:
