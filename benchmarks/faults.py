@@ -33,6 +33,7 @@ from rich.table import Table
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST
+from deca_ds.training.start_log import read_starts
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = str(REPOSITORY / "benchmarks" / "faulty_client.py")
@@ -115,12 +116,15 @@ class Job:
         return max(steps)
 
     def trains(self) -> bool:
-        """Whether this launch has done a step. Until it rewinds them, the metrics are those of the launch before."""
-        return self.step(self.started) > self.resumed_at()
+        """Whether this launch has done a step. Before it begins, the metrics are those of the launch before, rewound or
+        not."""
+        begun = self.resumed_at()
+        return begun is not None and self.step(self.started) > begun
 
-    def resumed_at(self) -> int:
-        found = re.search(r"continuing after inner step (\d+)", self.log.read_text())
-        return int(found[1]) if found else 0
+    def resumed_at(self) -> int | None:
+        """The inner step after which this launch continues; None until its first rank has noted that."""
+        starts = read_starts(self.output)
+        return starts[-1]["step"] if starts and starts[-1]["time"] > self.started else None
 
     def rank(self, number: int) -> psutil.Process:
         for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -227,7 +231,7 @@ def survive(output: Path, clients: int, kinds: list[str], draw: random.Random, l
                 if fault is not None:
                     fault.first_step_s = time.monotonic() - struck
                     if fault.ended_s is not None:
-                        fault.steps_lost = fault.step - job.resumed_at()
+                        fault.steps_lost = fault.step - (job.resumed_at() or 0)
                     yield fault
                     limit, fault = limit - 1, None
                 pause = time.monotonic() + draw.uniform(0.2, 4)
