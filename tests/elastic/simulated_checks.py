@@ -147,7 +147,13 @@ class Checks:
                         raise Violation(f"{one.name} and {other.name} have counted other commits: {theirs}")
 
     def is_one_part(self) -> None:
-        """Where no connection broke between those who live, all of them are in one part, and nobody was dropped."""
-        ended = [process for process in self._job.processes if process.through]
-        if len({process.log[-1] for process in ended}) > 1:
-            raise Violation(f"several parts: {[(p.name, p.log[-1]) for p in ended]}")
+        """Where no connection broke between those who live, all of them have ended the training by one decision. A rank
+        that is left alone after that one says its goodbyes to nobody."""
+        ended = {process.name: self._end_of(process) for process in self._job.processes if process.through}
+        if len(set(ended.values())) > 1:
+            raise Violation(f"several parts: {ended}")
+
+    def _end_of(self, process: Process) -> Decision:
+        """The decision by which it has ended the training: the first of the two agreements at the end."""
+        number = next(number for number, what in process.counted if what == ("end", 1))
+        return process.log[number - process.log[0].number]
