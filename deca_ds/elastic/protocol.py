@@ -30,7 +30,8 @@ client's. Every rank keeps a connection to the active one. Messages are JSON obj
    have voted yes and OPEN announces it. The client votes from the following agreement on, and is the last in the order
    in which clients take over as coordinator.
 5. A hanging client is dropped like a dead one: when a rank reports that it is stalled, the coordinator interrupts all
-   ranks, and drops the clients whose votes are still missing a few seconds later. A coordinator that gives no sign of
+   ranks, and drops the clients whose votes are still missing a few seconds later, unless they have yet to come to it
+   (3). A coordinator that gives no sign of
    life for cluster.timeout_s counts as lost. One that finds its own client hanging, or whose process was stopped for
    that long, closes all connections, and so counts as lost, too.
 """
@@ -180,6 +181,7 @@ class Coordinator:
             self._send(peer, "out", why=_WITHOUT_IT)
             return
         self._lines[peer.rank] = peer
+        self._stalled = None  # this rank needs time to learn of the stall, too
         if last.number > self.last.number:
             self._settle(last)
         if begins := peer.rank == self._leader:
@@ -294,7 +296,7 @@ class Coordinator:
         if self._stalled is None or self._stalled[1] - self._stalled[0] < _PATIENCE_S:
             return
         self._stalled = None
-        missing = [rank for rank in self._voters() if rank not in self._votes]
+        missing = [rank for rank in self._voters() if rank not in self._votes and rank in self._lines]
         self._lose({rank: f"its rank {rank} has made no progress for cluster.timeout_s" for rank in missing})
 
     def _lose(self, reasons: Mapping[int, str]) -> None:

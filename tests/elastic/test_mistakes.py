@@ -154,6 +154,23 @@ def waits_for_those_who_hang(patch) -> None:
     patch.setattr(Coordinator, "_drop_hanging", lambda self: None)
 
 
+def takes_those_who_have_yet_to_come_for_hanging(patch) -> None:
+    def drop_hanging(self):
+        if self._stalled is not None and self._stalled[1] - self._stalled[0] >= 5.0:
+            self._lose({rank: "it hangs" for rank in self._voters() if rank not in self._votes})
+
+    patch.setattr(Coordinator, "_drop_hanging", drop_hanging)
+
+
+def gives_those_who_come_during_a_stall_no_time_to_vote(patch) -> None:
+    def hello(self, *about):
+        before = self._stalled
+        real["_hello"](self, *about)
+        self._stalled = before
+
+    patch.setattr(Coordinator, "_hello", hello)
+
+
 def does_not_vote_again(patch) -> None:
     heard = Voter.heard
 
@@ -199,6 +216,14 @@ def does_not_vote_again(patch) -> None:
         (hears_goodbyes_of_who_is_out, scenarios.test_the_late_goodbye_of_a_dropped_client_does_not_count),
         (continues_after_it_was_stopped, scenarios.test_coordinators_that_were_stopped_are_lost_and_learn_it_later),
         (waits_for_those_who_hang, lambda: scenarios.test_a_client_that_hangs_is_dropped(1, True)),
+        (
+            takes_those_who_have_yet_to_come_for_hanging,
+            lambda: scenarios.test_a_client_that_comes_late_during_a_stall_is_waited_for(8.0),
+        ),
+        (
+            gives_those_who_come_during_a_stall_no_time_to_vote,
+            scenarios.test_a_client_that_comes_during_a_stall_has_time_to_vote,
+        ),
         (does_not_vote_again, scenarios.test_coordinators_are_lost_one_after_the_other),
     ],
     ids=lambda each: each.__name__ if each.__name__ in globals() else "",

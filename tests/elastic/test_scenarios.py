@@ -202,6 +202,35 @@ def test_a_rank_that_is_slow_to_repeat_that_nobody_moves_on_is_heard(every_s, re
     assert coordinator.clients == remain
 
 
+@pytest.mark.parametrize("late_s", [2.0, 4.0, 6.0, 8.0, 11.0])
+def test_a_client_that_comes_late_during_a_stall_is_waited_for(late_s):
+    """The coordinator's own client hangs, and its host is lost just before it would have stopped coordinating."""
+    job = in_training(3)
+    job.hang(job.current[0])
+    stalled = job.sent["stalled"]
+    assert job.until(lambda: job.sent["stalled"] > stalled)
+    job.kill(job.current[0], lose=True)
+    job.notice(job.current[2], late_s)
+    job.run(25)
+    assert job.current[2].voter.out is None
+    ends_well(job, {1, 2})
+
+
+def test_a_client_that_comes_during_a_stall_has_time_to_vote():
+    job = in_training(3)
+    job.hang(job.current[0])
+    job.current[2].hangs = True
+    stalled = job.sent["stalled"]
+    assert job.until(lambda: job.sent["stalled"] > stalled)
+    job.kill(job.current[0], lose=True)
+    job.notice(job.current[2], 4.0)
+    job.run(7)
+    job.current[2].hangs = False
+    job.run(1)
+    assert job.current[2].voter.out is None
+    ends_well(job, {1, 2})
+
+
 def test_a_client_that_continues_after_all_is_not_dropped():
     job = in_training(3)
     job.freeze(job.ranks(2), 32.0)  # the others are about to take it for hanging
