@@ -21,8 +21,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.gossip import Gossip
+from deca_ds.gossip.late_exchange import LateExchange
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.strategies import begin
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.mpi import MpiTransport
@@ -57,7 +57,7 @@ def main() -> None:
     transport = MpiTransport(world, Endpoint(ClientLayout(world.size, 1), world.rank, timeout_s=60))
     store = open_store(world)
     schedule = build_mixing(GossipConfig(), world.size, seed=0)
-    ready = Gossip(transport, schedule, 4.0, stragglers=LateExchange(transport, PrefixStore("late", store), WAIT_S))
+    ready = Gossip(transport, schedule, 4.0, late=LateExchange(transport, PrefixStore("late", store), WAIT_S))
     kinds = {"waits for all": Gossip(transport, schedule, 4.0), "gossip.wait_s": ready}
     found: dict[str, dict[str, float]] = {}
     t = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deca_ds.errors import DivergedMessageError
 from deca_ds.gossip.gossip import Gossip
-from deca_ds.gossip.late import without
+from deca_ds.gossip.late import row_without
 from deca_ds.gossip.mean import not_finite, weighted_mean
 from deca_ds.transport import Chunk, Exchange, chunk_tag, exchange_chunk
 
@@ -142,7 +142,7 @@ class Message:
         """Average without these neighbours; their buffers are no longer this chunk's."""
         for j in skipped:
             self.buffers.pop(j, None)
-        self.weights = without(self.weights, self._averaging.gossip.transport.client, skipped)
+        self.weights = row_without(self.weights, self._averaging.gossip.transport.client, skipped)
 
     def receive(self) -> None:
         """Wait for the messages; does nothing the second time. Raises GossipError if one is missing or damaged."""

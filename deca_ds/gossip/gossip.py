@@ -22,9 +22,9 @@ from deca_ds.errors import GossipError
 from deca_ds.gossip.buffers import BufferPool, Outputs
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS, Codec
+from deca_ds.gossip.late_exchange import LateExchange
 from deca_ds.gossip.schedule import MixingSchedule
 from deca_ds.gossip.skip_log import SkipLog
-from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.transport import Chunk, Commit, Transport
 
 
@@ -32,7 +32,7 @@ class Gossip:
     """Mixes this rank's shards with what the ranks of neighbouring clients hold of the same parameters.
 
     chunk_mib: gossip.chunk_mib. device: where the shards live; those on a GPU travel through page-locked host memory.
-    codec: how values are sent. commit: makes an averaging count for all survivors, if clients may die. stragglers:
+    codec: how values are sent. commit: makes an averaging count for all survivors, if clients may die. late:
     leaves out late neighbours, if that is configured; not together with such a commit. clip: clips neighbours, if that
     is configured. client_sum: sums a number over the client's ranks. reports: whether this rank prints on stderr who
     was late.
@@ -52,7 +52,7 @@ class Gossip:
         codec: Codec = CODECS["float32"],
         commit: Commit | None = None,
         clip: Clip | None = None,
-        stragglers: LateExchange | None = None,
+        late: LateExchange | None = None,
         client_sum: Callable[[float], float] = float,
         reports: bool = False,
     ):
@@ -71,7 +71,7 @@ class Gossip:
         self.pool = BufferPool(codec.dtype, pinned=self.device.type == "cuda")
         self.outputs = Outputs(self.device)
         self.skip_log = SkipLog(transport, client_sum, reports)
-        self.clip, self.stragglers = clip, stragglers
+        self.clip, self.late = clip, late
         self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
         self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # by block, as far as they have been needed
 
@@ -95,5 +95,5 @@ class Gossip:
 
     def drain(self) -> None:
         """Wait for messages that no averaging waits for any more. All clients call this before they disconnect."""
-        if self.stragglers is not None:
-            self.stragglers.drain()
+        if self.late is not None:
+            self.late.drain()

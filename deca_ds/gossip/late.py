@@ -5,7 +5,7 @@ same number, so that rows and columns still sum to 1 and the mean of all clients
 W were not symmetric, the mean would move.
 
 So each edge has one word per averaging and shard index in the job's store, which is written by compare-and-set: the
-first end to write decides for both.
+first end to write decides for both (EdgeDecision).
 
     taken      one end has all of the other's values: both average them, the other end's rest is on its way
     skipped    one end has waited long enough: both throw away what they have got of it
@@ -35,7 +35,7 @@ TAKEN, SKIPPED, HERE, MET = "taken", "skipped", "here", "met"
 _LOOK_S = 0.02  # between two looks at what the other end may have written
 
 
-def without(weights: Mapping[int, float], client: int, skipped: Collection[int]) -> dict[int, float]:
+def row_without(weights: Mapping[int, float], client: int, skipped: Collection[int]) -> dict[int, float]:
     """Return the row of W that is left without the `skipped` neighbours: j -> weight.
 
     weights: j -> w_ij, of `client` itself, too. The weight of skipped neighbours goes to the client itself.
@@ -57,10 +57,10 @@ def check_wait(wait_s: float | None, mixing: MixingSchedule) -> None:
 
 
 class EdgeDecision:
-    """The word of one edge in one averaging, as one of its ends sees it. Used until it is taken, skipped or met.
+    """The word of one edge in one averaging, as one of its ends sees it. It is used until it is taken, skipped or met.
 
-    store: of the averaging's shard index, shared by both ends. The end that hears from the other one how it has been
-    decided removes it, so that the store keeps words only while one end has not come to them.
+    store: of the averaging's shard index, shared by both ends. The end that reads the other one's final word removes
+    it, so that the store keeps words only while one end has not come to them.
     """
 
     def __init__(self, store: Store, t: int, client: int, neighbour: int):
@@ -72,7 +72,7 @@ class EdgeDecision:
     @property
     def final(self) -> bool:
         """Whether it is decided, as far as this end knows."""
-        return any(map(self.is_, (TAKEN, SKIPPED, MET)))
+        return any(map(self.says, (TAKEN, SKIPPED, MET)))
 
     @property
     def blank(self) -> bool:
@@ -84,7 +84,7 @@ class EdgeDecision:
         """Whether this end has written what stands there."""
         return self._seen.endswith(f" {self._client}")
 
-    def is_(self, word: str) -> bool:
+    def says(self, word: str) -> bool:
         """Return whether `word` stands in the store, as far as this end knows."""
         return self._seen.split(" ")[0] == word
 

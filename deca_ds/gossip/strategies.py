@@ -3,7 +3,7 @@
     Windowed       at most WINDOW chunks are under way, and each is averaged as it arrives
     Whole          all chunks are received before the first is averaged, because the weights depend on all of them
     Committed      like Whole; if a client dies, the survivors repeat it without the dead (elastic/survivor_commit.py)
-    WithoutLate    like Whole, but leaves out neighbours that are late (stragglers.py)
+    WithoutLate    like Whole, but leaves out neighbours that are late (late_exchange.py)
 
 Receive buffers are reused. Windowed takes at most WINDOW * degree * chunk_mib, the others degree times the block's
 shard.
@@ -22,7 +22,7 @@ from deca_ds.errors import MessageError
 from deca_ds.gossip.averaging import Averaging, Mean, Message
 from deca_ds.gossip.clip import Clip, clipped_weights, squared_distance
 from deca_ds.gossip.gossip import Gossip
-from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip.late_exchange import LateExchange
 from deca_ds.transport import Chunk, Exchange
 
 WINDOW = 4  # chunks under way at a time: bounds the receive buffers
@@ -34,8 +34,8 @@ def begin(gossip: Gossip, t: int | None) -> Averaging:
         return NotNow()
     if gossip.commit.may_repeat:
         return Committed(gossip, t)
-    if gossip.stragglers is not None:
-        return WithoutLate(gossip, t, gossip.stragglers)
+    if gossip.late is not None:
+        return WithoutLate(gossip, t, gossip.late)
     return Windowed(gossip, t) if gossip.clip is None else Whole(gossip, t)
 
 
@@ -163,26 +163,26 @@ class WithoutLate(Whole):
 
     outlived = True
 
-    def __init__(self, gossip: Gossip, t: int, stragglers: LateExchange):
+    def __init__(self, gossip: Gossip, t: int, late: LateExchange):
         super().__init__(gossip, t)
-        self._stragglers = stragglers
+        self._late = late
 
     def partners(self) -> tuple[Sequence[int], Sequence[int]]:
         """See Averaging. Resting edges carry nothing."""
-        carrying = self._stragglers.carrying(super().partners()[0])
+        carrying = self._late.carrying(super().partners()[0])
         return carrying, carrying
 
     def exchange(self, message: Message, send: Tensor, destinations: Sequence[int], tag: int) -> Exchange:
         """See Averaging. The buffer of what is sent belongs to the edges from here on."""
         staged, message.staged = message.staged, None
         assert staged is not None
-        return self._stragglers.exchange(self.gossip.pool, staged, message.chunk, message.buffers, tag)
+        return self._late.exchange(self.gossip.pool, staged, message.chunk, message.buffers, tag)
 
     def _complete(self) -> None:
         gossip, started = self.gossip, time.perf_counter()
         neighbours = gossip.schedule.sources(gossip.transport.client, self.t)
         # an empty shard has no messages
-        skipped = self._stragglers.settle(self.t, neighbours) if self._messages else {}
+        skipped = self._late.settle(self.t, neighbours) if self._messages else {}
         gossip.wait_seconds += time.perf_counter() - started
         for message in self._messages:
             message.leave_out(skipped)

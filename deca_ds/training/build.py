@@ -20,7 +20,7 @@ from deca_ds.engine.state import TrainingState
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.gossip import Gossip
-from deca_ds.gossip.stragglers import LateExchange
+from deca_ds.gossip.late_exchange import LateExchange
 from deca_ds.launch.compare_ranks import software
 from deca_ds.launch.digests import digest
 from deca_ds.launch.view import View
@@ -100,10 +100,10 @@ def _make_gossip(job: Job, client: Client, attempt: int) -> Gossip:
     """Make the averaging with neighbours. With gossip.wait_s it gets a connection of its own to the job's store."""
     config, cluster = job.config, job.cluster
     radius = config.gossip.clip_radius
-    stragglers = None
+    late = None
     if config.gossip.wait_s is not None:
         store = PrefixStore(f"late/{attempt}/{cluster.shard}", cluster.store.reconnect())
-        stragglers = LateExchange(job.transport, store, config.gossip.wait_s)
+        late = LateExchange(job.transport, store, config.gossip.wait_s)
     return Gossip(
         job.transport,
         job.mixing,
@@ -112,7 +112,7 @@ def _make_gossip(job: Job, client: Client, attempt: int) -> Gossip:
         codec=CODECS[config.gossip.wire],
         commit=Commit() if job.elastic is None else job.elastic.commit,
         clip=None if radius is None else Clip(radius, client.client_sum),
-        stragglers=stragglers,
+        late=late,
         client_sum=client.client_sum,
         reports=cluster.is_leader,
     )

@@ -19,8 +19,8 @@ from deca_ds.errors import ConfigError, GossipError
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.gossip import Gossip
+from deca_ds.gossip.late_exchange import LateExchange
 from deca_ds.gossip.schedule import build_mixing
-from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.strategies import begin
 from deca_ds.simulation.averaging import means_of
 from deca_ds.training.chosen_method import check_method
@@ -89,7 +89,7 @@ class Again(Commit):
 def options(kind: str, transport: LocalTransport, store: Store) -> dict:
     late = LateExchange(transport, PrefixStore("late", store), 30.0) if "late" in kind else None
     commit, clip = Again(transport) if "committed" in kind else None, Clip(RADIUS) if "clipped" in kind else None
-    return {"commit": commit, "clip": clip, "stragglers": late}
+    return {"commit": commit, "clip": clip, "late": late}
 
 
 @every_codec

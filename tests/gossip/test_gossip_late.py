@@ -23,10 +23,10 @@ from deca_ds.errors import ConfigError, ConnectionLostError
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.gossip import Gossip
-from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision, check_wait, without
+from deca_ds.gossip.late import HERE, MET, SKIPPED, TAKEN, EdgeDecision, check_wait, row_without
+from deca_ds.gossip.late_exchange import LateExchange
 from deca_ds.gossip.schedule import MixingSchedule, build_mixing
 from deca_ds.gossip.skip_log import SkipLog
-from deca_ds.gossip.stragglers import LateExchange
 from deca_ds.gossip.weights import weigh
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.transport.gloo import GlooTransport, TorchExchange
@@ -61,7 +61,7 @@ def test_any_skipped_edges_leave_a_doubly_stochastic_symmetric_matrix(matrix: np
     left = np.zeros_like(matrix)
     for i in range(n):
         row = {j: matrix[i, j] for j in range(n) if j == i or matrix[i, j] > 0}
-        for j, weight in without(row, i, [j for j in row if (i, j) in skipped or (j, i) in skipped]).items():
+        for j, weight in row_without(row, i, [j for j in row if (i, j) in skipped or (j, i) in skipped]).items():
             left[i, j] = weight
     np.testing.assert_allclose(left.sum(axis=0), 1, atol=1e-12)
     np.testing.assert_allclose(left, left.T, atol=1e-12)
@@ -83,11 +83,11 @@ def test_both_ends_read_one_word_whoever_is_first(turns: list[int], kind: str):
             word.write(rng.choice([TAKEN, SKIPPED]))
         elif word.blank:
             word.write(HERE)
-        elif word.is_(HERE) and not word.mine:
+        elif word.says(HERE) and not word.mine:
             word.write(rng.choice([MET, SKIPPED]))
         else:
             word.write(SKIPPED)
-    words = [next(name for name in (TAKEN, SKIPPED, MET) if word.is_(name)) for word in ends]
+    words = [next(name for name in (TAKEN, SKIPPED, MET) if word.says(name)) for word in ends]
     assert words[0] == words[1]
     assert ends[0].mine != ends[1].mine
     assert store.num_keys() == 0
@@ -103,7 +103,7 @@ def test_two_threads_decide_alike_many_times():
             word = EdgeDecision(store, t, client, 1 - client)
             start.wait(100)
             word.write(TAKEN if (t // 2 + client * t) % 2 else SKIPPED)
-            found.append(word.is_(TAKEN))
+            found.append(word.says(TAKEN))
         return found
 
     with ThreadPoolExecutor(2) as pool:
@@ -130,13 +130,13 @@ def run_clients(
 
     def body(client: int) -> tuple[torch.Tensor, list[list[int]], Gossip]:
         transport: LocalTransport = network.transport(client)
-        stragglers = LateExchange(transport, PrefixStore("late", store), 0.0)
+        late = LateExchange(transport, PrefixStore("late", store), 0.0)
         clip = None if clip_radius is None else Clip(clip_radius)
-        gossip = Gossip(transport, schedule, CHUNK_MIB, codec=CODECS[wire], clip=clip, stragglers=stragglers)
+        gossip = Gossip(transport, schedule, CHUNK_MIB, codec=CODECS[wire], clip=clip, late=late)
         x, skipped = start_values(client, NUMEL), []
         for t in range(steps):
             pause(client, t)
-            stragglers.wait_s = wait_s(t) if callable(wait_s) else wait_s
+            late.wait_s = wait_s(t) if callable(wait_s) else wait_s
             x = mix(gossip, t, x)
             skipped.append(gossip.skip_log.skipped)
         gossip.drain()
@@ -196,7 +196,7 @@ def test_a_client_that_stops_for_a_while_is_left_out_and_comes_back(radius: floa
     for gossip in ends:
         # the pool has all its buffers back: those of the messages that were thrown away, too
         assert len(gossip.pool.free) <= 2 * 4 * (2 + 1)
-        assert not any(gossip.stragglers._stray.values()) and not any(gossip.stragglers._leaving.values())
+        assert not any(gossip.late._stray.values()) and not any(gossip.late._leaving.values())
 
 
 @settings(max_examples=6)
@@ -249,15 +249,15 @@ def test_without_anybody_late_the_bits_are_those_of_waiting():
     assert not any(any(ts) for ts in skipped)
 
 
-def test_attendance_tells_the_beginning_and_the_end(capsys):
+def test_the_log_tells_when_a_neighbour_begins_to_be_late_and_when_it_is_back(capsys):
     """Two ranks a client, of which the other one alone was without client 2 in the third averaging."""
     ranks = iter([1, 0, 1, 1, 2, 0, 2, 2, 1, 0, 1, 0, 0])
-    attendance = SkipLog(LocalNetwork(3).transport(0), lambda own: next(ranks), reports=True)
+    log = SkipLog(LocalNetwork(3).transport(0), lambda own: next(ranks), reports=True)
     for skipped in ({2: True}, {2: True}, {}):
-        attendance.note([1, 2], skipped)
-        assert attendance.skipped == [2]
-    attendance.note([1, 2], {})
-    assert attendance.skipped == [] and attendance.times == {2: 3}
+        log.note([1, 2], skipped)
+        assert log.skipped == [2]
+    log.note([1, 2], {})
+    assert log.skipped == [] and log.times == {2: 3}
     assert capsys.readouterr().err.splitlines() == [
         "client 0, inner step 0: continues without client 2, which is late",
         "client 0, inner step 0: averages with client 2 again, after 3 averagings without it",

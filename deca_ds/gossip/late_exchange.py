@@ -1,7 +1,7 @@
 """The messages of averagings that do not wait for late neighbours; late.py has the rule.
 
-    for every chunk: stragglers.exchange(...)       to and from the neighbours whose edge does not rest
-    skipped = stragglers.settle(t, neighbours)      waits, gossip.wait_s at most for who is late, and decides every edge
+    for every chunk: late.exchange(...)     to and from the neighbours whose edge does not rest
+    skipped = late.settle(t, neighbours)    waits, gossip.wait_s at most for who is late, and decides every edge
 
 A message of a skipped averaging still arrives, some day, and is thrown away then: its buffer and that of what was sent
 stay until they are through. An edge that rests sends nothing, and its ends meet only when all that was under way
@@ -128,10 +128,10 @@ class LateExchange:
         poll(go_on, math.inf)  # a neighbour that has promised its values and stops is for the watcher to notice
         skipped = {}
         for j in neighbours:
-            word = decided[j]
-            if not word.is_(TAKEN):
-                skipped[j] = word.mine
-            if word.is_(SKIPPED):
+            decision = decided[j]
+            if not decision.says(TAKEN):
+                skipped[j] = decision.mine
+            if decision.says(SKIPPED):
                 self._resting.add(j)
                 self._stray[j].extend(self._coming.pop(j, ()))
             else:
@@ -142,45 +142,46 @@ class LateExchange:
         """Wait until nothing is under way any more. Every client has started all that it will send, or will do so."""
         for j in [*self._stray, *self._leaving]:
             self._transport.progress.wait_for(j)
-            poll(partial(self._idle, j), math.inf)
+            poll(partial(self._is_through, j), math.inf)
         self._transport.progress.wait_for(None)
 
-    def _idle(self, j: int) -> bool:
+    def _is_through(self, j: int) -> bool:
+        """Return whether all messages from skipped averagings with j, and all to j, are through."""
         return all([_through(queue[j], _release) for queue in (self._stray, self._leaving)])
 
     def _take(self, t: int, j: int, deadline: float) -> _Edge:
         """Receive j's values, unless it is late."""
-        word, here = EdgeDecision(self._store, t, self._transport.client, j), list[_Message]()
+        decision, here = EdgeDecision(self._store, t, self._transport.client, j), list[_Message]()
         while not _through(self._coming[j], here.append):
-            word.look()
-            if not word.final and time.monotonic() > deadline:
-                word.write(SKIPPED)
-            if word.is_(SKIPPED):
+            decision.look()
+            if not decision.final and time.monotonic() > deadline:
+                decision.write(SKIPPED)
+            if decision.says(SKIPPED):
                 break
             yield
-        if not word.final:
-            word.write(TAKEN)
-        if word.is_(SKIPPED):
+        if not decision.final:
+            decision.write(TAKEN)
+        if decision.says(SKIPPED):
             for message in here:
                 message.lease.end()
-            return word
+            return decision
         # MPI may need this rank's help to send the rest, and a gradient gives none
         while not _through(self._leaving[j], _release) and time.monotonic() < deadline:
             yield
-        return word
+        return decision
 
     def _meet(self, t: int, j: int, deadline: float) -> _Edge:
         """Find out whether j is at this averaging, too."""
-        word = EdgeDecision(self._store, t, self._transport.client, j)
+        decision = EdgeDecision(self._store, t, self._transport.client, j)
         while True:
-            word.look()
-            if self._idle(j):
-                if word.blank:
-                    word.write(HERE)
-                if word.is_(HERE) and not word.mine:
-                    word.write(MET)
-            if not word.final and time.monotonic() > deadline:
-                word.write(SKIPPED)
-            if word.final:
-                return word
+            decision.look()
+            if self._is_through(j):
+                if decision.blank:
+                    decision.write(HERE)
+                if decision.says(HERE) and not decision.mine:
+                    decision.write(MET)
+            if not decision.final and time.monotonic() > deadline:
+                decision.write(SKIPPED)
+            if decision.final:
+                return decision
             yield
