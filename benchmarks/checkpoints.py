@@ -69,7 +69,7 @@ def case(cluster: Any, model_folder: str, layers_per_block: int, keep: int) -> d
     from deca_ds.engine.load import load_architecture, load_model
     from deca_ds.engine.state import TrainingState
     from deca_ds.training.checkpoints import Checkpoints
-    from deca_ds.training.completion import StoreCount
+    from deca_ds.training.completion import CompletionByStore
 
     keys = [f"model.path={model_folder}", "model.init=random", "run.device=cpu", "run.threads=1"]
     config = load_config(None, [*keys, f"blocks.layers_per_block={layers_per_block}"])
@@ -83,7 +83,7 @@ def case(cluster: Any, model_folder: str, layers_per_block: int, keep: int) -> d
         for name in ("written whole", "linked"):
             attempt = f"{layers_per_block}/{keep}/{name}"
             savers[name] = Checkpoints(
-                CheckpointConfig(keep=keep), cluster, state, gossip, StoreCount(cluster, attempt, 600.0),
+                CheckpointConfig(keep=keep), cluster, state, gossip, CompletionByStore(cluster, attempt, 600.0),
                 folder=Path(disk) / name, attempt=attempt, timeout_s=600.0,
             )  # fmt: skip
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in savers}

@@ -27,7 +27,7 @@ from deca_ds.launch.view import View
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.chosen_method import rule_of
 from deca_ds.training.claim import check_held
-from deca_ds.training.completion import Agreed, StoreCount, Written
+from deca_ds.training.completion import Completion, CompletionByCommit, CompletionByStore
 from deca_ds.training.connect import Elastic, Job
 from deca_ds.training.display import Display
 from deca_ds.training.divergence import Watch
@@ -64,11 +64,11 @@ def build(job: Job, start: Start) -> Trainer:
     if cluster.is_job_leader:
         save_base(job, client, tokenizer)
     metrics = Metrics(config.logging, cluster, job.output, schedule, display)
-    written: Written
+    completion: Completion
     if job.elastic is None:
-        agent, written = None, StoreCount(cluster, attempt, config.cluster.timeout_s)
+        agent, completion = None, CompletionByStore(cluster, attempt, config.cluster.timeout_s)
     else:
-        written = Agreed(job.elastic.commit, start.resumed, config.cluster.absent)
+        completion = CompletionByCommit(job.elastic.commit, start.resumed, config.cluster.absent)
         # before the agent announces which clients have gone, because these may ask to come back at once
         _invite_others(job, job.elastic, attempt, data, vocabulary, schedule.rounds)
         agent = _make_agent(job, job.elastic, gossip, metrics)
@@ -84,7 +84,7 @@ def build(job: Job, start: Start) -> Trainer:
         batches=_make_batches(job, data, pad_id, state.done),
         evaluator=_make_evaluator(job, client, gossip, data, pad_id, display),
         metrics=metrics,
-        checkpoints=_make_checkpoints(job, state, gossip, written, watch, attempt, start.resumed),
+        checkpoints=_make_checkpoints(job, state, gossip, completion, watch, attempt, start.resumed),
         stop=job.guard.stop,
         watch=watch,
         output=job.output,
@@ -155,8 +155,17 @@ def _make_agent(job: Job, elastic: Elastic, gossip: Gossip, metrics: Metrics) ->
     lookout = None
     if elastic.rejoinable is not None and cluster.is_leader and config.return_s:
         lookout = Lookout(cluster.membership, elastic.rejoinable.votes, cluster.client, config.min_clients)
-    way = elastic.commit, elastic.rejoinable
-    return ElasticAgent(config, cluster, *way, gossip, job.mixing, metrics, elastic.stop, lookout)
+    return ElasticAgent(
+        config=config,
+        cluster=cluster,
+        commit=elastic.commit,
+        rejoinable=elastic.rejoinable,
+        gossip=gossip,
+        mixing=job.mixing,
+        metrics=metrics,
+        stop=elastic.stop,
+        lookout=lookout,
+    )
 
 
 def _make_batches(job: Job, data: ClientData, pad_id: int, done: int) -> Iterator[list[dict[str, Tensor]]]:
@@ -180,27 +189,33 @@ def _make_evaluator(
 ) -> Evaluator:
     config = job.config.evaluation
     return Evaluator(
-        client,
-        job.cluster,
-        job.transport,
-        gossip.commit,
-        data,
-        config.batch_size,
-        pad_id,
-        config.mean_model,
-        display.scored,
+        client=client,
+        cluster=job.cluster,
+        transport=job.transport,
+        commit=gossip.commit,
+        data=data,
+        batch_size=config.batch_size,
+        pad_id=pad_id,
+        mean_model=config.mean_model,
+        scored=display.scored,
     )
 
 
 def _make_checkpoints(
-    job: Job, state: TrainingState, gossip: Gossip, written: Written, watch: Watch, attempt: int, resumed: int | None
+    job: Job,
+    state: TrainingState,
+    gossip: Gossip,
+    completion: Completion,
+    watch: Watch,
+    attempt: int,
+    resumed: int | None,
 ) -> Checkpoints:
     return Checkpoints(
         job.config.checkpoint,
         job.cluster,
         state,
         gossip,
-        written,
+        completion,
         folder=job.output / CHECKPOINTS,
         attempt=attempt,
         timeout_s=job.config.cluster.timeout_s,

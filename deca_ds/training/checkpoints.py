@@ -30,7 +30,7 @@ from deca_ds.gossip import MixingSchedule
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
-from deca_ds.training.completion import Written
+from deca_ds.training.completion import Completion
 from deca_ds.training.divergence import FIX
 
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
@@ -42,9 +42,9 @@ class Checkpoints:
     """Saves this rank's part of a run's checkpoints and keeps the newest complete ones, and with checkpoint.best the
     last complete one of those that were the best.
 
-    state: what is saved, as it stands. written: who has written what. attempt: number of this attempt at the run, the
-    same on all ranks. timeout_s: cluster.timeout_s. resumed: the step that it continued from. check: called before
-    anything is saved; raises an error for a state that must not be.
+    state: what is saved, as it stands. completion: which checkpoints all ranks have written. attempt: number of this
+    attempt at the run, the same on all ranks. timeout_s: cluster.timeout_s. resumed: the step that it continued from.
+    check: called before anything is saved; raises an error for a state that must not be.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Checkpoints:
         cluster: Cluster,
         state: TrainingState,
         gossip: Gossip,
-        written: Written,
+        completion: Completion,
         *,
         folder: Path,
         attempt: int,
@@ -63,7 +63,7 @@ class Checkpoints:
     ):
         self._config, self._cluster, self._state = config, cluster, state
         self._own = Part(cluster.client, cluster.shard, cluster.ranks)
-        self._gossip, self._written = gossip, written
+        self._gossip, self._completion = gossip, completion
         self.folder, self._attempt = folder, attempt
         self._resumed, self._timeout_s, self._check = resumed, timeout_s, check
         self._saved: list[int] = [] if resumed is None else [resumed]
@@ -95,7 +95,7 @@ class Checkpoints:
             groups, manifest = self._groups(links), self.manifest()
             unless_copied.pop_all()
         self._saved.append(done)
-        self._written.begin(done)
+        self._completion.begin(done)
         self._write_under_way = self._thread.submit(self._write, done, groups, manifest, links)
 
     def wait(self) -> None:
@@ -131,7 +131,7 @@ class Checkpoints:
         self.wait()
         self._cluster.progress.enter("saving: waiting for all ranks")
         if self._state.done != self._resumed:
-            self._written.wait(self._state.done)
+            self._completion.wait(self._state.done)
             self._remove_old()  # the checkpoint that was kept until all ranks had written this one
 
     def forget(self) -> None:
@@ -200,14 +200,14 @@ class Checkpoints:
                 fix="make room (checkpoint.keep, too, says how many there are) and continue with run.resume=require: "
                 "earlier checkpoints are as they were",
             ) from error
-        self._written.add(done)
+        self._completion.add(done)
         self._remove_old()
 
     def _remove_old(self) -> None:
         kept = [step for step in self._saved if self._complete(step)][-self._config.keep :]
         if len(kept) == self._config.keep:
             for step in set(steps_in(self.folder)) - self._best():
-                if step < kept[0] and not self._written.keeps(step):
+                if step < kept[0] and not self._completion.keeps(step):
                     self._remove(step)
 
     def _best(self) -> set[int]:
@@ -220,7 +220,7 @@ class Checkpoints:
         remove_part(self.folder, step, self._own)
 
     def _complete(self, step: int) -> bool:
-        return step == self._resumed or self._written.complete(step)
+        return step == self._resumed or self._completion.complete(step)
 
 
 def slice_groups(pieces: Iterable[Piece], cluster: Cluster) -> Iterator[tuple[str, Iterator[Slice]]]:

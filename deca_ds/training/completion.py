@@ -12,8 +12,8 @@ from deca_ds.launch.progress import EVERYBODY
 from deca_ds.launch.world import Cluster
 
 
-class Written(Protocol):
-    """Steps of checkpoints, and who has written them."""
+class Completion(Protocol):
+    """Which checkpoints, by their steps, all ranks have written, and which must stay."""
 
     def begin(self, step: int) -> None:
         """Note that this rank is about to write the checkpoint of `step`."""
@@ -36,7 +36,7 @@ class Written(Protocol):
         ...
 
 
-class StoreCount:
+class CompletionByStore:
     """Counts in the job's store, to which every rank adds one for each checkpoint that it has written."""
 
     def __init__(self, cluster: Cluster, attempt: int, timeout_s: float):
@@ -44,22 +44,22 @@ class StoreCount:
         self._store = cluster.store.reconnect()  # a connection of its own: the thread's waits must not block others
 
     def begin(self, step: int) -> None:
-        """See Written."""
+        """See Completion."""
 
     def add(self, step: int) -> None:
-        """See Written."""
+        """See Completion."""
         self._store.add(self._key(step), 1)
 
     def complete(self, step: int) -> bool:
-        """See Written."""
+        """See Completion."""
         return self._store.add(self._key(step), 0) == self._cluster.launch.world_size
 
     def keeps(self, step: int) -> bool:
-        """See Written."""
+        """See Completion."""
         return False
 
     def wait(self, step: int) -> None:
-        """See Written."""
+        """See Completion."""
         progress = self._cluster.progress
         progress.wait_for(EVERYBODY)
         deadline = time.monotonic() + progress.deadline_s(self._timeout_s)
@@ -73,7 +73,7 @@ class StoreCount:
         return f"checkpoint/{self._attempt}/{step}"
 
 
-class Agreed:
+class CompletionByCommit:
     """Asks at every agreement (elastic/survivor_commit.py) whether all ranks have written: all of them are at the same
     inner step there, so that the same checkpoint is each one's last. Complete means that all survivors have written it.
 
@@ -91,7 +91,7 @@ class Agreed:
         commit.also_ask(Question(lambda: self._written == self._begun, self._heard))
 
     def begin(self, step: int) -> None:
-        """See Written. Whoever begins one has written the one before it."""
+        """See Completion. Whoever begins one has written the one before it."""
         self._before, self._begun = self._begun, step
         if not self._one_is_missing:
             self._begun_by_all.add(step)
@@ -101,19 +101,19 @@ class Agreed:
         return not self._absent.issuperset(self._commit.members.missing)
 
     def add(self, step: int) -> None:
-        """See Written."""
+        """See Completion."""
         self._written = step
 
     def complete(self, step: int) -> bool:
-        """See Written."""
+        """See Completion."""
         return step <= self._complete
 
     def keeps(self, step: int) -> bool:
-        """See Written."""
+        """See Completion."""
         return step == self._whole or step in self._begun_by_all | self._perhaps
 
     def wait(self, step: int) -> None:
-        """See Written."""
+        """See Completion."""
         # at least once: a rejoined client does not know what the others had agreed on before
         self._commit.run(lambda: None)
         while not self._all_have:

@@ -27,7 +27,7 @@ from deca_ds.launch.store import JobStore
 from deca_ds.launch.view import View
 from deca_ds.training import checkpoints as module
 from deca_ds.training.checkpoints import Checkpoints
-from deca_ds.training.completion import StoreCount
+from deca_ds.training.completion import CompletionByStore
 
 SHAPES = {"a": (3, 2), "b": (4,), "d": (3,)}
 LOW = {"d": torch.tensor([-1, 0, 3], dtype=torch.int16)}
@@ -92,9 +92,9 @@ def job(tmp_path: Path):
         client = OneRank()
         options = {"folder": tmp_path / "checkpoints", "attempt": 7, "timeout_s": 100.0, "resumed": resumed}
         schedule = Schedule(rounds=2, blocks=2, inner_steps=5)
-        written = StoreCount(cluster, 7, others_s)
+        completion = CompletionByStore(cluster, 7, others_s)
         state = TrainingState(client, SimpleNamespace(buffers=("m", "v")), schedule, gossip)
-        saver = Checkpoints(CheckpointConfig(**config), cluster, state, gossip, written, **options)
+        saver = Checkpoints(CheckpointConfig(**config), cluster, state, gossip, completion, **options)
         return Job(saver, client, store, state)
 
     return make

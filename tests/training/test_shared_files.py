@@ -30,7 +30,7 @@ from deca_ds.launch.view import View
 from deca_ds.tools.disk import Stored, disk_need, taken
 from deca_ds.training import checkpoints as module
 from deca_ds.training.checkpoints import Checkpoints
-from deca_ds.training.completion import StoreCount
+from deca_ds.training.completion import CompletionByStore
 
 SIZES = (3, 4, 6, 5)  # elements of a block each
 STORED = Stored(tuple(4 * n for n in SIZES), tuple(8 * n for n in SIZES), frozen=28, buffers=16)
@@ -77,7 +77,7 @@ class Trained:
         return iter([("c", torch.full((2,), self.done))])
 
 
-class Count(StoreCount):
+class Count(CompletionByStore):
     """late: another rank writes nothing, so that no checkpoint is complete."""
 
     late = False

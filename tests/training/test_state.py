@@ -29,7 +29,7 @@ from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.view import View
 from deca_ds.training.checkpoints import Checkpoints
-from deca_ds.training.completion import StoreCount
+from deca_ds.training.completion import CompletionByStore
 from deca_ds.training.restore import restore
 from deca_ds.training.resume import Resumption
 from deca_ds.transport.local import LocalNetwork
@@ -83,7 +83,7 @@ def save(state: TrainingState, ranks: int, shard: int, folder: Path) -> None:
     gossip = SimpleNamespace(schedule=SimpleNamespace(matrices=(np.eye(1),)))
     here = cluster(ranks, shard)
     options = {"folder": folder, "attempt": 1, "timeout_s": 100.0}
-    saver = Checkpoints(CheckpointConfig(), here, state, gossip, StoreCount(here, 1, 100.0), **options)
+    saver = Checkpoints(CheckpointConfig(), here, state, gossip, CompletionByStore(here, 1, 100.0), **options)
     saver.save()
     saver.wait()
 
