@@ -39,7 +39,7 @@ class ElasticAgent:
     """Subscribes to changes of the view, and adds its questions to every agreement of the commit.
 
     rejoinable: the transport over torch, which lets clients in; None over MPI. mixing: the matrices from the start of
-    the run. lookout: on leaders, with cluster.return_s. returns: whether this client stops training here to rejoin the
+    the run. lookout: on leaders, with cluster.return_s. rejoins: whether this client stops training here to rejoin the
     others.
     """
 
@@ -52,7 +52,7 @@ class ElasticAgent:
     metrics: Records
     stop: StopByCommit
     lookout: Lookout | None = None
-    returns: bool = field(default=False, init=False)
+    rejoins: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.commit.also_ask(Question(self.stop.answer, self.stop.heard))
@@ -71,7 +71,7 @@ class ElasticAgent:
         if self.rejoinable is not None and self.rejoinable.joining:
             newcomers = self.rejoinable.joining
             self.cluster.progress.enter("letting a client in")
-            self.rejoinable.admit()
+            self.rejoinable.connect_joining()
             for client in newcomers:
                 self.commit.run(partial(self._hand_over, client, state))
                 if client in self.cluster.members:
@@ -82,9 +82,9 @@ class ElasticAgent:
         """On a rejoining client, wait until it is let in, and take over a neighbour's state."""
         assert self.rejoinable is not None
         self.cluster.progress.enter("waiting to be let in")
-        self.rejoinable.enter()
+        self.rejoinable.wait_for_admission()
         self.cluster.progress.enter("taking over")
-        self.rejoinable.admit()
+        self.rejoinable.connect_joining()
         self.commit.run(lambda: receive(self.gossip.transport, self._giver(self.cluster.client), state))
         if state.stopping:
             self.stop.stop()
@@ -101,11 +101,11 @@ class ElasticAgent:
         return next((client for client in members.clients if client in sources), members.first)
 
     def _goes_first(self) -> bool:
-        """Whether this rank knows of no other part of the network that this part has to join."""
+        """Return whether this rank knows of no other part of the network that this part has to join."""
         return self.lookout is None or not self.lookout.found
 
     def _heard_of_another(self, all_say_no: bool) -> None:
-        if not all_say_no and not self.returns:
+        if not all_say_no and not self.rejoins:
             view = self.cluster.members
             self._warn(self._obey(Situation(view, subset.parts(self.gossip.schedule, view.clients), larger_part=True)))
 
@@ -131,7 +131,7 @@ class ElasticAgent:
         """Obey the policy, and return its reason."""
         verdict = decide(now, self.config)
         if verdict.action is not Action.CONTINUE:
-            self.returns |= verdict.action is Action.REJOIN
+            self.rejoins |= verdict.action is Action.REJOIN
             self.stop.stop()
         return verdict.why
 

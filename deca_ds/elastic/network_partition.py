@@ -18,7 +18,7 @@ _CONNECT_S = 2.0
 
 
 def goes_first(part: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether the clients of `part` continue and those of `other` rejoin them: the larger part continues; of two
+    """Return whether the clients of `part` continue and those of `other` rejoin them. The larger part continues; of two
     equally large ones, the one with the lowest client number. Both parts come to the same answer."""
     return (len(part), -min(part)) > (len(other), -min(other))
 

@@ -26,7 +26,7 @@ class QuorumClient:
 
     addresses: of every client's coordinator; at the start, of those that are there. timeout_s: for all ranks to come to
     an agreement. silence_s: see Coordinator. own: this client's coordinator, on its leader. rejoin: of a rejoining
-    client, which does not vote before `enter`. cut_off: set when this client is out, or out of the others' reach.
+    client, which does not vote before it is let in. cut_off: set when this client is out, or out of the others' reach.
     interrupted: set as soon as a client is dropped or a rank has voted no, until the next decision.
     """
 
@@ -60,7 +60,7 @@ class QuorumClient:
         """The current address of every client's coordinator."""
         return self._voter.addresses
 
-    def enter(self) -> Decision:
+    def wait_for_admission(self) -> Decision:
         """On a rejoining client, wait until an agreement of the others lets it in, and return that decision.
 
         Raises CutOffError if the coordinator is lost before.

@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroupGloo
 
 from deca_ds.elastic.agreement import YES, Decision
 from deca_ds.elastic.quorum_client import QuorumClient
-from deca_ds.elastic.reach import Attempts, pairs_apart, vote
 from deca_ds.elastic.survivor_commit import answers_in, bits
+from deca_ds.elastic.unreachable import Attempts, pairs_apart, vote
 from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store_site import StoreSite
@@ -53,15 +53,15 @@ class ReconnectingGloo(GlooTransport):
 
     @property
     def joining(self) -> tuple[int, ...]:
-        """The clients that the last agreement has let in, for `admit`."""
+        """The clients that the last agreement has let in, for `connect_joining`."""
         return () if self._announced is None else tuple(client for client, _, _ in self._announced.joining)
 
-    def enter(self) -> None:
+    def wait_for_admission(self) -> None:
         """On a rejoining client, wait until the others let it in."""
         with self.progress.waiting(EVERYBODY):
-            self._announced = self.votes.enter()
+            self._announced = self.votes.wait_for_admission()
 
-    def admit(self) -> None:
+    def connect_joining(self) -> None:
         """Connect the clients in `joining` with the others; all of them call this. Afterwards `members` says which
         clients are in."""
         assert self._announced is not None
@@ -103,8 +103,8 @@ class ReconnectingGloo(GlooTransport):
         while True:
             self._group = None
             view = View(before.number + 1, self.votes.clients, before.total)
-            speaks = self.rank == self.layout.leader_of(view.first)
-            decision = self._vote(YES, self._announcement(view) if speaks else "")
+            announces = self.rank == self.layout.leader_of(view.first)
+            decision = self._vote(YES, self._announcement(view) if announces else "")
             if decision.clients != view.clients:  # one more was lost, perhaps the one with the announcement
                 continue
             if view.clients != self.members.clients:

@@ -14,7 +14,7 @@ CONNECT_S = 5.0
 
 
 def is_in_reach(address: tuple[str, int]) -> bool:
-    """Whether this host can connect to `address`."""
+    """Return whether this host can connect to `address`."""
     with contextlib.suppress(OSError), socket.create_connection(address, CONNECT_S):
         return True
     return False

@@ -205,7 +205,7 @@ def _end(trainer: Trainer, guard: JobGuard, *, finished: bool) -> None:
     if finished and not trainer.config.checkpoint.every:  # it was for a failure before this
         trainer.meet()
         trainer.checkpoints.forget()
-    if trainer.agent is not None and trainer.agent.returns:
+    if trainer.agent is not None and trainer.agent.rejoins:
         guard.come_back("is in the smaller part of the network, or alone")
 
 

@@ -177,5 +177,5 @@ class Display:
 
 
 def _moves(stream: Any) -> bool:
-    """Whether text that is written to `stream` can be overwritten."""
+    """Return whether text that is written to `stream` can be overwritten."""
     return bool(stream.isatty()) and not Console(file=stream).is_dumb_terminal

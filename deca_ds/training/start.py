@@ -95,7 +95,7 @@ def _check(config: Config, launch: Launch, guard: JobGuard, mixing: MixingSchedu
     layout = ClientLayout.of(check_world(config, launch.world_size))
     guard.progress.watch(layout, config.cluster.timeout_s)
     check_method(config)
-    check_logging(config.logging, speaks=layout.shard_of(launch.rank) == 0)
+    check_logging(config.logging, reports=layout.shard_of(launch.rank) == 0)
     check_wait(config.gossip.wait_s, mixing)
     check_absent(config.cluster, mixing)
     check_on_failure(config, launch, edges=any(mixing.sends(t) for t in range(mixing.period)))

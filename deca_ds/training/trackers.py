@@ -49,9 +49,9 @@ def open_trackers(config: LoggingConfig, output: Path, name: str) -> list[Tracke
     return trackers
 
 
-def check_logging(config: LoggingConfig, *, speaks: bool = False) -> None:
-    """Raise ConfigError for what the logging needs and this host has not got. speaks: this process is to write metrics,
-    and so needs an account where there are any."""
+def check_logging(config: LoggingConfig, *, reports: bool = False) -> None:
+    """Raise ConfigError for what the logging needs and this host has not got. reports: whether this process is to write
+    metrics, and so needs an account where there are any."""
     wanted = {"logging.tensorboard=true": "tensorboard"} if config.tensorboard else {}
     if config.tracker != "none":
         wanted[f"logging.tracker={config.tracker}"] = config.tracker
@@ -62,7 +62,7 @@ def check_logging(config: LoggingConfig, *, speaks: bool = False) -> None:
                 where=setting.split("=")[0],
                 fix=f"pip install 'deca_ds[{package}]', or leave it off",
             )
-    if speaks and config.tracker == "wandb":
+    if reports and config.tracker == "wandb":
         _check_account()
 
 

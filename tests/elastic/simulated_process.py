@@ -6,7 +6,7 @@ what all say yes to, and after a loss meets those that are left. It yields what 
     busy, until when       a gradient
     meet, a key            messages, until all ranks of `members` have come to the same key; whether they have
     vote, bits, a place    a vote; the decision. place: for Checks
-    enter                  the decision by which it comes in
+    admission              the decision that lets it in
     done, clients          their ends
 """
 
@@ -65,14 +65,14 @@ class Process:
 
     def main(self, comes_back: bool) -> Iterator[tuple[Any, ...]]:
         if comes_back:
-            decision = yield ("enter",)
+            decision = yield ("admission",)
             self.members, self.joining = decision.clients, decision.everybody[len(decision.clients) :]
-            yield from self.admit(decision.number)
+            yield from self.connect_joining(decision.number)
             yield from self.together(("handover", self.client))
         while True:
             yield ("busy", self.job.now + self.job.random.uniform(0.5, 3.0))
             if newcomers := self.joining:
-                yield from self.admit(self.log[-1].number)
+                yield from self.connect_joining(self.log[-1].number)
                 for client in newcomers:
                     yield from self.together(("handover", client))
             if self.step >= self.job.steps:
@@ -87,7 +87,7 @@ class Process:
         self.job.end(self)
 
     def together(self, what: tuple[Any, ...], bit: int = 0) -> Iterator[tuple[Any, ...]]:
-        """SurvivorCommit.run"""
+        """See SurvivorCommit.run."""
         while True:
             if what == ("handover", self.client) and self.members == (self.client,):  # nobody is left to take over from
                 self.job.kill(self)
@@ -103,20 +103,20 @@ class Process:
                         self.step = self.job.handed[self.group, what]
                     self.job.checks.counts(self, decision, what)
                     return
-            yield from self.rebuild()
+            yield from self.reconnect()
 
-    def rebuild(self) -> Iterator[tuple[Any, ...]]:
-        """ReconnectingGloo._rebuild"""
+    def reconnect(self) -> Iterator[tuple[Any, ...]]:
+        """See ReconnectingGloo."""
         while True:
             self.members = self.voter.last.everybody
-            decision = yield ("vote", YES, ("rebuild", None, self.members))
+            decision = yield ("vote", YES, ("reconnect", None, self.members))
             if decision.clients == self.members and (yield from self.meet(decision.number)):
                 return
 
-    def admit(self, number: int) -> Iterator[tuple[Any, ...]]:
+    def connect_joining(self, number: int) -> Iterator[tuple[Any, ...]]:
         self.members, self.joining = (*self.members, *self.joining), ()
         if not (yield from self.meet(number)):
-            yield from self.rebuild()
+            yield from self.reconnect()
 
     def meet(self, number: int) -> Iterator[tuple[Any, ...]]:
         self.invite()
@@ -152,7 +152,7 @@ class Process:
     def go_on(self, answer: Any) -> None:
         if answer != (False,):  # giving up is no progress
             self.moved = self.job.now
-        if self.waits[0] in ("vote", "enter"):
+        if self.waits[0] in ("vote", "admission"):
             self.inbox.popleft()
         if isinstance(answer, UserError):
             self.job.checks.is_out(self)
@@ -189,7 +189,7 @@ class Process:
             if self.voter.out or self.job.now - self.moved > self.job.silence_s + 20.0:
                 self.job.kill(self)
             return
-        if self.waits[0] in ("enter", "done"):
+        if self.waits[0] in ("admission", "done"):
             return
         if self.waits[0] == "busy":
             self.moved = self.job.now

@@ -63,7 +63,7 @@ def test_a_death_and_a_return_change_the_matrices_and_are_told_once(capsys):
     (step, gone), (_, back) = rank.records
     assert step == 5 and gone["from_step"] == 5 and (gone["clients"], gone["missing"]) == ([0, 2, 3], [1])
     assert back["from_step"] == 6 and (back["clients"], back["missing"]) == ([0, 1, 2, 3], [])
-    assert not rank.agent.returns
+    assert not rank.agent.rejoins
 
 
 def test_a_job_that_starts_without_some_says_so(capsys):
@@ -78,10 +78,10 @@ def test_a_job_that_starts_without_some_says_so(capsys):
 
 def test_the_policy_is_obeyed(capsys):
     alone = Rank(min_clients=3)
-    assert not alone.sees(2, 0, 1) and not alone.agent.returns
+    assert not alone.sees(2, 0, 1) and not alone.agent.rejoins
     assert "clients 2, 3 gone; 2 of 4 are left, fewer than cluster.min_clients: stopping" in capsys.readouterr().err
     comes_back = Rank(min_clients=3, return_s=60.0)
-    assert not comes_back.sees(2, 0, 1) and comes_back.agent.returns
+    assert not comes_back.sees(2, 0, 1) and comes_back.agent.rejoins
     assert not Rank().sees(2, 0, 2), "the ring is torn"
     assert Rank(on_partition="continue").sees(2, 0, 2)
 
@@ -93,9 +93,9 @@ def test_a_larger_part_that_one_leader_sees_is_joined_by_all(capsys):
     rank.lookout.found = True
     assert not larger_part.answer()
     larger_part.heard(True)
-    assert rank.stop.may_pass(5) and not rank.agent.returns
+    assert rank.stop.may_pass(5) and not rank.agent.rejoins
     larger_part.heard(False)
     larger_part.heard(False)
-    assert not rank.stop.may_pass(5) and rank.agent.returns
+    assert not rank.stop.may_pass(5) and rank.agent.rejoins
     assert capsys.readouterr().err.count("is in reach again: clients 0, 1, 2, 3 will rejoin it") == 1
     assert len(Rank().questions) == 1, "without cluster.return_s nobody looks"

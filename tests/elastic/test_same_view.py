@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from jobs import free_port
-from test_votes import Job
+from quorum_job import Job
 
 from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.quorum_client import QuorumClient
@@ -52,12 +52,12 @@ class Rank:
         self.exchange(last=True)
         while not self.transport.joining:
             self.exchange(last=True)
-        self.transport.admit()
+        self.transport.connect_joining()
         self.exchange()
 
     def come_in(self) -> None:
-        self.transport.enter()
-        self.transport.admit()
+        self.transport.wait_for_admission()
+        self.transport.connect_joining()
         self.exchange()
 
 

@@ -165,12 +165,12 @@ def test_an_account_is_asked_for_where_one_is_needed(package, monkeypatch):
     package.logged_in = False
     check_logging(logging(package))
     if package.__name__ == "trackio":
-        check_logging(logging(package), speaks=True)
+        check_logging(logging(package), reports=True)
         return
     with pytest.raises(ConfigError, match=r"nobody is logged in(.|\n)*WANDB_MODE=offline"):
-        check_logging(logging(package), speaks=True)
+        check_logging(logging(package), reports=True)
     package.mode = "offline"
-    check_logging(logging(package), speaks=True)
+    check_logging(logging(package), reports=True)
 
     def refuse(prompt):
         raise package.Error("the key is not valid")
@@ -178,7 +178,7 @@ def test_an_account_is_asked_for_where_one_is_needed(package, monkeypatch):
     monkeypatch.setattr(package, "mode", "online")
     monkeypatch.setattr(package, "login", refuse)
     with pytest.raises(ConfigError, match="the key is not valid"):
-        check_logging(logging(package), speaks=True)
+        check_logging(logging(package), reports=True)
 
 
 @pytest.mark.parametrize("setting", ["tensorboard=true", "tracker=wandb", "tracker=trackio"])

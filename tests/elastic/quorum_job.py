@@ -1,0 +1,48 @@
+"""Clients that vote over real sockets, in one process: a coordinator for each client, a QuorumClient for each rank."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from deca_ds.elastic.agreement import Decision
+from deca_ds.elastic.quorum_client import QuorumClient
+from deca_ds.elastic.quorum_server import QuorumServer
+from deca_ds.launch.launcher import ClientLayout
+
+
+class Job:
+    """n clients of k ranks in threads; `kill` breaks a client's connections, like the end of its processes."""
+
+    def __init__(self, clients: int, ranks: int = 1, timeout_s: float = 20.0, silence_s: float = 60.0):
+        self.layout = ClientLayout(clients, ranks)
+        self.servers = [
+            QuorumServer(self.layout, client, "127.0.0.1", timeout_s, range(clients), silence_s)
+            for client in range(clients)
+        ]
+        addresses = {client: each.address for client, each in enumerate(self.servers)}
+        self.votes = [
+            QuorumClient(rank, self.layout, addresses, timeout_s, silence_s) for rank in range(clients * ranks)
+        ]
+
+    def vote(self, bits: dict[int, int], news: str = "") -> dict[int, Decision | Exception]:
+        def one(rank: int):
+            try:
+                return self.votes[rank].vote(bits[rank], f"{news}{rank}")
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(len(bits)) as pool:
+            return dict(zip(bits, pool.map(one, bits), strict=True))
+
+    def end(self, client: int) -> None:
+        """Like the end of its processes: connections break, nobody listens."""
+        for rank in self.layout.ranks_of(client):
+            votes = self.votes[rank]
+            votes._do(votes._voter.heard({"kind": "out", "why": "it has ended"}, 0.0))  # it looks for nobody
+            votes._line.end()
+        server = self.servers[client]
+        server._coordinator.retired = True  # its thread closes all
+
+
+def wait_until_connected(job: Job) -> None:
+    assert {decision.yes for decision in job.vote(dict.fromkeys(range(len(job.votes)), 1)).values()} == {1}
