@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deca_ds.algorithm.adam import AdamRule
-from deca_ds.algorithm.agreement import left_with_momentum
+from deca_ds.algorithm.contraction import contraction_with_momentum
 from deca_ds.algorithm.rule import State
 
 
@@ -179,7 +179,7 @@ class GasLoC(AdamRule):
     with mu the outer momentum; y_previous starts at theta. The paper's outer learning rate is 1 here, and its gossip
     step times the graph's Laplacian is I - W. The clients' mean then makes DiLoCo's outer step with outer_lr 1 on
     every graph. What keeps the clients apart follows the heavy ball method: an averaging leaves sqrt(mu) of it from
-    mu = (1 - sqrt(spectral gap))^2 on, which suits the graph best; see agreement. A step without a neighbour is an
+    mu = (1 - sqrt(spectral gap))^2 on, which suits the graph best; see contraction.py. A step without a neighbour is an
     inner step. State: m, v, previous. Adam's moments live on.
     """
 
@@ -192,8 +192,8 @@ class GasLoC(AdamRule):
         matrix, momentum = matrices[0], self.outer_momentum
         if len(matrices) > 1 or matrix.diagonal().min() == 1 or not torch.allclose(matrix, matrix.T):
             return []
-        plain = left_with_momentum(matrix, 0.0)
-        left = left_with_momentum(matrix, momentum)
+        plain = contraction_with_momentum(matrix, 0.0)
+        left = contraction_with_momentum(matrix, momentum)
         if plain > 1 - 1e-9 or left < plain + 0.005:  # nothing brings them together, or the numbers would look the same
             return []
         return [

@@ -31,7 +31,7 @@ def ended(run: Path) -> list[str]:
     return [name for name in (DONE, STOPPED, FAILED) if (run / name).is_file()]
 
 
-def is_word_of(run: Path, taken: Path) -> bool:
+def is_marked_since(run: Path, taken: Path) -> bool:
     """Return whether there is a marker of the job that has taken the folder last: one that is not older than the file
     `taken`, which that job wrote first. A job that continues a run leaves the marker of the one before until it has
     loaded."""

@@ -273,8 +273,8 @@ def _check_absent(config: Config) -> None:
 
 
 def check_output(config: Config) -> Path:
-    """Return the run's output folder. Raises ConfigError if it cannot be made, or holds more than the word of a job
-    that has just come to it, or was killed there."""
+    """Return the run's output folder. Raises ConfigError if it cannot be made, or holds more than LOCK, which a job
+    writes when it takes the folder, and leaves there if it is killed."""
     output = Path(config.run.output)
     check_writable(output, "run.output")
     if is_used(output):
@@ -283,12 +283,12 @@ def check_output(config: Config) -> Path:
 
 
 def is_used(output: Path) -> bool:
-    """Return whether the folder holds more than the word of a job that has just come to it."""
+    """Return whether the folder holds more than LOCK."""
     return output.is_dir() and holds_more(path.name for path in output.iterdir())
 
 
 def holds_more(names: Iterable[str]) -> bool:
-    """Return whether a folder with files of these names holds more than that."""
+    """Return whether a folder with files of these names holds more than LOCK."""
     return any(name != LOCK for name in names)
 
 

@@ -21,7 +21,7 @@ from deca_ds.config.checks import check
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import expand_all, look_for
 from deca_ds.config.schema import Config
-from deca_ds.config.written import check_argument, check_file, in_type, keys_of
+from deca_ds.config.yaml_text import check_argument, check_file, in_type, keys_of
 from deca_ds.errors import ConfigError
 
 _ROUNDS = 4  # of a run of which nobody says how long it is

@@ -11,7 +11,7 @@ from typing import Literal, Optional
 
 from deca_ds.config.data import DataConfig
 from deca_ds.config.key import at_least, inside, key, more_than, or_null
-from deca_ds.config.watching import CheckpointConfig, EvaluationConfig, LoggingConfig
+from deca_ds.config.monitoring import CheckpointConfig, EvaluationConfig, LoggingConfig
 
 # OmegaConf reads the annotations at run time: Optional[...] and Literal[...] stay spelt out.
 # ruff: noqa: RUF009, UP045

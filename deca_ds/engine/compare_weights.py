@@ -28,7 +28,7 @@ _SHOWN = 4
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # first and last-plus-one element of a row-major parameter that a rank holds, and their values, 1-D
-Slice = tuple[int, int, Tensor]
+HeldElements = tuple[int, int, Tensor]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class GivenWeights:
         self.untied = self._disagreeing(made)
         self._note_rounded()
 
-    def compare(self, model: nn.Module, own: Callable[[nn.Parameter], Slice]) -> None:
+    def compare(self, model: nn.Module, own: Callable[[nn.Parameter], HeldElements]) -> None:
         """Raise ModelError unless the loaded `model` has the files' values in its data type, and all are finite.
 
         own: what this rank has of a parameter. Persistent buffers, which every rank has whole, are set to the files'

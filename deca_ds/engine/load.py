@@ -37,7 +37,7 @@ from deca_ds.config.paths import check_model_path, look_for
 from deca_ds.config.schema import ModelConfig
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import adapter_plan, add_adapters
-from deca_ds.engine.compare_weights import GivenWeights, Slice
+from deca_ds.engine.compare_weights import GivenWeights, HeldElements
 from deca_ds.engine.heap import return_freed_memory
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.errors import ModelError
@@ -213,7 +213,7 @@ def load_model(config: Config, architecture: PretrainedConfig) -> PreTrainedMode
             )
     del zero_init
     if given is not None:
-        given.compare(model, _own_slice)
+        given.compare(model, _held_elements)
     internals.keep_whole(expert_lists(model))
     add_adapters(config, model)
     return_freed_memory()
@@ -238,7 +238,7 @@ def expert_lists(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(name) for name in dict.fromkeys(owners) if name not in lists]
 
 
-def _own_slice(parameter: nn.Parameter) -> Slice:
+def _held_elements(parameter: nn.Parameter) -> HeldElements:
     return *internals.shard_range(parameter), internals.shard(parameter)
 
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import networkx as nx
 
-from deca_ds.config.written import choices
+from deca_ds.config.yaml_text import choices
 from deca_ds.errors import GossipError
 
 Graphs: TypeAlias = "tuple[nx.DiGraph[int], ...]"

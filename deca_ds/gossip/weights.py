@@ -13,7 +13,7 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 
-from deca_ds.config.written import choices
+from deca_ds.config.yaml_text import choices
 from deca_ds.errors import GossipError
 
 WEIGHTS_KEY = "gossip.weights"

@@ -14,8 +14,8 @@ from torch import nn
 
 from deca_ds.algorithm import BlockPlan, Rule, Schedule, parameter_shapes
 from deca_ds.checkpoint.steps import FOLDER
+from deca_ds.config.monitoring import CheckpointConfig
 from deca_ds.config.schema import ModelConfig
-from deca_ds.config.watching import CheckpointConfig
 
 _FLOAT32 = 4
 

@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended, is_word_of
+from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended, is_marked_since
 from deca_ds.config.checks import LOCK, SAVED_CONFIG, STARTS
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import look_for
@@ -107,9 +107,9 @@ def watch(
 def look(folder: Path) -> State:
     """Read how the run stands. Raises CheckpointError for a folder that is no run's."""
     markers = ended(folder)  # before the heartbeats, which stop then
-    is_word = is_word_of(folder, folder / LOCK)
+    has_ended = is_marked_since(folder, folder / LOCK)
     beats = _beats(folder)
-    if not is_word and any(beat.silent_s() <= SILENCE_S for beat in beats):
+    if not has_ended and any(beat.silent_s() <= SILENCE_S for beat in beats):
         markers = []  # of the job before: one that continues the run is loading
     clients = {beat.client for beat in beats if beat.client is not None}
     losses = {client: _last_loss(folder / "metrics" / f"client_{client:03d}.jsonl") for client in clients}

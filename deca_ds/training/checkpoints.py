@@ -22,7 +22,7 @@ from deca_ds.checkpoint.links import Links, link_files
 from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import file_name, save_shards
-from deca_ds.config.watching import CheckpointConfig
+from deca_ds.config.monitoring import CheckpointConfig
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import FROZEN, Piece, Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError, DivergedError

@@ -3,8 +3,8 @@
 The file LOCK names who has it: host, process, start. It is created exclusively, and its creator holds a lock on it that
 ends with the process, however that ends. So a job that comes second is refused, and a file that a killed job left
 stands in nobody's way. A lock says nothing where the file system has none or keeps it on one host, nor of a job whose
-first rank is gone while others continue. So a job that finds the file of one that left no word of its end takes the
-folder only if no rank there shows a sign of life.
+first rank is gone while others continue. So a job that finds the file of one that left no marker of its end takes
+the folder only if no rank there shows a sign of life.
 
 A rank that joins a job by itself does not take the folder, but its own place there, in the same way.
 """
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from deca_ds.checkpoint.done import is_word_of
+from deca_ds.checkpoint.done import is_marked_since
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch import Launch
@@ -266,7 +266,7 @@ def _wait_for_word(descriptor: int, locked: bool | None) -> Holder | None:
 
 def _shows_life(output: Path, holder: Holder | None, locked: bool | None) -> bool:
     """Return whether the job that has left its file in the folder may still be at work."""
-    if is_word_of(output, output / LOCK):
+    if is_marked_since(output, output / LOCK):
         return False
     if holder is not None and holder.host == socket.gethostname() and not locked:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_ds.algorithm import Schedule
-from deca_ds.config.watching import LoggingConfig
+from deca_ds.config.monitoring import LoggingConfig
 from deca_ds.printing import print_wrapped
 from deca_ds.training.pace import Pace, duration
 from deca_ds.watchdog.heartbeats import Heartbeat

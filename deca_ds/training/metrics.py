@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deca_ds.algorithm import Schedule, Step
-from deca_ds.config.watching import LoggingConfig
+from deca_ds.config.monitoring import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from deca_ds.config.watching import LoggingConfig
+from deca_ds.config.monitoring import LoggingConfig
 from deca_ds.errors import ConfigError
 from deca_ds.printing import print_wrapped
 

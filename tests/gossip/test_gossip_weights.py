@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deca_ds.config.written import choices
+from deca_ds.config.yaml_text import choices
 from deca_ds.errors import GossipError
 from deca_ds.gossip import weights
 from deca_ds.gossip.graphs import build_graphs

@@ -1,4 +1,5 @@
-"""How fast clients agree by a rule's averagings alone, without local steps: what a rule can say of a graph beforehand.
+"""The contraction of a rule's averagings: the part of the clients' distance to their mean that each of them leaves. It
+tells, before a run, whether a graph suits a rule; local steps are left out of it.
 
 Matrices are the W of one period of averagings, each [n, n], float64 and doubly stochastic.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 _AVERAGINGS = 100  # of which half of a computed rate is the mean, at least
 
 
-def left_with_momentum(matrix: Tensor, momentum: float) -> float:
+def contraction_with_momentum(matrix: Tensor, momentum: float) -> float:
     """Return what an averaging with momentum leaves of the clients' distance to their mean, in the long run at worst.
 
     matrix: a symmetric W. Without local steps x_(t+1) = W x_t + mu (x_t - x_(t-1)), the heavy ball method, makes of an
@@ -25,7 +26,7 @@ def left_with_momentum(matrix: Tensor, momentum: float) -> float:
     return float(((trace.abs() + root) / 2).clamp(min=math.sqrt(momentum)).max())
 
 
-def left_with_correction(matrices: Sequence[Tensor], correction: float) -> float:
+def contraction_with_correction(matrices: Sequence[Tensor], correction: float) -> float:
     """Return what an averaging of exact diffusion leaves of the clients' distance to their mean, in the long run.
 
     Without local steps d_t = x_t - x_(t-1), and x_(t+1) = (I + W) / 2 (x_t + c d_t). From a drawn start, the geometric

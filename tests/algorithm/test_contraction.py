@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from deca_ds.algorithm.agreement import left_with_correction, left_with_momentum
+from deca_ds.algorithm.contraction import contraction_with_correction, contraction_with_momentum
 from deca_ds.algorithm.methods import build_rule
 from deca_ds.config.schema import AlgorithmConfig, GossipConfig
-from deca_ds.config.written import choices
+from deca_ds.config.yaml_text import choices
 from deca_ds.errors import UserError
 from deca_ds.gossip.schedule import build_mixing
 
@@ -42,17 +42,17 @@ def test_gasloc_shrinks_a_disagreement_at_the_predicted_rate(graph, momentum):
         sizes.append(max(1e-300, float(state["theta"].norm())))
     rate = (max(sizes[150:]) / max(sizes[50:60])) ** (1 / 100)
     if sizes[-1] > 1e-12:
-        assert rate == pytest.approx(left_with_momentum(mixed, momentum), rel=0.01)
-    assert left_with_momentum(mixed, 0.0) == pytest.approx(1 - gap_of(graph, 8))
+        assert rate == pytest.approx(contraction_with_momentum(mixed, momentum), rel=0.01)
+    assert contraction_with_momentum(mixed, 0.0) == pytest.approx(1 - gap_of(graph, 8))
 
 
 def test_the_best_momentum_of_a_graph_shrinks_disagreement_faster_than_any_other():
     gap, (matrix,) = gap_of("ring", 8), matrices_of("ring", 8)
     best = (1 - math.sqrt(gap)) ** 2
-    assert left_with_momentum(matrix, best) == pytest.approx(math.sqrt(best), rel=1e-6) == 1 - math.sqrt(gap)
-    assert left_with_momentum(matrix, 0.9) == pytest.approx(math.sqrt(0.9))
+    assert contraction_with_momentum(matrix, best) == pytest.approx(math.sqrt(best), rel=1e-6) == 1 - math.sqrt(gap)
+    assert contraction_with_momentum(matrix, 0.9) == pytest.approx(math.sqrt(0.9))
     for other in (best / 2, 1.5 * best, 0.9):
-        assert left_with_momentum(matrix, other) > left_with_momentum(matrix, best) + 0.05
+        assert contraction_with_momentum(matrix, other) > contraction_with_momentum(matrix, best) + 0.05
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_exact_diffusion_s_usual_correction_brings_clients_together_on_every_gra
         matrices = matrices_of(graph, clients)
     except UserError:
         pytest.skip(f"there is no {graph} of {clients} clients")
-    assert left_with_correction(matrices, USUAL) < 0.99
+    assert contraction_with_correction(matrices, USUAL) < 0.99
     assert build_rule("deca-ed", correction=USUAL).doubts(matrices) == []
 
 
@@ -92,8 +92,8 @@ def test_what_a_correction_leaves_is_the_largest_root_of_the_averaging_s_slowest
     """z^2 - (1 + c) w z + c w for the eigenvalues w of (I + W) / 2: with c = 0.9 all roots are complex."""
     (matrix,) = matrices_of("ring", 8)
     slowest = float(torch.linalg.eigvalsh((torch.eye(8) + matrix) / 2)[-2])
-    assert left_with_correction([matrix], 0.9) == pytest.approx(math.sqrt(0.9 * slowest), abs=0.01)
-    assert left_with_correction(matrices_of("complete", 4), 0.0) == pytest.approx(0.5, abs=1e-6)
+    assert contraction_with_correction([matrix], 0.9) == pytest.approx(math.sqrt(0.9 * slowest), abs=0.01)
+    assert contraction_with_correction(matrices_of("complete", 4), 0.0) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_a_correction_that_drives_clients_apart_is_warned_of():
