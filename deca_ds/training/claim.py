@@ -1,10 +1,9 @@
 """One run, one folder: a job takes its output folder for itself before it writes anything there.
 
-The file LOCK names who has it: host, process, start. It is created exclusively, and its creator holds a lock on it that
-ends with the process, however that ends. So a job that comes second is refused, and a file that a killed job left
-stands in nobody's way. A lock says nothing where the file system has none or keeps it on one host, nor of a job whose
-first rank is gone while others continue. So a job that finds the file of one that left no marker of its end takes
-the folder only if no rank there shows a sign of life.
+The file LOCK names the process that has it (lock_file.py). It is created exclusively, so that a job that comes second
+is refused; a file that a killed job left stands in nobody's way. A lock says nothing where the file system has none or
+keeps it on one host, nor of a job whose first rank is gone while others continue. So a job that finds the file of one
+that left no marker of its end takes the folder only if no rank there shows a sign of life.
 
 A rank that joins a job by itself does not take the folder, but its own place there, in the same way.
 """
@@ -12,24 +11,18 @@ A rank that joins a job by itself does not take the folder, but its own place th
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import secrets
-import socket
-import struct
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from deca_ds.checkpoint.done import is_marked_since
 from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch import Launch
+from deca_ds.training.lock_file import Holder, give_back, hold, is_free, is_there, job_of, lock, wait_for_holder
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import PERIOD_S
 from deca_ds.watchdog.stop import forget_request
@@ -38,37 +31,6 @@ if TYPE_CHECKING:
     from deca_ds.launch.store import JobStore
 
 _WATCH_S = 3 * PERIOD_S  # for a sign of life
-_WRITTEN_S = 2.0  # for the process that has just created the file to write into it
-_FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
-_held: dict[Path, tuple[int, str]] = {}  # what this process has taken: file descriptor, which stays open, and job
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Which process has a folder. job: a name that no other job has. created: when the process started, in seconds
-    since 1970. started: the same for people."""
-
-    job: str
-    host: str
-    pid: int
-    created: float
-    started: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, started {self.started}"
-
-    @staticmethod
-    def this_process(job: str) -> Holder:
-        """Make the holder that this process is."""
-        created = psutil.Process().create_time()
-        return Holder(job, socket.gethostname(), os.getpid(), created, time.strftime("%Y-%m-%d %H:%M:%S"))
-
-    @staticmethod
-    def read(descriptor: int) -> Holder | None:
-        """Read the holder from an open file; None if the file is empty or only partly written."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
-        return None
 
 
 def take_for_job(output: Path, launch: Launch, store: JobStore, check: Callable[[], object]) -> None:
@@ -89,8 +51,8 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
     Raises ConfigError if another job has it.
     """
     file = output.resolve() / LOCK
-    if file in _held:
-        return _held[file][1]
+    if (mine := job_of(file)) is not None:
+        return mine
     check()
     job = job or secrets.token_hex(8)
     try:
@@ -112,15 +74,15 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
 def check_free(output: Path) -> None:
     """Raise ConfigError if another job has the folder, by the rule of `take`, but without taking it."""
     file = output.resolve() / LOCK
-    if file in _held:  # and closing it here would give up the lock
+    if job_of(file) is not None:  # and closing it here would give up the lock
         return
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError:
         return
     try:
-        locked = _is_free(descriptor)
-        holder = _wait_for_word(descriptor, locked)
+        locked = is_free(descriptor)
+        holder = wait_for_holder(descriptor, locked)
         if locked is False or _shows_life(output, holder, locked):
             raise _taken(file, output, holder)
     finally:
@@ -141,19 +103,18 @@ def take_place(output: Path, rank: int) -> None:
         file.parent.mkdir(exist_ok=True)
         while True:
             descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
-            if _lock(descriptor) is False:
+            if lock(descriptor) is False:
                 break
             with contextlib.suppress(FileNotFoundError):  # its holder has left the place meanwhile
                 if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                    _sign(descriptor, "")
-                    _held[file] = descriptor, ""
+                    hold(file, descriptor, "")
                     return
             os.close(descriptor)
     except OSError as error:
         raise ConfigError(
             f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {file}"
         ) from error
-    holder = _wait_for_word(descriptor, False)
+    holder = wait_for_holder(descriptor, False)
     os.close(descriptor)
     raise LaunchError(
         f"another process joins the job as rank {rank}, or has joined it" + f": {holder}" * (holder is not None),
@@ -164,7 +125,7 @@ def take_place(output: Path, rank: int) -> None:
 
 def leave_place(output: Path, rank: int) -> None:
     """Give the place of `rank` back, because this process does not join the job after all."""
-    _give_back(_place(output, rank))
+    give_back(_place(output, rank))
 
 
 def _place(output: Path, rank: int) -> Path:
@@ -174,12 +135,8 @@ def _place(output: Path, rank: int) -> Path:
 def check_held(output: Path) -> None:
     """Raise ConfigError if the folder that this process has taken is no longer there; of others it knows nothing."""
     file = output.resolve() / LOCK
-    descriptor, _ = _held.get(file, (None, ""))
-    if descriptor is None:
+    if job_of(file) is None or is_there(file):
         return
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-            return
     raise ConfigError(
         f"the output folder {str(output)!r} was moved or removed during the run",
         where=f"run.output, {file}",
@@ -190,16 +147,7 @@ def check_held(output: Path) -> None:
 
 def release(output: Path) -> None:
     """Give back a folder in which no job continues, and remove it if it is empty."""
-    _give_back(output.resolve() / LOCK)
-
-
-def _give_back(file: Path) -> None:
-    descriptor, _ = _held.pop(file, (None, ""))
-    if descriptor is not None:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
-        with contextlib.suppress(OSError):  # other files are there
-            file.parent.rmdir()
+    give_back(output.resolve() / LOCK)
 
 
 def _create(file: Path, output: Path, job: str) -> None:
@@ -209,9 +157,9 @@ def _create(file: Path, output: Path, job: str) -> None:
         except FileExistsError:
             descriptor, created = os.open(file, os.O_RDWR), False
         try:
-            locked = _lock(descriptor)
+            locked = lock(descriptor)
             if not created or locked is False:
-                holder = _wait_for_word(descriptor, locked)
+                holder = wait_for_holder(descriptor, locked)
                 if holder is not None and holder.job == job:
                     os.close(descriptor)
                     return
@@ -225,53 +173,15 @@ def _create(file: Path, output: Path, job: str) -> None:
             os.close(descriptor)
             raise
         os.close(descriptor)
-    _sign(descriptor, job)
-    _held[file] = descriptor, job
-
-
-def _sign(descriptor: int, job: str) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(Holder.this_process(job))).encode() + b"\n", 0)
-    os.fsync(descriptor)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Try to lock the file; returns whether this process has the lock, None if the file system has no locks."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _is_free(descriptor: int) -> bool | None:
-    """Return whether this process would get the lock now. It does not take it, because a job that starts at this moment
-    would find it taken. None if the file system has no locks."""
-    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    try:
-        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
-    except OSError:
-        return None
-    return bool(struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK)
-
-
-def _wait_for_word(descriptor: int, locked: bool | None) -> Holder | None:
-    deadline = time.monotonic() + (0.0 if locked else _WRITTEN_S)
-    while (holder := Holder.read(descriptor)) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holder
+    hold(file, descriptor, job)
 
 
 def _shows_life(output: Path, holder: Holder | None, locked: bool | None) -> bool:
     """Return whether the job that has left its file in the folder may still be at work."""
     if is_marked_since(output, output / LOCK):
         return False
-    if holder is not None and holder.host == socket.gethostname() and not locked:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if abs(psutil.Process(holder.pid).create_time() - holder.created) < 1.0:
-                return True
+    if holder is not None and not locked and holder.is_alive:
+        return True
     before, deadline = _heartbeats(output), time.monotonic() + _WATCH_S
     while before and time.monotonic() < deadline:
         time.sleep(0.1)
