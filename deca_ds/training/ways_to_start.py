@@ -59,9 +59,12 @@ class Start(ABC):
         """Make the schedule of the run, and so its length, which the first rank prints."""
 
     @abstractmethod
-    def agree(self, job: Job, client: Client, vocabulary: str) -> int:
-        """Return the number of this attempt at the run, one for all ranks. Raises LaunchError unless all clients start
-        from the same model."""
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """Raise LaunchError unless the clients start from models that belong together."""
+
+    @abstractmethod
+    def attempt(self, job: Job, client: Client) -> int:
+        """Return the number of this attempt at the run, the same on all ranks."""
 
     @abstractmethod
     def restore(self, job: Job, state: TrainingState) -> None:
@@ -105,9 +108,8 @@ class _Together(Start):
                 print_wrapped(f"WARNING: {warning}")
         return schedule
 
-    def agree(self, job: Job, client: Client, vocabulary: str) -> int:
+    def attempt(self, job: Job, client: Client) -> int:
         """See Start. The first client's leader draws it."""
-        self._compare_models(job, client, vocabulary)
         drawn = gather_json(job.transport, secrets.randbits(48))[0]
         return int(client.client_sum(drawn if job.cluster.is_leader else 0))
 
@@ -138,13 +140,16 @@ class _Together(Start):
     def _check_schedule(self, job: Job, schedule: Schedule) -> None:
         """Raise UserErrors if the run cannot continue with this schedule."""
 
-    @abstractmethod
-    def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """Raise LaunchError unless all clients start from the same model and tokenizer."""
-
 
 class NewRun(_Together):
     """Starts from the weights of the model."""
+
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """See Start. They are the same model and tokenizer."""
+        cluster = job.cluster
+        cluster.progress.enter("comparing the models", works=True)
+        digests = {"initial parameters": digest_of_start(client, cluster.layout), "tokenizer": vocabulary}
+        compare_start(cluster.launch, cluster.store, digests, cluster.ranks if cluster.layout.even else 1)
 
     def restore(self, job: Job, state: TrainingState) -> None:
         """See Start."""
@@ -166,12 +171,6 @@ class NewRun(_Together):
     def _check_schedule(self, job: Job, schedule: Schedule) -> None:
         """Accept any schedule."""
 
-    def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        cluster = job.cluster
-        cluster.progress.enter("comparing the models", works=True)
-        digests = {"initial parameters": digest_of_start(client, cluster.layout), "tokenizer": vocabulary}
-        compare_start(cluster.launch, cluster.store, digests, cluster.ranks if cluster.layout.even else 1)
-
 
 class ResumedRun(_Together):
     """Continues from a checkpoint; the run's folder was taken when the checkpoint was chosen."""
@@ -181,6 +180,9 @@ class ResumedRun(_Together):
         super().__init__()
         self.resumption, self.resumed, self._rounds = resumption, resumption.step, rounds
         self._to_save: list[dict[str, Any]] = []  # of the clients' data, on the first rank
+
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """Compare nothing: the checkpoint has each client's own model."""
 
     def restore(self, job: Job, state: TrainingState) -> None:
         """See Start. Removes the DONE of a run that had finished."""
@@ -216,9 +218,6 @@ class ResumedRun(_Together):
         if job.cluster.is_job_leader and len(schedule) != place["of"]:
             print_wrapped(tell_other_length(job.config, schedule, place))
 
-    def _compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
-        """Compare nothing: the checkpoint has each client's own model."""
-
 
 class RejoinedRun(Start):
     """Rejoins as a client that the others continued without, and that they have invited."""
@@ -236,8 +235,11 @@ class RejoinedRun(Start):
         """See Start. It is the job's."""
         return build_schedule(job.config, len(client.plan.blocks), self._invitation.rounds)
 
-    def agree(self, job: Job, client: Client, vocabulary: str) -> int:
-        """See Start. The number is the job's. Models need not be compared, as a neighbour's is taken over."""
+    def compare_models(self, job: Job, client: Client, vocabulary: str) -> None:
+        """Compare nothing: this client takes over a neighbour's model."""
+
+    def attempt(self, job: Job, client: Client) -> int:
+        """See Start. It is the job's."""
         return self._invitation.attempt
 
     def restore(self, job: Job, state: TrainingState) -> None:
