@@ -175,7 +175,7 @@ def test_lines_of_a_document_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", [*DOCUMENTS, *EXAMPLES, *TEMPLATES], ids=name)
 def test_commands_are_understood_or_carry_a_mark(path: Path) -> None:
     """Those that start the trainer, and those of `deca`, also where one starts the other. Others are run by tests, or
-    the reader is told that they are not."""
+    whoever changes the page sees that they are not."""
     for words, marked in marked_commands(path.read_text(encoding="utf-8")):
         understood = understand(words)
         for arguments in understood:
@@ -184,10 +184,19 @@ def test_commands_are_understood_or_carry_a_mark(path: Path) -> None:
         assert marked != bool(understood or is_run(words)), f"{' '.join(words)}: {NO_TEST} if no test knows it"
 
 
-@pytest.mark.parametrize("command", ["make demo", "make test # (no test)", "deca plan --config x.yaml  # (no test)"])
-def test_a_command_with_neither_or_both_is_noticed(tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    ("mark", "commands"),
+    [
+        ("", "make demo"),
+        (" no test", "make test"),
+        (" no test", "deca plan --config x.yaml"),
+        (" no test: make demo; make", "make demo\nmake test"),
+        (" no test: make test", "make demo"),
+    ],
+)
+def test_a_command_with_neither_or_both_is_noticed(tmp_path: Path, mark: str, commands: str) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"```bash\n{command}\n```\n")
+    page.write_text(f"```bash{mark}\n{commands}\n```\n")
     with pytest.raises(AssertionError, match="if no test knows it"):
         test_commands_are_understood_or_carry_a_mark(page)
 
