@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers.utils import logging
 from deca_ds.checkpoint.adapters import MergedModel
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.errors import CheckpointError
+from deca_ds.plural import first_few
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-_NAMES_SHOWN = 5
+_some = partial(first_few, most=5)  # names in a message
 _LOAD_FIX = "export with the transformers version of the run"
 
 
@@ -79,7 +81,7 @@ def reload_model(folder: Path, *, trust_remote_code: bool) -> None:
             _, info = model_and_info
     except Exception as error:  # whatever keeps it from loading, the export is not good
         raise CheckpointError(f"the export does not load: {error}", fix=_LOAD_FIX) from error
-    problems = [f"{what.replace('_', ' ')}: {_some(map(str, found))}" for what, found in info.items() if found]
+    problems = [f"{what.replace('_', ' ')}: {_some(found)}" for what, found in info.items() if found]
     if problems:
         raise CheckpointError(f"the export loads with {'; '.join(problems)}", fix=_LOAD_FIX)
 
@@ -108,9 +110,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -59,7 +59,7 @@ def tell_files(data: DataConfig, client: int | None = None) -> list[str]:
             told.append(f"data.{key}: {', '.join(names)}")
         trained = trained or found
         if trained is not found and (both := found.also_in(trained)):
-            told.append(f"WARNING: data.{key} scores on what is trained on: {some(map(str, both))}")
+            told.append(f"WARNING: data.{key} scores on what is trained on: {some(both)}")
     return told
 
 

@@ -10,9 +10,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from deca_ds.errors import DataError
+from deca_ds.plural import first_few
 
 LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")  # the kinds that data.column_names applies to
@@ -48,7 +50,7 @@ _SPLITS = {
 }  # what names of files and folders say of a data set's parts
 _WORD_ENDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 _SHARD = re.compile(r"(|.*\D)(\d+)[-_]of[-_](\d+)(\D.*)")  # one of so many files of a data set
-_SHOWN = 8  # names in a line
+some = partial(first_few, most=8)  # names in a line
 
 
 def kind_of(path: Path) -> str:
@@ -83,7 +85,7 @@ class Found:
 
     def __str__(self) -> str:
         files = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
-        read = f"{files}: {some(map(str, self.files))}" if self.files else "no file"
+        read = f"{files}: {some(self.files)}" if self.files else "no file"
         if not self.left_out:
             return read
         return f"{read}; left out: {some(f'{path} ({why})' for path, why in self.left_out.items())}"
@@ -182,13 +184,13 @@ def _check_one_meaning(data: list[Path], entry: str, key: str) -> None:
     rows = [file for file in data if kind_of(file) != DOCUMENT]
     if documents and rows:
         raise DataError(
-            f"{entry!r} holds files of rows ({some(map(str, rows))}) and whole texts ({some(map(str, documents))})",
+            f"{entry!r} holds files of rows ({some(rows)}) and whole texts ({some(documents)})",
             where=key,
             fix="name those that are meant, for example with a glob for each kind",
         )
     splits = _splits(data)
     if "train" in splits and len(splits) > 1:
-        parts = "; ".join(f"{split}: {some(map(str, files))}" for split, files in splits.items())
+        parts = "; ".join(f"{split}: {some(files)}" for split, files in splits.items())
         raise DataError(
             f"{entry!r} holds several parts of a data set ({parts})",
             where=key,
@@ -259,10 +261,3 @@ def _current(folder: Path) -> set[str] | None:
         return {str(file["filename"]) for file in read["_data_files"]}
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def some(names: Iterable[str]) -> str:
-    """Name the first few, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
-    return ", ".join(every[:_SHOWN]) + more

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +24,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.modeling_utils import load_state_dict
 
 from deca_ds.errors import ModelError
+from deca_ds.plural import first_few
 
-_SHOWN = 4
+_some = partial(first_few, most=4)  # names in a message
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # first and last-plus-one element of a row-major parameter that a rank holds, and their values, 1-D
@@ -170,7 +172,8 @@ class GivenWeights:
             raise self._error(f"quantised weights: {_some(types)}", "give the weights in float32, bfloat16 or float16")
         if shapes:
             raise self._error(
-                f"mismatched shapes: {_some(shapes, '; ')}", "give the config.json that belongs to these weights"
+                f"mismatched shapes: {_some(shapes, between='; ')}",
+                "give the config.json that belongs to these weights",
             )
         return made
 
@@ -252,8 +255,3 @@ class GivenWeights:
 
     def _error(self, what: str, fix: str) -> ModelError:
         return ModelError(f"the weights of {self._path!r}: {what}", where="model.path", fix=fix)
-
-
-def _some(names: Iterable[str], between: str = ", ") -> str:
-    names = list(names)
-    return between.join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

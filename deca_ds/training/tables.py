@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_ds.algorithm import BlockPlan
-from deca_ds.plural import several
+from deca_ds.plural import first_few, several
 from deca_ds.printing import print_line, print_wrapped
 
 
@@ -65,7 +65,7 @@ def warn_of_blocks(console: Console, plan: BlockPlan) -> None:
     if plan.beside:
         print_line(
             console,
-            f"frozen: {several(len(plan.beside), 'parameter')} for other input than text ({_some(plan.beside)})",
+            f"frozen: {several(len(plan.beside), 'parameter')} for other input than text ({first_few(plan.beside, 3)})",
         )
 
 
@@ -77,7 +77,7 @@ def warn_of_experts(console: Console, fused: Sequence[str], gradient_checkpointi
     if fused and not gradient_checkpointing:
         print_line(
             console,
-            f"WARNING: without model.gradient_checkpointing=true, fused experts ({_some(fused)}) stay "
+            f"WARNING: without model.gradient_checkpointing=true, fused experts ({first_few(fused, 3)}) stay "
             "whole on every rank between the forward and the backward pass, in all layers from the active block on",
         )
 
@@ -86,9 +86,5 @@ def untrained(label: str, names: Sequence[str]) -> str:
     """Name the parameters of a block that no gradient has reached in a whole activation."""
     return (
         f"no gradient reached {len(names)} parameter{'s' if len(names) > 1 else ''} of block {label!r} while it was "
-        f"active ({_some(names)}): this data does not use them, and they stay as they are"
+        f"active ({first_few(names, 3)}): this data does not use them, and they stay as they are"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,6 +16,7 @@ import yaml
 
 from deca_ds.checkpoint.done import FAILED, ended
 from deca_ds.errors import CheckpointError
+from deca_ds.plural import first_few
 from deca_ds.tools.report import parsing
 from deca_ds.tools.report.parsing import number
 from deca_ds.tools.report.records import Run
@@ -55,8 +56,7 @@ def _check(folder: Path) -> None:
     elif not folder.is_dir():
         what = f"{str(folder)!r} is a file"
     elif within := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
-        more = f" and {len(within) - 5} more" if len(within) > 5 else ""
-        fix = f"name the runs in it: {', '.join(within[:5])}{more}"
+        fix = f"name the runs in it: {first_few(within, 5)}"
     raise CheckpointError(what, where="deca report", fix=fix)
 
 
@@ -142,8 +142,8 @@ class _Folder:
     def _note_missing(self, clients: Sequence[int]) -> None:
         if not clients:
             return
-        shown = ", ".join(map(str, clients[:8])) + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
-        self.notes.append(f"no metrics of client {shown} in this folder: not begun, or written on another host")
+        missing = first_few(clients, 8)
+        self.notes.append(f"no metrics of client {missing} in this folder: not begun, or written on another host")
 
     def _lost(self) -> dict[int, str]:
         """Return why clients ended without the others, as far as they could still write that."""
