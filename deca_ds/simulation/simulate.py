@@ -22,6 +22,7 @@ from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.chosen_method import step_learning_rate
 from deca_ds.training.divergence import diverged
 from deca_ds.training.evaluation import MEAN, average, empty_totals, summarize, take_in
+from deca_ds.training.pace import evaluates
 
 SPREAD_COLUMNS = 1 << 14  # of all clients at a time: what a processor's cache holds in double precision
 
@@ -80,8 +81,8 @@ class Simulation:
             if step.closes:
                 self._note_untrained(step, local_steps)
             yield record
-            done, every = step.index + 1, self.config.evaluation.every
-            if done == len(self.schedule) or (every > 0 and done % every == 0):
+            done = step.index + 1
+            if evaluates(done, len(self.schedule), self.config.evaluation.every):
                 self._evaluate(done)
 
     def _open(self, block: int) -> list[LocalSteps]:
