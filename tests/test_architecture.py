@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "plural": set(),
     "printing": set(),
+    "run_folder": set(),
     "config": set(),
     "algorithm": set(),
     "data": {"config"},
@@ -75,7 +76,7 @@ def test_a_module_imports_what_its_folder_may(path):
     part = part_of(path)
     own = {name.split(".")[1] for name in imports(path) if name.startswith("deca_ds.")}
     if part != "__init__":
-        assert own <= MAY_IMPORT[part] | {part, "errors", "plural", "printing"}
+        assert own <= MAY_IMPORT[part] | {part, "errors", "plural", "printing", "run_folder"}
     if part == "algorithm":
         others = {name.split(".")[0] for name in imports(path)}
         assert not others & {"transformers", "deepspeed", "datasets", "mpi4py", "omegaconf"}

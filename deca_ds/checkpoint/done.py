@@ -10,8 +10,8 @@ from pathlib import Path
 
 from deca_ds.checkpoint.files import sync
 from deca_ds.errors import CheckpointError
+from deca_ds.run_folder import BASE, DONE, FAILED, METRICS, STOPPED
 
-DONE, STOPPED, FAILED = "DONE", "STOPPED", "FAILED"
 _MISSING = "missing clients:"
 
 
@@ -69,7 +69,7 @@ def _mark(marker: Path, steps: str, missing: Sequence[int], *more: str) -> None:
     lines = [steps, *([f"{_MISSING} {', '.join(map(str, missing))}"] if missing else []), *more]
     try:
         # slices are synchronised when they are written
-        for path in (*run.glob("*.*"), *run.glob("hf/**/*"), *run.glob("metrics/*"), run / "hf", run / "metrics"):
+        for path in (*run.glob("*.*"), *run.glob(f"{BASE}/**/*"), *run.glob(f"{METRICS}/*"), run / BASE, run / METRICS):
             if path.exists():
                 sync(path)
         partial.write_text("\n".join(lines) + "\n")

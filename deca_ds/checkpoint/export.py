@@ -24,18 +24,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deca_ds.checkpoint.adapters import MergedModel, read_adapters
-from deca_ds.checkpoint.done import DONE, missing_clients
+from deca_ds.checkpoint.done import missing_clients
 from deca_ds.checkpoint.file_format import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.files import sync
 from deca_ds.checkpoint.generation import adapt_saved
 from deca_ds.checkpoint.open_steps import find_checkpoint
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import FOLDER, steps_in
+from deca_ds.checkpoint.steps import steps_in
 from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError
 from deca_ds.plural import several
+from deca_ds.run_folder import BASE, CHECKPOINTS, DONE, FAILED, MODEL
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.partial")
 
@@ -101,13 +102,13 @@ def export_model(
     shards, missing = _find_shards(run, client, checkpoint)
     adapters = read_adapters(run)
     saved = MergedModel(shards, adapters) if adapters else shards
-    model = empty_model(run / "hf", trust_remote_code=trust_remote_code)
+    model = empty_model(run / BASE, trust_remote_code=trust_remote_code)
     compare_shapes(saved, stored_shapes(model))
     stream = _Stream(saved, model, client, getattr(torch, dtype) if dtype else None)
     parameters = sum(t.numel() for t in model.parameters())
     try:
         with _whole(output, stream.total_bytes) as partial:
-            shutil.copytree(run / "hf", partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
+            shutil.copytree(run / BASE, partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
             files = _write_weights(partial, stream, max_shard_bytes, progress)
             _set_dtype(partial / "config.json", stream.dtype)
             reload_model(partial, trust_remote_code=trust_remote_code)
@@ -145,7 +146,7 @@ def _find_shards(run: Path, client: int | None, checkpoint: int | None) -> tuple
     if checkpoint is None:
         missing = missing_clients(run)
         return _open_shards(run, client, missing), missing
-    shards = find_checkpoint(run / FOLDER, checkpoint, client)
+    shards = find_checkpoint(run / CHECKPOINTS, checkpoint, client)
     return shards, [other for other in range(shards.clients_of_run) if client is None and other not in shards.clients]
 
 
@@ -260,18 +261,18 @@ def _open_shards(run: Path, client: int | None, missing: list[int]) -> ShardedMo
             fix="export the mean, or another client",
         )
     try:
-        return ShardedModel(run / "model", None if client is None else [client], without=missing)
+        return ShardedModel(run / MODEL, None if client is None else [client], without=missing)
     except CheckpointError as error:
         note = _unfinished(run)
         if note is None:
             raise
-        fix = error.fix if (run / "model").is_dir() or not steps_in(run / FOLDER) else _CHECKPOINT
+        fix = error.fix if (run / MODEL).is_dir() or not steps_in(run / CHECKPOINTS) else _CHECKPOINT
         raise CheckpointError(f"{error.what} ({note})", where=error.where, fix=fix) from error
 
 
 def _unfinished(run: Path) -> str | None:
-    if (run / "FAILED").is_file():
-        reason = (run / "FAILED").read_text(errors="replace").strip().splitlines()
+    if (run / FAILED).is_file():
+        reason = (run / FAILED).read_text(errors="replace").strip().splitlines()
         return "the run is marked FAILED" + (f": {reason[0]}" if reason else "")
     return None if (run / DONE).is_file() else "the run is not marked DONE: it was stopped, or is still running"
 

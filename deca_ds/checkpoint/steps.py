@@ -15,8 +15,6 @@ from pathlib import Path
 
 from deca_ds.checkpoint.part import Part
 
-FOLDER = "checkpoints"  # in a run's folder
-
 
 def step_folder(folder: Path, step: int) -> Path:
     """Return the folder of the checkpoint after `step` inner steps."""

@@ -12,10 +12,9 @@ from typing import Any
 from deca_ds.config.paths import check_writable, look_for
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
+from deca_ds.run_folder import LOCK
 
 _LARGEST = 1e30  # of any number: larger ones, times others, are none in float32
-# in the output folder: which job has it, its configuration, and when the run was started
-LOCK, SAVED_CONFIG, STARTS = "LOCK", "config.yaml", "starts.json"
 
 # DeepSpeed keys that the trainer sets itself or that would break block-wise training, with the reason.
 REFUSED_DEEPSPEED_KEYS = {

@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deca_ds.config.checks import LOCK, SAVED_CONFIG, STARTS, check_output
+from deca_ds.config.checks import check_output
 from deca_ds.config.load import load_config, save_config
 from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.run_folder import CHECKPOINTS, DONE, FAILED, LOCK, MODEL, SAVED_CONFIG, STARTS, STOPPED
 
 # What changes how long the run is, or no more than the rounding of what is trained. The number of ranks launched is no
 # key and may change, too.
@@ -46,11 +47,11 @@ AFTER_DIVERGENCE = ("optimizer.",)  # what may change, too, where the run has en
 BEFORE_CONFIG = {
     LOCK,
     "heartbeats",
-    "FAILED",
-    "STOPPED",
+    FAILED,
+    STOPPED,
     "STOP",
 }  # what may be there of a run that ended before it had saved its configuration
-_TRAINED = (STARTS, "checkpoints", "model", "DONE")  # one of these is there of a run that has come to train
+_TRAINED = (STARTS, CHECKPOINTS, MODEL, DONE)  # one of these is there of a run that has come to train
 
 
 def check_folder(config: Config) -> None:
@@ -118,7 +119,7 @@ def has_begun(output: Path) -> bool:
 
 def has_diverged(output: Path) -> bool:
     """Return whether the run in `output` has ended at values that were not finite."""
-    return any(map(tells_divergence, output.glob("FAILED*")))
+    return any(map(tells_divergence, output.glob(f"{FAILED}*")))
 
 
 def tells_divergence(marker: Path) -> bool:

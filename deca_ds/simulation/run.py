@@ -13,6 +13,7 @@ from rich.progress import track
 from deca_ds.config import Config, Given, load_config, save_config
 from deca_ds.config.checks import check_output
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import DATA, SAVED_CONFIG, SIMULATION
 from deca_ds.simulation.setup import build, check
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.claim import release, take
@@ -60,7 +61,7 @@ def write(simulation: Simulation, output: Path) -> None:
     """Write config.yaml, data.json, starts.json and simulation.jsonl: a line a step and a line an evaluation, all
     clients in each."""
     output.mkdir(parents=True, exist_ok=True)
-    save_config(simulation.config, output / "config.yaml")
+    save_config(simulation.config, output / SAVED_CONFIG)
     clients = simulation.clients
     record_start(
         simulation.config,
@@ -71,8 +72,8 @@ def write(simulation: Simulation, output: Path) -> None:
         parameters=clients.values.shape[1],
         plan=clients.plan,
     )
-    (output / "data.json").write_text(json.dumps([data.summary for data in simulation.data], indent=2) + "\n")
+    (output / DATA).write_text(json.dumps([data.summary for data in simulation.data], indent=2) + "\n")
     lines = [{"kind": "evaluation", **record} for record in simulation.evaluations]
     lines += [{"kind": "step", **record} for record in simulation.steps]
     lines.sort(key=lambda line: line["step"])
-    (output / "simulation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (output / SIMULATION).write_text("".join(json.dumps(line) + "\n" for line in lines))

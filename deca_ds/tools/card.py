@@ -15,7 +15,8 @@ from huggingface_hub import ModelCardData
 
 from deca_ds.data.formats import FORMATS
 from deca_ds.plural import several
-from deca_ds.tools.report.reading import CONFIG, read_runs
+from deca_ds.run_folder import DONE, SAVED_CONFIG
+from deca_ds.tools.report.reading import read_runs
 from deca_ds.tools.report.records import Run
 from deca_ds.tools.report.summary import Row, length, rounds_of, score_rows
 from deca_ds.tools.report.wording import count, percent, significant
@@ -44,7 +45,7 @@ class Card:
         base_model: str | None = None,
         step: int | None = None,
     ):
-        self.run = read_runs([folder])[0] if (folder / CONFIG).is_file() else None
+        self.run = read_runs([folder])[0] if (folder / SAVED_CONFIG).is_file() else None
         if self.run is not None and step is not None:
             self.run = _after(self.run, step)
         self.step = step
@@ -90,7 +91,7 @@ class Card:
                 said += f"the mean of the models of {several(clients - gone, 'client')}{without}."
             else:
                 said += f"those of client {self.client} of {clients}."
-        if self.run.end is None or self.run.end[0] != "DONE":
+        if self.run.end is None or self.run.end[0] != DONE:
             said += " The run had not come to its end."
         return said
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import nn
 
 from deca_ds.algorithm import BlockPlan, Rule, Schedule, parameter_shapes
-from deca_ds.checkpoint.steps import FOLDER
 from deca_ds.config.monitoring import CheckpointConfig
 from deca_ds.config.schema import ModelConfig
+from deca_ds.run_folder import CHECKPOINTS, MODEL
 
 _FLOAT32 = 4
 
@@ -95,7 +95,7 @@ def taken(output: Path) -> int:
     """Return the bytes that the models and checkpoints in a run's folder take already, files with several names
     once."""
     found = {}
-    for path in (path for part in (FOLDER, "model") for path in (output / part).rglob("*.safetensors")):
+    for path in (path for part in (CHECKPOINTS, MODEL) for path in (output / part).rglob("*.safetensors")):
         state = path.stat()
         found[state.st_dev, state.st_ino] = state.st_size
     return sum(found.values())

@@ -14,6 +14,7 @@ from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.plural import several
 from deca_ds.printing import print_line
+from deca_ds.run_folder import CHECKPOINTS, METRICS
 from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 
 if TYPE_CHECKING:
@@ -115,12 +116,11 @@ def _export(args: argparse.Namespace, console: Console) -> ExportReport:
 def _chosen_step(args: argparse.Namespace) -> tuple[int | None, list[int]]:
     """Return the step of the checkpoint to export, None for the trained model, and the clients that its mean lacks."""
     from deca_ds.checkpoint.open_steps import find_checkpoint
-    from deca_ds.checkpoint.steps import FOLDER
 
     if args.checkpoint is None:
         return None, missing_clients(args.run) if args.client is None else []
     wanted = _best_step(args.run) if args.checkpoint == BEST else args.checkpoint
-    saved = find_checkpoint(args.run / FOLDER, None if wanted == NEWEST else wanted, args.client)
+    saved = find_checkpoint(args.run / CHECKPOINTS, None if wanted == NEWEST else wanted, args.client)
     missing = set(range(saved.clients_of_run)) - set(saved.clients) if args.client is None else set()
     return saved.step, sorted(missing)
 
@@ -132,7 +132,7 @@ def _checkpoint(text: str) -> int | str:
 
 
 def _best_step(run: Path) -> int:
-    client = min((int(path.stem.removeprefix("client_")) for path in run.glob("metrics/client_*.jsonl")), default=0)
+    client = min((int(path.stem.removeprefix("client_")) for path in run.glob(f"{METRICS}/client_*.jsonl")), default=0)
     best = best_of(evaluations(run, client))
     if best is None or not best.step:
         found = "no evaluation found a loss" if best is None else "the model was best before its first inner step"

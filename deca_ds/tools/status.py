@@ -28,12 +28,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, ended, is_marked_since
-from deca_ds.config.checks import LOCK, SAVED_CONFIG, STARTS
+from deca_ds.checkpoint.done import ended, is_marked_since
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import look_for
 from deca_ds.errors import FAILURE_CODE, CheckpointError
 from deca_ds.printing import print_line, wrapped
+from deca_ds.run_folder import DONE, FAILED, LOCK, SAVED_CONFIG, STARTS, STOPPED, client_metrics
 from deca_ds.training.pace import duration
 from deca_ds.watchdog.heartbeats import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
 
@@ -112,7 +112,7 @@ def look(folder: Path) -> State:
     if not has_ended and any(beat.silent_s() <= SILENCE_S for beat in beats):
         markers = []  # of the job before: one that continues the run is loading
     clients = {beat.client for beat in beats if beat.client is not None}
-    losses = {client: _last_loss(folder / "metrics" / f"client_{client:03d}.jsonl") for client in clients}
+    losses = {client: _last_loss(client_metrics(folder, client)) for client in clients}
     return State(folder, beats, markers, {client: loss for client, loss in losses.items() if loss is not None})
 
 

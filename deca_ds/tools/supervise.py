@@ -30,14 +30,15 @@ from typing import Any
 
 import psutil
 
-from deca_ds.checkpoint.done import DONE, FAILED, STOPPED, is_done, stopped_without
-from deca_ds.checkpoint.steps import FOLDER, steps_in
+from deca_ds.checkpoint.done import is_done, stopped_without
+from deca_ds.checkpoint.steps import steps_in
 from deca_ds.config import Config, load_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import tells_divergence
 from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError
 from deca_ds.launch import ClientLayout, read_launch
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import CHECKPOINTS, DONE, FAILED, STOPPED
 from deca_ds.tools.train_arguments import parser as train_parser
 from deca_ds.training.terminal import on_stop
 from deca_ds.watchdog.failure import EXIT_CODES, told_exit_codes
@@ -264,7 +265,7 @@ class Supervisor:
 
     def _newest_checkpoint(self) -> int:
         """Return the step of the newest checkpoint of which a rank of this host has a part, complete or not, or -1."""
-        return max(steps_in(self.output / FOLDER), default=-1)
+        return max(steps_in(self.output / CHECKPOINTS), default=-1)
 
     def _hand_on(self) -> None:
         """Ask the job to stop by SIGUSR1, for which one rank is enough. SIGTERM would end mpirun's ranks at once, and

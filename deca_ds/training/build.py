@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributed import PrefixStore
 from transformers import PreTrainedTokenizerBase
 
-from deca_ds.checkpoint.steps import FOLDER as CHECKPOINTS
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.elastic import ElasticAgent, Invitation, Lookout, save_addresses
 from deca_ds.engine.client import Client
@@ -24,6 +23,7 @@ from deca_ds.gossip.late_exchange import LateExchange
 from deca_ds.launch.compare_ranks import software
 from deca_ds.launch.digests import digest
 from deca_ds.launch.view import View
+from deca_ds.run_folder import CHECKPOINTS
 from deca_ds.training.checkpoints import Checkpoints
 from deca_ds.training.chosen_method import rule_of
 from deca_ds.training.claim import check_held

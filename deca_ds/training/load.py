@@ -35,11 +35,10 @@ from deca_ds.launch.progress import SHARED
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import BASE
 from deca_ds.training.connect import Job
 from deca_ds.training.doubts import doubts
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
-
-_BASE = "hf"  # in the run's folder: the model's configuration and the tokenizer
 
 
 def load_base(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -86,7 +85,7 @@ def load_client(job: Job, architecture: PretrainedConfig) -> Client:
 
 def save_base(job: Job, client: Client, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write what Hugging Face needs beside the weights, and of what kind the adapters are, into the run's folder."""
-    model, folder = client.model, job.output / _BASE
+    model, folder = client.model, job.output / BASE
     if METHODS[job.config.algorithm.method].adapters:
         save_adapters(job.output, find_adapters(model))
     model.config.save_pretrained(folder)
@@ -98,7 +97,7 @@ def save_base(job: Job, client: Client, tokenizer: PreTrainedTokenizerBase) -> N
 def forget_base(output: Path) -> None:
     """Remove what `save_base` has put into the run's folder. A start that failed may have had another model,
     tokenizer or method."""
-    shutil.rmtree(output / _BASE, ignore_errors=True)
+    shutil.rmtree(output / BASE, ignore_errors=True)
     (output / ADAPTERS).unlink(missing_ok=True)
 
 

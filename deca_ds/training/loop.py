@@ -21,6 +21,7 @@ from deca_ds.errors import DataError, DivergedError
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import MODEL
 from deca_ds.training import best
 from deca_ds.training.checkpoints import Checkpoints, slice_groups
 from deca_ds.training.chosen_method import step_learning_rate
@@ -231,7 +232,7 @@ class Trainer:
         state: a manifest from which the run can be continued if it is made longer.
         """
         save_shards(
-            self.output / "model",
+            self.output / MODEL,
             slice_groups(model_pieces(self.client), self.cluster),
             Part(self.cluster.client, self.cluster.shard, self.cluster.ranks),
             clients=self.cluster.clients,

@@ -21,6 +21,7 @@ from deca_ds.config.monitoring import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import METRICS
 from deca_ds.training.display import Display
 from deca_ds.training.summary import Evaluation
 from deca_ds.training.trackers import CLOSE_S, START_S, Tracker, open_trackers
@@ -138,7 +139,7 @@ class Metrics:
         return Log(self._path(name), trackers)
 
     def _path(self, name: str) -> Path:
-        return self._output / "metrics" / f"{name}.jsonl"
+        return self._output / METRICS / f"{name}.jsonl"
 
     @staticmethod
     def _write(log: Log | None, kind: str, step: int, record: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import FOLDER, remove_newer
+from deca_ds.checkpoint.steps import remove_newer
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import Scope, TrainingState, Value
 from deca_ds.errors import CheckpointError
 from deca_ds.launch.world import Cluster
+from deca_ds.run_folder import CHECKPOINTS, DATA, MODEL, client_metrics, job_metrics
 from deca_ds.training.resume import Resumption
 
 
@@ -28,12 +29,12 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
     An evaluation comes after the checkpoint of its step, so that it is repeated. A client that dies does so after the
     newest checkpoint that has its part. Its parts of newer ones are removed.
     """
-    remove_newer(output / FOLDER, done, Part(cluster.client, cluster.shard, cluster.ranks))
+    remove_newer(output / CHECKPOINTS, done, Part(cluster.client, cluster.shard, cluster.ranks))
     if cluster.is_leader:
-        rewind_lines(output / "metrics" / f"client_{cluster.client:03d}.jsonl", done)
-        shutil.rmtree(output / "model" / f"client_{cluster.client:03d}", ignore_errors=True)
+        rewind_lines(client_metrics(output, cluster.client), done)
+        shutil.rmtree(output / MODEL / f"client_{cluster.client:03d}", ignore_errors=True)
     if cluster.is_job_leader:
-        rewind_lines(output / "metrics" / "job.jsonl", done)
+        rewind_lines(job_metrics(output), done)
     dist.barrier()
 
 
@@ -57,7 +58,7 @@ def rewind_lines(path: Path, done: int) -> None:
 def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell. Returns
     what is to be saved: those of clients that were not there before come to it."""
-    path = output / "data.json"
+    path = output / DATA
     before = {summary["client"]: summary for summary in json.loads(path.read_text())}
     for new in summaries:
         client = new["client"]
@@ -74,7 +75,7 @@ def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> list[di
 
 def save_summaries(output: Path, summaries: Sequence[dict[str, Any]]) -> None:
     """Write data.json: of every client that was there, ClientData.summary."""
-    (output / "data.json").write_text(json.dumps(summaries, indent=2) + "\n")
+    (output / DATA).write_text(json.dumps(summaries, indent=2) + "\n")
 
 
 def restore(resumption: Resumption, cluster: Cluster, state: TrainingState) -> None:

@@ -18,7 +18,7 @@ from deca_ds.checkpoint.done import inner_steps, is_done
 from deca_ds.checkpoint.open_steps import open_part
 from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.shards import ShardedModel
-from deca_ds.checkpoint.steps import FOLDER, remove_newer, step_folder, steps_in
+from deca_ds.checkpoint.steps import remove_newer, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL
 from deca_ds.config import Config
 from deca_ds.config.resume import check_folder, has_begun, save_changes
@@ -27,12 +27,11 @@ from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import CHECKPOINTS, DATA, FAILED, MODEL, STARTS, STOPPED
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.claim import check_free
 from deca_ds.training.length import count_rounds, one_block, too_short
 from deca_ds.training.start_log import read_starts
-
-MODEL = "model"  # in a run's folder: what it has trained
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,9 @@ def _wanted(config: Config, starts: list[dict[str, Any]]) -> int:
         if start.get("epochs") == config.algorithm.epochs and "rounds" in start:
             return int(start["rounds"])
     try:
-        rows = [client["train"] for client in json.loads((output / "data.json").read_text())]
+        rows = [client["train"] for client in json.loads((output / DATA).read_text())]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise _unreadable(output / "data.json", str(error)) from error
+        raise _unreadable(output / DATA, str(error)) from error
     return count_rounds(config, len(_blocks(output, starts)), rows)
 
 
@@ -116,7 +115,7 @@ def _blocks(output: Path, starts: list[dict[str, Any]]) -> list[Any]:
     try:
         blocks: list[Any] = starts[-1]["model"]["blocks"]
     except (LookupError, TypeError):
-        raise _unreadable(output / "starts.json", "it does not name the model's blocks") from None
+        raise _unreadable(output / STARTS, "it does not name the model's blocks") from None
     return blocks
 
 
@@ -153,7 +152,7 @@ def choose(
     If none can be used and none had ever been complete, run.resume=auto begins anew. Raises CheckpointError if there is
     none that all can use, or if the mixing matrices are others than they were.
     """
-    folder = Path(config.run.output) / FOLDER
+    folder = Path(config.run.output) / CHECKPOINTS
     places = _places(Path(config.run.output), own, finished=finished)
     seen = store.gather(launch, "resume/seen", sorted(places))
     refused: list[str] = []
@@ -193,7 +192,7 @@ def keep_model(output: Path, own: Part) -> None:
     try:
         for part in sorted(own.folder(output / MODEL).parent.glob("rank_*")):
             if part.suffix != PARTIAL and int(part.name.removeprefix("rank_")) % own.ranks == own.rank:
-                _keep(part, output / FOLDER, made)
+                _keep(part, output / CHECKPOINTS, made)
     except BaseException:
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
@@ -226,7 +225,7 @@ def _link(source: str, target: str) -> None:
 
 def _places(output: Path, own: Part, *, finished: bool) -> dict[int, Path]:
     """Return the folder of each checkpoint that is here, by its step."""
-    places = {step: step_folder(output / FOLDER, step) for step in steps_in(output / FOLDER)}
+    places = {step: step_folder(output / CHECKPOINTS, step) for step in steps_in(output / CHECKPOINTS)}
     for manifest in own.folder(output / MODEL).parent.glob(f"rank_*/{MANIFEST}") if finished else ():
         with suppress(OSError, ValueError, LookupError, TypeError):  # it will be missed
             places.setdefault(int(json.loads(manifest.read_text())["step"]), output / MODEL)
@@ -254,8 +253,8 @@ def leave_behind(config: Config, resumption: Resumption, launch: Launch, own: Pa
     output = Path(config.run.output)
     if launch.rank == launch.first and has_begun(output) and (changed := save_changes(config)):
         print_wrapped(f"continuing with {changed}")
-    remove_newer(output / FOLDER, resumption.step, own)
-    for marker in (output / "FAILED", output / "STOPPED", *output.glob("FAILED_client_*")):
+    remove_newer(output / CHECKPOINTS, resumption.step, own)
+    for marker in (output / FAILED, output / STOPPED, *output.glob(f"{FAILED}_client_*")):
         marker.unlink(missing_ok=True)
     if launch.rank != launch.first:
         return

@@ -23,13 +23,14 @@ from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.compare_ranks import compare_software, software
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import check_on_failure, connect
+from deca_ds.run_folder import MODEL
 from deca_ds.training.build import build
 from deca_ds.training.chosen_method import build_schedule, check_method
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.connect import Job, connect_clients
 from deca_ds.training.length import check_place
 from deca_ds.training.loop import Trainer
-from deca_ds.training.resume import MODEL, choose, leave_behind, look_at_output
+from deca_ds.training.resume import choose, leave_behind, look_at_output
 from deca_ds.training.template_date import agree_on_date, with_date
 from deca_ds.training.trackers import check_logging
 from deca_ds.training.ways_to_start import NewRun, RejoinedRun, ResumedRun, Start

@@ -14,9 +14,9 @@ import torch
 import deca_ds
 from deca_ds.algorithm import METHODS, BlockPlan
 from deca_ds.config import Config
-from deca_ds.config.checks import STARTS
 from deca_ds.gossip import MixingSchedule
 from deca_ds.launch.compare_ranks import software
+from deca_ds.run_folder import STARTS
 from deca_ds.training.chosen_method import in_words
 
 

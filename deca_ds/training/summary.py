@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deca_ds.printing import print_line
+from deca_ds.run_folder import client_metrics, job_metrics
 
 Scores = Mapping[str, Any]  # see training/evaluation.py
 SETS = {"own": "own set", "common": "common set"}
@@ -93,8 +94,8 @@ class RunResult:
 
 def evaluations(run: Path, client: int) -> list[Evaluation]:
     """Read the evaluations in the run's metrics, as far as they are on this host: of `client`, and of the job."""
-    job = {line["step"]: line for line in _lines(run / "metrics" / "job.jsonl")}
-    own = {line["step"]: line for line in _lines(run / "metrics" / f"client_{client:03d}.jsonl")}
+    job = {line["step"]: line for line in _lines(job_metrics(run))}
+    own = {line["step"]: line for line in _lines(client_metrics(run, client))}
     return [Evaluation.of(step, client, own[step], job.get(step, {})) for step in sorted(own)]
 
 

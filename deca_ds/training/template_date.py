@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from deca_ds.config import Config, load_config
-from deca_ds.config.checks import SAVED_CONFIG
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.run_folder import SAVED_CONFIG
 
 
 def agree_on_date(config: Config, launch: Launch, store: JobStore) -> Config:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol
 from deca_ds.config.monitoring import LoggingConfig
 from deca_ds.errors import ConfigError
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import METRICS
 
 START_S = 90  # for a service to answer at the start
 CLOSE_S = 30  # for what is still to be sent at the end; trackio's own is as long
@@ -232,7 +233,7 @@ def _quiet() -> contextlib.AbstractContextManager[object]:
 
 def _name_of_run(output: Path, name: str) -> str:
     """Return the tracker's name of the run: the same at every start, and different from that of any other run."""
-    path = output / "metrics" / f"{name}.tracker"
+    path = output / METRICS / f"{name}.tracker"
     with contextlib.suppress(FileNotFoundError):
         if known := path.read_text().strip():
             return known

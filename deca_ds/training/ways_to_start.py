@@ -12,10 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from deca_ds.algorithm import Schedule
-from deca_ds.checkpoint.done import DONE
 from deca_ds.checkpoint.part import Part
 from deca_ds.config import Config, save_config
-from deca_ds.config.checks import SAVED_CONFIG
 from deca_ds.config.resume import check_new
 from deca_ds.data import ClientData
 from deca_ds.elastic import ElasticAgent, Invitation
@@ -24,6 +22,7 @@ from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import agreement, subset
 from deca_ds.launch.compare_ranks import compare_start
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import DONE, MODEL, SAVED_CONFIG, STOPPED, client_failure
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare_clients import compare_data, digest_of_start
@@ -33,7 +32,7 @@ from deca_ds.training.length import check_place, count_rounds, tell_length, tell
 from deca_ds.training.load import forget_base
 from deca_ds.training.metrics import Metrics
 from deca_ds.training.restore import compare_with_saved, restore, rewind, save_summaries
-from deca_ds.training.resume import MODEL, Resumption, keep_model, leave_behind
+from deca_ds.training.resume import Resumption, keep_model, leave_behind
 from deca_ds.training.start_log import record_start
 from deca_ds.training.tables import data_table, print_notes
 from deca_ds.transport import gather_json, probe_edges, save_edges
@@ -250,7 +249,7 @@ class RejoinedRun(Start):
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
         """See Start. Waits until the job lets this client in, and takes over a neighbour's state."""
         agent.wait_for_admission(state)
-        for marker in (f"FAILED_client_{job.cluster.client:03d}", "STOPPED"):
+        for marker in (client_failure(job.cluster.client), STOPPED):
             (job.output / marker).unlink(missing_ok=True)
         rewind(job.output, job.cluster, state.done)  # it may have gone on further than the others
         metrics.reopen()

@@ -14,9 +14,9 @@ from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.launch import Launch
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.store import JobStore
+from deca_ds.run_folder import EDGES
 from deca_ds.transport.transport import PROBE_TAG, Transport
 
-FILE = "edges.json"
 LARGE_BYTES = 2**20
 _ROUND_TRIPS = 3  # of each size; the fastest counts, after one that opens the connection
 
@@ -66,7 +66,7 @@ def probe_edges(
 
 def save_edges(edges: list[dict[str, Any]], folder: Path) -> str:
     """Write the result of `probe_edges` to edges.json; returns a line about the slowest edge."""
-    (folder / FILE).write_text(json.dumps(edges, indent=1) + "\n")
+    (folder / EDGES).write_text(json.dumps(edges, indent=1) + "\n")
     slowest = min(edges, key=lambda edge: min(shard["mb_per_s"] for shard in edge["shards"]))
     (i, j), (here, there) = slowest["clients"], slowest["hosts"]
     return (

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from deca_ds.config.checks import LOCK
 from deca_ds.errors import ConfigError, LaunchError
+from deca_ds.run_folder import LOCK
 from deca_ds.training.claim import check_free, check_held, leave_place, release, take, take_place
 from deca_ds.watchdog.stop import is_requested, request_stop
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
-from deca_ds.config.checks import STARTS
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.gossip.schedule import build_mixing
+from deca_ds.run_folder import STARTS
 from deca_ds.training.chosen_method import in_words
 from deca_ds.training.start_log import record_start
 

@@ -24,6 +24,7 @@ from deca_ds.config.paths import check_model_on_hub, could_be_hub_name, look_for
 from deca_ds.data.template import ERRORS
 from deca_ds.engine.load import BAD_FILE, explained, no_vocabulary
 from deca_ds.errors import ModelError
+from deca_ds.run_folder import BASE
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def check_model(name: str) -> None:
     folder = Path(name)
     if (folder / "config.json").is_file():
         return
-    if (folder / "hf" / "config.json").is_file():
+    if (folder / BASE / "config.json").is_file():
         raise ModelError(
             f"{name!r} is the folder of a run, not of a model",
             where="MODEL",

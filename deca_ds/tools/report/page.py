@@ -14,6 +14,7 @@ from typing import Any
 from deca_ds import __version__
 from deca_ds.config import Config
 from deca_ds.errors import ConfigError
+from deca_ds.run_folder import DONE
 from deca_ds.tools.report import charts, curves, figures, tables
 from deca_ds.tools.report.charts import Figure
 from deca_ds.tools.report.compare_runs import differences
@@ -104,7 +105,7 @@ def _view(run: Run, net: Network, defaults: dict[str, Any], place: int) -> dict[
         "name": run.name,
         "anchor": f"run{place}",
         "state": word,
-        "meaning": "" if word == "DONE" and "\n" not in meaning else meaning,
+        "meaning": "" if word == DONE and "\n" not in meaning else meaning,
         "sentences": sentences(run),
         "numbers": figures_of(run),
         "lost": [(client, redact(text)) for client, text in sorted(run.lost.items())],

@@ -14,15 +14,14 @@ from typing import Any
 
 import yaml
 
-from deca_ds.checkpoint.done import FAILED, ended
+from deca_ds.checkpoint.done import ended
 from deca_ds.errors import CheckpointError
 from deca_ds.plural import first_few
+from deca_ds.run_folder import DATA, EDGES, FAILED, METRICS, SAVED_CONFIG, SIMULATION, STARTS
 from deca_ds.tools.report import parsing
 from deca_ds.tools.report.parsing import number
 from deca_ds.tools.report.records import Run
 
-CONFIG = "config.yaml"
-SIMULATION = "simulation.jsonl"
 _MOST_CLIENTS = 100_000
 _LARGEST_MESSAGE = 20_000  # characters of a marker that are shown
 
@@ -47,15 +46,15 @@ def flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(folder: Path) -> None:
-    if (folder / CONFIG).is_file():
+    if (folder / SAVED_CONFIG).is_file():
         return
-    what = f"{str(folder)!r} is no run's folder: it has no {CONFIG}"
+    what = f"{str(folder)!r} is no run's folder: it has no {SAVED_CONFIG}"
     fix = "name the run.output of a run that has started"
     if not folder.exists():
         what = f"there is no folder {str(folder)!r}"
     elif not folder.is_dir():
         what = f"{str(folder)!r} is a file"
-    elif within := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+    elif within := sorted(path.parent.name for path in folder.glob(f"*/{SAVED_CONFIG}")):
         fix = f"name the runs in it: {first_few(within, 5)}"
     raise CheckpointError(what, where="deca report", fix=fix)
 
@@ -83,7 +82,7 @@ class _Folder:
         config = self._config()
         clients = self._clients(config)
         simulated = (self.path / SIMULATION).is_file()
-        job = list(self._lines(SIMULATION if simulated else "metrics/job.jsonl"))
+        job = list(self._lines(SIMULATION if simulated else f"{METRICS}/job.jsonl"))
         if simulated:
             by_client = {client: [parsing.of_client(line, client) for line in job] for client in range(clients)}
         else:
@@ -99,9 +98,9 @@ class _Folder:
             together=parsing.together(job),
             memberships=[parsing.membership(line) for line in job if line.get("kind") == "membership"],
             handovers=[parsing.handover(line) for line in job if line.get("kind") == "handover"],
-            starts=[parsing.start(entry) for entry in self._entries("starts.json")],
-            edges=[edge for entry in self._entries("edges.json") if (edge := parsing.edge(entry)) is not None],
-            data=[parsing.share(place, entry) for place, entry in enumerate(self._entries("data.json"))],
+            starts=[parsing.start(entry) for entry in self._entries(STARTS)],
+            edges=[edge for entry in self._entries(EDGES) if (edge := parsing.edge(entry)) is not None],
+            data=[parsing.share(place, entry) for place, entry in enumerate(self._entries(DATA))],
             end=self._end(),
             lost=self._lost(),
             last_sign=self._last_sign(),
@@ -110,13 +109,15 @@ class _Folder:
 
     def _config(self) -> dict[str, Any]:
         try:
-            read = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+            read = yaml.safe_load((self.path / SAVED_CONFIG).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"cannot read {CONFIG}: {error}", where=str(self.path / CONFIG)) from error
+            raise CheckpointError(
+                f"cannot read {SAVED_CONFIG}: {error}", where=str(self.path / SAVED_CONFIG)
+            ) from error
         if not isinstance(read, dict):
             raise CheckpointError(
-                f"{CONFIG} holds no configuration",
-                where=str(self.path / CONFIG),
+                f"{SAVED_CONFIG} holds no configuration",
+                where=str(self.path / SAVED_CONFIG),
                 fix="name the run.output of a run that has started",
             )
         return flatten(read)
@@ -126,7 +127,7 @@ class _Folder:
         if not isinstance(value, int) or not 0 < value <= _MOST_CLIENTS:
             raise CheckpointError(
                 f"cluster.clients = {value!r} is no number of clients",
-                where=str(self.path / CONFIG),
+                where=str(self.path / SAVED_CONFIG),
                 fix="name the run.output of a run that has started",
             )
         return value
@@ -135,7 +136,7 @@ class _Folder:
         """Return the metrics of each client whose file is in this folder."""
         return {
             int(found[1]): list(self._lines(f"metrics/{path.name}"))
-            for path in sorted(self.path.glob("metrics/client_*.jsonl"))
+            for path in sorted(self.path.glob(f"{METRICS}/client_*.jsonl"))
             if (found := re.search(r"client_(\d+)", path.name)) is not None
         }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deca_ds.plural import several
+from deca_ds.run_folder import DONE
 from deca_ds.tools.report.records import Run, Scores, mean
 from deca_ds.tools.report.wording import clients as client_names
 from deca_ds.tools.report.wording import (
@@ -80,7 +81,7 @@ def state(run: Run) -> tuple[str, str]:
     if run.end is not None:
         return run.end[0], redact(run.end[1])
     if run.simulated:
-        return "DONE", f"{several(run.reached, 'inner step')}, simulated in one process"
+        return DONE, f"{several(run.reached, 'inner step')}, simulated in one process"
     seen = ""
     if run.last_sign is not None:
         seen = f"; last sign of life {moment(run.last_sign[0])} ({run.last_sign[1]})"

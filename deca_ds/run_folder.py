@@ -1,0 +1,29 @@
+"""The names of what lies in a run's output folder; docs/output.md says what each holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# files. LOCK: which job has the folder. SAVED_CONFIG: the resolved configuration. STARTS: when the run was started.
+# DATA: what each client trains on. EDGES: how fast the graph's edges are. SIMULATION: the metrics of a simulation.
+LOCK, SAVED_CONFIG, STARTS, DATA, EDGES = "LOCK", "config.yaml", "starts.json", "data.json", "edges.json"
+SIMULATION = "simulation.jsonl"
+# markers of how the run has ended
+DONE, STOPPED, FAILED = "DONE", "STOPPED", "FAILED"
+# folders. MODEL: the trained model, in shards. BASE: the model's configuration and the tokenizer.
+MODEL, BASE, CHECKPOINTS, METRICS = "model", "hf", "checkpoints", "metrics"
+
+
+def client_metrics(run: Path, client: int) -> Path:
+    """Return the file with the metrics of a client."""
+    return run / METRICS / f"client_{client:03d}.jsonl"
+
+
+def job_metrics(run: Path) -> Path:
+    """Return the file with the metrics of all clients together."""
+    return run / METRICS / "job.jsonl"
+
+
+def client_failure(client: int) -> str:
+    """Return the name of the marker of a client that has failed by itself."""
+    return f"{FAILED}_client_{client:03d}"
