@@ -106,7 +106,7 @@ def test_a_console_gets_the_first_word_in_bold_and_no_markup(terminal):
     assert seen() == "\x1b[1mWARNING:\x1b[0m [bold] stays\nas it is\n"
 
 
-FOR_PROGRAMS = r"print\((\)|json\.|as_json|table\.as_json)"
+FOR_PROGRAMS = r"print\((\)|json\.|as_json)"
 
 
 def test_whatever_is_for_people_goes_this_way():

@@ -1,7 +1,7 @@
 """What the launcher was given, as far as the processes above this one tell: the hostfile, and the host of each rank.
 
-The environment has neither. The deepspeed launcher trains on this host alone where its hostfile is missing, and takes
-the number in front of what follows it, as in `slots=4x`; both are refused here.
+Of the environment only the variables of schedulers name hosts. The deepspeed launcher trains on this host alone where
+its hostfile is missing, and takes the number in front of what follows it, as in `slots=4x`; both are refused here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from deca_ds.errors import LaunchError
+from deca_ds.launch.allocation import scheduler_of
 from deca_ds.launch.hostfile import read_hostfile
 
 _DEEPSPEED = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
@@ -83,6 +84,10 @@ class Given:
         """The command that looks at the hosts, or also at what a configuration needs there."""
         if self.hostfile is None and set(self.hosts) == {"localhost"}:
             return f"`{shlex.join(['deca', 'doctor', *configuration])}` looks at this host"
+        scheduler = scheduler_of(os.environ)
+        if self.hostfile is None and scheduler is not None:
+            command = shlex.join(["deca", "doctor", *configuration])
+            return f"`{command}` in a {scheduler} job on the same hosts looks at every one of them"
         words = ["deca", "doctor", "--hostfile", str(self.hostfile or "HOSTS"), *configuration]
         return f"`{shlex.join(words)}` looks at every host"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from bisect import bisect_right
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from deca_ds.errors import LaunchError
+from deca_ds.launch.allocation import find_allocation, scheduler_of
 
 # Launcher -> variables for rank and world size. The first launcher that has set both wins: `deepspeed` and torchrun set
 # RANK themselves, also inside an MPI or Slurm allocation.
@@ -32,6 +34,8 @@ _ON_HOST = (
     ("FLUX_TASK_LOCAL_ID", "FLUX_TASK_RANK", ()),
     ("SLURM_LOCALID", "SLURM_PROCID", ()),
 )
+# (variable of the number of hosts that a job has ranks on, variable of the rank, which counts as above)
+_HOSTS = (("SLURM_STEP_NUM_NODES", "SLURM_PROCID"), ("FLUX_JOB_NNODES", "FLUX_TASK_RANK"))
 # Launchers whose ranks may make up one MPI world.
 MPI_LAUNCHERS = ("openmpi", "mpich", "flux", "slurm")
 _WHERE = "environment of this process, from its launcher"
@@ -43,7 +47,7 @@ class Launch:
 
     rank, world_size: over all clients. local_rank: on this host; None if the launcher does not say. master: host and
     port that the launcher reserved for the job's store, or None under MPI. absent: ranks of the world that do not start
-    with the others. on_host: how many of the ranks are on this host; None if the launcher does not say.
+    with the others. spans_hosts: whether the launcher says that it has started ranks on other hosts, too.
     """
 
     launcher: str
@@ -52,12 +56,7 @@ class Launch:
     local_rank: int | None
     master: tuple[str, int] | None
     absent: frozenset[int] = frozenset()
-    on_host: int | None = None
-
-    @property
-    def spans_hosts(self) -> bool:
-        """Whether the launcher says that it has started ranks on other hosts, too."""
-        return self.on_host is not None and self.on_host < self.world_size
+    spans_hosts: bool = False
 
     @property
     def ranks(self) -> list[int]:
@@ -103,7 +102,8 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         said = [each for each in _ON_HOST if each[0] in environ and environ.get(each[1]) == environ[rank_key]]
         local_rank = next((_number(environ, key) for key, _, _ in said), None)
         sizes = (key for _, _, keys in said for key in keys if key in environ)
-        on_host = next((_number(environ, key, least=1) for key in sizes), None)
+        on_host = next((_number(environ, key, least=1) for key in sizes), size)
+        spans_hosts = size > 1 and (on_host < size or _has_hosts(environ, environ[rank_key]))
         master = None
         if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
             port = _number(environ, "MASTER_PORT", least=1, most=65535)
@@ -114,12 +114,28 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
                 where=_WHERE,
                 fix=f"set them to the address of rank 0's host and a free port there; for one process unset {rank_key}",
             )
-        return Launch(launcher, rank, size, local_rank, master, on_host=on_host)
+        return Launch(launcher, rank, size, local_rank, master, spans_hosts=spans_hosts)
     if "RANK" in environ or environ.get("WORLD_SIZE", "1") != "1":
         raise LaunchError(
             "of RANK and WORLD_SIZE only one is set", where=_WHERE, fix="set both; for one process unset both"
         )
     return Launch("python", 0, 1, 0, None)
+
+
+def _has_hosts(environ: Mapping[str, str], rank: str) -> bool:
+    """Return whether the launcher says that the job has ranks on several hosts. PALS numbers its hosts; how many there
+    are stands on the first one, in the list of PBS."""
+    if any(_number(environ, key, least=1) > 1 for key, of in _HOSTS if key in environ and environ.get(of) == rank):
+        return True
+    if environ.get("PALS_RANKID") != rank:
+        return False
+    if environ.get("PALS_NODEID", "0") != "0":
+        return True
+    allocation = None
+    if scheduler_of(environ) == "PBS":
+        with contextlib.suppress(LaunchError):
+            allocation = find_allocation(environ)
+    return allocation is not None and len(allocation.tasks) > 1
 
 
 def _number(environ: Mapping[str, str], key: str, *, least: int = 0, most: int | None = None) -> int:

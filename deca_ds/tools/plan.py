@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
 from deca_ds.plural import several
 from deca_ds.printing import print_line
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
+from deca_ds.tools.plan_hosts import look_at_hosts
 from deca_ds.tools.plan_run import Planned, fault_of_data, print_run
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import check_method
@@ -53,14 +54,18 @@ def print_plan(
     gpu: str | None = None,
     net: str | None = None,
     as_json: bool = False,
-) -> None:
+    look: bool = False,
+    file: Path | None = None,
+) -> bool:
     """Check the whole configuration and print the plan on stdout. Raises the UserErrors that the run itself would,
     those about the data last, after all that needs no data.
 
     world_size: ranks launched, or None where the plan is made by a process of its own. hostfile: what the launcher will
     get, which then tells how many ranks there will be. With data.per_client only the configuration of the data is
     checked, because each client's files are for its own ranks to open. gpu, net: tell the time on such
-    GPUs, with a network of that rate in bits a second. as_json: print numbers for programs instead.
+    GPUs, with a network of that rate in bits a second. as_json: print numbers for programs instead. look: ask every
+    host of the hostfile, as the doctor does, whether a launcher could start ranks there, and whether they would find
+    their files, `file` with the configuration among them. Returns whether no host lacks anything.
     """
     # mpirun shows its ranks a terminal, also into a file
     console = Console(quiet=as_json, color_system=None if world_size is not None else "auto")
@@ -72,17 +77,20 @@ def print_plan(
     costs = _print_costs(console, config, estimate, run, machines)
     _print_launch(console, config, machines)
     _check_output(console, config)
+    report = look_at_hosts(console, config, machines.slots, file) if look and machines.slots is not None else None
     if as_json:
-        print(json.dumps(_numbers(estimate, run, costs), indent=1))
+        print(json.dumps(_numbers(estimate, run, costs) | {"hosts": report}, indent=1))
     if run.fault is not None:
         raise run.fault
+    return report is None or report["ok"]
 
 
 @dataclass(frozen=True)
 class _Machines:
-    """What the run will be on. ranks, hosts: of each client, where they are known. card: the GPU with its name, and
-    rate: the network's in bytes a second, where they are asked for."""
+    """What the run will be on. slots: host -> ranks, from a hostfile. ranks, hosts: of each client, where they are
+    known. card: the GPU with its name, and rate: the network's in bytes a second, where they are asked for."""
 
+    slots: Mapping[str, int] | None
     ranks: Sequence[int] | None
     hosts: Sequence[Sequence[str]] | None
     card: tuple[str, Gpu] | None
@@ -121,7 +129,7 @@ def _find_machines(
     slots = None if hostfile is None else read_hostfile(hostfile)
     ranks = _find_ranks(config, world_size if slots is None else sum(slots.values()))
     hosts = None if slots is None or ranks is None else hosts_of_clients(slots, ClientLayout.of(ranks))
-    return _Machines(ranks, hosts, card, rate)
+    return _Machines(slots, ranks, hosts, card, rate)
 
 
 def _find_ranks(config: Config, world_size: int | None) -> list[int] | None:

@@ -72,6 +72,20 @@ def test_the_hint_names_the_hostfile_and_none_where_all_ranks_are_here(monkeypat
     assert look_at_hosts("do x") == "do x. `deca doctor` looks at this host"
 
 
+@pytest.mark.parametrize(
+    ("variable", "scheduler"),
+    [("SLURM_JOB_NODELIST", "Slurm"), ("FLUX_JOB_ID", "Flux"), ("PBS_NODEFILE", "PBS"), ("LSB_HOSTS", "LSF")],
+)
+def test_in_a_schedulers_job_the_hint_needs_no_hostfile(variable, scheduler, monkeypatch):
+    monkeypatch.setenv(variable, "x")
+    monkeypatch.setattr("sys.argv", ["/venv/bin/deca", "train", "--config", "run.yaml"])
+    monkeypatch.setattr(module, "given", Given)
+    told = f"`deca doctor --config run.yaml` in a {scheduler} job on the same hosts looks at every one of them"
+    assert look_for_files() == told
+    monkeypatch.setattr(module, "given", lambda: Given(Path("/work/hosts")))
+    assert "--hostfile /work/hosts" in look_for_files(), "the launcher's own hosts"
+
+
 def test_the_hint_at_a_missing_file_repeats_what_is_trained(monkeypatch):
     monkeypatch.setattr(module, "given", lambda: Given(Path("/work/hosts")))
     keys = ["--config", "my run.yaml", "model.path=x"]

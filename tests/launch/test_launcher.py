@@ -10,6 +10,9 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 # the shell that an sbatch script runs in: every process that another launcher starts from it inherits these
 BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+FLUX = {"FLUX_TASK_RANK": "6", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "2"}
+PALS = {"PMI_RANK": "5", "PMI_SIZE": "8", "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1"}
 LAUNCHERS = {
     "python": ({}, Launch("python", 0, 1, 0, None)),
     "deepspeed": (
@@ -18,7 +21,7 @@ LAUNCHERS = {
     ),
     "torchrun": (
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MASTER},
-        Launch("deepspeed", 1, 2, 1, ("10.0.0.1", 29500), on_host=2),
+        Launch("deepspeed", 1, 2, 1, ("10.0.0.1", 29500)),
     ),
     "by hand": ({"RANK": "1", "WORLD_SIZE": "2", **MASTER}, Launch("deepspeed", 1, 2, None, ("10.0.0.1", 29500))),
     "deepspeed in an MPI job": (
@@ -29,30 +32,20 @@ LAUNCHERS = {
     "Open MPI from a batch script": (BATCH | OPEN_MPI, Launch("openmpi", 2, 4, 0, None)),
     "MPICH": ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, Launch("mpich", 2, 4, 1, None)),
     "MPICH from a batch script": (BATCH | {"PMI_RANK": "2", "PMI_SIZE": "4"}, Launch("mpich", 2, 4, None, None)),
-    "Cray PALS": (
-        {"PMI_RANK": "5", "PMI_SIZE": "8", "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1"},
-        Launch("mpich", 5, 8, 1, None),
-    ),
+    "Cray PALS": (PALS, Launch("mpich", 5, 8, 1, None)),
     "srun --mpi=pmi2": (
         {"PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
         Launch("mpich", 3, 4, 1, None),
     ),
-    "srun": (
-        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
-        Launch("slurm", 1, 4, 1, None),
-    ),
-    "Flux": (
-        {"FLUX_TASK_RANK": "6", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "2"},
-        Launch("flux", 6, 8, 2, None),
-    ),
-    "Flux with PMI": (
-        {"FLUX_TASK_RANK": "6", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "2", "PMI_RANK": "6", "PMI_SIZE": "8"},
-        Launch("mpich", 6, 8, 2, None),
-    ),
+    "srun": (SRUN, Launch("slurm", 1, 4, 1, None)),
+    "Flux": (FLUX, Launch("flux", 6, 8, 2, None)),
+    "Flux with PMI": (FLUX | {"PMI_RANK": "6", "PMI_SIZE": "8"}, Launch("mpich", 6, 8, 2, None)),
 }
 
 
-def test_ranks_on_other_hosts_are_known_from_the_number_on_this_one():
+def test_ranks_on_other_hosts_are_known_from_the_number_on_this_one_or_that_of_hosts(tmp_path):
+    (nodes := tmp_path / "nodes").write_text("x1\nx2\n")
+    (one := tmp_path / "one").write_text("x1\nx1\n")
     deepspeed = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
     for own, number, spans in (
         (deepspeed, {"LOCAL_SIZE": "1"}, True),
@@ -61,6 +54,15 @@ def test_ranks_on_other_hosts_are_known_from_the_number_on_this_one():
         (OPEN_MPI, {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, False),
         (deepspeed, OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),  # of the job around it
         (deepspeed, {}, False),
+        (SRUN, {"SLURM_STEP_NUM_NODES": "2"}, True),
+        (SRUN, {"SLURM_STEP_NUM_NODES": "1"}, False),
+        (deepspeed, SRUN | {"SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "0"}, False),  # of the step around it
+        (FLUX, {"FLUX_JOB_NNODES": "2"}, True),
+        (FLUX, {"FLUX_JOB_NNODES": "1"}, False),
+        (PALS, {"PALS_NODEID": "1"}, True),  # only the first host has the list
+        (PALS, {"PALS_NODEID": "0", "PBS_NODEFILE": str(nodes)}, True),
+        (PALS, {"PALS_NODEID": "0", "PBS_NODEFILE": str(one)}, False),
+        (PALS, {"PALS_NODEID": "0", "PBS_NODEFILE": str(tmp_path / "gone")}, False),
     ):
         assert read_launch(own | number).spans_hosts == spans
 

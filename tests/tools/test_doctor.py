@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -15,23 +16,16 @@ from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.tools.doctor import examine
-from deca_ds.tools.doctor.hosts import Host, Unreachable, command
+from deca_ds.tools.doctor.hosts import Host, Unreachable, command, is_this_machine
 from deca_ds.tools.doctor.needs import names_of, pairs_of, paths_of
-
-SSH = """#!/bin/sh
-while [ "$1" != "${1#-}" ]; do [ "$1" = -o ] && shift; shift; done
-host=$1; shift
-[ "$host" = 127.0.0.3 ] && { echo 'root@127.0.0.3: Permission denied (publickey).' >&2; exit 255; }
-echo "a banner of $host"
-exec sh -c "$*"
-"""
 
 
 @pytest.fixture(autouse=True)
 def _without_mpi(monkeypatch):
     """A world of MPI processes costs more than all the rest, and is not what is tested here."""
     monkeypatch.setattr(examine, "tool", lambda name: None)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
+    for name in ("MASTER_PORT", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def doctor(capsys, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, str]], str]:
@@ -41,13 +35,8 @@ def doctor(capsys, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str
     return code, {(each["check"], each["host"]): each for each in json.loads(printed)["findings"]}, printed
 
 
-def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch, capsys):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ssh").write_text(SSH)
-    (tmp_path / "bin" / "ssh").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+def test_every_host_is_asked_over_ssh(tmp_path, with_ssh, monkeypatch, capsys):
     monkeypatch.setenv("DS_ENV_FILE", ".test_env")
-    monkeypatch.chdir(tmp_path)
     (tmp_path / ".test_env").write_text("HF_TOKEN=hf_s3cret\n")
     (tmp_path / "hosts").write_text("".join(f"127.0.0.{i} slots=1\n" for i in (1, 2, 3)))
     code, found, printed = doctor(capsys, "--hostfile", "hosts")
@@ -99,14 +88,9 @@ def test_on_one_machine_the_paths_of_a_configuration_are_checked_and_nothing_is_
     assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith(("│", "┏")))
 
 
-def test_a_name_of_the_hub_is_looked_for_on_each_host(tmp_path, tiny_model, monkeypatch, capsys):
+def test_a_name_of_the_hub_is_looked_for_on_each_host(tmp_path, tiny_model, with_ssh, monkeypatch, capsys):
     """Each with its own cache; here both hosts are this machine, which may not ask the hub."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ssh").write_text(SSH)
-    (tmp_path / "bin" / "ssh").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "hub/datasets--owner--kept/snapshots").mkdir(parents=True)
     (tmp_path / ".deepspeed_env").write_text(f"HF_HUB_CACHE={tmp_path}/hub\nHF_TOKEN=hf_s3cret\n")
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
@@ -121,6 +105,43 @@ def test_a_name_of_the_hub_is_looked_for_on_each_host(tmp_path, tiny_model, monk
         assert "owner/kept" not in told["what"] and "hf download owner/gone --repo-type dataset" in told["fix"]
     code, found, _ = doctor(capsys, "--hostfile", "hosts", "--config", "run.yaml", "data.train=[owner/kept]")
     assert found["files", "127.0.0.2"]["what"] == "2 paths, 1 name of the hub"
+
+
+def test_in_a_job_of_slurm_the_hosts_are_those_of_the_job(tmp_path, tiny_model, with_ssh, monkeypatch, capsys):
+    for name, value in (("JOB_NODELIST", "127.0.0.[1-3]"), ("NTASKS", "6"), ("TASKS_PER_NODE", "2(x3)")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / ".deepspeed_env").write_text("export WRONG\n")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tiny_model}}}\ndata: {{train: [rows.jsonl], batch_size: 24, micro_batch_size: 1}}\n"
+    )
+    keys = ["--config", "run.yaml", "run.output=out", "run.device=cpu"]
+    code, found, printed = doctor(capsys, *keys, "cluster.clients=3")
+    assert (code, json.loads(printed)["scheduler"]) == (0, "Slurm"), printed
+    assert found["plan", "here"]["state"] == found["files", "127.0.0.2"]["state"] == "ok"
+    assert found["ssh", "127.0.0.3"]["state"] == "warn" and "Slurm" in found["ssh", "127.0.0.3"]["what"]
+    assert not any(check == ".deepspeed_env" for check, _ in found), "srun does not read it"
+    code, found, _ = doctor(capsys, *keys, "cluster.clients=4")
+    assert code == 2 and "6 ranks cannot be divided among 4 clients" in found["plan", "here"]["what"]
+    monkeypatch.delenv("SLURM_NTASKS")
+    code, found, _ = doctor(capsys, *keys, "cluster.clients=4")
+    assert code == 0 and found["plan", "here"]["state"] == "ok", "one rank a client"
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    code, found, printed = doctor(capsys, *keys, "--hostfile", "hosts", "cluster.clients=2")
+    assert (code, json.loads(printed)["hosts"]) == (0, ["localhost"])
+
+
+def test_a_hostfile_of_this_machine_alone_needs_no_ssh(tmp_path, sh_alone, monkeypatch, capsys):
+    (tmp_path / "hosts").write_text(f"{socket.gethostname()} slots=1\n")
+    monkeypatch.setenv("PATH", sh_alone)
+    monkeypatch.chdir(tmp_path)
+    assert doctor(capsys, "--hostfile", "hosts")[0] == 0
+    assert [is_this_machine(name, 10.0) for name in ("127.0.0.1", "localhost", "192.0.2.77", "no.such.invalid")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_host_that_hangs_costs_the_time_of_one_answer():

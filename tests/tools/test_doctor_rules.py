@@ -18,7 +18,7 @@ from deca_ds.tools.doctor.facts import Clock, EnvironmentFile, Facts, HostFacts,
 from deca_ds.tools.doctor.findings import HERE, Finding, State
 from deca_ds.tools.doctor.network import chosen
 from deca_ds.tools.doctor.sights import Folder, Interface, Sight
-from deca_ds.tools.doctor.table import show
+from deca_ds.tools.doctor.table import show, summary
 
 GIB = 2**30
 FAIL, WARN = State.FAIL, State.WARN
@@ -228,6 +228,19 @@ def test_a_variable_that_deepspeed_does_not_pass_on_is_warned_of():
     assert [each.state for each in found("variables", facts(here=here))] == [WARN]
     passed = [EnvironmentFile("e", ["GLOO_SOCKET_IFNAME=lan"])]
     assert found("variables", replace(facts(here=here), environment_files=passed)) == []
+
+
+def test_in_a_schedulers_job_ranks_need_no_ssh_and_get_the_variables_of_the_script():
+    away = silent("ended with 255", "root@n1: Permission denied (publickey).")
+    (told,) = [each for each in found("ssh", facts(n1=away, scheduler="Slurm")) if each.host == "n1"]
+    assert told.state == WARN and "a job of Slurm needs no ssh" in told.what and "ssh-copy-id n1" in told.fix
+    here = sight(9, variables={"GLOO_SOCKET_IFNAME": "lan"})
+    assert found("variables", facts(here=here, scheduler="Slurm")) == []
+    named = facts(here=here, n1=seen(1, interfaces=TWO_NETWORKS), scheduler="Slurm")
+    assert {each.state for each in found("interfaces", named)} == {State.OK}
+    (warned,) = [each for each in found("interfaces", replace(named, here=sight(9))) if each.host == "n1"]
+    assert warned.state == WARN and "the job's script" in warned.fix and ".deepspeed_env" not in warned.fix
+    assert summary(named, judge(named)).startswith("2 hosts of this Slurm job, 4 ranks: ")
 
 
 @pytest.mark.parametrize(

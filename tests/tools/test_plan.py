@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 from deca_ds.cli import main
 from deca_ds.config import load_config
 from deca_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from deca_ds.tools.doctor.checks import BRIEF
 from deca_ds.tools.doctor.needs import needs_of
 from deca_ds.tools.plan import print_plan
 from deca_ds.training import resume
@@ -218,7 +219,7 @@ def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_p
     def plan(hosts: str) -> tuple[int, str]:
         (tmp_path / "hosts").write_text(hosts)
         command = ["plan", "--config", str(tmp_path / "run.yaml"), "--hostfile", str(tmp_path / "hosts"), *keys]
-        code = main(command)
+        code = main([*command, "--no-ssh"])
         told = capsys.readouterr()
         return code, " ".join((told.out + told.err).split())
 
@@ -234,6 +235,38 @@ def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_p
     assert code == 2 and "3 ranks cannot be divided among 2 clients" in told
     code, told = plan("a: 3\n")
     assert code == 2 and "'a: 3' is no host" in told and f"{tmp_path / 'hosts'}:1" in told
+
+
+def test_a_hostfile_has_each_host_looked_at(tiny_model, word_files, tmp_path, with_ssh, sh_alone, monkeypatch, capsys):
+    """Two of the hosts are this machine behind an `ssh`, and the third one is not there."""
+    data = f"{{per_client: [{word_files[0]}, {word_files[1]}], batch_size: 2, micro_batch_size: 1}}"
+    (tmp_path / "run.yaml").write_text(f"cluster: {{clients: 2}}\nmodel: {{path: {tiny_model}}}\ndata: {data}\n")
+
+    def plan(hosts: str, *arguments: str) -> tuple[int, str]:
+        (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts.split()))
+        code = main(["plan", "run.yaml", "run.output=out", "--hostfile", "hosts", *arguments])
+        told = capsys.readouterr()
+        return code, told.out + told.err
+
+    code, told = plan("127.0.0.1 127.0.0.2", "--json")
+    hosts = json.loads(told)["hosts"]
+    found = {(each["check"], each["host"]): each["what"] for each in hosts["findings"]}
+    assert (code, hosts["ok"], hosts["hosts"]) == (0, True, ["127.0.0.1", "127.0.0.2"])
+    assert {check for check, _ in found} == set(BRIEF)
+    assert found["files", "127.0.0.1"] == "3 paths", "configuration, model, the client's own file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "hosts", "run.yaml"], "nothing is written"
+    code, told = plan("127.0.0.1 127.0.0.3")
+    assert code == 2 and told.index("client 1: 127.0.0.3") < told.index("FAIL ssh, 127.0.0.3")
+    assert "fix: ssh-copy-id 127.0.0.3" in told and "--no-ssh makes the plan without" in told
+    code, told = plan("127.0.0.1 127.0.0.2", f"data.per_client=[{word_files[0]},gone.jsonl]")
+    assert code == 2 and "FAIL files, 127.0.0.2: data.per_client: gone.jsonl is not there" in " ".join(told.split())
+    monkeypatch.setenv("PATH", sh_alone)
+    code, told = plan("localhost", "cluster.clients=1", f"data.per_client=[{word_files[0]}]", "--json")
+    assert code == 0 and json.loads(told)["hosts"]["ok"], "without ssh"
+    code, told = plan("127.0.0.1 127.0.0.2")
+    assert code == 2 and "cannot start ssh" in told and "openssh-client" in told
+    code, told = plan("a b", "--no-ssh", "--json")
+    assert code == 0 and json.loads(told)["hosts"] is None
 
 
 @pytest.mark.parametrize("command", ["plan", "simulate", "doctor", "data"])

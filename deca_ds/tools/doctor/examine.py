@@ -19,13 +19,14 @@ from deca_ds.tools.doctor.facts import (
     INTERFACE_VARIABLES,
     OTHERS,
     PACKAGES,
+    STORE_PORT,
     Clock,
     Facts,
     HostFacts,
     MpiTrial,
     Needs,
 )
-from deca_ds.tools.doctor.hosts import Host, Unreachable, at_once, command, resolve
+from deca_ds.tools.doctor.hosts import Host, Unreachable, at_once, command, is_this_machine, resolve
 from deca_ds.tools.doctor.links import Link
 from deca_ds.tools.doctor.sights import Sight, tool
 
@@ -42,18 +43,23 @@ _END_S = 5.0  # for mpirun to end what it has started
 
 def examine(
     slots: Mapping[str, int],
-    remote: bool,
-    port: int,
     within_s: float,
     needs: Needs | None,
-    mistake: UserError | None,
+    mistake: UserError | None = None,
+    *,
+    port: int = STORE_PORT,
+    scheduler: str | None = None,
+    briefly: bool = False,
 ) -> Facts:
-    """slots: host -> ranks. remote: whether over ssh; else the one host is this machine. within_s: for each answer.
-    Raises LaunchError where not even this machine answers."""
+    """slots: host -> ranks; all are asked over ssh, unless there is only one, which is this machine. within_s: for each
+    answer. scheduler: see Facts. briefly: only what the checks in `BRIEF` need, which starts no programs and no
+    connections between hosts, and writes nothing. Raises LaunchError where not even this machine answers."""
+    remote = len(slots) > 1 or not is_this_machine(next(iter(slots)), within_s / 4)
     names = [*slots, *([_OWN] if remote else [])]
     own = _OWN if remote else names[0]
     found = resolve(list(slots), within_s / 4) if remote else {}
-    environment = read_environment_files(os.environ)
+    environment = read_environment_files(os.environ) if scheduler is None else []
+    tool_s = 0.0 if briefly else within_s / _TOOLS
     names_of_hub = [] if needs is None else [(kind, name) for _, kind, name in needs.names]
     of_hub = {"names": names_of_hub, "environment": hub_variables(environment) if remote else {}}
     agents = {name: Host(command(None if name == own else name), within_s) for name in names}
@@ -63,7 +69,8 @@ def examine(
             of = HostFacts(slots=slots.get(name, 1), addresses=found.get(name))
             asked = [path for _, path in needs.paths.get(name, ())] if needs is not None else []
             try:
-                sight = _look(agents[name], list(slots) if remote else [], port if name == names[0] else 0, within_s)
+                tried = port if name == names[0] and not briefly else 0
+                sight = _look(agents[name], list(slots) if remote else [], tried, tool_s)
                 wrong = agents[name].ask("there", paths=asked)
                 lacking = agents[name].ask("not_on_hub", **of_hub) if of_hub["names"] and name in slots else {}
                 return replace(of, sight=sight, clock=_clock(agents[name]), wrong_paths=wrong, not_on_hub=lacking)
@@ -74,8 +81,10 @@ def examine(
         here = hosts[own].sight
         if here is None:
             fault = f"this machine's own python: {hosts[own].fault}"
-            raise LaunchError(fault, where="deca doctor", fix="raise --deadline")
+            raise LaunchError(fault, where="deca doctor", fix="raise its --deadline")
         hosts.pop(_OWN, None)
+        if briefly:
+            return Facts(hosts, here, remote, environment_files=environment, needs=needs, scheduler=scheduler)
         sees_first = False
         answering = {name: agents[name] for name, of in hosts.items() if of.sight is not None}
         if needs is not None:
@@ -85,7 +94,7 @@ def examine(
         links = _links([pair for pair in pairs if set(pair) <= answering.keys()], answering, found)
     finally:
         at_once(lambda name: agents[name].close(), names)
-    facts = Facts(hosts, here, remote, port, links, None, environment, needs, mistake, sees_first)
+    facts = Facts(hosts, here, remote, port, links, None, environment, needs, mistake, sees_first, scheduler)
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
     return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))
 
@@ -95,7 +104,7 @@ def _silent(of: HostFacts, error: Unreachable | OSError) -> HostFacts:
     return replace(of, sight=None, fault=str(error), said=getattr(error, "said", ""))
 
 
-def _look(agent: Host, names: Sequence[str], port: int, within_s: float) -> Sight:
+def _look(agent: Host, names: Sequence[str], port: int, tool_s: float) -> Sight:
     sight: Sight = agent.ask(
         "look",
         folder=os.getcwd(),
@@ -103,7 +112,7 @@ def _look(agent: Host, names: Sequence[str], port: int, within_s: float) -> Sigh
         names=list(names),
         variables=list(INTERFACE_VARIABLES),
         port=port,
-        tool_s=within_s / _TOOLS,
+        tool_s=tool_s,
     )
     return sight
 

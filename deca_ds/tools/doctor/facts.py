@@ -14,6 +14,7 @@ PACKAGES = ("torch", "deepspeed", "transformers")  # of which all ranks must hav
 OTHERS = ("mpi4py", "datasets", "accelerate", "numpy", "safetensors", "omegaconf")
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMPI_MCA_btl_tcp_if_include")
 STORE_PORT = 29500  # deepspeed's default
+DEADLINE_S = 60.0  # for an answer, unless told
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Needs:
     device: str
     mixed_versions: bool
     paths: Mapping[str, Sequence[tuple[str, str]]]
-    disk: Mapping[str, int]
-    memory: Mapping[str, int]
-    gpu_memory: Mapping[str, int]
-    beside_gpus: Mapping[str, int]
-    pairs: Sequence[tuple[str, str]]
+    disk: Mapping[str, int] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
+    gpu_memory: Mapping[str, int] = field(default_factory=dict)
+    beside_gpus: Mapping[str, int] = field(default_factory=dict)
+    pairs: Sequence[tuple[str, str]] = ()
     names: Sequence[tuple[str, Kind, str]] = ()
     unplanned: UserError | None = None
 
@@ -89,7 +90,8 @@ class EnvironmentFile:
 class Facts:
     """Everything. here: this machine. remote: whether launchers reach the hosts over ssh. links: by the host that
     connects and the one that listens. mistake: why the configuration has no plan. sees_first: whether this
-    machine sees what the first host writes in run.output."""
+    machine sees what the first host writes in run.output. scheduler: in whose job this process is, where the hosts are
+    those of the job."""
 
     hosts: Mapping[str, HostFacts]
     here: Sight
@@ -101,6 +103,7 @@ class Facts:
     needs: Needs | None = None
     mistake: UserError | None = None
     sees_first: bool = False
+    scheduler: str | None = None
 
     @property
     def seen(self) -> dict[str, Sight]:

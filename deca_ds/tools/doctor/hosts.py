@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -63,8 +64,8 @@ class Host:
                 errors="replace",
             )
         except OSError as error:
-            fix = "install it (openssh-client); without --hostfile only this machine is looked at"
-            raise LaunchError(f"cannot start {command[0]}: {error.strerror}", where="deca doctor", fix=fix) from None
+            fix = "install it (openssh-client), or leave --hostfile out"
+            raise LaunchError(f"cannot start {command[0]}: {error.strerror}", where="hostfile", fix=fix) from None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._said: list[str] = []
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._listen)]
@@ -139,6 +140,25 @@ def command(name: str | None) -> list[str]:
         f"export PYTHONPATH={shlex.quote(path)}; if test -x {own}; then exec {own} {loader}; fi; exec python3 {loader}"
     )
     return ["sh", "-c", script] if name is None else [*_SSH, name, f"sh -c {shlex.quote(script)}"]
+
+
+def is_this_machine(name: str, within_s: float) -> bool:
+    """Whether a name is this machine's, so that no launcher needs ssh to reach it. within_s: for the name server."""
+    if name in ("localhost", socket.gethostname()):
+        return True
+    found = resolve([name], within_s)[name]
+    return bool(found) and all(map(_is_own, found))
+
+
+def _is_own(address: str) -> bool:
+    """Return whether an address belongs to one of this machine's interfaces: only then sockets can be bound to it."""
+    try:
+        family, kind, _, _, at = socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as tried:
+            tried.bind(at)
+    except OSError:
+        return False
+    return True
 
 
 def at_once(does: Callable[[str], Result], hosts: Sequence[str]) -> dict[str, Result]:

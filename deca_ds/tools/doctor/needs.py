@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -24,28 +25,42 @@ from deca_ds.training.chosen_method import check_method
 from deca_ds.training.resume import check_start
 
 
+def files_needed(config: Config, slots: Mapping[str, int], file: Path | None) -> Needs:
+    """Return what ranks read, and no sizes. slots: host -> ranks. file: of the configuration. Raises UserErrors where
+    the clients cannot have so many ranks."""
+    layout, host_of = _places(config, slots)
+    return Needs(
+        output=config.run.output,
+        resume=config.run.resume,
+        refused=None,
+        transport=config.cluster.transport,
+        device=config.run.device,
+        mixed_versions=config.cluster.allow_mixed_versions,
+        paths=paths_of(config, layout, host_of, file),
+        names=names_of(config),
+    )
+
+
+def _places(config: Config, slots: Mapping[str, int]) -> tuple[ClientLayout, list[str]]:
+    """Return the ranks of each client, and the host of each rank."""
+    host_of = [host for host, count in slots.items() for _ in range(count)]
+    return ClientLayout.of(check_world(config, len(host_of))), host_of
+
+
 def needs_of(config: Config, slots: Mapping[str, int], file: Path | None = None) -> Needs:
     """slots: host -> ranks. file: of the configuration. Raises the UserErrors of a configuration that has no plan, or
     none for these hosts, except that of a model that is not here: the hosts may have it."""
-    world = sum(slots.values())
-    layout = ClientLayout.of(check_world(config, world))
+    layout, host_of = _places(config, slots)
     check_method(config)
-    host_of = [host for host, count in slots.items() for _ in range(count)]
     mixing = build_mixing(config.gossip, config.cluster.clients, config.run.seed)
     unplanned = None
     try:
         disk, memory, gpu_memory, beside_gpus = _sizes(config, layout, mixing, host_of)
     except ModelError as error:
         unplanned, disk, memory, gpu_memory, beside_gpus = error, {}, {}, {}, {}
-    return Needs(
-        output=config.run.output,
-        resume=config.run.resume,
+    return replace(
+        files_needed(config, slots, file),
         refused=_refused(config),
-        transport=config.cluster.transport,
-        device=config.run.device,
-        mixed_versions=config.cluster.allow_mixed_versions,
-        paths=paths_of(config, layout, host_of, file),
-        names=names_of(config),
         disk=disk,
         memory=memory,
         gpu_memory=gpu_memory,

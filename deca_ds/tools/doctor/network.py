@@ -15,6 +15,7 @@ _BRIDGES = ("lo", "docker", "virbr", "veth", "br-", "cni", "flannel", "tailscale
 _SKEW_S, _WRONG_S = 2.0, 300.0  # heartbeats show ages of seconds; certificates fail at minutes
 _SLOW, _FEW = 0.1, 3  # of the median of all connections, where there are so many
 _LATE_S = 0.05
+_HOSTS_DIFFER = "where hosts have other names, set it in each host's ~/.bashrc, above its test for a terminal"
 
 
 def chosen(value: str, variable: str, interfaces: list[Interface]) -> list[str]:
@@ -57,21 +58,22 @@ def interfaces(facts: Facts) -> Iterator[Verdict]:
         nothing = {name: v for name, v in told.items() if not chosen(v, name, sight["interfaces"])}
         if nothing:
             wrong = ", ".join(f"{name}={value}" for name, value in nothing.items())
-            yield fail(host, f"{wrong} names no interface there ({shown})", _where_to_write(nothing))
+            fix = f"name one that every host has in {_place(facts)}; {_HOSTS_DIFFER}"
+            yield fail(host, f"{wrong} names no interface there ({shown})", fix)
         elif len(between) > 1 and "GLOO_SOCKET_IFNAME" not in told:
             one = _towards(facts, host, between)
             yield warn(
                 host,
                 f"several networks ({shown}), and gloo takes that of the host's own name",
-                f"write GLOO_SOCKET_IFNAME={one}, and the same for NCCL_SOCKET_IFNAME, into .deepspeed_env",
+                f"write GLOO_SOCKET_IFNAME={one}, and the same for NCCL_SOCKET_IFNAME, into {_place(facts)}",
             )
         else:
             yield ok(host, shown)
 
 
-def _where_to_write(names: dict[str, str]) -> str:
-    hosts_differ = "where hosts have other names, set it in each host's ~/.bashrc, above its test for a terminal"
-    return f"name one that every host has in .deepspeed_env; {hosts_differ}"
+def _place(facts: Facts) -> str:
+    """Say where variables are set for all ranks."""
+    return ".deepspeed_env" if facts.scheduler is None else "the job's script, with export"
 
 
 def _towards(facts: Facts, host: str, between: list[Interface]) -> str:

@@ -99,7 +99,9 @@ def own_name(facts: Facts) -> Iterator[Verdict]:
 
 
 def passed_on(facts: Facts) -> dict[str, str]:
-    """Variables that .deepspeed_env gives to all ranks."""
+    """Variables that all ranks get: those of .deepspeed_env, or in a scheduler's job this process's own."""
+    if facts.scheduler is not None:
+        return dict(facts.here["variables"])
     pairs = (line.partition("=") for file in facts.environment_files for line in file.lines if "=" in line)
     return {key.strip(): value.strip().strip("\"'") for key, _, value in pairs}
 
@@ -112,6 +114,9 @@ def ssh(facts: Facts) -> Iterator[Verdict]:
                 yield ok(host, "without password")
         elif _NO_PYTHON.search(of.said):
             yield ok(host, "without password")
+        elif facts.scheduler is not None:
+            what, fix = ssh_fault(host, of)
+            yield warn(host, f"{what}; a job of {facts.scheduler} needs no ssh, but the doctor does", fix)
         else:
             yield fail(host, *ssh_fault(host, of))
 

@@ -69,14 +69,17 @@ class Sight(TypedDict):
 def look(
     folder: str, packages: Sequence[str], names: Sequence[str], variables: Sequence[str], port: int, tool_s: float
 ) -> Sight:
-    """folder: the working folder. names: to look up. port: to try, 0: none. tool_s: for nvidia-smi and the like."""
+    """folder: the working folder. names: to look up. port: to try, 0: none. tool_s: for nvidia-smi and the
+    like, 0: start none of them."""
     there = os.path.isdir(folder)
     if there:
         os.chdir(folder)
     code, code_at = _code()
-    gpus, gpu_error = _gpus(tool_s)
-    mpi, mpi_error = _run([sys.executable, "-c", _MPI], tool_s) if version_of("mpi4py") else ("", "no mpi4py")
-    mpirun = tool("mpirun")
+    gpus, gpu_error = _gpus(tool_s) if tool_s else ([], "")
+    mpi, mpi_error = "", "no mpi4py"
+    if tool_s and version_of("mpi4py"):
+        mpi, mpi_error = _run([sys.executable, "-c", _MPI], tool_s)
+    mpirun = tool("mpirun") if tool_s else None
     torch_gpus = _run([sys.executable, "-c", _TORCH], tool_s)[0] if gpus else ""
     return Sight(
         hostname=socket.gethostname(),

@@ -1,14 +1,15 @@
-"""The findings as one table with a word in every cell, what to mend below it, and as JSON."""
+"""The findings as one table with a word in every cell, what to mend below it, and for programs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deca_ds.plural import several
 from deca_ds.printing import print_line
 from deca_ds.tools.doctor.checks import CHECKS
 from deca_ds.tools.doctor.facts import Facts
@@ -39,22 +40,25 @@ def show(console: Console, facts: Facts, findings: Sequence[Finding]) -> None:
 def summary(facts: Facts, findings: Sequence[Finding]) -> str:
     bad = sum(finding.state == State.FAIL for finding in _merged(findings))
     doubtful = sum(finding.state == State.WARN for finding in _merged(findings))
-    hosts = f"{len(facts.hosts)} host{'s' if len(facts.hosts) > 1 else ''}"
+    hosts = several(len(facts.hosts), "host")
+    if facts.scheduler is not None:
+        hosts += f" of this {facts.scheduler} job, {several(sum(of.slots for of in facts.hosts.values()), 'rank')}"
     if not bad and not doubtful:
         return f"{hosts}: all well"
     warnings = f"{doubtful} warning{'s' if doubtful != 1 else ''}"
     return f"{hosts}: {bad} failure{'s' if bad != 1 else ''}, {warnings}"
 
 
-def as_json(facts: Facts, findings: Sequence[Finding]) -> str:
+def as_dict(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
+    """For programs."""
     links = [{"from": one, "to": other, **link} for (one, other), link in facts.links.items()]
-    whole = {
+    return {
         "ok": worst(findings) < State.FAIL,
         "hosts": list(facts.hosts),
+        "scheduler": facts.scheduler,
         "findings": [finding.as_dict() for finding in findings],
         "links": links,
     }
-    return json.dumps(whole, indent=1)
 
 
 def _columns(facts: Facts, findings: Sequence[Finding]) -> list[str]:
