@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deca_ds.config import Config
 from deca_ds.config.schema import ModelConfig
-from deca_ds.engine.load import given_weights, meta_model
+from deca_ds.data.formats import FORMATS
+from deca_ds.engine.load import given_weights, has_tokenizer_settings, meta_model
 from deca_ds.errors import DataError, ModelError
 
 _POSITIONAL = re.compile(r"pos|wpe")
@@ -33,6 +34,7 @@ def check_model(
     model = meta_model(config.model, architecture)
     warnings = _check_attention(config.model, architecture, needed=weights)
     warnings += _check_positions(config, model) + _check_vocabulary(model, tokenizer)
+    warnings += _check_special_tokens(config, tokenizer)
     if weights and config.model.init == "pretrained":
         warnings += given_weights(config.model, architecture).notes
     return warnings
@@ -128,6 +130,23 @@ def _check_positions(config: Config, model: PreTrainedModel) -> list[str]:
     if absolute:
         raise ModelError(found, where="data.max_length", fix=f"set it to at most {limit}")
     return [f"{found}: it has not been trained on longer sequences"]
+
+
+def _check_special_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Warn of a tokenizer that has no end of text, and of one whose special tokens nobody has named."""
+    path = config.model.tokenizer or config.model.path
+    if tokenizer.eos_token_id is None and "conversation" not in FORMATS[config.data.format].features:
+        told = (
+            "the tokenizer has no end-of-text token (eos_token in its tokenizer_config.json): nothing marks the end of "
+        )
+        return [f"{told}an example, and the model does not learn to end its answers"]
+    if tokenizer.eos_token_id is not None and not has_tokenizer_settings(path):
+        template = "" if tokenizer.chat_template else ", and there is no chat template"
+        return [
+            f"{path!r} has no tokenizer_config.json: the special tokens are those that {type(tokenizer).__name__} has "
+            f"by itself (end of text: {tokenizer.eos_token}){template}. Copy the file from where the model is from"
+        ]
+    return []
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -179,9 +179,33 @@ def test_offline_what_the_cache_has_in_part_is_told_without_the_libraries_words(
     has_only_a_part(partial(given_weights, model, load_architecture(model)))
     shutil.copy(tiny_model / "tokenizer.json", tmp_path / "hub/models--owner--x/snapshots/1")
     assert load_tokenizer(model).vocab_size
+    (tmp_path / "hub/models--owner--x/snapshots/1/tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match=r"(?s)no end-of-text token.*\(.*/home\) has only a part of this model; HF_H"):
+        load_tokenizer(model)
     with pytest.raises(DataError, match=r"the hub's cache \(.*/home\) has only a part of this dataset; HF_H") as caught:
         load_hub(HubName("owner/x"), None, "train")
     assert "hf download owner/x --repo-type dataset" in caught.value.fix
+
+
+def test_a_folder_without_the_names_of_special_tokens_is_refused_where_it_then_has_none(tiny_model, tmp_path):
+    """transformers loads it without a word: no answer would have an end."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(tiny_model / name, tmp_path)
+    model = ModelConfig(path=str(tmp_path))
+    for key, given in (
+        ("model.path", model),
+        ("model.tokenizer", ModelConfig(path=str(tiny_model), tokenizer=str(tmp_path))),
+    ):
+        with pytest.raises(ModelError, match=r"no end-of-text token and no chat template: it comes without") as caught:
+            load_tokenizer(given)
+        assert caught.value.where == key and "copy the file" in caught.value.fix
+    (tmp_path / "chat_template.jinja").write_text("x")
+    with pytest.raises(ModelError, match=r"no end-of-text token: it comes without tokenizer_config.json"):
+        load_tokenizer(model)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(model).eos_token is None, "as it says"
+    shutil.copy(tiny_model / "tokenizer_config.json", tmp_path)
+    assert load_tokenizer(model).eos_token == "</s>"
 
 
 def test_a_folder_without_a_tokenizer_is_told_so(tiny_model, tmp_path):

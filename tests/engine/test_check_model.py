@@ -108,6 +108,22 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(make):
         check(folder)
 
 
+def test_special_tokens_that_no_file_names_are_warned_of(make):
+    folder = make(CONFIGS["llama"]())
+    path = folder / "tokenizer_config.json"
+    named = json.loads(path.read_text())
+    path.write_text(json.dumps({**named, "eos_token": None}))
+    (warning,) = check(folder, **SHORT)
+    assert "no end-of-text token" in warning and "does not learn to end its answers" in warning
+    assert check(folder, **{"data.format": "messages", **SHORT}) == [], "the template ends them"
+    path.unlink()
+    config = load_config(None, [f"model.path={folder}", "data.max_length=8"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "</s>"  # as classes have one by themselves: Qwen2's is not that of its chat models
+    (warning,) = check_model(config, load_architecture(config.model), tokenizer, weights=False)
+    assert "no tokenizer_config.json" in warning and "end of text: </s>), and there is no chat template" in warning
+
+
 def test_data_with_a_token_that_the_model_lacks_is_refused():
     def sequences(*ids):
         rows = {"input_ids": [[1, 2], list(ids)], "labels": [[1, 2], list(ids)]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +20,7 @@ from transformers.utils import logging
 
 from deca_ds.config.paths import check_model_on_hub, could_be_hub_name, look_for
 from deca_ds.data.template import ERRORS
-from deca_ds.engine.load import BAD_FILE, explained, no_vocabulary
+from deca_ds.engine.load import BAD_FILE, explained, tokenizer_in
 from deca_ds.errors import ModelError
 from deca_ds.run_folder import BASE
 
@@ -45,10 +43,7 @@ class Speaker:
     def __init__(self, name: str, device: torch.device, *, plain: bool = False, trust_remote_code: bool = False):
         check_model(name)
         logging.disable_progress_bar()
-        with explained(name, "MODEL", BAD_FILE, partial(no_vocabulary, name)):
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust_remote_code
-            )
+        self._tokenizer = tokenizer_in(name, "MODEL", trust_remote_code=trust_remote_code)
         with explained(name, "MODEL", BAD_FILE):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
