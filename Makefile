@@ -42,6 +42,7 @@ lint: install
 docs: install
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/draw_pictures.py
+	$(BIN)/python docs/draw_screens.py
 
 # the manual as a site, in build/site; a warning is an error
 site: install

@@ -102,6 +102,9 @@ def test_the_hosts_of_the_large_example_fit_its_clients() -> None:
         ("make_reference.py", "formats", "formats.md"),
         ("draw_pictures.py", "idea", "idea.svg"),
         ("draw_pictures.py", "client_states", "client_states.svg"),
+        ("draw_screens.py", "doctor", "screen_doctor.svg"),
+        ("draw_screens.py", "status", "screen_status.svg"),
+        ("draw_screens.py", "progress", "screen_progress.svg"),
     ],
 )
 def test_what_make_docs_writes_is_up_to_date(script: str, function: str, file: str) -> None:

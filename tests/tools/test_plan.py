@@ -1,5 +1,6 @@
 """What a dry run refuses before it loads anything, and what it tells."""
 
+import io
 import json
 import re
 import shutil
@@ -8,12 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jobs import REPOSITORY
 from rich.filesize import decimal
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
 from deca_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from deca_ds.printing import wrapped
 from deca_ds.tools.doctor.checks import BRIEF
 from deca_ds.tools.doctor.needs import needs_of
 from deca_ds.tools.plan import print_plan
@@ -209,6 +212,20 @@ def test_the_disk_is_told_and_compared_with_what_is_free(tiny_model, word_files,
     told, warning = plan(3 * 2 * 4 * parameters, "checkpoint.every=0", "algorithm.inner_steps=1")
     assert "(one, at the end or when told to stop)" in told and not warning
     assert plan(3 * 2 * 4 * parameters - 1, "checkpoint.every=0", "algorithm.inner_steps=1")[1]
+
+
+def test_the_manual_shows_the_first_lines_of_a_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    print_plan(load_config(Path("examples/demo/demo.yaml"), [f"run.output={tmp_path / 'run'}"]))
+    printed = capsys.readouterr().out.splitlines()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(stream := io.StringIO(), "isatty", lambda: True, raising=False)
+    lines = [line for text in printed for line in wrapped(text.rstrip(), stream).splitlines() if line]
+    page = (REPOSITORY / "docs/launching.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(
+        r"The first lines of `deca plan examples/demo/demo.yaml`:\n\n```text\n(.*?)\n```", page, re.DOTALL
+    )
+    assert shown.splitlines() == lines[: len(shown.splitlines())]
 
 
 def test_a_hostfile_tells_which_client_comes_where(tiny_model, word_files, tmp_path, capsys):
