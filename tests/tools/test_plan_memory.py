@@ -43,7 +43,7 @@ def test_memory_is_told_by_part_in_80_columns_and_as_json(tiny_model, word_files
 def test_a_gpu_is_told_to_fit_or_not_and_how_long_a_step_takes(tiny_model, word_files, tmp_path, capsys, monkeypatch):
     (tmp_path / "run.yaml").write_text(f"model: {{path: {tiny_model}}}\ndata: {{train: [{word_files[0]}]}}\n")
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
-    command = ["plan", "--config", str(tmp_path / "run.yaml"), "--hostfile", str(tmp_path / "hosts")]
+    command = ["plan", "--config", str(tmp_path / "run.yaml"), "--hostfile", str(tmp_path / "hosts"), "--no-ssh"]
     keys = [f"run.output={tmp_path / 'run'}", "cluster.clients=2", "data.max_length=16", "data.micro_batch_size=2"]
 
     def plan(*options: str) -> tuple[int, str]:
