@@ -11,7 +11,7 @@ from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.planning.estimate import BlockMemory, Estimate
-from deca_ds.planning.memory import PASSES, PROCESS, totals
+from deca_ds.planning.memory import KEPT, PASSES, PROCESS, totals
 
 
 def estimate_of(shape: dict[str, Any], length: int, ranks: int, overrides: Sequence[str]) -> Estimate:
@@ -22,11 +22,16 @@ def estimate_of(shape: dict[str, Any], length: int, ranks: int, overrides: Seque
 
 
 def at_rest(block: BlockMemory) -> int:
-    """Return the bytes above those of the process, between steps."""
-    return totals(block.parts, "host")["rest"] - PROCESS
+    """Return the bytes above those of the process, before the block's first step."""
+    return totals(block.parts, "host")["rest"] - kept_in(block) - PROCESS
 
 
 def in_step(block: BlockMemory) -> int:
     """Return the bytes above those of the process, at the fullest moment of a step."""
     at = totals(block.parts, "host")
     return max(at[moment] for moment in ("rest", *PASSES, "reduction")) - PROCESS
+
+
+def kept_in(block: BlockMemory) -> int:
+    """Return the bytes that the C library keeps after the passes."""
+    return sum(part.bytes for part in block.parts if part.name == KEPT)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.chunked_loss import positions_at_a_time, positions_of_a_piece, summed_loss
+from deca_ds.engine.heap import kept_below
 from deca_ds.engine.load import DTYPES, expert_lists, meta_model
 from deca_ds.engine.losses import losses_of
 from deca_ds.engine.output_head import OutputHead, find_head
@@ -37,12 +38,15 @@ class NotWithoutValues(Exception):
 @dataclass(frozen=True)
 class PassMemory:
     """Bytes of one micro-batch beside parameters. saved: what the body leaves for the backward pass. forward, loss,
-    backward: the most at a time in the body, in the head and loss, and in the backward pass, `saved` included."""
+    backward: the most at a time in the body, in the head and loss, and in the backward pass, `saved` included. kept: on
+    a CPU, what the C library keeps after the passes; forward, loss and backward include it, as it is there from the
+    second micro-batch on."""
 
     saved: int
     forward: int
     loss: int
     backward: int
+    kept: int
 
 
 class DryModel:
@@ -105,17 +109,18 @@ class DryModel:
             self._require(active, False)
             for hook in drop:
                 hook.remove()
-        if len(peaks) == 2:  # a model without a head of its own: all is its forward
-            return PassMemory(peaks[0], peaks[0], peaks[0], peaks[1])
-        return PassMemory(saved[0], *peaks)
+        *before, after = (allocated.kept + peak for peak in peaks)
+        # of a model without a head of its own all is its forward
+        return PassMemory(saved[0] if saved else before[0], before[0], before[-1], after, allocated.kept)
 
     @torch.no_grad()
-    def scoring(self, rows: int, length: int) -> int:
-        """Measure the most bytes held at a time while an evaluation scores `rows` sequences of `length` tokens."""
+    def scoring(self, rows: int, length: int) -> tuple[int, int]:
+        """Measure an evaluation's pass over `rows` sequences of `length` tokens. Returns what the C library keeps after
+        it (see PassMemory), and the most bytes held at a time beside that."""
         self._model.eval()
         with self._allocated(rows) as allocated:
             self._loss(rows, length, lambda *_: None)
-            return allocated.take_peak()
+            return allocated.kept, allocated.take_peak()
 
     def _loss(self, rows: int, length: int, at_head: Callable[..., None]) -> Tensor:
         ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -165,8 +170,8 @@ class DryModel:
     def _allocated(self, rows: int) -> Iterator[_Allocated]:
         own = (*self._model.parameters(), *self._model.buffers())
         padded = rows > 1 and not self._packed  # rows of different lengths
-        storages = (tensor.untyped_storage() for tensor in own)
-        with _without_values(self._mode), _masks(padded), _Allocated(storages) as allocated:
+        allocated = _Allocated((tensor.untyped_storage() for tensor in own), 0 if self._gpu else kept_below())
+        with _without_values(self._mode), _masks(padded), allocated:
             yield allocated
 
 
@@ -197,19 +202,25 @@ def _masks(padded: bool) -> Iterator[None]:
 
 class _Allocated(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make while it is active. level: bytes of the tensors that are
-    alive.
+    alive. kept: the most at a time of those smaller than `kept_below`, whose memory stays when they are freed.
 
     beside: storages that do not count.
     """
 
-    def __init__(self, beside: Iterable[UntypedStorage]):
+    def __init__(self, beside: Iterable[UntypedStorage], kept_below: int):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without types
         self._known: dict[int, object] = {id(storage): storage for storage in beside}
-        self.level = self._peak = 0
+        self._kept_below = kept_below
+        self._returned = self._peak = self._small = 0  # bytes alive of the others, their peak; of those that are kept
+        self.kept = 0
+
+    @property
+    def level(self) -> int:
+        return self._returned + self._small
 
     def take_peak(self) -> int:
-        """Return the highest level since the last call."""
-        peak, self._peak = self._peak, self.level
+        """Return the most at a time, since the last call, of tensors whose memory does not stay."""
+        peak, self._peak = self._peak, self._returned
         return peak
 
     def __torch_dispatch__(
@@ -232,12 +243,18 @@ class _Allocated(TorchDispatchMode):
 
         def freed(_: object) -> None:
             del self._known[key]
-            self.level -= size
+            self._add(-size, size)
 
         self._known[key] = weakref.ref(storage, freed)
-        self.level += size
+        self._add(size, size)
         if to_peak:
-            self._peak = max(self._peak, self.level)
+            self._peak, self.kept = max(self._peak, self._returned), max(self.kept, self._small)
+
+    def _add(self, change: int, size: int) -> None:
+        if size < self._kept_below:
+            self._small += change
+        else:
+            self._returned += change
 
 
 def _drop_gradient(parameter: Tensor) -> None:

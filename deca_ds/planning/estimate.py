@@ -244,7 +244,7 @@ class Estimate:
     def at_rest(self, where: Place) -> int:
         """Return the bytes held between steps while the largest block is active: a lower bound that needs no pass."""
         largest = max(block.numel for block in self.plan.blocks)
-        return totals(parts(self._shape, largest, PassMemory(0, 0, 0, 0), Gathered(0, 0, 0), 0, 0), where)["rest"]
+        return totals(parts(self._shape, largest, PassMemory(0, 0, 0, 0, 0), Gathered(0, 0, 0), 0, 0), where)["rest"]
 
     @cached_property
     def _shape(self) -> Shape:
@@ -273,11 +273,11 @@ class Estimate:
     def _by_block(self) -> list[BlockMemory]:
         length, rows = self.config.data.max_length, self.rows
         dry, again = self.dry, self.config.model.gradient_checkpointing
-        scoring = 0 if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
+        kept, beside = (0, 0) if dry is None else dry.scoring(self.config.evaluation.batch_size, length)
         blocks = self.plan.blocks
         known = sorted({0, min(1, len(blocks) - 1), max(0, len(blocks) - 2), len(blocks) - 1})
         measured = {
-            index: PassMemory(0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length, again)
+            index: PassMemory(0, 0, 0, 0, 0) if dry is None else dry.training(blocks[index].names, rows, length, again)
             for index in known
         }
         largest = max(sum(self._numels[name] for name in call) for call in self._calls)
@@ -285,24 +285,14 @@ class Estimate:
         gathered = {
             index: peak_gathered(calls, sizes, set(blocks[index].names), self._zero, self.ranks) for index in known
         }
-        return [
-            BlockMemory(
-                index,
-                block.label,
-                block.numel,
-                tuple(
-                    parts(
-                        self._shape,
-                        block.numel,
-                        PassMemory(*_between(index, {k: astuple(m) for k, m in measured.items()})),
-                        Gathered(*_between(index, {k: astuple(g) for k, g in gathered.items()})),
-                        scoring,
-                        largest,
-                    )
-                ),
-            )
-            for index, block in enumerate(blocks)
-        ]
+        found = []
+        for index, block in enumerate(blocks):
+            passes = PassMemory(*_between(index, {k: astuple(m) for k, m in measured.items()}))
+            layers = Gathered(*_between(index, {k: astuple(g) for k, g in gathered.items()}))
+            scoring = beside + max(0, kept - passes.kept)
+            held = parts(self._shape, block.numel, passes, layers, scoring, largest)
+            found.append(BlockMemory(index, block.label, block.numel, tuple(held)))
+        return found
 
 
 def _between(index: int, known: Mapping[int, tuple[int, ...]]) -> list[int]:

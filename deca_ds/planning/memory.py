@@ -18,7 +18,10 @@ MOMENTS = (
 )  # fmt: skip
 PASSES = ("forward", "loss", "backward", "arrival")
 
+_BETWEEN = tuple(moment for moment in MOMENTS if moment not in PASSES)
+
 ACTIVATIONS = "activations kept for backward"
+KEPT = "freed by passes, kept by the C library"
 
 BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together
 PROCESS = 470_000_000  # host memory of a process with its libraries, measured: benchmarks/results/client_memory.json
@@ -83,10 +86,11 @@ def parts(
         Part("active block: float32 state", shape.state_bytes * shard, near),
         Part("low halves of masters", low, "host"),
         Part(ACTIVATIONS, passes.saved, near, PASSES),
-        Part("temporaries of the forward pass", passes.forward - passes.saved, near, ("forward",)),
+        Part("temporaries of the forward pass", passes.forward - passes.saved, near, ("forward", "arrival")),
         Part("logits, loss and their gradients", passes.loss - passes.saved, near, ("loss",)),
         Part("gradients and temporaries", max(0, passes.backward - passes.saved), near, ("backward",)),
         Part("evaluation: activations, logits", scoring, near, ("evaluation", "mean model")),
+        Part(KEPT, passes.kept, "host", _BETWEEN),
     ]
     if k > 1 or shape.offload:
         found += [

@@ -65,7 +65,11 @@ def _notes(estimate: Estimate) -> Iterator[str]:
     if estimate.gpu:
         kept_freed = "what CUDA's allocator keeps of freed memory, which was never measured"
     else:
-        kept_freed = "what glibc keeps of freed memory: 1 to 9 % of the peak with one rank, 7 to 16 % with two"
+        kept_freed = (
+            "what glibc keeps of freed memory beyond that row, because it does not fit what is asked for next: 1 to "
+            "14 % of the peak with one rank, 5 to 30 % with two; up to 3 % with MALLOC_MMAP_THRESHOLD_=65536 in the "
+            "environment, which takes more CPU time"
+        )
     yield f"Not in the table: {kept_freed}; and cached pages of the data"
     if not estimate.gpu:
         yield "The table is for computing on CPUs; --gpu NAME or run.device=cuda shows it for GPUs"

@@ -1,5 +1,7 @@
 """What passes take, found without values, against the same passes with them."""
 
+import platform
+
 import pytest
 import tiny_models
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from deca_ds.config import load_config
 from deca_ds.engine.dry_pass import DryModel, NotWithoutValues
+from deca_ds.engine.heap import kept_below
 from deca_ds.engine.load import meta_model
 
 ROWS, LENGTH = 3, 32
@@ -35,6 +38,12 @@ def kept_by_autograd(model: nn.Module, trained: list[str], rows: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.fixture(autouse=True)
+def _returned(monkeypatch):
+    """The C library keeps nothing of what is freed, so that a moment's memory is that of the tensors alive."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "0")
 
 
 @pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("llama", ROWS), ("gpt2", ROWS), ("mixtral", ROWS)])
@@ -86,6 +95,43 @@ def test_what_is_made_of_a_chunks_logits_is_there_at_once_on_a_gpu_alone():
     logits = 4 * architecture.vocab_size * 127
     assert near.loss < 1.6 * logits and 2.9 * logits < gpu.loss < 4.1 * logits
     assert near.backward == gpu.backward
+
+
+def test_memory_of_small_tensors_stays_when_they_are_freed_and_that_of_large_ones_does_not(monkeypatch):
+    architecture = tiny_models.CONFIGS["llama"]()
+    architecture.vocab_size = 2**15
+    names = ["model.embed_tokens.weight"]
+    gradient = 4 * architecture.vocab_size * architecture.hidden_size  # made last, when activations are gone
+
+    def passes(threshold, gpu=False):
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(threshold))
+        return DryModel(config(), architecture, gpu).training(names, 1, 8)
+
+    returned, some, all_of_it = passes(0), passes(gradient), passes(gradient + 1)
+    assert returned.kept == 0 and returned.saved == some.saved == all_of_it.saved
+    assert some.kept == max(returned.forward, returned.loss)
+    assert (some.forward, some.loss, some.backward) == (some.kept, some.kept, some.kept + gradient)
+    assert all_of_it.kept == max(returned.loss, returned.backward) < some.backward
+    assert (all_of_it.forward, all_of_it.loss, all_of_it.backward) == (all_of_it.kept,) * 3
+    assert passes(gradient, gpu=True).kept == 0, "torch's own allocator, of which the plan knows nothing"
+
+
+def test_what_an_evaluation_leaves_is_told_apart_from_what_it_returns(monkeypatch):
+    architecture = tiny_models.CONFIGS["llama"]()
+    nothing, most = DryModel(config(), architecture, gpu=False).scoring(ROWS, LENGTH)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
+    assert nothing == 0 and DryModel(config(), architecture, gpu=False).scoring(ROWS, LENGTH) == (most, 0)
+
+
+def test_the_threshold_is_that_of_the_environment_or_the_highest_that_glibc_comes_to(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for chosen, expected in {"65536": 65536, str(2**40): 2**25, "": 2**25, "64K": 2**25}.items():
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", chosen)
+        assert kept_below() == expected
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
+    assert kept_below() == 2**25
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert kept_below() == 0
 
 
 def test_modules_are_called_in_the_order_of_the_forward_pass():

@@ -75,11 +75,22 @@ def test_checkpointing_is_told_the_other_way_round_too():
 
 
 def test_the_most_at_a_time_is_of_one_moment():
-    passes = PassMemory(saved=100, forward=110, loss=190, backward=150)
+    passes = PassMemory(saved=100, forward=110, loss=190, backward=150, kept=0)
     found = parts(small_shape(), 200, passes, Gathered(0, 0, 0), scoring=40, largest_call=0)
     context = next(part.bytes for part in found if part.name.startswith("CUDA"))
     assert peak(found, "gpu") == ("loss", 2000 + 16 * 200 + 190 + context)
     assert peak(found, "host") == ("checkpoint", 2000 + (16 * 200 + 4 * 1000) + PROCESS)
+
+
+def test_what_passes_freed_is_still_there_between_them_and_counts_once_in_them():
+    passes = PassMemory(saved=100, forward=160, loss=190, backward=150, kept=150)
+    found = parts(small_shape(gpu=False, low_halves=False), 10, passes, Gathered(0, 0, 0), scoring=40, largest_call=0)
+    at, held = totals(found, "host"), 2000 + 16 * 10 + PROCESS
+    expected = {
+        "rest": 150, "forward": 160, "loss": 190, "backward": 150, "arrival": 160, "reduction": 150, "gossip": 150,
+        "evaluation": 150 + 40, "mean model": 150 + 40, "checkpoint": 150 + 16 * 10 + 2 * 1000,
+    }  # fmt: skip
+    assert at == {moment: held + more for moment, more in expected.items()}
 
 
 SIZES = {"a": 5, "b": 7, "c": 2}
@@ -122,7 +133,7 @@ def small_shape(**changes) -> Shape:
 @pytest.mark.parametrize("gpu", [True, False])
 def test_gloo_copies_what_it_gathers_and_reduces(gpu):
     """A block of one bucket is reduced when its backward pass is over; one of several, meanwhile as well."""
-    nothing, gathered = PassMemory(0, 0, 0, 0), Gathered(most=300, arriving=400, end=50)
+    nothing, gathered = PassMemory(0, 0, 0, 0, 0), Gathered(most=300, arriving=400, end=50)
     gloo = not gpu
     for block, several in ((200, False), (2 * BUCKET_NUMEL + 6, True)):
         shape = small_shape(ranks=2, gpu=gpu, width=4)
