@@ -18,7 +18,7 @@ MOMENTS = (
 )  # fmt: skip
 PASSES = ("forward", "loss", "backward", "arrival")
 
-_BETWEEN = tuple(moment for moment in MOMENTS if moment not in PASSES)
+BETWEEN_PASSES = tuple(moment for moment in MOMENTS if moment not in PASSES)
 
 ACTIVATIONS = "activations kept for backward"
 KEPT = "freed by passes, kept by the C library"
@@ -90,7 +90,7 @@ def parts(
         Part("logits, loss and their gradients", passes.loss - passes.saved, near, ("loss",)),
         Part("gradients and temporaries", max(0, passes.backward - passes.saved), near, ("backward",)),
         Part("evaluation: activations, logits", scoring, near, ("evaluation", "mean model")),
-        Part(KEPT, passes.kept, "host", _BETWEEN),
+        Part(KEPT, passes.kept, "host", BETWEEN_PASSES),
     ]
     if k > 1 or shape.offload:
         found += [

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from deca_ds.planning.estimate import BlockMemory, Estimate
 from deca_ds.planning.fits import Setting, nearest
-from deca_ds.planning.memory import ACTIVATIONS, MOMENTS, PASSES, Part, Place, peak
+from deca_ds.planning.memory import ACTIVATIONS, BETWEEN_PASSES, MOMENTS, PASSES, Part, Place, peak
 from deca_ds.planning.roofline import ARITHMETIC, LINK, MEMORY, USABLE, Gpu, StepTime
 from deca_ds.printing import print_line
 
@@ -46,7 +46,7 @@ def memory_table(block: BlockMemory, estimate: Estimate) -> Table:
 def _when(part: Part) -> str:
     if part.when == MOMENTS:
         return "always"
-    return "passes" if part.when == PASSES else part.when[0]
+    return {PASSES: "passes", BETWEEN_PASSES: "between passes"}.get(part.when, part.when[0])
 
 
 def _notes(estimate: Estimate) -> Iterator[str]:
