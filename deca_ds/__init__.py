@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from deca_ds.watchdog import started_by as _started_by  # noqa: F401  # notes what may be gone a moment later
+
 if TYPE_CHECKING:
     from deca_ds.config import Config, load_config
     from deca_ds.errors import UserError

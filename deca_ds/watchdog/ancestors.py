@@ -19,6 +19,7 @@ import psutil
 
 from deca_ds.launch import Launch
 from deca_ds.printing import print_wrapped
+from deca_ds.watchdog.started_by import started_by
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 _SHELLS = ("sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh")
@@ -28,20 +29,18 @@ _RUNNER_GONE = "`deepspeed` is gone: the job saves a checkpoint and stops after 
 
 
 class Ancestors:
-    """The processes above this one, as they are when this object is made."""
+    """The processes above this one, as they were when it began."""
 
     def __init__(self) -> None:
-        self._parent, self._is_shell = os.getppid(), False
+        parent, above = started_by()
+        self._parent, self._is_shell = parent.pid, parent.name in _SHELLS
+        self._runner = above.pid if is_runner(above.command) else None
+        self._kills_ranks = self._runner is not None and _script(parent.command) == _LAUNCHER
+        self._missed_launcher = False
         self._launcher: psutil.Process | None = None
-        self._runner: int | None = None
-        self._kills_ranks = self._missed_launcher = False
-        with contextlib.suppress(psutil.Error):  # it is gone, or not ours to look at
-            self._launcher = psutil.Process(self._parent)
-            self._is_shell = self._launcher.name() in _SHELLS
-            above = self._launcher.parent()
-            if above is not None and is_runner(above.cmdline()):
-                self._runner = above.pid
-                self._kills_ranks = _script(self._launcher.cmdline()) == _LAUNCHER
+        if os.getppid() == parent.pid:  # else another process may have its number
+            with contextlib.suppress(psutil.Error):  # it is not ours to look at
+                self._launcher = psutil.Process(parent.pid)
 
     def look(self, launch: Launch, stop: StopByStore | StopByCommit) -> str | None:
         """Return why this rank has to end, in words, if its launcher was killed. If only the runner is gone, have the

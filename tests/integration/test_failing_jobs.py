@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 
 import psutil
 import pytest
-from jobs import launch, processes_below, ranks_of, steps_done, wait_until
+from jobs import REPOSITORY, launch, processes_below, ranks_of, steps_done, wait_until
 
 from deca_ds.cli import main
 from deca_ds.watchdog.failure import told_exit_codes
@@ -138,6 +139,40 @@ def test_ranks_end_when_their_launcher_is_killed(config, tmp_path):
 
     launch("deepspeed", 2, ["--config", str(config), *LONG, "cluster.clients=1"], fresh=True, during=during)
     assert "launcher is gone" in (tmp_path / "run" / "FAILED").read_text()
+
+
+# Has a rank that comes to import torch leave a file, and wait until there is one named `go`.
+SLOW_IMPORT = """
+import os, pathlib, sys, time
+class Slow:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch" and sys.argv[0].endswith("train.py"):
+            folder = pathlib.Path(__file__).parent
+            (folder / f"imports_{os.getpid()}").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.05)
+sys.meta_path.insert(0, Slow)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
+def test_ranks_end_when_their_launcher_was_killed_while_they_imported(config, tmp_path, launcher):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
+
+    def during(job: subprocess.Popen) -> None:
+        wait_until(lambda: len(list(tmp_path.glob("imports_*"))) == 2, "importing", process=job)
+        processes = processes_below(job, lambda command: True)
+        (parent,) = {rank.parent() for rank in ranks_of(job, "launchers/train.py")}
+        parent.kill()
+        (tmp_path / "go").touch()
+        wait_until(lambda: not any(map(is_alive, processes)), "without processes")
+
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    arguments = ["--config", str(config), *LONG, "cluster.clients=1"]
+    finished = launch(launcher, 2, arguments, fresh=True, during=during, PYTHONPATH=path)
+    if launcher == "deepspeed":  # what mpirun's ranks say ends with mpirun
+        assert "launcher is gone" in finished.output, finished.output[-4000:]
 
 
 def test_a_stop_while_a_model_is_loaded_ends_all_ranks_at_once(config, tmp_path):

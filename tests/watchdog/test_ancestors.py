@@ -25,7 +25,11 @@ from deca_ds.watchdog.guard import JobGuard
 START = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 SHELL = ["sh", "-c", '"$@"; true', "sh"]  # not its last command, which would take its place
 RANK = """
-import time
+import os, sys, time
+import deca_ds
+while not os.path.exists(sys.argv[1]):  # as long as a slow import takes
+    print("imports", flush=True)
+    time.sleep(0.05)
 from deca_ds.launch.launcher import Launch
 from deca_ds.watchdog.ancestors import Ancestors
 from deca_ds.watchdog.stop import StopByCommit
@@ -39,10 +43,14 @@ while True:  # until the test ends it
 
 
 class Chain:
-    """A rank, and those above it: python that runs a file of that name, or a shell. The topmost comes first."""
+    """A rank, and those above it: python that runs a file of that name, or a shell. The topmost comes first.
+    imports: the rank does so until `go_on`."""
 
-    def __init__(self, folder: Path, above: list[str]):
-        command = [sys.executable, "-c", RANK]
+    def __init__(self, folder: Path, above: list[str], imports: bool):
+        self.imported = folder / "imported"
+        command = [sys.executable, "-c", RANK, str(self.imported)]
+        if not imports:
+            self.go_on()
         for name in reversed(above):
             (folder / name).write_text(START)
             command = [*(SHELL if name == "sh" else [sys.executable, str(folder / name)]), *command]
@@ -53,6 +61,9 @@ class Chain:
         wait_until(lambda: "\n" in self.output.read_text(), "a look around", process=self.top)
         self.processes += self.processes[0].children(recursive=True)
         assert len(self.processes) == len(above) + 1
+
+    def go_on(self) -> None:
+        self.imported.touch()
 
     def end(self, place: int) -> None:
         """One of those above, and nobody else; then the one below it has another parent."""
@@ -71,8 +82,8 @@ class Chain:
 def start(tmp_path) -> Iterator[Callable[..., Chain]]:
     made: list[Chain] = []
 
-    def start(*above: str) -> Chain:
-        made.append(Chain(tmp_path, list(above)))
+    def start(*above: str, imports: bool = False) -> Chain:
+        made.append(Chain(tmp_path, list(above), imports))
         return made[-1]
 
     yield start
@@ -97,6 +108,34 @@ def test_what_starts_a_launcher_or_a_rank_may_go(start, above):
     chain = start(*above)
     chain.end(0)
     assert chain.tells() == "0 0"
+
+
+@pytest.mark.parametrize(
+    ("above", "ends", "expected"),
+    [
+        (("mpirun",), 0, "1 0"),
+        (("sh",), 0, "0 0"),
+        (("deepspeed", "mpirun"), 0, "0 1"),
+        (("deepspeed", "deepspeed.launcher.launch"), 1, "1 0"),
+        (("nohup", "launch"), 0, "0 0"),
+    ],
+)
+def test_who_goes_while_the_rank_still_imports_is_missed_when_it_begins(start, above, ends, expected):
+    chain = start(*above, imports=True)
+    assert chain.tells() == "imports"
+    chain.end(ends)
+    chain.go_on()
+    wait_until(lambda: chain.tells() != "imports", "a look around")
+    assert chain.tells() == expected
+
+
+def test_a_fork_of_who_has_imported_notes_its_own_parent():
+    """As a server of forks that have imported all, or a script that starts its ranks by itself."""
+    own = "print(started_by().parent.pid == os.getppid(), flush=True)"
+    code = "import os; from deca_ds.watchdog.started_by import started_by\n"
+    code += f"child = os.fork(); child and os.wait(); {own}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("True\n" * 2, "")
 
 
 @pytest.mark.parametrize(
