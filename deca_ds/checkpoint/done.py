@@ -1,4 +1,10 @@
-"""The marker of how a run has ended, DONE, STOPPED or FAILED, and which clients were gone by then."""
+"""The marker of how a run has ended, DONE, STOPPED or FAILED, and which clients were gone by then.
+
+One rank writes DONE or STOPPED when all ranks have saved what is theirs, and a rank may fail at the same moment. Then
+FAILED gives way: the rank that writes DONE or STOPPED removes FAILED afterwards, and a rank that writes FAILED
+(watchdog/failure.py) removes it again if it finds one of the others afterwards. If a rank is killed before it has done
+so, two markers stay, and `ended` names the one that counts.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +32,20 @@ def mark_stopped(run: Path, steps: str, how: str, missing: Sequence[int] = ()) -
     _mark(run / STOPPED, steps, missing, f"to continue: {how}")
 
 
-def ended(run: Path) -> list[str]:
-    """Return the markers that are there."""
-    return [name for name in (DONE, STOPPED, FAILED) if (run / name).is_file()]
+def ended(run: Path) -> str | None:
+    """Return the name of the marker that tells how the run has ended; None if it has not."""
+    return next((name for name in (DONE, STOPPED, FAILED) if (run / name).is_file()), None)
 
 
 def is_marked_since(run: Path, taken: Path) -> bool:
-    """Return whether there is a marker of the job that has taken the folder last: one that is not older than the file
-    `taken`, which that job wrote first. A job that continues a run leaves the marker of the one before until it has
-    loaded."""
+    """Return whether the marker is of the job that has taken the folder last: not older than the file `taken`, which
+    that job wrote first. A job that continues a run leaves the marker of the one before until it has loaded."""
+    marker = ended(run)
+    if marker is None:
+        return False
     with suppress(FileNotFoundError):
-        since = taken.stat().st_mtime_ns
-        return any((run / name).stat().st_mtime_ns >= since for name in ended(run))
-    return bool(ended(run))
+        return (run / marker).stat().st_mtime_ns >= taken.stat().st_mtime_ns
+    return ended(run) is not None
 
 
 def is_done(run: Path) -> bool:
@@ -74,9 +81,9 @@ def _mark(marker: Path, steps: str, missing: Sequence[int], *more: str) -> None:
                 sync(path)
         partial.write_text("\n".join(lines) + "\n")
         sync(partial)
-        for name in (STOPPED, FAILED):
-            (run / name).unlink(missing_ok=True)
         os.replace(partial, marker)
+        for name in {STOPPED, FAILED} - {marker.name}:
+            (run / name).unlink(missing_ok=True)
         sync(run)
     except OSError as error:
         raise CheckpointError(

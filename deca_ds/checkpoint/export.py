@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deca_ds.checkpoint.adapters import MergedModel, read_adapters
-from deca_ds.checkpoint.done import missing_clients
+from deca_ds.checkpoint.done import ended, missing_clients
 from deca_ds.checkpoint.file_format import conversion_groups, empty_model, stored_shapes, to_file_format
 from deca_ds.checkpoint.files import sync
 from deca_ds.checkpoint.generation import adapt_saved
@@ -271,10 +271,13 @@ def _open_shards(run: Path, client: int | None, missing: list[int]) -> ShardedMo
 
 
 def _unfinished(run: Path) -> str | None:
-    if (run / FAILED).is_file():
+    marker = ended(run)
+    if marker == DONE:
+        return None
+    if marker == FAILED:
         reason = (run / FAILED).read_text(errors="replace").strip().splitlines()
         return "the run is marked FAILED" + (f": {reason[0]}" if reason else "")
-    return None if (run / DONE).is_file() else "the run is not marked DONE: it was stopped, or is still running"
+    return "the run is not marked DONE: it was stopped, or is still running"
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:

@@ -44,30 +44,30 @@ _TAIL = 1 << 16  # bytes at the end of a metrics file
 
 @dataclass(frozen=True)
 class State:
-    """How a run is. beats: of the ranks that write on this host's disks. markers: of its end. losses: by client, that
-    of its last step, as far as its metrics are here."""
+    """How a run is. beats: of the ranks that write on this host's disks. marker: of its end. losses: by client, that of
+    its last step, as far as its metrics are here."""
 
     folder: Path
     beats: Sequence[Heartbeat]
-    markers: Sequence[str]
+    marker: str | None
     losses: dict[int, float]
 
     @property
     def silent(self) -> list[Heartbeat]:
         """Ranks of a run that has not ended, and that give no sign of life."""
-        return [] if self.markers else [beat for beat in self.beats if beat.silent_s() > SILENCE_S]
+        return [] if self.marker else [beat for beat in self.beats if beat.silent_s() > SILENCE_S]
 
     @property
     def is_over(self) -> bool:
         """Whether there is nothing more to watch."""
-        return bool(self.markers) or len(self.silent) == len(self.beats)
+        return self.marker is not None or len(self.silent) == len(self.beats)
 
     @property
     def code(self) -> int:
         """See the module's text."""
         codes = {DONE: WELL, STOPPED: STOPPED_CODE, FAILED: FAILURE_CODE}
-        if self.markers:
-            return codes[self.markers[0]]
+        if self.marker is not None:
+            return codes[self.marker]
         return SILENT_CODE if self.silent else WELL
 
 
@@ -106,14 +106,14 @@ def watch(
 
 def look(folder: Path) -> State:
     """Read how the run stands. Raises CheckpointError for a folder that is no run's."""
-    markers = ended(folder)  # before the heartbeats, which stop then
+    marker = ended(folder)  # before the heartbeats, which stop then
     has_ended = is_marked_since(folder, folder / LOCK)
     beats = _beats(folder)
     if not has_ended and any(beat.silent_s() <= SILENCE_S for beat in beats):
-        markers = []  # of the job before: one that continues the run is loading
+        marker = None  # of the job before: one that continues the run is loading
     clients = {beat.client for beat in beats if beat.client is not None}
     losses = {client: _last_loss(client_metrics(folder, client)) for client in clients}
-    return State(folder, beats, markers, {client: loss for client, loss in losses.items() if loss is not None})
+    return State(folder, beats, marker, {client: loss for client, loss in losses.items() if loss is not None})
 
 
 def status_table(state: State) -> Table:
@@ -134,13 +134,12 @@ def status_table(state: State) -> Table:
     return table
 
 
-def told_ends(state: State) -> list[str]:
-    """Tell what the run left of its end, marker by marker; nothing of one that has not ended."""
-    told = []
-    for name in state.markers:
-        with suppress(FileNotFoundError):  # a job that continues the run removes them
-            told.append(f"{name}: {(state.folder / name).read_text(errors='replace').strip()}")
-    return told
+def told_end(state: State) -> str:
+    """Tell what the run left of its end; "" for one that has not ended."""
+    if state.marker is not None:
+        with suppress(FileNotFoundError):  # a job that continues the run removes it
+            return f"{state.marker}: {(state.folder / state.marker).read_text(errors='replace').strip()}"
+    return ""
 
 
 def _picture(state: State, console: Console) -> Group:
@@ -150,7 +149,7 @@ def _picture(state: State, console: Console) -> Group:
 def _below(state: State) -> list[str]:
     """Return the lines below the table: how the run ended, or that it was lost."""
     lost = "no rank gives a sign of life, and the run has not ended: it was killed, or this host is cut off"
-    return [*told_ends(state), *([lost] if state.is_over and not state.markers else [])]
+    return [line for line in (told_end(state), lost if state.is_over and state.marker is None else "") if line]
 
 
 def _beats(folder: Path) -> list[Heartbeat]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import CheckpointError
 from deca_ds.printing import print_wrapped
-from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, told_ends, watch
+from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, told_end, watch
 from deca_ds.watchdog.stop import forget_request, is_requested, request_stop
 
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     _ask(folder)
     print_wrapped("asked; the job stops after its inner step, or the evaluation that is under way")
     state = watch(folder, lambda state: None if state.is_over else _ask(folder))
-    if state.markers:
+    if state.marker is not None:
         forget_request(folder)  # one that came after the end
     print_wrapped(_how(state), sys.stdout)
     return _code(state)
@@ -54,7 +54,7 @@ def _ask(folder: Path) -> None:
 
 def _how(state: State) -> str:
     silent = "no rank gives a sign of life; if the job was killed, the same command with run.resume=auto continues it"
-    return "\n".join(told_ends(state)) or silent
+    return told_end(state) or silent
 
 
 def _code(state: State) -> int:

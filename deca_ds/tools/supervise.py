@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 
-from deca_ds.checkpoint.done import is_done, stopped_without
+from deca_ds.checkpoint.done import ended, is_done, stopped_without
 from deca_ds.checkpoint.steps import steps_in
 from deca_ds.config import Config, load_config
 from deca_ds.config.checks import check_world
@@ -206,7 +206,8 @@ class Supervisor:
         rank that joins by itself looks at its own alone."""
         others = self.output.glob(f"{FAILED}_client_*") if self.client is None else ()
         own = () if self.client is None else (self.output / f"{FAILED}_client_{self.client:03d}",)
-        return _with_times((self.output / FAILED, *own, *others))
+        job = (self.output / FAILED,) if ended(self.output) == FAILED else ()
+        return _with_times((*job, *own, *others))
 
     def _wait(self, seconds: float) -> bool:
         """Wait; returns whether a signal has asked this process to stop meanwhile."""

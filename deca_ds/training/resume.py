@@ -27,7 +27,7 @@ from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import CHECKPOINTS, DATA, FAILED, MODEL, STARTS, STOPPED
+from deca_ds.run_folder import CHECKPOINTS, DATA, DONE, FAILED, MODEL, STARTS, STOPPED
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.claim import check_free
 from deca_ds.training.length import count_rounds, one_block, too_short
@@ -246,16 +246,18 @@ def _try(here: Path, step: int, own: Part, absent: Collection[int]) -> tuple[Sha
     return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 
-def leave_behind(config: Config, resumption: Resumption, launch: Launch, own: Part) -> None:
+def leave_behind(config: Config, resumption: Resumption, launch: Launch, store: JobStore, own: Part) -> None:
     """Note in the run's folder that nothing refuses to continue any more: the first rank writes what is new in the
     configuration; each removes its parts of newer checkpoints than the one that was chosen, as the run comes to their
-    steps again, and how the last attempt ended. The first names what it removes, and where the run continues."""
+    steps again, and how the last attempt ended. The first names what it removes, and where the run continues. All ranks
+    call this, and may write to the folder then."""
     output = Path(config.run.output)
     if launch.rank == launch.first and has_begun(output) and (changed := save_changes(config)):
         print_wrapped(f"continuing with {changed}")
     remove_newer(output / CHECKPOINTS, resumption.step, own)
-    for marker in (output / FAILED, output / STOPPED, *output.glob(f"{FAILED}_client_*")):
+    for marker in (*(output / name for name in (DONE, STOPPED, FAILED)), *output.glob(f"{FAILED}_client_*")):
         marker.unlink(missing_ok=True)
+    store.gather(launch, "output/left_behind", None)  # or one rank would remove what another one says of its failure
     if launch.rank != launch.first:
         return
     for line in resumption.refused:

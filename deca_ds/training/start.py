@@ -137,7 +137,7 @@ def begin_or_resume(
             where=str(output / MODEL),
             fix="bring it back, or name a new folder in run.output",
         )
-    leave_behind(config, resumption, launch, own_part)
+    leave_behind(config, resumption, launch, store, own_part)
     if begun is not None:  # how the run had ended before is no longer told there
         guard.write_to(output)
     return NewRun()

@@ -22,7 +22,7 @@ from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import agreement, subset
 from deca_ds.launch.compare_ranks import compare_start
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import DONE, MODEL, SAVED_CONFIG, STOPPED, client_failure
+from deca_ds.run_folder import MODEL, SAVED_CONFIG, STOPPED, client_failure
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare_clients import compare_data, digest_of_start
@@ -184,7 +184,7 @@ class ResumedRun(_Together):
         """Compare nothing: the checkpoint has each client's own model."""
 
     def restore(self, job: Job, state: TrainingState) -> None:
-        """See Start. Removes the DONE of a run that had finished."""
+        """See Start."""
         output, cluster = job.output, job.cluster
         cluster.progress.enter("reading the checkpoint", works=True)
         restore(self.resumption, cluster, state)
@@ -193,9 +193,7 @@ class ResumedRun(_Together):
             keep_model(output, own)
         cluster.progress.enter("starting", works=True)
         cluster.store.gather(cluster.launch, "resume/restored", None)  # on all ranks: nobody refuses the run any more
-        if cluster.is_job_leader:
-            (output / DONE).unlink(missing_ok=True)
-        leave_behind(job.config, self.resumption, cluster.launch, own)
+        leave_behind(job.config, self.resumption, cluster.launch, cluster.store, own)
         _write_to(job)
         rewind(output, cluster, self.resumption.step)
         if cluster.is_job_leader:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from deca_ds.errors import KILLED, LOOK_AT_THE_KILLED, ConnectionLostError
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import DONE, FAILED, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -82,9 +83,10 @@ class Failure:
 
     def mark(self, output: Path | None, name: str, *, replaces: bool = False) -> None:
         """Write the failure to a file in the run's folder, if that exists; the file appears as a whole. name: FAILED,
-        which is not written once the job is done, or the name for one client, without which the others may have
-        finished. replaces: whether to replace the file if another rank has written it already."""
-        if output is None or not output.is_dir() or (name == "FAILED" and (output / "DONE").exists()):
+        which gives way to the marker of a job that has come to its end (checkpoint/done.py), or the name for one
+        client, without which the others may have finished. replaces: whether to replace the file if another rank has
+        written it already."""
+        if output is None or not output.is_dir() or (name == FAILED and _has_ended(output)):
             return
         marker, partial = output / name, output / f".{name}.{self.rank}.partial"
         with contextlib.suppress(OSError):  # on a full disk the marker is empty
@@ -96,6 +98,9 @@ class Failure:
                 _link(partial, marker)
         with contextlib.suppress(OSError):
             partial.unlink()
+        if name == FAILED and _has_ended(output):
+            with contextlib.suppress(OSError):
+                marker.unlink()
 
 
 def note_leaving(rank: int, store: Store) -> None:
@@ -106,6 +111,10 @@ def note_leaving(rank: int, store: Store) -> None:
 def all_leave(ranks: Iterable[int], store: Store) -> bool:
     """Return whether all of `ranks` have noted that."""
     return store.check([f"{_LEAVES}/{rank}" for rank in ranks])
+
+
+def _has_ended(output: Path) -> bool:
+    return any((output / name).exists() for name in (DONE, STOPPED))
 
 
 def _link(partial: Path, marker: Path) -> None:

@@ -6,6 +6,7 @@ trained:CODE    the same after an inner step
 outlived:CODE   the same before its first step, when the others go on without it
 invited:CODE    the same before the others have let it in
 done:CODE       the same with a DONE marker
+both:CODE       the same with a FAILED marker, too, of a rank that was killed before it had removed that
 stopped:CODE    the same with a STOPPED marker
 lost:CODE       the same, because client 1 is gone
 diverged:CODE   the same after a new checkpoint, with a FAILED marker of a client that diverged
@@ -54,11 +55,9 @@ elif what in ("trained", "outlived", "invited"):
         outlived = rank == 0 or what == "outlived"
         beat = Heartbeat(rank, "n0", rank, "gossip", step, "layers 0-1", None, 0.0, time.time(), outlived)
         (output / FOLDER / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(beat)))
-elif what == "failed":
-    (output / "FAILED").write_text("rank 0 on n0, gradient, step 3\nkilled\n")
 elif what == "told":
     tell_exit_code(2)
-elif what == "done":
+elif what in ("done", "both"):
     mark_done(output, "8 of 8 inner steps")
 elif what in ("stopped", "lost"):
     mark_stopped(output, "3 of 8 inner steps", "", [1] if what == "lost" else [])
@@ -69,4 +68,6 @@ elif what == "waits":
     while not told:
         time.sleep(0.05)
     mark_stopped(output, "5 of 8 inner steps", "")
+if what in ("failed", "both"):
+    (output / "FAILED").write_text("rank 0 on n0, gradient, step 3\nkilled\n")
 sys.exit(int(code))

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from deca_ds.cli import main
-from deca_ds.tools.status import look, told_ends, watch
+from deca_ds.tools.status import look, told_end, watch
 from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat
 
 
@@ -46,6 +46,16 @@ def test_the_exit_code_is_how_the_run_is(tmp_path, marker, code, capsys):
         (tmp_path / marker).write_text(f"{told}\n")
     assert main(["status", str(tmp_path)]) == code
     assert (f"{marker}: {told.strip()}\n" in capsys.readouterr().out) == bool(marker), "whole where no terminal is"
+
+
+def test_of_two_markers_the_one_that_counts_is_told(tmp_path, capsys):
+    """A rank that failed while DONE was being written was killed before it had removed its FAILED."""
+    beat(tmp_path, 0, silent_s=90.0)
+    for marker in ("DONE", "FAILED"):
+        (tmp_path / marker).write_text("words\n")
+    assert main(["status", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "DONE: words" in told and "FAILED" not in told
 
 
 def test_every_column_is_readable_at_80_columns(tmp_path, capsys, monkeypatch):
@@ -97,9 +107,9 @@ def test_a_marker_that_a_job_removes_at_this_moment_is_not_told(tmp_path):
     beat(tmp_path, 0)
     (tmp_path / "STOPPED").write_text("words\n")
     state = look(tmp_path)
-    assert told_ends(state) == ["STOPPED: words"]
+    assert told_end(state) == "STOPPED: words"
     (tmp_path / "STOPPED").unlink()
-    assert told_ends(state) == []
+    assert told_end(state) == ""
 
 
 @pytest.mark.parametrize(("marker", "code"), [("DONE", 0), ("STOPPED", 3), ("FAILED", 1), (None, 4)])

@@ -52,6 +52,7 @@ def supervise(folder: Path, plan: str, *keys: str) -> tuple[int, int]:
         ("saved:1 told:1 done:0 1", 0, 3, "the job ended with 2"),
         ("done:247 1", 0, 1, ""),  # a client was killed, and deepspeed tells its code
         ("1 stopped:1 1", 0, 2, "the job ended with 1"),  # torchrun
+        ("both:1 1", 0, 1, ""),  # a rank failed while DONE was being written
         ("failed:1 stopped:1 1", 0, 2, "the job ended with 1"),
         ("lost:247 done:0 1", 0, 2, "the job ended with 0"),
         ("trained:2 done:0 1", 0, 2, "Starting it again"),  # a rank that hung

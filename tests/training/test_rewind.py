@@ -67,8 +67,9 @@ def chosen(run: Path, resume: str = "require", mixing=ALONE, ranks: int = 1, abs
 
     def choice(rank: int):
         launch, own = Launch("python", rank, ranks, rank, None), Part(0, rank, ranks)
-        found = choose(config, launch, JobStore(shared, None, timedelta(seconds=100)), own, mixing)
-        leave_behind(config, found, launch, own)
+        store = JobStore(shared, None, timedelta(seconds=100))
+        found = choose(config, launch, store, own, mixing)
+        leave_behind(config, found, launch, store, own)
         return found
 
     with ThreadPoolExecutor(ranks) as threads:
@@ -192,7 +193,8 @@ def test_a_run_that_goes_on_notes_what_is_new(tmp_path: Path, capsys) -> None:
     before, way = content(tmp_path / "run"), resumed(config)
     assert isinstance(way, ResumedRun) and content(tmp_path / "run") == before, "data and model may still refuse it"
     assert not capsys.readouterr().err
-    leave_behind(config, way.resumption, Launch("python", 0, 1, 0, None), Part(0, 0, 1))
+    store = JobStore(HashStore(), None, timedelta(seconds=100))
+    leave_behind(config, way.resumption, Launch("python", 0, 1, 0, None), store, Part(0, 0, 1))
     assert load_config(tmp_path / "run/config.yaml").optimizer.lr == 1e-7 and not (tmp_path / "run/FAILED").exists()
     assert "continuing with optimizer.lr = 1e-07 instead of" in capsys.readouterr().err
 

@@ -155,8 +155,8 @@ class _Folder:
         }
 
     def _end(self) -> tuple[str, str] | None:
-        names = ended(self.path)
-        return (names[-1], self._message(self.path / names[-1])) if names else None
+        marker = ended(self.path)
+        return None if marker is None else (marker, self._message(self.path / marker))
 
     def _text(self, path: Path) -> str:
         """Return the text of a file; "" if it is gone by now."""
