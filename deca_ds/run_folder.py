@@ -11,7 +11,7 @@ SIMULATION = "simulation.jsonl"
 # markers of how the run has ended
 DONE, STOPPED, FAILED = "DONE", "STOPPED", "FAILED"
 # folders. MODEL: the trained model, in shards. BASE: the model's configuration and the tokenizer.
-MODEL, BASE, CHECKPOINTS, METRICS = "model", "hf", "checkpoints", "metrics"
+MODEL, BASE, CHECKPOINTS, METRICS, HEARTBEATS = "model", "hf", "checkpoints", "metrics", "heartbeats"
 
 
 def client_metrics(run: Path, client: int) -> Path:
@@ -27,3 +27,8 @@ def job_metrics(run: Path) -> Path:
 def client_failure(client: int) -> str:
     """Return the name of the marker of a client that has failed by itself."""
     return f"{FAILED}_client_{client:03d}"
+
+
+def is_lock(name: str) -> bool:
+    """Return whether a file of this name is LOCK, or one that is there while a job takes the folder over."""
+    return name == LOCK or name.startswith(f"{LOCK}_")

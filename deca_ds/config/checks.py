@@ -12,7 +12,7 @@ from typing import Any
 from deca_ds.config.paths import check_writable, look_for
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
-from deca_ds.run_folder import LOCK
+from deca_ds.run_folder import HEARTBEATS, is_lock
 
 _LARGEST = 1e30  # of any number: larger ones, times others, are none in float32
 
@@ -272,8 +272,8 @@ def _check_absent(config: Config) -> None:
 
 
 def check_output(config: Config) -> Path:
-    """Return the run's output folder. Raises ConfigError if it cannot be made, or holds more than LOCK, which a job
-    writes when it takes the folder, and leaves there if it is killed."""
+    """Return the run's output folder. Raises ConfigError if it cannot be made, or holds more than LOCK and heartbeats,
+    which a job writes when it takes the folder, and leaves there if it is refused or killed."""
     output = Path(config.run.output)
     check_writable(output, "run.output")
     if is_used(output):
@@ -282,13 +282,13 @@ def check_output(config: Config) -> Path:
 
 
 def is_used(output: Path) -> bool:
-    """Return whether the folder holds more than LOCK."""
+    """Return whether the folder holds more than LOCK and heartbeats."""
     return output.is_dir() and holds_more(path.name for path in output.iterdir())
 
 
 def holds_more(names: Iterable[str]) -> bool:
-    """Return whether a folder with files of these names holds more than LOCK."""
-    return any(name != LOCK for name in names)
+    """Return whether a folder with files of these names holds more than LOCK and heartbeats."""
+    return any(name != HEARTBEATS and not is_lock(name) for name in names)
 
 
 def already_used(output: Path) -> ConfigError:

@@ -12,7 +12,7 @@ from deca_ds.config.load import load_config, save_config
 from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
-from deca_ds.run_folder import CHECKPOINTS, DONE, FAILED, LOCK, MODEL, SAVED_CONFIG, STARTS, STOPPED
+from deca_ds.run_folder import CHECKPOINTS, DONE, FAILED, HEARTBEATS, MODEL, SAVED_CONFIG, STARTS, STOPPED, is_lock
 
 # What changes how long the run is, or no more than the rounding of what is trained. The number of ranks launched is no
 # key and may change, too.
@@ -45,8 +45,7 @@ MAY_CHANGE = (
 )
 AFTER_DIVERGENCE = ("optimizer.",)  # what may change, too, where the run has ended because it had diverged
 BEFORE_CONFIG = {
-    LOCK,
-    "heartbeats",
+    HEARTBEATS,
     FAILED,
     STOPPED,
     "STOP",
@@ -68,7 +67,7 @@ def check_folder(config: Config) -> None:
         return
     check_writable(output, "run.output")
     there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if config.run.resume == "auto" and there <= BEFORE_CONFIG:
+    if config.run.resume == "auto" and all(name in BEFORE_CONFIG or is_lock(name) for name in there):
         return
     if not saved.is_file():
         raise CheckpointError(

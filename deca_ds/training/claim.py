@@ -3,9 +3,15 @@
 The file LOCK names the process that has it (lock_file.py). It is created exclusively, so that a job that comes second
 is refused; a file that a killed job left stands in nobody's way. A lock says nothing where the file system has none or
 keeps it on one host, nor of a job whose first rank is gone while others continue. So a job that finds the file of one
-that left no marker of its end takes the folder only if no rank there shows a sign of life.
+that left no marker of its end takes the folder over only if no rank there shows a sign of life.
 
-A rank that joins a job by itself does not take the folder, but its own place there, in the same way.
+No lock decides who gets the folder, but the exclusive creation of a file, in which the file system lets one process
+alone succeed. To take over a file that names another job, a process first creates a second one, whose name has that job
+in it, and then looks whether the first still names that job. A process that is killed there leaves the second file
+behind, which the next one takes over in the same way.
+
+A rank that joins a job by itself does not take the folder, but its own place there; of two that do so at the same
+moment, a lock decides.
 """
 
 from __future__ import annotations
@@ -22,33 +28,38 @@ from deca_ds.checkpoint.done import is_marked_since
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch import Launch
 from deca_ds.run_folder import LOCK
-from deca_ds.training.lock_file import Holder, give_back, hold, is_free, is_there, job_of, lock, wait_for_holder
+from deca_ds.training.lock_file import Holder, create, give_back, hold, is_free, is_there, job_of, lock, wait_for_holder
 from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
-from deca_ds.watchdog.heartbeats import PERIOD_S
+from deca_ds.watchdog.heartbeats import PERIOD_S, SILENCE_S
 from deca_ds.watchdog.stop import forget_request
 
 if TYPE_CHECKING:
     from deca_ds.launch.store import JobStore
 
-_WATCH_S = 3 * PERIOD_S  # for a sign of life
+_WATCH_S = 3 * PERIOD_S  # for a heartbeat after the last one
 
 
-def take_for_job(output: Path, launch: Launch, store: JobStore, check: Callable[[], object]) -> None:
-    """Call `take` for the folder, for all ranks of a job, also on hosts that do not share the first rank's folder."""
+def take_for_job(
+    output: Path, launch: Launch, store: JobStore, check: Callable[[], object], show_life: Callable[[Path], None]
+) -> None:
+    """Call `take` for the folder, for all ranks of a job, also on hosts that do not share the first rank's folder.
+    show_life: has this rank's heartbeats begin there, from which other hosts learn that the job lives."""
     own = None
     if launch.rank == launch.first:
-        own = take(output, check)
+        own = take(output, check, beats=True)
+        show_life(output)
     job = store.gather(launch, "output/taken", own)[launch.first]
     if launch.rank != launch.first:
-        take(output, lambda: None, job)
-    store.gather(launch, "output/all", None)  # no rank writes to the folder before all have taken it
+        take(output, lambda: None, job, beats=True)
+        show_life(output)
+    store.gather(launch, "output/all", None)  # no rank writes anything else there before all have taken it
 
 
-def take(output: Path, check: Callable[[], object], job: str | None = None) -> str:
+def take(output: Path, check: Callable[[], object], job: str | None = None, *, beats: bool = False) -> str:
     """Take the folder and return the job that has it; does nothing where this process or `job` has it already.
 
-    check: raises an error if the folder is not what the run needs; called before and after it is taken.
-    Raises ConfigError if another job has it.
+    check: raises an error if the folder is not what the run needs; called before and after it is taken. beats: whether
+    heartbeats begin there at once. Raises ConfigError if another job has it.
     """
     file = output.resolve() / LOCK
     if (mine := job_of(file)) is not None:
@@ -56,8 +67,9 @@ def take(output: Path, check: Callable[[], object], job: str | None = None) -> s
     check()
     job = job or secrets.token_hex(8)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        _create(file, output, job)
+        if _seize(file, output, job, beats=beats):
+            for right in file.parent.glob(f"{LOCK}_*"):  # to take over from jobs that do not have the folder any more
+                right.unlink(missing_ok=True)
         forget_request(output)
     except OSError as error:
         raise ConfigError(
@@ -76,17 +88,8 @@ def check_free(output: Path) -> None:
     file = output.resolve() / LOCK
     if job_of(file) is not None:  # and closing it here would give up the lock
         return
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        locked = is_free(descriptor)
-        holder = wait_for_holder(descriptor, locked)
-        if locked is False or _shows_life(output, holder, locked):
-            raise _taken(file, output, holder)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        _holder_without_life(file, output)
 
 
 def take_place(output: Path, rank: int) -> None:
@@ -114,7 +117,7 @@ def take_place(output: Path, rank: int) -> None:
         raise ConfigError(
             f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {file}"
         ) from error
-    holder = wait_for_holder(descriptor, False)
+    holder = wait_for_holder(descriptor)
     os.close(descriptor)
     raise LaunchError(
         f"another process joins the job as rank {rank}, or has joined it" + f": {holder}" * (holder is not None),
@@ -150,48 +153,92 @@ def release(output: Path) -> None:
     give_back(output.resolve() / LOCK)
 
 
-def _create(file: Path, output: Path, job: str) -> None:
+def _seize(file: Path, output: Path, job: str, *, beats: bool) -> bool:
+    """Create the file, or take it over from a job that is gone. Returns whether this process holds it now, and not
+    another one of `job`. Raises ConfigError if another job has it."""
     while True:
-        try:
-            descriptor, created = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644), True
-        except FileExistsError:
-            descriptor, created = os.open(file, os.O_RDWR), False
-        try:
-            locked = lock(descriptor)
-            if not created or locked is False:
-                holder = wait_for_holder(descriptor, locked)
-                if holder is not None and holder.job == job:
-                    os.close(descriptor)
-                    return
-                if locked is False or _shows_life(output, holder, locked):
-                    raise _taken(file, output, holder)
-            if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
-                break
-        except FileNotFoundError:  # the holder has given the folder back meanwhile
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    hold(file, descriptor, job)
+        with contextlib.suppress(FileNotFoundError):  # its holder has given it, or the folder, back meanwhile
+            output.mkdir(parents=True, exist_ok=True)
+            try:
+                create(file, job, beats=beats)
+                return True
+            except FileExistsError:
+                former = _holder_without_life(file, output, job)
+            if former is not None and former.job == job:
+                return False
+            if _take_over(file, output, former, job, beats=beats):
+                return True
+        time.sleep(0.02)
 
 
-def _shows_life(output: Path, holder: Holder | None, locked: bool | None) -> bool:
-    """Return whether the job that has left its file in the folder may still be at work."""
-    if is_marked_since(output, output / LOCK):
+def _take_over(file: Path, output: Path, former: Holder | None, job: str, *, beats: bool) -> bool:
+    """Take the file over from `former`, which is gone; returns False if another process was faster."""
+    right = file.with_name(f"{file.name}_after_{former.job if former else 'nobody'}")
+    if not _seize(right, output, job, beats=beats):
         return False
-    if holder is not None and not locked and holder.is_alive:
-        return True
-    before, deadline = _heartbeats(output), time.monotonic() + _WATCH_S
-    while before and time.monotonic() < deadline:
-        time.sleep(0.1)
-        if _heartbeats(output) != before:
+    try:
+        descriptor = os.open(file, os.O_RDWR)  # anew, so that what other hosts have written is seen
+        if Holder.read(descriptor) == former:
+            hold(file, descriptor, job, beats=beats)
             return True
-    return locked is None and not before  # there is nothing to tell by
+        os.close(descriptor)
+        return False
+    finally:
+        give_back(right)
+
+
+def _holder_without_life(file: Path, output: Path, job: str = "") -> Holder | None:
+    """Return the holder of the file, which is `job` or is gone; None if the file does not say who it is. Raises
+    ConfigError if another job has it."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        while True:
+            holder = wait_for_holder(descriptor)
+            if holder is not None and holder.job == job:
+                return holder
+            lives = _shows_life(descriptor, file, output, holder)
+            if Holder.read(descriptor) == holder:  # else it has been taken over meanwhile
+                break
+    finally:
+        os.close(descriptor)
+    if lives:
+        raise _taken(file, output, holder)
+    return holder
+
+
+def _shows_life(descriptor: int, file: Path, output: Path, holder: Holder | None) -> bool:
+    """Return whether the job that the file names may still be at work in the folder."""
+    free = is_free(descriptor)
+    if free is False:
+        return True
+    if file.name == LOCK and is_marked_since(output, file):
+        return False
+    if holder is not None and holder.is_alive:
+        return True
+    begun = _have_begun(output, file)
+    if not begun and free and holder is not None and holder.is_here:
+        return False
+    if not begun and holder is not None and not holder.beats:
+        return free is None  # there is nothing to tell by
+    before, deadline = _heartbeats(output), time.monotonic() + (_WATCH_S if begun else SILENCE_S)
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if _heartbeats(output) != before or is_free(descriptor) is False:
+            return True
+    return False
+
+
+def _have_begun(output: Path, file: Path) -> bool:
+    """Return whether heartbeats have been written since the file was."""
+    with contextlib.suppress(OSError):
+        since = file.stat().st_mtime_ns
+        return any(path.stat().st_mtime_ns >= since for path in (output / HEARTBEATS).glob("rank_*.json"))
+    return False
 
 
 def _heartbeats(output: Path) -> dict[str, bytes]:
     found = {}
+    os.listdir(output)  # or a network file system may not see a folder that another host has just made
     for path in (output / HEARTBEATS).glob("rank_*.json"):
         with contextlib.suppress(OSError):
             found[path.name] = path.read_bytes()

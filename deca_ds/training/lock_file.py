@@ -22,22 +22,23 @@ _held: dict[Path, tuple[int, str]] = {}  # what this process holds: file descrip
 @dataclass(frozen=True)
 class Holder:
     """Which process holds a file. job: a name that no other job has. created: when the process started, in seconds
-    since 1970. started: the same for people."""
+    since 1970. started: the same for people. beats: whether its job writes heartbeats."""
 
     job: str
     host: str
     pid: int
     created: float
     started: str
+    beats: bool = True
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, started {self.started}"
 
     @staticmethod
-    def this_process(job: str) -> Holder:
+    def this_process(job: str, *, beats: bool) -> Holder:
         """Make the holder that this process is."""
-        created = psutil.Process().create_time()
-        return Holder(job, socket.gethostname(), os.getpid(), created, time.strftime("%Y-%m-%d %H:%M:%S"))
+        created, now = psutil.Process().create_time(), time.strftime("%Y-%m-%d %H:%M:%S")
+        return Holder(job, socket.gethostname(), os.getpid(), created, now, beats)
 
     @staticmethod
     def read(descriptor: int) -> Holder | None:
@@ -47,19 +48,36 @@ class Holder:
         return None
 
     @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this host."""
+        return self.host == socket.gethostname()
+
+    @property
     def is_alive(self) -> bool:
         """Whether it is a process of this host that lives."""
-        if self.host == socket.gethostname():
+        if self.is_here:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return abs(psutil.Process(self.pid).create_time() - self.created) < 1.0
         return False
 
 
-def hold(file: Path, descriptor: int, job: str) -> None:
-    """Write this process into the open file as its holder, and keep the file open and its lock until `give_back`."""
+def create(file: Path, job: str, *, beats: bool) -> None:
+    """Create the file and hold it. Raises FileExistsError if it exists; of several processes, one alone succeeds."""
+    descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+    try:
+        hold(file, descriptor, job, beats=beats)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
+
+
+def hold(file: Path, descriptor: int, job: str, *, beats: bool = True) -> None:
+    """Write this process into the open file as its holder, lock it, and keep it open until `give_back`."""
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(Holder.this_process(job))).encode() + b"\n", 0)
+    os.pwrite(descriptor, json.dumps(asdict(Holder.this_process(job, beats=beats))).encode() + b"\n", 0)
     os.fsync(descriptor)
+    lock(descriptor)
     _held[file] = descriptor, job
 
 
@@ -107,10 +125,9 @@ def is_free(descriptor: int) -> bool | None:
     return bool(struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK)
 
 
-def wait_for_holder(descriptor: int, locked: bool | None) -> Holder | None:
-    """Return the holder that stands in the open file. One that has just created it gets time to write, unless this
-    process has the lock. locked: what `lock` or `is_free` has returned."""
-    deadline = time.monotonic() + (0.0 if locked else _WRITTEN_S)
+def wait_for_holder(descriptor: int) -> Holder | None:
+    """Return the holder that stands in the open file. One that has just created it gets time to write."""
+    deadline = time.monotonic() + _WRITTEN_S
     while (holder := Holder.read(descriptor)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return holder

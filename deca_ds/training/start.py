@@ -110,7 +110,7 @@ def begin_or_resume(
 ) -> NewRun | ResumedRun | None:
     """Choose between a new run and one that continues: from the newest checkpoint that all ranks can use, or from the
     end of a run that is to be longer. Returns None if the run has come to its end. All ranks call this. Raises
-    UserErrors, before it changes anything but the file LOCK."""
+    UserErrors, before it changes anything but the file LOCK and heartbeats."""
     output, own = Path(config.run.output), None
     # other hosts have not got the run's configuration
     if config.run.resume == "never" or launch.rank == launch.first:
@@ -121,8 +121,7 @@ def begin_or_resume(
     if begun is not None:
         if begun["ends"]:
             return None
-        take_for_job(output, launch, store, partial(check_folder, config))
-        guard.show_life(output)
+        take_for_job(output, launch, store, partial(check_folder, config), guard.show_life)
     guard.progress.enter("verifying the checkpoints", works=True)
     own_part = _part_of(ClientLayout.of(check_world(config, launch.world_size)), launch.rank)
     finished = begun is not None and begun["finished"]

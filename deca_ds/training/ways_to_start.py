@@ -157,7 +157,8 @@ class NewRun(_Together):
         self._log(job, state)
 
     def _take(self, job: Job) -> None:
-        take_for_job(job.output, job.cluster.launch, job.cluster.store, partial(check_new, job.config))
+        launch, store = job.cluster.launch, job.cluster.store
+        take_for_job(job.output, launch, store, partial(check_new, job.config), job.guard.show_life)
         _write_to(job)
 
     def _describe(self, job: Job, summaries: list[dict[str, Any]]) -> None:

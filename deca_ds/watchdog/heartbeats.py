@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING
 from deca_ds.errors import StallError
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import EVERYBODY, SHARED, Progress, place
+from deca_ds.run_folder import HEARTBEATS
 from deca_ds.watchdog.signs import Signs
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-FOLDER = "heartbeats"
+FOLDER = HEARTBEATS
 PERIOD_S = 1.0  # between two heartbeats of a rank
 SILENCE_S = 10.0  # a rank whose heartbeats stop for so long is gone, stopped or cut off
 _LOOK_AFTER_S = 5.0

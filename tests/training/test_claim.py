@@ -9,19 +9,23 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from deca_ds.config.checks import is_used
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.run_folder import LOCK
 from deca_ds.training.claim import check_free, check_held, leave_place, release, take, take_place
+from deca_ds.training.lock_file import Holder
 from deca_ds.watchdog.stop import is_requested, request_stop
 
 HOLDER = """
@@ -30,6 +34,78 @@ from pathlib import Path
 from deca_ds.training.claim import take
 print(take(Path(sys.argv[1]), lambda: None, "other"), flush=True)
 time.sleep(100)
+"""
+
+# Processes of as many hosts take one folder at one moment, on a file system that has no locks, or keeps them on a host.
+RACE = """
+import errno, fcntl, os, socket, struct, sys, time
+from pathlib import Path
+from deca_ds.errors import ConfigError
+from deca_ds.training.claim import take
+
+folder, locks, hosts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def lockf(descriptor, operation):
+    if locks == "none":
+        raise OSError(errno.ENOLCK, "no locks")
+
+def asks(descriptor, command, question):
+    lockf(descriptor, None)
+    return struct.pack("hhqqi", fcntl.F_UNLCK, 0, 0, 0, 0)
+
+fcntl.lockf, fcntl.fcntl = lockf, asks
+begin, go = os.pipe()
+children = []
+for host in range(hosts):
+    child = os.fork()
+    if child:
+        children.append(child)
+        continue
+    socket.gethostname = lambda: f"n{host}"
+    os.close(go)
+    os.read(begin, 1)
+    try:
+        take(folder, lambda: None, beats=True)
+    except ConfigError as error:
+        os._exit(0 if "taken by another job: process" in str(error) else 2)
+    (folder / "heartbeats").mkdir(exist_ok=True)
+    for number in range(10_000):  # until the parent, which knows when all others have ended, ends it
+        (folder / "heartbeats" / f"rank_{host:04d}.json").write_text(str(number))
+        (folder / f"host_{host}").touch()
+        time.sleep(0.02)
+    os._exit(3)
+os.close(go)
+codes = []
+while len(codes) < hosts - 1:
+    child, status = os.wait()
+    children.remove(child)
+    codes.append(os.waitstatus_to_exitcode(status))
+while not list(folder.glob("host_*")):
+    time.sleep(0.02)
+print(codes == [0] * len(codes), len(list(folder.glob("host_*"))), flush=True)
+os.kill(children[0], 9)
+"""
+
+# Takes a folder, and is killed at that call to the operating system.
+KILLED = """
+import os, sys
+from pathlib import Path
+from deca_ds.training import claim
+
+left = int(sys.argv[2])
+
+def counting(function):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os._exit(9)
+        return function(*arguments, **options)
+    return call
+
+os.open, os.pwrite, os.close, Path.unlink = map(counting, (os.open, os.pwrite, os.close, Path.unlink))
+claim.take(Path(sys.argv[1]), lambda: None)
+os._exit(0)
 """
 
 ASKS = """
@@ -170,7 +246,8 @@ def test_without_locks_heartbeats_tell_whether_the_job_lives(other, tmp_path: Pa
     def without(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "lockf", without)
+    for asks in ("lockf", "fcntl"):
+        monkeypatch.setattr(fcntl, asks, without)
     if not alive:
         other.kill()
         other.wait()
@@ -221,3 +298,42 @@ def test_a_rank_that_joins_tells_of_a_disk_that_is_full(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(ConfigError, match="cannot be written to: No space left on device"):
         take_place(tmp_path, 3)
+
+
+@pytest.mark.parametrize("locks", ["none", "of a host"])
+@pytest.mark.parametrize("folder", ["new", "a dead job's", "a dead job's, taken over by one that was killed"])
+def test_of_several_hosts_one_takes_the_folder_whatever_locks_are_worth(
+    tmp_path: Path, locks: str, folder: str
+) -> None:
+    run = tmp_path / "run"
+    if folder != "new":
+        (run / "heartbeats").mkdir(parents=True)
+        names = ["LOCK"] if folder == "a dead job's" else ["LOCK", "LOCK_after_J"]
+        for name, job in zip(names, "JK", strict=False):
+            made = asdict(Holder(job, "n9", 4711, 1.0, "2026-11-26 23:48:09"))
+            (run / name).write_text(json.dumps(made) + "\n")
+        (run / "heartbeats" / "rank_0000.json").touch()
+    race = subprocess.run([sys.executable, "-c", RACE, str(run), locks, "6"], capture_output=True, text=True)
+    assert race.stdout == "True 1\n", race.stderr
+    assert not [path for path in run.iterdir() if path.name.startswith("LOCK_")]
+
+
+@pytest.mark.parametrize("folder", ["new", "a dead job's"])
+def test_a_job_that_is_killed_while_it_takes_the_folder_is_in_nobodys_way(tmp_path: Path, folder: str) -> None:
+    """At whatever call to the operating system."""
+    for call in count(1):
+        run = tmp_path / str(call)
+        run.mkdir()
+        if folder != "new":
+            dead = asdict(Holder("J", socket.gethostname(), 0, 1.0, "2026-11-26 23:48:09"))
+            (run / LOCK).write_text(json.dumps(dead) + "\n")
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(run), str(call)], capture_output=True)
+        assert killed.returncode in (0, 9), killed.stderr.decode()
+        assert not is_used(run), "as run.resume=never sees it"
+        job = take(run, nothing)
+        assert json.loads((run / LOCK).read_text())["job"] == job
+        assert [path.name for path in run.iterdir()] == [LOCK]
+        release(run)
+        if killed.returncode == 0:
+            break
+    assert call > 3
