@@ -337,3 +337,24 @@ def test_a_job_that_is_killed_while_it_takes_the_folder_is_in_nobodys_way(tmp_pa
         if killed.returncode == 0:
             break
     assert call > 3
+
+
+def test_ranks_of_one_job_take_over_together_on_a_host_that_does_not_share_the_first_ranks_folder(
+    tmp_path: Path,
+) -> None:
+    dead = asdict(Holder("J", socket.gethostname(), 0, 1.0, "2026-11-26 23:48:09"))
+    (tmp_path / LOCK).write_text(json.dumps(dead) + "\n")
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "heartbeats" / "rank_0000.json").touch()
+    code = HOLDER.replace("time.sleep(100)", "(Path(sys.argv[1]) / 'heartbeats' / f'rank_{sys.argv[2]}.json').touch()")
+    code += "sys.stdin.read()"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), str(rank)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    said = [rank.stdout.readline() for rank in ranks]
+    told = [rank.communicate()[1] for rank in ranks]
+    assert said == ["other\n"] * 3, told
