@@ -70,7 +70,11 @@ class Ending:
         place = self._heartbeats.progress.place
         return Failure(self._launch.rank, self._launch.host, "" if place == "starting" else place, message, code)
 
-    def end_the_job(self, error: BaseException) -> None:
+    def end_alone(self, error: BaseException, *, mark: bool) -> NoReturn:
+        """Report the failure to no other rank, and end. mark: see `leave`."""
+        self.leave(self.report(whole_message(error), exit_code(error)), mark=mark)
+
+    def end_the_job(self, error: BaseException) -> NoReturn:
         """Report the failure to all ranks, unless another rank was first, and end; they end with this one."""
         code, (public, whole) = exit_code(error), self._told(error)
         report = first = self.report(public, code)
@@ -82,7 +86,7 @@ class Ending:
             first.mark(self.output, "FAILED", replaces=True)  # the others know less, and may have marked it already
         self.leave(first)
 
-    def end_the_client(self, error: BaseException) -> None:
+    def end_the_client(self, error: BaseException) -> NoReturn:
         """End this rank, and with it its client, while the others continue."""
         client = self._heartbeats.own().client
         report = self.report(self._told(error)[1], FAILURE_CODE)
@@ -91,9 +95,10 @@ class Ending:
         sys.stdout.flush()
         # not an exit: mpirun lets the others continue after a process that died, and ends them after one that failed
         os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(_LINGER_S)
+        while True:  # until the signal arrives
+            signal.pause()
 
-    def leave(self, report: Failure, *, mark: bool = True) -> None:
+    def leave(self, report: Failure, *, mark: bool = True) -> NoReturn:
         """End for the reason in `report`. mark: whether to mark the run as failed."""
         if report.rank == self._launch.rank:
             report.tell(alone=self._launch.world_size == 1)

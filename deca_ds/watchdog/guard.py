@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 from torch.distributed import Store
 
-from deca_ds.errors import exit_code, whole_message
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
@@ -130,8 +129,8 @@ class JobGuard:
         if self.stop.ends_early:
             self.early_end.interrupt()
 
-    def fail(self, error: BaseException) -> None:
-        """Report `error`, unless another rank was first, and end this process. Does not return."""
+    def fail(self, error: BaseException) -> NoReturn:
+        """Report `error`, unless another rank was first, and end this process as this rank's role says."""
         self.early_end.forbid()
         self._ending.begun.acquire()
         match self._standing.outcome(self._standing.event_of(error)):
@@ -142,8 +141,7 @@ class JobGuard:
             case Outcome.END_THE_CLIENT:
                 self._ending.end_the_client(error)
             case Outcome.END:
-                report = self._ending.report(whole_message(error), exit_code(error))
-                self._ending.leave(report, mark=self._standing.role is not Role.REJOINING)
+                self._ending.end_alone(error, mark=self._standing.ends_the_run)
             case _:
                 self._ending.end_the_job(error)
 
@@ -153,16 +151,17 @@ class JobGuard:
         self._ending.come_back(why, self._standing.return_s, through=through)
 
     def finish(self) -> None:
-        """Stop watching, because every rank is done. The store's host leaves last. Ends this process if a client has
-        died."""
+        """Stop watching, because every rank is done. Ends this process if a client has died."""
         self.early_end.forbid()
         self.progress.enter("done")
         for callback in self._ending.at_exit:
             callback()
         store = self.store.store
-        # the death of a rank no longer matters when all ranks are done
-        with contextlib.suppress(RuntimeError) if self._standing.role is Role.OUTLIVED else contextlib.nullcontext():
-            self._meet(store, _DONE_KEY, waits=self._launch.rank == self.site.host)
+        try:
+            self._let_all_leave(store)
+        except RuntimeError:  # the store's host has died
+            if self._standing.role is not Role.OUTLIVED:
+                raise
         self._watcher.close()
         self.heartbeats.beat(store, last=True)
         if self._standing.view_has_changed:
@@ -170,8 +169,12 @@ class JobGuard:
         gc.freeze()  # or the interpreter would look for garbage in everything, several times: a second of each rank
 
     def _end_early(self, store: Store) -> NoReturn:
-        self._meet(store, _DONE_KEY, waits=self._launch.rank == self.site.host)
+        self._let_all_leave(store)
         end_process(0)
+
+    def _let_all_leave(self, store: Store) -> None:
+        """Note that this rank needs the store no more. Its host waits until nobody does."""
+        self._meet(store, _DONE_KEY, waits=self._launch.rank == self.site.host)
 
     def _meet(self, store: Store, key: str, *, waits: bool) -> None:
         """Count this rank at the meeting point `key`. waits: whether to wait until all ranks are there."""

@@ -65,6 +65,11 @@ class Standing:
         self.role = Role.OUTLIVED
 
     @property
+    def ends_the_run(self) -> bool:
+        """Whether the run has failed when this rank has; not where the rank's client has not been let in yet."""
+        return self.role is not Role.REJOINING
+
+    @property
     def stop(self) -> StopByStore | StopByCommit:
         """How the job is told to stop, and after which step it stops."""
         return self._stop if self._elasticity is None else self._elasticity.stop

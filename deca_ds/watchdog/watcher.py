@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch.distributed import Store
 
@@ -148,11 +148,11 @@ class Watcher:
             self._ending.begun.acquire()
             self._ending.come_back("has lost the job before it was let in", self._standing.return_s)
 
-    def _leave(self, report: Failure, store: Store | None = None, within_s: float = -1.0) -> None:
+    def _leave(self, report: Failure, store: Store | None = None, within_s: float = -1.0) -> NoReturn:
         """End this process. store: where to note that. within_s: seconds after which to end it even if another thread
         has begun to and has not finished; negative waits without a limit."""
         self._ending.begun.acquire(timeout=within_s)
         if store is not None:
             with contextlib.suppress(RuntimeError):  # it is gone
                 note_leaving(self._launch.rank, store)
-        self._ending.leave(report, mark=self._standing.role is not Role.REJOINING)
+        self._ending.leave(report, mark=self._standing.ends_the_run)
