@@ -127,7 +127,7 @@ def status() -> str:
         Heartbeat(2, "n2", 2, "gradient", 411, "layers 8-9", None, 3.0, NOW - 21.0),
         Heartbeat(3, "n3", 3, "gossip", 412, "layers 8-9", 2, 12.0, NOW - 0.2),
     ]
-    state = status_command.State(Path("runs/my_run"), beats, [], {0: 2.0412, 1: 1.9871, 2: 2.1034, 3: 1.9527})
+    state = status_command.State(Path("runs/my_run"), beats, None, {0: 2.0412, 1: 1.9871, 2: 2.1034, 3: 1.9527})
     with mock.patch("time.time", return_value=NOW):
         return screen(
             "deca status runs/my_run --watch",

@@ -33,9 +33,9 @@ from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import look_for
 from deca_ds.errors import FAILURE_CODE, CheckpointError
 from deca_ds.printing import print_line, wrapped
-from deca_ds.run_folder import DONE, FAILED, LOCK, SAVED_CONFIG, STARTS, STOPPED, client_metrics
+from deca_ds.run_folder import DONE, FAILED, HEARTBEATS, LOCK, SAVED_CONFIG, STARTS, STOPPED, client_metrics
 from deca_ds.training.pace import duration
-from deca_ds.watchdog.heartbeats import FOLDER, SILENCE_S, Heartbeat, read_heartbeats
+from deca_ds.watchdog.heartbeats import SILENCE_S, Heartbeat, read_heartbeats
 
 WELL, STOPPED_CODE, SILENT_CODE = 0, 3, 4
 _LOOK_S = 1.0
@@ -160,7 +160,7 @@ def _beats(folder: Path) -> list[Heartbeat]:
         run_without = (folder / SAVED_CONFIG).is_file()
         raise CheckpointError(
             f"there are no heartbeats in {str(folder)!r}" + ("" if run_without else ", which is no run's folder"),
-            where=str(folder / FOLDER),
+            where=str(folder / HEARTBEATS),
             fix="name the run.output of a run that has started; without a shared file system, ask on each host",
         )
     try:

@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING
 from deca_ds.checkpoint.done import is_marked_since
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.launch import Launch
-from deca_ds.run_folder import LOCK
+from deca_ds.run_folder import HEARTBEATS, LOCK
 from deca_ds.training.lock_file import Holder, create, give_back, hold, is_free, is_there, job_of, lock, wait_for_holder
-from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import PERIOD_S, SILENCE_S
 from deca_ds.watchdog.stop import forget_request
 

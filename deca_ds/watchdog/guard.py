@@ -27,10 +27,10 @@ from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.store_site import StoreSite
+from deca_ds.run_folder import HEARTBEATS
 from deca_ds.watchdog.ancestors import Ancestors
 from deca_ds.watchdog.early_end import EarlyEnd, StopBeforeTraining
 from deca_ds.watchdog.ending import Ending, end_process
-from deca_ds.watchdog.heartbeats import FOLDER as HEARTBEATS
 from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.look import Look
 from deca_ds.watchdog.patience import USUAL, Patience

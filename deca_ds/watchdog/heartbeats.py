@@ -32,7 +32,6 @@ from deca_ds.watchdog.signs import Signs
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-FOLDER = HEARTBEATS
 PERIOD_S = 1.0  # between two heartbeats of a rank
 SILENCE_S = 10.0  # a rank whose heartbeats stop for so long is gone, stopped or cut off
 _LOOK_AFTER_S = 5.0
@@ -343,4 +342,4 @@ def told_key(rank: int) -> str:
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
     """Read the heartbeats in a run's folder, ascending by rank: those of ranks whose folder is on this host's disks."""
-    return [Heartbeat(**json.loads(path.read_text())) for path in sorted((folder / FOLDER).glob("rank_*.json"))]
+    return [Heartbeat(**json.loads(path.read_text())) for path in sorted((folder / HEARTBEATS).glob("rank_*.json"))]

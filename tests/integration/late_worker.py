@@ -17,11 +17,11 @@ gc.disable()  # while importing, as launchers/train.py does
 
 from deca_ds.engine.client import Client
 from deca_ds.launch.launcher import read_launch
+from deca_ds.run_folder import HEARTBEATS
 from deca_ds.tools.train import main
-from deca_ds.watchdog.heartbeats import FOLDER
 
 rank, step, until, file = os.environ["LATE"].split(":")
-heartbeat = Path(file).parents[1] / FOLDER / f"rank_{int(rank):04d}.json"
+heartbeat = Path(file).parents[1] / HEARTBEATS / f"rank_{int(rank):04d}.json"
 gradient = Client.gradient
 steps = 0
 

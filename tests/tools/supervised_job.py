@@ -45,16 +45,17 @@ if what in ("diverged", "other"):
     if code == "0":
         mark_stopped(output, "3 of 8 inner steps", "", [whose])
 elif what in ("trained", "outlived", "invited"):
-    from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat, read_heartbeats
+    from deca_ds.run_folder import HEARTBEATS
+    from deca_ds.watchdog.heartbeats import Heartbeat, read_heartbeats
 
-    (output / FOLDER).mkdir(exist_ok=True)
+    (output / HEARTBEATS).mkdir(exist_ok=True)
     beats = {beat.rank: beat.step for beat in read_heartbeats(output)}
     steps = {0: max([3, *beats.values()]) + 1}  # client 0, whose folder is the same, trains on
     steps[1] = steps[0] if what == "trained" else 0
     for rank, step in steps.items():
         outlived = rank == 0 or what == "outlived"
         beat = Heartbeat(rank, "n0", rank, "gossip", step, "layers 0-1", None, 0.0, time.time(), outlived)
-        (output / FOLDER / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(beat)))
+        (output / HEARTBEATS / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(beat)))
 elif what == "told":
     tell_exit_code(2)
 elif what in ("done", "both"):

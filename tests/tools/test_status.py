@@ -11,14 +11,15 @@ from dataclasses import asdict
 import pytest
 
 from deca_ds.cli import main
+from deca_ds.run_folder import HEARTBEATS
 from deca_ds.tools.status import look, told_end, watch
-from deca_ds.watchdog.heartbeats import FOLDER, Heartbeat
+from deca_ds.watchdog.heartbeats import Heartbeat
 
 
 def beat(run, rank, silent_s=0.0, host=None, awaits=None, phase="gossip"):
-    (run / FOLDER).mkdir(exist_ok=True)
+    (run / HEARTBEATS).mkdir(exist_ok=True)
     note = Heartbeat(rank, host or f"n{rank}", rank, phase, 412000, "layers 0-1", awaits, 3.0, time.time() - silent_s)
-    (run / FOLDER / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(note)))
+    (run / HEARTBEATS / f"rank_{rank:04d}.json").write_text(json.dumps(asdict(note)))
 
 
 def test_the_table_marks_who_gives_no_sign_of_life(tmp_path, capsys, monkeypatch):
@@ -131,7 +132,7 @@ def test_a_watch_ends_with_the_run(tmp_path, marker, code):
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert f"no heartbeats in '{tmp_path}', which is no run's folder" in capsys.readouterr().err
-    (tmp_path / FOLDER).mkdir()  # before the first one is written
+    (tmp_path / HEARTBEATS).mkdir()  # before the first one is written
     assert main(["status", str(tmp_path)]) == 2
     assert f"no heartbeats in '{tmp_path}'" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text("")

@@ -12,7 +12,6 @@ from torch.distributed import HashStore
 from deca_ds.errors import StallError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import EVERYBODY, SHARED, Progress
-from deca_ds.watchdog import heartbeats
 from deca_ds.watchdog.heartbeats import Heartbeats, Sightings, read_heartbeats
 from deca_ds.watchdog.survey import Survey
 
@@ -181,7 +180,7 @@ def test_the_deadline_is_not_used_before_the_ranks_are_known():
 
 
 def test_heartbeats_are_files_too(job, tmp_path):
-    job.ranks[1].write_to(tmp_path / heartbeats.FOLDER)
+    job.ranks[1].write_to(tmp_path / "heartbeats")
     job.later(1)
     job.ranks[1].progress.enter("gossip", block="layers 0-1")
     job.ranks[1].progress.wait_for(2)
@@ -190,14 +189,14 @@ def test_heartbeats_are_files_too(job, tmp_path):
     (read,) = read_heartbeats(tmp_path)
     assert (read.rank, read.client, read.step, read.block, read.awaits) == (1, 0, 412, "layers 0-1", 2)
     assert "rank 1 on" in str(read) and "gossip, waiting for client 2, step 412, block layers 0-1, 0 s ago" in str(read)
-    text = (tmp_path / heartbeats.FOLDER / "rank_0001.json").read_text()
-    assert json.loads(text)["phase"] == "gossip" and len(list((tmp_path / heartbeats.FOLDER).iterdir())) == 1
+    text = (tmp_path / "heartbeats" / "rank_0001.json").read_text()
+    assert json.loads(text)["phase"] == "gossip" and len(list((tmp_path / "heartbeats").iterdir())) == 1
 
 
 def test_the_file_tells_at_once_of_a_run_that_begins_and_that_others_would_go_on(job, tmp_path):
     """A fast job makes its first steps before the watcher's next heartbeat is due."""
     job.ranks[1].beat(job.store)
-    job.ranks[1].write_to(tmp_path / heartbeats.FOLDER)
+    job.ranks[1].write_to(tmp_path / "heartbeats")
     assert [(beat.rank, beat.outlived) for beat in read_heartbeats(tmp_path)] == [(1, False)]
     job.ranks[1].let_others_go_on()
     assert [beat.outlived for beat in read_heartbeats(tmp_path)] == [True]
