@@ -41,12 +41,14 @@ def scheduler_of(environ: Mapping[str, str]) -> str | None:
     return next((name for name, keys in _VARIABLES.items() if any(environ.get(key) for key in keys)), None)
 
 
-def find_allocation(environ: Mapping[str, str]) -> Allocation | None:
-    """Return the hosts of the job that this process is in, None outside of one. Raises LaunchError where its scheduler
-    does not tell them."""
+def find_allocation(environ: Mapping[str, str], *, flux_s: float = _FLUX_S) -> Allocation | None:
+    """Return the hosts of the job that this process is in, None outside of one. flux_s: for flux to answer. Raises
+    LaunchError where its scheduler does not tell them."""
     scheduler = scheduler_of(environ)
     if scheduler == "Flux":
-        return Allocation(scheduler, dict.fromkeys(expand_hosts(_ask_flux(), "flux hostlist local"), 1), told=False)
+        return Allocation(
+            scheduler, dict.fromkeys(expand_hosts(_ask_flux(flux_s), "flux hostlist local"), 1), told=False
+        )
     if scheduler == "Slurm":
         return _of_slurm(environ)
     if scheduler == "PBS":
@@ -86,17 +88,20 @@ def _read(environ: Mapping[str, str], key: str) -> list[str]:
         raise _unknown(scheduler, f"cannot read the list of the job's hosts: {error}", key) from None
 
 
-def _ask_flux() -> str:
+def _ask_flux(within_s: float) -> str:
     """Return the hosts of the Flux job or instance around this process, in one list."""
     command = ["flux", "hostlist", "local"]
     if shutil.which(command[0]) is None:
         raise _unknown("Flux", "there is no program flux in PATH", "flux hostlist local")
     try:
         ended = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_FLUX_S, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=within_s, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _unknown("Flux", f"flux does not tell the job's hosts: {error}", "flux hostlist local") from None
+    except subprocess.TimeoutExpired:
+        what = f"flux does not tell the job's hosts within {within_s:g} s"
+        raise _unknown("Flux", what, "flux hostlist local") from None
+    except OSError as error:
+        raise _unknown("Flux", f"flux does not start: {error.strerror}", "flux hostlist local") from None
     if ended.returncode:
         said = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         raise _unknown("Flux", f"flux does not tell the job's hosts: {said}", "flux hostlist local")

@@ -73,6 +73,8 @@ def test_flux_is_asked_for_its_hosts_also_inside_a_job_of_slurm(tmp_path, monkey
     with pytest.raises(LaunchError, match=r"ERROR: no broker"):
         find_allocation(inside)
     monkeypatch.setenv("FLUX_URI", "local:///x")
+    with pytest.raises(LaunchError, match=r"does not tell the job's hosts within 0 s\n.*where: flux hostlist local"):
+        find_allocation(inside, flux_s=0.0)
     assert find_allocation(inside) == Allocation("Flux", {"corona9": 1, "corona10": 1}, False)
     assert find_allocation(NODES | {"FLUX_URI": "local:///x"}).scheduler == "Slurm", "an instance of Slurm's step"
 

@@ -76,6 +76,7 @@ def silent(fault: str, said: str = "") -> HostFacts:
     return HostFacts(2, ["10.0.0.1"], fault=fault, said=said)
 
 
+UNRESOLVED = "ssh: Could not resolve hostname n1: Name or service not known"
 NO_GLOO_NAME = {"n0": ["10.0.0.0"], "n1": ["127.0.1.1"]}
 TWO_NETWORKS = [*sight(1)["interfaces"], Interface(name="ib0", addresses=["10.9.0.1/24"])]
 OTHER_TORCH = {**sight(1)["packages"], "torch": "2.7.1"}
@@ -89,6 +90,8 @@ BROKEN = [
     ("own name", facts(n1=seen(1, names=NO_GLOO_NAME)), FAIL, "n1", "stands for 127.0.1.1", "GLOO_SOCKET_IFNAME"),
     ("own name", facts(n1=seen(1, hostname="x")), FAIL, "n1", "x stands for no address", "GLOO_SOCKET_IFNAME"),
     ("own name", facts(n1=seen(1, hostname="n0")), WARN, "n1", "has the host name n0, and so has n0", "hostnamectl"),
+    ("name", facts(n1=host(1, addresses=[], sight=None)), FAIL, "n1", "no address", "typing error in the hostfile"),
+    ("ssh", facts(n1=silent("", UNRESOLVED)), FAIL, "n1", "resolve the name", "typing error in the hostfile, or add"),
     ("ssh", facts(n1=silent("ended with 255", "Host key verification failed.")), FAIL, "n1", "host key", "ssh n1"),
     (
         "ssh",
@@ -228,6 +231,13 @@ def test_a_variable_that_deepspeed_does_not_pass_on_is_warned_of():
     assert [each.state for each in found("variables", facts(here=here))] == [WARN]
     passed = [EnvironmentFile("e", ["GLOO_SOCKET_IFNAME=lan"])]
     assert found("variables", replace(facts(here=here), environment_files=passed)) == []
+
+
+def test_in_a_schedulers_job_no_hostfile_is_blamed():
+    away = replace(silent("ended with 255", UNRESOLVED), addresses=[])
+    for check in ("name", "ssh"):
+        (told,) = [each for each in found(check, facts(n1=away, scheduler="LSF")) if each.host == "n1"]
+        assert told.fix.startswith("add the host to /etc/hosts"), told
 
 
 def test_in_a_schedulers_job_ranks_need_no_ssh_and_get_the_variables_of_the_script():

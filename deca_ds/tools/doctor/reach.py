@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from deca_ds.tools.doctor.facts import Facts, HostFacts
 from deca_ds.tools.doctor.findings import Verdict, check, fail, ok, warn
 
-# What ssh says -> what to do. {host} is the host.
+# What ssh says -> what to do. {host} is the host, {look} what _look_first says.
 _SSH_FAULTS = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED",
@@ -30,7 +30,7 @@ _SSH_FAULTS = (
     (
         r"Could not resolve hostname",
         "ssh cannot resolve the name",
-        "look for a typing error in the hostfile, or add the host to /etc/hosts or to ssh's configuration",
+        "{look}add the host to /etc/hosts or to ssh's configuration",
     ),
     (
         r"Connection refused",
@@ -46,11 +46,16 @@ _SSH_FAULTS = (
 _NO_PYTHON = re.compile(r"python3?: (command )?not found|exec: python3")
 
 
-def ssh_fault(host: str, facts: HostFacts) -> tuple[str, str]:
+def _look_first(scheduler: str | None) -> str:
+    """Begin a fix for a name that stands for nothing: only a hostfile is written by hand."""
+    return "look for a typing error in the hostfile, or " if scheduler is None else ""
+
+
+def ssh_fault(host: str, facts: HostFacts, scheduler: str | None) -> tuple[str, str]:
     """In words: why a host does not answer, and what to do about it."""
     for pattern, what, fix in _SSH_FAULTS:
         if re.search(pattern, facts.said):
-            return what, fix.format(host=host)
+            return what, fix.format(host=host, look=_look_first(scheduler))
     last = (facts.said.splitlines() or [""])[-1][:120]
     fix = f"try: ssh -o BatchMode=yes {host} {sys.executable} -V"
     return f"{facts.fault}" + (f": {last}" if last else ""), fix
@@ -63,7 +68,7 @@ def name(facts: Facts) -> Iterator[Verdict]:
         if of.addresses is None:
             continue
         if not of.addresses:
-            fix = "look for a typing error in the hostfile, or add the host to /etc/hosts"
+            fix = f"{_look_first(facts.scheduler)}add the host to /etc/hosts"
             if of.sight is not None:
                 yield warn(host, f"only ssh's configuration knows {host}: no name server and no /etc/hosts", fix)
             else:
@@ -115,10 +120,10 @@ def ssh(facts: Facts) -> Iterator[Verdict]:
         elif _NO_PYTHON.search(of.said):
             yield ok(host, "without password")
         elif facts.scheduler is not None:
-            what, fix = ssh_fault(host, of)
+            what, fix = ssh_fault(host, of, facts.scheduler)
             yield warn(host, f"{what}; a job of {facts.scheduler} needs no ssh, but the doctor does", fix)
         else:
-            yield fail(host, *ssh_fault(host, of))
+            yield fail(host, *ssh_fault(host, of, None))
 
 
 @check("python")
