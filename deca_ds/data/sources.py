@@ -180,7 +180,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for place, row in _numbered(reader.items(), path):
                     yield _json_row(row, place)
             except json.JSONDecodeError as error:
-                raise DataError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
+                raise _not_json(error, path, error.lineno) from error
             return
     yield from (_read_json_lines if _has_json_lines(path) else _read_json_object)(path)
 
@@ -216,7 +216,7 @@ def _read_json_object(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         read = _parsed(partial(_decoded, content), str(path))
     except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
+        raise _not_json(error, path, error.lineno) from error
     if not isinstance(read, dict):
         raise DataError(
             f"the file holds a {type(read).__name__}", where=str(path), fix='write a list of rows, or {"data": [...]}'
@@ -232,10 +232,15 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = _parsed(partial(_decoded, line), place)
+                row = _parsed(partial(_decoded, line.rstrip(b"\r\n")), place)
             except json.JSONDecodeError as error:
-                raise DataError(f"not valid JSON: {error.msg}", where=f"{place}, column {error.colno}") from error
+                raise _not_json(error, path, number) from error
             yield _json_row(row, place)
+
+
+def _not_json(error: json.JSONDecodeError, path: Path, line: int) -> DataError:
+    where = f"{path}, line {line}, column {error.colno}"
+    return DataError(f"not valid JSON: {error.msg}", where=where, fix="repair it there; the mistake may be just before")
 
 
 def _decoded(text: bytes) -> Any:

@@ -5,6 +5,7 @@ What is loaded is compared with the weight files, see compare_weights.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -292,6 +293,20 @@ def _partitionable(architecture: PretrainedConfig) -> Iterator[None]:
         ) from error
 
 
+def _damaged_json(folder: Path) -> str | None:
+    """Return which of a model's files is no JSON, and from where on, as one that was not copied whole."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except json.JSONDecodeError as error:
+            return f"{file.name}, line {error.lineno}: not valid JSON: {error.msg}"
+        except UnicodeDecodeError:
+            return f"{file.name} is no UTF-8 text"
+        except (OSError, ValueError, RecursionError):
+            continue  # transformers says what is wrong with it
+    return None
+
+
 @contextmanager
 def explained(
     path: str,
@@ -309,6 +324,9 @@ def explained(
         raise
     except kinds as error:
         here, fix = "", "give a folder with config.json, weights and tokenizer"
+        if damaged := _damaged_json(Path(path)):
+            fix = "copy the file again from where the model is from"
+            raise ModelError(f"cannot load {path!r}: {damaged}", where=key, fix=fix) from error
         if not Path(path).is_dir():
             here = f", which is no folder in {Path.cwd()} and so a name of the hub"
             fix = f"{look_for(path)}; {hub_fix(path, 'model')}"
@@ -316,8 +334,9 @@ def explained(
         why = why_not_whole("model") if here and (missing or isinstance(error, OSError)) else None
         if missing and not why and key.startswith("model."):
             fix += ", or name that of another model in model.tokenizer"
+        said = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ModelError(
-            f"cannot load {path!r}{here}: {why or missing or ' '.join(str(error).split()) or type(error).__name__}",
+            f"cannot load {path!r}{here}: {why or missing or said or type(error).__name__}",
             where=key,
             fix=fix,
         ) from error

@@ -208,6 +208,24 @@ def test_a_folder_without_the_names_of_special_tokens_is_refused_where_it_then_h
     assert load_tokenizer(model).eos_token == "</s>"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer_config.json", b'{\n"eos_token": "</', "tokenizer_config.json, line 2: not valid JSON: Untermin"),
+        ("tokenizer.json", b'{"version": "1.0",', "tokenizer.json, line 1: not valid JSON: Expecting"),
+        ("config.json", b"\xff{}", "config.json is no UTF-8 text"),
+        ("tokenizer.json", b'{"a": 1}', "it lacks 'added_tokens'"),
+    ],
+)
+def test_of_a_damaged_folder_the_file_is_named(tiny_model, tmp_path, name, content, said):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / name).write_bytes(content)
+    model = ModelConfig(path=str(folder))
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(model) if name.startswith("tokenizer") else load_architecture(model)
+    assert said in caught.value.what and caught.value.where == "model.path"
+
+
 def test_a_folder_without_a_tokenizer_is_told_so(tiny_model, tmp_path):
     shutil.copy(tiny_model / "config.json", tmp_path)
     with pytest.raises(ModelError, match=r"cannot load '.*': there is no tokenizer.json, tokenizer.model") as caught:

@@ -130,10 +130,11 @@ def test_parquet_is_read_row_by_row_and_malformed_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "place", "what"),
     [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n', "a.jsonl, line 3", "not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n', "a.jsonl, line 3, column 13", "not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\r\n{"text":\r\n', "a.jsonl, line 2, column 9", "not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl, line 2", "UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl, line 2", "a row is a list"),
-        ("a.json", b'[\n{"text": "x"},\n{"text": }\n]', "a.json, line 3", "not valid JSON"),
+        ("a.json", b'[\n{"text": "x"},\n{"text": }\n]', "a.json, line 3, column 10", "not valid JSON"),
         ("a.json", b'[{"text": "x"}, 7]', "a.json, row 2", "a row is a int"),
         ("a.json", b"3", "a.json", "holds a int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "x", "text": "y"}\n', "a.jsonl, line 2", "two values named 'text'"),
