@@ -1,5 +1,5 @@
 """The rules that keep the code readable: imports point one way, deepspeed stays in engine/, an object's attributes are
-its own business, and tests give time limits as arguments and read no frames."""
+its own business, errors say how to mend them, and tests give time limits as arguments and read no frames."""
 
 import ast
 import re
@@ -8,6 +8,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from deca_ds.errors import CheckpointError, ConfigError, DataError, LaunchError, ModelError
 
 PACKAGE = Path(__file__).parent.parent / "deca_ds"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -332,3 +334,26 @@ def test_replaced_time_limits_and_frames_are_seen(tmp_path):
         "monkeypatch.setattr(module, 'BATCH', 10)\n"
     )
     assert reached_into(path) == {"_PAUSE_S", "_WAIT_S", "deca_ds.module.LOOK_S", "gi_frame", "f_locals"}
+
+
+# Errors of what users give. Those of messages and lost ranks get their fix where the first failure is known.
+GIVEN = {kind.__name__ for kind in (ConfigError, DataError, ModelError, LaunchError, CheckpointError)}
+WITHOUT_A_FIX = {"claim.py", "done.py"}
+
+
+def fixless(path: Path) -> list[int]:
+    """Lines that make an error of what users give and do not say how to mend it."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    made = [call for call in calls if _name(call.func) in GIVEN]
+    return [call.lineno for call in made if not {"fix", None} & {keyword.arg for keyword in call.keywords}]
+
+
+def test_every_error_of_what_users_give_says_how_to_mend_it():
+    found = {str(path): fixless(path) for path in PACKAGE.rglob("*.py") if path.name not in WITHOUT_A_FIX}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_an_error_without_a_fix_is_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('ConfigError("a", where="b")\nDataError("a", fix="c")\nerrors.LaunchError("a")\nOSError("a")\n')
+    assert fixless(path) == [1, 3]

@@ -20,6 +20,9 @@ def open_checkpoint(folder: Path, step: int, own: Part) -> ShardedModel:
     return open_part(step_folder(folder, step), step, own)
 
 
+_ONE_ATTEMPT = "copy all of it from one attempt, or name an older checkpoint"
+
+
 def open_part(here: Path, step: int, own: Part) -> ShardedModel:
     """Open what is in the folder `here` as `open_checkpoint` does. Raises CheckpointError."""
     has_own = (own.folder(here) / MANIFEST).is_file()
@@ -28,7 +31,7 @@ def open_part(here: Path, step: int, own: Part) -> ShardedModel:
         saved = ShardedModel(here, [own.client])
     attempts = {state.get("attempt") for state in saved.states.values()}
     if saved.step != step or len(attempts) != 1:
-        raise CheckpointError("its parts are not from one attempt at the run", where=str(here))
+        raise CheckpointError("its parts are not from one attempt at the run", where=str(here), fix=_ONE_ATTEMPT)
     saved.verify()
     return saved
 
@@ -65,5 +68,5 @@ def _whole(here: Path, client: int | None) -> ShardedModel:
     missing = state.get("missing", ())
     saved = ShardedModel(here, None if client is None else [client], without=missing, model_only=True)
     if len({each.get("attempt") for each in saved.states.values()}) != 1:
-        raise CheckpointError("its parts are not from one attempt at the run", where=str(here))
+        raise CheckpointError("its parts are not from one attempt at the run", where=str(here), fix=_ONE_ATTEMPT)
     return saved

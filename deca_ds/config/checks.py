@@ -165,12 +165,16 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             f"cannot read {str(path)!r}: {error.strerror}", where="deepspeed", fix=look_for(str(path)), of_host=True
         ) from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from error
+        raise ConfigError(
+            f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}", fix="repair it there"
+        ) from error
     except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, thousands of brackets
-        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
+        raise ConfigError(f"cannot be read: {error}", where=str(path), fix="write JSON, in UTF-8") from error
     if not isinstance(read, dict) or not isinstance(read.get("zero_optimization", {}), dict):
         raise ConfigError(
-            "a DeepSpeed configuration is a JSON object, and so is its zero_optimization", where=str(path)
+            "a DeepSpeed configuration is a JSON object, and so is its zero_optimization",
+            where=str(path),
+            fix="write {...}, like ds_configs/zero3.json",
         )
     zero = read.get("zero_optimization", {})
     if zero.get("stage", 3) != 3:
@@ -181,7 +185,11 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{key} cannot be set here", where=str(path), fix=f"take it out: {reason}")
     offload = zero.get("offload_param") or {}
     if not isinstance(offload, dict):
-        raise ConfigError(f"zero_optimization.offload_param = {offload!r} is no JSON object", where=str(path))
+        raise ConfigError(
+            f"zero_optimization.offload_param = {offload!r} is no JSON object",
+            where=str(path),
+            fix='write {"device": "cpu"}',
+        )
     if offload.get("device", "none") not in ("none", "cpu"):
         raise ConfigError(
             f"zero_optimization.offload_param.device = {offload['device']!r}",

@@ -138,7 +138,8 @@ def _read_yaml(path: Path) -> DictConfig:
         check_file(text, str(path))
         read = OmegaConf.create(text)
         if not isinstance(read, DictConfig):
-            raise ConfigError("the file must hold keys and values, like 'model: {path: ...}'", where=str(path))
+            fix = "write sections with keys, like 'model: {path: ...}'"
+            raise ConfigError("the file holds no keys and values", where=str(path), fix=fix)
         return _in_schema(read)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -151,7 +152,8 @@ def _read_yaml(path: Path) -> DictConfig:
     except ConfigError:
         raise
     except (OmegaConfBaseException, AssertionError, ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"cannot read the configuration: {error}", where=str(path)) from error
+        fix = "give a readable file of keys and values, in UTF-8"
+        raise ConfigError(f"cannot read the configuration: {error}", where=str(path), fix=fix) from error
 
 
 def _read_argument(argument: str) -> DictConfig:
@@ -174,7 +176,8 @@ def _read_argument(argument: str) -> DictConfig:
     except ConfigError:
         raise
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read the argument {argument!r}: {error}", where="command line") from error
+        fix = "write key=value, with the keys of docs/configuration.md"
+        raise ConfigError(f"cannot read the argument {argument!r}: {error}", where="command line", fix=fix) from error
 
 
 def _merge(config: DictConfig, addition: DictConfig, source: str) -> None:
@@ -189,7 +192,7 @@ def _explain(error: Exception, source: str, addition: DictConfig) -> ConfigError
     key = getattr(error, "full_key", None)
     first_line = str(error).splitlines()[0]
     if not key:
-        return ConfigError(first_line, where=source)
+        return ConfigError(first_line, where=source, fix="write sections with keys, like 'model: {path: ...}'")
     fix = None
     if isinstance(error, ConfigKeyError):
         parent, _, leaf = str(key).rpartition(".")

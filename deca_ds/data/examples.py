@@ -22,7 +22,7 @@ from deca_ds.data.files import DOCUMENT, TABLES, kind_of
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import TEXT, check_fields, label_of
 from deca_ds.data.rows import BATCH, Work, batches_of, write_rows
-from deca_ds.data.sources import HubName, Source, load_hub, read_rows
+from deca_ds.data.sources import HubName, Source, load_hub, read_rows, unreadable
 from deca_ds.errors import DataError
 
 _SHOWN = 40  # characters of a column's name: where a header is missing, these are texts
@@ -127,4 +127,4 @@ def _content(source: Source, rules: ExampleRules, cache: Cache) -> str:
             return f"{kind_of(source)} {source.stat().st_size} {source.stat().st_mtime_ns}"
         return f"{kind_of(source)} {source.suffix.lower()} {cache.content(source)}"
     except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror or error}", where=str(source)) from error
+        raise unreadable(error, source) from error

@@ -31,7 +31,9 @@ class Kept:
             shutil.rmtree(gone)
         except OSError as error:
             raise ConfigError(
-                f"cannot remove {str(self.folder)!r}: {error.strerror or error}", where="data.cache"
+                f"cannot remove {str(self.folder)!r}: {error.strerror or error}",
+                where="data.cache",
+                fix="look at the permissions of the cache's folder",
             ) from error
 
 

@@ -117,7 +117,13 @@ def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[st
     except _DAMAGED as error:
         raise DataError(f"a damaged compressed file: {error}", where=str(path), fix="copy or make it again") from error
     except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
+        raise unreadable(error, path) from error
+
+
+def unreadable(error: OSError, path: Path) -> DataError:
+    """Make the error for a file that the system does not let this process read."""
+    fix = "look at its permissions, and whether its disk is there"
+    return DataError(f"cannot read the file: {error.strerror or error}", where=str(path), fix=fix)
 
 
 def check_on_hub(sources: Iterable[Source]) -> None:
@@ -253,7 +259,7 @@ def _parsed(read: Callable[[], Any], place: str) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise  # the caller knows how to count lines
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DataError(f"JSON that cannot be read: {error}", where=place) from error
+        raise DataError(f"JSON that cannot be read: {error}", where=place, fix="repair or remove it") from error
 
 
 def _json_row(row: Any, place: str) -> tuple[str, dict[str, Any]]:
@@ -330,7 +336,7 @@ def _read_batches(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{path}, row {number}", row | {name: _as_given(row[name]) for name in nested}
     except pa.ArrowException as error:
         kind = kind_of(path)[1:].capitalize()
-        raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from error
+        raise DataError(f"not a readable {kind} file: {error}", where=str(path), fix="copy or make it again") from error
 
 
 def _as_given(value: Any) -> Any:

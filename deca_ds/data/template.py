@@ -76,7 +76,9 @@ def _refuse_chance(source: str) -> None:
         tree = environment.parse(_GENERATION.sub(r'{%\1 print "" \3%}', source))
     except TemplateSyntaxError as error:
         raise DataError(
-            f"the chat template is malformed: {error.message}", where=f"{_WHERE}, line {error.lineno}"
+            f"the chat template is malformed: {error.message}",
+            where=f"{_WHERE}, line {error.lineno}",
+            fix="repair it in the tokenizer's folder, or name another model.tokenizer",
         ) from error
     asked = {id(test.node) for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined", "callable")}
     found = [name.name for name in tree.find_all(nodes.Name) if id(name) not in asked and name.ctx == "load"]

@@ -98,7 +98,8 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             continue  # the shell of a Slurm batch script has SLURM_PROCID, but no step
         rank, size = _number(environ, rank_key), _number(environ, size_key, least=1)
         if rank >= size:
-            raise LaunchError(f"{rank_key}={rank} is not below {size_key}={size}", where=_WHERE)
+            fix = f"ranks count from 0; correct the two, or unset {rank_key} for one process"
+            raise LaunchError(f"{rank_key}={rank} is not below {size_key}={size}", where=_WHERE, fix=fix)
         said = [each for each in _ON_HOST if each[0] in environ and environ.get(each[1]) == environ[rank_key]]
         local_rank = next((_number(environ, key) for key, _, _ in said), None)
         sizes = (key for _, _, keys in said for key in keys if key in environ)
@@ -146,7 +147,7 @@ def _number(environ: Mapping[str, str], key: str, *, least: int = 0, most: int |
         number = least - 1
     if number < least or (most is not None and number > most):
         expected = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise LaunchError(f"{key}={text} is no number {expected}", where=_WHERE)
+        raise LaunchError(f"{key}={text} is no number {expected}", where=_WHERE, fix="correct it, or unset it")
     return number
 
 

@@ -224,7 +224,8 @@ class Supervisor:
             try:
                 self._process = subprocess.Popen(command, env=environment, start_new_session=self._is_apart)
             except OSError as error:
-                raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise") from None
+                fix = "give the command as the shell would start it, and look for its program in PATH"
+                raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise", fix=fix) from None
             code = self._wait_for_end(self._process)
             self._process = None
             return code if code >= 0 else 128 - code, told_exit_codes(codes)  # as a shell has it

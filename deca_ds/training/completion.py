@@ -65,7 +65,11 @@ class CompletionByStore:
         deadline = time.monotonic() + progress.deadline_s(self._timeout_s)
         while not self.complete(step):
             if time.monotonic() > deadline:
-                raise CheckpointError(f"not all ranks have saved step {step}")
+                raise CheckpointError(
+                    f"not all ranks have saved step {step}",
+                    where="cluster.timeout_s",
+                    fix="look at the output and the disks of the others; where they are slow, raise it",
+                )
             time.sleep(0.05)
         progress.wait_for(None)
 

@@ -213,7 +213,10 @@ def _keep(part: Path, folder: Path, made: list[Path]) -> None:
             shutil.copytree(part, partial, copy_function=_link)
             partial.rename(kept)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"the run cannot continue from its trained model: {error}", where=str(part)) from error
+        fix = "look at the folder's permissions and disk; start anew, in a new folder, where a file is damaged"
+        raise CheckpointError(
+            f"the run cannot continue from its trained model: {error}", where=str(part), fix=fix
+        ) from error
 
 
 def _link(source: str, target: str) -> None:

@@ -140,7 +140,11 @@ def _here(config: Config, client: int | None) -> tuple[list[int], dict[int, str]
             sources += own_sources(config.data, "per_client_evaluation", number)
             closed = [source for source in sources if not os.access(str(source), os.R_OK)]
             if closed:
-                raise DataError(f"no permission to read {str(closed[0])!r}", where=f"data.per_client[{number}]")
+                raise DataError(
+                    f"no permission to read {str(closed[0])!r}",
+                    where=f"data.per_client[{number}]",
+                    fix="look at it as the client's own user, or change its permissions",
+                )
         except DataError as error:
             elsewhere[number] = error.what
             first = first or error

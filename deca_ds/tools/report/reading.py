@@ -112,7 +112,9 @@ class _Folder:
             read = yaml.safe_load((self.path / SAVED_CONFIG).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise CheckpointError(
-                f"cannot read {SAVED_CONFIG}: {error}", where=str(self.path / SAVED_CONFIG)
+                f"cannot read {SAVED_CONFIG}: {error}",
+                where=str(self.path / SAVED_CONFIG),
+                fix="copy it again from where the run was",
             ) from error
         if not isinstance(read, dict):
             raise CheckpointError(
