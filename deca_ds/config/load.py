@@ -158,7 +158,7 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def _read_argument(argument: str) -> DictConfig:
     key, assigned, value = argument.partition("=")
-    if not assigned or argument.startswith("-"):
+    if not assigned or not key or argument.startswith("-"):
         raise ConfigError(
             f"cannot read the argument {argument!r}",
             where="command line",

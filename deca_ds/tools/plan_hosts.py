@@ -24,9 +24,11 @@ def look_at_hosts(console: Console, config: Config, slots: Mapping[str, int], fi
     findings = judge(facts, BRIEF)
     table.show(console, facts, findings)
     report = table.as_dict(facts, findings)
+    more = ""
     if report["ok"]:
         more = "`deca doctor` with this hostfile looks at networks, MPI, accelerators, disks and memory there, too"
-    else:
+    elif any(host.sight is None for host in facts.hosts.values()):
         more = "--no-ssh makes the plan without looking at the hosts, where they are not there yet"
-    print_line(console, more)
+    if more:
+        print_line(console, more)
     return report

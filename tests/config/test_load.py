@@ -70,6 +70,7 @@ def test_wrong_types_and_choices_name_the_value():
     refused(r"optimizer.lr: Interpolation key 'x.y' not found", "optimizer.lr=${x.y}")
     refused("cannot read the argument", "optimizer.lr")
     refused("cannot read the argument '--verbose'", "--verbose")
+    refused(r"(?s)cannot read the argument '=3'.*key=value", "=3")
     refused("optimizer: there is a single value where a mapping", "optimizer=3")
 
 

@@ -277,6 +277,7 @@ def test_a_hostfile_has_each_host_looked_at(tiny_model, word_files, tmp_path, wi
     assert "fix: ssh-copy-id 127.0.0.3" in told and "--no-ssh makes the plan without" in told
     code, told = plan("127.0.0.1 127.0.0.2", f"data.per_client=[{word_files[0]},gone.jsonl]")
     assert code == 2 and "FAIL files, 127.0.0.2: data.per_client: gone.jsonl is not there" in " ".join(told.split())
+    assert "--no-ssh" not in told, "all hosts are there"
     monkeypatch.setenv("PATH", sh_alone)
     code, told = plan("localhost", "cluster.clients=1", f"data.per_client=[{word_files[0]}]", "--json")
     assert code == 0 and json.loads(told)["hosts"]["ok"], "without ssh"
