@@ -57,7 +57,11 @@ def inner_steps(run: Path) -> int:
     """Return the inner steps of a run that is done. Raises CheckpointError if its marker does not tell."""
     found = re.search(r"of (\d+) inner steps", (run / DONE).read_text(errors="replace"))
     if found is None:
-        raise CheckpointError(f"{DONE} does not say how many inner steps the run had", where=str(run / DONE))
+        raise CheckpointError(
+            f"{DONE} does not say how many inner steps the run had",
+            where=str(run / DONE),
+            fix="if it is not this trainer's, remove it; run.resume=auto then looks at the checkpoints",
+        )
     return int(found[1])
 
 

@@ -71,9 +71,7 @@ def take(output: Path, check: Callable[[], object], job: str | None = None, *, b
                 right.unlink(missing_ok=True)
         forget_request(output)
     except OSError as error:
-        raise ConfigError(
-            f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {output}"
-        ) from error
+        raise _not_writable(error, output) from error
     try:
         check()
     except BaseException:
@@ -113,9 +111,7 @@ def take_place(output: Path, rank: int) -> None:
                     return
             os.close(descriptor)
     except OSError as error:
-        raise ConfigError(
-            f"the output folder cannot be written to: {error.strerror or error}", where=f"run.output, {file}"
-        ) from error
+        raise _not_writable(error, file) from error
     holder = wait_for_holder(descriptor)
     os.close(descriptor)
     raise LaunchError(
@@ -252,4 +248,12 @@ def _taken(file: Path, output: Path, holder: Holder | None) -> ConfigError:
         f"the output folder {str(output)!r} is taken by {who}",
         where=f"run.output, {file}",
         fix="wait until that job has ended, or stop it, or name another folder; if it is surely gone, remove the file",
+    )
+
+
+def _not_writable(error: OSError, place: Path) -> ConfigError:
+    return ConfigError(
+        f"the output folder cannot be written to: {error.strerror or error}",
+        where=f"run.output, {place}",
+        fix="make room there, or allow writing, or name another folder",
     )
