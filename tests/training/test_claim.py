@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
@@ -86,13 +87,12 @@ print(codes == [0] * len(codes), len(list(folder.glob("host_*"))), flush=True)
 os.kill(children[0], 9)
 """
 
-# Takes a folder, and is killed at that call to the operating system.
+# Processes that take a folder each, and are killed, the first one at its first call to the operating system, the second
+# one at its second call, and so on. Prints how each has ended.
 KILLED = """
 import os, sys
 from pathlib import Path
 from deca_ds.training import claim
-
-left = int(sys.argv[2])
 
 def counting(function):
     def call(*arguments, **options):
@@ -103,9 +103,14 @@ def counting(function):
         return function(*arguments, **options)
     return call
 
-os.open, os.pwrite, os.close, Path.unlink = map(counting, (os.open, os.pwrite, os.close, Path.unlink))
-claim.take(Path(sys.argv[1]), lambda: None)
-os._exit(0)
+started = []
+for left, folder in enumerate(sys.argv[1:], 1):
+    if (child := os.fork()) == 0:
+        os.open, os.pwrite, os.close, Path.unlink = map(counting, (os.open, os.pwrite, os.close, Path.unlink))
+        claim.take(Path(folder), lambda: None)
+        os._exit(0)
+    started.append(child)
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started))
 """
 
 ASKS = """
@@ -321,22 +326,25 @@ def test_of_several_hosts_one_takes_the_folder_whatever_locks_are_worth(
 @pytest.mark.parametrize("folder", ["new", "a dead job's"])
 def test_a_job_that_is_killed_while_it_takes_the_folder_is_in_nobodys_way(tmp_path: Path, folder: str) -> None:
     """At whatever call to the operating system."""
-    for call in count(1):
-        run = tmp_path / str(call)
+    runs = [tmp_path / str(call) for call in range(1, 21)]
+    for run in runs:
         run.mkdir()
         if folder != "new":
             dead = asdict(Holder("J", socket.gethostname(), 0, 1.0, "2026-11-26 23:48:09"))
             (run / LOCK).write_text(json.dumps(dead) + "\n")
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(run), str(call)], capture_output=True)
-        assert killed.returncode in (0, 9), killed.stderr.decode()
+    ended = subprocess.run([sys.executable, "-c", KILLED, *map(str, runs)], capture_output=True, text=True)
+    codes = ended.stdout.split()
+    assert codes == sorted(codes, reverse=True) and codes.count("9") >= 3 and codes[-1] == "0", ended.stderr
+
+    def takes(run: Path) -> None:
         assert not is_used(run), "as run.resume=never sees it"
         job = take(run, nothing)
         assert json.loads((run / LOCK).read_text())["job"] == job
         assert [path.name for path in run.iterdir()] == [LOCK]
         release(run)
-        if killed.returncode == 0:
-            break
-    assert call > 3
+
+    with ThreadPoolExecutor(len(runs)) as pool:  # they look for heartbeats first
+        list(pool.map(takes, runs[: codes.count("9") + 1]))
 
 
 def test_ranks_of_one_job_take_over_together_on_a_host_that_does_not_share_the_first_ranks_folder(
