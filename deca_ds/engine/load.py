@@ -115,7 +115,8 @@ def _refuse_without_settings(path: str, key: str, tokenizer: PreTrainedTokenizer
 
 
 def has_tokenizer_settings(path: str) -> bool:
-    """Whether a folder, or what the cache has of a name of the hub, has the file that names the special tokens."""
+    """Return whether a folder, or what the cache has of a name of the hub, has the file that names the special
+    tokens."""
     return "tokenizer_config.json" in _files_of(path)
 
 

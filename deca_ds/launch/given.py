@@ -81,7 +81,7 @@ class Given:
         return f"rank {rank}" + (f" on {self.hosts[rank]}" if rank < len(self.hosts) else "")
 
     def doctor(self, configuration: Sequence[str] = ()) -> str:
-        """The command that looks at the hosts, or also at what a configuration needs there."""
+        """Return the command that looks at the hosts, or also at what a configuration needs there."""
         if self.hostfile is None and set(self.hosts) == {"localhost"}:
             return f"`{shlex.join(['deca', 'doctor', *configuration])}` looks at this host"
         scheduler = scheduler_of(os.environ)

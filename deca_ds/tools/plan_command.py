@@ -10,7 +10,7 @@ from deca_ds.errors import USER_ERROR_CODE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that `run` reads."""
+    """Add those that `run` reads."""
     add_config(parser)
     parser.add_argument(
         "--hostfile",

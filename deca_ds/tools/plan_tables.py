@@ -17,7 +17,7 @@ from deca_ds.printing import print_line
 
 
 def print_memory(console: Console, estimate: Estimate) -> None:
-    """What the fullest rank holds while the block is active that takes most, and what the estimate leaves out."""
+    """Print what the fullest rank holds while the block is active that takes most, and what the estimate leaves out."""
     block = estimate.worst
     console.print(memory_table(block, estimate))
     for line in _notes(estimate):
@@ -25,7 +25,8 @@ def print_memory(console: Console, estimate: Estimate) -> None:
 
 
 def memory_table(block: BlockMemory, estimate: Estimate) -> Table:
-    """Of one block while it is active, a row a part. Memory of the GPU has a column of its own where there is one."""
+    """Return the table of one block while it is active, a row a part. Memory of the GPU has a column of its own where
+    there is one."""
     k = estimate.ranks
     table = Table(
         title=f"memory of a rank, {k} rank{'s' if k > 1 else ''} a client, block {block.index} ({block.label}) active",
@@ -76,7 +77,7 @@ def _notes(estimate: Estimate) -> Iterator[str]:
 
 
 def print_fit(console: Console, estimate: Estimate, name: str, gpu: Gpu) -> None:
-    """Whether the fullest rank fits the GPU, and if not, what would."""
+    """Print whether the fullest rank fits the GPU, and if not, what would."""
     usable, needed = USABLE * gpu.memory, estimate.worst.at_most("gpu")
     room = f"{decimal(needed)} of {decimal(gpu.memory)} on an {name}, of which {USABLE:.0%} count"
     if needed <= usable:
@@ -119,7 +120,7 @@ class RunTime:
 
 
 def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: float | None, time: RunTime) -> None:
-    """Of a step, of an evaluation and of the run, and what the roofline assumes and leaves out."""
+    """Print the times of a step, of an evaluation and of the run, and what the roofline assumes and leaves out."""
     table = Table(title=f"time on {name}: a roofline, never checked on a GPU")
     for column in ("", "time", "share"):
         table.add_column(column, justify="left" if not column else "right")
@@ -154,7 +155,7 @@ def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: 
 
 
 def duration(seconds: float) -> str:
-    """In the unit that people would use."""
+    """Return seconds in the unit that people would use."""
     for limit, unit, size in (
         (1e-3, "us", 1e-6),
         (1, "ms", 1e-3),

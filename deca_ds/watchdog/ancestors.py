@@ -63,11 +63,11 @@ class Ancestors:
         return None
 
     def launcher_is_gone(self) -> bool:
-        """Whether the launcher has ended, so that no process would collect this one."""
+        """Return whether the launcher has ended, so that no process would collect this one."""
         return not self._is_shell and os.getppid() != self._parent
 
     def runner_is_gone(self) -> bool:
-        """Whether there was a runner, and the launcher has outlived it."""
+        """Return whether there was a runner, and the launcher has outlived it."""
         if self._runner is None or self._launcher is None:
             return False
         with contextlib.suppress(psutil.Error):
@@ -81,7 +81,7 @@ class Ancestors:
 
 
 def is_runner(command: Sequence[str]) -> bool:
-    """Whether this is the command line of an interpreter that runs `deepspeed`."""
+    """Return whether this is the command line of an interpreter that runs `deepspeed`."""
     return _script(command) in _RUNNERS
 
 

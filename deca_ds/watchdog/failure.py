@@ -25,7 +25,8 @@ _LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pi
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether `error` says that the process at the other end is gone; gloo's and NCCL's errors say so by their text."""
+    """Return whether `error` says that the process at the other end is gone; gloo's and NCCL's errors say so by their
+    text."""
     by_text = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     return by_text or isinstance(error, ConnectionLostError)
 

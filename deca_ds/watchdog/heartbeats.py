@@ -96,7 +96,8 @@ class Sighting:
     moved: float
 
     def silent(self, now: float) -> bool:
-        """Whether heartbeats have stopped: nobody has patience for the sake of ranks that a silent one waits for."""
+        """Return whether heartbeats have stopped: nobody has patience for the sake of ranks that a silent one waits
+        for."""
         return now - self.came >= SILENCE_S
 
 
@@ -232,7 +233,7 @@ class Heartbeats:
         )
 
     def _is_sure(self) -> bool:
-        """Whether this rank has found itself stalled several times in a row: a process that was stopped for a
+        """Return whether this rank has found itself stalled several times in a row: a process that was stopped for a
         while does not hang."""
         self._looks += 1
         return self._looks >= _LOOKS

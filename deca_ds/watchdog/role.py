@@ -21,7 +21,8 @@ class Role(Enum):
     OUTLIVED = auto()
 
     def may_become(self, role: Role) -> bool:
-        """Whether this role can turn into `role`: any other role can become OUTLIVED, and OUTLIVED is for good."""
+        """Return whether this role can turn into `role`: any other role can become OUTLIVED, and OUTLIVED is for
+        good."""
         return self is not Role.OUTLIVED and role is Role.OUTLIVED
 
 

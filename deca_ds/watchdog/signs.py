@@ -26,7 +26,7 @@ class Signs:
         self._cpu_s, self._bytes = _taken()
 
     def seen(self) -> bool:
-        """Whether this process has worked since the last look."""
+        """Return whether this process has worked since the last look."""
         cpu_s, taken = _taken()
         works = cpu_s - self._cpu_s >= _CPU_S or taken - self._bytes >= _BYTES
         self._cpu_s, self._bytes = cpu_s, taken

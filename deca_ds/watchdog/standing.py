@@ -86,7 +86,8 @@ class Standing:
         return self._elasticity.membership.view.ranks(self._elasticity.layout)
 
     def is_cut_off(self, within_s: float = 0.0) -> bool:
-        """Whether this rank is OUTLIVED and its client is out of the job. Waits up to `within_s` seconds for that."""
+        """Return whether this rank is OUTLIVED and its client is out of the job. Waits up to `within_s` seconds for
+        that."""
         return self.role is Role.OUTLIVED and self._elasticity is not None and self._elasticity.cut_off.wait(within_s)
 
     def drop_hanging(self) -> None:

@@ -40,7 +40,7 @@ def request_stop(run: Path) -> None:
 
 
 def is_requested(run: Path) -> bool:
-    """Whether the folder has a request to stop."""
+    """Return whether the folder has a request to stop."""
     return (run / _REQUEST).exists()
 
 
@@ -148,7 +148,7 @@ class StopByStore:
             return True
 
     def _is_closed(self, done: int) -> bool:
-        """Whether the ranks have not agreed yet, or end early."""
+        """Return whether the ranks have not agreed yet, or end early."""
         if self._world_size == 1:
             return self._asked
         return self._last is not None and done >= self._last and not self._agreed

@@ -17,7 +17,7 @@ BRIEF = ("name", "own name", "ssh", "python", "packages", "deca_ds", "files")
 
 
 def judge(facts: Facts, checks: Collection[str] = tuple(CHECKS)) -> list[Finding]:
-    """What checks find, all of them or those that are named."""
+    """Return what checks find, all of them or those that are named."""
     return [
         Finding(verdict.host, verdict.state, verdict.what, verdict.fix, check=name)
         for name, rule in CHECKS.items()

@@ -18,7 +18,7 @@ _PER_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "
 
 
 def read_environment_files(environ: Mapping[str, str]) -> list[EnvironmentFile]:
-    """Those that the launcher would read, from the home and the working folder."""
+    """Return those that the launcher would read, from the home and the working folder."""
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
     paths = dict.fromkeys(Path(folder, name).absolute() for folder in (os.path.expanduser("~"), "."))
     return [
@@ -29,13 +29,13 @@ def read_environment_files(environ: Mapping[str, str]) -> list[EnvironmentFile]:
 
 
 def hub_variables(files: Sequence[EnvironmentFile]) -> dict[str, str]:
-    """What they say of the Hugging Face hub and its caches, and no secret."""
+    """Return what they say of the Hugging Face hub and its caches, and no secret."""
     pairs = (line.partition("=") for file in files for line in file.lines)
     return {key.strip(): value for key, _, value in pairs if key.strip() in _HUB}
 
 
 def lint(line: str) -> tuple[State, str, str] | None:
-    """What is wrong with a line, and what to do; never its value, which may be a secret."""
+    """Return what is wrong with a line, and what to do; never its value, which may be a secret."""
     key, equals, value = line.partition("=")
     if not equals:
         text = line.strip()

@@ -156,7 +156,7 @@ def _share(hosts: Mapping[str, HostFacts], agents: Mapping[str, Host], output: s
 
 
 def _sees(own: Host, first: HostFacts) -> bool:
-    """Whether this machine sees the file that the first host has left in run.output."""
+    """Return whether this machine sees the file that the first host has left in run.output."""
     if first.output is None or first.output["error"]:
         return False
     try:
@@ -175,7 +175,7 @@ def _pairs(hosts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def rounds(pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """The pairs in groups in which no host is twice, so that no two of them share its interface."""
+    """Return the pairs in groups in which no host is twice, so that no two of them share its interface."""
     groups: list[list[tuple[str, str]]] = []
     for pair in pairs:
         free = (group for group in groups if not any(set(pair) & set(other) for other in group))

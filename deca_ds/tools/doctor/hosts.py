@@ -74,8 +74,8 @@ class Host:
         self._send(ascii(_agent(_LIVES_S)))
 
     def ask(self, question: str, **given: Any) -> Any:
-        """The agent's answer. Raises Unreachable if none comes in time, after which the agent is gone, and OSError if
-        it says what went wrong."""
+        """Return the agent's answer. Raises Unreachable if none comes in time, after which the agent is gone, and
+        OSError if it says what went wrong."""
         self._send(json.dumps([question, given]))
         try:
             line = self._answers.get(timeout=self._within_s)
@@ -131,8 +131,8 @@ def _agent(lives_s: int) -> str:
 
 
 def command(name: str | None) -> list[str]:
-    """What starts python as launchers do on a host: this one's path, working folder and PYTHONPATH. Where this path is
-    no python, any python 3, which still tells the rest. name: None for this machine, without ssh."""
+    """Return what starts python as launchers do on a host: this one's path, working folder and PYTHONPATH. Where this
+    path is no python, any python 3, which still tells the rest. name: None for this machine, without ssh."""
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     loader = f"-u -c {shlex.quote(_LOADER)}"
     own = shlex.quote(sys.executable)
@@ -143,7 +143,8 @@ def command(name: str | None) -> list[str]:
 
 
 def is_this_machine(name: str, within_s: float) -> bool:
-    """Whether a name is this machine's, so that no launcher needs ssh to reach it. within_s: for the name server."""
+    """Return whether a name is this machine's, so that no launcher needs ssh to reach it. within_s: for the name
+    server."""
     if name in ("localhost", socket.gethostname()):
         return True
     found = resolve([name], within_s)[name]
@@ -168,8 +169,8 @@ def at_once(does: Callable[[str], Result], hosts: Sequence[str]) -> dict[str, Re
 
 
 def resolve(names: Sequence[str], within_s: float) -> dict[str, list[str]]:
-    """What names stand for on this machine; [] also for one that does not come in time. A thread each: a name server
-    that does not answer cannot be interrupted."""
+    """Return what names stand for on this machine; [] also for one that does not come in time. A thread each: a name
+    server that does not answer cannot be interrupted."""
     found: dict[str, list[str]] = {name: [] for name in names}
 
     def look_up(name: str) -> None:

@@ -23,8 +23,8 @@ class Link(TypedDict, total=False):
 
 
 def listen(address: str, token: str, within_s: float) -> int:
-    """The port at which a thread waits for one `measure`, for `within_s` seconds. Raises OSError if the address is none
-    of this host's."""
+    """Return the port at which a thread waits for one `measure`, for `within_s` seconds. Raises OSError if the address
+    is none of this host's."""
     family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
     server = socket.socket(family, socket.SOCK_STREAM)
     server.bind((address, 0))

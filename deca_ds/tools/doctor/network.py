@@ -19,8 +19,8 @@ _HOSTS_DIFFER = "where hosts have other names, set it in each host's ~/.bashrc, 
 
 
 def chosen(value: str, variable: str, interfaces: list[Interface]) -> list[str]:
-    """The interfaces that a variable picks, as its library reads it. NCCL takes prefixes, "=" before whole names and
-    "^" before excluded ones; Open MPI takes names and networks; gloo takes names."""
+    """Return the interfaces that a variable picks, as its library reads it. NCCL takes prefixes, "=" before whole names
+    and "^" before excluded ones; Open MPI takes names and networks; gloo takes names."""
     names = [interface["name"] for interface in interfaces]
     words = [word.strip() for word in value.lstrip("^=").split(",") if word.strip()]
     if variable == "NCCL_SOCKET_IFNAME":
@@ -44,7 +44,7 @@ def _within(interface: Interface, network: str) -> bool:
 
 @check("interfaces")
 def interfaces(facts: Facts) -> Iterator[Verdict]:
-    """Whether the variables that name interfaces name some of each host, and hosts that need one."""
+    """Check whether the variables that name interfaces name some of each host, and hosts that need one."""
     if len(facts.hosts) < 2:
         return
     everywhere = passed_on(facts)
@@ -96,7 +96,7 @@ def variables(facts: Facts) -> Iterator[Verdict]:
 
 @check("port")
 def port(facts: Facts) -> Iterator[Verdict]:
-    """The port of the job's store, on the first host."""
+    """Check the port of the job's store, on the first host."""
     first = next(iter(facts.hosts))
     if first in facts.seen:
         taken = facts.seen[first]["port"]

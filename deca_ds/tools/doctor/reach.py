@@ -52,7 +52,7 @@ def _look_first(scheduler: str | None) -> str:
 
 
 def ssh_fault(host: str, facts: HostFacts, scheduler: str | None) -> tuple[str, str]:
-    """In words: why a host does not answer, and what to do about it."""
+    """Say why a host does not answer, and what to do about it."""
     for pattern, what, fix in _SSH_FAULTS:
         if re.search(pattern, facts.said):
             return what, fix.format(host=host, look=_look_first(scheduler))
@@ -128,7 +128,7 @@ def ssh(facts: Facts) -> Iterator[Verdict]:
 
 @check("python")
 def python(facts: Facts) -> Iterator[Verdict]:
-    """The same interpreter, at the same path."""
+    """Check for the same interpreter, at the same path."""
     own = facts.here
     for host, of in facts.hosts.items():
         if of.sight is None:

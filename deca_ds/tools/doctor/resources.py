@@ -21,7 +21,7 @@ _UNLIMITED = -1
 
 @check("plan")
 def plan(facts: Facts) -> Iterator[Verdict]:
-    """Whether the configuration has a plan at all for these hosts."""
+    """Check whether the configuration has a plan at all for these hosts."""
     host = HERE if facts.remote else next(iter(facts.hosts))
     mistake = facts.mistake or (None if facts.needs is None else facts.needs.unplanned)
     if mistake is not None:
@@ -33,7 +33,7 @@ def plan(facts: Facts) -> Iterator[Verdict]:
 
 @check("files")
 def files(facts: Facts) -> Iterator[Verdict]:
-    """What the configuration names and ranks on a host read."""
+    """Check what the configuration names and ranks on a host read."""
     if facts.needs is None:
         return
     for host in facts.seen:
@@ -52,7 +52,7 @@ def files(facts: Facts) -> Iterator[Verdict]:
 
 @check("output")
 def output(facts: Facts) -> Iterator[Verdict]:
-    """Whether ranks can write run.output, a start would take it, and which hosts share it."""
+    """Check whether ranks can write run.output, a start would take it, and which hosts share it."""
     needs = facts.needs
     if needs is None:
         return

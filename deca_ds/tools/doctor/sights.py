@@ -108,12 +108,12 @@ def look(
 
 
 def tool(name: str) -> str | None:
-    """The program of this name beside this python, or in PATH."""
+    """Return the program of this name beside this python, or in PATH."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 def addresses(name: str) -> list[str]:
-    """What a name stands for on this host; [] if nothing."""
+    """Return what a name stands for on this host; [] if nothing."""
     try:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)))
     except (OSError, UnicodeError):
@@ -251,7 +251,7 @@ def write(folder: str, name: str) -> Folder:
 
 
 def see(folder: str, names: Sequence[str]) -> list[str]:
-    """Which of the files that others have left are here."""
+    """Return which of the files that others have left are here."""
     return [name for name in names if os.path.lexists(os.path.join(folder, name))]
 
 

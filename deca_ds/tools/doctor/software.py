@@ -19,7 +19,7 @@ def _most(values: Iterable[str]) -> str:
 
 @check("packages")
 def packages(facts: Facts) -> Iterator[Verdict]:
-    """The same versions as here."""
+    """Check for the same versions as here."""
     own = facts.here["packages"]
     for host, sight in facts.alike.items():
         missing = [name for name in (*PACKAGES, *OTHERS) if own.get(name) and not sight["packages"].get(name)]
@@ -40,7 +40,7 @@ def packages(facts: Facts) -> Iterator[Verdict]:
 
 @check("deca_ds")
 def code(facts: Facts) -> Iterator[Verdict]:
-    """The same source files as here, as the job's own comparison wants them."""
+    """Check for the same source files as here, as the job's own comparison wants them."""
     for host, sight in facts.alike.items():
         if not sight["code"]:
             yield fail(host, "deca_ds is not installed", "install it into the virtual environment there")
@@ -80,7 +80,7 @@ def accelerator(facts: Facts) -> Iterator[Verdict]:
 
 
 def vendor(text: str) -> tuple[str, str]:
-    """Which MPI a line is about, and its version."""
+    """Return which MPI a line is about, and its version."""
     name = next((name for name, pattern in _VENDORS if re.search(pattern, text)), text.split(",")[0][:30])
     found = _VERSION.search(text)
     return name, found[0] if found else ""
@@ -88,7 +88,7 @@ def vendor(text: str) -> tuple[str, str]:
 
 @check("MPI")
 def mpi(facts: Facts) -> Iterator[Verdict]:
-    """The library that mpi4py finds, the mpirun of the host, and whether both belong together. Only
+    """Check the library that mpi4py finds, the mpirun of the host, and whether both belong together. Only
     cluster.transport=mpi cannot do without."""
     wrong = fail if facts.needs is not None and facts.needs.transport == "mpi" else warn
     away = "or do without: cluster.transport=torch"
@@ -115,7 +115,7 @@ def mpi(facts: Facts) -> Iterator[Verdict]:
 
 @check("MPI world")
 def mpi_world(facts: Facts) -> Iterator[Verdict]:
-    """Whether mpirun's processes are one COMM_WORLD, tried from here."""
+    """Check whether mpirun's processes are one COMM_WORLD, tried from here."""
     trial = facts.mpi
     if trial is None:
         return
