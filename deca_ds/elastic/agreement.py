@@ -10,13 +10,13 @@ YES, OPEN = 1, 2  # bits of a vote: the work since the last decision counts; a c
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision of agreement `number`. yes: the bits to which all ranks have voted yes. news: the announcement of
-    the first client's leader. clients: the members, the coordinator's first. joining: the clients that rejoin now, with
-    their coordinators' addresses."""
+    """The decision of agreement `number`. yes: the bits to which all ranks have voted yes. announcement: of the first
+    client's leader. clients: the members, the coordinator's first. joining: the clients that rejoin now, with their
+    coordinators' addresses."""
 
     number: int
     yes: int
-    news: str
+    announcement: str
     clients: tuple[int, ...]
     joining: tuple[tuple[int, str, int], ...] = ()
 
@@ -29,4 +29,4 @@ class Decision:
     def read(message: dict[str, Any]) -> Decision:
         """Read a message. Raises KeyError, TypeError or ValueError if it is no decision."""
         joining = tuple((client, host, port) for client, host, port in message["joining"])
-        return Decision(message["number"], message["yes"], message["news"], tuple(message["clients"]), joining)
+        return Decision(message["number"], message["yes"], message["announcement"], tuple(message["clients"]), joining)

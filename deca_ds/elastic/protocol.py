@@ -165,7 +165,7 @@ class Coordinator:
             return
         elif kind == "vote":
             if message["number"] == self.last.number + 1:  # a coordinator that knew all votes has decided an older one
-                yes, _ = self._votes[peer.rank] = int(message["yes"]), str(message["news"])
+                yes, _ = self._votes[peer.rank] = int(message["yes"]), str(message["announcement"])
                 if not yes & YES:
                     self._interrupt()
         elif kind == "goodbye":
@@ -321,9 +321,9 @@ class Coordinator:
         yes = -1
         for rank in ranks:
             yes &= self._votes[rank][0]
-        news = self._votes[ranks[0]][1]
+        announcement = self._votes[ranks[0]][1]
         joining = self._announced(yes)
-        self._settle(Decision(self.last.number + 1, yes, news, tuple(self.clients), joining))
+        self._settle(Decision(self.last.number + 1, yes, announcement, tuple(self.clients), joining))
         ranks += self._ranks_of([client for client, _, _ in joining])
         for rank in sorted(ranks, key=self._is_own):  # its own client last: with that one this process may end
             self._send_decision(self._lines[rank])

@@ -69,14 +69,15 @@ class QuorumClient:
             self._do(self._voter.ready())
         return self._wait(threading.TIMEOUT_MAX)
 
-    def vote(self, yes: int, news: str = "") -> Decision:
-        """Vote with answers, a bit each, and news, a short text; returns the decision once all ranks have voted.
+    def vote(self, yes: int, announcement: str = "") -> Decision:
+        """Vote with answers, a bit each; returns the decision once all ranks have voted. announcement: a short text,
+        which the decision has if this is the first client's leader.
 
         Raises CutOffError if this client is out or cut off, DisconnectedError if not all ranks vote within the time
         limit.
         """
         with self._lock:
-            self._do(self._voter.vote(yes, news))
+            self._do(self._voter.vote(yes, announcement))
         return self._wait(self._timeout_s)
 
     def leave(self, why: str) -> NoReturn:

@@ -92,8 +92,8 @@ class ReconnectingGloo(GlooTransport):
         self._announced = decision
         return answers_in(decision.yes, len(answers))
 
-    def _vote(self, yes: int, news: str = "") -> Decision:
-        decision = self.votes.vote(yes, news)
+    def _vote(self, yes: int, announcement: str = "") -> Decision:
+        decision = self.votes.vote(yes, announcement)
         self.progress.tick()
         return decision
 
@@ -108,7 +108,7 @@ class ReconnectingGloo(GlooTransport):
             if decision.clients != view.clients:  # one more was lost, perhaps the one with the announcement
                 continue
             if view.clients != self.members.clients:
-                self.membership.change(replace(view, number=decision.number, announcement=decision.news))
+                self.membership.change(replace(view, number=decision.number, announcement=decision.announcement))
             if self._meet(decision.number, attempts):
                 break
         self.epoch += 1

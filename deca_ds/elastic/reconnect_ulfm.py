@@ -96,7 +96,7 @@ class ReconnectingUlfm(MpiTransport):
                 continue  # the next shrink waits until the ranks of incomplete clients have left
             try:
                 comm = self._everybody.Split(color=self._color, key=self.rank)
-                news = self._announce(view)
+                announcement = self._announce(view)
                 through = True
             except self._mpi.Exception:  # one more was lost
                 self._everybody.Revoke()
@@ -107,7 +107,7 @@ class ReconnectingUlfm(MpiTransport):
         self._comm = comm
         self.epoch += 1
         if view.clients != before.clients:
-            self.membership.change(replace(view, announcement=news))
+            self.membership.change(replace(view, announcement=announcement))
         return self.members != before
 
     def _living(self) -> set[int]:

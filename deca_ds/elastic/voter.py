@@ -97,11 +97,11 @@ class Voter:
         """Say that this client, which rejoins, only waits to be let in."""
         return self._said({"kind": "ready"})
 
-    def vote(self, yes: int, news: str) -> Effects:
+    def vote(self, yes: int, announcement: str) -> Effects:
         """Vote with answers, a bit each, and a short text."""
         if self.out is not None:
             return [self.out]
-        self._ballot = {"kind": "vote", "number": self.last.number + 1, "yes": yes, "news": news}
+        self._ballot = {"kind": "vote", "number": self.last.number + 1, "yes": yes, "announcement": announcement}
         return self._said(self._ballot)
 
     def stalled(self) -> Effects:

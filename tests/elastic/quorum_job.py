@@ -24,10 +24,10 @@ class Job:
             QuorumClient(rank, self.layout, addresses, timeout_s, silence_s) for rank in range(clients * ranks)
         ]
 
-    def vote(self, bits: dict[int, int], news: str = "") -> dict[int, Decision | Exception]:
+    def vote(self, bits: dict[int, int], announcement: str = "") -> dict[int, Decision | Exception]:
         def one(rank: int):
             try:
-                return self.votes[rank].vote(bits[rank], f"{news}{rank}")
+                return self.votes[rank].vote(bits[rank], f"{announcement}{rank}")
             except Exception as error:
                 return error
 

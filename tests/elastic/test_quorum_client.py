@@ -22,9 +22,9 @@ pytestmark = pytest.mark.timeout(200)
 
 def test_the_decision_is_the_and_of_all_answers_and_the_lowest_ranks_news():
     job = Job(3, ranks=2)
-    first = job.vote({0: 7, 1: 7, 2: 5, 3: 7, 4: 7, 5: 6}, news="from ")
+    first = job.vote({0: 7, 1: 7, 2: 5, 3: 7, 4: 7, 5: 6}, announcement="from ")
     assert all(decision == first[0] for decision in first.values())
-    assert (first[0].number, first[0].yes, first[0].news, first[0].clients) == (1, 4, "from 0", (0, 1, 2))
+    assert (first[0].number, first[0].yes, first[0].announcement, first[0].clients) == (1, 4, "from 0", (0, 1, 2))
     assert job.vote(dict.fromkeys(range(6), 3))[5].yes == 3
 
 
@@ -33,8 +33,8 @@ def test_the_coordinator_is_lost_and_the_one_after_it():
     wait_until_connected(job)
     job.end(0)
     assert all(job.votes[rank].interrupted.wait(60) for rank in (1, 2, 3))
-    decided = job.vote({1: 1, 2: 1, 3: 1}, news="now ")
-    assert {(each.number, each.clients, each.news) for each in decided.values()} == {(2, (1, 2, 3), "now 1")}
+    decided = job.vote({1: 1, 2: 1, 3: 1}, announcement="now ")
+    assert {(each.number, each.clients, each.announcement) for each in decided.values()} == {(2, (1, 2, 3), "now 1")}
     job.end(1)
     decided = job.vote({2: 1, 3: 3})
     assert {(each.number, each.clients, each.yes) for each in decided.values()} == {(3, (2, 3), 1)}

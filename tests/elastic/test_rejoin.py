@@ -58,8 +58,8 @@ def test_a_client_comes_back_when_all_are_open_to_it_and_last_in_the_line(tmp_pa
     job.votes[0] = votes
     assert {each.clients for each in job.vote({0: 1, 1: 1, 2: 1}).values()} == {(1, 2, 0)}
     job.end(1)
-    decided = job.vote({0: 1, 2: 1}, news="by ")
-    assert {(each.clients, each.news) for each in decided.values()} == {((2, 0), "by 2")}
+    decided = job.vote({0: 1, 2: 1}, announcement="by ")
+    assert {(each.clients, each.announcement) for each in decided.values()} == {((2, 0), "by 2")}
     job.end(2)
     assert job.vote({0: 1})[0].clients == (0,), "its own coordinator, which is a new one, has taken over"
 

@@ -196,7 +196,7 @@ def test_a_rank_that_is_slow_to_repeat_that_nobody_moves_on_is_heard(every_s, re
 
     for rank in (0, 1):
         hear(rank, "hello", 0.0, last=asdict(Decision(0, 0, "", (0, 1))), lost=[])
-    hear(0, "vote", 1.0, number=1, yes=YES, news="")
+    hear(0, "vote", 1.0, number=1, yes=YES, announcement="")
     for again in range(8):
         hear(0, "stalled", 60.0 + every_s * again, number=1)
     assert coordinator.clients == remain
@@ -368,7 +368,7 @@ def test_all_ranks_of_a_guest_are_invited_to_one_store_whenever_the_first_asked(
     for rank in (2, 3):
         hear(rank, "ready")
     for rank in (0, 1):
-        hear(rank, "vote", number=1, yes=YES | OPEN, news="")
+        hear(rank, "vote", number=1, yes=YES | OPEN, announcement="")
     assert coordinator.last.joining == ((1, "host", 9),)
 
 
