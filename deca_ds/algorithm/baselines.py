@@ -186,7 +186,7 @@ class GasLoC(AdamRule):
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "previous")
     outer_momentum: float = 0.9
 
-    def doubts(self, matrices: Sequence[Tensor]) -> list[str]:
+    def warnings(self, matrices: Sequence[Tensor]) -> list[str]:
         """See Rule: a momentum with which clients agree later than without it. Nothing is said of directed or
         time-varying matrices."""
         matrix, momentum = matrices[0], self.outer_momentum

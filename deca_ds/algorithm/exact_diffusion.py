@@ -42,7 +42,7 @@ class DecaExactDiffusion(DecaRule):
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "change")
     correction: float = 0.9
 
-    def doubts(self, matrices: Sequence[Tensor]) -> list[str]:
+    def warnings(self, matrices: Sequence[Tensor]) -> list[str]:
         """See Rule: a correction with which averagings drive clients apart, where they do not without it."""
         left = contraction_with_correction(matrices, self.correction)
         if left < 1 or contraction_with_correction(matrices, 0.0) > 1 - 1e-9:

@@ -50,7 +50,7 @@ class Rule(ABC):
         """Whether `finish` needs the norm, which takes a reduction over the client's ranks."""
         return False
 
-    def doubts(self, matrices: Sequence[Tensor]) -> list[str]:
+    def warnings(self, matrices: Sequence[Tensor]) -> list[str]:
         """Warn, in whole sentences, of a graph that does not suit the rule's coefficients; empty where nothing is known
         against it. matrices: W of each averaging of a period, [n, n], float64."""
         return []

@@ -17,7 +17,7 @@ from deca_ds.run_folder import DATA, SAVED_CONFIG, SIMULATION
 from deca_ds.simulation.setup import build, check
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.claim import release, take
-from deca_ds.training.doubts import doubts
+from deca_ds.training.config_warnings import config_warnings
 from deca_ds.training.start_log import record_start
 from deca_ds.training.summary import Evaluation, RunResult
 from deca_ds.training.tables import print_notes
@@ -40,7 +40,7 @@ def run_to_folder(config: Config) -> tuple[Simulation, float]:
     """Run a simulation and write its folder; return it and the seconds that it took. Prints what is to be known of the
     configuration and the data."""
     check(config)
-    for warning in doubts(config):
+    for warning in config_warnings(config):
         print_wrapped(f"WARNING: {warning}")
     output = Path(config.run.output)
     take(output, partial(check_output, config))

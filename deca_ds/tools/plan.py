@@ -37,7 +37,7 @@ from deca_ds.tools.plan_hosts import look_at_hosts
 from deca_ds.tools.plan_run import Planned, fault_of_data, print_run
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import check_method
-from deca_ds.training.doubts import doubts, doubts_of_gossip
+from deca_ds.training.config_warnings import config_warnings, gossip_warnings
 from deca_ds.training.pace import evaluations_left
 from deca_ds.training.resume import check_start
 from deca_ds.training.tables import block_table, warn_of_blocks, warn_of_experts
@@ -158,7 +158,7 @@ def _print_model(
 ) -> tuple[Estimate, PreTrainedTokenizerBase]:
     """Print the model's blocks, what its kind costs, and how its clients mix. Loads no weights."""
     architecture, tokenizer = load_architecture(config.model), load_tokenizer(config.model)
-    for warning in [*doubts(config), *check_model(config, architecture, tokenizer, weights=False)]:
+    for warning in [*config_warnings(config), *check_model(config, architecture, tokenizer, weights=False)]:
         _warn(console, warning)
     on_gpu = machines.card is not None or computes_on_gpu(config.run.device)
     estimate = Estimate(config, architecture, mixing, min(machines.ranks) if machines.ranks else 1, on_gpu)
@@ -183,7 +183,7 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
         absent = ", ".join(map(str, sorted(config.cluster.absent)))
         print_line(console, f"at the start: client {absent} absent, spectral gap {gap:.4g}")
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
-    for warning in doubts_of_gossip(config, mixing, scale):
+    for warning in gossip_warnings(config, mixing, scale):
         _warn(console, warning)
 
 

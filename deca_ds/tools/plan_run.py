@@ -23,7 +23,7 @@ from deca_ds.plural import several
 from deca_ds.printing import print_line
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.compare_clients import compare_data
-from deca_ds.training.doubts import doubts_of_length
+from deca_ds.training.config_warnings import length_warnings
 from deca_ds.training.length import ANY_ROUNDS, Length, count_rounds, length_of, tell_length
 from deca_ds.training.tables import data_table, print_notes
 
@@ -125,7 +125,7 @@ def _print_length(
     schedule = build_schedule(config, blocks, rounds)
     if not known:
         return schedule, None
-    warnings = [f"WARNING: {each}" for each in doubts_of_length(config, len(schedule))]
+    warnings = [f"WARNING: {each}" for each in length_warnings(config, len(schedule))]
     for line in [*(tell_length(config, schedule, summaries) if summaries else ()), *warnings]:
         print_line(console, line)
     return schedule, length_of(config, schedule, summaries)

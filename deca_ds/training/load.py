@@ -36,8 +36,8 @@ from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import BASE
+from deca_ds.training.config_warnings import config_warnings
 from deca_ds.training.connect import Job
-from deca_ds.training.doubts import doubts
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts
 
 
@@ -50,7 +50,7 @@ def load_base(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
         architecture, tokenizer = load_architecture(model), load_tokenizer(model)
         cluster.progress.enter("checking the model", works=True, awaits=SHARED)
         warnings = check_model(job.config, architecture, tokenizer)
-    for warning in [*doubts(job.config), *warnings] if cluster.is_job_leader else ():
+    for warning in [*config_warnings(job.config), *warnings] if cluster.is_job_leader else ():
         print_wrapped(f"WARNING: {warning}")
     return architecture, tokenizer
 

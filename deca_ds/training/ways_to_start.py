@@ -26,8 +26,8 @@ from deca_ds.run_folder import MODEL, SAVED_CONFIG, STOPPED, client_failure
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare_clients import compare_data, digest_of_start
+from deca_ds.training.config_warnings import length_warnings
 from deca_ds.training.connect import Job
-from deca_ds.training.doubts import doubts_of_length
 from deca_ds.training.length import check_place, count_rounds, tell_length, tell_other_length
 from deca_ds.training.load import forget_base
 from deca_ds.training.metrics import Metrics
@@ -103,7 +103,7 @@ class _Together(Start):
                 print_wrapped(line)
         self._check_schedule(job, schedule)
         if job.cluster.is_job_leader:
-            for warning in doubts_of_length(job.config, len(schedule)):
+            for warning in length_warnings(job.config, len(schedule)):
                 print_wrapped(f"WARNING: {warning}")
         return schedule
 

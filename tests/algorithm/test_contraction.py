@@ -70,7 +70,7 @@ def test_the_best_momentum_of_a_graph_shrinks_disagreement_faster_than_any_other
     ],
 )
 def test_a_momentum_that_keeps_clients_apart_is_warned_of(graph, clients, momentum, words):
-    found = build_rule("gasloc", outer_momentum=momentum).doubts(matrices_of(graph, clients))
+    found = build_rule("gasloc", outer_momentum=momentum).warnings(matrices_of(graph, clients))
     assert len(found) == bool(words)
     for sentence in found:
         assert all(word in sentence for word in words)
@@ -85,7 +85,7 @@ def test_exact_diffusion_s_usual_correction_brings_clients_together_on_every_gra
     except UserError:
         pytest.skip(f"there is no {graph} of {clients} clients")
     assert contraction_with_correction(matrices, USUAL) < 0.99
-    assert build_rule("deca-ed", correction=USUAL).doubts(matrices) == []
+    assert build_rule("deca-ed", correction=USUAL).warnings(matrices) == []
 
 
 def test_what_a_correction_leaves_is_the_largest_root_of_the_averaging_s_slowest_mode():
@@ -99,9 +99,9 @@ def test_what_a_correction_leaves_is_the_largest_root_of_the_averaging_s_slowest
 def test_a_correction_that_drives_clients_apart_is_warned_of():
     """On a graph that changes, a correction remembers what another averaging undid."""
     rule = build_rule("deca-ed", correction=1.0)
-    (found,) = rule.doubts(matrices_of("random_pairs", 16))
+    (found,) = rule.warnings(matrices_of("random_pairs", 16))
     assert found.startswith("algorithm.correction=1 is too large for this graph: an averaging leaves 1.02 times")
-    assert rule.doubts(matrices_of("isolated", 4)) == rule.doubts(matrices_of("ring", 1)) == []
+    assert rule.warnings(matrices_of("isolated", 4)) == rule.warnings(matrices_of("ring", 1)) == []
 
 
 @pytest.mark.parametrize("graph", ["ring", "exponential"])

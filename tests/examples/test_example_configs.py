@@ -21,7 +21,7 @@ from deca_ds.data import sources, validate_data_config
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.tools.doctor.facts import INTERFACE_VARIABLES
 from deca_ds.tools.train_arguments import parser
-from deca_ds.training.doubts import doubts, doubts_of_gossip
+from deca_ds.training.config_warnings import config_warnings, gossip_warnings
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS_OF_EXAMPLES = ("examples", "examples/assistant", "examples/demo", "examples/recipes")
@@ -80,8 +80,8 @@ def test_example_loads_and_is_free_of_contradictions(path: Path, monkeypatch: py
     ranks = list(config.cluster.ranks or [1] * config.cluster.clients)
     assert check_world(config, sum(ranks)) == ranks
     assert not config.model.trust_remote_code
-    assert config.data.per_client or not doubts(config)
-    assert not doubts_of_gossip(config, mixing, weight_scale=0.02)
+    assert config.data.per_client or not config_warnings(config)
+    assert not gossip_warnings(config, mixing, weight_scale=0.02)
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("ds_configs/*.json")), ids=name)

@@ -103,12 +103,12 @@ READ: dict[str, Reading] = {
 }
 
 
-def doubts(config: Config) -> list[str]:
+def config_warnings(config: Config) -> list[str]:
     """Return warnings, a line each, of a configuration that has been checked. Looks for the files of data.train."""
     return [*_unread(config), *_backslashes(config)]
 
 
-def doubts_of_gossip(config: Config, mixing: MixingSchedule, weight_scale: float) -> list[str]:
+def gossip_warnings(config: Config, mixing: MixingSchedule, weight_scale: float) -> list[str]:
     """Return warnings, a line each, of a graph that is too slow or drives clients apart. weight_scale: see
     `slow_mixing`."""
     algorithm = config.algorithm
@@ -119,10 +119,10 @@ def doubts_of_gossip(config: Config, mixing: MixingSchedule, weight_scale: float
         lr=config.optimizer.lr,
         weight_scale=weight_scale,
     )
-    return found + rule_of(config).doubts([torch.tensor(matrix) for matrix in mixing.matrices])
+    return found + rule_of(config).warnings([torch.tensor(matrix) for matrix in mixing.matrices])
 
 
-def doubts_of_length(config: Config, steps: int) -> list[str]:
+def length_warnings(config: Config, steps: int) -> list[str]:
     """Return warnings, a line each, of what a run of so many inner steps never comes to."""
     never = {
         "optimizer.warmup_steps": "the learning rate never comes to optimizer.lr",

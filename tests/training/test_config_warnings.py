@@ -5,7 +5,7 @@ import pytest
 from deca_ds.config import load_config
 from deca_ds.config.resume import flat
 from deca_ds.config.schema import Config
-from deca_ds.training.doubts import READ, doubts, doubts_of_length
+from deca_ds.training.config_warnings import READ, config_warnings, length_warnings
 from deca_ds.training.template_date import today
 
 DILOCO, CLASSES = ["algorithm.method=diloco", "gossip.every=4"], ["data.format=classification"]
@@ -69,13 +69,13 @@ def told(tmp_path):
     for file in files.values():
         file.write_text("x\n")
 
-    def doubts_of(*keys: str) -> list[str]:
+    def warnings_of(*keys: str) -> list[str]:
         given = [f"model.path={tmp_path}", f"data.train={files['jsonl']}", *keys]
         for kind, file in files.items():
             given = [key.replace(f"{{{kind}}}", str(file)) for key in given]
-        return doubts(load_config(None, given))
+        return config_warnings(load_config(None, given))
 
-    return doubts_of
+    return warnings_of
 
 
 @pytest.mark.parametrize(("assigned", "read"), CASES)
@@ -83,8 +83,8 @@ def test_a_value_that_nothing_reads_is_told(told, assigned, read):
     key = assigned.partition("=")[0]
     assert told(assigned, *read) == []
     if key not in ALWAYS:
-        (doubt,) = (line for line in told(assigned, *WITHOUT.get(key, [])) if line.startswith(f"{key} = "))
-        assert "has no effect: " in doubt
+        (warning,) = (line for line in told(assigned, *WITHOUT.get(key, [])) if line.startswith(f"{key} = "))
+        assert "has no effect: " in warning
 
 
 def test_what_a_start_adds_is_not_told_as_the_user_s(told):
@@ -96,7 +96,7 @@ def test_every_rule_has_its_case():
 
 
 @pytest.mark.parametrize(
-    ("text", "doubted"),
+    ("text", "warned"),
     [
         (r"'{text}\nLabel:'", True),
         (r"'{text}\tLabel:'", True),
@@ -104,15 +104,15 @@ def test_every_rule_has_its_case():
         (r"'a \\ b {text}'", False),
     ],
 )
-def test_a_backslash_that_yaml_leaves_as_it_is_gets_a_warning(told, text, doubted):
-    assert [line.split(" = ")[0] for line in told(*CLASSES, f"data.prompt={text}")] == ["data.prompt"] * doubted
+def test_a_backslash_that_yaml_leaves_as_it_is_gets_a_warning(told, text, warned):
+    assert [line.split(" = ")[0] for line in told(*CLASSES, f"data.prompt={text}")] == ["data.prompt"] * warned
     names = f"data.label_names={{1: {text.replace('{text}', '')}, 2: b}}"
-    assert [line.split(" = ")[0] for line in told(*CLASSES, names)] == ["data.label_names.1"] * doubted
+    assert [line.split(" = ")[0] for line in told(*CLASSES, names)] == ["data.label_names.1"] * warned
 
 
 def test_what_a_run_is_too_short_for_is_told():
     keys = ["optimizer.warmup_steps", "logging.every", "evaluation.every", "checkpoint.every"]
     config = load_config(None, ["model.path=x", *(f"{key}=12" for key in keys)])
-    assert doubts_of_length(config, 12) == []
-    told = doubts_of_length(config, 11)
+    assert length_warnings(config, 12) == []
+    told = length_warnings(config, 11)
     assert [line.split(" = 12, but the run has 11 inner steps: ")[0] for line in told] == keys
