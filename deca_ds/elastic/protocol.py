@@ -42,7 +42,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deca_ds.elastic.agreement import OPEN, YES, Decision
+from deca_ds.elastic.decision import OPEN, YES, Decision
 from deca_ds.launch import ClientLayout
 
 GRACE_S = 20.0  # for the other ranks to notice that the old coordinator is lost; with a silent host this takes 11 s

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
-from deca_ds.elastic.agreement import Decision
+from deca_ds.elastic.decision import Decision
 from deca_ds.elastic.protocol import Message
 from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.rejoin import Rejoin

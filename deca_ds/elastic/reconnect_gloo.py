@@ -17,7 +17,7 @@ from datetime import timedelta
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
-from deca_ds.elastic.agreement import YES, Decision
+from deca_ds.elastic.decision import YES, Decision
 from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.survivor_commit import answers_in, bits
 from deca_ds.elastic.unreachable import Attempts, pairs_apart, vote

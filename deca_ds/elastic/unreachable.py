@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from deca_ds.elastic.agreement import OPEN, YES
+from deca_ds.elastic.decision import OPEN, YES
 from deca_ds.errors import DisconnectedError
 
 _ATTEMPTS = 4  # of the same clients to connect, in a row

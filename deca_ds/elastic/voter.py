@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from deca_ds.elastic.agreement import Decision
+from deca_ds.elastic.decision import Decision
 from deca_ds.elastic.protocol import ALIVE_S, GRACE_S, Message
 from deca_ds.errors import CutOffError, UserError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from deca_ds.elastic.agreement import Decision
+from deca_ds.elastic.decision import Decision
 from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.launch.launcher import ClientLayout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deca_ds.elastic.agreement import OPEN, YES, Decision
+from deca_ds.elastic.decision import OPEN, YES, Decision
 from deca_ds.elastic.protocol import Message
 
 if TYPE_CHECKING:

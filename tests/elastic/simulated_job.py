@@ -16,7 +16,7 @@ from simulated_checks import Checks, Violation
 from simulated_network import END, Connection, Network
 from simulated_process import Process
 
-from deca_ds.elastic.agreement import Decision
+from deca_ds.elastic.decision import Decision
 from deca_ds.elastic.protocol import Coordinator, Message, Sends
 from deca_ds.elastic.voter import Voter
 from deca_ds.errors import UserError

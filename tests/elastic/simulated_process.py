@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from deca_ds.elastic.agreement import OPEN, YES, Decision
+from deca_ds.elastic.decision import OPEN, YES, Decision
 from deca_ds.elastic.protocol import Coordinator
 from deca_ds.elastic.voter import Voter
 from deca_ds.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 import test_scenarios as scenarios
 
 from deca_ds.elastic import voter
-from deca_ds.elastic.agreement import OPEN
+from deca_ds.elastic.decision import OPEN
 from deca_ds.elastic.protocol import GRACE_S, Coordinator
 from deca_ds.elastic.voter import Voter
 

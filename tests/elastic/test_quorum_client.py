@@ -11,7 +11,7 @@ import pytest
 from jobs import wait_until
 from quorum_job import Job, wait_until_connected
 
-from deca_ds.elastic.agreement import YES
+from deca_ds.elastic.decision import YES
 from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.errors import CutOffError, GossipError

@@ -11,7 +11,7 @@ from jobs import wait_until
 from quorum_job import Job, wait_until_connected
 from torch.distributed import TCPStore
 
-from deca_ds.elastic.agreement import OPEN, YES
+from deca_ds.elastic.decision import OPEN, YES
 from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.rejoin import join_job, save_addresses
 from deca_ds.errors import CutOffError, LaunchError

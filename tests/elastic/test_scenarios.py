@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from simulated_job import Job, Process
 
-from deca_ds.elastic.agreement import OPEN, YES, Decision
+from deca_ds.elastic.decision import OPEN, YES, Decision
 from deca_ds.elastic.protocol import Coordinator, Message, Sends
 from deca_ds.launch.launcher import ClientLayout
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deca_ds.elastic.agreement import OPEN, YES
+from deca_ds.elastic.decision import OPEN, YES
 from deca_ds.elastic.unreachable import Attempts, pairs_apart, vote, who_leaves
 from deca_ds.errors import GossipError
 
