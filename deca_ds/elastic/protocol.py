@@ -31,9 +31,8 @@ client's. Every rank keeps a connection to the active one. Messages are JSON obj
    in which clients take over as coordinator.
 5. A hanging client is dropped like a dead one: when a rank reports that it is stalled, the coordinator interrupts all
    ranks, and drops the clients whose votes are still missing a few seconds later, unless they have yet to come to it
-   (3). A coordinator that gives no sign of
-   life for cluster.timeout_s counts as lost. One that finds its own client hanging, or whose process was stopped for
-   that long, closes all connections, and so counts as lost, too.
+   (3). A coordinator that gives no sign of life for cluster.timeout_s counts as lost. One that finds its own client
+   hanging, or whose process was stopped for that long, closes all connections, and so counts as lost, too.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from deca_ds.errors import LaunchError
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.plural import first_few
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -146,8 +147,8 @@ def _by_gpu(devices: Mapping[int, Taken]) -> dict[str, list[int]]:
 
 
 def _shown(devices: Mapping[int, Taken]) -> str:
-    parts = [f"rank {rank} on {taken.host}: {taken.device}" for rank, taken in sorted(devices.items())]
-    return "; ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+    parts = (f"rank {rank} on {taken.host}: {taken.device}" for rank, taken in sorted(devices.items()))
+    return first_few(parts, 4, between="; ")
 
 
 def _usable_gpus(wanted: str, host: str) -> int:

@@ -9,6 +9,7 @@ from deca_ds.errors import AbsentError
 from deca_ds.launch.given import Given, given, look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.plural import first_few
 
 _FIRST_S = 10.0  # that the first rank, which knows who is missing, is ahead of the others
 _POLL_S = 0.05
@@ -52,8 +53,7 @@ def _all_come(launch: Launch, store: JobStore, within_s: float) -> bool:
 
 def silence(silent: list[int], launch: Launch, given: Given, meet_s: float) -> str:
     """Say who did not come, host by host where the launcher tells the hosts."""
-    who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent[:_SHOWN]))}"
-    who += f" and {len(silent) - _SHOWN} more" if len(silent) > _SHOWN else ""
+    who = f"rank{'s' if len(silent) > 1 else ''} {first_few(silent, _SHOWN)}"
     if len(given.hosts) == launch.world_size:
         hosts = dict.fromkeys(given.hosts[rank] for rank in silent)
         there = {host for rank, host in enumerate(given.hosts) if rank in launch.ranks and rank not in silent}

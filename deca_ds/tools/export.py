@@ -137,7 +137,7 @@ def _best_step(run: Path) -> int:
     if best is None or not best.step:
         found = "no evaluation found a loss" if best is None else "the model was best before its first inner step"
         raise CheckpointError(
-            f"there is no best checkpoint: {found}", where=str(run / "metrics"), fix="export another checkpoint"
+            f"there is no best checkpoint: {found}", where=str(run / METRICS), fix="export another checkpoint"
         )
     return best.step
 

@@ -31,6 +31,7 @@ from deca_ds.launch import Launch
 from deca_ds.launch.given import look_for_files
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import FAILED, client_failure
 from deca_ds.watchdog.failure import (
     Failure,
     all_leave,
@@ -83,15 +84,16 @@ class Ending:
             note_leaving(self._launch.rank, self._site.store.store)
         if first == report:
             first = self.report(whole, code)
-            first.mark(self.output, "FAILED", replaces=True)  # the others know less, and may have marked it already
+            first.mark(self.output, FAILED, replaces=True)  # the others know less, and may have marked it already
         self.leave(first)
 
     def end_the_client(self, error: BaseException) -> NoReturn:
         """End this rank, and with it its client, while the others continue."""
         client = self._heartbeats.own().client
+        assert client is not None, "clients are known once the others may continue without one"
         report = self.report(self._told(error)[1], FAILURE_CODE)
         report.tell(of_client=client)
-        report.mark(self.output, f"FAILED_client_{client:03d}")
+        report.mark(self.output, client_failure(client))
         sys.stdout.flush()
         # not an exit: mpirun lets the others continue after a process that died, and ends them after one that failed
         os.kill(os.getpid(), signal.SIGKILL)
@@ -103,7 +105,7 @@ class Ending:
         if report.rank == self._launch.rank:
             report.tell(alone=self._launch.world_size == 1)
         if mark:
-            report.mark(self.output, "FAILED")
+            report.mark(self.output, FAILED)
         tell_exit_code(report.code)
         if self._launch.rank == self._site.host and self._launch.world_size > 1:
             with contextlib.suppress(RuntimeError):

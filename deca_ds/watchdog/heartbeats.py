@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from deca_ds.errors import StallError
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import EVERYBODY, SHARED, Progress, place
+from deca_ds.plural import first_few
 from deca_ds.run_folder import HEARTBEATS
 from deca_ds.watchdog.signs import Signs
 
@@ -327,8 +328,7 @@ class Heartbeats:
 
     def _names(self, ranks: list[int], seen: Sightings) -> str:
         hosts = {rank: seen[rank].heartbeat.host for rank in ranks if rank in seen}
-        shown = [f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "") for rank in ranks[:_SHOWN]]
-        return ", ".join(shown) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
+        return first_few((f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "") for rank in ranks), _SHOWN)
 
 
 def look_after_s(timeout_s: float) -> float:
