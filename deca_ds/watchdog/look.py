@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch.distributed import Store
 
@@ -14,7 +15,7 @@ from deca_ds.watchdog.ancestors import Ancestors
 from deca_ds.watchdog.ending import Ending
 from deca_ds.watchdog.failure import Failure
 from deca_ds.watchdog.heartbeats import Heartbeats
-from deca_ds.watchdog.role import Outcome, Role
+from deca_ds.watchdog.role import Event, Outcome, Role
 from deca_ds.watchdog.standing import Standing
 from deca_ds.watchdog.stop import is_requested
 from deca_ds.watchdog.survey import Survey
@@ -47,7 +48,11 @@ class Look:
     def among_others(self, store: Store) -> Failure | None:
         """Send this rank's heartbeat, and return why it has to end: its launcher is gone, another rank has failed, or a
         wait has lasted too long."""
-        report = self._lost_launcher() or Failure.reported(store)
+        report = self._lost_launcher()
+        if report is not None and self._standing.outcome(Event.ERROR) is Outcome.END_THE_JOB:
+            with suppress(RuntimeError):  # the store is gone
+                report = report.report(store)  # or the others would take this rank's end for the reason
+        report = report or Failure.reported(store)
         if report is not None or not self._heartbeats.beat(store):
             return report
         self._hear_request()

@@ -99,15 +99,24 @@ class Parts:
         return Watcher(*self.parts, early_end, self.look, self.failed.append)
 
 
-def test_a_failure_of_another_rank_and_a_launcher_that_is_gone_are_reasons_to_end():
+def test_a_failure_of_another_rank_is_a_reason_to_end_also_where_the_launcher_is_gone():
     made = Parts(Role.MEMBER, HashStore())
     assert made.look.among_others(made.store) is None
     first = Failure(1, "n1", "gradient", "the value is odd", 2)
     first.report(made.store)
     assert made.look.among_others(made.store) == first
     made.parents.gone = "the launcher is gone"
+    assert made.look.among_others(made.store) == first
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_launcher_that_is_gone_is_a_reason_to_end_for_all_whose_job_ends_with_this_rank(role):
+    """Without the report, another rank may see this one's end first, and take that for the reason."""
+    made = Parts(role, HashStore())
+    made.parents.gone = "the launcher is gone"
     report = made.look.among_others(made.store)
     assert (report.rank, report.message, report.code) == (RANK, "the launcher is gone", FAILURE_CODE)
+    assert Failure.reported(made.store) == (report if role is Role.MEMBER else None)
     assert made.look.alone(made.store) == report
 
 
