@@ -48,11 +48,8 @@ class Look:
     def among_others(self, store: Store) -> Failure | None:
         """Send this rank's heartbeat, and return why it has to end: its launcher is gone, another rank has failed, or a
         wait has lasted too long."""
-        report = self._lost_launcher()
-        if report is not None and self._standing.outcome(Event.ERROR) is Outcome.END_THE_JOB:
-            with suppress(RuntimeError):  # the store is gone
-                report = report.report(store)  # or the others would take this rank's end for the reason
-        report = report or Failure.reported(store)
+        lost = self._lost_launcher()
+        report = Failure.reported(store) if lost is None else self.tell(lost, store)
         if report is not None or not self._heartbeats.beat(store):
             return report
         self._hear_request()
@@ -60,6 +57,14 @@ class Look:
             self._survey.publish(store)
         stall = self._heartbeats.stalled(store, own=self._standing.role is Role.OUTLIVED)
         return None if stall is None else self._of_stall(store, stall)
+
+    def tell(self, report: Failure, store: Store) -> Failure:
+        """Report this rank's failure to the others if their job ends with this rank: they would take its end for the
+        reason. Returns the first failure that was reported, or `report`."""
+        if self._standing.outcome(Event.ERROR) is Outcome.END_THE_JOB:
+            with suppress(RuntimeError):  # the store is gone
+                return report.report(store)
+        return report
 
     def _lost_launcher(self) -> Failure | None:
         why = self._ancestors.look(self._launch, self._standing.stop)

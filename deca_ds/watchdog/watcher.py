@@ -105,7 +105,7 @@ class Watcher:
                     break
                 report = self._lost_store()
             except Exception as error:  # without its watcher a rank could wait for ever
-                report = self._ending.report(f"the watcher has failed: {error!r}", FAILURE_CODE)
+                report = self._look.tell(self._ending.report(f"the watcher has failed: {error!r}", FAILURE_CODE), store)
             if report is not None:
                 self._leave(report, store)
         silence.close()

@@ -251,7 +251,9 @@ def test_a_watcher_that_fails_ends_its_rank(watch, monkeypatch):
     monkeypatch.setattr(made.heartbeats, "beat", broken)
     watch(made)
     wait_until(lambda: made.ending.left, "its end")
-    assert made.ending.left[0][0].message == "the watcher has failed: KeyError('a defect')"
+    report = made.ending.left[0][0]
+    assert report.message == "the watcher has failed: KeyError('a defect')"
+    assert Failure.reported(made.store) == report
 
 
 def test_a_watcher_that_is_closed_counts_no_silence_though_its_thread_waits_for_another_one_to_end_the_process():
