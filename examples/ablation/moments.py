@@ -2,8 +2,8 @@
 
     python examples/ablation/moments.py --data FOLDER --bases bases [--lr 3e-3] [--seed 1]
 
-Prints a table of Markdown: for the first, second, fourth, eighth and last inner step of a block's activations, the mean
-over activations and clients of
+Writes moments.json, which report.py draws, and prints a part of it as a table of Markdown: for each inner step of a
+block's activations (printed: the first, second, fourth, eighth and last), the mean over activations and clients of
 
     |h| / |g|       the signal beside the client's gradient
     h along g       cosine of h with the clients' mean gradient
@@ -19,13 +19,14 @@ numbers are those of the study.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import Runner, load_studies
+from ablation import BENCHMARKS, Runner, load_studies
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -83,22 +84,21 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1)
 
 
-def table(found: dict[str, dict[int, list[tuple[float, ...]]]]) -> str:
-    """A row a method and inner step."""
+def table(found: dict[str, list[list[float]]]) -> str:
+    """A row a method and inner step. found: by method, what `watched` returns."""
     lines = ["| | inner step | " + " | ".join(COLUMNS) + " |", "|---|---:|" + "---:|" * len(COLUMNS)]
     for name, rows in found.items():
-        for inner in sorted({0, 1, 3, 7, max(rows)} & set(rows)):
-            means = torch.tensor(rows[inner], dtype=torch.float64).mean(dim=0).tolist()
-            lines.append(f"| {name} | {inner + 1} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+        for inner in sorted({0, 1, 3, 7, len(rows) - 1} & set(range(len(rows)))):
+            lines.append(f"| {name} | {inner + 1} | " + " | ".join(f"{mean:.2f}" for mean in rows[inner]) + " |")
     return "\n".join(lines)
 
 
-def watched(simulation: Any) -> dict[int, list[tuple[float, ...]]]:
-    """Run it to its end; returns what `Watch` found."""
+def watched(simulation: Any) -> list[list[float]]:
+    """Run it to its end; returns for each inner step the COLUMNS, means over what `Watch` found."""
     simulation.rule = watch = Watch(simulation.rule)
     for _ in simulation.run(evaluate_first=False):
         pass
-    return watch.found
+    return [torch.tensor(watch.found[k], dtype=torch.float64).mean(dim=0).tolist() for k in sorted(watch.found)]
 
 
 def main() -> None:
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--bases", type=Path, default=Path("bases"), help="what make_bases.py has made")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=BENCHMARKS / "learnable", help="folder for moments.json")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
@@ -114,7 +115,10 @@ def main() -> None:
     folders = {"DATA": arguments.data.resolve(), "BASES": arguments.bases.resolve()}
     runner = Runner(folders, Path(), studies["tune"])
     base = studies["base"] | studies["datasets"][DATASET] | {"optimizer.lr": arguments.lr, "run.seed": arguments.seed}
-    print(table({name: watched(runner.build(base | changes)) for name, changes in SHOWN.items()}))
+    found = {name: watched(runner.build(base | changes)) for name, changes in SHOWN.items()}
+    print(table(found))
+    content = {"lr": arguments.lr, "seed": arguments.seed, "columns": COLUMNS, "methods": found}
+    (arguments.results / "moments.json").write_text(json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":

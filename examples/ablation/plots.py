@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from summary import CENTRAL, LOCAL, Measure, Row, Studies, clients_loss, clients_mean, mean_model
 
@@ -53,7 +55,35 @@ def draw(studies: Studies, folder: Path) -> list[Path]:
         written.append(_graphs(found[("graphs", "news")], folder))
     if any(len(found.get(("traffic", dataset), [])) > 1 for dataset in ("news", "tasks")):
         written.append(_traffic(found, folder))
+    if (folder / "moments.json").is_file():
+        written.append(_moments(json.loads((folder / "moments.json").read_text()), folder))
     return written
+
+
+MEANINGS = {  # of the columns that moments.py finds; a method without one of them has zeros there
+    "|h| / |g|": "size of the signal h / size of the gradient",
+    "h along g": "cosine of h with the clients' mean gradient",
+    "h in v": "share of h*h in the second moment",
+    "m along g": "cosine of the first moment with that gradient",
+    "step": "step, in learning rates",
+    "pulled": "averaging's change / step",
+}
+
+
+def _moments(found: dict[str, Any], folder: Path) -> Path:
+    """A panel a column of moments.py, over the inner steps of a block's activation."""
+    figure, axes = plt.subplots(2, 3, figsize=(10.4, 5.2), sharex=True, layout="constrained")
+    for place, (axis, column) in enumerate(zip(axes.flat, found["columns"], strict=True)):
+        for index, (name, rows) in enumerate(found["methods"].items()):
+            values = [row[place] for row in rows]
+            if any(values) and not (column == "h in v" and name == "no signal"):  # there h enters nothing
+                axis.plot(range(1, len(rows) + 1), values, "o-", ms=3, color=f"C{index}", label=name)
+        axis.set_title(MEANINGS[column], fontsize=9)
+        axis.set_ylim(bottom=0)
+    for axis in axes[1]:
+        axis.set_xlabel("inner step since the block became active")
+    figure.legend(*axes.flat[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return _save(figure, folder / "moments.png")
 
 
 def _graphs(rows: list[Row], folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -244,17 +245,27 @@ def test_the_differences_of_the_papers_ordering_have_a_table_of_their_own(rows):
     assert "| blocks | news | +" not in table
 
 
-def test_the_committed_figures_are_those_that_the_runs_make(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("ablation", {"methods.png", "graphs.png", "traffic.png", "heterogeneity.png"}),
+        ("learnable", {"accuracy.png", "moments.png"}),
+    ],
+)
+def test_the_committed_figures_are_those_that_the_runs_make(name, some, tmp_path):
     pytest.importorskip("matplotlib")
     from ablation import finished, load_studies
     from plots import draw
     from summary import summarize
 
-    studies = list(summarize(load_studies(), finished(RESULTS / "runs.jsonl")))
+    results = RESULTS.with_name(name)
+    for found in results.glob("moments.json"):
+        shutil.copy(found, tmp_path)
+    studies = list(summarize(load_studies(name), finished(results / "runs.jsonl")))
     names = {path.name for path in draw(studies, tmp_path)}
-    assert {"methods.png", "graphs.png", "traffic.png", "heterogeneity.png"} <= names
+    assert names >= some
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
-    assert names == {path.name for path in RESULTS.glob("*.png")}, "run python examples/ablation/report.py"
+    assert names == {path.name for path in results.glob("*.png")}, "run python examples/ablation/report.py"
 
 
 def test_the_figure_of_accuracies_needs_both_brackets(rows, tmp_path):
