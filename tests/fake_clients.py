@@ -26,6 +26,7 @@ class FakeClient:
     def __init__(self, ranks: int, shard: int, number: int):
         self._ranks, self._shard, self._number = ranks, shard, number
         self.device, self.shapes, self.active = torch.device("cpu"), SHAPES, None
+        self.dtypes = dict.fromkeys(SHAPES, torch.bfloat16)
         blocks = [SimpleNamespace(label=f"block {'+'.join(n)}", names=n) for n in (BLOCK, ("b",))]
         self.plan = SimpleNamespace(blocks=blocks, frozen=("frozen",))
         self._masters = {name: self._slice(name, 100 * place) for place, name in enumerate(SHAPES)}

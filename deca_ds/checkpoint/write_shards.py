@@ -114,7 +114,7 @@ def _write_group(path: Path, slices: Iterable[Slice], manifest: dict[str, Any]) 
         manifest["tensors"][piece.name] = {
             "shape": list(piece.shape),
             "dtype": str(stored.dtype).removeprefix("torch."),
-            "model_dtype": str(piece.values.dtype).removeprefix("torch."),
+            "model_dtype": str(piece.model_dtype or piece.values.dtype).removeprefix("torch."),
             "start": piece.start,
             "stop": piece.stop,
             "file": path.name,

@@ -100,9 +100,11 @@ class Client:
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
         self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(self.model)
-        shards = {n: internals.shard(self._parameters[n]) for block in self.plan.blocks for n in block.names}
+        shards = {name: internals.shard(parameter) for name, parameter in self._parameters.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {name: shard.dtype for name, shard in shards.items()}
         exact = config.model.masters == "exact"
-        halves = {name: s.numel() for name, s in shards.items() if exact and s.dtype == torch.bfloat16}
+        trained = [name for block in self.plan.blocks for name in block.names]
+        halves = {n: shards[n].numel() for n in trained if exact and self.dtypes[n] == torch.bfloat16}
         self._low = LowBits(halves, pinned=device.type == "cuda")
         self._state: BlockState | None = None
         self._reducer: GradientReducer | None = None

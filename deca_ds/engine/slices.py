@@ -17,7 +17,8 @@ class Slice:
 
     values: 1-D, stop - start elements, on any device. low: for bfloat16 values, the int16 bits on the host that make
     float32 masters of them; the masters are stored then. write: writes stored values back to where the slice came from;
-    None: `values` is a view of it.
+    None: `values` is a view of it. model_dtype: the parameter's data type in the model, where `values` are its masters
+    themselves; None: that of `values`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Slice:
     values: Tensor
     low: Tensor | None = None
     write: Callable[[Tensor], None] | None = None
+    model_dtype: torch.dtype | None = None
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +43,8 @@ class Slice:
     def copy(self) -> Slice:
         """Return the same slice with copies of its tensors on the host."""
         low = None if self.low is None else _on_host(self.low)
-        return Slice(self.name, self.shape, self.start, self.stop, _on_host(self.values), low)
+        values = _on_host(self.values)
+        return Slice(self.name, self.shape, self.start, self.stop, values, low, model_dtype=self.model_dtype)
 
     def stored(self) -> Tensor:
         """Return the values to store: 1-D, on the host, in `dtype`."""

@@ -158,7 +158,8 @@ def model_pieces(client: Client) -> Iterator[Sharded | Whole]:
 
 def _parameters(client: Client, names: tuple[str, ...]) -> Iterator[Slice]:
     for name, start, stop, values, low in client.masters(names):
-        yield Slice(name, client.shapes[name], start, stop, values, low, partial(client.set_master, name))
+        write = partial(client.set_master, name)
+        yield Slice(name, client.shapes[name], start, stop, values, low, write, client.dtypes[name])
 
 
 def _block_slices(client: Client, key: str) -> Iterator[Slice]:

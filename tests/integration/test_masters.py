@@ -19,7 +19,7 @@ pytestmark = pytest.mark.multiprocess
 HALF = {"model.dtype": "bfloat16"}
 RUNS = {
     "float32": {},
-    "exact": HALF,
+    "exact": HALF | {"checkpoint.every": 2, "checkpoint.keep": 20},
     "rounded": HALF | {"model.masters": "rounded"},
     "adapters": HALF | {"algorithm.method": "dec-lora", "blocks.layers_per_block": "null", "lora.rank": 2},
     "random": HALF | {"model.init": "random", "optimizer.lr": 0.0, "algorithm.rounds": 1, "algorithm.inner_steps": 1},
@@ -68,6 +68,16 @@ def test_the_export_in_float32_has_the_masters_and_the_default_the_model(runs, t
         expected = saved.mean(name) if client is None else saved.read(name, client)
         assert masters.dtype == torch.float32 and torch.equal(masters, expected)
         assert model[name].dtype == torch.bfloat16 and torch.equal(model[name], rounded(masters))
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_checkpoint_within_an_activation_is_exported_in_the_models_type_too(runs, tmp_path, step):
+    """There the active block's state has the masters themselves; after 2 steps its parameters come first."""
+    saved = ShardedModel(runs["exact"] / "checkpoints" / f"step_{step:08d}", model_only=True)
+    export_model(runs["exact"], tmp_path / "model", checkpoint=step)
+    for name, values in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert values.dtype == torch.bfloat16 and torch.equal(values, rounded(saved.mean(name))), name
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

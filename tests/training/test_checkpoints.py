@@ -38,6 +38,7 @@ class OneRank:
 
     def __init__(self) -> None:
         self.device, self.shapes, self.value = torch.device("cpu"), SHAPES, 0.0
+        self.dtypes = dict.fromkeys(SHAPES, torch.bfloat16)
         block = SimpleNamespace(label="block", names=("a",))
         other = SimpleNamespace(label="other", names=("d",))
         self.plan = SimpleNamespace(blocks=[block, other], frozen=("b",))
@@ -111,7 +112,7 @@ def test_a_checkpoint_holds_masters_buffers_and_the_place_in_the_run(job, tmp_pa
     assert set(saved.names) == {"a", "b", "c", "d", "m/a", "v/a"}
     assert saved.states[0, 0]["local_steps"] == [1]
     assert saved.dtype("a") == saved.dtype("d") == torch.float32 and saved.dtype("b") == torch.bfloat16
-    assert saved.model_dtype("d") == torch.bfloat16
+    assert {saved.model_dtype(name) for name in SHAPES} == {torch.bfloat16}  # also of the active block
     assert torch.equal(saved.read("d", 0), torch.tensor([1 - 2**-24, 1, 1 + 3 * 2**-23]))
     assert torch.equal(saved.read("v/a", 0), torch.full((3, 2), 1 / 3))
     assert torch.equal(saved.read("c", 0), torch.arange(5))

@@ -47,6 +47,7 @@ class Trained:
     def __init__(self, schedule: Schedule) -> None:
         self.device, self.schedule, self.done = torch.device("cpu"), schedule, 0
         self.shapes = {f"w{i}": (n,) for i, n in enumerate(SIZES)} | {"base": (7,)}
+        self.dtypes = dict.fromkeys(self.shapes, torch.float32)
         self.values = dict.fromkeys(self.shapes, 0.0)
         blocks = [SimpleNamespace(label=f"layer {i}", names=(f"w{i}",)) for i in range(len(SIZES))]
         self.plan = SimpleNamespace(blocks=blocks, frozen=("base",))
