@@ -262,9 +262,7 @@ def gossip(run: Run) -> str:
             seconds = sum(record["seconds"] for record in steps) / len(steps)
             waited = sum(record["gossip_wait_seconds"] for record in steps) / len(steps)
             run.figures[name] = {"seconds_per_step": seconds, "gossip_wait_seconds": waited}
-            told.append(
-                f"{launcher}{'' if checksums == 'true' else ' without checksums'} {seconds:.2f} ({waited:.2f}) s"
-            )
+            told.append(f"{name} {seconds:.2f} ({waited:.2f}) s")
             shutil.rmtree(output)
     return ", ".join(told)
 

@@ -35,6 +35,28 @@ def test_a_check_that_breaks_fails_and_the_others_continue(tmp_path, monkeypatch
     assert lines[1].startswith("PASS") and lines[2].startswith("1 PASS, 1 FAIL, 0 NOT COVERED")
 
 
+def test_gossip_is_told_by_transport_and_checksums_and_of_later_steps_alone(tmp_path, monkeypatch):
+    """A step that opens a block takes longer."""
+
+    def job(run, name, launcher, *overrides):
+        seconds = 0.5 + 0.25 * (launcher == "mpi") + 0.125 * ("gossip.checksums=true" in overrides)
+        (metrics := tmp_path / name / "metrics").mkdir(parents=True)
+        steps = [{"inner": inner, "seconds": seconds + (inner == 0)} for inner in range(3)]
+        (metrics / "client_000.jsonl").write_text(
+            "".join(json.dumps({"kind": "step", "gossip_wait_seconds": 0.25, **step}) + "\n" for step in steps)
+        )
+        return tmp_path / name
+
+    monkeypatch.setattr(gpu_acceptance.Run, "job", job)
+    told = gpu_acceptance.gossip(gpu_acceptance.Run(small=False, folder=tmp_path, ends=0.0))
+    assert told.split(", ") == [
+        "mpi 0.88 (0.25) s",
+        "mpi without checksums 0.75 (0.25) s",
+        "hand 0.62 (0.25) s",
+        "hand without checksums 0.50 (0.25) s",
+    ]
+
+
 def test_what_has_no_time_left_is_not_covered(tmp_path):
     late = gpu_acceptance.Run(small=True, folder=tmp_path, ends=0.0)
     assert gpu_acceptance.check(late, "hardware").status == "NOT COVERED"
