@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from deca_ds.errors import ModelError
+
 _PIECE = 2**16  # elements that are worked on at a time: the scratch stays in a processor's cache
 
 
@@ -78,7 +80,8 @@ def _piece(values: Tensor) -> int:
 class LowBits(Mapping[str, Tensor]):
     """The `low_bits` of this rank's slices, by parameter: int16 on the host, zero at first.
 
-    numels: elements of each slice. pinned: page-lock the memory, for copies from and to a GPU.
+    numels: elements of each slice. pinned: page-lock the memory, for copies from and to a GPU. Raises ModelError where
+    CUDA cannot do that.
     """
 
     def __init__(self, numels: Mapping[str, int], pinned: bool):
@@ -87,7 +90,14 @@ class LowBits(Mapping[str, Tensor]):
         if pinned and flat.numel():
             # in place: torch's allocator of page-locked memory takes the next power of two, up to twice as much
             runtime = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)))
+            status = runtime.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
+            if int(status):
+                raise ModelError(
+                    f"CUDA cannot page-lock {flat.nbytes / 1e9:.2f} GB of host memory, in which each rank keeps what "
+                    f"rounding takes from its masters: {runtime.cudaGetErrorString(status)}",
+                    where="model.masters",
+                    fix="start fewer ranks on a host, give the job more of its memory, or set model.masters=rounded",
+                )
             weakref.finalize(self, runtime.cudaHostUnregister, flat.data_ptr()).atexit = False
 
     def __getitem__(self, name: str) -> Tensor:

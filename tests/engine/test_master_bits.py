@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from deca_ds.engine.masters import LowBits, add_into, join, join_into, low_bits, round_into, rounded
+from deca_ds.errors import ModelError
 
 ALL_16 = torch.arange(2**16, dtype=torch.int32)
 EDGES = [0, 1, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF]  # lower halves: ties, and what lies around them
@@ -70,6 +73,28 @@ def test_the_low_bits_of_slices_lie_side_by_side_and_some_are_empty():
     assert list(held) == ["a", "b", "c"] and held["b"].numel() == 0
     assert held["a"].tolist() == [1] * 5 and held["c"][1] == (torch.tensor(1 / 3).view(torch.int32) & 0xFFFF) - 2**16
     assert not LowBits({}, pinned=False)
+
+
+def test_memory_for_a_gpu_is_page_locked_until_it_goes_or_refused_in_words(monkeypatch):
+    locked: dict[int, int] = {}
+
+    def register(address, size, flags):
+        if size > 6:
+            return 2
+        assert flags == 0 and locked.setdefault(address, size) == size
+        return 0
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=locked.pop, cudaGetErrorString=lambda status: f"error {status}"
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    held = LowBits({"a": 2, "b": 1}, pinned=True)
+    assert locked == {held["a"].data_ptr(): 6}
+    LowBits({}, pinned=True)
+    del held
+    assert not locked
+    with pytest.raises(ModelError, match=r"(?s)cannot page-lock 0.00 GB .*: error 2.*model.masters.*=rounded"):
+        LowBits({"a": 4}, pinned=True)
 
 
 @pytest.mark.parametrize("size", [1, 2**16 - 1, 2**16 + 1])
