@@ -225,6 +225,7 @@ class Client:
     def check_loss(self, batch: Mapping[str, Tensor]) -> None:
         """Raise ModelError unless the model's class computes the loss that is trained here, and its attention is
         causal. batch: with targets."""
+        internals.follow_writes(self._zero)
         self.model.eval()
         check_own_loss(self.model, batch, self.device)
         check_causal(self.model, batch["input_ids"][0].to(self.device))

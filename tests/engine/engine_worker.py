@@ -98,6 +98,23 @@ def hooks(model: torch.nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
+def passes_that_follow_writes(client: Client, batch: dict) -> list[bool]:
+    """For each way to run the model, whether its first gather waits for what was written to shards."""
+    follow, seen = internals.follow_writes, []
+    internals.follow_writes = lambda zero: (seen.append("follow"), follow(zero))
+    hook = client.model.register_forward_pre_hook(lambda *_: seen.append("pass"))
+    first = []
+    for run in (client.check_loss, client.score, lambda batch: client.gradient([batch])):
+        seen.clear()
+        run(batch)
+        client.end_scoring()
+        assert "pass" in seen
+        first.append(seen[0] == "follow")
+    hook.remove()
+    internals.follow_writes = follow
+    return first
+
+
 def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
     batch = batch_of(rank, ranks)
     found: dict = {"parameters": len(client.shapes), "hooks": hooks(client.model)}
@@ -131,6 +148,7 @@ def check(client: Client, rank: int, ranks: int, vocabulary: int) -> dict:
     client.gradient([batch])
     found["gathered_in_backward"] = gathered_during_backward(client, batch)
     found["layers_in_backward"] = layers_in_backward(client, batch)
+    found["follow_writes"] = passes_that_follow_writes(client, batch)
     client.close_block()
 
     # memory over many switches

@@ -64,6 +64,7 @@ def test_gradients_clipping_and_block_switches_equal_a_dense_model_on_any_number
         assert found["left_gathered"] == 0
         # with nothing prefetched and nothing kept for later, one parameter is whole at a time
         assert found["gathered_in_backward"] <= 2
+    assert found["follow_writes"] == [True, True, True]
     assert found["uniform_loss"] == pytest.approx(1.0, rel=1e-5)
     assert found["restored"] == 0.0
     assert found["covered"] == found["elements"]
