@@ -27,7 +27,7 @@ try:
 except ImportError:
     from pip._vendor.packaging.requirements import Requirement
 for line in open(sys.argv[1]):
-    requirement = Requirement(line)
+    requirement = Requirement(line.strip())
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:

@@ -1,6 +1,10 @@
 """offline/bundle.py: which packages go into a bundle. That it installs is tried with `make bundle`, which downloads."""
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +34,24 @@ def test_the_host_is_asked_for_what_all_packages_need_of_it():
     asked = [Requirement(line) for line in bundle.required_of({"torch", "pyarrow"}, {"deca-ds", "datasets"}, "3.12")]
     assert {requirement.name for requirement in asked} == {"torch", "pyarrow"}
     assert all(requirement.specifier for requirement in asked), "with a version"
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        (["numpy", "torch>=999"], f"torch is {metadata.version('torch')}, and torch>=999 is needed"),
+        (["pyarrow>=1", "numpy", "no-such-package"], "no-such-package is not there, and no-such-package is needed"),
+    ],
+)
+def test_a_host_that_lacks_a_package_is_refused_in_words(tmp_path, asked, refused):
+    shutil.copy(SCRIPT.with_name("install.sh"), tmp_path)
+    (tmp_path / "python.txt").write_text("{}.{}\n".format(*sys.version_info))
+    (tmp_path / "host.txt").write_text("".join(f"{line}\n" for line in asked))
+    command = ["bash", str(tmp_path / "install.sh"), str(tmp_path / "new")]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    told = f"ERROR: {sys.executable}: {refused}\n  fix:   install it, or make the bundle with WITH="
+    assert done.returncode == 2 and done.stderr.startswith(told)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("python_version", "needed"), [("3.10", True), ("3.12", False)])
