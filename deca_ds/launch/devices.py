@@ -58,7 +58,7 @@ class Placement:
 def take_device(
     wanted: str, launch: Launch, layout: ClientLayout, store: JobStore, together: Sequence[int]
 ) -> tuple[Placement, str | None]:
-    """Choose this rank's device and make it the current one; with it, what users should know about shared GPUs.
+    """Choose this rank's device and make it the current one; with it, what users should know about sharing.
 
     wanted: run.device. together: the ranks that are started together; all of them call this. DeepSpeed chooses its
     accelerator from DS_ACCELERATOR when it is first imported, so this must come before. Raises LaunchError for a GPU
@@ -77,7 +77,7 @@ def take_device(
     taken = store.gather(launch, "devices/taken", asdict(Taken(launch.host, str(placement.device), identity)), together)
     devices = {rank: Taken(**of) for rank, of in taken.items()}
     check_devices(devices, layout)
-    return placement, shared_gpus(devices, layout)
+    return placement, shared_gpus(devices, layout) or unknown_neighbours(devices, gpus, launch, together)
 
 
 def place(every: Mapping[int, Seen], rank: int) -> Placement:
@@ -137,6 +137,17 @@ def shared_gpus(devices: Mapping[int, Taken], layout: ClientLayout) -> str | Non
         if identity and len(ranks) > 1
     ]
     return "\n".join(lines) or None
+
+
+def unknown_neighbours(devices: Mapping[int, Taken], gpus: int, launch: Launch, together: Sequence[int]) -> str | None:
+    """Return a line where the ranks of a client that joins others have counted themselves, without those that compute
+    on this machine already; None elsewhere. gpus: that this rank sees."""
+    if gpus < 2 or launch.local_rank is not None or len(together) == len(launch.ranks):
+        return None
+    return (
+        f"LOCAL_RANK is not set, so that this client takes the first GPUs ({_shown(devices)}), on which others may "
+        "compute: set it to the rank on the host"
+    )
 
 
 def _by_gpu(devices: Mapping[int, Taken]) -> dict[str, list[int]]:

@@ -18,8 +18,10 @@ def tries_until() -> float:
 
 
 def come_back(seconds: float) -> NoReturn:
-    """Become a new process with the same command, number and output, that tries for `seconds` to join."""
-    environment = _STARTED_WITH | {_UNTIL: str(time.time() + seconds)}
+    """Become a new process with the same command, number, device and output, that tries for `seconds` to join."""
+    # where the launcher sets no LOCAL_RANK, `connect` has, from all ranks of the host; a client alone cannot count them
+    counted = {"LOCAL_RANK": os.environ["LOCAL_RANK"]} if "LOCAL_RANK" in os.environ else {}
+    environment = counted | _STARTED_WITH | {_UNTIL: str(time.time() + seconds)}
     # neighbours see a connection end when no process has it open any more, and C++ libraries may not close theirs
     for name in os.listdir("/dev/fd"):
         if int(name) > 2:

@@ -108,8 +108,8 @@ def test_devices_of_different_types_in_one_client_are_refused():
         check_devices(taken("a/cuda:0/X", "b/cpu/"), ClientLayout(1, 2))
 
 
-def take(monkeypatch, wanted: str, gpus: int, ranks: int, layout: ClientLayout) -> list:
-    """What `ranks` threads take, on a machine with GPUs that are made up."""
+def take(monkeypatch, wanted: str, gpus: int, ranks: int, layout: ClientLayout, local: int | None = None) -> list:
+    """What `ranks` threads take, on a machine with GPUs that are made up. local: the launcher's number of the first."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -119,7 +119,8 @@ def take(monkeypatch, wanted: str, gpus: int, ranks: int, layout: ClientLayout) 
     store, found = HashStore(), [None] * ranks
 
     def of(rank: int) -> None:
-        launch, job = Launch("deepspeed", rank, ranks, None, None), JobStore(store, None, timedelta(seconds=100))
+        world, number = layout.leader_of(layout.clients), None if local is None else local + rank
+        launch, job = Launch("deepspeed", rank, world, number, None), JobStore(store, None, timedelta(seconds=100))
         try:
             found[rank] = take_device(wanted, launch, layout, job, range(ranks))
         except LaunchError as error:
@@ -137,6 +138,16 @@ def take(monkeypatch, wanted: str, gpus: int, ranks: int, layout: ClientLayout) 
 def test_every_rank_hears_what_is_wrong(monkeypatch):
     found = take(monkeypatch, "auto", 2, 3, ClientLayout(1, 3))
     assert all(isinstance(error, LaunchError) and "have one GPU: rank 0" in str(error) for error in found)
+
+
+def test_a_client_that_joins_others_is_told_where_it_cannot_know_which_gpus_are_free(monkeypatch):
+    """It counts its own ranks alone."""
+    (_, told), (_, same) = take(monkeypatch, "auto", 4, 2, ClientLayout(2, 2))
+    assert told == same and "LOCAL_RANK is not set" in told and "takes the first GPUs (rank 0 on" in told
+    for wanted, gpus, local in (("auto", 4, 2), ("auto", 1, None), ("cpu", 4, None)):
+        ((placement, told),) = take(monkeypatch, wanted, gpus, 1, ClientLayout(2, 1), local)
+        assert told is None
+        assert str(placement.device) == ("cpu" if wanted == "cpu" else f"cuda:{local or 0}")
 
 
 def test_all_take_their_device_or_a_cpu(monkeypatch):
