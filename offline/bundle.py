@@ -47,6 +47,7 @@ def main() -> int:
     pins = {name: metadata.version(name).split("+")[0] for name in sorted(names)}
     for name, version in pins.items():
         _fetch(f"{name}=={version}", wheels, arguments.python_version, arguments.machine)
+    shutil.rmtree(HERE.parent / "build" / "lib", ignore_errors=True)  # modules of earlier builds would be packed, too
     _build(str(HERE.parent), wheels)
     asked = required_of(set(OF_THE_HOST) & left_out, {"deca-ds", *names}, arguments.python_version)
     (partial / "host.txt").write_text("".join(f"{requirement}\n" for requirement in asked))

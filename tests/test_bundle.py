@@ -59,3 +59,20 @@ def test_markers_are_read_for_the_hosts_python(monkeypatch, python_version, need
     lines = {"a": ["b; python_version < '3.11'", "c; extra == 'more'"], "b": [], "c": []}
     monkeypatch.setattr(bundle.metadata, "requires", lambda name: lines[name])
     assert bundle.needed_by("a", python_version) == ({"a", "b"} if needed else {"a"})
+
+
+def test_what_an_earlier_build_has_left_is_not_packed(tmp_path, monkeypatch):
+    """A module that is no longer there would be: setuptools packs all that lies in build/lib."""
+    left = tmp_path / "build" / "lib" / "deca_ds" / "gone.py"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    (tmp_path / "offline").mkdir()
+    shutil.copy(SCRIPT.with_name("install.sh"), tmp_path / "offline")
+    there = []
+    monkeypatch.setattr(bundle, "HERE", tmp_path / "offline")
+    monkeypatch.setattr(bundle, "_fetch", lambda *_: None)
+    monkeypatch.setattr(bundle, "_build", lambda source, _: there.append((source, left.exists())))
+    monkeypatch.setattr(sys, "argv", ["bundle.py", "--python-version", "3.12", "--output", str(tmp_path / "bundle")])
+    assert bundle.main() == 0
+    assert there == [(str(tmp_path), False)]
+    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"host.txt", "install.sh", "python.txt", "wheels"}
