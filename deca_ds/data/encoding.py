@@ -241,7 +241,7 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # truncation and padding change with every call that uses them, and are not used here
         state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-        return code_of(type(tokenizer)), json.dumps(state)
+        return code_of(type(tokenizer)), json.dumps(state), tokenizer.split_special_tokens
     with tempfile.TemporaryDirectory() as folder:  # vocabulary, merges, sentencepiece model, settings
         tokenizer.save_pretrained(folder)
         files = [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()]

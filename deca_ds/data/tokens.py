@@ -113,6 +113,7 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     plain.post_processor = None
     plain.no_truncation()
     plain.no_padding()
+    plain.encode_special_tokens = tokenizer.split_special_tokens  # which a backend's description leaves out
     same = plain.encode(_PROBE, add_special_tokens=False).ids == tokenizer(_PROBE, add_special_tokens=False).input_ids
     return plain if same else None
 

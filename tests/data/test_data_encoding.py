@@ -45,6 +45,17 @@ def test_special_tokens_follow_the_tokenizer():
     assert len(none.sequences({"text": ["ab"]})["input_ids"][0]) == 2
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_the_name_of_a_special_token_in_a_text_is_read_as_the_tokenizer_reads_it(split):
+    tokenizer = make_byte_tokenizer(eos_token=EOS, split_special_tokens=split)
+    made = Encoder(tokenizer, max_length=20)
+    (ids,) = made.sequences({"text": ["a</s>b"]})["input_ids"]
+    assert ids == [*tokenizer("a</s>b", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert len(ids) == (7 if split else 4)
+    other = make_byte_tokenizer(eos_token=EOS, split_special_tokens=not split)
+    assert made.fingerprint != Encoder(other, max_length=20).fingerprint
+
+
 def test_a_text_that_has_its_special_tokens_gets_no_second_ones():
     tokenizer = make_byte_tokenizer(bos_token="<s>", eos_token=EOS)
     made = Encoder(tokenizer, max_length=20)
