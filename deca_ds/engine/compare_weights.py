@@ -57,8 +57,9 @@ class GivenWeights:
         stored = self._read("meta")
         self._groups, left_out = self._assign(stored)
         made = self._make_empty(stored)
-        self._refuse_left_out(left_out)
-        self._refuse_missing(made)
+        missing = self._missing(made)
+        self._refuse_left_out({name: stored[name].shape for name in left_out}, missing)
+        self._refuse_missing(missing)
         self.untied = self._disagreeing(made)
         self._note_rounded()
 
@@ -177,17 +178,27 @@ class GivenWeights:
             )
         return made
 
-    def _refuse_left_out(self, names: Sequence[str]) -> None:
-        """Refuse weights that have no place in the model, but for those that its class leaves out by its own rules."""
+    def _refuse_left_out(self, shapes: Mapping[str, torch.Size], missing: Sequence[str]) -> None:
+        """Refuse weights that have no place in the model, but for those that its class leaves out by its own rules, and
+        masks of attention, which older versions saved. missing: what the model lacks, which may be what was renamed."""
         rules = list(self._model._keys_to_ignore_on_load_unexpected or ())
         # buffers that older versions saved, and that are computed
         rules += [rf"{end}$" for end in (r"rotary_emb\.inv_freq", r"(^|\.)position_ids") if self._computes(end)]
-        known = [name for name in names if any(re.search(rule, name) for rule in rules)]
-        if unknown := sorted(set(names) - set(known)):
+        known = [
+            name for name in shapes if any(re.search(rule, name) for rule in rules) or _is_mask(name, shapes[name])
+        ]
+        if unknown := sorted(set(shapes) - set(known)):
+            what = f"{len(unknown)} weights have no place in {type(self._model).__name__}: {_some(unknown)}"
+            wrapper = unknown[0].partition(".")[0] + "."
+            if all(name.startswith(wrapper) and name.removeprefix(wrapper) in self._held for name in unknown):
+                raise self._error(
+                    what, f"remove {wrapper!r}, which is from a wrapper of the model, from their names in the files"
+                )
             raise self._error(
-                f"{len(unknown)} weights have no place in {type(self._model).__name__}: {_some(unknown)}",
+                what + (f"; and the model lacks {_some(missing)}" if missing else ""),
                 "give the config.json that belongs to them (its number of layers, tie_word_embeddings, architecture), "
-                "or take them out of the files",
+                + ("rename them if they are what the model lacks, " if missing else "")
+                + "or take them out of the files",
             )
         if known:
             self.notes.append(
@@ -198,16 +209,19 @@ class GivenWeights:
     def _computes(self, pattern: str) -> bool:
         return any(re.search(rf"{pattern}$", name) for name, _ in self._model.named_non_persistent_buffers())
 
-    def _refuse_missing(self, made: set[str]) -> None:
-        """Refuse parameters and buffers that the files lack: they would be random."""
+    def _missing(self, made: set[str]) -> list[str]:
+        """Return the parameters and buffers that the files lack."""
         given = {id(self._held[name]) for name in made}
         missing = [name for name, held in self._held.items() if id(held) not in given]
         rules = self._model._keys_to_ignore_on_load_missing or ()
-        missing = [
+        return [
             name
             for name in missing
             if isinstance(self._held[name], nn.Parameter) or not any(re.search(rule, name) for rule in rules)
         ]
+
+    def _refuse_missing(self, missing: Sequence[str]) -> None:
+        """Refuse what the files lack: it would be random."""
         if missing:
             fix = "give a complete model folder, or model.init=random to train from random weights"
             if missing == [self._output_name()]:
@@ -255,3 +269,12 @@ class GivenWeights:
 
     def _error(self, what: str, fix: str) -> ModelError:
         return ModelError(f"the weights of {self._path!r}: {what}", where="model.path", fix=fix)
+
+
+def _is_mask(name: str, shape: torch.Size) -> bool:
+    """Return whether this is a constant of attention that GPT-2, GPT-Neo, GPT-J and their like saved: which tokens see
+    which, [1, 1, positions, positions], or the score of those that are not seen. A parameter has another shape."""
+    if name.endswith(".masked_bias"):
+        return shape.numel() == 1
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return square and name.endswith((".bias", ".causal_mask"))

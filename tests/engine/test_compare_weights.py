@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -146,7 +147,14 @@ def test_names_of_the_model_without_its_head_pass(tmp_path):
         (TIED, without("model.embed_tokens.weight"), r"missing keys: model\.embed_tokens\.weight, lm_head"),
         (DEEPSEEK, without("model.layers.1.mlp.gate.e_score_correction_bias"), "missing keys: .*e_score_correction"),
         (LLAMA, lambda w: w | {"value.weight": torch.ones(2)}, r"no place in LlamaForCausalLM: value\.weight"),
-        (LLAMA, renamed(lambda n: f"module.{n}"), r"no place in LlamaForCausalLM: module\.lm_head"),
+        (LLAMA, renamed(lambda n: f"module.{n}"), r"no place in Llama.*: module\.lm_head[\s\S]*remove 'module.'"),
+        (
+            GPT2,
+            renamed(lambda n: n.replace("ln_f.weight", "ln_f.gamma")),
+            r"1 weights have no .*ln_f\.gamma; and the model lacks transformer\.ln_f\.weight[\s\S]*rename them",
+        ),
+        (GPT2, lambda w: w | {"transformer.h.0.other.bias": torch.ones(4, 4)}, r"no place in .*other\.bias"),
+        (GPT2, lambda w: w | {"transformer.h.0.masked_bias": torch.ones(2)}, r"no place in .*masked_bias"),
         (LLAMA, lambda w: w | {n.replace("layers.1", "layers.2"): v for n, v in w.items()}, "9 weights have no"),
         (LLAMA, changed("model.norm.weight", lambda v: v[:5].clone()), r"mismatched shapes: model\.norm.* \(5,\).*16"),
         (MIXTRAL, without("model.layers.0.block_sparse_moe.experts.1.w1.weight"), r"layers\.0.*experts|do not make"),
@@ -217,6 +225,19 @@ def test_what_a_class_leaves_out_is_told(tmp_path):
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}
     given, _ = compare(save(tmp_path / "old", LLAMA, lambda w: w | old))
     assert "rotary_emb.inv_freq" in given.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("gpt_neo", "attn.attention"), ("gptj", "attn"), ("codegen", "attn"), ("gpt2", "attn")]
+)
+def test_masks_that_older_versions_saved_are_left_out(tmp_path, name, attention):
+    """Published models of these kinds hold them; their classes have no buffer of that name any more."""
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    names = {"bias": mask, "causal_mask": mask, "masked_bias": torch.tensor(-1e9)}
+    old = {f"transformer.h.{i}.{attention}.{part}": value for i in (0, 1) for part, value in names.items()}
+    given, _ = compare(save(tmp_path / "m", CONFIGS[name](), lambda weights: weights | old))
+    (note,) = given.notes
+    assert note.startswith("6 weights in the files are left out") and "masked_bias" in note
 
 
 def test_an_adapter_alone_and_damaged_files_are_refused(tmp_path):
