@@ -6,9 +6,12 @@ that message alone; any other exception is a defect of ours and keeps its traceb
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterable
 from typing import ClassVar
+
+_ERROR_NUMBER = re.compile(r"\[Errno -?\d+\] ")
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
 KILLED = "it was killed, or its host is out of reach"  # what it means that the connection to a rank broke off
@@ -36,6 +39,16 @@ class UserError(ValueError):
         if fix:
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
+
+
+def in_words(error: Exception, *, named: bool = False) -> str:
+    """Return why the system refused a file, an address or a program, without the numbers and quotes that Python adds.
+    named: with the file's name, where the message around it does not give it."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    if not isinstance(error, OSError) or not error.strerror:
+        return _ERROR_NUMBER.sub("", str(error))
+    return f"{error.strerror} ({error.filename})" if named and error.filename else error.strerror
 
 
 class ConfigError(UserError):

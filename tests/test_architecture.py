@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deca_ds.errors import CheckpointError, ConfigError, DataError, LaunchError, ModelError
+from deca_ds.errors import CheckpointError, ConfigError, DataError, LaunchError, ModelError, in_words
 
 PACKAGE = Path(__file__).parent.parent / "deca_ds"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -350,6 +350,38 @@ def fixless(path: Path) -> list[int]:
 def test_every_error_of_what_users_give_says_how_to_mend_it():
     found = {str(path): fixless(path) for path in PACKAGE.rglob("*.py")}
     assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def raw(path: Path) -> list[int]:
+    """Lines that write an error of the system as Python does, with its number and in quotes; in_words has the words."""
+    handlers = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ExceptHandler) and n.name]
+    return [
+        value.lineno
+        for handler in handlers
+        if handler.type is not None and "OSError" in {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)}
+        for value in ast.walk(handler)
+        if isinstance(value, ast.FormattedValue)
+        and isinstance(value.value, ast.Name)
+        and value.value.id == handler.name
+    ]
+
+
+def test_what_the_system_refuses_is_told_in_words():
+    found = {str(path): raw(path) for path in PACKAGE.rglob("*.py")}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+    assert in_words(FileNotFoundError(2, "No such file", "a")) == "No such file"
+    assert in_words(PermissionError(13, "Denied", "a"), named=True) == "Denied (a)"
+    assert in_words(OSError("[Errno 5] Input/output error: 'a'")) == "Input/output error: 'a'"
+    assert in_words(UnicodeDecodeError("utf-8", b"a", 0, 1, "b")) == "it is no text in UTF-8"
+
+
+def test_a_raw_error_is_seen(tmp_path):
+    path = tmp_path / "raw.py"
+    path.write_text(
+        'try:\n    a\nexcept (OSError, ValueError) as error:\n    print(f"no: {error}", f"{error.strerror}")\n'
+        'except KeyError as error:\n    print(f"{error}")\n'
+    )
+    assert raw(path) == [4]
 
 
 def test_an_error_without_a_fix_is_seen(tmp_path):

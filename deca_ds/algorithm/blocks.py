@@ -69,15 +69,15 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
-def fused_parameters(model: nn.Module) -> list[str]:
+def fused_parameters(model: nn.Module, beside: Collection[str] = ()) -> list[str]:
     """Return the names of the parameters that hold the matrices of several experts: of three and more dimensions, and
-    not those of a module of torch's, such as a convolution."""
+    not those of a module of torch's, such as a convolution. beside: those that other input than text needs are none."""
     return [
         f"{place}.{name}"
         for place, module in model.named_modules()
         if not type(module).__module__.startswith("torch.nn.")
         for name, parameter in module.named_parameters(recurse=False)
-        if len(getattr(parameter, "ds_shape", parameter.shape)) > 2
+        if len(getattr(parameter, "ds_shape", parameter.shape)) > 2 and f"{place}.{name}" not in beside
     ]
 
 

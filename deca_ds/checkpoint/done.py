@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from deca_ds.checkpoint.files import sync
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 from deca_ds.run_folder import BASE, DONE, FAILED, METRICS, STOPPED
 
 _MISSING = "missing clients:"
@@ -91,7 +91,7 @@ def _mark(marker: Path, steps: str, missing: Sequence[int], *more: str) -> None:
         sync(run)
     except OSError as error:
         raise CheckpointError(
-            f"cannot mark the run {marker.name}: {error.strerror or error}",
+            f"cannot mark the run {marker.name}: {in_words(error)}",
             where=str(marker),
             fix="make room; all that the run has saved is there",
         ) from error

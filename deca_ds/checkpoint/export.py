@@ -34,7 +34,7 @@ from deca_ds.checkpoint.steps import steps_in
 from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
 from deca_ds.engine.masters import rounded
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 from deca_ds.plural import several
 from deca_ds.run_folder import BASE, CHECKPOINTS, DONE, FAILED, MODEL
 
@@ -121,7 +121,9 @@ def export_model(
             written = sum((partial / name).stat().st_size for name in files)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the export failed: {error}", where=str(output), fix="check the disk's free space and permissions"
+            f"the export failed: {in_words(error, named=True)}",
+            where=str(output),
+            fix="check the disk's free space and permissions",
         ) from error
     source = stream.source + _which_state(missing if client is None else [], checkpoint)
     note = _unfinished(run) if checkpoint is None else None

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 
 
 def empty_model(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -32,7 +32,7 @@ def empty_model(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"no model can be made from config.json: {error}",
+            f"no model can be made from config.json: {in_words(error)}",
             where=str(folder / "config.json"),
             fix="use the transformers version of the run; for code that comes with the model, --trust-remote-code",
         ) from error

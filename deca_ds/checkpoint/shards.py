@@ -159,7 +159,9 @@ class ShardedModel:
             version, client, rank = manifest["version"], manifest["client"], manifest["rank"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"damaged manifest: {error}", where=str(path), fix="copy the folder again from the host it is from"
+                f"damaged manifest: {f'it lacks {error}' if isinstance(error, KeyError) else error}",
+                where=str(path),
+                fix="copy the folder again from the host it is from",
             ) from error
         if version != VERSION:
             raise CheckpointError(

@@ -26,7 +26,7 @@ from deca_ds.checkpoint.files import checksum, sync
 from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.engine.slices import Slice
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 
 VERSION = 1
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.blake2b"
@@ -98,7 +98,9 @@ def save_shards(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"cannot save the model: {error}", where=str(target), fix="check the disk's free space and permissions"
+            f"cannot save the model: {in_words(error, named=True)}",
+            where=str(target),
+            fix="check the disk's free space and permissions",
         ) from error
     return target
 

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from deca_ds.config.paths import check_writable, look_for
+from deca_ds.config.paths import check_writable, read_given
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
 from deca_ds.run_folder import HEARTBEATS, is_lock
@@ -158,18 +158,17 @@ def _check_best(config: Config) -> None:
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """Return the user's DeepSpeed configuration. Raises ConfigError for a file that is no JSON object, for a ZeRO stage
     other than 3 and for keys that the trainer owns or cannot support."""
+    text = read_given(path, "the DeepSpeed configuration", ConfigError, where="deepspeed")
     try:
-        read = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {str(path)!r}: {error.strerror}", where="deepspeed", fix=look_for(str(path)), of_host=True
-        ) from error
+        read = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}", fix="repair it there"
         ) from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, thousands of brackets
-        raise ConfigError(f"cannot be read: {error}", where=str(path), fix="write JSON, in UTF-8") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(
+            f"cannot be read: {error}", where=str(path), fix="write JSON that other programs read"
+        ) from error
     if not isinstance(read, dict) or not isinstance(read.get("zero_optimization", {}), dict):
         raise ConfigError(
             "a DeepSpeed configuration is a JSON object, and so is its zero_optimization",

@@ -22,7 +22,7 @@ from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import expand_all, look_for
 from deca_ds.config.schema import Config
 from deca_ds.config.yaml_text import check_argument, check_file, in_type, keys_of
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, in_words
 
 _ROUNDS = 4  # of a run of which nobody says how long it is
 _SCRIPT = "the configuration that the script gives"
@@ -153,7 +153,7 @@ def _read_yaml(path: Path) -> DictConfig:
         raise
     except (OmegaConfBaseException, AssertionError, ValueError, RecursionError, OSError) as error:
         fix = "give a readable file of keys and values, in UTF-8"
-        raise ConfigError(f"cannot read the configuration: {error}", where=str(path), fix=fix) from error
+        raise ConfigError(f"cannot read the configuration: {in_words(error)}", where=str(path), fix=fix) from error
 
 
 def _read_argument(argument: str) -> DictConfig:

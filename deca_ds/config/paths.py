@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deca_ds.config.hub import hub_fix, why_not_on_hub
 from deca_ds.config.schema import Config, ModelConfig
-from deca_ds.errors import ConfigError, ModelError
+from deca_ds.errors import ConfigError, ModelError, UserError, in_words
 
 KEYS = (
     "run.output",
@@ -54,6 +54,23 @@ def expand_all(config: Config) -> None:
     for key, made in (("run.output", config.run.output), ("data.cache", config.data.cache)):
         if made is not None and (why := _meaningless(made)) is not None:
             raise ConfigError(f"{key} = {made!r}: {why}", where=key, fix="write the whole path")
+
+
+def read_given(path: str | Path, what: str, kind: type[UserError], *, where: str | None = None) -> str:
+    """Read a text file that a user has named. what: which one it is, as in "the hostfile". where: the key that names
+    it, if one does. Raises `kind` where it cannot be read."""
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        told, fix = "there is no such file", look_for(str(path))
+    except IsADirectoryError:
+        told, fix = "it is a folder", "name the file"
+    except UnicodeDecodeError as error:
+        told, fix = in_words(error), "save it as UTF-8"
+    except OSError as error:
+        told, fix = in_words(error), "look at its permissions, and whether its disk is there"
+    raise kind(f"cannot read {what} {str(path)!r}: {told}", where=where or str(path), fix=fix, of_host=True)
 
 
 def could_be_hub_name(path: str) -> bool:
@@ -124,15 +141,14 @@ def check_writable(folder: Path, key: str) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except (OSError, ValueError) as error:  # ValueError: a character that no path can have
-        number = getattr(error, "errno", None)
-        reason = getattr(error, "strerror", None) or str(error)
+        number, told = getattr(error, "errno", None), in_words(error)
         at = "" if there == folder else f" at {str(there)!r}"
         if number == errno.ENOTDIR:
-            reason = "it is a file" if there == folder else "there is a file"
+            told = "it is a file" if there == folder else "there is a file"
         elif number == errno.ENOENT and there.is_symlink():
-            reason = f"it is a link to {os.readlink(there)!r}, which is not there"
+            told = f"it is a link to {os.readlink(there)!r}, which is not there"
         raise ConfigError(
-            f"cannot write to {str(folder)!r}:{at} {reason}",
+            f"cannot write to {str(folder)!r}:{at} {told}",
             where=key,
             fix="name a folder that this process may write to",
             of_host=True,

@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from deca_ds.config.paths import check_writable
 from deca_ds.data.code import CODE
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, in_words
 from deca_ds.printing import print_wrapped
 
 NOTE = "entry.json"
@@ -151,7 +151,7 @@ class Cache:
                         raise
         except OSError as error:
             raise ConfigError(
-                f"cannot prepare data in {str(target.parent)!r}: {error.strerror or error}",
+                f"cannot prepare data in {str(target.parent)!r}: {in_words(error)}",
                 where="data.cache" if self.given else "HF_DATASETS_CACHE, or data.cache",
                 fix="name a folder in data.cache that has room and that this process may write to",
             ) from error

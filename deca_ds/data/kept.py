@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deca_ds.data.cache import MAKING, NOTE
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, in_words
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Kept:
             shutil.rmtree(gone)
         except OSError as error:
             raise ConfigError(
-                f"cannot remove {str(self.folder)!r}: {error.strerror or error}",
+                f"cannot remove {str(self.folder)!r}: {in_words(error)}",
                 where="data.cache",
                 fix="look at the permissions of the cache's folder",
             ) from error

@@ -32,7 +32,7 @@ from deca_ds.config.hub import hub_fix, why_not_on_hub, why_not_whole
 from deca_ds.config.paths import could_be_hub_name, look_for
 from deca_ds.data.files import LINES, TABLES, Found, add_file, add_matches, kind_of
 from deca_ds.data.strict_json import Reader, parse
-from deca_ds.errors import DataError
+from deca_ds.errors import DataError, in_words
 
 LOOKS_LIKE_A_PATH = re.compile(r"^[./~$]|[*?\[\\]|/.*/|/$|\.[A-Za-z]\w*$")
 PART = 2**20  # bytes
@@ -123,7 +123,7 @@ def read_rows(path: Path, column_names: Iterable[str] = ()) -> Iterator[tuple[st
 def unreadable(error: OSError, path: Path) -> DataError:
     """Make the error for a file that the system does not let this process read."""
     fix = "look at its permissions, and whether its disk is there"
-    return DataError(f"cannot read the file: {error.strerror or error}", where=str(path), fix=fix)
+    return DataError(f"cannot read the file: {in_words(error)}", where=str(path), fix=fix)
 
 
 def check_on_hub(sources: Iterable[Source]) -> None:

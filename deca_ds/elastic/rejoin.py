@@ -15,7 +15,7 @@ from typing import Any
 from deca_ds.elastic.quorum_server import QuorumServer
 from deca_ds.elastic.voter import Addresses
 from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
-from deca_ds.errors import AbsentError, LaunchError
+from deca_ds.errors import AbsentError, LaunchError, in_words
 from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, join_job_store, own_address
 from deca_ds.watchdog.restart import JOIN
@@ -112,7 +112,7 @@ def _address_towards(addresses: Addresses) -> str:
         return own_address(next(iter(addresses.values())))
     except OSError as error:
         raise AbsentError(
-            f"there is no way to the other clients: {error}", where=JOIN, fix="look at the network"
+            f"there is no way to the other clients: {in_words(error)}", where=JOIN, fix="look at the network"
         ) from None
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
 
 import networkx as nx
 
+from deca_ds.config.paths import read_given
 from deca_ds.config.yaml_text import choices
 from deca_ds.errors import GossipError
 
@@ -133,15 +133,7 @@ def edge_list(path: str | None, n: int) -> Graphs:
         raise GossipError(
             "the graph edge_list needs a file of edges", where=EDGES_KEY, fix="set gossip.edges to its path"
         )
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GossipError(
-            f"cannot read the edge list: {error}",
-            where=f"{EDGES_KEY}={path}",
-            fix="check the path",
-            of_host=True,
-        ) from None
+    lines = read_given(path, "the edge list", GossipError, where=f"{EDGES_KEY}={path}").splitlines()
     graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(n))
     for number, line in enumerate(lines, start=1):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import networkx as nx
 import numpy as np
 
+from deca_ds.config.paths import read_given
 from deca_ds.config.yaml_text import choices
 from deca_ds.errors import GossipError
 
@@ -55,15 +55,7 @@ def load(path: str, n: int) -> np.ndarray:
     because an error of 1e-6 per averaging would shrink the model like weight decay does. Raises GossipError with file
     and line, or with the row or column.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GossipError(
-            f"cannot read the mixing matrix: {error}",
-            where=f"{MATRIX_KEY}={path}",
-            fix="check the path",
-            of_host=True,
-        ) from None
+    lines = read_given(path, "the mixing matrix", GossipError, where=f"{MATRIX_KEY}={path}").splitlines()
     rows: list[list[float]] = []
     for number, line in enumerate(lines, start=1):
         fields = line.split("#")[0].replace(",", " ").replace(";", " ").split()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from deca_ds.errors import LaunchError
+from deca_ds.errors import LaunchError, in_words
 
 # Scheduler -> variables of which it sets one in its jobs. The first that has set one wins: Flux may run inside a job of
 # another.
@@ -85,7 +85,9 @@ def _read(environ: Mapping[str, str], key: str) -> list[str]:
         return Path(environ[key]).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         scheduler = scheduler_of(environ) or key
-        raise _unknown(scheduler, f"cannot read the list of the job's hosts: {error}", key) from None
+        raise _unknown(
+            scheduler, f"cannot read the list of the job's hosts: {in_words(error)}", f"{key}={environ[key]}"
+        ) from None
 
 
 def _ask_flux(within_s: float) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from deca_ds.config.paths import read_given
 from deca_ds.errors import LaunchError
 from deca_ds.launch.launcher import ClientLayout
 
@@ -19,13 +20,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     Stricter than `deepspeed`, which trains on one host alone if the file is not there, and takes `slots=4x` for 4.
     Raises LaunchError that names the file and the line.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise LaunchError(
-            f"cannot read the hostfile: {error}", where=str(path), fix="give it a readable file"
-        ) from None
+    lines = read_given(path, "the hostfile", LaunchError).split("\n")
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):

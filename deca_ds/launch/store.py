@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.distributed import HashStore, Store, TCPStore
 
-from deca_ds.errors import AbsentError, LaunchError
+from deca_ds.errors import AbsentError, LaunchError, in_words
 from deca_ds.launch.given import given, look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.mpi_start import late, starting
@@ -295,7 +295,7 @@ def _resolve(address: tuple[str, int], whose: str, within_s: float = 0.0) -> tup
         except (OSError, UnicodeError) as error:
             if time.monotonic() > deadline:
                 raise LaunchError(
-                    f"{host!r} stands for no address: {error}",
+                    f"{host!r} stands for no address: {in_words(error)}",
                     where=whose,
                     fix=look_at_hosts("look for a typing error, or give the number of the address"),
                 ) from None

@@ -165,7 +165,7 @@ def _print_model(
     model, plan = estimate.model, estimate.plan
     console.print(block_table(plan, estimate.ranks, estimate.rule.bytes_per_parameter))
     warn_of_blocks(console, plan)
-    warn_of_experts(console, fused_parameters(model), config.model.gradient_checkpointing)
+    warn_of_experts(console, fused_parameters(model, plan.beside), config.model.gradient_checkpointing)
     if config.model.dtype == "bfloat16" and config.model.masters == "rounded":
         print_line(console, _rounded(plan, estimate.ranks))
     if find_head(model) is None:

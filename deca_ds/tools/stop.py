@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from deca_ds.config.paths import argument as path_argument
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 from deca_ds.printing import print_wrapped
 from deca_ds.tools.status import STOPPED_CODE, WELL, State, look, told_end, watch
 from deca_ds.watchdog.stop import forget_request, is_requested, request_stop
@@ -48,7 +48,7 @@ def _ask(folder: Path) -> None:
             request_stop(folder)
     except OSError as error:
         raise CheckpointError(
-            f"the job cannot be asked: {error.strerror or error}", where=str(folder), fix="ask as who started the job"
+            f"the job cannot be asked: {in_words(error)}", where=str(folder), fix="ask as who started the job"
         ) from error
 
 

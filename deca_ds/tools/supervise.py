@@ -35,7 +35,7 @@ from deca_ds.checkpoint.steps import steps_in
 from deca_ds.config import Config, load_config
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import tells_divergence
-from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError
+from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError, in_words
 from deca_ds.launch import ClientLayout, read_launch
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import CHECKPOINTS, DONE, FAILED, STOPPED
@@ -225,7 +225,9 @@ class Supervisor:
                 self._process = subprocess.Popen(command, env=environment, start_new_session=self._is_apart)
             except OSError as error:
                 fix = "give the command as the shell would start it, and look for its program in PATH"
-                raise LaunchError(f"cannot start {command[0]!r}: {error}", where="deca supervise", fix=fix) from None
+                raise LaunchError(
+                    f"cannot start {command[0]!r}: {in_words(error)}", where="deca supervise", fix=fix
+                ) from None
             code = self._wait_for_end(self._process)
             self._process = None
             return code if code >= 0 else 128 - code, told_exit_codes(codes)  # as a shell has it

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deca_ds.checkpoint.done import is_marked_since
-from deca_ds.errors import ConfigError, LaunchError
+from deca_ds.errors import ConfigError, LaunchError, in_words
 from deca_ds.launch import Launch
 from deca_ds.run_folder import HEARTBEATS, LOCK
 from deca_ds.training.lock_file import Holder, create, give_back, hold, is_free, is_there, job_of, lock, wait_for_holder
@@ -253,7 +253,7 @@ def _taken(file: Path, output: Path, holder: Holder | None) -> ConfigError:
 
 def _not_writable(error: OSError, place: Path) -> ConfigError:
     return ConfigError(
-        f"the output folder cannot be written to: {error.strerror or error}",
+        f"the output folder cannot be written to: {in_words(error)}",
         where=f"run.output, {place}",
         fix="make room there, or allow writing, or name another folder",
     )

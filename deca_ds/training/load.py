@@ -79,7 +79,9 @@ def load_client(job: Job, architecture: PretrainedConfig) -> Client:
     if cluster.is_job_leader:
         console = Console(stderr=True)
         warn_of_blocks(console, client.plan)
-        warn_of_experts(console, fused_parameters(client.model), config.model.gradient_checkpointing)
+        warn_of_experts(
+            console, fused_parameters(client.model, client.plan.beside), config.model.gradient_checkpointing
+        )
     return client
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from deca_ds.algorithm import Schedule, Step
 from deca_ds.config.monitoring import LoggingConfig
-from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.errors import CheckpointError, ConfigError, in_words
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import METRICS
@@ -41,7 +41,7 @@ class JsonLines:
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
-                f"cannot write the metrics: {error.strerror or error}",
+                f"cannot write the metrics: {in_words(error)}",
                 where=self._file.name,
                 fix="make room and continue with run.resume=require, if there is a checkpoint",
             ) from error

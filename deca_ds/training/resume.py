@@ -22,7 +22,7 @@ from deca_ds.checkpoint.steps import remove_newer, step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL
 from deca_ds.config import Config
 from deca_ds.config.resume import check_folder, has_begun, save_changes
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
@@ -215,7 +215,7 @@ def _keep(part: Path, folder: Path, made: list[Path]) -> None:
     except (OSError, ValueError, LookupError, TypeError) as error:
         fix = "look at the folder's permissions and disk; start anew, in a new folder, where a file is damaged"
         raise CheckpointError(
-            f"the run cannot continue from its trained model: {error}", where=str(part), fix=fix
+            f"the run cannot continue from its trained model: {in_words(error, named=True)}", where=str(part), fix=fix
         ) from error
 
 
@@ -242,7 +242,7 @@ def _try(here: Path, step: int, own: Part, absent: Collection[int]) -> tuple[Sha
     except CheckpointError as error:
         return None, {"reason": f"{error.what} ({error.where})", "written": own.folder(here).exists()}
     except (OSError, SafetensorError) as error:
-        return None, {"reason": f"{error} ({here})"}
+        return None, {"reason": f"{in_words(error)} ({here})"}
     state = next(iter(saved.states.values()))
     if missing := [client for client in state.get("missing", ()) if client not in absent]:
         return None, {"reason": f"it was saved without client {', '.join(map(str, missing))}"}

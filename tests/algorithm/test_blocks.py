@@ -57,8 +57,11 @@ def test_fused_experts_are_found_in_models_that_have_them_and_in_no_other(archit
     assert len(fused) == (2 * SMALL["num_hidden_layers"] if "Mixtral" in type(architecture[0]).__name__ else 0)
 
 
-def test_kernels_of_convolutions_are_no_experts():
+def test_kernels_of_convolutions_and_what_images_need_are_no_experts():
     assert fused_parameters(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))) == []
+    model = build(AutoConfig.for_model("gemma3"))  # its vision tower pools by a parameter of three dimensions
+    assert fused_parameters(model, split_into_blocks(model, layers_per_block=1, outside="own").beside) == []
+    assert fused_parameters(model) == ["model.vision_tower.head.probe"]
 
 
 @pytest.mark.parametrize("outside", ["own", "joined", "frozen"])

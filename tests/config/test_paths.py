@@ -13,12 +13,12 @@ import pytest
 from deca_ds.config import load_config, save_config
 from deca_ds.config import paths as rules
 from deca_ds.config.checks import check_output
-from deca_ds.config.paths import KEYS, argument, check_model_path, check_writable, look_for
+from deca_ds.config.paths import KEYS, argument, check_model_path, check_writable, look_for, read_given
 from deca_ds.config.resume import check_folder
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.data.sources import HubName, load_hub
 from deca_ds.engine.load import load_architecture
-from deca_ds.errors import ConfigError, DataError, ModelError
+from deca_ds.errors import ConfigError, DataError, LaunchError, ModelError
 
 
 @pytest.fixture
@@ -153,3 +153,28 @@ def test_a_place_that_cannot_be_written_to_is_refused_with_the_reason(home, monk
             check_folder(config)
     with pytest.raises(ConfigError, match="Read-only"):
         check_output(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("hosst", "a", "there is no such file[\\s\\S]*did you mean '.*/hosts'"),
+        ("hosts/below", "a", "there is no such file[\\s\\S]*check the path"),
+        ("", "a", "it is a folder[\\s\\S]*name the file"),
+        ("hosts", b"\xff", "it is no text in UTF-8[\\s\\S]*save it as UTF-8"),
+        ("hosts", PermissionError(13, "Permission denied", "x"), "Permission denied\n[\\s\\S]*look at its permissions"),
+    ],
+)
+def test_a_named_file_that_cannot_be_read_is_told_in_words(tmp_path, monkeypatch, name, content, told):
+    if isinstance(content, OSError):
+
+        def refuse(*_, **__):
+            raise content
+
+        monkeypatch.setattr(Path, "read_text", refuse)
+    else:
+        (tmp_path / "hosts").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LaunchError, match=told) as caught:
+        read_given(tmp_path / name, "the hostfile", LaunchError)
+    assert str(caught.value).startswith(f"cannot read the hostfile '{tmp_path / name}': ")
+    assert "Errno" not in str(caught.value)

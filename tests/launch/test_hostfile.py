@@ -46,7 +46,7 @@ def test_any_hostfile_is_read_as_deepspeed_reads_it_or_refused_with_its_name(tmp
         ("a slots=0\n", "a has no slots.*hosts:1"),
         ("node1:2\n", "'node1:2' is no host.*HOST slots=RANKS"),
         ("# all of them\n", "there are no hosts in it"),
-        (None, "cannot read the hostfile"),
+        (None, "cannot read the hostfile '.*hosts': there is no such file.*check the path"),
     ],
 )
 def test_what_is_no_hostfile_is_named(tmp_path, content, what):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
-from deca_ds.errors import LaunchError, UserError
+from deca_ds.errors import LaunchError, UserError, in_words
 from deca_ds.tools.doctor.environment_file import hub_variables, read_environment_files
 from deca_ds.tools.doctor.facts import (
     INTERFACE_VARIABLES,
@@ -199,14 +199,14 @@ def _links(
         try:
             at = agents[other].ask("listen", address=address, token=token, within_s=2 * _LINK_S + _STREAM_S)
         except OSError as error:
-            return Link(error=f"{other} cannot listen at {address}, its name's address: {error}")
+            return Link(error=f"{other} cannot listen at {address}, its name's address: {in_words(error)}")
         except Unreachable as error:
             return Link(error=f"{other} no longer answers: {error}")
         try:
             asked = {"address": address, "port": at, "token": token, "seconds": _STREAM_S, "within_s": _LINK_S}
             link: Link = agents[one].ask("measure", **asked)
         except (OSError, Unreachable) as error:
-            return Link(error=f"{one} no longer answers: {error}")
+            return Link(error=f"{one} no longer answers: {in_words(error)}")
         return link
 
     for group in rounds(pairs):

@@ -84,7 +84,7 @@ def measure(address: str, port: int, token: str, seconds: float, within_s: float
             _exactly(connection, 1)  # all has arrived
             took = time.perf_counter() - started
     except OSError as error:
-        return Link(error=f"{stage} {address}: {error}")
+        return Link(error=f"{stage} {address}: {error.strerror or error}")
     return Link(round_trip_s=sorted(trips)[_ROUND_TRIPS // 2], bytes_per_s=sent / took)
 
 

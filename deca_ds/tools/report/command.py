@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from deca_ds.config.paths import argument as path_argument
-from deca_ds.errors import ConfigError
+from deca_ds.errors import ConfigError, in_words
 from deca_ds.printing import print_wrapped
 
 _BEGINNING = 2000  # characters of a file in which a report shows what it is
@@ -50,7 +50,7 @@ def check_output(path: Path, mark: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror or error}", where="-o", fix=fix) from error
+        raise ConfigError(f"cannot read {str(path)!r}: {in_words(error)}", where="-o", fix=fix) from error
     if not is_report:
         raise ConfigError(f"{str(path)!r} is there already, and is no report", where="-o", fix=fix)
 
@@ -64,5 +64,5 @@ def write(page: str, path: Path) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise ConfigError(
-            f"cannot write {str(path)!r}: {error.strerror or error}", where="-o", fix="name another file with -o"
+            f"cannot write {str(path)!r}: {in_words(error)}", where="-o", fix="name another file with -o"
         ) from error

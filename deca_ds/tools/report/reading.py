@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from deca_ds.checkpoint.done import ended
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 from deca_ds.plural import first_few
 from deca_ds.run_folder import DATA, EDGES, FAILED, METRICS, SAVED_CONFIG, SIMULATION, STARTS
 from deca_ds.tools.report import parsing
@@ -112,7 +112,7 @@ class _Folder:
             read = yaml.safe_load((self.path / SAVED_CONFIG).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise CheckpointError(
-                f"cannot read {SAVED_CONFIG}: {error}",
+                f"cannot read {SAVED_CONFIG}: {in_words(error)}",
                 where=str(self.path / SAVED_CONFIG),
                 fix="copy it again from where the run was",
             ) from error
@@ -167,7 +167,7 @@ class _Folder:
         except FileNotFoundError:
             return ""
         except OSError as error:
-            self.notes.append(f"{path.name} cannot be read: {error.strerror or error}")
+            self.notes.append(f"{path.name} cannot be read: {in_words(error)}")
             return ""
 
     def _message(self, path: Path) -> str:
