@@ -119,7 +119,8 @@ def look(folder: Path) -> State:
 def status_table(state: State) -> Table:
     """Tabulate the ranks, a line for each."""
     table = Table(title=str(state.folder), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
-    for column in ("rank", "host", "client", "phase", "step", "loss", "last progress"):
+    table.padding = (0, 1, 0, 0)  # two blanks between columns, so that a phase keeps to one line of 80 characters
+    for column in ("rank", "host", "client", "phase", "step", "loss", "last\nprogress"):
         justify: Any = "left" if column in ("host", "phase") else "right"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column in ("rank", "step", "loss"))
     silent = set(map(id, state.silent))

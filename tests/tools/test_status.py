@@ -11,6 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from deca_ds.cli import main
+from deca_ds.launch.progress import EVERYBODY
 from deca_ds.run_folder import HEARTBEATS
 from deca_ds.tools.status import look, told_end, watch
 from deca_ds.watchdog.heartbeats import Heartbeat
@@ -80,6 +81,18 @@ def test_every_column_is_readable_at_80_columns(tmp_path, capsys, monkeypatch):
     cells = [line for line in said.splitlines()]
     start = next(line for line in cells if line.startswith("rank")).index("host")
     assert host in "".join(line[start:].split(" ")[0] for line in cells), "a long name continues below, whole"
+
+
+@pytest.mark.parametrize("awaits", [117, EVERYBODY])
+def test_a_rank_that_waits_keeps_to_one_line_of_80_columns(tmp_path, capsys, monkeypatch, awaits):
+    monkeypatch.setenv("COLUMNS", "80")
+    beat(tmp_path, 64, host="n064", awaits=awaits)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "client_064.jsonl").write_text(json.dumps({"kind": "step", "loss": 12.3456}) + "\n")
+    main(["status", str(tmp_path)])
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    waits = "everybody" if awaits == EVERYBODY else "client 117"
+    assert last == f"64 n064 64 gossip, waiting for {waits} 412000 12.346 0:03 ago".split()
 
 
 def test_ranks_of_an_earlier_larger_start_are_no_longer_of_the_run(tmp_path):
