@@ -21,6 +21,17 @@ _VARIABLES = {
     "PBS": ("PBS_NODEFILE",),
     "LSF": ("LSB_DJOB_HOSTFILE", "LSB_HOSTS"),
 }
+# Scheduler -> a variable that tells of its job where none of those above came along, as into a container. Of the last
+# four the hosts are not read.
+_JOBS = {
+    "Slurm": "SLURM_JOB_ID",
+    "PBS": "PBS_JOBID",
+    "LSF": "LSB_JOBID",
+    "Grid Engine": "PE_HOSTFILE",
+    "Cobalt": "COBALT_JOBID",
+    "OAR": "OAR_JOB_ID",
+    "the Fujitsu scheduler": "PJM_JOBID",
+}
 _FLUX_S = 30.0
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?", re.ASCII)  # a number, or 4(x2) for twice 4
@@ -39,6 +50,17 @@ class Allocation:
 def scheduler_of(environ: Mapping[str, str]) -> str | None:
     """Return the name of the scheduler whose job this process is in, None outside of one."""
     return next((name for name, keys in _VARIABLES.items() if any(environ.get(key) for key in keys)), None)
+
+
+def unlisted_job(environ: Mapping[str, str]) -> str | None:
+    """Name the scheduler's job that this process is in where nothing tells its hosts; None outside of such a job."""
+    if scheduler_of(environ) is not None:
+        return None
+    for scheduler, key in _JOBS.items():
+        if environ.get(key):
+            missing = " or ".join(_VARIABLES.get(scheduler, ()))
+            return f"a job of {scheduler} ({key}={environ[key]})" + (f" without {missing}" if missing else "")
+    return None
 
 
 def find_allocation(environ: Mapping[str, str], *, flux_s: float = _FLUX_S) -> Allocation | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deca_ds.errors import LaunchError
-from deca_ds.launch.allocation import Allocation, expand_hosts, find_allocation, scheduler_of
+from deca_ds.launch.allocation import Allocation, expand_hosts, find_allocation, scheduler_of, unlisted_job
 
 NODES = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4,3"}
 FLUX = """#!/bin/sh
@@ -60,6 +60,22 @@ def test_each_scheduler_tells_the_hosts_of_its_job(environ, expected, tmp_path, 
     Path("once").write_text("x1\nx2\n")
     assert find_allocation(environ) == expected
     assert scheduler_of(environ) == (expected and expected.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "a job of Slurm (SLURM_JOB_ID=7) without SLURM_JOB_NODELIST"),
+        ({"PBS_JOBID": "7.a", "PBS_NODEFILE": ""}, "a job of PBS (PBS_JOBID=7.a) without PBS_NODEFILE"),
+        ({"LSB_JOBID": "7"}, "a job of LSF (LSB_JOBID=7) without LSB_DJOB_HOSTFILE or LSB_HOSTS"),
+        ({"PE_HOSTFILE": "/a"}, "a job of Grid Engine (PE_HOSTFILE=/a)"),
+        (NODES | {"SLURM_JOB_ID": "7"}, None),
+        ({"FLUX_JOB_ID": "f", "SLURM_JOB_ID": "7"}, None),  # flux is asked
+        ({}, None),
+    ],
+)
+def test_a_job_whose_hosts_nothing_tells_is_named(environ, told):
+    assert unlisted_job(environ) == told
 
 
 def test_flux_is_asked_for_its_hosts_also_inside_a_job_of_slurm(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from deca_ds.tools.doctor.needs import names_of, pairs_of, paths_of
 def _without_mpi(monkeypatch):
     """A world of MPI processes costs more than all the rest, and is not what is tested here."""
     monkeypatch.setattr(examine, "tool", lambda name: None)
-    for name in ("MASTER_PORT", "SLURM_JOB_NODELIST"):
+    for name in ("MASTER_PORT", "SLURM_JOB_NODELIST", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -135,13 +135,25 @@ def test_a_hostfile_of_this_machine_alone_needs_no_ssh(tmp_path, sh_alone, monke
     (tmp_path / "hosts").write_text(f"{socket.gethostname()} slots=1\n")
     monkeypatch.setenv("PATH", sh_alone)
     monkeypatch.chdir(tmp_path)
-    assert doctor(capsys, "--hostfile", "hosts")[0] == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    code, found, _ = doctor(capsys, "--hostfile", "hosts")
+    assert code == 0 and not any(check == "hosts" for check, _ in found)
     assert [is_this_machine(name, 10.0) for name in ("127.0.0.1", "localhost", "192.0.2.77", "no.such.invalid")] == [
         True,
         True,
         False,
         False,
     ]
+
+
+def test_in_a_job_whose_hosts_nothing_tells_this_machine_is_not_all(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    code, found, printed = doctor(capsys)
+    (told,) = [told for (check, _), told in found.items() if check == "hosts"]
+    assert (code, told["state"], len(json.loads(printed)["hosts"])) == (0, "warn", 1)
+    assert "a job of Slurm (SLURM_JOB_ID=7) without SLURM_JOB_NODELIST" in told["what"] and "--hostfile" in told["fix"]
+    main(["doctor", "--port", str(free_port())])
+    assert "all well" not in capsys.readouterr().out
 
 
 def test_a_host_that_hangs_costs_the_time_of_one_answer():

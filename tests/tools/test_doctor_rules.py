@@ -68,7 +68,10 @@ def found(check: str, these: Facts) -> list[Finding]:
 
 def test_where_all_is_well_every_check_says_so():
     findings = judge(facts())
-    assert {finding.check for finding in findings if finding.state == State.OK} == CHECKS.keys() - {"variables"}
+    assert {finding.check for finding in findings if finding.state == State.OK} == CHECKS.keys() - {
+        "hosts",
+        "variables",
+    }
     assert all(finding.state == State.OK for finding in findings), findings
 
 
@@ -84,12 +87,14 @@ SPEEDS = {"n1": 5e7, "a": 1e9, "b": 1e9}
 OTHER_NUMPY = {**sight(1)["packages"], "numpy": "1.26"}
 BROKEN = [
     # check, facts, state, host, what, fix
+    ("hosts", facts(unlisted="a job of Slurm"), WARN, "n1", "not the other hosts of a job of Slurm", "--hostfile"),
     ("name", facts(n1=host(1, addresses=[], sight=None)), FAIL, "n1", "n1 stands for no address", "/etc/hosts"),
     ("name", facts(n1=host(1, addresses=[])), WARN, "n1", "only ssh's configuration", "/etc/hosts"),
     ("name", facts(n0=seen(0, names={"n0": ["10.0.0.0"]})), WARN, "n1", "n0 cannot resolve n1", "/etc/hosts there"),
     ("own name", facts(n1=seen(1, names=NO_GLOO_NAME)), FAIL, "n1", "stands for 127.0.1.1", "GLOO_SOCKET_IFNAME"),
     ("own name", facts(n1=seen(1, hostname="x")), FAIL, "n1", "x stands for no address", "GLOO_SOCKET_IFNAME"),
     ("own name", facts(n1=seen(1, hostname="n0")), WARN, "n1", "has the host name n0, and so has n0", "hostnamectl"),
+    ("hosts", facts(unlisted="a job of Slurm"), WARN, "n1", "not the other hosts of a job of Slurm", "--hostfile"),
     ("name", facts(n1=host(1, addresses=[], sight=None)), FAIL, "n1", "no address", "typing error in the hostfile"),
     ("ssh", facts(n1=silent("", UNRESOLVED)), FAIL, "n1", "resolve the name", "typing error in the hostfile, or add"),
     ("ssh", facts(n1=silent("ended with 255", "Host key verification failed.")), FAIL, "n1", "host key", "ssh n1"),

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from deca_ds.config import Config, load_config
 from deca_ds.config.arguments import add_config, chosen
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.errors import ConfigError, UserError
-from deca_ds.launch.allocation import Allocation, find_allocation
+from deca_ds.launch.allocation import Allocation, find_allocation, unlisted_job
 from deca_ds.launch.hostfile import read_hostfile
 from deca_ds.tools.doctor import table
 from deca_ds.tools.doctor.checks import judge
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     port = _port(arguments.port or os.environ.get("MASTER_PORT", str(STORE_PORT)))
     scheduler = None if allocation is None else allocation.scheduler
     facts = examine(slots, arguments.deadline, needs, mistake, port=port, scheduler=scheduler)
+    if arguments.hostfile is None:
+        facts = replace(facts, unlisted=unlisted_job(os.environ))
     findings = judge(facts)
     if arguments.json:
         print(json.dumps(table.as_dict(facts, findings), indent=1))

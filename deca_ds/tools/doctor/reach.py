@@ -61,6 +61,17 @@ def ssh_fault(host: str, facts: HostFacts, scheduler: str | None) -> tuple[str, 
     return f"{facts.fault}" + (f": {last}" if last else ""), fix
 
 
+@check("hosts")
+def hosts(facts: Facts) -> Iterator[Verdict]:
+    """Whether nothing tells the hosts of the job that this machine is in."""
+    if facts.unlisted is not None:
+        fix = (
+            "have the others looked at, too: deca doctor --hostfile HOSTS, a file with a line HOST slots=RANKS for each"
+        )
+        for host in facts.hosts:
+            yield warn(host, f"only this machine was looked at, not the other hosts of {facts.unlisted}", fix)
+
+
 @check("name")
 def name(facts: Facts) -> Iterator[Verdict]:
     """Every host's name, here and on all others."""
