@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from deca_ds.engine.heap import return_freed_memory
 from deca_ds.engine.load import find_blocks, zero3_config
 from deca_ds.engine.losses import RowScores, check_own_loss, count_targets, row_scores, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
+from deca_ds.engine.same_modules import check_same_modules
 
 BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
 
@@ -222,11 +223,13 @@ class Client:
         self.model.eval()
         return row_scores(self.model, batch, self.device)
 
-    def check_loss(self, batch: Mapping[str, Tensor]) -> None:
-        """Raise ModelError unless the model's class computes the loss that is trained here, and its attention is
-        causal. batch: with targets."""
+    def check_loss(self, batch: Mapping[str, Tensor], others: Iterable[Mapping[str, Tensor]] = ()) -> None:
+        """Raise ModelError unless the model's class computes the loss that is trained here, its attention is causal
+        and, where the client has several ranks, other batches run the same modules. batch: with targets."""
         internals.follow_writes(self._zero)
         self.model.eval()
+        if dist.get_world_size() > 1:
+            check_same_modules(self.model, [batch, *others], self.device)
         check_own_loss(self.model, batch, self.device)
         check_causal(self.model, batch["input_ids"][0].to(self.device))
         self.end_scoring()

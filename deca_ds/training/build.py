@@ -40,6 +40,8 @@ from deca_ds.training.ways_to_start import Start
 from deca_ds.transport import Commit
 from deca_ds.watchdog.lifelines import Lifeline
 
+_TRIED_ROWS = 4  # before training
+
 
 def build(job: Job, start: Start) -> Trainer:
     """Load tokenizer, data and model, and construct the Trainer; all ranks call this. For a client that comes back, it
@@ -55,8 +57,12 @@ def build(job: Job, start: Start) -> Trainer:
     start.open_folder(job, data, vocabulary)
     client = load_client(job, architecture)
     schedule = start.schedule(job, client)
-    one_row = evaluation_batches(data.train.select(range(1)), batch_size=1, rank=0, ranks=1, pad_id=pad_id)
-    client.check_loss(next(one_row))
+    few = data.train.select(range(min(_TRIED_ROWS, len(data.train))))
+    first, *others = (
+        next(evaluation_batches(few.select([row]), batch_size=1, rank=0, ranks=1, pad_id=pad_id))
+        for row in range(len(few))
+    )
+    client.check_loss(first, others)
     start.compare_models(job, client, vocabulary)
     attempt = start.attempt(job, client)
     gossip = _make_gossip(job, client, attempt)
