@@ -6,7 +6,8 @@ they would mix them up, or wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,10 @@ def check_same_modules(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
             if first is None:
                 first = list(called)
             elif called != first:
-                some = sorted(set(first) ^ set(called)) or sorted(set(first))
+                some = sorted(set(first) ^ set(called)) or [_first_difference(first, called)]
                 raise ModelError(
-                    f"{type(model).__name__} runs {first_few(some, 3)} for some data only, or in another order: the "
-                    "ranks of a client, whose data differ, would mix up their parts of the parameters",
+                    f"{type(model).__name__} runs {first_few(some, 3)} for some data only, or more often or earlier: "
+                    "the ranks of a client, whose data differ, would mix up their parts of the parameters",
                     where="model.path",
                     fix="give each client one rank, keep what a layer chooses from in a list of modules in that layer, "
                     "or use another model",
@@ -46,6 +47,12 @@ def check_same_modules(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _first_difference(some: Sequence[str], others: Sequence[str]) -> str:
+    """Return what one of two series has where they part; one may be the beginning of the other."""
+    pairs = zip_longest(some, others)
+    return next(one or other or "" for one, other in pairs if one != other)
 
 
 def _gathered(model: nn.Module) -> dict[str, nn.Module]:

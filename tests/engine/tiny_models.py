@@ -179,7 +179,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "qwen3_next": lambda: hf.Qwen3NextConfig(**WIDE, **EXPERTS, **DELTA, shared_expert_intermediate_size=8),
     "qwen3_5_text": lambda: hf.Qwen3_5TextConfig(**WIDE, **DELTA),
-    "olmo_hybrid": lambda: hf.OlmoHybridConfig(**WIDE, **DELTA),
+    "olmo_hybrid": lambda: hf.OlmoHybridConfig(**WIDE, **DELTA, pad_token_id=0),
     "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(
         **_without(GROUPED, "initializer_range", "max_position_embeddings"), lru_width=16, head_dim=4,
         block_types=["recurrent", "attention"], attention_window_size=8,
