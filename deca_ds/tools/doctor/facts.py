@@ -91,7 +91,7 @@ class Facts:
     """Everything. here: this machine. remote: whether launchers reach the hosts over ssh. links: by the host that
     connects and the one that listens. mistake: why the configuration has no plan. sees_first: whether this
     machine sees what the first host writes in run.output. scheduler: in whose job this process is, where the hosts are
-    those of the job."""
+    those of the job. by_srun: whether they were reached by srun instead of ssh."""
 
     hosts: Mapping[str, HostFacts]
     here: Sight
@@ -104,6 +104,7 @@ class Facts:
     mistake: UserError | None = None
     sees_first: bool = False
     scheduler: str | None = None
+    by_srun: bool = False
 
     @property
     def seen(self) -> dict[str, Sight]:
