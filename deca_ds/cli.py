@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
+import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from deca_ds.training.terminal import own_streams
 
     own_streams()
+    atexit.register(gc.freeze)  # or the interpreter would look for garbage in all that was imported: a second or more
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["train"]:  # reads its launcher's arguments itself
         from deca_ds.launchers.train import main as train

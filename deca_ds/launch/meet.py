@@ -8,7 +8,7 @@ import time
 from deca_ds.errors import AbsentError
 from deca_ds.launch.given import Given, given, look_at_hosts
 from deca_ds.launch.launcher import Launch
-from deca_ds.launch.store import JobStore
+from deca_ds.launch.store import JobStore, of_two_jobs
 from deca_ds.plural import first_few
 
 _FIRST_S = 10.0  # that the first rank, which knows who is missing, is ahead of the others
@@ -18,8 +18,8 @@ _HERE, _ALL = "meet/{}", "meet/all"
 
 
 def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
-    """Wait for all ranks that are started together. Raises AbsentError on the first of them, where a guard tells the
-    others, if one does not come within `meet_s` seconds."""
+    """Wait for all ranks that are started together. Raises, on the first of them, where a guard tells the others,
+    AbsentError if one does not come within `meet_s` seconds, and LaunchError if one may be another job's."""
     if launch.world_size == 1:
         return
     store.store.set(_HERE.format(launch.rank), launch.host)
@@ -37,6 +37,10 @@ def meet(launch: Launch, store: JobStore, meet_s: float) -> None:
             ),
         )
     if is_first:
+        if twice := store.came_twice(launch):
+            raise of_two_jobs(
+                launch, f"two processes have come as rank {first_few(twice, _SHOWN)}: one is of another job"
+            )
         store.store.set(_ALL, "")
 
 

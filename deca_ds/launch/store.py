@@ -30,6 +30,7 @@ _ANSWER_S = 30.0  # for a store to answer
 MEETING = "job store"  # name of the thread that makes the store
 _SHORTEST_S, _LONGEST_S = 0.001, 0.25  # between two questions whether a key is there
 _RESOLVES_S = 10.0  # for the name of the first rank's host to become known
+_RANKS, _CAME = "came", "came/{}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class JobStore:
             pause_s = min(2 * pause_s, _LONGEST_S)
         return True
 
+    def came_twice(self, launch: Launch) -> list[int]:
+        """Return the ranks as which two processes have come: two jobs were given one port."""
+        return [rank for rank in launch.ranks if self.store.add(_CAME.format(rank), 0) > 1]
+
     def publish_server(self, key: str) -> Store:
         """Host a new store on this machine and publish its address under `key` for `join_server`."""
         if self.address is None:
@@ -127,7 +132,7 @@ def open_job_store(
 
     timeout_s: of later waits. Raises LaunchError if that rank cannot be reached within `meet_s` seconds, by default as
     many; soon, if its address or port is none: after `resolves_s` seconds if its name stands for no address, and after
-    twice `answer_s` seconds if something else answers there.
+    twice `answer_s` seconds if something else answers there; and if another job has its store there.
     """
     timeout = timedelta(seconds=timeout_s)
     meeting = timedelta(seconds=timeout_s if meet_s is None else meet_s)
@@ -141,6 +146,7 @@ def open_job_store(
             _resolve(address, "MASTER_ADDR", resolves_s)
             store = _meet(address, is_host, meeting, answer_s)
             store.set_timeout(timeout)
+            _come(store, launch)
         else:
             address, store = _open_over_mpi(launch, is_host, meeting)
             store.set_timeout(timeout)
@@ -190,6 +196,27 @@ def _meet(address: tuple[str, int], is_host: bool, timeout: timedelta, answer_s:
         if isinstance(store, RuntimeError):
             raise store
         return store
+
+
+def _come(store: Store, launch: Launch) -> None:
+    """Note that this rank has come, before it changes anything else in the store. Raises LaunchError where the store is
+    of another job, to which it would seem to be one of its own ranks."""
+    ranks = int(store.compare_set(_RANKS, "", str(launch.world_size)))
+    what = None
+    if ranks != launch.world_size:
+        what = f"{ranks} ranks instead of {launch.world_size}"
+    elif store.add(_CAME.format(launch.rank), 1) > 1:
+        what = f"its rank {launch.rank} already"
+    if what is not None:
+        who = f"rank {launch.rank} on {launch.host}"
+        raise of_two_jobs(launch, f"{who} has come to the store of another job, which has {what}")
+
+
+def of_two_jobs(launch: Launch, what: str) -> LaunchError:
+    """Return what to raise where two jobs were given one port."""
+    host, port = launch.master or ("", 0)
+    fix = "give each job a MASTER_PORT of its own (deepspeed --master_port), or wait until the other one has ended"
+    return LaunchError(what, where=f"MASTER_ADDR={host} MASTER_PORT={port}", fix=fix)
 
 
 def _open_over_mpi(launch: Launch, is_host: bool, timeout: timedelta) -> tuple[tuple[str, int], Store]:

@@ -6,6 +6,8 @@ import sys
 
 # of torch: tensors of 2 MB and more lie in huge pages, where the kernel has them (docs/memory.md)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# of torch: its warnings about names that it cannot look up and connections that have ended are for its developers
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 gc.disable()  # until all is imported: looking for garbage among what modules make takes a second of each rank
 
 from deca_ds.training.terminal import own_streams  # noqa: E402

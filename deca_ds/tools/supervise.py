@@ -44,6 +44,7 @@ from deca_ds.training.terminal import on_stop
 from deca_ds.watchdog.failure import EXIT_CODES, told_exit_codes
 from deca_ds.watchdog.heartbeats import Heartbeat, read_heartbeats
 from deca_ds.watchdog.restart import JOIN
+from deca_ds.watchdog.stop import forget_request, is_requested, request_stop
 
 _HANDS_ON = ("mpirun", "mpiexec", "prterun", "srun")  # launchers that pass SIGUSR1 to all ranks
 _LONGEST_PAUSE_S = 120.0
@@ -147,23 +148,19 @@ class Supervisor:
         self._missed = False  # whether there was none to be asked
 
     @property
-    def _is_apart(self) -> bool:
-        """Whether the launcher has a session of its own: Ctrl-C, which a terminal sends to all processes of a command,
-        and the loss of the terminal have mpirun kill its ranks."""
+    def _hands_on(self) -> bool:
         return Path(self.command[0]).name in _HANDS_ON
 
     def stop(self, number: int, *_: Any) -> None:
-        """Have the job save a checkpoint and stop; a signal handler. At SIGINT, from a terminal, a launcher that is not
-        apart has its ranks do so by itself."""
+        """Have the job save a checkpoint and stop, or end it at the second SIGINT; a signal handler."""
         again, self._told = self._told, True
-        if number != signal.SIGINT:
-            self._hand_on()
-        elif self._is_apart and again:
-            self._signal(signal.SIGINT)
-        elif self._is_apart:
+        if number == signal.SIGINT and again:
+            self._end_at_once()
+            return
+        if number == signal.SIGINT:
             with contextlib.suppress(OSError):  # not print: it may be what has been interrupted
                 os.write(2, f"\ndeca supervise: {_INTERRUPTED}\n".encode())
-            self._hand_on()
+        self._hand_on()
 
     def run(self) -> int:
         """Start the job, again and again where it may be; return the exit code of the last start."""
@@ -217,12 +214,16 @@ class Supervisor:
         return self._told
 
     def _start(self, command: Sequence[str]) -> tuple[int, set[int]]:
-        """Run the job; returns the launcher's exit code, and those of the ranks of this host that have failed."""
+        """Run the job; returns the launcher's exit code, and those of the ranks of this host that have failed.
+
+        The launcher gets a session of its own: Ctrl-C, which a terminal sends to all processes of a command, and the
+        loss of the terminal would have mpirun kill its ranks, and `deepspeed` leave its job, or end all on its hosts.
+        """
         with tempfile.TemporaryDirectory(prefix="deca_supervise_", ignore_cleanup_errors=True) as folder:
             codes = Path(folder) / "codes"
             environment = os.environ | {EXIT_CODES: str(codes)}
             try:
-                self._process = subprocess.Popen(command, env=environment, start_new_session=self._is_apart)
+                self._process = subprocess.Popen(command, env=environment, start_new_session=True)
             except OSError as error:
                 fix = "give the command as the shell would start it, and look for its program in PATH"
                 raise LaunchError(
@@ -230,6 +231,8 @@ class Supervisor:
                 ) from None
             code = self._wait_for_end(self._process)
             self._process = None
+            if self._told:
+                forget_request(self.output)  # one that came after the end
             return code if code >= 0 else 128 - code, told_exit_codes(codes)  # as a shell has it
 
     def _wait_for_end(self, process: subprocess.Popen[bytes]) -> int:
@@ -273,10 +276,10 @@ class Supervisor:
 
     def _hand_on(self) -> None:
         """Ask the job to stop by SIGUSR1, for which one rank is enough. SIGTERM would end mpirun's ranks at once, and
-        deepspeed before its job."""
+        deepspeed before its job. Where none is on this host, ask through the run's folder, as `deca stop` does."""
         if self._process is None:
             return
-        if self._is_apart:
+        if self._hands_on:
             self._signal(signal.SIGUSR1)
             self._handed_on = True
             return
@@ -284,9 +287,24 @@ class Supervisor:
             with contextlib.suppress(psutil.Error):
                 rank.send_signal(signal.SIGUSR1)
                 self._handed_on = True
-        if not self._handed_on and not self._missed:
+        if self._handed_on:
+            return
+        if not self._missed:
             self._missed = True
-            self._say(f"no rank to stop yet: none of {Path(self.command[0]).name}'s processes on this host is one")
+            launcher = Path(self.command[0]).name
+            self._say(f"{launcher} has no rank on this host: asking through {self.output}, as soon as the job has it")
+        with contextlib.suppress(OSError):  # it is not there yet; a job that takes it forgets what was asked before
+            if not is_requested(self.output):
+                request_stop(self.output)
+
+    def _end_at_once(self) -> None:
+        """End the job without a checkpoint: kill the launcher's ranks on this host, or interrupt the launcher."""
+        ranks = [] if self._process is None or self._hands_on else self._ranks(self._process.pid)
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.kill()
+        if not ranks:
+            self._signal(signal.SIGINT)
 
     def _signal(self, number: signal.Signals) -> None:
         """Send the launcher a signal."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +56,9 @@ def job(cluster: Cluster, name: str, hosts: dict[str, int], *options: str, **key
     """What is typed on the first host, and run.output. hosts: with the slots of each."""
     hostfile, output = cluster.of(next(iter(hosts))) / f"{name}.hosts", cluster.disk / name
     hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
-    start = ["deepspeed", "--log_level", "error", "--hostfile", str(cluster.disk / hostfile.name), *options]
+    start = ["deepspeed", "--quiet", "--hostfile", str(cluster.disk / hostfile.name), *options]
+    if "openmpi" not in options:
+        start += ["--", "--quiet"]  # to the launcher of each host
     sizes = keys.pop("sizes")
     files = [cluster.disk / f"words{i}.jsonl" for i in range(len(sizes))]
     keys = {
@@ -78,8 +82,11 @@ def in_training(cluster: Cluster, host: str, output: Path, client: int) -> Calla
 
 def test_pdsh_clients_share_a_host_or_span_two_and_are_exported_once_their_files_are_together(cluster, capsys):
     command, output = job(cluster, "whole", {"n0": 2, "n1": 1, "n2": 1}, sizes=(1, 1, 2))
-    finished = cluster.run("n0", command)
+    (cluster.of("n0") / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\n")
+    finished = cluster.run("n0", command, DS_ACCELERATOR="cpu")
     assert finished.code == 0, finished.output[-4000:]
+    noise = [line for line in finished.output.splitlines() if re.search(r"\[(INFO|WARNING)\]|\[W\d", line)]
+    assert not noise, "of deepspeed, its launchers and torch"
     ranks = {
         name: sorted(
             (each.parent.name, each.name) for each in (cluster.of(name) / output.name / "model").glob("*/rank_*")
@@ -102,18 +109,37 @@ def test_pdsh_clients_share_a_host_or_span_two_and_are_exported_once_their_files
     assert not cluster.left()
 
 
-def test_ctrl_c_under_pdsh_ends_every_process_of_every_host(cluster):
-    command, output = job(cluster, "stopped", {"n0": 1, "n1": 1}, sizes=(1, 1), **{"algorithm.inner_steps": 100_000})
+def test_ctrl_c_under_pdsh_ends_every_process_of_every_host_and_below_deca_supervise_one_job_alone(cluster):
+    """Two jobs share n1, on which the first Ctrl-C ends one and the second one the other."""
+    keys = {"algorithm.inner_steps": 100_000, "checkpoint.every": 100_000, "run.resume": "auto"}
+    alone, plain = job(cluster, "plain", {"n0": 1, "n1": 1}, sizes=(1, 1), **keys)
+    below, supervised = job(cluster, "supervised", {"n1": 1, "n2": 1}, sizes=(1, 1), **keys)
+    trains, ended = threading.Event(), threading.Event()
 
-    def during(process: subprocess.Popen) -> None:
-        in_training(cluster, "n1", output, 1)(process)
+    def interrupt(process: subprocess.Popen) -> None:
+        in_training(cluster, "n2", supervised, 1)(process)
+        assert trains.wait(240)
         cluster.interrupt(process)
 
-    finished = cluster.run("n0", command, during=during)
-    assert finished.code == 1 and "Traceback" not in finished.output, finished.output[-4000:]
+    def interrupt_later(process: subprocess.Popen) -> None:
+        in_training(cluster, "n1", plain, 1)(process)
+        trains.set()
+        assert ended.wait(240) and process.poll() is None, "the other job ends by itself"
+        cluster.interrupt(process)
+
+    with ThreadPoolExecutor(1) as other:
+        running = other.submit(cluster.run, "n0", alone, during=interrupt_later)
+        asked = cluster.run("n1", ["deca", "supervise", *below], during=interrupt)
+        ended.set()
+        killed = running.result()
+    assert asked.code == 0, asked.output[-4000:]
+    *_, how, export = asked.output.rstrip().splitlines()
+    assert "to continue: the same command" in how and "deca export" in export, "the last lines are the job's"
+    assert killed.code == 1 and "Traceback" not in killed.output, killed.output[-4000:]
     assert not cluster.left()
-    assert (cluster.of("n0") / output.name / "STOPPED").exists()
-    assert not (cluster.of("n0") / output.name / "DONE").exists()
+    for first, output in (("n0", plain), ("n1", supervised)):
+        assert (cluster.of(first) / output.name / "STOPPED").exists()
+        assert not (cluster.of(first) / output.name / "DONE").exists()
 
 
 def test_deca_stop_ends_a_job_whose_launcher_was_killed(cluster):

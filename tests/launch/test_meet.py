@@ -18,7 +18,18 @@ from deca_ds.errors import LaunchError
 from deca_ds.launch.given import Given
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.meet import meet, silence
-from deca_ds.launch.store import open_job_store
+from deca_ds.launch.store import JobStore, open_job_store
+
+
+def meet_all(launches: list[Launch], stores: list[JobStore]) -> None:
+    others = zip(launches[1:], stores[1:], strict=True)
+    threads = [threading.Thread(target=meet, args=(*each, 100)) for each in others]
+    for thread in threads:
+        thread.start()
+    meet(launches[0], stores[0], 100)
+    for thread in threads:
+        thread.join(100)
+        assert not thread.is_alive()
 
 
 def test_the_first_rank_names_those_that_do_not_come():
@@ -28,14 +39,33 @@ def test_the_first_rank_names_those_that_do_not_come():
     with pytest.raises(LaunchError, match=r"ranks 1, 2 did not start within 0.2 s; 1 of 3 ranks are there") as caught:
         meet(launches[0], stores[0], 0.2)
     assert "deca doctor --hostfile" in str(caught.value) and "cluster.meet_s" in str(caught.value)
-    threads = [threading.Thread(target=meet, args=(launches[rank], stores[rank], 100)) for rank in (1, 2)]
-    for thread in threads:
-        thread.start()
-    meet(launches[0], stores[0], 100)
-    for thread in threads:
-        thread.join(100)
-        assert not thread.is_alive()
+    meet_all(launches, stores)
     assert stores[1].store.timeout.total_seconds() == 600, "later waits have their own time limit"
+
+
+def test_ranks_of_a_second_job_with_the_same_port_change_nothing_in_the_first():
+    port = free_port()
+    first = [Launch("deepspeed", rank, 2, 0, ("127.0.0.1", port)) for rank in range(2)]
+    stores = [open_job_store(launch, 600, 100) for launch in first]
+    third = Launch("deepspeed", 2, 3, 0, ("127.0.0.1", port))
+    with pytest.raises(LaunchError, match=rf"which has 2 ranks instead of 3\n.*MASTER_PORT={port}\n"):
+        open_job_store(third, 600, 100)
+    meet_all(first, stores)
+    keys = stores[0].store.num_keys()
+    with pytest.raises(LaunchError, match=r"^rank 1 on .* the store of another job, which has its rank 1 already"):
+        open_job_store(first[1], 600, 100)
+    assert stores[0].store.num_keys() == keys
+
+
+def test_a_job_that_may_have_got_a_rank_of_another_one_does_not_start():
+    port = free_port()
+    launches = [Launch("deepspeed", rank, 2, 0, ("127.0.0.1", port)) for rank in range(2)]
+    stores = [open_job_store(launch, 600, 100) for launch in launches]
+    with pytest.raises(LaunchError, match="has its rank 1 already"):
+        open_job_store(launches[1], 600, 100)
+    stores[1].store.set("meet/1", "n1")
+    with pytest.raises(LaunchError, match="two processes have come as rank 1: one is of another job"):
+        meet(launches[0], stores[0], 100)
 
 
 def test_hosts_are_named_where_the_launcher_tells_them():

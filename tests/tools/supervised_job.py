@@ -13,6 +13,8 @@ diverged:CODE   the same after a new checkpoint, with a FAILED marker of a clien
 failed:CODE     the same with a FAILED marker
 other:CODE      the same, with that of client 0, which is not the rank's own
 waits:CODE      the same with a STOPPED marker, after SIGUSR1
+asked:CODE      the same after a request in the run's folder
+deaf:CODE       hears SIGUSR1, and never ends by itself
 told:CODE       the same below a launcher that makes CODE of exit code 2
 join:...        any of these, with --join on the command line
 """
@@ -26,6 +28,7 @@ from pathlib import Path
 
 from deca_ds.checkpoint.done import mark_done, mark_stopped  # no torch: it is started often
 from deca_ds.watchdog.failure import tell_exit_code
+from deca_ds.watchdog.stop import is_requested
 
 output = Path(next(word for word in sys.argv if word.startswith("run.output=")).partition("=")[2])
 plan = output.with_suffix(".plan")
@@ -62,11 +65,11 @@ elif what in ("done", "both"):
     mark_done(output, "8 of 8 inner steps")
 elif what in ("stopped", "lost"):
     mark_stopped(output, "3 of 8 inner steps", "", [1] if what == "lost" else [])
-elif what == "waits":
+elif what in ("waits", "asked", "deaf"):
     told = []
-    signal.signal(signal.SIGUSR1, lambda *_: told.append(True))
-    Path(f"{output}.waits").touch()
-    while not told:
+    signal.signal(signal.SIGUSR1, lambda *_: told.append(output.with_suffix(".heard").touch()))
+    output.with_suffix(".waits").touch()
+    while what == "deaf" or not (told if what == "waits" else is_requested(output)):
         time.sleep(0.05)
     mark_stopped(output, "5 of 8 inner steps", "")
 if what in ("failed", "both"):

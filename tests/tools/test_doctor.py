@@ -28,6 +28,20 @@ def _without_mpi(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+# starts one task on the host that it is told, as the last of its options says
+SRUN = """#!/bin/sh
+while [ "$1" != "${1#-}" ]; do given="$given $1"; host=${1#--nodelist=}; shift; done
+[ "${given% *}" = " --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --mpi=none" ] || exit 9
+[ "$host" = 127.0.0.3 ] && { echo 'srun: error: Unable to create step' >&2; exit 1; }
+exec "$@"
+"""
+
+
+def put(program: Path, text: str) -> None:
+    program.write_text(text)
+    program.chmod(0o755)
+
+
 def doctor(capsys, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, str]], str]:
     """Exit code, (check, host) -> finding, and all that was printed."""
     code = main(["doctor", "--port", str(free_port()), "--json", *arguments])
@@ -129,6 +143,15 @@ def test_in_a_job_of_slurm_the_hosts_are_those_of_the_job(tmp_path, tiny_model, 
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     code, found, printed = doctor(capsys, *keys, "--hostfile", "hosts", "cluster.clients=2")
     assert (code, json.loads(printed)["hosts"]) == (0, ["localhost"])
+    put(tmp_path / "bin" / "srun", SRUN)
+    (tmp_path / "bin" / "ssh").unlink()
+    code, found, printed = doctor(capsys, *keys, "cluster.clients=3")
+    away = found["ssh", "127.0.0.3"]
+    assert code == 2 and away["what"].endswith("srun: error: Unable to create step"), printed
+    assert away["state"] == "fail" and "srun --overlap --nodelist=127.0.0.3" in away["fix"]
+    for name in ("ssh", "python", "files", "output"):
+        assert found[name, "127.0.0.1"]["state"] == found[name, "127.0.0.2"]["state"] == "ok", printed
+    assert len(json.loads(printed)["links"]) == 1
 
 
 def test_a_hostfile_of_this_machine_alone_needs_no_ssh(tmp_path, sh_alone, monkeypatch, capsys):

@@ -249,6 +249,7 @@ def test_in_a_schedulers_job_ranks_need_no_ssh_and_get_the_variables_of_the_scri
     away = silent("ended with 255", "root@n1: Permission denied (publickey).")
     (told,) = [each for each in found("ssh", facts(n1=away, scheduler="Slurm")) if each.host == "n1"]
     assert told.state == WARN and "a job of Slurm needs no ssh" in told.what and "ssh-copy-id n1" in told.fix
+    assert "or run on n1: deca doctor --hostfile FILE" in told.fix
     here = sight(9, variables={"GLOO_SOCKET_IFNAME": "lan"})
     assert found("variables", facts(here=here, scheduler="Slurm")) == []
     named = facts(here=here, n1=seen(1, interfaces=TWO_NETWORKS), scheduler="Slurm")

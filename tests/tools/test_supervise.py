@@ -143,6 +143,7 @@ def end(supervisor: subprocess.Popen) -> None:
         ("mpirun", lambda supervisor: supervisor.terminate()),
         ("mpirun", ask_by_terminal),
         ("other", lambda supervisor: supervisor.terminate()),
+        ("other", ask_by_terminal),
     ],
 )
 def test_a_signal_is_handed_on_and_the_job_is_not_started_again(tmp_path, name, ask):
@@ -171,12 +172,41 @@ def test_a_signal_that_finds_no_rank_yet_is_handed_on_to_those_that_come(tmp_pat
     try:
         wait_until((tmp_path / "runs").exists, "started", process=process)
         process.terminate()
-        wait_until(lambda: "no rank to stop" in told.read_text(), "told", process=process)
+        wait_until(lambda: "no rank on this host" in told.read_text(), "told", process=process)
         go_on.touch()
         wait_until(lambda: process.poll() is not None, "at its end")
     finally:
         end(process)
-    assert told.read_text().count("no rank to stop yet") == 1 and "Starting it again" not in told.read_text()
+    assert told.read_text().count("no rank on this host") == 1 and "Starting it again" not in told.read_text()
+
+
+def test_ranks_on_other_hosts_are_asked_through_the_folder(tmp_path):
+    """The launcher's rank is none of its descendants, as under pdsh."""
+    run = tmp_path / "run"
+    (tmp_path / "run.plan").write_text("asked:0 done:0")
+    launcher = f'(setsid "$@" &)\nwhile ! [ -e {run}/STOPPED ]; do sleep 0.05; done\n'
+    process = start_supervisor(tmp_path / "pdsh", launcher, sys.executable, SCRIPT, f"run.output={run}")
+    try:
+        wait_until((tmp_path / "run.waits").exists, "started", process=process)
+        ask_by_terminal(process)
+        assert process.wait(timeout=200) == 0
+    finally:
+        end(process)
+        (run / "STOP").touch()  # for the stand-in, if it has not been asked
+    assert (tmp_path / "run.plan").read_text() == "done:0"
+
+
+def test_a_second_interrupt_kills_ranks_that_have_not_stopped_yet(tmp_path):
+    (tmp_path / "run.plan").write_text("deaf:0 done:0")
+    job = sys.executable, SCRIPT, f"run.output={tmp_path / 'run'}"
+    process = start_supervisor(tmp_path / "other", '"$@"\nexit $?\n', *job)
+    try:
+        for file in ("run.waits", "run.heard"):
+            wait_until((tmp_path / file).exists, file, process=process)
+            ask_by_terminal(process)
+        assert process.wait(timeout=200) == 128 + signal.SIGKILL
+    finally:
+        end(process)
 
 
 def test_a_second_interrupt_ends_a_job_that_has_not_stopped_yet(tmp_path):

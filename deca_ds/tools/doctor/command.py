@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hostfile",
         type=path_argument,
         help="look at all its hosts, over ssh (default: those of the job of Slurm, Flux, PBS or LSF that it is started "
-        "in, else this machine)",
+        "in, in Slurm's by srun; else this machine)",
     )
     add_config(parser, "also look for what this configuration needs on each host")
     parser.add_argument("--port", help=f"of the job's store (default MASTER_PORT or {STORE_PORT})")

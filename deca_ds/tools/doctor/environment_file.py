@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from deca_ds.plural import several
 from deca_ds.tools.doctor.facts import EnvironmentFile, Facts
 from deca_ds.tools.doctor.findings import HERE, State, Verdict, check, ok
 
@@ -68,4 +69,4 @@ def deepspeed_env(facts: Facts) -> Iterator[Verdict]:
                 state, what, fix = found
                 yield Verdict(HERE, state, f"{file.path}:{number} {what}", fix)
     if not bad:
-        yield ok(HERE, f"{sum(len(file.lines) for file in facts.environment_files)} variables")
+        yield ok(HERE, several(sum(len(file.lines) for file in facts.environment_files), "variable"))

@@ -26,7 +26,7 @@ from deca_ds.tools.doctor.facts import (
     MpiTrial,
     Needs,
 )
-from deca_ds.tools.doctor.hosts import Host, Unreachable, at_once, command, is_this_machine, resolve
+from deca_ds.tools.doctor.hosts import Host, Unreachable, at_once, by_srun, command, is_this_machine, resolve
 from deca_ds.tools.doctor.links import Link
 from deca_ds.tools.doctor.sights import Sight, tool
 
@@ -51,9 +51,10 @@ def examine(
     scheduler: str | None = None,
     briefly: bool = False,
 ) -> Facts:
-    """slots: host -> ranks; all are asked over ssh, unless there is only one, which is this machine. within_s: for each
-    answer. scheduler: see Facts. briefly: only what the checks in `BRIEF` need, which starts no programs and no
-    connections between hosts, and writes nothing. Raises LaunchError where not even this machine answers."""
+    """slots: host -> ranks; all are asked over ssh, or by srun in a job of Slurm, unless there is only one, which is
+    this machine. within_s: for each answer. scheduler: see Facts. briefly: only what the checks in `BRIEF` need, which
+    starts no programs and no connections between hosts, and writes nothing. Raises LaunchError where not even this
+    machine answers."""
     remote = len(slots) > 1 or not is_this_machine(next(iter(slots)), within_s / 4)
     names = [*slots, *([_OWN] if remote else [])]
     own = _OWN if remote else names[0]
@@ -62,7 +63,7 @@ def examine(
     tool_s = 0.0 if briefly else within_s / _TOOLS
     names_of_hub = [] if needs is None else [(kind, name) for _, kind, name in needs.names]
     of_hub = {"names": names_of_hub, "environment": hub_variables(environment) if remote else {}}
-    agents = {name: Host(command(None if name == own else name), within_s) for name in names}
+    agents = {name: Host(command(None if name == own else name, scheduler), within_s) for name in names}
     try:
 
         def look(name: str) -> HostFacts:
@@ -94,7 +95,9 @@ def examine(
         links = _links([pair for pair in pairs if set(pair) <= answering.keys()], answering, found)
     finally:
         at_once(lambda name: agents[name].close(), names)
-    facts = Facts(hosts, here, remote, port, links, None, environment, needs, mistake, sees_first, scheduler)
+    facts = Facts(
+        hosts, here, remote, port, links, None, environment, needs, mistake, sees_first, scheduler, by_srun(scheduler)
+    )
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
     return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))
 

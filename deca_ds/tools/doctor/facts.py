@@ -91,7 +91,8 @@ class Facts:
     """Everything. here: this machine. remote: whether launchers reach the hosts over ssh. links: by the host that
     connects and the one that listens. mistake: why the configuration has no plan. sees_first: whether this
     machine sees what the first host writes in run.output. scheduler: in whose job this process is, where the hosts are
-    those of the job. unlisted: in which one, where nothing has told its hosts."""
+    those of the job. unlisted: in which one, where nothing has told its hosts. by_srun: whether they were reached by
+    srun instead of ssh."""
 
     hosts: Mapping[str, HostFacts]
     here: Sight
@@ -105,6 +106,7 @@ class Facts:
     sees_first: bool = False
     scheduler: str | None = None
     unlisted: str | None = None
+    by_srun: bool = False
 
     @property
     def seen(self) -> dict[str, Sight]:

@@ -1,4 +1,5 @@
-"""An agent on each host, over ssh as the launchers use it, or in a process of this machine; asked with a deadline."""
+"""An agent on each host, over ssh or srun as the launchers use them, or in a process of this machine; asked with a
+deadline."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 import os
 import queue
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from deca_ds.launch import digests
 from deca_ds.tools.doctor import agent, links, sights
 
 _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+_SRUN = ("srun", "--overlap", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--mpi=none")  # beside other steps
 _MODULES = (hub, digests, links, sights, agent)  # the agent, in the order of their imports
 _BOOTSTRAP = """
 import sys, types
@@ -130,16 +133,27 @@ def _agent(lives_s: int) -> str:
     return _BOOTSTRAP.format(modules=modules, lives_s=lives_s)
 
 
-def command(name: str | None) -> list[str]:
+def by_srun(scheduler: str | None) -> bool:
+    """Return whether hosts are reached as a job of Slurm starts its ranks, which needs no ssh. scheduler: in whose job
+    this process is."""
+    return scheduler == "Slurm" and shutil.which(_SRUN[0]) is not None
+
+
+def command(name: str | None, scheduler: str | None = None) -> list[str]:
     """Return what starts python as launchers do on a host: this one's path, working folder and PYTHONPATH. Where this
-    path is no python, any python 3, which still tells the rest. name: None for this machine, without ssh."""
+    path is no python, any python 3, which still tells the rest. name: None for this machine, without ssh. scheduler:
+    see `by_srun`."""
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     loader = f"-u -c {shlex.quote(_LOADER)}"
     own = shlex.quote(sys.executable)
     script = (
         f"export PYTHONPATH={shlex.quote(path)}; if test -x {own}; then exec {own} {loader}; fi; exec python3 {loader}"
     )
-    return ["sh", "-c", script] if name is None else [*_SSH, name, f"sh -c {shlex.quote(script)}"]
+    if name is None:
+        return ["sh", "-c", script]
+    if by_srun(scheduler):
+        return [*_SRUN, f"--nodelist={name}", "sh", "-c", script]
+    return [*_SSH, name, f"sh -c {shlex.quote(script)}"]
 
 
 def is_this_machine(name: str, within_s: float) -> bool:

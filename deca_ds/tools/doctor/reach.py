@@ -125,16 +125,30 @@ def passed_on(facts: Facts) -> dict[str, str]:
 @check("ssh")
 def ssh(facts: Facts) -> Iterator[Verdict]:
     for host, of in facts.hosts.items():
-        if of.sight is not None:
+        if facts.by_srun:
+            yield from _srun(host, of)
+        elif of.sight is not None:
             if facts.remote:
                 yield ok(host, "without password")
         elif _NO_PYTHON.search(of.said):
             yield ok(host, "without password")
         elif facts.scheduler is not None:
             what, fix = ssh_fault(host, of, facts.scheduler)
+            fix += f"; or run on {host}: deca doctor --hostfile FILE, with a file that names this host alone"
             yield warn(host, f"{what}; a job of {facts.scheduler} needs no ssh, but the doctor does", fix)
         else:
             yield fail(host, *ssh_fault(host, of, None))
+
+
+def _srun(host: str, of: HostFacts) -> Iterator[Verdict]:
+    """Say how srun has reached a host of a job of Slurm."""
+    if of.sight is not None or _NO_PYTHON.search(of.said):
+        yield ok(host, "not needed: srun reaches the hosts")
+        return
+    last = (of.said.splitlines() or [""])[-1][:120]
+    what = f"srun starts no python there: {of.fault}" + (f": {last}" if last else "")
+    fix = f"try: srun --overlap --nodelist={host} {sys.executable} -V; with --hostfile the doctor takes ssh"
+    yield fail(host, what, fix)
 
 
 @check("python")

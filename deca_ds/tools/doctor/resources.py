@@ -137,11 +137,10 @@ def limits(facts: Facts) -> Iterator[Verdict]:
         wrong = []
         if sight["shared"] < shared:
             fix = f"give it {decimal(shared)} or more: docker run --shm-size, or remount it with size="
-            wrong.append(
-                warn(host, f"/dev/shm has {decimal(sight['shared'])} for {facts.hosts[host].slots} ranks", fix)
-            )
+            what = f"/dev/shm has {decimal(sight['shared'])} for {several(facts.hosts[host].slots, 'rank')}"
+            wrong.append(warn(host, what, fix))
         if sight["files"] != _UNLIMITED and sight["files"] < opened:
-            what = f"{sight['files']} files may be open at once, {ranks} ranks may want {opened}"
+            what = f"{sight['files']} files may be open at once, {several(ranks, 'rank')} may want {opened}"
             wrong.append(warn(host, what, "raise it: ulimit -n, or nofile in /etc/security/limits.conf"))
         if sight["fabric"] and sight["locked"] != _UNLIMITED:
             what = f"{decimal(sight['locked'])} of memory may be locked, and {sight['fabric'][0]} needs more"
