@@ -21,10 +21,11 @@ from deca_ds.engine.causality import check_causal
 from deca_ds.engine.gradients import GradientReducer
 from deca_ds.engine.heap import return_freed_memory
 from deca_ds.engine.load import find_blocks, zero3_config
-from deca_ds.engine.losses import RowScores, check_own_loss, count_targets, row_scores, training_loss
+from deca_ds.engine.losses import RowScores, check_own_loss, count_targets, excerpt, row_scores, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
 from deca_ds.engine.same_modules import check_same_modules
 
+_TRIED_TOKENS = 256  # of a row, before training
 BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
 
 
@@ -225,7 +226,9 @@ class Client:
 
     def check_loss(self, batch: Mapping[str, Tensor], others: Iterable[Mapping[str, Tensor]] = ()) -> None:
         """Raise ModelError unless the model's class computes the loss that is trained here, its attention is causal
-        and, where the client has several ranks, other batches run the same modules. batch: with targets."""
+        and, where the client has several ranks, other batches run the same modules. batch: with targets. A part of
+        each row is tried: the class's own loss takes the logits of all positions."""
+        batch, *others = (excerpt(each, _TRIED_TOKENS) for each in (batch, *others))
         internals.follow_writes(self._zero)
         self.model.eval()
         if dist.get_world_size() > 1:

@@ -120,6 +120,13 @@ def count_targets(batch: Mapping[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
+def excerpt(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Return `length` tokens of each row that have a target among them, if the batch has one."""
+    targets = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero()
+    stop = max(length, int(targets[0]) + 2 if len(targets) else 0)
+    return {name: values[:, stop - length : stop] for name, values in batch.items()}
+
+
 def _differ(one: float, other: float) -> bool:
     return not abs(one - other) <= _ROUNDING * max(1.0, abs(other))
 

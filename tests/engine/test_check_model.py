@@ -17,7 +17,7 @@ from deca_ds.data.encoding import SEQUENCES
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.load import expert_lists, load_architecture
-from deca_ds.engine.losses import check_own_loss, training_loss
+from deca_ds.engine.losses import check_own_loss, count_targets, excerpt, training_loss
 from deca_ds.errors import DataError, ModelError
 
 
@@ -182,6 +182,21 @@ def test_a_model_with_another_loss_is_refused():
     forward = model.forward
     model.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
     check_own_loss(model, batch, cpu)  # takes no labels: it has no loss
+
+
+@pytest.mark.parametrize(
+    ("targets", "first"), [([1], 0), ([7], 0), ([8], 1), ([19], 12), ([15, 9], 2), ([], 0)], ids=str
+)
+def test_of_a_long_row_a_part_with_a_target_is_tried(targets, first):
+    ids = torch.arange(100, 120).repeat(2, 1)
+    labels = torch.full_like(ids, -100)
+    labels[:, 0] = 100  # never predicted
+    labels[1, targets] = ids[1, targets]
+    part = excerpt({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}, 8)
+    assert part["input_ids"].tolist() == [list(range(100 + first, 108 + first))] * 2
+    assert part["attention_mask"].shape == part["labels"].shape == (2, 8)
+    assert count_targets(part) > 0 or not targets
+    assert excerpt(part, 100).keys() == part.keys() and torch.equal(excerpt(part, 100)["labels"], part["labels"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

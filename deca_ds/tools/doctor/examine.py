@@ -96,7 +96,18 @@ def examine(
     finally:
         at_once(lambda name: agents[name].close(), names)
     facts = Facts(
-        hosts, here, remote, port, links, None, environment, needs, mistake, sees_first, scheduler, by_srun(scheduler)
+        hosts,
+        here,
+        remote,
+        port,
+        links,
+        None,
+        environment,
+        needs,
+        mistake,
+        sees_first,
+        scheduler,
+        by_srun=by_srun(scheduler),
     )
     with_mpi = [name for name, sight in facts.alike.items() if sight["mpi"]]
     return replace(facts, mpi=_try_mpi(here, with_mpi if remote else None, min(within_s, _MPI_S)))
