@@ -121,10 +121,10 @@ def count_targets(batch: Mapping[str, Tensor]) -> int:
 
 
 def excerpt(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Return `length` tokens of each row that have a target among them, if the batch has one."""
+    """Return the batch with `length` tokens of each row, a target among them if the batch has one."""
     targets = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero()
     stop = max(length, int(targets[0]) + 2 if len(targets) else 0)
-    return {name: values[:, stop - length : stop] for name, values in batch.items()}
+    return {name: each[:, stop - length : stop] if each.dim() > 1 else each for name, each in batch.items()}
 
 
 def _differ(one: float, other: float) -> bool:
