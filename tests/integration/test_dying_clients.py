@@ -169,8 +169,8 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     """Client 0, one rank, dies during an averaging and takes the state of client 1, two ranks; then client 1, by one of
     its ranks, dies and takes that of client 2, one rank. Before that a message is damaged. All are supervised."""
     output = tmp_path / "run"
-    keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=8", "evaluation.every=32"]
-    keys += ["gossip.weights=lazy_metropolis", "checkpoint.every=16"]
+    keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=16", "evaluation.every=64"]
+    keys += ["gossip.weights=lazy_metropolis", "checkpoint.every=16"]  # the steps outlast two starts of a client
     finished = run(4, "0:4:sent,2:3:returned,3:2:damaged", keys, "torch", supervised=1)
     assert finished.code == 0, finished.output[-6000:]
     assert "a message from rank 3 (client 2) was damaged on its way: its checksum differs" in finished.output
@@ -182,10 +182,10 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     returns = {0: (back["from_step"] - 1, 1), 1: (again["from_step"] - 1, 2)}
     assert_numbers(output, keys, {0: 4, 1: second["from_step"]}, returns)
     own = records(output / "metrics" / "client_001.jsonl", "step")
-    assert [line["step"] for line in own] == [*range(1, second["from_step"]), *range(again["from_step"], 65)]
-    assert (output / "DONE").read_text() == "64 of 64 inner steps\n" and not list(output.glob("FAILED*"))
-    assert [record["step"] for record in records(job, "evaluation")] == [0, 32, 64]
-    saved = ShardedModel(step_folder(output / "checkpoints", 64))
+    assert [line["step"] for line in own] == [*range(1, second["from_step"]), *range(again["from_step"], 129)]
+    assert (output / "DONE").read_text() == "128 of 128 inner steps\n" and not list(output.glob("FAILED*"))
+    assert [record["step"] for record in records(job, "evaluation")] == [0, 64, 128]
+    saved = ShardedModel(step_folder(output / "checkpoints", 128))
     saved.verify()
     assert saved.ranks == {0: 1, 1: 2, 2: 1}
 
