@@ -58,10 +58,7 @@ def build(job: Job, start: Start) -> Trainer:
     client = load_client(job, architecture)
     schedule = start.schedule(job, client)
     few = data.train.select(range(min(_TRIED_ROWS, len(data.train))))
-    first, *others = (
-        next(evaluation_batches(few.select([row]), batch_size=1, rank=0, ranks=1, pad_id=pad_id))
-        for row in range(len(few))
-    )
+    first, *others = evaluation_batches(few, batch_size=1, rank=0, ranks=1, pad_id=pad_id)
     client.check_loss(first, others)
     start.compare_models(job, client, vocabulary)
     attempt = start.attempt(job, client)

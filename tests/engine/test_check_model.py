@@ -192,10 +192,10 @@ def test_of_a_long_row_a_part_with_a_target_is_tried(targets, first):
     labels = torch.full_like(ids, -100)
     labels[:, 0] = 100  # never predicted
     labels[1, targets] = ids[1, targets]
-    of_rows = torch.tensor([True, False])
-    part = excerpt({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "counted": of_rows}, 8)
+    of_rows = torch.tensor([3, -1])
+    part = excerpt({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "row": of_rows}, 8)
     assert part["input_ids"].tolist() == [list(range(100 + first, 108 + first))] * 2
-    assert part["attention_mask"].shape == part["labels"].shape == (2, 8) and part["counted"] is of_rows
+    assert part["attention_mask"].shape == part["labels"].shape == (2, 8) and part["row"] is of_rows
     assert count_targets(part) > 0 or not targets
     assert excerpt(part, 100).keys() == part.keys() and torch.equal(excerpt(part, 100)["labels"], part["labels"])
 
