@@ -67,7 +67,7 @@ class ThereAlready(Transport):
 def main() -> None:
     torch.set_num_threads(1)
     chunk_mib = float(sys.argv[1]) if len(sys.argv) > 1 else GossipConfig().chunk_mib
-    schedule, x = build_mixing(GossipConfig(), 3, seed=0), torch.randn(NUMEL)
+    schedule, x = build_mixing(GossipConfig(graph="ring"), 3, seed=0), torch.randn(NUMEL)
     plain, clipping = (Gossip(ThereAlready(), schedule, chunk_mib, clip=clip) for clip in (None, Clip(1.0)))
     summed = Gossip(ThereAlready(checksums=True), schedule, chunk_mib)
     for gossip in (plain, summed, clipping):

@@ -99,7 +99,7 @@ def measure(
     transport: Transport, raw: Callable[[Tensor, dict[int, Tensor]], None], mib: int, chunks: Sequence[float]
 ) -> dict[str, object]:
     """What a rank finds for shards of `mib` MiB; the same on all ranks. chunks: more values of gossip.chunk_mib."""
-    schedule = build_mixing(GossipConfig(), transport.clients, seed=0)
+    schedule = build_mixing(GossipConfig(graph="ring"), transport.clients, seed=0)
     x = torch.randn(mib * 2**18, generator=torch.Generator().manual_seed(transport.client))
     buffers = {j: torch.ones_like(x) for j in schedule.sources(transport.client, 0)}
     gossip = Gossip(transport, schedule, GossipConfig().chunk_mib)

@@ -56,7 +56,7 @@ def main() -> None:
     world = MPI.COMM_WORLD
     transport = MpiTransport(world, Endpoint(ClientLayout(world.size, 1), world.rank, timeout_s=60))
     store = open_store(world)
-    schedule = build_mixing(GossipConfig(), world.size, seed=0)
+    schedule = build_mixing(GossipConfig(graph="ring"), world.size, seed=0)
     ready = Gossip(transport, schedule, 4.0, late=LateExchange(transport, PrefixStore("late", store), WAIT_S))
     kinds = {"waits for all": Gossip(transport, schedule, 4.0), "gossip.wait_s": ready}
     found: dict[str, dict[str, float]] = {}

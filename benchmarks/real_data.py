@@ -33,8 +33,8 @@ TASKS = (1231, 68, 1272, 563)  # English and short: nouns and verbs counted, num
 COMMON = [
     f"model.path={DATA / 'stories260k'}",
     *("run.device=cpu", "run.threads=1", f"cluster.clients={CLIENTS}", "gossip.graph=ring", "logging.progress=false"),
-    *("optimizer.lr=3e-3", "algorithm.inner_steps=8", "blocks.layers_per_block=1", "data.batch_size=8"),
-    *("data.micro_batch_size=4", "evaluation.max_examples=48", "evaluation.batch_size=16"),
+    *("optimizer.lr=3e-3", "optimizer.schedule=constant", "algorithm.inner_steps=8", "blocks.layers_per_block=1"),
+    *("data.batch_size=8", "data.micro_batch_size=4", "evaluation.max_examples=48", "evaluation.batch_size=16"),
 ]
 
 

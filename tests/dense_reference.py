@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,14 +129,13 @@ def activation(
     gradient: Gradient,
     matrices: Iterator[np.ndarray],
     *,
-    steps: int,
     every: int,
-    lr: float,
+    rates: Sequence[float],
     decay: np.ndarray | float = 0.0,
     noise: Noise | None = None,
 ) -> list[SimpleNamespace]:
     """One block from its opening to its closing. theta: [n, numel]. matrices: the next averaging's W, again and again.
-    noise: on what local steps leave.
+    rates: the learning rate of each inner step. noise: on what local steps leave.
 
     Returns the clients' states; x is what they hold in the end.
     """
@@ -145,7 +144,7 @@ def activation(
     clients = [SimpleNamespace(x=theta[i].copy(), m=zero(), v=zero(), s=zero(), g=zero(), b=zero()) for i in range(n)]
     for client in clients:
         client.anchor, client.y, client.made, client.d = client.x.copy(), client.x.copy(), zero(), zero()
-    for r in range(steps):
+    for r, lr in enumerate(rates):
         for i, k in enumerate(clients):
             g = gradient(i, k.x)
             there = ~np.isnan(g)
@@ -163,7 +162,7 @@ def activation(
                 k.half = k.half + c.correction * k.d
             if noise is not None:
                 k.half = np.where(there, noise.parameters(k.half), k.half)
-        gossips = (r + 1) % every == 0 or r == steps - 1
+        gossips = (r + 1) % every == 0 or r == len(rates) - 1
         w = next(matrices) if gossips else np.eye(n)
         mixed = average(w, np.stack([k.half for k in clients]), c.clip_radius)
         tracked = w @ np.stack([k.s for k in clients])
@@ -199,18 +198,18 @@ def train(
     rounds: int,
     inner_steps: int,
     every: int,
-    lr: float,
+    rates: Sequence[float],
     decay: float,
     clip: float,
     noise: Noise | None = None,
 ) -> list[Parameters]:
     """Final parameters of every client. blocks: names, in the order in which they train; a single one stays active.
 
-    model: float64; it is left as it comes. noise: see rounding.py.
+    model: float64; it is left as it comes. rates: the learning rate of each inner step. noise: see rounding.py.
     """
     start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     models = [{name: values.copy() for name, values in start.items()} for _ in batches]
-    endless = cycle(matrices)
+    endless, still = cycle(matrices), iter(rates)
     if len(blocks) == 1:
         rounds, inner_steps = 1, rounds * inner_steps
     for _ in range(rounds):
@@ -235,7 +234,14 @@ def train(
 
             theta = np.stack([flat(parameters) for parameters in models])
             ended = activation(
-                c, theta, gradient, endless, steps=inner_steps, every=every, lr=lr, decay=shrink, noise=noise
+                c,
+                theta,
+                gradient,
+                endless,
+                every=every,
+                rates=list(islice(still, inner_steps)),
+                decay=shrink,
+                noise=noise,
             )
             for i, client in enumerate(ended):
                 place(i, client.x)

@@ -42,6 +42,12 @@ def dense_model(config: Config) -> tuple[torch.nn.Module, list[list[str]]]:
     return model, blocks
 
 
+def rates(config: Config, steps: int) -> np.ndarray:
+    """The learning rate of each inner step of a run without a warm-up."""
+    course = {"constant": np.ones(steps), "cosine": np.cos(np.pi / 2 * np.arange(steps) / steps) ** 2}
+    return config.optimizer.lr * course[config.optimizer.schedule]
+
+
 Reference: TypeAlias = tuple[Parameters, Sequence[Parameters], Sequence[Parameters]]
 
 
@@ -55,10 +61,11 @@ def dense(config: Config, matrices: Sequence[np.ndarray]) -> Reference:
     a, o = config.algorithm, config.optimizer
     keys = {field.name: getattr(a, field.name) for field in fields(Coefficients) if hasattr(a, field.name)}
     coefficients = Coefficients(**keys, clip_radius=config.gossip.clip_radius)
+    course = rates(config, a.rounds * len(blocks) * a.inner_steps)
     exact, noisy = (
         train(
             coefficients, model, blocks, batches_of(config), matrices, rounds=a.rounds, inner_steps=a.inner_steps,
-            every=config.gossip.every, lr=o.lr, decay=o.weight_decay, clip=o.clip_norm, noise=noise,
+            every=config.gossip.every, rates=course, decay=o.weight_decay, clip=o.clip_norm, noise=noise,
         )
         for noise in (None, Noise())
     )  # fmt: skip

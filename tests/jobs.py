@@ -153,7 +153,9 @@ def word_job(model: Path, files: Sequence[Path], **keys: object) -> list[str]:
         "run.threads": 1,  # jobs run side by side: more threads than cores wait for each other at every operation
         "cluster.timeout_s": 60,
         "model.path": model,
+        "gossip.graph": "ring",
         "optimizer.lr": 0.003,
+        "optimizer.schedule": "constant",  # the first and the last step count alike
         "data.per_client": f"[{','.join(map(str, files))}]",
         "data.max_length": 16,
         "data.batch_size": 4,

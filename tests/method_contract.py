@@ -196,7 +196,7 @@ def equals_the_dense_reference(
         return gradient(calls[i] - 1, i, x)
 
     c, matrices = reference.Coefficients(method, signal, **COEFFICIENTS), cycle(matrices_of(graph))
-    expected = reference.activation(c, start, in_turn, matrices, steps=STEPS, every=every, lr=LR, decay=0.05)
+    expected = reference.activation(c, start, in_turn, matrices, every=every, rates=[LR] * STEPS, decay=0.05)
     moved = np.abs(state["theta"].numpy() - start).max()
     assert moved > LR
     np.testing.assert_allclose(

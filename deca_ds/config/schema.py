@@ -221,7 +221,7 @@ class OptimizerConfig:
 
     lr: float = key(5e-5, "Peak learning rate.", allowed=at_least(0))
     schedule: Literal["constant", "linear", "cosine"] = key(
-        "constant", "How the learning rate changes over the inner steps of the run, after the warm-up."
+        "cosine", "How the learning rate changes over the inner steps of the run, after the warm-up."
     )
     warmup_steps: int = key(
         0, "Inner steps at the start of the run in which the learning rate rises linearly from 0.", allowed=at_least(0)
@@ -264,7 +264,7 @@ class GossipConfig:
         "edge_list",
         "isolated",
     ] = key(
-        "ring",
+        "base",
         "Communication graph of the clients; with `isolated` every client trains alone.",
         "algorithm.md#graphs",
     )

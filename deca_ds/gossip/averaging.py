@@ -29,7 +29,7 @@ class Mean(NamedTuple):
 class Averaging(ABC):
     """Averaging t of this rank. All ranks of all clients send the same chunks in the same order, and then settle.
 
-    mixes: whether this client averages with anybody; after `settle` whether it has. outlived: whether messages may
+    mixes: whether this client may average with anybody; after `settle` whether it has. outlived: whether messages may
     outlive the averaging, so that it has to send a copy.
     """
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -19,12 +19,14 @@ from deca_ds.plural import several
 class MixingSchedule:
     """The mixing matrices of one period; averaging t = 0, 1, ... uses matrices[t mod period].
 
-    name: for people. size: number of clients n. matrices: (n, n) float64, read-only.
+    name: for people. size: number of clients n. matrices: (n, n) float64, read-only. of_fewer: makes the matrices of
+    so many clients, for those that are left when others are gone; None where they keep the edges that they have.
     """
 
     name: str
     size: int
     matrices: tuple[np.ndarray, ...]
+    of_fewer: Callable[[int], tuple[np.ndarray, ...]] | None = None
 
     def __post_init__(self) -> None:
         for matrix in self.matrices:
@@ -120,7 +122,8 @@ def build_mixing(config: GossipConfig, clients: int, seed: int) -> MixingSchedul
             fix="set gossip.graph=edge_list, or remove gossip.edges",
         )
     if config.graph == "base":
-        return MixingSchedule(f"base (degree {config.degree})", clients, base_graph(clients, config.degree))
+        of = partial(base_graph, degree=config.degree)
+        return MixingSchedule(f"base (degree {config.degree})", clients, of(clients), of_fewer=of)
     period = graphs.build_graphs(
         config.graph, clients, edges=config.edges, probability=config.edge_probability, seed=seed
     )

@@ -118,6 +118,7 @@ class Committed(Whole):
 
     def __init__(self, gossip: Gossip, t: int):
         super().__init__(gossip, t)
+        self.mixes = True  # a client without a neighbour may get one when another dies
         self._broken: MessageError | None = None  # why sending has stopped; the commit handles it
 
     def _start(self, message: Message) -> None:

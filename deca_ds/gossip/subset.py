@@ -12,15 +12,34 @@ from deca_ds.gossip.schedule import MixingSchedule
 
 
 def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
-    """Return the same period of matrices over the same clients, in which `missing` ones neither send nor receive.
+    """Return a period of matrices over the same clients, in which `missing` ones neither send nor receive.
 
-    Every matrix becomes the Metropolis-Hastings matrix of its graph, taken as undirected, without the missing clients:
-    doubly stochastic, symmetric, positive only on edges that both ends survive. A missing client's row and column are
-    those of the identity. Give it the matrices that the run was started with: with no client missing they come back
-    as they were.
+    The graph `base`, whose clients all reach each other, is made anew for those that are left, so that they still agree
+    after a period. Else every matrix becomes the Metropolis-Hastings matrix of its graph, taken as undirected, without
+    the missing clients: doubly stochastic, symmetric, positive only on edges that both ends survive. A missing client's
+    row and column are those of the identity. Give it the matrices that the run was started with: with no client missing
+    they come back as they were.
     """
     if not missing:
         return mixing
+    matrices = _of_those_left(mixing, missing) or _without_edges(mixing, missing)
+    names = ", ".join(map(str, sorted(missing)))
+    return MixingSchedule(f"{mixing.name} without client {names}", mixing.size, tuple(matrices))
+
+
+def _of_those_left(mixing: MixingSchedule, missing: Collection[int]) -> list[np.ndarray]:
+    left = [client for client in range(mixing.size) if client not in missing]
+    if mixing.of_fewer is None or not left:
+        return []
+    matrices = []
+    for among in mixing.of_fewer(len(left)):
+        matrix = np.eye(mixing.size)
+        matrix[np.ix_(left, left)] = among
+        matrices.append(matrix)
+    return matrices
+
+
+def _without_edges(mixing: MixingSchedule, missing: Collection[int]) -> list[np.ndarray]:
     matrices = []
     for matrix in mixing.matrices:
         graph: nx.DiGraph[int] = nx.DiGraph()
@@ -29,8 +48,7 @@ def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
         edges = ((int(i), int(j)) for i, j in np.argwhere(joined) if i != j)
         graph.add_edges_from(edge for edge in edges if not set(edge) & set(missing))
         matrices.append(weights.weigh(graph, "metropolis"))
-    names = ", ".join(map(str, sorted(missing)))
-    return MixingSchedule(f"{mixing.name} without client {names}", mixing.size, tuple(matrices))
+    return matrices
 
 
 def parts(mixing: MixingSchedule, clients: Sequence[int]) -> list[list[int]]:

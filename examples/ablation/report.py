@@ -59,11 +59,11 @@ of one-peer exponential makes an exact mean, its single averagings have no such 
 
 README, FIRST = BENCHMARKS.parent / "README.md", "methods, ring"  # the study whose table stands there
 SCREEN = """
-Eight clients on a ring fine-tune a Llama of 1.3 million parameters, pretrained on news, to classify AG News; most of a
-client's examples have one or two of the four labels. Each method has its own best learning rate. +- is a 95 % interval
-over the seeds; bold is a difference from DECA with p < 0.05, corrected for the number of methods. The columns in MB say
-what a client sends, and what it keeps while it trains. [What was run and what it
-shows](benchmarks/learnable/README.md):
+Eight clients on a ring (the default graph, `base`, is as good at half the traffic) fine-tune a Llama of
+1.3 million parameters, pretrained on news, to classify AG News; most of a client's examples have one or two of the four
+labels. Each method has its own best learning rate. +- is a 95 % interval over the seeds; bold differs from DECA with
+p < 0.05, corrected for the number of methods. MB: what a client sends, and keeps while it trains. [What was run and
+what it shows](benchmarks/learnable/README.md):
 
 ![Accuracy of each method, between clients alone and all data](benchmarks/learnable/accuracy.png)
 

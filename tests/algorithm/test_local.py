@@ -102,7 +102,7 @@ def test_a_method_equals_the_dense_reference_where_gradients_are_missing(method,
 
     c = Coefficients(method, signal, **COEFFICIENTS)
     expected = activation(
-        c, start, in_turn, cycle(matrices_of("one_peer_exponential")), steps=STEPS, every=every, lr=LR, decay=decay
+        c, start, in_turn, cycle(matrices_of("one_peer_exponential")), every=every, rates=[LR] * STEPS, decay=decay
     )
     theta = state["theta"].numpy()
     reference = np.stack([k.x for k in expected])

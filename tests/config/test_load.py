@@ -100,7 +100,7 @@ def test_a_value_out_of_range_is_refused_by_its_key(override):
 
 def test_keys_that_contradict_each_other_are_refused_together():
     refused("gossip.graph = 'edge_list' with gossip.edges = None", "gossip.graph=edge_list")
-    refused("gossip.graph = 'ring' with gossip.edges = 'e.txt'", "gossip.edges=e.txt")
+    refused("gossip.graph = 'base' with gossip.edges = 'e.txt'", "gossip.edges=e.txt")
     refused("gossip.wait_s = 2 with cluster.on_failure=continue", "gossip.wait_s=2", "cluster.on_failure=continue")
     refused("gossip.wait_s = 60, .* cluster.timeout_s = 60", "gossip.wait_s=60", "cluster.timeout_s=60")
     refused("algorithm.rounds = 2 with algorithm.epochs = 3", "algorithm.rounds=2", "algorithm.epochs=3")

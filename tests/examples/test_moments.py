@@ -27,6 +27,7 @@ def test_a_run_that_is_watched_trains_as_one_that_is_not(tiny_model, word_files,
     keys = {
         "model.path": tiny_model,
         "cluster.clients": 3,
+        "gossip.graph": "ring",
         "data.train": f"[{','.join(map(str, word_files))}]",
         "data.max_length": 16,
         "data.batch_size": 2,

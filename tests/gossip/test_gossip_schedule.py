@@ -86,7 +86,7 @@ def test_edges_file_is_used_and_refused_where_it_would_be_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("change", "clients", "key"),
     [
-        ({"weights": "uniform"}, 4, "gossip.weights"),
+        ({"graph": "ring", "weights": "uniform"}, 4, "gossip.weights"),
         ({"graph": "circle"}, 4, "gossip.graph"),
         ({}, 0, "cluster.clients"),
     ],
@@ -98,7 +98,7 @@ def test_a_wrong_value_names_its_key(change: dict, clients: int, key: str):
 
 
 def test_summary_says_what_a_dry_run_needs():
-    ring = build_mixing(GossipConfig(), 8, seed=0)
+    ring = build_mixing(GossipConfig(graph="ring"), 8, seed=0)
     assert ring.summary() == (
         "ring (metropolis) on 8 clients: at most 2 neighbours a client, the block is sent 16 times per averaging, "
         "spectral gap 0.1953"
@@ -110,7 +110,7 @@ def test_summary_says_what_a_dry_run_needs():
 
 
 def test_one_client_has_no_neighbours_to_be_told_of():
-    assert build_mixing(GossipConfig(), 1, seed=0).summary() == "ring (metropolis) on 1 client"
+    assert build_mixing(GossipConfig(), 1, seed=0).summary() == "base (degree 1) on 1 client"
 
 
 def test_a_schedule_refuses_a_matrix_that_loses_the_mean():

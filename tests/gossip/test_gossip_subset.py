@@ -22,7 +22,7 @@ from deca_ds.gossip.strategies import WINDOW, begin
 from deca_ds.transport.commit import Commit
 from deca_ds.transport.local import LocalNetwork
 
-GRAPHS = ["ring", "complete", "star", "exponential", "one_peer_exponential", "base", "bipartite", "isolated"]
+GRAPHS = ["ring", "complete", "star", "exponential", "one_peer_exponential", "bipartite", "isolated"]
 
 
 @st.composite
@@ -63,6 +63,28 @@ def test_doubly_stochastic_symmetric_and_on_surviving_edges_alone(case):
             assert gap == 0
         union = nx.Graph((i, j) for m in left.matrices for i, j in np.argwhere(m > 0) if i in living and j in living)
         assert len(pieces) == nx.number_connected_components(union)
+
+
+@settings(max_examples=200)
+@given(st.integers(2, 17), st.integers(1, 3), st.data())
+def test_whoever_is_left_of_the_base_graph_agrees_after_a_period(n, degree, data):
+    missing = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1)))
+    left = [client for client in range(n) if client not in missing]
+    mixing = subset.without(build_mixing(GossipConfig(graph="base", degree=degree), n, seed=0), missing)
+    assert mixing.size == n and mixing.max_degree <= degree
+    product = np.eye(n)
+    for matrix in mixing.matrices:
+        np.testing.assert_array_equal(matrix, matrix.T)
+        np.testing.assert_array_equal(matrix[missing], np.eye(n)[missing])
+        product = matrix @ product
+    np.testing.assert_allclose(product[np.ix_(left, left)], 1 / len(left), atol=1e-12)
+    assert subset.parts(mixing, left) == [left]
+    assert subset.spectral_gap(mixing, left) == 1.0
+
+
+def test_all_clients_of_the_base_graph_may_be_gone():
+    mixing = subset.without(build_mixing(GossipConfig(graph="base"), 3, seed=0), [0, 1, 2])
+    assert all((matrix == np.eye(3)).all() for matrix in mixing.matrices)
 
 
 def test_a_star_without_its_centre_falls_apart():
@@ -111,6 +133,44 @@ def test_an_averaging_that_is_repeated_equals_one_that_is_not(radius):
             once = results
     for (x, sent), (again, sent_again) in zip(once, results, strict=True):
         assert torch.equal(x, again) and sent_again == 2 * sent
+
+
+class Losing(Commit):
+    """A client is lost before an averaging is done, and the others do it again without it."""
+
+    may_repeat = True
+
+    def __init__(self, gossip: Gossip, lost: int):
+        self._gossip, self._lost = gossip, lost
+
+    def run(self, work, *, last=False):
+        work()
+        self._gossip.average_by(subset.without(self._gossip.schedule, [self._lost]))
+        self._gossip.transport.epoch += 1
+        return work()
+
+
+def test_a_client_without_a_neighbour_gets_one_when_another_is_lost():
+    network, mixing = LocalNetwork(3), build_mixing(GossipConfig(graph="base"), 3, seed=0)
+    t, alone, lost = next((t, i, j) for t in range(mixing.period) for i in range(3) if not mixing.sources(i, t)
+                          for j in range(3) if j != i and subset.without(mixing, [j]).sources(i, t))  # fmt: skip
+    values = [torch.full((5,), float(i)) for i in range(3)]
+
+    def average(client: int) -> torch.Tensor | None:
+        gossip = Gossip(network.transport(client), mixing)
+        gossip.commit = Losing(gossip, lost)
+        averaging, (chunk,) = begin(gossip, t), gossip.chunks([5])
+        assert averaging.mixes and averaging.send(chunk, "x", values[client]) == []
+        means = list(averaging.settle())
+        assert averaging.mixes == bool(means)
+        return means[0].values.clone() if means else None
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(average, range(3)))
+    (other,) = {0, 1, 2} - {alone, lost}
+    assert found[lost] is None
+    for client in (alone, other):
+        torch.testing.assert_close(found[client], (values[alone] + values[other]) / 2)
 
 
 def test_only_own_messages_that_are_not_finite_end_a_client_where_others_continue():

@@ -60,6 +60,7 @@ def runs(request, tiny_model, word_files, tmp_path_factory):
         "lora.alpha": 6,
         "lora.target_modules": "[]" if case[3] == LINEAR else f"[{','.join(case[3])}]",
         "optimizer.lr": 0.01,
+        "optimizer.schedule": "constant",
         "optimizer.weight_decay": 0.1,
         "data.per_client": f"[{','.join(map(str, word_files))}]",
         "data.max_length": 16,
@@ -124,7 +125,7 @@ def reference(config, adapters, matrix, noise: Noise | None = None) -> list[dict
     c, o = config.algorithm, config.optimizer
     ended = activation(
         Coefficients("dec-lora", a1=c.a1, a2=c.a2, eps=c.eps), theta, gradient, cycle([matrix]),
-        steps=STEPS, every=config.gossip.every, lr=o.lr, decay=o.weight_decay, noise=noise,
+        every=config.gossip.every, rates=[o.lr] * STEPS, decay=o.weight_decay, noise=noise,
     )  # fmt: skip
     cuts = np.cumsum(sizes)[:-1]
     return [

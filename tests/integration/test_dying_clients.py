@@ -148,7 +148,6 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     """Client 0 of three, two ranks each, which is the coordinator, hosts the store and speaks for the job."""
     output, clients, ranks, dead, step = tmp_path / "run", 3, 2, 0, 4
     keys = [*keys, f"cluster.clients={clients}", "algorithm.rounds=4", "evaluation.every=16", "checkpoint.every=8"]
-    keys += ["gossip.weights=lazy_metropolis"]  # with metropolis, three on a ring are one and the same
     finished = run(clients * ranks, f"{ranks * (dead + 1) - 1}:{step}:before", keys, "torch", joins=ranks)
     assert finished.code == 0, finished.output[-6000:]
     lost, back = records(output / "metrics" / "job.jsonl", "membership")
@@ -170,7 +169,8 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     its ranks, dies and takes that of client 2, one rank. Before that a message is damaged. All are supervised."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "cluster.ranks=[1,2,1]", "algorithm.rounds=16", "evaluation.every=64"]
-    keys += ["gossip.weights=lazy_metropolis", "checkpoint.every=16"]  # the steps outlast two starts of a client
+    keys += ["gossip.graph=ring", "gossip.weights=lazy_metropolis"]  # with metropolis, three are one and the same
+    keys += ["checkpoint.every=16"]  # the steps outlast two starts of a client
     finished = run(4, "0:4:sent,2:3:returned,3:2:damaged", keys, "torch", supervised=1)
     assert finished.code == 0, finished.output[-6000:]
     assert "a message from rank 3 (client 2) was damaged on its way: its checksum differs" in finished.output
@@ -194,7 +194,6 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     """Client 0 of three, whose first rank would host the store. It has no folder but the addresses."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "algorithm.rounds=4", "evaluation.every=16", "checkpoint.every=8"]
-    keys += ["gossip.weights=lazy_metropolis"]  # see above
     finished = run(3, "0:0:never", [*keys, "cluster.absent=[0]"], "torch", late=f"0:{output}/metrics/client_001.jsonl")
     assert finished.code == 0, finished.output[-6000:]
     absent, back = records(output / "metrics" / "job.jsonl", "membership")

@@ -67,7 +67,8 @@ def test_a_network_falls_apart_and_comes_together(tiny_model, word_files, tmp_pa
         *("run.device=cpu", "run.threads=1", "cluster.clients=3", "cluster.on_failure=continue"),
         *("cluster.return_s=300", "cluster.timeout_s=24", "cluster.min_clients=1", "checkpoint.every=8"),
         *(f"model.path={tiny_model}", f"algorithm.rounds={STEPS // 8}"),
-        *("algorithm.inner_steps=2", "algorithm.eps=1e-2", "optimizer.lr=0.003", "gossip.weights=lazy_metropolis"),
+        *("algorithm.inner_steps=2", "algorithm.eps=1e-2", "optimizer.lr=0.003"),
+        *("gossip.graph=ring", "gossip.weights=lazy_metropolis"),
         *(f"data.train=[{','.join(map(str, word_files))}]", "data.max_length=16", "data.batch_size=4"),
         *("data.micro_batch_size=4", "logging.progress=false", "evaluation.max_examples=4", "evaluation.every=0"),
     ]

@@ -119,6 +119,7 @@ CASES = {
         ({"gossip.clip_radius": 0.03}, "one_peer_exponential", 1),
     ],
     ("hand", 1): [
+        ({"optimizer.schedule": "cosine", **ONE_ROUND}, "base", 1),  # the defaults
         ({"algorithm.signal": "descent"}, "star", 2),
         ({"algorithm.signal": "disagreement", **ONE_ROUND}, "base", 1),
         ({"algorithm.signal": "transcribed", **ONE_ROUND}, "complete", 1),

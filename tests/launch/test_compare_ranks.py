@@ -53,7 +53,7 @@ def test_equal_ranks_pass_whatever_is_a_matter_of_their_hosts():
 
 def test_another_value_of_a_key_is_named_with_rank_and_majority():
     for message in on_all_ranks(software(odd=("optimizer.lr=0.1", "gossip.graph=star"))):
-        assert "rank 2 on" in message and 'has gossip.graph = "star", 3 others "ring"' in message
+        assert "rank 2 on" in message and 'has gossip.graph = "star", 3 others "base"' in message
 
 
 def test_another_version_is_refused_or_warned_of(monkeypatch, capsys):

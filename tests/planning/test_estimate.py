@@ -21,7 +21,7 @@ LENGTH = 16
 
 def estimate(ranks: int, gpu: bool, *changes: str, clients: int = 3) -> Estimate:
     keys = ["model.path=none", "run.output=none", f"cluster.clients={clients}", f"data.max_length={LENGTH}"]
-    keys += ["blocks.layers_per_block=1", "data.micro_batch_size=1"]
+    keys += ["blocks.layers_per_block=1", "data.micro_batch_size=1", "gossip.graph=ring"]
     config = load_config(None, [*keys, *changes])
     return Estimate(config, LlamaConfig(**SHAPE), build_mixing(config.gossip, clients, 0), ranks, gpu)
 

@@ -201,8 +201,9 @@ def test_a_parameter_without_a_gradient_stays_and_is_named(keys):
 @pytest.mark.parametrize("masters", ["exact", "rounded"])
 def test_bfloat16_equals_adam_on_masters_that_live_on_or_are_rounded(keys, masters):
     half = ["model.dtype=bfloat16", f"model.masters={masters}"]
-    alone = ["cluster.clients=1", "algorithm.rounds=2", "optimizer.clip_norm=0", "data.micro_batch_size=2"]
-    config = load_config(None, [*keys, *alone, *half])
+    alone = ["cluster.clients=1", "algorithm.rounds=2", "data.micro_batch_size=2"]
+    plain = ["optimizer.clip_norm=0", "optimizer.schedule=constant"]
+    config = load_config(None, [*keys, *alone, *plain, *half])
     simulation = build(config)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.bfloat16)
     batches = simulation.batches(0)

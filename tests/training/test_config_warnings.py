@@ -38,15 +38,15 @@ CASES = [
     ("data.split=test", HUB),
     ("data.subset=small", HUB),
     ("data.text_columns=[body]", CLASSES),
-    ("gossip.degree=2", ["gossip.graph=base"]),
+    ("gossip.degree=2", []),
     ("gossip.edge_probability=0.9", ["gossip.graph=erdos_renyi"]),
     ("gossip.graph=complete", []),
-    ("gossip.weights=max_degree", []),
+    ("gossip.weights=max_degree", ["gossip.graph=ring"]),
     ("logging.progress_s=5", []),
     ("logging.project=ours", ["logging.tracker=trackio"]),
     ("model.masters=rounded", ["model.dtype=bfloat16"]),
     ("model.revision=v2", ["model.path=owner/name"]),
-    ("optimizer.final_lr_ratio=0.1", ["optimizer.schedule=cosine"]),
+    ("optimizer.final_lr_ratio=0.1", []),
 ]
 # what makes a key count for nothing, where that is not the usual configuration
 WITHOUT = {
@@ -56,9 +56,11 @@ WITHOUT = {
     "blocks.order": ["blocks.layers_per_block=null"],
     "data.client_holdout": ["data.per_client_evaluation=[{jsonl}]"],
     "data.text_columns": ["data.format=alpaca"],
+    "gossip.degree": ["gossip.graph=ring"],
     "gossip.graph": ["gossip.matrix=w.txt"],
     "gossip.weights": ["gossip.matrix=w.txt"],
     "logging.progress_s": ["logging.progress=false"],
+    "optimizer.final_lr_ratio": ["optimizer.schedule=constant"],
 }
 ALWAYS = {"algorithm.a1", "algorithm.a2", "algorithm.eps"}
 
