@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deca_ds.algorithm.adam import AdamRule
-from deca_ds.algorithm.contraction import contraction_with_momentum
+from deca_ds.algorithm.contraction import contraction, with_momentum, with_outer_step
 from deca_ds.algorithm.rule import State
 
 
@@ -114,6 +114,16 @@ class GtAdam(AdamRule):
         state["theta" if name == "grad" else name].copy_(mixed)
 
 
+_NEVER = 1 - 1e-9  # what an averaging leaves, if averagings alone do not bring clients together
+
+
+def _drives_apart(momentum: float, left: float) -> str:
+    return (
+        f"algorithm.outer_momentum={momentum:g} drives the clients apart on this graph: an averaging leaves {left:.3g} "
+        "times what keeps them apart. A smaller one helps, or another gossip.graph"
+    )
+
+
 @dataclass(frozen=True)
 class DiLoCo(AdamRule):
     """Local AdamW steps between two averagings, then an outer Nesterov step (Douillard et al., arXiv 2311.08105).
@@ -127,8 +137,17 @@ class DiLoCo(AdamRule):
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "anchor", "momentum")
+    nesterov: ClassVar[bool] = True
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
+
+    def warnings(self, matrices: Sequence[Tensor]) -> list[str]:
+        """See Rule: a momentum that drives clients apart, where they come together without it."""
+        plain, left = (
+            contraction(matrices, with_outer_step(self.outer_lr, mu, nesterov=self.nesterov))
+            for mu in (0.0, self.outer_momentum)
+        )
+        return [_drives_apart(self.outer_momentum, left)] if left > 1 + 1e-9 and plain < _NEVER else []
 
     @torch.no_grad()
     def open(self, state: State) -> None:
@@ -159,6 +178,8 @@ class NoLoCo(DiLoCo):
     neighbour is an inner step. State: m, v, anchor, momentum. Adam's moments live on.
     """
 
+    nesterov: ClassVar[bool] = False
+
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
         """Make the outer step."""
@@ -187,19 +208,19 @@ class GasLoC(AdamRule):
     outer_momentum: float = 0.9
 
     def warnings(self, matrices: Sequence[Tensor]) -> list[str]:
-        """See Rule: a momentum with which clients agree later than without it. Nothing is said of directed or
-        time-varying matrices."""
-        matrix, momentum = matrices[0], self.outer_momentum
-        if len(matrices) > 1 or matrix.diagonal().min() == 1 or not torch.allclose(matrix, matrix.T):
+        """See Rule: a momentum with which clients agree later than without it, or never."""
+        momentum = self.outer_momentum
+        plain, left = (contraction(matrices, with_momentum(mu)) for mu in (0.0, momentum))
+        if plain > _NEVER or left < plain + 0.005:  # nothing brings them together, or the numbers would look the same
             return []
-        plain = contraction_with_momentum(matrix, 0.0)
-        left = contraction_with_momentum(matrix, momentum)
-        if plain > 1 - 1e-9 or left < plain + 0.005:  # nothing brings them together, or the numbers would look the same
-            return []
+        if left > 1:
+            return [_drives_apart(momentum, left)]
+        best = "a smaller one brings them together faster"
+        if len(matrices) == 1 and torch.allclose(matrices[0], matrices[0].T):
+            best = f"(1 - sqrt(spectral gap))^2 = {(1 - math.sqrt(1 - plain)) ** 2:.2g} brings them together fastest"
         return [
             f"algorithm.outer_momentum={momentum:g} is large for this graph: an averaging leaves up to {left:.2g} of "
-            f"what keeps the clients apart, and {plain:.2g} without momentum. (1 - sqrt(spectral gap))^2 = "
-            f"{(1 - math.sqrt(1 - plain)) ** 2:.2g} brings them together fastest"
+            f"what keeps the clients apart, and {plain:.2g} without momentum; {best}"
         ]
 
     @torch.no_grad()
