@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 # files. LOCK: which job has the folder. SAVED_CONFIG: the resolved configuration. STARTS: when the run was started.
-# DATA: what each client trains on. EDGES: how fast the graph's edges are. SIMULATION: the metrics of a simulation.
+# DATA: what each client trains on. EDGES: how fast the graph's edges are. COORDINATORS: where a client asks to rejoin.
+# SIMULATION: the metrics of a simulation.
 LOCK, SAVED_CONFIG, STARTS, DATA, EDGES = "LOCK", "config.yaml", "starts.json", "data.json", "edges.json"
-SIMULATION = "simulation.jsonl"
+COORDINATORS, SIMULATION = "coordinators.json", "simulation.jsonl"
 # markers of how the run has ended
 DONE, STOPPED, FAILED = "DONE", "STOPPED", "FAILED"
 # folders. MODEL: the trained model, in shards. BASE: the model's configuration and the tokenizer.

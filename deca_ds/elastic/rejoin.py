@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import AbsentError, LaunchError, in_words
 from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, join_job_store, own_address
+from deca_ds.run_folder import COORDINATORS, DONE, FAILED, STOPPED
 from deca_ds.watchdog.restart import JOIN
 
-FILE = "coordinators.json"
 _PAUSE_S = 3.0
 
 
@@ -44,9 +44,10 @@ def join_job(
     silence_s: float,
     until: float = 0.0,
     pause_s: float = _PAUSE_S,
-) -> tuple[Rejoin, JobStore]:
+    is_over: Callable[[], bool] = lambda: False,
+) -> tuple[Rejoin, JobStore] | None:
     """Ask the coordinators whose addresses lie in `folder`, the run's, to let this rank's client rejoin, and connect to
-    the job's store. silence_s: see Coordinator.
+    the job's store. silence_s: see Coordinator. Returns None if that cannot be because the job `is_over`.
 
     Raises LaunchError if no coordinator can let it in, if a member is out of reach, if the client is still a member, or
     if its other ranks do not ask within `timeout_s` seconds. Until the time `until`, by time.time(), it asks again
@@ -56,7 +57,7 @@ def join_job(
     own: QuorumServer | None = None
     while True:
         try:
-            addresses = _read(folder / FILE)
+            addresses = _read(folder / COORDINATORS)
             if launch.rank == layout.leader_of(client):
                 host, everybody = _address_towards(addresses), range(layout.clients)
                 own = own or QuorumServer(layout, client, host, timeout_s, everybody, silence_s)
@@ -65,13 +66,15 @@ def join_job(
             _check_reach(rejoin)
             return rejoin, join_job_store(rejoin.invitation["store"], timeout_s)
         except LaunchError:
+            if is_over():
+                return None
             if time.time() > until:
                 raise
         time.sleep(pause_s)
 
 
 def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer | None, timeout_s: float) -> Rejoin:
-    deadline = time.monotonic() + timeout_s
+    deadline, asleep = time.monotonic() + timeout_s, list[int]()
     for other, address in addresses.items():
         if other == client:
             continue
@@ -88,12 +91,31 @@ def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer
                 return Rejoin(line, other, message, own, addresses)
             if message["kind"] == "out":
                 raise AbsentError(message["why"], where=JOIN, fix="join when the others have dropped it")
+            if message["kind"] == "asleep":
+                asleep.append(other)
         if time.monotonic() > deadline:
             raise AbsentError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where=JOIN)
-    raise AbsentError(
-        "no other client answers and is training",
-        where=", ".join(f"{host} {port}" for host, port in addresses.values()),
-        fix="join a running job with cluster.on_failure=continue over torch; if it has ended, resume it",
+    raise _nobody(addresses, asleep)
+
+
+def _nobody(addresses: Addresses, asleep: Sequence[int]) -> AbsentError:
+    """Return the error where no coordinator lets a client in. asleep: the clients whose coordinators have answered, but
+    are not active."""
+    where = ", ".join(f"{host} {port}" for host, port in addresses.values())
+    if asleep:
+        named = f"client{'s' * (len(asleep) > 1)} {', '.join(map(str, asleep))}"
+        return AbsentError(
+            f"no other client lets this one in, though {named} answered: the job has not begun to train yet, or the "
+            "client that decides is out of reach from here",
+            where=where,
+            fix="join again later; if that does not help, look at the network",
+        )
+    return AbsentError(
+        "no other client answers: the job has ended, or it is out of reach from here",
+        where=where,
+        fix=f"look into run.output of another client. {DONE} there: the job has finished, and the trained models are "
+        f"there for deca export. {STOPPED} or {FAILED}: resume the run with all clients. None of them: it may be "
+        f"training, so look at the network, and copy {COORDINATORS} from there",
     )
 
 
@@ -118,9 +140,9 @@ def _address_towards(addresses: Addresses) -> str:
 
 def save_addresses(folder: Path, addresses: Addresses) -> None:
     """Write the file in which a rejoining client finds the others, as a whole or not at all."""
-    partial = folder / f"{FILE}.{os.getpid()}.partial"
+    partial = folder / f"{COORDINATORS}.{os.getpid()}.partial"
     partial.write_text(json.dumps({str(client): address for client, address in addresses.items()}) + "\n")
-    os.replace(partial, folder / FILE)
+    os.replace(partial, folder / COORDINATORS)
 
 
 def _read(path: Path) -> Addresses:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,7 +23,7 @@ from deca_ds.engine.heap import return_freed_memory
 from deca_ds.engine.load import find_blocks, zero3_config
 from deca_ds.engine.losses import RowScores, check_own_loss, count_targets, excerpt, row_scores, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
-from deca_ds.engine.same_modules import check_same_modules
+from deca_ds.engine.same_modules import SameModules
 
 _TRIED_TOKENS = 256  # of a row, before training
 BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together: 200 MB
@@ -98,6 +98,7 @@ class Client:
         engine = deepspeed.initialize(model=model, config=zero3_config(config), dist_init_required=False)[0]
         self.model: PreTrainedModel = engine.module
         self._zero = None if internals.keep_shards_whole(engine) else engine.optimizer
+        self._same_modules = SameModules(self.model) if dist.get_world_size() > 1 else None
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
@@ -181,7 +182,8 @@ class Client:
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             tick()
-            loss = training_loss(self.model, batch, self.device, targets)
+            with self._pass("training"):
+                loss = training_loss(self.model, batch, self.device, targets)
             if loss.requires_grad:  # else no parameter of the block takes part in it
                 loss.backward()
             total += loss.detach()
@@ -198,6 +200,10 @@ class Client:
         if 0 < clip_norm < norm < math.inf:
             grad.mul_(clip_norm / norm)
         return GradientStats(total_loss, targets, int(counts[1]), norm, kept, own)
+
+    def _pass(self, kind: str) -> AbstractContextManager[None]:
+        """Return the context of a forward pass, which raises ModelError if ranks run different modules in it."""
+        return nullcontext() if self._same_modules is None else self._same_modules.watched(kind)
 
     def kept(self) -> tuple[list[float], Tensor]:
         """Return what shows whether the block's state was finite at the last `write_back`: the squared 2-norm of theta
@@ -222,7 +228,8 @@ class Client:
         """Return how well the model predicts the targets of each row of the batch."""
         internals.follow_writes(self._zero)
         self.model.eval()
-        return row_scores(self.model, batch, self.device)
+        with self._pass("scoring"):
+            return row_scores(self.model, batch, self.device)
 
     def check_loss(self, batch: Mapping[str, Tensor], others: Iterable[Mapping[str, Tensor]] = ()) -> None:
         """Raise ModelError unless the model's class computes the loss that is trained here, its attention is causal
@@ -231,11 +238,21 @@ class Client:
         batch, *others = (excerpt(each, _TRIED_TOKENS) for each in (batch, *others))
         internals.follow_writes(self._zero)
         self.model.eval()
-        if dist.get_world_size() > 1:
-            check_same_modules(self.model, [batch, *others], self.device)
+        if self._same_modules is not None:
+            self._try_modules([batch, *others])
         check_own_loss(self.model, batch, self.device)
         check_causal(self.model, batch["input_ids"][0].to(self.device))
         self.end_scoring()
+
+    @torch.no_grad()
+    def _try_modules(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raise ModelError unless batches, the same on all ranks, run the same modules. The first one decides which
+        modules later ones have to run, in scoring and in training, whose random numbers stay as they are."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self._pass("training"):
+            training_loss(self.model.train(), batches[0], self.device, max(1, count_targets(batches[0])))
+        for batch in batches:
+            self.score(batch)
 
     def end_scoring(self) -> None:
         """Release what evaluation left gathered; call once after a series of `score`."""

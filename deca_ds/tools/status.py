@@ -16,9 +16,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_ds.checkpoint.done import ended, is_marked_since
+from deca_ds.checkpoint.done import ended, is_marked_since, missing_clients, stopped_without
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import look_for
 from deca_ds.errors import FAILURE_CODE, CheckpointError
 from deca_ds.printing import print_line, wrapped
-from deca_ds.run_folder import DONE, FAILED, HEARTBEATS, LOCK, SAVED_CONFIG, STARTS, STOPPED, client_metrics
+from deca_ds.run_folder import (
+    DONE,
+    FAILED,
+    HEARTBEATS,
+    LOCK,
+    SAVED_CONFIG,
+    STARTS,
+    STOPPED,
+    client_metrics,
+    job_metrics,
+)
 from deca_ds.training.pace import duration
 from deca_ds.watchdog.heartbeats import SILENCE_S, Heartbeat, read_heartbeats
 
@@ -45,17 +55,27 @@ _TAIL = 1 << 16  # bytes at the end of a metrics file
 @dataclass(frozen=True)
 class State:
     """How a run is. beats: of the ranks that write on this host's disks. marker: of its end. losses: by client, that of
-    its last step, as far as its metrics are here."""
+    its last step, as far as its metrics are here. missing: the clients without which the run has ended, or continues,
+    each with the inner step since which it is missing, if that is known here."""
 
     folder: Path
     beats: Sequence[Heartbeat]
     marker: str | None
     losses: dict[int, float]
+    missing: Mapping[int, int | None] = field(default_factory=dict)
 
     @property
     def silent(self) -> list[Heartbeat]:
         """Ranks of a run that has not ended, and that give no sign of life."""
         return [] if self.marker else [beat for beat in self.beats if beat.silent_s() > SILENCE_S]
+
+    def doing(self, beat: Heartbeat) -> str:
+        """Return what a rank does or, of one that is gone with its client, that and since when."""
+        is_here = self.marker is None and beat.silent_s() <= SILENCE_S  # a missing client may be about to rejoin
+        if beat.client is None or beat.client not in self.missing or is_here:
+            return beat.doing
+        since = self.missing[beat.client]
+        return "missing" if since is None else f"missing since step {since}"
 
     @property
     def is_over(self) -> bool:
@@ -113,7 +133,8 @@ def look(folder: Path) -> State:
         marker = None  # of the job before: one that continues the run is loading
     clients = {beat.client for beat in beats if beat.client is not None}
     losses = {client: _last_loss(client_metrics(folder, client)) for client in clients}
-    return State(folder, beats, marker, {client: loss for client, loss in losses.items() if loss is not None})
+    known = {client: loss for client, loss in losses.items() if loss is not None}
+    return State(folder, beats, marker, known, _missing(folder, marker))
 
 
 def status_table(state: State) -> Table:
@@ -126,7 +147,7 @@ def status_table(state: State) -> Table:
     silent = set(map(id, state.silent))
     for beat in state.beats:
         client, loss = ("", "") if beat.client is None else (str(beat.client), state.losses.get(beat.client, ""))
-        doing = Text(beat.doing)
+        doing = Text(state.doing(beat))
         if id(beat) in silent:
             doing.append(f"\nstale: no sign of life for {duration(beat.silent_s())}", "bold red")
         shown = f"{loss:.3f}" if isinstance(loss, float) else loss
@@ -169,6 +190,28 @@ def _beats(folder: Path) -> list[Heartbeat]:
     except (OSError, ValueError, LookupError, TypeError):  # on another host, or being written; or a run of a rank alone
         ranks = 0
     return [beat for beat in beats if beat.rank < (ranks or beat.rank + 1)]  # earlier starts had more
+
+
+def _missing(folder: Path, marker: str | None) -> dict[int, int | None]:
+    """Return the clients that are missing, each with the inner step since which it is, if the job's records tell it:
+    they are on the host of the first client that is left."""
+    since: dict[int, int | None] = {}
+    for record in _memberships(job_metrics(folder)):
+        since = {client: since.get(client, record["from_step"]) for client in record["missing"]}
+    if marker in (DONE, STOPPED):
+        told = missing_clients(folder) if marker == DONE else stopped_without(folder)
+        return {client: since.get(client) for client in told}
+    return since
+
+
+def _memberships(path: Path) -> list[dict[str, Any]]:
+    """Read the job's records of who is left, a record for each change."""
+    try:
+        with open(path, "rb") as file:
+            lines = [line for line in file if line.startswith(b'{"kind": "membership"') and line.endswith(b"}\n")]
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines]
 
 
 def _last_loss(path: Path) -> float | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed import is_initialized
 
-from deca_ds.checkpoint.done import is_done, mark_done, mark_stopped
+from deca_ds.checkpoint.done import is_done, is_marked_since, mark_done, mark_stopped, missing_clients
 from deca_ds.config import Config, Given, load_config
 from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
@@ -29,6 +29,7 @@ from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.printing import print_wrapped
+from deca_ds.run_folder import COORDINATORS, DONE, LOCK
 from deca_ds.tools.train_arguments import parser
 from deca_ds.training.claim import check_held, leave_place, take_place
 from deca_ds.training.summary import RunResult, evaluations, next_commands, print_summary, stopped_commands
@@ -106,8 +107,15 @@ def _run(read: Callable[[], Config], *, join: bool, dry_run: bool) -> tuple[Conf
     launch, rejoin, rejoining = read_launch(), None, None
     config = _read_config(read, launch)
     if join:
-        rejoin, store = _join(config, launch)
-        rejoining = Rejoining(rejoin.invitation["host"], return_s=max(0.0, tries_until() - time.time()))
+        if isinstance(config, UserError):
+            raise config
+        told_over = partial(_told_over, config, launch, _time_ns(Path(config.run.output) / COORDINATORS))
+        joined = _join(config, launch, told_over)
+        if joined is None:
+            return config, launch
+        rejoin, store = joined
+        return_s = max(0.0, tries_until() - time.time())
+        rejoining = Rejoining(rejoin.invitation["host"], return_s, told_over)
     else:
         launch, store = _open_store(config, launch)
     with guarded(launch, store, rejoining) as guard:
@@ -144,17 +152,49 @@ def _open_store(config: Config | UserError, launch: Launch) -> tuple[Launch, Job
     return launch, open_job_store(launch, patience_s, meet_s)
 
 
-def _join(config: Config | UserError, launch: Launch) -> tuple[Rejoin, JobStore]:
-    """Ask the running job to let this client in again: the rejoin, and the job's store."""
-    if isinstance(config, UserError):
-        raise config
+def _join(config: Config, launch: Launch, told_over: Callable[[], str | None]) -> tuple[Rejoin, JobStore] | None:
+    """Ask the running job to let this client in again: the rejoin, and the job's store. None if the job has finished,
+    which is printed. told_over: see Rejoining."""
     layout, output = ClientLayout.of(check_world(config, launch.world_size)), Path(config.run.output)
     take_place(output, launch.rank)
     try:
-        return join_job(launch, layout, output, _START_TIMEOUT_S, config.cluster.timeout_s, tries_until())
+        joined = join_job(
+            launch, layout, output, _START_TIMEOUT_S, config.cluster.timeout_s, tries_until(),
+            is_over=lambda: told_over() is not None,
+        )  # fmt: skip
     except BaseException:
         leave_place(output, launch.rank)
         raise
+    if joined is None:
+        leave_place(output, launch.rank)
+        if told := told_over():
+            print_wrapped(told, sys.stdout)
+    return joined
+
+
+def _told_over(config: Config, launch: Launch, addresses_ns: int) -> str | None:
+    """Return what a rank that joins prints if the job has finished; None as long as that is not certain: a job that has
+    stopped may be the smaller part of a split network.
+
+    addresses_ns: when the addresses were written at which this rank asks to join. A DONE from before is of an earlier
+    job, and so is one from before LOCK.
+    """
+    output, clients = Path(config.run.output), config.cluster.clients
+    if _time_ns(output / DONE) < max(1, addresses_ns) or not is_marked_since(output, output / LOCK):
+        return None
+    layout = ClientLayout.of(check_world(config, launch.world_size))
+    client = layout.client_of(launch.rank)
+    if launch.rank != layout.leader_of(client):
+        return ""
+    without = _without([client] if client in missing_clients(output) else [])
+    return f"nothing left to join: the job has finished{without}, {output} is DONE\n{next_commands(output, clients)}"
+
+
+def _time_ns(path: Path) -> int:
+    """Return when a file was written, in nanoseconds since 1970; 0 if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def _train(config: Config, launch: Launch, store: JobStore, guard: JobGuard, rejoin: Rejoin | None) -> None:

@@ -71,6 +71,13 @@ class Ending:
         place = self._heartbeats.progress.place
         return Failure(self._launch.rank, self._launch.host, "" if place == "starting" else place, message, code)
 
+    def end_in_order(self, told: str) -> NoReturn:
+        """End because the job, in which this rank takes no part yet, has ended in order. told: what to print, if
+        anything."""
+        if told:
+            print_wrapped(told, sys.stdout)
+        end_process(0)
+
     def end_alone(self, error: BaseException, *, mark: bool) -> NoReturn:
         """Report the failure to no other rank, and end. mark: see `leave`."""
         self.leave(self.report(whole_message(error), exit_code(error)), mark=mark)

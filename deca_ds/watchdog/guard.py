@@ -35,7 +35,7 @@ from deca_ds.watchdog.heartbeats import Heartbeats
 from deca_ds.watchdog.look import Look
 from deca_ds.watchdog.patience import USUAL, Patience
 from deca_ds.watchdog.role import Outcome, Role
-from deca_ds.watchdog.standing import Elasticity, Rejoining, Standing
+from deca_ds.watchdog.standing import Elasticity, Rejoining, Standing, of_a_connection
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 from deca_ds.watchdog.watcher import Watcher
 
@@ -133,6 +133,8 @@ class JobGuard:
         """Report `error`, unless another rank was first, and end this process as this rank's role says."""
         self.early_end.forbid()
         self._ending.begun.acquire()
+        if of_a_connection(error) and (told := self._standing.told_over()) is not None:
+            self._ending.end_in_order(told)
         match self._standing.outcome(self._standing.event_of(error)):
             case Outcome.COME_BACK:
                 self.come_back(f"was cut off: {error}")

@@ -16,10 +16,13 @@ from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 @dataclass(frozen=True)
 class Rejoining:
-    """How a client comes back. host: the rank that hosts the job's store. return_s: seconds that it still tries for."""
+    """How a client comes back. host: the rank that hosts the job's store. return_s: seconds that it still tries for.
+    told_over: gives what this rank prints if the job has ended in order without it; None as long as that is not
+    certain."""
 
     host: int
     return_s: float = 0.0
+    told_over: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Standing:
     def __init__(self, launch: Launch, rejoining: Rejoining | None, stop: StopByStore, patience: Patience = USUAL):
         self.role = Role.MEMBER if rejoining is None else Role.REJOINING
         self.return_s = 0.0 if rejoining is None else rejoining.return_s
-        self._launch, self._stop, self._patience = launch, stop, patience
+        self._launch, self._rejoining, self._stop, self._patience = launch, rejoining, stop, patience
         self._elasticity: Elasticity | None = None
 
     def enter_elastic(self, elasticity: Elasticity) -> None:
@@ -68,6 +71,11 @@ class Standing:
     def ends_the_run(self) -> bool:
         """Whether the run has failed when this rank has; not where the rank's client has not been let in yet."""
         return self.role is not Role.REJOINING
+
+    def told_over(self) -> str | None:
+        """Return what this rank prints where its client has not been let in, because the job has ended in order without
+        it; None elsewhere."""
+        return self._rejoining.told_over() if self._rejoining and self.role is Role.REJOINING else None
 
     @property
     def stop(self) -> StopByStore | StopByCommit:
@@ -111,8 +119,7 @@ class Standing:
         if isinstance(error, StallError):
             return Event.HANGS
         # another rank of this client may know already: then what broke here is the connection to that one
-        of_a_connection = isinstance(error, (MessageError, RankLostError, RuntimeError))
-        may_be_cut_off = of_a_connection and self.outcome(Event.CUT_OFF) != self.outcome(Event.ERROR)
+        may_be_cut_off = of_a_connection(error) and self.outcome(Event.CUT_OFF) != self.outcome(Event.ERROR)
         return Event.CUT_OFF if may_be_cut_off and self.is_cut_off(self._patience.cut_off_s) else Event.ERROR
 
     def event_of_stall(self, stall: StallError, client: int | None, timeout_s: float) -> Event:
@@ -120,3 +127,8 @@ class Standing:
         if stall.idle_s > timeout_s + self.grace_s():
             return Event.STILL_HANG
         return Event.HANGS if stall.clients == {client} else Event.OTHERS_HANG
+
+
+def of_a_connection(error: BaseException) -> bool:
+    """Return whether `error` may come from a connection to another rank or to the job's store."""
+    return isinstance(error, (MessageError, RankLostError, RuntimeError))

@@ -129,7 +129,7 @@ class Watcher:
         """Return why this rank has to end without the store, or None if the survivors will open another one."""
         if self._standing.outcome(Event.STORE_GONE) is Outcome.WAIT:
             return None
-        self._come_back_to_a_lost_job(Event.STORE_GONE)
+        self._leave_a_lost_job(Event.STORE_GONE)
         why = "it ended without a report"
         why += ", before this client was let in: join again" if self._standing.role is Role.REJOINING else ""
         ((who, when),) = self._heartbeats.other_end(None, self._site.host)
@@ -138,12 +138,16 @@ class Watcher:
     def _no_answer(self, idle_s: float, silent_s: float) -> None:
         """End this rank because the store is silent; StoreWatch calls this in its thread."""
         silence = no_answer(self._site.host, self._progress.place, idle_s, silent_s)
-        self._come_back_to_a_lost_job(Event.STORE_SILENT)
+        self._leave_a_lost_job(Event.STORE_SILENT)
         # the main thread may have begun to report a failure to the silent store, and would never finish
         self._leave(self._ending.report(str(silence), silence.code), within_s=_NO_ANSWER_S)
 
-    def _come_back_to_a_lost_job(self, event: Event) -> None:
-        """Come back, if that is what this rank does at the event; otherwise return."""
+    def _leave_a_lost_job(self, event: Event) -> None:
+        """End in order if the job has, without this rank; or come back, if that is what this rank does at the event;
+        otherwise return."""
+        if (told := self._standing.told_over()) is not None:
+            self._ending.begun.acquire()
+            self._ending.end_in_order(told)
         if self._standing.outcome(event) is Outcome.COME_BACK:
             self._ending.begun.acquire()
             self._ending.come_back("has lost the job before it was let in", self._standing.return_s)

@@ -99,8 +99,21 @@ def test_a_client_that_finds_nobody_to_join_says_so(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = closed.getsockname()
     save_addresses(tmp_path, {0: address, 1: address})
-    with pytest.raises(LaunchError, match="no other client answers"):
+    with pytest.raises(LaunchError, match="no other client answers: the job has ended, or it is out of reach") as told:
         join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
+    assert (
+        "DONE there: the job has finished" in told.value.fix
+        and "deca export" in told.value.fix
+        and "network" in told.value.fix
+    )
+    assert join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0, time.time() + 600, is_over=lambda: True) is None
+
+
+def test_a_client_that_comes_before_the_job_trains_is_told_who_has_answered(tmp_path):
+    job = Job(3)
+    wait_until_connected(job)
+    with pytest.raises(LaunchError, match="though clients 0, 1 answered: the job has not begun to train yet"):
+        come_back(job, 2, tmp_path)
 
 
 def test_a_client_asks_again_until_its_time_is_over(tmp_path):

@@ -5,7 +5,8 @@ error (the same, by an exception), nan (there, a parameter is), sent (its first 
 (while the mean model after STEP is averaged), returned (before the local step, STEP steps after a client has come
 back). All but error and nan is SIGKILL. And damaged: a bit of its first chunk flips on the way; hangs: its main thread
 does, before the local step; stopped: its process is, there, until the others have put it out. A rank that is started
-with --join does none of that. While a client is missing, steps take DECA_TEST_AWAY_S seconds, or one.
+with --join does none of that; with DECA_TEST_LOADS_UNTIL=PATH it loads its model as soon as there is a PATH. While a
+client is missing, steps take DECA_TEST_AWAY_S seconds, or one.
 """
 
 import gc
@@ -24,6 +25,7 @@ from deca_ds.elastic.reconnect_ulfm import ReconnectingUlfm
 from deca_ds.engine.client import Client
 from deca_ds.launch.launcher import read_launch
 from deca_ds.tools.train import main
+from deca_ds.training import build
 
 dying = os.environ["DECA_TEST_DYING"]
 deaths = {int(rank): (int(step), place) for rank, step, place in (death.split(":") for death in dying.split(","))}
@@ -76,6 +78,17 @@ def dying(exchange):
     return dying_exchange
 
 
+def loads_late(load, path):
+    def loads(*arguments):
+        while not os.path.exists(path):
+            time.sleep(0.02)
+        return load(*arguments)
+
+    return loads
+
+
+if "--join" in sys.argv and (until := os.environ.get("DECA_TEST_LOADS_UNTIL")):
+    build.load_client = loads_late(build.load_client, until)
 Client.gradient = counting_gradient
 for transport in (ReconnectingUlfm, ReconnectingGloo):
     transport._exchange = dying(transport._exchange)  # type: ignore[method-assign]

@@ -209,6 +209,19 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     assert export_model(output, tmp_path / "mean").source == "mean of 3 clients"
 
 
+def test_a_client_that_is_still_loading_when_the_others_finish_does_not_fail(keys, tmp_path, monkeypatch):
+    """It has been invited, and comes to learn of the end from its connections to the job."""
+    output = tmp_path / "run"
+    monkeypatch.setenv("DECA_TEST_LOADS_UNTIL", str(output / "DONE"))
+    keys = [*keys, "cluster.clients=3", "gossip.graph=complete", "cluster.absent=[2]"]
+    finished = run(3, "0:0:never", keys, "torch", late=f"2:{output}/metrics/client_001.jsonl")
+    assert finished.code == 0, finished.output[-6000:]
+    told = f"nothing left to join: the job has finished without client 2, {output} is DONE\n"
+    assert told in finished.output and "ERROR" not in finished.output
+    assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 2\n"
+    assert not list(output.glob("FAILED*"))
+
+
 def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(keys, tmp_path):
     """The centre of a star, which also speaks for the job, diverges: its values reach nobody, and it ends alone."""
     output = tmp_path / "run"

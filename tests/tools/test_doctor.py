@@ -146,10 +146,11 @@ def test_in_a_job_of_slurm_the_hosts_are_those_of_the_job(tmp_path, tiny_model, 
     put(tmp_path / "bin" / "srun", SRUN)
     (tmp_path / "bin" / "ssh").unlink()
     code, found, printed = doctor(capsys, *keys, "cluster.clients=3")
-    away = found["ssh", "127.0.0.3"]
+    away = found["srun", "127.0.0.3"]
     assert code == 2 and away["what"].endswith("srun: error: Unable to create step"), printed
     assert away["state"] == "fail" and "srun --overlap --nodelist=127.0.0.3" in away["fix"]
-    for name in ("ssh", "python", "files", "output"):
+    assert not any(check == "ssh" for check, _ in found)
+    for name in ("srun", "python", "files", "output"):
         assert found[name, "127.0.0.1"]["state"] == found[name, "127.0.0.2"]["state"] == "ok", printed
     assert len(json.loads(printed)["links"]) == 1
 

@@ -66,12 +66,11 @@ def found(check: str, these: Facts) -> list[Finding]:
     return [finding for finding in judge(these) if finding.check == check]
 
 
-def test_where_all_is_well_every_check_says_so():
-    findings = judge(facts())
-    assert {finding.check for finding in findings if finding.state == State.OK} == CHECKS.keys() - {
-        "hosts",
-        "variables",
-    }
+@pytest.mark.parametrize("by", ["ssh", "srun"])
+def test_where_all_is_well_every_check_says_so(by):
+    findings = judge(facts(by_srun=by == "srun"))
+    others = {"hosts", "variables", "srun" if by == "ssh" else "ssh"}
+    assert {finding.check for finding in findings if finding.state == State.OK} == CHECKS.keys() - others
     assert all(finding.state == State.OK for finding in findings), findings
 
 
@@ -80,6 +79,7 @@ def silent(fault: str, said: str = "") -> HostFacts:
 
 
 UNRESOLVED = "ssh: Could not resolve hostname n1: Name or service not known"
+NO_STEP = "srun: error: Unable to create step"
 NO_GLOO_NAME = {"n0": ["10.0.0.0"], "n1": ["127.0.1.1"]}
 TWO_NETWORKS = [*sight(1)["interfaces"], Interface(name="ib0", addresses=["10.9.0.1/24"])]
 OTHER_TORCH = {**sight(1)["packages"], "torch": "2.7.1"}
@@ -107,6 +107,8 @@ BROKEN = [
     ("ssh", facts(n1=silent("", "ssh: connect to host n1 port 22: Connection refused")), FAIL, "n1", "nothing", "sshd"),
     ("ssh", facts(n1=silent("", "ssh: connect to host n1: No route to host")), FAIL, "n1", "no conn", "firewall"),
     ("ssh", facts(n1=silent("no answer in time")), FAIL, "n1", "no answer in time", "ssh -o BatchMode=yes n1"),
+    ("srun", facts(n1=silent("ended with 1", NO_STEP), by_srun=True), FAIL, "n1", NO_STEP, "--nodelist=n1"),
+    ("name", facts(n1=host(1, addresses=[]), by_srun=True), WARN, "n1", "only Slurm knows n1", "/etc/hosts"),
     ("python", facts(n1=silent("", "sh: 1: exec: python3: not found")), FAIL, "n1", "nor any python3", "install"),
     ("python", facts(n1=seen(1, python="/usr/bin/python3")), FAIL, "n1", "no /venv/bin/python", "same path"),
     ("python", facts(n1=seen(1, version="3.10.2")), FAIL, "n1", "Python 3.10.2, here 3.12.1", "same Python"),
@@ -243,6 +245,13 @@ def test_in_a_schedulers_job_no_hostfile_is_blamed():
     for check in ("name", "ssh"):
         (told,) = [each for each in found(check, facts(n1=away, scheduler="LSF")) if each.host == "n1"]
         assert told.fix.startswith("add the host to /etc/hosts"), told
+
+
+def test_a_host_that_srun_reaches_needs_no_ssh_and_perhaps_a_python():
+    away = silent("ended with 127", "sh: 1: exec: python3: not found")
+    by_srun = facts(n1=away, scheduler="Slurm", by_srun=True)
+    assert [each.what for each in found("srun", by_srun)] == ["starts a task there"] * 2
+    assert found("ssh", by_srun) == [] and [each.state for each in found("python", by_srun)] == [State.OK, FAIL]
 
 
 def test_in_a_schedulers_job_ranks_need_no_ssh_and_get_the_variables_of_the_script():

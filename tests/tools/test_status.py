@@ -95,6 +95,59 @@ def test_a_rank_that_waits_keeps_to_one_line_of_80_columns(tmp_path, capsys, mon
     assert last == f"64 n064 64 gossip, waiting for {waits} 412000 12.346 0:03 ago".split()
 
 
+def changes(run, *members: tuple[int, list[int]]) -> None:
+    """From a step on, these clients are missing."""
+    lines = [
+        {"kind": "membership", "step": step, "from_step": step, "missing": missing, "clients": [0]}
+        for step, missing in members
+    ]
+    (run / "metrics").mkdir(exist_ok=True)
+    (run / "metrics" / "job.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [{"kind": "evaluation", "step": 0}, *lines])
+        + '{"kind": "membership", "step": 9, "from_st'
+    )
+
+
+def phases(run, capsys) -> list[str]:
+    """By rank, the first line of each."""
+    main(["status", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("rank"))
+    start = lines[head].index("phase")
+    return [line[start:].rpartition(" 412000 ")[0].strip() for line in lines[head + 2 :] if " 412000 " in line]
+
+
+@pytest.mark.parametrize("marker", ["DONE", "STOPPED", "FAILED"])
+def test_a_client_without_which_the_run_has_ended_is_missing_whatever_it_did_last(
+    tmp_path, capsys, monkeypatch, marker
+):
+    """Of its metrics and markers the folder may have some: without a shared file system, those of this host."""
+    monkeypatch.setenv("COLUMNS", "80")
+    beat(tmp_path, 0, silent_s=3.0, phase="done")
+    beat(tmp_path, 1, silent_s=90_000.0, awaits=117)
+    beat(tmp_path, 2, silent_s=3.0, phase="waiting to be let in")  # it came back as the run ended
+    (tmp_path / marker).write_text("8 of 8 inner steps\nmissing clients: 1, 2\n")
+    if marker != "FAILED":  # which does not name them
+        assert phases(tmp_path, capsys) == ["done", "missing", "missing"]
+    changes(tmp_path, (3, [2]), (4, []), (412000, [1]), (412001, [1, 2]))
+    assert phases(tmp_path, capsys) == ["done", "missing since step 412000", "missing since step 412001"]
+    main(["status", str(tmp_path)])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_a_client_without_which_the_run_continues_is_missing_until_it_shows_life(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    beat(tmp_path, 0)
+    beat(tmp_path, 1, silent_s=90_000.0)
+    beat(tmp_path, 2, silent_s=90_000.0)
+    changes(tmp_path, (3, [1, 2]), (5, [1]))
+    assert phases(tmp_path, capsys) == ["gossip", "missing since step 3", "gossip"], "client 2 came back, and is silent"
+    assert main(["status", str(tmp_path)]) == 4
+    assert capsys.readouterr().out.count("stale: no sign of life") == 2
+    beat(tmp_path, 1, phase="loading the model")
+    assert phases(tmp_path, capsys) == ["gossip", "loading the model", "gossip"]
+
+
 def test_ranks_of_an_earlier_larger_start_are_no_longer_of_the_run(tmp_path):
     beat(tmp_path, 0)
     beat(tmp_path, 1, silent_s=90.0)

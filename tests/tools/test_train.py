@@ -1,5 +1,8 @@
+import os
 import signal
+import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -8,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import HashStore
 
+from deca_ds.checkpoint.done import mark_done
 from deca_ds.config import Config, load_config
+from deca_ds.elastic import save_addresses
 from deca_ds.engine.load import explained
 from deca_ds.errors import DataError, EndedError, LaunchError, exit_code, public_message, whole_message
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
+from deca_ds.run_folder import COORDINATORS, DONE, FAILED, LOCK, STOPPED
 from deca_ds.tools import train
 from deca_ds.training.start import check_together
 from deca_ds.watchdog.early_end import EarlyEnd
@@ -44,6 +50,58 @@ def test_a_rank_that_cannot_join_leaves_nothing_behind(tmp_path, monkeypatch, ca
     assert train.main([*keys, "--join"]) == 2
     assert "there are no addresses of a job to join" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.fixture
+def joins(tmp_path, monkeypatch) -> Callable[[], int]:
+    """Starts rank 1 of two clients again, with --join, in the folder of a job that answers nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / LOCK).touch()
+    save_addresses(tmp_path, {0: address, 1: address})
+    keys = ["model.path=x", "cluster.clients=2", "cluster.on_failure=continue", f"run.output={tmp_path}"]
+    return lambda: train.main([*keys, "--join"])
+
+
+@pytest.mark.parametrize("missing", [[1], []])
+def test_who_comes_back_after_the_end_is_told_so_and_does_not_fail(joins, tmp_path, capsys, missing):
+    mark_done(tmp_path, "8 of 8 inner steps", missing)
+    assert joins() == 0
+    said = capsys.readouterr()
+    without = " without client 1" if missing else ""
+    assert f"nothing left to join: the job has finished{without}, {tmp_path} is DONE\n" in said.out
+    assert f"deca export {tmp_path} MODEL" in said.out and not said.err
+    assert not (tmp_path / "heartbeats").exists(), "nobody has the place of the rank"
+
+
+@pytest.mark.parametrize("written", [LOCK, COORDINATORS, STOPPED, FAILED, None])
+def test_who_comes_back_after_an_end_that_is_not_certain_is_told_what_may_be_and_fails(
+    joins, tmp_path, capsys, written
+):
+    """A job is loading that continues the run, or has been started elsewhere; or it may be a part of a split network
+    that has stopped."""
+    if written in (LOCK, COORDINATORS):
+        mark_done(tmp_path, "8 of 8 inner steps", [1])
+        later = (tmp_path / DONE).stat().st_mtime_ns + 1
+        os.utime(tmp_path / written, ns=(later, later))
+    elif written is not None:
+        (tmp_path / written).write_text("3 of 8 inner steps\nmissing clients: 1\n")
+    assert joins() == 1
+    said = capsys.readouterr()
+    assert "no other client answers: the job has ended, or it is out of reach from here" in said.err and not said.out
+
+
+def test_of_the_ranks_that_come_back_after_the_end_one_says_so(joins, tmp_path, capsys, monkeypatch):
+    mark_done(tmp_path, "8 of 8 inner steps", [1])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, says in ((2, True), (3, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert joins() == 0
+        said = capsys.readouterr()
+        assert ("nothing left to join" in said.out) == says and not said.err
 
 
 def test_a_launched_dry_run_looks_for_every_client_s_file(tiny_model, word_files, tmp_path):

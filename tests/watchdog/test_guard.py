@@ -16,14 +16,17 @@ from jobs import free_port, preloaded_server, wait_until
 from preloaded import ADDRESS, PYTHON
 from torch.distributed import HashStore
 
-from deca_ds.errors import ConfigError, DataError, public_message, whole_message
+from deca_ds.errors import ConfigError, CutOffError, DataError, public_message, whole_message
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import Membership, View
 from deca_ds.transport.local import LocalNetwork
 from deca_ds.watchdog import ending
 from deca_ds.watchdog.failure import Failure, all_leave, is_lost_connection, lost_connection, note_leaving
 from deca_ds.watchdog.guard import JobGuard
 from deca_ds.watchdog.heartbeats import Heartbeat, Heartbeats
+from deca_ds.watchdog.standing import Elasticity, Rejoining
+from deca_ds.watchdog.stop import StopByCommit
 
 WORKER = str(Path(__file__).with_name("guard_worker.py"))
 STAY = ("stays", "stopped")
@@ -199,16 +202,41 @@ class Ended(BaseException):
     """In place of the end of this process."""
 
 
-def fails(made: JobGuard, error: Exception, monkeypatch) -> None:
+def fails(made: JobGuard, error: Exception, monkeypatch) -> int:
+    """The exit code."""
+
     def end(code: int) -> None:
-        raise Ended
+        raise Ended(code)
 
     monkeypatch.setattr(ending, "end_process", end)
     try:
-        with pytest.raises(Ended):
+        with pytest.raises(Ended) as ended:
             made.fail(error)
     finally:
         made._watcher.close()
+    return ended.value.args[0]
+
+
+@pytest.mark.parametrize("role", ["rejoins", "is let in", "member"])
+@pytest.mark.parametrize("error", [CutOffError("it was lost"), RuntimeError("failed to recv, got 0 bytes")])
+def test_who_was_not_let_in_before_the_job_finished_ends_in_order(role, error, monkeypatch, capsys):
+    launch, store = Launch("deepspeed", 1, 2, 1, None), JobStore(HashStore(), None, timedelta(seconds=100))
+    made = JobGuard(launch, store, None if role == "member" else Rejoining(0, told_over=lambda: "it has finished"))
+    if role == "is let in":
+        made.enter_elastic(Elasticity(Membership(View.of_all(2)), ClientLayout(2, 1), StopByCommit()))
+        made._standing.let_others_go_on()
+        monkeypatch.setattr(made._ending, "end_the_client", lambda error: made._ending.end_alone(error, mark=False))
+    code = fails(made, error, monkeypatch)
+    told = capsys.readouterr()
+    assert (code, told.out) == ((0, "it has finished\n") if role == "rejoins" else (1, ""))
+    assert (str(error) in told.err) == (role != "rejoins")
+
+
+def test_a_mistake_of_a_rejoining_client_is_told_though_the_job_has_finished(monkeypatch, capsys):
+    launch, store = Launch("deepspeed", 1, 2, 1, None), JobStore(HashStore(), None, timedelta(seconds=100))
+    made = JobGuard(launch, store, Rejoining(0, told_over=lambda: "it has finished"))
+    assert fails(made, ConfigError("the value is odd"), monkeypatch) == 2
+    assert "the value is odd" in capsys.readouterr().err
 
 
 def test_the_host_of_the_store_stays_until_the_others_know_why_the_job_ends(monkeypatch):

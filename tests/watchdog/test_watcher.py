@@ -56,10 +56,15 @@ class Noted(Ending):
         super().__init__(*parts)
         self.left: list[tuple[Failure, bool]] = []
         self.came_back: list[str] = []
+        self.ended_in_order: list[str] = []
 
     def leave(self, report, *, mark=True):
         self.left.append((report, mark))
         self.begun.release()
+
+    def end_in_order(self, told):
+        self.ended_in_order.append(told)
+        raise Back
 
     def come_back(self, why, return_s, *, through=True):
         self.came_back.append(why)
@@ -73,9 +78,9 @@ class Back(BaseException):
 class Parts:
     """Of the guard of one rank of six, without a guard."""
 
-    def __init__(self, role: Role, store: HashStore, return_s: float = 0.0):
+    def __init__(self, role: Role, store: HashStore, return_s: float = 0.0, over: str | None = None):
         self.store, self.failed, self.drops = store, list[BaseException](), list[str]()
-        rejoining = Rejoining(host=0, return_s=return_s) if role is Role.REJOINING else None
+        rejoining = Rejoining(0, return_s, lambda: over) if role is Role.REJOINING else None
         self.standing = Standing(LAUNCH, rejoining, StopByStore(RANK, 6, 100.0))
         self.site = StoreSite(LAUNCH, JobStore(store, None, timedelta(seconds=100)), 0)
         self.heartbeats = Standstill(LAUNCH, self.standing.ranks)
@@ -209,6 +214,19 @@ def test_a_rejoining_client_tries_again_when_the_store_is_gone(watch):
     wait_until(lambda: made.ending.came_back, "coming back")
     assert made.ending.came_back == ["has lost the job before it was let in"]
     assert made.ending.begun.locked() and not made.ending.left
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("return_s", [0.0, 60.0])
+@pytest.mark.parametrize("told", ["it has finished", ""])
+def test_a_rejoining_client_whose_job_has_finished_meanwhile_ends_in_order(watch, return_s, told):
+    store = Going()
+    made = Parts(Role.REJOINING, store, return_s, over=told)
+    watch(made)
+    store.gone = True
+    wait_until(lambda: made.ending.ended_in_order, "its end")
+    assert made.ending.ended_in_order == [told]
+    assert made.ending.begun.locked() and not made.ending.left and not made.ending.came_back
 
 
 def test_survivors_wait_for_another_store_and_watch_that(watch, monkeypatch):

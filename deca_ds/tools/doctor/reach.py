@@ -1,4 +1,4 @@
-"""Checks of what comes first: names, ssh and python on every host."""
+"""Checks of what comes first: names, ssh or srun, and python on every host."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def name(facts: Facts) -> Iterator[Verdict]:
         if not of.addresses:
             fix = f"{_look_first(facts.scheduler)}add the host to /etc/hosts"
             if of.sight is not None:
-                yield warn(host, f"only ssh's configuration knows {host}: no name server and no /etc/hosts", fix)
+                knows = "Slurm" if facts.by_srun else "ssh's configuration"
+                yield warn(host, f"only {knows} knows {host}: no name server and no /etc/hosts", fix)
             else:
                 yield fail(host, f"{host} stands for no address", fix)
             continue
@@ -124,10 +125,8 @@ def passed_on(facts: Facts) -> dict[str, str]:
 
 @check("ssh")
 def ssh(facts: Facts) -> Iterator[Verdict]:
-    for host, of in facts.hosts.items():
-        if facts.by_srun:
-            yield from _srun(host, of)
-        elif of.sight is not None:
+    for host, of in facts.hosts.items() if not facts.by_srun else ():
+        if of.sight is not None:
             if facts.remote:
                 yield ok(host, "without password")
         elif _NO_PYTHON.search(of.said):
@@ -140,15 +139,18 @@ def ssh(facts: Facts) -> Iterator[Verdict]:
             yield fail(host, *ssh_fault(host, of, None))
 
 
-def _srun(host: str, of: HostFacts) -> Iterator[Verdict]:
-    """Say how srun has reached a host of a job of Slurm."""
-    if of.sight is not None or _NO_PYTHON.search(of.said):
-        yield ok(host, "not needed: srun reaches the hosts")
-        return
-    last = (of.said.splitlines() or [""])[-1][:120]
-    what = f"srun starts no python there: {of.fault}" + (f": {last}" if last else "")
-    fix = f"try: srun --overlap --nodelist={host} {sys.executable} -V; with --hostfile the doctor takes ssh"
-    yield fail(host, what, fix)
+@check("srun")
+def srun(facts: Facts) -> Iterator[Verdict]:
+    """Whether it starts a task on each host of a job of Slurm, which then needs no ssh."""
+    for host, of in facts.hosts.items() if facts.by_srun else ():
+        if of.sight is not None or _NO_PYTHON.search(of.said):
+            if facts.remote:
+                yield ok(host, "starts a task there")
+            continue
+        last = (of.said.splitlines() or [""])[-1][:120]
+        what = f"it starts no python there: {of.fault}" + (f": {last}" if last else "")
+        fix = f"try: srun --overlap --nodelist={host} {sys.executable} -V; with --hostfile the doctor takes ssh"
+        yield fail(host, what, fix)
 
 
 @check("python")
