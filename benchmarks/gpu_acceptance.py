@@ -198,11 +198,11 @@ def exact_masters(run: Run) -> str:
 
 def resume(run: Run) -> str:
     """Stopped and gone on with: the bits of the run that was not stopped."""
-    run.job("stopped", "hand", "checkpoint.every=4", stop_after=5)
-    stopped = run.folder / "stopped"
+    long = ("checkpoint.every=4", "algorithm.rounds=16")  # so long that no machine is done before it is stopped
+    whole, stopped = run.job("whole", "hand", *long), run.job("stopped", "hand", *long, stop_after=5)
     assert not (stopped / "DONE").exists(), "the job ended before it was stopped"
-    run.job("stopped", "hand", "checkpoint.every=4", "run.resume=require")
-    assert _digest(stopped) == _digest(run.folder / "bits-hand"), "a resumed run has other parameters"
+    run.job("stopped", "hand", *long, "run.resume=require")
+    assert _digest(stopped) == _digest(whole), "a resumed run has other parameters"
     return "stopped by SIGTERM, resumed: the bits of an uninterrupted run"
 
 
