@@ -37,9 +37,13 @@ def agreement(mixing: MixingSchedule) -> str:
         return "averaging over a period need not bring the clients' models closer together"
     often = "every averaging" if period == 1 else f"every {period} averagings"
     if gap >= 1:
-        same = f"after {often} all clients have the same block, as with a server that averages all of them"
-        own = "; for clients that keep models of their own set gossip.weights=lazy_metropolis or another gossip.graph"
-        return same + own * (period == 1)
+        same = f"after {often} all clients have the same block"
+        if period > 1:
+            return f"{same}, but for what their local steps in between have changed"
+        return (
+            f"{same}, as with a server that averages all of them; for clients that keep models of their own set "
+            "gossip.weights=lazy_metropolis or another gossip.graph"
+        )
     closer = (1 - gap) ** -period
     if closer < _CLOSER:
         often, closer = f"about {averagings_to_agree(mixing):.3g} averagings", math.e
@@ -47,15 +51,19 @@ def agreement(mixing: MixingSchedule) -> str:
     return f"{often} {does} the clients' models {closer:.1f} times closer together, or more"
 
 
-def predicted_disagreement(gap: float, lr: float, local_steps: int) -> float:
-    """Return how far apart a weight of different clients stays, per coordinate: e* = rho s lr / (1 - rho).
+def predicted_disagreement(mixing: MixingSchedule, lr: float, local_steps: int) -> float:
+    """Return how far apart a weight of different clients stays after a period, per coordinate, with s local steps from
+    one averaging to the next: e* = (sigma + tau - 1) s lr / (1 - sigma).
 
-    Adam moves a coordinate by about lr at most (Kingma and Ba, arXiv 1412.6980, section 2.1), so that s local steps and
-    an averaging take a disagreement e to at most rho (e + s lr), of which e* is the fixed point. The same balance of
-    drift and spectral gap bounds the consensus distance of local SGD (Koloskova et al., arXiv 2003.10422). An upper
-    estimate: clients that move the same way disagree less. Infinite for gap 0.
+    Adam moves a coordinate by about lr at most (Kingma and Ba, arXiv 1412.6980, section 2.1). A period of tau
+    averagings leaves at most sigma = (1 - spectral gap)^tau of the disagreement that it meets, and at most all of the
+    steps in its midst: it takes e to at most sigma (e + s lr) + (tau - 1) s lr, of which e* is the fixed point. The
+    same balance of drift and spectral gap bounds the consensus distance of local SGD (Koloskova et al., arXiv
+    2003.10422). An upper estimate: clients that move the same way disagree less. Infinite for gap 0.
     """
-    return math.inf if gap <= 0 else (1 - gap) * local_steps * lr / gap
+    gap, tau = mixing.spectral_gap, mixing.period
+    sigma = (1 - gap) ** tau
+    return math.inf if gap <= 0 else (sigma + tau - 1) * local_steps * lr / (1 - sigma)
 
 
 def slow_mixing(
@@ -66,7 +74,6 @@ def slow_mixing(
     weight_scale: standard deviation of the model's freshly drawn weights. Clients that do not gossip are not warned of:
     that is what was asked for.
     """
-    gap = mixing.spectral_gap
     if mixing.messages == 0:
         return []
     found = []
@@ -78,14 +85,13 @@ def slow_mixing(
             f"{averagings} time{'s' if averagings > 1 else ''} while it is active, and it takes "
             f"about {needed:.3g} averagings to bring the clients' models {math.e:.1f} times "
             "closer together. What a client learns in a block has not reached all clients when the next block begins. "
-            "A graph with a larger spectral gap (gossip.graph=exponential), more algorithm.inner_steps or a smaller "
-            "gossip.every helps"
+            "Another gossip.graph (exponential, complete), more algorithm.inner_steps or a smaller gossip.every helps"
         )
-    apart = predicted_disagreement(gap, lr, gossip_every)
+    apart = predicted_disagreement(mixing, lr, gossip_every)
     if apart > LARGE_DISAGREEMENT * weight_scale:
         found.append(
             f"the graph mixes slowly for this learning rate: weights of different clients may stay {apart:.2g} apart, "
             f"which is {apart / weight_scale:.2g} times the standard deviation of fresh weights ({weight_scale:g}). "
-            "A graph with a larger spectral gap, a smaller optimizer.lr or a smaller gossip.every helps"
+            "Another gossip.graph (exponential, complete), a smaller optimizer.lr or a smaller gossip.every helps"
         )
     return found

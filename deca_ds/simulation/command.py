@@ -82,9 +82,12 @@ def contraction(simulation: Simulation) -> str:
     if not factors:
         return "after every averaging all clients had the same block"
     measured = math.exp(sum(map(math.log, factors)) / len(factors))  # a period may have averagings that do nothing
-    bound = 1 - simulation.mixing.spectral_gap
+    period = simulation.mixing.period
+    bound = (1 - simulation.mixing.spectral_gap) ** period
+    plain = "a plain averaging leaves" if period == 1 else f"{period} plain averagings leave"  # one alone may leave all
     return (
-        f"an averaging left {measured:.1%} of the distance between the clients' models; at most {bound:.1%} by theory"
+        f"an averaging left {measured:.1%} of the distance between the clients' models; by theory {plain} at most "
+        f"{bound:.1%}"
     )
 
 

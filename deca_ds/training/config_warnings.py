@@ -93,7 +93,7 @@ READ: dict[str, Reading] = {
     "gossip.graph": (lambda config: config.gossip.matrix is None, "gossip.matrix takes its place"),
     "gossip.weights": (
         lambda config: config.gossip.matrix is None and config.gossip.graph != "base",
-        "gossip.matrix, or the graph base, has weights of its own",
+        lambda config: "gossip.matrix takes its place" if config.gossip.matrix else "the graph base has its own",
     ),
     "logging.progress_s": (lambda config: config.logging.progress, "logging.progress=false"),
     "logging.project": (lambda config: config.logging.tracker != "none", "logging.tracker=none"),

@@ -89,6 +89,14 @@ def test_a_value_that_nothing_reads_is_told(told, assigned, read):
         assert "has no effect: " in warning
 
 
+@pytest.mark.parametrize(
+    ("keys", "why"), [([], "the graph base has its own"), (["gossip.matrix=w.txt"], "gossip.matrix")]
+)
+def test_weights_without_effect_are_told_with_what_takes_their_place(told, keys, why):
+    (warning,) = told("gossip.weights=lazy_metropolis", *keys)
+    assert f"has no effect: {why}" in warning
+
+
 def test_what_a_start_adds_is_not_told_as_the_user_s(told):
     assert told(f"data.date='{today()}'") == []
 
