@@ -64,7 +64,7 @@ class Simulation:
             if step.opens:
                 local_steps = self._open(step.block)
             state = self.state
-            lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
+            lr = step_learning_rate(self.config.optimizer, step.index, len(self.schedule))
             losses = [
                 self._local_step(step, client, next(batches[client]), local_steps[client], lr)
                 for client in range(self.clients.clients)

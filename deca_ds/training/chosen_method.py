@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
 
-from deca_ds.algorithm import METHODS, SIGNALS, Method, Rule, Schedule, Step, build_rule, learning_rate
+from deca_ds.algorithm import METHODS, SIGNALS, Method, Rule, Schedule, build_rule, learning_rate
 from deca_ds.config import Config
 from deca_ds.config.checks import check_names
 from deca_ds.config.schema import AlgorithmConfig, OptimizerConfig
@@ -46,10 +46,10 @@ def build_schedule(config: Config, blocks: int, rounds: int) -> Schedule:
     )
 
 
-def step_learning_rate(optimizer: OptimizerConfig, step: Step, steps: int) -> float:
-    """Return the learning rate of an inner step of a run of `steps`."""
+def step_learning_rate(optimizer: OptimizerConfig, index: int, steps: int) -> float:
+    """Return the learning rate of inner step `index`, from 0 on, of a run of `steps`."""
     return learning_rate(
-        step.index,
+        index,
         steps,
         peak=optimizer.lr,
         schedule=optimizer.schedule,

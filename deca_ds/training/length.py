@@ -12,6 +12,7 @@ from deca_ds.algorithm import Schedule
 from deca_ds.config import Config
 from deca_ds.engine.state import position
 from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.training.chosen_method import step_learning_rate
 
 ANY_ROUNDS = 2  # stands for an unknown number of rounds: more than two take no more disk
 MANY_TIMES = 30  # over a client's data: far more than the few that fine-tuning takes
@@ -150,7 +151,10 @@ def tell_other_length(config: Config, schedule: Schedule, saved: Mapping[str, in
     what = f"the run is {len(schedule)} inner steps long instead of {saved['of']}"
     if config.optimizer.schedule == "constant":
         return what
+    rate, before = (
+        step_learning_rate(config.optimizer, saved["done"], steps) for steps in (len(schedule), saved["of"])
+    )
     return (
-        f"WARNING: {what}, and so optimizer.schedule={config.optimizer.schedule} has another course: from step "
-        f"{saved['done'] + 1} on the learning rate is that of the new length, before it was that of the old one"
+        f"WARNING: {what}, and optimizer.schedule={config.optimizer.schedule} follows the new length from here on: "
+        f"step {saved['done'] + 1} has a learning rate of {rate:.3g} instead of {before:.3g}"
     )

@@ -133,7 +133,7 @@ class Trainer:
         block_state = self.client.active
         assert block_state is not None
         started, waited = time.perf_counter(), self.gossip.wait_seconds
-        lr = step_learning_rate(self.config.optimizer, step, len(self.schedule))
+        lr = step_learning_rate(self.config.optimizer, step.index, len(self.schedule))
         batch = next(self.batches) if self._batch is None else self._batch
         stats = inner_step(
             self.client, block_state, self.rule, self.gossip, step, batch, lr, self.config.optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -118,5 +119,9 @@ def test_a_learning_rate_that_depends_on_the_length_is_warned_of(tmp_path):
         tell_other_length(config(tmp_path, "optimizer.schedule=constant"), longer, saved)
         == "the run is 60 inner steps long instead of 40"
     )
-    warning = tell_other_length(config(tmp_path), longer, saved)
-    assert warning.startswith("WARNING: ") and "from step 8 on the learning rate is that of the new length" in warning
+    warning = tell_other_length(config(tmp_path, "optimizer.lr=0.1"), longer, saved)
+    assert warning.startswith("WARNING: the run is 60 inner steps long instead of 40, and optimizer.schedule=cosine")
+    rates = [0.05 * (1 + math.cos(math.pi * 7 / steps)) for steps in (60, STEPS)]
+    assert warning.endswith(f"step 8 has a learning rate of {rates[0]:.3g} instead of {rates[1]:.3g}")
+    finished = tell_other_length(config(tmp_path, "optimizer.lr=0.1"), longer, {"done": STEPS, "of": STEPS})
+    assert finished.endswith("step 41 has a learning rate of 0.025 instead of 0")
