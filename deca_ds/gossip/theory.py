@@ -42,7 +42,7 @@ def agreement(mixing: MixingSchedule) -> str:
             return f"{same}, but for what their local steps in between have changed"
         return (
             f"{same}, as with a server that averages all of them; for clients that keep models of their own set "
-            "gossip.weights=lazy_metropolis or another gossip.graph"
+            "gossip.graph=ring gossip.weights=lazy_metropolis"
         )
     closer = (1 - gap) ** -period
     if closer < _CLOSER:
@@ -80,12 +80,15 @@ def slow_mixing(
     averagings = math.ceil(inner_steps / gossip_every)
     needed = averagings_to_agree(mixing)
     if needed > averagings:
+        does = f"bring the clients' models {math.e:.1f} times closer together"
+        if mixing.spectral_gap >= 1:
+            does = "average all clients"
         found.append(
             "the graph mixes slowly for this number of inner steps: a block is averaged "
             f"{averagings} time{'s' if averagings > 1 else ''} while it is active, and it takes "
-            f"about {needed:.3g} averagings to bring the clients' models {math.e:.1f} times "
-            "closer together. What a client learns in a block has not reached all clients when the next block begins. "
-            "Another gossip.graph (exponential, complete), more algorithm.inner_steps or a smaller gossip.every helps"
+            f"about {needed:.3g} averagings to {does}. What a client learns in a block has not reached all clients "
+            "when the next block begins. Another gossip.graph (exponential, complete), more algorithm.inner_steps or a "
+            "smaller gossip.every helps"
         )
     apart = predicted_disagreement(mixing, lr, gossip_every)
     if apart > LARGE_DISAGREEMENT * weight_scale:
