@@ -14,7 +14,7 @@ from scipy import stats
 Run = Mapping[str, Any]
 Measure = Callable[[Run], float | None]
 
-TIME_VARYING = ("one_peer_exponential", "base")  # gossip.graph
+TIME_VARYING = ("base", "one_peer_exponential", "random_pairs")  # gossip.graph
 LOCAL, CENTRAL = "adamw, alone", "adamw, all data"  # the brackets of a study, where it has both
 
 

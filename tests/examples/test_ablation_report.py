@@ -10,6 +10,10 @@ from dataclasses import replace
 import pytest
 from jobs import REPOSITORY
 
+from deca_ds.config.schema import GossipConfig
+from deca_ds.config.yaml_text import choices
+from deca_ds.gossip.schedule import build_mixing
+
 FOLDER = REPOSITORY / "examples" / "ablation"
 RESULTS = REPOSITORY / "benchmarks" / "ablation"
 BASE = {"data.batch_size": 4}
@@ -65,6 +69,14 @@ def rows():
         add(VARIANTS["half lost"], 1.0, seed, math.nan if seed == 2 else 0.4)
     ((_, _, found),) = summarize(STUDIES, runs)
     return {row.name: row for row in found}
+
+
+def test_graphs_that_change_have_no_bound_of_an_averaging():
+    from summary import TIME_VARYING
+
+    made = [graph for graph in choices("gossip.graph") if graph != "edge_list"]
+    changing = [graph for graph in made if build_mixing(GossipConfig(graph=graph), 8, 0).period > 1]
+    assert sorted(TIME_VARYING) == sorted(changing)
 
 
 def test_the_best_learning_rate_is_of_the_tuning_seed(rows):
