@@ -137,6 +137,7 @@ class DiLoCo(AdamRule):
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "anchor", "momentum")
+    adds: ClassVar[str] = "outer step"
     nesterov: ClassVar[bool] = True
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
@@ -205,6 +206,7 @@ class GasLoC(AdamRule):
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "previous")
+    adds: ClassVar[str] = "momentum"
     outer_momentum: float = 0.9
 
     def warnings(self, matrices: Sequence[Tensor]) -> list[str]:

@@ -40,6 +40,7 @@ class DecaExactDiffusion(DecaRule):
     """See the module. correction: c, the part of d that the next step repeats. State: m, v, change (d)."""
 
     buffers: ClassVar[tuple[str, ...]] = ("m", "v", "change")
+    adds: ClassVar[str] = "correction"
     correction: float = 0.9
 
     def warnings(self, matrices: Sequence[Tensor]) -> list[str]:

@@ -35,10 +35,12 @@ class Rule(ABC):
 
     buffers: names of the state beside theta and grad; float32 tensors, 4 bytes per active parameter each.
     travels: names of the tensors that neighbours average, in this order; "grad" holds theta_half by then.
+    adds: what it adds to a plain averaging of the parameters, in a word or two; empty where it adds nothing.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ()
     travels: ClassVar[tuple[str, ...]] = ("grad",)
+    adds: ClassVar[str] = ""
 
     @property
     def bytes_per_parameter(self) -> int:

@@ -26,13 +26,17 @@ def averagings_to_agree(mixing: MixingSchedule) -> float:
     return max(float(mixing.period), 0.0 if gap >= 1 else -1.0 / math.log1p(-gap))
 
 
-def agreement(mixing: MixingSchedule) -> str:
-    """Say what averagings do to the clients' models, for the plan and the start of a run."""
-    gap, period = mixing.spectral_gap, mixing.period
+def agreement(mixing: MixingSchedule, adds: str = "") -> str:
+    """Say what averagings do to the clients' models, for the plan and the start of a run. adds: see Rule."""
     if mixing.size == 1:
         return "one client averages with nobody"
     if mixing.messages == 0:
         return "every client trains alone, and the models drift apart"
+    return (f"without the {adds} that the method adds, " if adds else "") + _of_plain_averagings(mixing)
+
+
+def _of_plain_averagings(mixing: MixingSchedule) -> str:
+    gap, period = mixing.spectral_gap, mixing.period
     if gap <= 0:
         return "averaging over a period need not bring the clients' models closer together"
     often = "every averaging" if period == 1 else f"every {period} averagings"

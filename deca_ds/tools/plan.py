@@ -36,7 +36,7 @@ from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_hosts import look_at_hosts
 from deca_ds.tools.plan_run import Planned, fault_of_data, print_run
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
-from deca_ds.training.chosen_method import check_method
+from deca_ds.training.chosen_method import check_method, rule_of
 from deca_ds.training.config_warnings import config_warnings, gossip_warnings
 from deca_ds.training.pace import evaluations_left
 from deca_ds.training.resume import check_start
@@ -176,7 +176,7 @@ def _print_model(
 
 def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, architecture: PretrainedConfig) -> None:
     """Print the graph, which clients are absent, and whether the graph mixes fast enough."""
-    print_line(console, f"gossip: {mixing.summary()}; {agreement(mixing)}")
+    print_line(console, f"gossip: {mixing.summary()}; {agreement(mixing, rule_of(config).adds)}")
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
         gap = subset.spectral_gap(without, [c for c in range(mixing.size) if c not in config.cluster.absent])

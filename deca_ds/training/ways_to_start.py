@@ -23,7 +23,7 @@ from deca_ds.gossip import agreement, subset
 from deca_ds.launch.compare_ranks import compare_start
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import MODEL, SAVED_CONFIG, STOPPED, client_failure
-from deca_ds.training.chosen_method import build_schedule
+from deca_ds.training.chosen_method import build_schedule, rule_of
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare_clients import compare_data, digest_of_start
 from deca_ds.training.config_warnings import length_warnings
@@ -166,7 +166,7 @@ class NewRun(_Together):
         save_config(job.config, job.output / SAVED_CONFIG)
         save_summaries(job.output, summaries)
         Console(stderr=True).print(data_table(summaries, job.config.data.partition_column))
-        print_wrapped(f"gossip: {job.mixing.summary()}; {agreement(job.mixing)}")
+        print_wrapped(f"gossip: {job.mixing.summary()}; {agreement(job.mixing, rule_of(job.config).adds)}")
 
     def _check_schedule(self, job: Job, schedule: Schedule) -> None:
         """Accept any schedule."""
