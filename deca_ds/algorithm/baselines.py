@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deca_ds.algorithm.adam import AdamRule
-from deca_ds.algorithm.contraction import contraction, with_momentum, with_outer_step
+from deca_ds.algorithm.contraction import NEVER, contraction, with_momentum, with_outer_step
 from deca_ds.algorithm.rule import State
 
 
@@ -114,9 +114,6 @@ class GtAdam(AdamRule):
         state["theta" if name == "grad" else name].copy_(mixed)
 
 
-_NEVER = 1 - 1e-9  # what an averaging leaves, if averagings alone do not bring clients together
-
-
 def _drives_apart(momentum: float, left: float) -> str:
     return (
         f"algorithm.outer_momentum={momentum:g} drives the clients apart on this graph: an averaging leaves {left:.3g} "
@@ -148,7 +145,7 @@ class DiLoCo(AdamRule):
             contraction(matrices, with_outer_step(self.outer_lr, mu, nesterov=self.nesterov))
             for mu in (0.0, self.outer_momentum)
         )
-        return [_drives_apart(self.outer_momentum, left)] if left > 1 + 1e-9 and plain < _NEVER else []
+        return [_drives_apart(self.outer_momentum, left)] if left > 1 + 1e-9 and plain < NEVER else []
 
     @torch.no_grad()
     def open(self, state: State) -> None:
@@ -213,7 +210,7 @@ class GasLoC(AdamRule):
         """See Rule: a momentum with which clients agree later than without it, or never."""
         momentum = self.outer_momentum
         plain, left = (contraction(matrices, with_momentum(mu)) for mu in (0.0, momentum))
-        if plain > _NEVER or left < plain + 0.005:  # nothing brings them together, or the numbers would look the same
+        if plain > NEVER or left < plain + 0.005:  # nothing brings them together, or the numbers would look the same
             return []
         if left > 1:
             return [_drives_apart(momentum, left)]

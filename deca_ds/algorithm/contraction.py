@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+NEVER = 1 - 1e-9  # what an averaging leaves, if averagings do not bring clients together
 _AVERAGINGS = 500  # of which half of a computed rate is the mean, at least
 
 # makes of W, the clients' parameters x and what the rule keeps beside them, (n,) each, both after an averaging; what is

@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deca_ds.algorithm.contraction import contraction, with_correction
+from deca_ds.algorithm.contraction import NEVER, contraction, with_correction
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.algorithm.rule import State
 
@@ -46,7 +46,7 @@ class DecaExactDiffusion(DecaRule):
     def warnings(self, matrices: Sequence[Tensor]) -> list[str]:
         """See Rule: a correction with which averagings drive clients apart, where they do not without it."""
         left = contraction(matrices, with_correction(self.correction))
-        if left < 1 or contraction(matrices, with_correction(0.0)) > 1 - 1e-9:
+        if left < 1 or contraction(matrices, with_correction(0.0)) > NEVER:
             return []
         return [
             f"algorithm.correction={self.correction:g} is too large for this graph: an averaging leaves {left:.3g} "
