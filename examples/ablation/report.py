@@ -2,7 +2,7 @@
 
 python examples/ablation/report.py                      benchmarks/ablation/tables.md and plots
 python examples/ablation/report.py --no-plots           tables only; needs no matplotlib
-python examples/ablation/report.py --studies learnable  benchmarks/learnable/tables.md, and the table in README.md
+python examples/ablation/report.py --studies learnable  benchmarks/learnable/tables.md, and the table in README.md there
 """
 
 from __future__ import annotations
@@ -57,15 +57,12 @@ of one-peer exponential makes an exact mean, its single averagings have no such 
 """
 
 
-README, FIRST = BENCHMARKS.parent / "README.md", "methods, ring"  # the study whose table stands there
+PAGE, FIRST = BENCHMARKS / "learnable" / "README.md", "methods, ring"  # the study whose table stands there
 SCREEN = """
-Eight clients on a ring (the default graph, `base`, is as good at half the traffic) fine-tune a Llama of
-1.3 million parameters, pretrained on news, to classify AG News; most of a client's examples have one or two of the four
-labels. Each method has its own best learning rate. +- is a 95 % interval over the seeds; bold differs from DECA with
-p < 0.05, corrected for the number of methods. MB: what a client sends, and keeps while it trains. [What was run and
-what it shows](benchmarks/learnable/README.md):
+Each method at its own best learning rate. +- is a 95 % interval over the seeds; bold differs from DECA with p < 0.05,
+corrected for the number of methods. MB: what a client sends, and keeps while it trains.
 
-![Accuracy of each method, between clients alone and all data](benchmarks/learnable/accuracy.png)
+![Accuracy of each method, between clients alone and all data](accuracy.png)
 
 {table}
 """
@@ -88,7 +85,7 @@ def main() -> None:
     studies = list(summarize(wanted, runs))
     (results / "tables.md").write_text(head(arguments.studies, wanted) + tables(studies, runs))
     if results == BENCHMARKS / "learnable":
-        README.write_text(between_marks(README.read_text(), readme_results(studies)))
+        PAGE.write_text(between_marks(PAGE.read_text(), first_table(studies)))
     if not arguments.no_plots:
         from plots import draw
 
@@ -96,7 +93,7 @@ def main() -> None:
 
 
 def between_marks(page: str, text: str) -> str:
-    """The README with that text in its place."""
+    """The page with that text in its place."""
     before, _, rest = page.partition(f"{MARKS[0]}\n")
     _, _, after = rest.partition(f"{MARKS[1]}\n")
     return f"{before}{MARKS[0]}\n{text}{MARKS[1]}\n{after}"
@@ -173,8 +170,8 @@ def _signal_table(studies: Studies) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme_results(studies: Studies) -> str:
-    """What the README says of FIRST: how often the clients answer rightly, and what it costs. Empty until DECA and both
+def first_table(studies: Studies) -> str:
+    """What PAGE shows of FIRST: how often the clients answer rightly, and what it costs. Empty until DECA and both
     brackets are done; other rows follow as they are."""
     rows = next((rows for study, _, rows in studies if study == FIRST), [])
     done = [place for place, row in enumerate(rows) if row.runs]

@@ -217,22 +217,22 @@ def test_the_tables_have_the_numbers_of_the_rows_and_say_what_did_not_finish(row
         assert len(width) == 1, "a row has other columns than the head"
 
 
-def test_the_readme_has_the_rows_that_have_run(rows):
+def test_the_first_table_has_the_rows_that_have_run(rows):
     from dataclasses import replace
 
-    from report import FIRST, MARKS, ORDERING, between_marks, readme_results
+    from report import FIRST, MARKS, ORDERING, between_marks, first_table
 
     first, *others = rows.values()
     deca = replace(first, variant=replace(first.variant, name=ORDERING[0]))
-    text = readme_results([(FIRST, "news", [deca, *others])])
-    assert "](benchmarks/learnable/accuracy.png)" in text and "never" not in text and "later" not in text
+    text = first_table([(FIRST, "news", [deca, *others])])
+    assert "](accuracy.png)" in text and "never" not in text and "later" not in text
     assert "| deca (descent) | 60.0 +- 24.8 |  | 60.0 +- 24.8 | 0.75 +- 0.00 | 6 | 2.0 |" in text
     assert "| adamw, alone | 0.0 +- 24.8 | **-60.0 +- 0.0** |" in text
     page = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
     assert between_marks(page, text) == f"before\n{MARKS[0]}\n{text}{MARKS[1]}\nafter\n"
-    assert readme_results([("another", "news", [deca, *others])]) == ""
+    assert first_table([("another", "news", [deca, *others])]) == ""
     for missing in (deca, rows["adamw, alone"], rows["adamw, all data"]):
-        assert readme_results([(FIRST, "news", [row for row in (deca, *others) if row is not missing])]) == ""
+        assert first_table([(FIRST, "news", [row for row in (deca, *others) if row is not missing])]) == ""
 
 
 def test_equal_runs_are_said_to_be_equal(rows):
@@ -330,7 +330,7 @@ def test_runs_of_one_process_are_scored_on_as_much_as_each_asks_for(tiny_model, 
 @pytest.mark.parametrize("name", ["ablation", "learnable"])
 def test_the_tables_in_the_repository_are_made_from_its_runs(name):
     from ablation import finished, load_studies
-    from report import between_marks, head, readme_results, tables
+    from report import PAGE, between_marks, first_table, head, tables
     from summary import summarize
 
     results, wanted = RESULTS.with_name(name), load_studies(name)
@@ -340,5 +340,5 @@ def test_the_tables_in_the_repository_are_made_from_its_runs(name):
     again = f"run python examples/ablation/report.py --studies {name}"
     assert made == (results / "tables.md").read_text(), again
     if name == "learnable":
-        page = (REPOSITORY / "README.md").read_text()
-        assert page == between_marks(page, readme_results(studies)), again
+        page = PAGE.read_text()
+        assert page == between_marks(page, first_table(studies)), again
