@@ -31,6 +31,7 @@ from deca_ds.launch.store import JobStore, open_job_store
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import COORDINATORS, DONE, LOCK
 from deca_ds.tools.train_arguments import parser
+from deca_ds.training.best import is_saved
 from deca_ds.training.claim import check_held, leave_place, take_place
 from deca_ds.training.summary import RunResult, evaluations, next_commands, print_summary, stopped_commands
 from deca_ds.training.terminal import handlers_kept, on_interrupt, on_stop, own_streams
@@ -260,8 +261,7 @@ def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
     """Mark the run's folder as DONE, and print the results and the next commands. missing: clients."""
     mark_done(trainer.output, _steps(trainer), missing)
     print_summary(evaluations(trainer.output, trainer.cluster.client))
-    clients, best = trainer.config.cluster.clients, trainer.config.checkpoint.best
-    commands = next_commands(trainer.output, clients, best=best)
+    commands = next_commands(trainer.output, trainer.config.cluster.clients, best=_has_best(trainer))
     print_wrapped(f"done{_without(missing)}: {trainer.output}\n{commands}", sys.stdout)
 
 
@@ -276,7 +276,7 @@ def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
         if trainer.cluster.transport == "torch":
             how += f"; from here, without them: cluster.absent=[{','.join(map(str, missing))}]"
     mark_stopped(trainer.output, steps, how, missing)
-    commands = stopped_commands(trainer.output, best=config.checkpoint.best)
+    commands = stopped_commands(trainer.output, best=_has_best(trainer))
     print_wrapped(f"stopped after {steps}{_without(missing)}; to continue: {how}\n{commands}", sys.stdout)
 
 
@@ -290,6 +290,10 @@ def _end_early(config: Config, output: Path | None) -> None:
             mark_stopped(output, "before training began", how)
         forget_request(output)
     print_wrapped(f"stopped before training began: nothing was trained; to continue: {how}", sys.stdout)
+
+
+def _has_best(trainer: Trainer) -> bool:
+    return trainer.config.checkpoint.best and is_saved(trainer.state.best)
 
 
 def _steps(trainer: Trainer) -> str:

@@ -26,3 +26,8 @@ def after(best: State, step: int, loss: float, sets: Sequence[int]) -> dict[str,
 def gives_up(best: State, patience: int) -> bool:
     """Return whether a run stops early. patience: evaluation.patience."""
     return 0 < patience <= int(best.get("since", 0))
+
+
+def is_saved(best: State) -> bool:
+    """Return whether `checkpoint.best` has saved the best model so far: not if that is the one from before training."""
+    return bool(best.get("step"))

@@ -269,6 +269,7 @@ def test_the_rest_stop_early_together(keys, tmp_path):
     stopped, _, how = (output / "STOPPED").read_text().partition("to continue: ")
     assert stopped == f"8 of 16 inner steps, because {why}\nmissing clients: 1\n"
     assert how.startswith("the same command with run.resume=require and evaluation.patience=0, from the newest")
+    assert f"deca export {output} MODEL --checkpoint best" in finished.output
     assert not (output / "FAILED").exists()
     best, newest = steps_in(output / "checkpoints")
     assert (best, newest) == (4, 8) and clients_in(output, 4) == clients_in(output, 8) == [0, 2]
