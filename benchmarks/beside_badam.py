@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ DEADLINE_S = 600  # of a step
 SIDES = ("badam", "ours")
 
 
-def ours(case: Case) -> Iterator[Any]:
+def ours(case: Case) -> Generator[Any, None, None]:
     """Yield once after the imports, then each step's loss, for ever; None for the last step of an activation, which
     switches blocks."""
     import deepspeed  # noqa: F401  part of the imports
@@ -109,7 +109,7 @@ def ours(case: Case) -> Iterator[Any]:
             yield
 
 
-def badam(case: Case) -> Iterator[Any]:
+def badam(case: Case) -> Generator[Any, None, None]:
     """As `ours`."""
     import torch
     from badam import BlockOptimizer
@@ -158,13 +158,14 @@ def serve(side: str, case: str) -> None:
         answer = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used, "loss": loss}
         profile.disable()
         if line == "count\n":
-            answer["calls"] = pstats.Stats(profile).total_calls
+            answer["calls"] = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
         answers.write(json.dumps(answer | {"peak": resident("VmHWM"), "imported": imported}) + "\n")
         answers.flush()
     steps.close()
 
 
 def ask(side: subprocess.Popen[str], what: str) -> dict[str, Any]:
+    assert side.stdin is not None and side.stdout is not None
     side.stdin.write(f"{what}\n")
     side.stdin.flush()
     answer = side.stdout.readline() if select.select([side.stdout], [], [], DEADLINE_S)[0] else ""
@@ -177,8 +178,13 @@ def ask(side: subprocess.Popen[str], what: str) -> dict[str, Any]:
 def compare(case: str) -> dict[str, Any]:
     """Run both sides alternately. The first step of each contains its set-up, so neither it nor its block counts."""
     environment = os.environ | ENVIRONMENT
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    sides = {side: subprocess.Popen([sys.executable, __file__, side, case], **pipes) for side in SIDES}
+    sides = {
+        side: subprocess.Popen(
+            [sys.executable, __file__, side, case], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment,
+        )
+        for side in SIDES
+    }  # fmt: skip
     taken: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in SIDES}
     try:
         for _ in range(1 + ROUNDS * len(CASES[case].places)):
@@ -188,10 +194,10 @@ def compare(case: str) -> dict[str, Any]:
                 for side in SIDES if step % 2 else SIDES[::-1]:
                     taken[side][-1].append(ask(sides[side], "count" if step == STEPS else "step"))
     finally:
-        for side in sides.values():
-            side.stdin.close()
-        for side in sides.values():
-            side.wait(60)
+        for process in sides.values():
+            process.stdin.close()
+        for process in sides.values():
+            process.wait(60)
     return summary(taken)
 
 

@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def torch_ends(rank: int, ranks: int, port: int) -> tuple[Transport, Callable[[T
     """See mpi_ends."""
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
     transport = GlooTransport(store, Endpoint(ClientLayout(ranks, 1), rank, TIMEOUT_S))
-    group = transport._group
+    group: Any = transport._group  # torch declares neither send nor recv of gloo's group
 
     def raw(x: Tensor, buffers: dict[int, Tensor]) -> None:
         works = [group.recv([buffer], j, RAW_TAG) for j, buffer in buffers.items()]

@@ -58,12 +58,14 @@ SHAPE = dict(vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidde
 
 
 def bare_pass(client: Client, batch: dict[str, torch.Tensor]) -> None:
-    client._reducer._take = lambda index, parameter: setattr(parameter, "grad", None)  # hides the method
+    reducer = client._reducer
+    assert reducer is not None
+    reducer._take = lambda index, parameter: setattr(parameter, "grad", None)  # hides the method
     client.model.train()
     logits = client.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
     internals.partition_all(client._zero)
-    del client._reducer._take
+    del reducer._take
 
 
 def timed(action: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -114,14 +116,16 @@ def overlap(client: Client, device: torch.device) -> dict[str, int]:
     """What is sent while the backward pass runs, for the block with the most parameters of the plan."""
     numels = [sum(math.prod(client.shapes[name]) for name in block.names) for block in client.plan.blocks]
     index = max(range(len(numels)), key=numels.__getitem__)
-    with mock.patch.object(engine, "_BUCKET_NUMEL", BUCKET):
-        client.open_block(index, ())
+    engine.BUCKET_NUMEL = BUCKET
+    client.open_block(index, ())
+    reducer = client._reducer
+    assert reducer is not None
     ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     found = {"bucket_numel": BUCKET, "buckets": 0, "sent_in_backward": 0, "kept": 0}
 
     def look(*_: object) -> None:
         found["sent_in_backward"] = sends.call_count
-        found["kept"] = max(found["kept"], len(client._reducer._kept))
+        found["kept"] = max(found["kept"], len(reducer._turns.kept))
 
     parameters = (client._parameters[name] for name in client.plan.blocks[index].names)
     hooks = [parameter.register_post_accumulate_grad_hook(look) for parameter in parameters]

@@ -91,7 +91,7 @@ def answer(console: Console, model_folder: Path) -> None:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )[0, inputs["input_ids"].shape[1] :]
-        reply = tokenizer.decode(generated, skip_special_tokens=True).strip()
+        reply = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
         console.print(f"  {messages[label]}  ->  [bold]{reply}[/bold] (right: {label})")
 
 
