@@ -14,9 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig
@@ -25,6 +26,7 @@ from deca_ds.algorithm.deca import DecaRule
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import load_config
 from deca_ds.config.schema import Config, GossipConfig
+from deca_ds.engine import internals
 from deca_ds.engine.client import BlockState, Client
 from deca_ds.engine.load import load_architecture, load_model
 from deca_ds.gossip.gossip import Gossip
@@ -69,7 +71,9 @@ def hardware(small: bool) -> dict[str, Any]:
 def engine(small: bool) -> dict[str, Any]:
     """Of a small bf16 model: whether what `write_back` writes is what the next forward pass reads, on a GPU also when
     the write is late; and whether a block's masters come back as they were when it opens again."""
-    with _client(TINY, ["model.dtype=bfloat16", f"run.device={'cpu' if small else 'cuda'}"]) as (client, config):
+    options = ["model.dtype=bfloat16", f"run.device={'cpu' if small else 'cuda'}"]
+    hooks_stay = patch.object(internals, "keep_shards_whole", lambda engine: False)
+    with hooks_stay, _client(TINY, options) as (client, config), _gathers() as gathers:
         batch = _batch(client, 2, 32)
         state = client.open_block(1, DecaRule.buffers)
         _train(client, config, state, batch, 3)
@@ -79,7 +83,9 @@ def engine(small: bool) -> dict[str, Any]:
             torch.cuda.synchronize()
             torch.cuda._sleep(SLEEP_CYCLES)  # what follows on this stream is late
         client.write_back()
+        before_late = len(gathers)
         late = client.score(batch)[0]
+        assert set(client.shapes.values()) <= set(gathers[before_late:]), "the forward pass did not gather the model"
         client.end_scoring()
         if client.device.type == "cuda":
             torch.cuda.synchronize()
@@ -170,6 +176,27 @@ def _median_seconds(action: Callable[[], object], device: torch.device, repetiti
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
+
+
+@contextmanager
+def _gathers() -> Iterator[list[tuple[int, ...]]]:
+    """Have ZeRO-3 gather the parameters of a client of one rank into new memory, on its own stream, as with several
+    ranks; by itself it takes the shards. Yields the shapes of what has been gathered."""
+    # DeepSpeed chooses its accelerator when it is imported: not before the client has its device
+    from deepspeed.runtime.zero import partition_parameters
+
+    gathered: list[tuple[int, ...]] = []
+    take_shards = partition_parameters._no_gather_coalesced
+
+    def copy_shards(parameters: Iterable[Any]) -> Any:
+        handle = take_shards(parameters)
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+            gathered.append(tuple(parameter.shape))
+        return handle
+
+    with patch.object(partition_parameters, "_no_gather_coalesced", copy_shards):
+        yield gathered
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """benchmarks/gpu_acceptance.py on a CPU: that its checks run, and what it says of those that need a GPU."""
 
 import json
+import sys
+import time
 
 import gpu_acceptance
 import preloaded
@@ -17,8 +19,8 @@ def test_on_cpus_the_small_form_passes_what_needs_no_gpu_and_covers_nothing_else
     told = capsys.readouterr().out
     assert code == 0, told
     outcomes = {each["check"]: each["status"] for each in json.loads(report.read_text())["outcomes"]}
-    passes = {"hardware", "transports", "simulator", "resume", "exact_masters", "offload"}
-    not_covered = {"placement", "write_order", "memory", "speed", "gossip", "several_gpus"}
+    passes = {"hardware", "transports", "simulator", "resume", "exact_masters"}
+    not_covered = {"placement", "write_order", "memory", "speed", "offload", "gossip", "several_gpus"}
     assert outcomes == dict.fromkeys(passes, "PASS") | dict.fromkeys(not_covered, "NOT COVERED")
     assert "MPI and torch: the same bits" in told
 
@@ -60,3 +62,36 @@ def test_gossip_is_told_by_transport_and_checksums_and_of_later_steps_alone(tmp_
 def test_what_has_no_time_left_is_not_covered(tmp_path):
     late = gpu_acceptance.Run(small=True, folder=tmp_path, ends=0.0)
     assert gpu_acceptance.check(late, "hardware").status == "NOT COVERED"
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.0, "NOT COVERED"), (1000.0, "FAIL")])
+def test_a_job_that_is_cut_off_fails_only_if_its_own_time_is_over(tmp_path, monkeypatch, seconds, status):
+    monkeypatch.setattr(gpu_acceptance, "JOB_S", 0.1)
+    waits = [sys.executable, "-c", "import time; time.sleep(1000)"]
+
+    def slow(run):
+        run.ends = time.monotonic() + seconds
+        return run._end(run._start(waits, {}), "the job")
+
+    monkeypatch.setattr(gpu_acceptance, "CHECKS", {"slow": slow})
+    run = gpu_acceptance.Run(small=True, folder=tmp_path, ends=time.monotonic() + 1000.0)
+    outcome = gpu_acceptance.check(run, "slow")
+    assert outcome.status == status and "the job" in outcome.text
+
+
+def test_what_gossip_has_measured_is_told_though_time_is_over(tmp_path, monkeypatch):
+    measured = []
+
+    def job(run, name, launcher, *overrides):
+        if measured:
+            raise gpu_acceptance.NotCovered("time is over")
+        measured.append(name)
+        (metrics := tmp_path / name / "metrics").mkdir(parents=True)
+        step = {"kind": "step", "inner": 1, "seconds": 0.5, "gossip_wait_seconds": 0.25}
+        (metrics / "client_000.jsonl").write_text(json.dumps(step) + "\n")
+        return tmp_path / name
+
+    monkeypatch.setattr(gpu_acceptance.Run, "job", job)
+    run = gpu_acceptance.Run(small=False, folder=tmp_path, ends=time.monotonic() + 1000.0)
+    outcome = gpu_acceptance.check(run, "gossip")
+    assert (outcome.status, outcome.text) == ("NOT COVERED", "mpi 0.50 (0.25) s; time is over")
