@@ -1,5 +1,6 @@
 """Where ranks compute: chosen from what they see, and refused where their client could not work so."""
 
+import os
 from datetime import timedelta
 from threading import Thread
 from types import SimpleNamespace
@@ -150,14 +151,23 @@ def test_a_client_that_joins_others_is_told_where_it_cannot_know_which_gpus_are_
         assert str(placement.device) == ("cpu" if wanted == "cpu" else f"cuda:{local or 0}")
 
 
+def test_a_rank_has_the_cores_of_its_mask_and_not_all_of_the_host(monkeypatch):
+    """As Slurm, taskset and containers bind it."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 4, 5})
+    ((placement, _),) = take(monkeypatch, "cpu", 0, 1, ClientLayout(1, 1))
+    assert placement.threads == 3
+
+
 def test_all_take_their_device_or_a_cpu(monkeypatch):
     found = take(monkeypatch, "auto", 2, 2, ClientLayout(1, 2))
     assert [str(placement.device) for placement, _ in found] == ["cuda:0", "cuda:1"]
-    assert all(told is None for _, told in found)
+    assert all(told is None for _, told in found) and os.environ["DS_ACCELERATOR"] == "cuda"
     found = take(monkeypatch, "auto", 1, 2, ClientLayout(2, 1))
     assert [str(placement.device) for placement, _ in found] == ["cuda:0", "cuda:0"]
     assert all(told.startswith("one GPU for clients 0, 1") for _, told in found)
     for wanted, gpus in (("cpu", 2), ("auto", 0)):
         found = take(monkeypatch, wanted, gpus, 2, ClientLayout(2, 1))
         assert [(str(p.device), p.local_rank) for p, _ in found] == [("cpu", 0), ("cpu", 1)]
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
     assert all("torch sees no GPU" in str(error) for error in take(monkeypatch, "cuda", 0, 1, ClientLayout(1, 1)))

@@ -32,6 +32,10 @@ LAUNCHERS = {
     "Open MPI from a batch script": (BATCH | OPEN_MPI, Launch("openmpi", 2, 4, 0, None)),
     "MPICH": ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, Launch("mpich", 2, 4, 1, None)),
     "MPICH from a batch script": (BATCH | {"PMI_RANK": "2", "PMI_SIZE": "4"}, Launch("mpich", 2, 4, None, None)),
+    "PMI with a rank on the host": (
+        {"PMI_RANK": "6", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "2", "PMI_LOCAL_SIZE": "4"},
+        Launch("mpich", 6, 8, 2, None, spans_hosts=True),
+    ),
     "Cray PALS": (PALS, Launch("mpich", 5, 8, 1, None)),
     "srun --mpi=pmi2": (
         {"PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},

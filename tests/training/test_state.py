@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fake_clients import SCHEDULE, in_threads, tensors_of, training_state
+from fake_clients import RULE, SCHEDULE, FakeClient, in_threads, tensors_of, training_state
 from torch.distributed import HashStore
 
 from deca_ds.checkpoint.open_steps import open_checkpoint
@@ -130,6 +130,19 @@ def test_the_states_of_these_tests_differ_in_every_piece() -> None:
     for name, value in values_of(other, *Scope).items():
         assert value != ours[name], name
     assert ours.keys() >= {"schedule", "stopping", "local_steps", "random", "gossip"}
+
+
+def test_what_is_listed_of_a_parameter_are_its_exact_masters() -> None:
+    """The other tests compare what is stored before and after."""
+    client = FakeClient(1, 0, WHOSE)
+    state = TrainingState(client, RULE, SCHEDULE, SimpleNamespace(bytes_sent=0, wait_seconds=0.0))
+    stored = tensors_of(state)
+    for name in ("a", "b", "c"):
+        masters = client.exact[name]
+        assert not torch.equal(masters.bfloat16().float(), masters), "there is nothing to lose"
+        assert torch.equal(stored[name], masters), name
+        copies = [part.copy() for piece in state.pieces() if isinstance(piece, Sharded) for part in piece.own]
+        assert torch.equal(next(part for part in copies if part.name == name).stored(), masters), name
 
 
 @pytest.mark.parametrize("done", [INSIDE, BETWEEN, len(SCHEDULE)])
