@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.filesize import decimal
-from transformers import LongcatFlashConfig
+from transformers import LongcatFlashConfig, MixtralConfig
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
@@ -80,6 +80,21 @@ def test_a_model_that_does_not_run_without_values_still_has_a_plan(tiny_model, w
     print_plan(load_config(None, [*keys, f"data.train=[{word_files[0]}]"]))
     told = " ".join(capsys.readouterr().out.split())
     assert "activations, logits and gradients are not in the table" in told and "model shard" in told
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_plan_tells_fused_experts_that_they_need_checkpointing(
+    tiny_model, word_files, tmp_path, capsys, checkpointing
+):
+    MixtralConfig(
+        vocab_size=51, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    keys = [f"run.output={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"model.tokenizer={tiny_model}"]
+    keys += [f"data.train=[{word_files[0]}]", f"model.gradient_checkpointing={str(checkpointing).lower()}"]
+    print_plan(load_config(None, keys))
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("WARNING: without model.gradient_checkpointing=true, fused experts" in told) != checkpointing
 
 
 def test_without_the_data_all_else_is_told_before_they_are_refused(tiny_model, tmp_path, capsys, monkeypatch):

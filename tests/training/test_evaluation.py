@@ -12,6 +12,7 @@ from datasets import Dataset
 from deca_ds.engine.losses import RowScores
 from deca_ds.engine.masters import join
 from deca_ds.launch.launcher import ClientLayout
+from deca_ds.training import evaluation
 from deca_ds.training.evaluation import average, class_scores, empty_totals, overwrite_with_mean, summarize, take_in
 from deca_ds.transport.local import LocalNetwork
 
@@ -30,6 +31,26 @@ def test_rows_that_fill_up_a_batch_are_not_taken_in():
     each = torch.tensor([5.0, 6.0, 7.0])
     take_in(totals, torch.tensor([2, -1, 0]), RowScores(each, each.int() + 10, each.int() + 20))
     assert totals.tolist() == [[7, 17, 27], [0, 0, 0], [5, 15, 25]]
+
+
+def test_every_batch_that_is_scored_is_a_sign_of_life(monkeypatch):
+    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda tensor: None)
+    ids = [[1, 2]] * 5
+    dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1, 1]] * 5, "labels": ids})
+    data = SimpleNamespace(own_evaluation=dataset, common_evaluation=None, label_names=[], answers=False)
+    moved, scored = [], []
+
+    def score(batch):
+        scored.append(len(moved))
+        ones = torch.ones(len(batch["row"]), dtype=torch.int64)
+        return RowScores(ones.double(), ones, ones)
+
+    client = SimpleNamespace(device=torch.device("cpu"), score=score, end_scoring=lambda: None)
+    progress = SimpleNamespace(tick=lambda: moved.append(None))
+    here = SimpleNamespace(client=0, shard=0, ranks=1, progress=progress)
+    transport = SimpleNamespace(epoch=0)
+    scores = evaluation.Evaluator(client, here, transport, None, data, 2, 0, mean_model=False).evaluate()
+    assert scores["own"]["examples"] == 5 and scored == [1, 2, 3], "a tick before each of three batches"
 
 
 def test_the_likeliest_label_is_the_one_that_is_scored():

@@ -28,7 +28,7 @@ from deca_ds.launch.launcher import ClientLayout
 from deca_ds.launch.progress import Progress
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.view import View
-from deca_ds.training.checkpoints import Checkpoints
+from deca_ds.training.checkpoints import Checkpoints, slice_groups
 from deca_ds.training.completion import CompletionByStore
 from deca_ds.training.restore import restore
 from deca_ds.training.resume import Resumption
@@ -143,6 +143,15 @@ def test_what_is_listed_of_a_parameter_are_its_exact_masters() -> None:
         assert torch.equal(stored[name], masters), name
         copies = [part.copy() for piece in state.pieces() if isinstance(piece, Sharded) for part in piece.own]
         assert torch.equal(next(part for part in copies if part.name == name).stored(), masters), name
+
+
+def test_every_group_that_is_saved_is_a_sign_of_life() -> None:
+    state, moved = training_state(1, 0, WHOSE, INSIDE), []
+    here = cluster(1, 0)
+    here.progress.tick = lambda: moved.append(None)
+    for count, (_, slices) in enumerate(slice_groups(state.pieces(), here), start=1):
+        assert len(moved) == count and list(slices)
+    assert count == len([piece for piece in state.pieces() if not isinstance(piece, Value)]) > 4
 
 
 @pytest.mark.parametrize("done", [INSIDE, BETWEEN, len(SCHEDULE)])
