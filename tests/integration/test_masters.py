@@ -20,6 +20,7 @@ HALF = {"model.dtype": "bfloat16"}
 RUNS = {
     "float32": {},
     "exact": HALF | {"checkpoint.every": 2, "checkpoint.keep": 20},
+    "kept": HALF,
     "rounded": HALF | {"model.masters": "rounded"},
     "adapters": HALF | {"algorithm.method": "dec-lora", "blocks.layers_per_block": "null", "lora.rank": 2},
     "random": HALF | {"model.init": "random", "optimizer.lr": 0.0, "algorithm.rounds": 1, "algorithm.inner_steps": 1},
@@ -37,8 +38,9 @@ def runs(tiny_model, word_files, tmp_path_factory) -> dict[str, Path]:
         for name, keys in RUNS.items()
     ]
     (folder / "runs.json").write_text(json.dumps(jobs))
-    finished = launch("mpirun", 3, [str(folder / "runs.json")], script="tests/integration/runs_worker.py")
+    finished = launch("mpirun", 3, [str(folder / "runs.json")], script="tests/integration/masters_worker.py")
     assert finished.code == 0, finished.output[-4000:]
+    assert "opened again with the masters held aside" in finished.output
     return {name: folder / name for name in RUNS}
 
 
@@ -56,6 +58,14 @@ def test_norm_weights_move_as_in_float32(runs):
         assert (values - 1).abs().max() < 2**-9  # which no bfloat16 next to 1 can tell
         moved = torch.nn.functional.cosine_similarity(values - 1, wide[name] - 1, dim=0)
         assert moved > 0.9, name
+
+
+@pytest.mark.parametrize("client", [0, 1])
+def test_masters_are_to_the_bit_those_of_a_run_that_never_drops_them(runs, client):
+    exact, kept = (ShardedModel(runs[name] / "model") for name in ("exact", "kept"))
+    assert exact.names == kept.names
+    for name in exact.names:
+        assert torch.equal(exact.read(name, client), kept.read(name, client)), name
 
 
 @pytest.mark.parametrize("client", [0, None])
