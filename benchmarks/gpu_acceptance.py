@@ -60,11 +60,12 @@ class Outcome:
 
 @dataclass
 class Run:
-    """What all checks share. folder: for jobs' outputs. ends: when to stop, by time.monotonic."""
+    """What all checks share. folder: for jobs' outputs. ends: when to stop, by time.monotonic. job_s: of a job."""
 
     small: bool
     folder: Path
     ends: float
+    job_s: float = JOB_S
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     _jobs: dict[str, Path] = field(default_factory=dict)
 
@@ -119,7 +120,7 @@ class Run:
 
     def _end(self, process: subprocess.Popen, name: str, code: int = 0) -> str:
         try:
-            output, _ = process.communicate(timeout=max(1.0, min(JOB_S, self.ends - time.monotonic())))
+            output, _ = process.communicate(timeout=max(1.0, min(self.job_s, self.ends - time.monotonic())))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
@@ -129,7 +130,7 @@ class Run:
         return output
 
     def _await(self, file: Path, text: str, started: list[subprocess.Popen]) -> None:
-        ends = min(time.monotonic() + JOB_S, self.ends)
+        ends = min(time.monotonic() + self.job_s, self.ends)
         while not (file.exists() and text in file.read_text()):
             assert all(process.poll() is None for process in started), "the job ended before it could be stopped"
             if time.monotonic() > ends:

@@ -66,7 +66,6 @@ def test_what_has_no_time_left_is_not_covered(tmp_path):
 
 @pytest.mark.parametrize(("seconds", "status"), [(0.0, "NOT COVERED"), (1000.0, "FAIL")])
 def test_a_job_that_is_cut_off_fails_only_if_its_own_time_is_over(tmp_path, monkeypatch, seconds, status):
-    monkeypatch.setattr(gpu_acceptance, "JOB_S", 0.1)
     waits = [sys.executable, "-c", "import time; time.sleep(1000)"]
 
     def slow(run):
@@ -74,7 +73,7 @@ def test_a_job_that_is_cut_off_fails_only_if_its_own_time_is_over(tmp_path, monk
         return run._end(run._start(waits, {}), "the job")
 
     monkeypatch.setattr(gpu_acceptance, "CHECKS", {"slow": slow})
-    run = gpu_acceptance.Run(small=True, folder=tmp_path, ends=time.monotonic() + 1000.0)
+    run = gpu_acceptance.Run(small=True, folder=tmp_path, ends=time.monotonic() + 1000.0, job_s=0.1)
     outcome = gpu_acceptance.check(run, "slow")
     assert outcome.status == status and "the job" in outcome.text
 
