@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         print_wrapped(f"ERROR: {error}")
         tell_exit_code(error.code)
         return error.code
+    except KeyboardInterrupt:  # before the guard, and so before any training
+        print_wrapped("\nERROR: interrupted")
+        return 128 + signal.SIGINT
     return 0
 
 
