@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         print_wrapped(f"ERROR: {error}")
         tell_exit_code(error.code)
         return error.code
+    except KeyboardInterrupt:  # before the guard, and so before any training
+        print_wrapped("\nERROR: interrupted")
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -259,9 +262,11 @@ def _end_before_training(config: Config, guard: JobGuard, number: int, *_: Any) 
 
 def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
     """Mark the run's folder as DONE, and print the results and the next commands. missing: clients."""
+    config = trainer.config
     mark_done(trainer.output, _steps(trainer), missing)
     print_summary(evaluations(trainer.output, trainer.cluster.client))
-    commands = next_commands(trainer.output, trainer.config.cluster.clients, best=_has_best(trainer))
+    best, lost = _has_best(trainer), bool(_lost(missing, config))
+    commands = next_commands(trainer.output, config.cluster.clients, best=best, lost=lost)
     print_wrapped(f"done{_without(missing)}: {trainer.output}\n{commands}", sys.stdout)
 
 
@@ -271,12 +276,13 @@ def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
     how = same_command(config.run.resume, trained=True)
     if trainer.stopped_early:
         how += f" {'and' if ' with ' in how else 'with'} evaluation.patience=0"
-    if set(missing) - set(config.cluster.absent):
+    lost = _lost(missing, config)
+    if lost:
         how += ", from the newest checkpoint that all clients wrote"
         if trainer.cluster.transport == "torch":
             how += f"; from here, without them: cluster.absent=[{','.join(map(str, missing))}]"
     mark_stopped(trainer.output, steps, how, missing)
-    commands = stopped_commands(trainer.output, best=_has_best(trainer))
+    commands = stopped_commands(trainer.output, best=_has_best(trainer), lost=bool(lost))
     print_wrapped(f"stopped after {steps}{_without(missing)}; to continue: {how}\n{commands}", sys.stdout)
 
 
@@ -290,6 +296,11 @@ def _end_early(config: Config, output: Path | None) -> None:
             mark_stopped(output, "before training began", how)
         forget_request(output)
     print_wrapped(f"stopped before training began: nothing was trained; to continue: {how}", sys.stdout)
+
+
+def _lost(missing: Sequence[int], config: Config) -> set[int]:
+    """Return the missing clients that have taken part, or were to."""
+    return set(missing) - set(config.cluster.absent)
 
 
 def _has_best(trainer: Trainer) -> bool:

@@ -20,6 +20,7 @@ Scores = Mapping[str, Any]  # see training/evaluation.py
 SETS = {"own": "own set", "common": "common set"}
 MEAN_MODEL = "mean model"
 BEST, NEWEST = "best", "newest"  # for deca export --checkpoint
+_HOW_IT_ENDED = "how the job ended: the launcher's exit code may be that of a lost client"
 _SHARES = {"accuracy": "accuracy", "exact_match": "exact match"}  # of examples, and their titles
 
 
@@ -120,22 +121,25 @@ def best_of(found: Sequence[Evaluation]) -> Evaluation | None:
     return min(comparable, key=lambda each: each.loss or 0.0, default=None)
 
 
-def next_commands(run: Path, clients: int, *, best: bool = False) -> str:
+def next_commands(run: Path, clients: int, *, best: bool = False, lost: bool = False) -> str:
     """Name commands for a run that is done, a line each. clients: of the run. best: whether there is a checkpoint of
-    the best evaluation."""
+    the best evaluation. lost: whether the launcher has seen ranks fail without which the others continued."""
     folder = shlex.quote(str(run))
     return (
-        f"  deca report {folder}          a page of what happened\n"
+        f"  deca status {folder}          {_HOW_IT_ENDED}\n"
+        * lost
+        + f"  deca report {folder}          a page of what happened\n"
         f"  deca export {folder} MODEL    the {MEAN_MODEL if clients > 1 else 'model'} as a folder for from_pretrained"
         + f" (the best one: --checkpoint {BEST})"
         * best
     )
 
 
-def stopped_commands(run: Path, *, best: bool) -> str:
-    """Name what to do with a run that has stopped, besides continuing it. best: as for `next_commands`."""
-    which = BEST if best else NEWEST
-    return f"  deca export {shlex.quote(str(run))} MODEL --checkpoint {which}    its {which} model so far"
+def stopped_commands(run: Path, *, best: bool, lost: bool) -> str:
+    """Name what to do with a run that has stopped, besides continuing it. best, lost: as for `next_commands`."""
+    folder, which = shlex.quote(str(run)), BEST if best else NEWEST
+    export = f"  deca export {folder} MODEL --checkpoint {which}    "
+    return f"{f'  deca status {folder}':{len(export)}}{_HOW_IT_ENDED}\n" * lost + f"{export}its {which} model so far"
 
 
 def _table(before: Evaluation, after: Evaluation) -> Table:

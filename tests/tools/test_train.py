@@ -1,6 +1,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from jobs import REPOSITORY
 from torch.distributed import HashStore
 
 from deca_ds.checkpoint.done import mark_done
@@ -38,6 +41,26 @@ def test_ranks_look_for_each_other_as_long_as_the_configuration_says(monkeypatch
     monkeypatch.setattr(train, "open_job_store", nobody)
     assert train.main(["model.path=x", f"cluster.{key}"]) == 2
     assert f"nobody came for {meet_s} s of {timeout_s} s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first_import", ["rich", "torch"])
+def test_ctrl_c_while_modules_are_imported_ends_a_rank_without_a_traceback(tmp_path, first_import):
+    (tmp_path / f"{first_import}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    ended = subprocess.run(
+        [sys.executable, REPOSITORY / "launchers" / "train.py", "model.path=x"],
+        capture_output=True, text=True, timeout=100, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_before_the_ranks_meet_is_told_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "open_job_store", interrupted)
+    assert train.main(["model.path=x"]) == 130
+    assert capsys.readouterr().err.strip() == "ERROR: interrupted"
 
 
 def test_a_rank_that_cannot_join_leaves_nothing_behind(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,9 @@
 """Scores in words: one line an evaluation, and a table at the end."""
 
 import json
+import re
 
-from deca_ds.training.summary import Evaluation, evaluations, next_commands, print_summary
+from deca_ds.training.summary import Evaluation, evaluations, next_commands, print_summary, stopped_commands
 
 
 def scores(loss, accuracy=None):
@@ -84,3 +85,15 @@ def test_the_next_commands_can_be_pasted(tmp_path):
     of_two, of_one = (next_commands(tmp_path.__class__("a b"), clients) for clients in (2, 1))
     assert "deca export 'a b' MODEL    the mean model as a folder" in of_two
     assert "MODEL    the model as a folder" in of_one and "mean" not in of_one
+
+
+def test_where_clients_were_lost_the_first_command_says_how_the_job_ended(tmp_path):
+    """The launcher's exit code says how the worst rank ended, so that a job that is done looks like one that failed."""
+    for of_run in (
+        lambda lost: next_commands(tmp_path, 3, lost=lost),
+        lambda lost: stopped_commands(tmp_path, best=False, lost=lost),
+    ):
+        first, *others = of_run(True).split("\n")
+        assert first.split("  ")[1] == f"deca status {tmp_path}" and "the launcher's exit code" in first
+        assert others == of_run(False).split("\n")
+        assert first.index("how the job") == re.search(r"\S {4,}\S", others[0]).end() - 1, "one below the other"
