@@ -37,7 +37,9 @@ from summary import (
 
 HEAD = """# The tables of the studies {name}
 
-    python examples/ablation/report.py --studies {name}
+```bash no test
+python examples/ablation/report.py --studies {name}
+```
 
 made this file from runs.jsonl; what the studies are is in examples/ablation/{name}.yaml. Losses are nats per target
 token on the common evaluation set, after the last step: the mean over the clients, and that of the mean model. Every

@@ -169,6 +169,31 @@ def test_a_document_says_something_and_its_anchors_lead_to_headings(path: Path) 
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_code_of_a_document_is_fenced(path: Path) -> None:
+    """A block that is only indented, or has a fence of another name, would hide its commands from the test of marks."""
+    text = path.read_text(encoding="utf-8")
+    assert not indented_blocks(without_code(text))
+    assert not re.findall(r"^[ \t]*(?:~~~|```(?:sh|shell|console)\b)|^[ \t]+```bash", text, re.M)
+
+
+def indented_blocks(text: str) -> list[str]:
+    """The first lines of blocks that four spaces make code; under an item of a list they make its next paragraph."""
+    found, item, before = [], False, ""
+    for line in text.splitlines():
+        if line.startswith("    ") and not before.strip() and not item:
+            found.append(line)
+        if line.strip() and not line.startswith(" "):
+            item = re.match(r"([-*+]|\d+\.) ", line) is not None
+        before = line
+    return found
+
+
+def test_an_indented_block_is_noticed() -> None:
+    assert indented_blocks("Run\n\n    make demo\n\nand read.\n") == ["    make demo"]
+    assert not indented_blocks("1. Run it.\n\n    Then read.\n")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_lines_of_a_document_are_short(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]  # a row of a table is one line
