@@ -61,6 +61,10 @@ class DataError(UserError):
     private = True
 
 
+class MissingValueError(DataError):
+    """A row has no value where its format needs one."""
+
+
 class ModelError(UserError):
     """A model or tokenizer cannot be loaded or has no block structure."""
 

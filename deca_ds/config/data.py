@@ -46,6 +46,12 @@ class DataConfig:
     split: str = key("train", "Split of a hub data set.")
     format: str = key("text", "How a row becomes an example.", "formats.md")
     column_names: list[str] = key([], "Names for the columns of a CSV or TSV file that has no header.")
+    incomplete: Literal["refuse", "leave_out"] = key(
+        "refuse",
+        "Rows without a value that the format needs, such as an empty answer: `refuse` the run at the first one, or "
+        "`leave_out` these rows and say how many they are.",
+        "formats.md#missing-values-and-labels",
+    )
     text_columns: list[str] = key(["text"], "The columns that hold the text, joined by a space.")
     label_column: str = key("label", "The column that holds the label.")
     label_names: dict[str, str] = key(

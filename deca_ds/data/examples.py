@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features
 
@@ -23,15 +23,25 @@ from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.fields import TEXT, check_fields, label_of
 from deca_ds.data.rows import BATCH, Work, batches_of, write_rows
 from deca_ds.data.sources import HubName, Source, load_hub, read_rows, unreadable
-from deca_ds.errors import DataError
+from deca_ds.errors import DataError, MissingValueError
 
+_PLACES = 3  # of rows that are left out, for people
 _SHOWN = 40  # characters of a column's name: where a header is missing, these are texts
 _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
 
-def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, work: Work | None = None) -> Dataset:
-    """Return the examples of all sources in order, memory-mapped from the cache; they are read anew when a file's
-    content changed.
+class ReadExamples(NamedTuple):
+    """examples: of all sources, in order, memory-mapped. left_out: file and line of the rows that data.incomplete has
+    left out, at most _PLACES of them, and how many there are."""
+
+    examples: Dataset
+    left_out: tuple[list[str], int]
+
+
+def read_examples(
+    sources: Sequence[Source], rules: ExampleRules, cache: Cache, work: Work | None = None
+) -> ReadExamples:
+    """Read examples from the cache, or anew where a file's content changed.
 
     Raises DataError naming file and line for a malformed row, a missing column, a wrong type or an unknown label, and
     for sources without any example.
@@ -43,21 +53,23 @@ def read_examples(sources: Sequence[Source], rules: ExampleRules, cache: Cache, 
     features = Features({**format.features, **_EVERY_FORMAT})
 
     def make(folder: Path) -> dict[str, Any]:
+        left_out: list[str] = []
         with (work or Work()).bar("reading rows", None) as advance:
 
             def counted() -> Iterator[dict[str, Any]]:
-                for number, example in enumerate(generate_examples(names, rules)):
+                for number, example in enumerate(generate_examples(names, rules, left_out)):
                     if number % BATCH == 0:
                         advance(BATCH)
                     yield example
 
             write_rows(folder / "examples.arrow", features, batches_of(counted(), features))
         check_unchanged(content, sources, rules, cache)
-        return {}
+        return {"left_out": [left_out[:_PLACES], len(left_out)]}
 
-    examples = cache.entry("examples", parts, make).table("examples")
+    entry = cache.entry("examples", parts, make)
+    examples, (places, count) = entry.table("examples"), entry.about["left_out"]
     assert examples is not None
-    return examples
+    return ReadExamples(examples, (places, count))
 
 
 def contents(sources: Iterable[Source], rules: ExampleRules, cache: Cache) -> list[str]:
@@ -72,8 +84,9 @@ def check_unchanged(before: Sequence[str], sources: Sequence[Source], rules: Exa
             raise DataError("it has changed while it was read", where=str(source), fix="start again when it is whole")
 
 
-def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterator[dict[str, Any]]:
-    """Yield the examples of `sources`, one after the other. Raises DataError as `read_examples` does."""
+def generate_examples(sources: Sequence[Source], rules: ExampleRules, left_out: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the examples of `sources`, one after the other, and add to `left_out` the places of rows that are left out.
+    Raises DataError as `read_examples` does."""
     empty, format = True, FORMATS[rules.format]
     named = (*format.columns(rules), *([rules.group_column] if rules.group_column else []))
     whole = replace(rules, text_columns=("text",))  # a text file has this one column
@@ -89,15 +102,22 @@ def generate_examples(sources: Sequence[Source], rules: ExampleRules) -> Iterato
             if number == 0 and not document:
                 _check_columns(row, named, source, rules, place)
             unused = check_fields(row, format.fields, place, named)
-            example = format.example(row, whole if document else rules, place, unused)
+            try:
+                example = format.example(row, whole if document else rules, place, unused)
+                group = label_of(row, rules.group_column, place, rules.labels) if rules.group_column else ""
+            except MissingValueError:
+                if rules.incomplete == "refuse":
+                    raise
+                left_out.append(place)
+                continue
             if document:
                 example["document"] = True
-            group = label_of(row, rules.group_column, place, rules.labels) if rules.group_column else ""
             empty = False
             yield {**example, "group": group, "place": place, "unused": json.dumps(sorted(unused)) if unused else ""}
     if empty:
         names = (source.name if isinstance(source, HubName) else str(source) for source in sources)
-        raise DataError("no examples", where=", ".join(names), fix="name files with at least one row")
+        what = f"no examples{f': all {len(left_out)} rows lack a value that the format needs' if left_out else ''}"
+        raise DataError(what, where=", ".join(names), fix="name files with at least one row")
 
 
 def _check_columns(

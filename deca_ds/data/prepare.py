@@ -28,6 +28,7 @@ from deca_ds.data.formats.labels import look_of
 from deca_ds.data.rows import BATCH, Scratch, Work, column, encode_rows
 from deca_ds.data.selection import Draw, Examples, Selection, label_words
 from deca_ds.errors import DataError
+from deca_ds.plural import several
 
 TRAIN, OWN, COMMON = "train", "own_evaluation", "common_evaluation"  # the entry's tables
 
@@ -142,6 +143,10 @@ class Preparation:
     def _notes(self, examples: Examples) -> list[str]:
         names = sorted(examples.unused - {self._data.partition_column})
         notes = [f"not used: {', '.join(names)}"] if names else []
+        places, count = examples.left_out
+        if count:
+            more = f" and {count - len(places)} more" if count > len(places) else ""
+            notes.append(f"left out, for want of a value: {several(count, 'row')} ({'; '.join(places)}{more})")
         alike: dict[str, list[str]] = {}
         for label in examples.words:
             alike.setdefault(look_of(label), []).append(label)

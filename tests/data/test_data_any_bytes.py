@@ -84,7 +84,7 @@ def test_any_rows_are_examples_of_a_format_or_one_error(tmp_path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for format in FORMATS:
         try:
-            examples = list(generate_examples([path], ExampleRules(format=format)))
+            examples = list(generate_examples([path], ExampleRules(format=format), []))
         except DataError as error:
             assert str(path) in str(error)
         else:

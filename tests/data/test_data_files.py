@@ -61,7 +61,7 @@ def test_of_a_folder_the_data_files_are_read_and_the_others_told_with_the_reason
         ".git": "hidden",
         "empty.jsonl": "empty",
     }
-    examples = read_examples(find_sources([str(tmp_path)], "data.train"), ExampleRules("text"), Cache())
+    examples = read_examples(find_sources([str(tmp_path)], "data.train"), ExampleRules("text"), Cache()).examples
     assert examples["text"][:] == ["one", "two"] * 4 and not any(examples["document"])
     assert found_in(tmp_path, tmp_path / "[aRc]*")[0] == ["a.jsonl", "c.ndjson"]
 
@@ -97,7 +97,7 @@ def test_compressed_files_are_read_like_plain_ones_and_damaged_ones_refused(tmp_
     whole.write_bytes(compress(LINES) + compress(LINES))
     assert len(list(read_rows(whole))) == 4
     (tmp_path / f"a.txt{end}").write_bytes(compress(b"one document"))
-    document = read_examples([tmp_path / f"a.txt{end}"], ExampleRules("text"), Cache())
+    document = read_examples([tmp_path / f"a.txt{end}"], ExampleRules("text"), Cache()).examples
     assert (document["text"][:], document["document"][:]) == (["one document"], [True])
     with pytest.raises(ConfigError, match=r"\.txt file has no columns"):
         validate_data_config(make_config(train=[tmp_path / f"a.txt{end}"], format="alpaca"))
@@ -166,7 +166,7 @@ def test_links_are_followed_each_file_is_read_once_and_a_dangling_link_is_refuse
     names, left_out = found_in(data)
     assert names == ["a.jsonl", "b.json", "e.jsonl"]
     assert left_out["c.jsonl"] == f"the same file as {data}/a.jsonl" and left_out["d.json"].endswith("b.json")
-    texts = read_examples(find_sources([str(data)], "data.train"), ExampleRules("text"), Cache())["text"][:]
+    texts = read_examples(find_sources([str(data)], "data.train"), ExampleRules("text"), Cache()).examples["text"][:]
     assert texts == ["one", "two", "three", "one", "two"]
     (data / ".#a.jsonl").symlink_to("me@host.1")  # an editor's
     assert found_in(data)[1][".#a.jsonl"] == "hidden"
@@ -257,7 +257,9 @@ def test_of_a_folder_saved_by_datasets_the_current_files_are_read(tmp_path):
     names, left_out = found_in(tmp_path / "one")
     assert names == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     assert left_out["data-00000-of-00001.arrow"] == "not in state.json"
-    examples = read_examples(find_sources([str(tmp_path / "one")], "data.train"), ExampleRules("text"), Cache())
+    examples = read_examples(
+        find_sources([str(tmp_path / "one")], "data.train"), ExampleRules("text"), Cache()
+    ).examples
     assert examples["text"][:] == ["one", "two", "three"]
     table = pa.table({"text": ["four"]})
     with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as file:

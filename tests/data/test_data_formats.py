@@ -317,3 +317,36 @@ def test_the_partition_sees_one_label_too(tokenizer, tmp_path):
     options = {"partition": "key", "partition_column": "kind", "client_holdout": 0.0}
     loaded = [load_client_data(make_config(clients=2, train=[path], **options), tokenizer, c) for c in range(2)]
     assert sorted(str(one.summary["labels"]) for one in loaded) == ["{'1': 3}", "{'b': 2}"]
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("alpaca", {"instruction": "i", "output": " "}),
+        ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}),
+        ("messages", {"messages": [{"role": "system", "content": ""}]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "yo"}]}),
+        ("classification", {"text": "t", "label": None}),
+        ("classification", {"text": "", "label": "x"}),
+    ],
+)
+def test_rows_without_a_value_are_refused_or_left_out_and_counted(tokenizer, tmp_path, format, row):
+    refuses(tokenizer, tmp_path, format, row, r"data.incomplete=leave_out")
+    whole = [ROWS.get(format, {"text": f"t{i}", "label": "xy"[i % 2]}) for i in range(8)]
+    path = write_jsonl(tmp_path / "a.jsonl", [row, *whole[:4], row, row, *whole[4:], row])
+    options = {"format": format, "client_holdout": 0.0, "max_length": 512}
+    loaded = load_client_data(make_config(train=[path], incomplete="leave_out", **options), tokenizer, 0)
+    assert loaded.summary["train"] == 8 and loaded.summary["dropped"] == 0
+    places = "; ".join(f"{path}, line {number}" for number in (1, 6, 7))
+    assert loaded.notes[0] == f"left out, for want of a value: 4 rows ({places} and 1 more)"
+
+
+def test_a_file_of_nothing_but_rows_without_a_value_has_no_examples(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "i", "output": ""}] * 3)
+    with pytest.raises(DataError, match="no examples: all 3 rows lack a value that the format needs"):
+        load_client_data(make_config(train=[path], format="alpaca", incomplete="leave_out"), tokenizer, 0)
+
+
+def test_what_is_wrong_in_another_way_is_refused_all_the_same(tokenizer, tmp_path):
+    row = {"instruction": "i", "output": 3}
+    refuses(tokenizer, tmp_path, "alpaca", row, "is a int, not text", incomplete="leave_out")

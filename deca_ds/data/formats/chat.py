@@ -13,6 +13,7 @@ from typing import Any
 from deca_ds.data.formats.calls import calls_of, check_links, parse_json, tools_of
 from deca_ds.data.formats.fields import (
     CONVERSATIONS,
+    LEAVE_OUT,
     ExampleRules,
     Field,
     Format,
@@ -23,7 +24,7 @@ from deca_ds.data.formats.fields import (
     value_of,
 )
 from deca_ds.data.formats.plain import KTO, MEDIA, NO_MEDIA, PREFERENCES, ROW_WEIGHTS, refuse_unwanted
-from deca_ds.errors import DataError
+from deca_ds.errors import DataError, MissingValueError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -104,7 +105,7 @@ def _conversation(
             untrained.append(len(messages))
         messages.append(message)
     if not messages:
-        raise DataError(f"column {column!r} has no turn with a content", where=place, fix="repair or remove the row")
+        raise MissingValueError(f"column {column!r} has no turn with a content", where=place, fix=LEAVE_OUT)
     tools = tools_of(row, place)
     example = {"messages": messages, "tools": tools, "untrained": untrained, "wanted": check_links(messages, place)}
     return {"conversation": json.dumps(example, ensure_ascii=False)}

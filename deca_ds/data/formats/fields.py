@@ -17,7 +17,7 @@ from datasets import Features, Value
 
 from deca_ds.config.data import DataConfig
 from deca_ds.data.formats.labels import normal_label
-from deca_ds.errors import DataError
+from deca_ds.errors import DataError, MissingValueError
 
 TEXT = Value("string")
 # the columns of examples, by which deca_ds/data/encoding.py tells what to do with them
@@ -50,8 +50,8 @@ class Field:
 
 @dataclass(frozen=True)
 class ExampleRules:
-    """How rows become examples; the part of DataConfig that reading depends on. first: read so many rows of each source
-    and no more; None reads all."""
+    """How rows become examples; the part of DataConfig that reading depends on. incomplete: data.incomplete. first:
+    read so many rows of each source and no more; None reads all."""
 
     format: str
     text_columns: tuple[str, ...] = ("text",)
@@ -62,6 +62,7 @@ class ExampleRules:
     column_names: tuple[str, ...] = ()
     subset: str | None = None
     split: str = "train"
+    incomplete: str = "refuse"
     first: int | None = None
 
 
@@ -141,11 +142,12 @@ def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], column: str, place: str, *, blank: bool = False) -> str:
-    """Return the text of a column. Raises DataError for anything else, and unless `blank` for a missing one."""
+    """Return the text of a column. Raises DataError for anything else, and unless `blank` MissingValueError for a
+    missing one."""
     value = value_of(row, column, place)
     if missing(value) and not (blank and isinstance(value, str)):
-        raise DataError(
-            f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}", where=place, fix=_REPAIR
+        raise MissingValueError(
+            f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}", where=place, fix=LEAVE_OUT
         )
     if not isinstance(value, str):
         what = f"a {type(value).__name__}, not text"
@@ -157,15 +159,15 @@ def label_of(row: Mapping[str, Any], column: str, place: str, known: tuple[str, 
     """Return the label in a column, by the rule of `normal_label`. known: texts that are labels, whatever they look
     like.
 
-    Raises DataError if it is missing, infinite, or a list or object.
+    Raises MissingValueError if it is missing, DataError if it is infinite, or a list or object.
     """
     value = value_of(row, column, place)
     if missing(value) or (value in _NO_LABEL and value not in known):
         named = not missing(value)
-        raise DataError(
+        raise MissingValueError(
             f"column {column!r} is empty{_kind(value)}; columns: {', '.join(map(str, row))}",
             where=place,
-            fix=f"{_REPAIR}; a class of that name is listed in data.label_names" if named else _REPAIR,
+            fix=f"{LEAVE_OUT}; a class of that name is listed in data.label_names" if named else LEAVE_OUT,
         )
     if not isinstance(value, str | int | float) or (isinstance(value, float) and math.isinf(value)):
         raise DataError(
@@ -188,6 +190,7 @@ def encodable(text: str) -> str:
 
 
 _REPAIR = "repair or remove the row"
+LEAVE_OUT = f"{_REPAIR}, or leave all such rows out: data.incomplete=leave_out"
 
 
 def _kind(value: Any) -> str:
