@@ -195,7 +195,8 @@ def compare(case: str) -> dict[str, Any]:
                     taken[side][-1].append(ask(sides[side], "count" if step == STEPS else "step"))
     finally:
         for process in sides.values():
-            process.stdin.close()
+            if process.stdin is not None:
+                process.stdin.close()
         for process in sides.values():
             process.wait(60)
     return summary(taken)

@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write run.output and print how it went. Returns the exit status. Raises UserErrors."""
+    config = load_config(*chosen(arguments))  # a mistake there is told at once, before the import below
+
     from deca_ds.simulation.run import run_to_folder
 
-    report(*run_to_folder(load_config(*chosen(arguments))))
+    report(*run_to_folder(config))
     return 0
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from deca_ds.checkpoint.done import missing_clients
 from deca_ds.config.paths import argument as path_argument
+from deca_ds.config.paths import look_for
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.plural import several
 from deca_ds.printing import print_line
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace, api: HfApi | None = None) -> int:
 
     api: the hub; None: the one that the hub library is set up for.
     """
+    if not args.run.is_dir():  # told at once, before the imports below
+        raise CheckpointError(f"there is no folder {str(args.run)!r}", where="RUN", fix=look_for(str(args.run)))
     repository = _repository(args, api)
     console = Console()
     report = _export(args, console)

@@ -31,11 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan; returns the exit status, 2 if a host of the hostfile lacks anything. Raises the UserErrors that
     the run itself would."""
     from deca_ds.config import load_config
-    from deca_ds.tools.plan import print_plan
 
     path, overrides = chosen(arguments)
+    config = load_config(path, overrides)  # a mistake there is told at once, before the imports below
+
+    from deca_ds.tools.plan import print_plan
+
     fits = print_plan(
-        load_config(path, overrides),
+        config,
         hostfile=arguments.hostfile,
         gpu=arguments.gpu,
         net=arguments.net,

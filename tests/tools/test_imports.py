@@ -16,13 +16,13 @@ SCRIPT = """
 import json, sys
 from deca_ds.cli import main
 slow = {"accelerate", "datasets", "deepspeed", "huggingface_hub", "mpi4py", "networkx", "numpy", "torch"}
-looks, others = map(json.loads, sys.argv[1:])
-for command in [*looks, *others]:
+looks, others, mistakes = map(json.loads, sys.argv[1:])
+for command in [*looks, *others, *mistakes]:
     try:
         code = main(command)
     except SystemExit as end:
         code = end.code
-    assert code == 0, (command, code)
+    assert code == (2 if command in mistakes else 0), (command, code)
     unwanted = slow | {"omegaconf", "yaml"} if command in looks else slow
     assert not unwanted & sys.modules.keys(), (command, unwanted & sys.modules.keys())
 """
@@ -40,9 +40,11 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
     keys = (f"run.output={run}", "model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=1")
     looks = [["--help"], ["status", str(run)], ["stop", str(run)], ["where"]]
     others = [["supervise", "true", "train.py", *keys], *helps]
+    mistakes = [[name, "--config", "none.yaml"] for name in ("plan", "simulate")]
+    mistakes += [["data", "none.yaml"], ["export", str(tmp_path / "none"), "out"]]
     wide = os.environ | {"COLUMNS": "160"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(looks), json.dumps(others)],
+        [sys.executable, "-c", SCRIPT, json.dumps(looks), json.dumps(others), json.dumps(mistakes)],
         capture_output=True,
         text=True,
         timeout=120,

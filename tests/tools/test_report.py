@@ -491,3 +491,27 @@ def test_the_graph_of_another_version_or_without_its_file_is_the_measured_one(tm
     )
     (run,) = read_runs([write_job(tmp_path / "new", gossip__shape="torus")])
     assert [link.ends for link in network(run).links] == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_a_run_that_was_scored_before_training_alone_has_no_scores_after_it(tmp_path):
+    folder = write_job(tmp_path / "job")
+    for path in (folder / "metrics").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(path, [line for line in lines if line["kind"] != "evaluation" or not line["step"]])
+    (run,) = read_runs([folder])
+    assert run.reached > 0
+    for row in score_rows(run, "common"):
+        assert row.base is not None and row.base.loss is not None and row.after.loss is None
+    made = report(folder)
+    assert "loss, mean model, step 0" in made.text and "→" not in made.text
+    assert "The last evaluation came before training." in made.text
+    assert not [name for name in made.charts if name.startswith(("Confusion", "Recall"))]
+
+
+def test_scores_from_before_the_end_name_their_step(tmp_path):
+    folder = write_job(tmp_path / "job")
+    for path in (folder / "metrics").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(path, [line for line in lines if line["kind"] != "evaluation" or line["step"] < 16])
+    made = report(folder)
+    assert "loss, mean model, step 8" in made.text and "The last evaluation came after inner step 8." in made.text

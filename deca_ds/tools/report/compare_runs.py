@@ -51,9 +51,8 @@ def changed(run: Run, defaults: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def clients_scores(run: Run) -> Scores | None:
-    """Return the mean over clients of the last scores on the common set, else on their own."""
-    every = averaged(run, run.kinds[0]) if run.kinds else []
-    return every[-1][1] if every else None
+    """Return the mean over clients of the last scores on the common set, else on their own, if they have trained."""
+    return _last(run, run.kinds[0]) if run.kinds else None
 
 
 def is_alone(run: Run) -> bool:
@@ -93,8 +92,12 @@ def _closed(own: float | None, alone: float | None, central: float | None, bette
 
 
 def _common(run: Run) -> Scores | None:
-    every = averaged(run, "common")
-    return every[-1][1] if every else None
+    return _last(run, "common")
+
+
+def _last(run: Run, kind: str) -> Scores | None:
+    every = [scores for step, scores in averaged(run, kind) if step]
+    return every[-1] if every else None
 
 
 def _same_set(run: Run, other: Run) -> bool:

@@ -32,7 +32,7 @@ SETS = {"common": "the common evaluation set", "own": "each client's own evaluat
 @dataclass(frozen=True)
 class Row:
     """How one model scores. series: its name in the figures, or none. base: before training. after: the last time,
-    after `step` inner steps. best_loss, best_accuracy: (step, value)."""
+    after `step` inner steps; without scores if that was before training. best_loss, best_accuracy: (step, value)."""
 
     model: str
     series: str
@@ -152,12 +152,12 @@ def _before_and_after(run: Run, kind: str) -> Iterator[tuple[str, str]]:
     if row is None:
         return
     before = row.base
-    for name, share in (("accuracy", attrgetter("accuracy")), ("exact match", attrgetter("exact_match"))):
-        if share(row.after) is not None:
-            start = f"{percent(share(before))} → " if before is not None else ""
-            yield f"{name}, {row.model}", start + percent(share(row.after))
-    start = f"{significant(before.loss)} → " if before is not None else ""
-    yield f"loss, {row.model}", start + significant(row.after.loss)
+    model = row.model if row.step == run.reached else f"{row.model}, step {count(row.step)}"
+    shown = (("accuracy", attrgetter("accuracy"), percent), ("exact match", attrgetter("exact_match"), percent))
+    for name, of, written in (*shown, ("loss", attrgetter("loss"), significant)):
+        values = [written(of(scores)) for scores in (before, row.after) if scores and of(scores) is not None]
+        if values:
+            yield f"{name}, {model}", " → ".join(values)
 
 
 def score_rows(run: Run, kind: str) -> list[Row]:
@@ -212,14 +212,15 @@ def averaged(run: Run, kind: str) -> list[tuple[int, Scores]]:
 def _row(model: str, series: str, every: Sequence[tuple[int, Scores]]) -> Row | None:
     if not every:
         return None
+    step, after = every[-1]
     losses = [(scores.loss, step) for step, scores in every if scores.loss is not None]
     rights = [(-scores.accuracy, step) for step, scores in every if scores.accuracy is not None]
     return Row(
         model=model,
         series=series,
-        step=every[-1][0],
+        step=step,
         base=every[0][1] if every[0][0] == 0 else None,
-        after=every[-1][1],
+        after=after if step else Scores(loss=None, perplexity=None, examples=after.examples),
         best_loss=(min(losses)[1], min(losses)[0]) if losses else None,
         best_accuracy=(min(rights)[1], -min(rights)[0]) if rights else None,
     )

@@ -55,7 +55,7 @@ class Table:
 def scores(run: Run, kind: str) -> Table:
     """Tabulate how every model scores on a kind of set before and after training, and at its best."""
     rows = score_rows(run, kind)
-    labelled = any(row.after.accuracy is not None for row in rows)
+    labelled = any(each and each.accuracy is not None for row in rows for each in (row.base, row.after))
     head = ["model", "loss before", "after", "best (step)"]
     head += ["accuracy before", "after", "best (step)", "macro F1 after"] if labelled else _TOKENS
     last = max((row.step for row in rows), default=0)
@@ -71,6 +71,8 @@ def scores(run: Run, kind: str) -> Table:
     text = f"Loss in nats per target token on {SETS[kind]}" + (
         f", {count(examples)} examples." if kind == "common" and examples else "."
     )
+    if rows and last < run.reached:
+        text += f" The last evaluation came {f'after inner step {count(last)}' if last else 'before training'}."
     title = "Common evaluation set" if kind == "common" else "Own evaluation sets"
     return Table(title, head, body, marks=[row.series for row in rows], text=text)
 
