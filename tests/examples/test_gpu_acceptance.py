@@ -1,6 +1,7 @@
 """benchmarks/gpu_acceptance.py on a CPU: that its checks run, and what it says of those that need a GPU."""
 
 import json
+import signal
 import sys
 import time
 
@@ -57,6 +58,60 @@ def test_gossip_is_told_by_transport_and_checksums_and_of_later_steps_alone(tmp_
         "hand 0.62 (0.25) s",
         "hand without checksums 0.50 (0.25) s",
     ]
+
+
+def test_a_worker_may_print_more_when_it_ends_and_one_that_fails_is_not_started_again(tmp_path, monkeypatch):
+    started = []
+
+    def start(run, command, more):
+        started.append(command[-1])
+        code = (
+            f"print('{{\"seconds\": 1.5}}'); print('a library says goodbye'); raise SystemExit({started[-1] == 'ill'})"
+        )
+        return start_process(run, [sys.executable, "-c", code], more)
+
+    start_process = gpu_acceptance.Run._start
+    monkeypatch.setattr(gpu_acceptance.Run, "_start", start)
+    run = gpu_acceptance.Run(small=False, folder=tmp_path, ends=time.monotonic() + 100.0)
+    assert run.worker("well") == run.worker("well") == {"seconds": 1.5}
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="ill ended with code 1"):
+            run.worker("ill")
+    assert started == ["well", "ill"] and run.figures == {"well": {"seconds": 1.5}}
+
+
+def test_where_one_rank_fails_the_other_one_is_ended(tmp_path, monkeypatch):
+    started = []
+
+    def start(run, command, more):
+        code = "import time; time.sleep(1000)" if started else "raise SystemExit(7)"
+        started.append(start_process(run, [sys.executable, "-c", code], more))
+        return started[-1]
+
+    start_process = gpu_acceptance.Run._start
+    monkeypatch.setattr(gpu_acceptance.Run, "_start", start)
+    run = gpu_acceptance.Run(small=True, folder=tmp_path, ends=time.monotonic() + 100.0)
+    with pytest.raises(AssertionError, match="two ended with code 7"):
+        run.job("two", "hand")
+    assert [process.poll() for process in started] == [7, -signal.SIGKILL]
+
+
+def test_the_report_is_written_after_every_check(tmp_path, monkeypatch):
+    report = tmp_path / "report.json"
+
+    def second(run):
+        assert [each["check"] for each in json.loads(report.read_text())["outcomes"]] == ["first"]
+        return "well"
+
+    monkeypatch.setattr(gpu_acceptance, "CHECKS", {"first": lambda run: "well", "second": second})
+    assert gpu_acceptance.main(["--small", "--only", "first,second", "--output", str(report)]) == 0
+    assert len(json.loads(report.read_text())["outcomes"]) == 2
+
+
+def test_settings_of_open_mpi_are_kept_and_those_of_a_job_are_not(monkeypatch):
+    kept = ("OMPI_MCA_smsc", "PMIX_MCA_gds", "PATH")
+    assert not [key for key in kept if gpu_acceptance._of_a_job(key)]
+    assert gpu_acceptance._of_a_job("OMPI_COMM_WORLD_RANK") and gpu_acceptance._of_a_job("PMIX_RANK")
 
 
 def test_what_has_no_time_left_is_not_covered(tmp_path):
