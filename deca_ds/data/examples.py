@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,17 +25,29 @@ from deca_ds.data.rows import BATCH, Work, batches_of, write_rows
 from deca_ds.data.sources import HubName, Source, load_hub, read_rows, unreadable
 from deca_ds.errors import DataError, MissingValueError
 
-_PLACES = 3  # of rows that are left out, for people
+_PLACES = 3  # of rows that are left out are named
 _SHOWN = 40  # characters of a column's name: where a header is missing, these are texts
 _EVERY_FORMAT = Features({"group": TEXT, "place": TEXT, "unused": TEXT})
 
 
+@dataclass
+class LeftOut:
+    """The rows that data.incomplete leaves out. places: file and line of the first ones. count: of all."""
+
+    places: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, places: Sequence[str], count: int) -> None:
+        """Count more rows, of which the first are at these places."""
+        self.places += places[: _PLACES - len(self.places)]
+        self.count += count
+
+
 class ReadExamples(NamedTuple):
-    """examples: of all sources, in order, memory-mapped. left_out: file and line of the rows that data.incomplete has
-    left out, at most _PLACES of them, and how many there are."""
+    """examples: of all sources, in order, memory-mapped."""
 
     examples: Dataset
-    left_out: tuple[list[str], int]
+    left_out: LeftOut
 
 
 def read_examples(
@@ -53,7 +65,7 @@ def read_examples(
     features = Features({**format.features, **_EVERY_FORMAT})
 
     def make(folder: Path) -> dict[str, Any]:
-        left_out: list[str] = []
+        left_out = LeftOut()
         with (work or Work()).bar("reading rows", None) as advance:
 
             def counted() -> Iterator[dict[str, Any]]:
@@ -64,12 +76,12 @@ def read_examples(
 
             write_rows(folder / "examples.arrow", features, batches_of(counted(), features))
         check_unchanged(content, sources, rules, cache)
-        return {"left_out": [left_out[:_PLACES], len(left_out)]}
+        return {"left_out": asdict(left_out)}
 
     entry = cache.entry("examples", parts, make)
-    examples, (places, count) = entry.table("examples"), entry.about["left_out"]
+    examples = entry.table("examples")
     assert examples is not None
-    return ReadExamples(examples, (places, count))
+    return ReadExamples(examples, LeftOut(**entry.about["left_out"]))
 
 
 def contents(sources: Iterable[Source], rules: ExampleRules, cache: Cache) -> list[str]:
@@ -84,9 +96,9 @@ def check_unchanged(before: Sequence[str], sources: Sequence[Source], rules: Exa
             raise DataError("it has changed while it was read", where=str(source), fix="start again when it is whole")
 
 
-def generate_examples(sources: Sequence[Source], rules: ExampleRules, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the examples of `sources`, one after the other, and add to `left_out` the places of rows that are left out.
-    Raises DataError as `read_examples` does."""
+def generate_examples(sources: Sequence[Source], rules: ExampleRules, left_out: LeftOut) -> Iterator[dict[str, Any]]:
+    """Yield the examples of `sources`, one after the other, and add the rows that are left out to `left_out`. Raises
+    DataError as `read_examples` does."""
     empty, format = True, FORMATS[rules.format]
     named = (*format.columns(rules), *([rules.group_column] if rules.group_column else []))
     whole = replace(rules, text_columns=("text",))  # a text file has this one column
@@ -108,7 +120,7 @@ def generate_examples(sources: Sequence[Source], rules: ExampleRules, left_out: 
             except MissingValueError:
                 if rules.incomplete == "refuse":
                     raise
-                left_out.append(place)
+                left_out.add([place], 1)
                 continue
             if document:
                 example["document"] = True
@@ -116,7 +128,9 @@ def generate_examples(sources: Sequence[Source], rules: ExampleRules, left_out: 
             yield {**example, "group": group, "place": place, "unused": json.dumps(sorted(unused)) if unused else ""}
     if empty:
         names = (source.name if isinstance(source, HubName) else str(source) for source in sources)
-        what = f"no examples{f': all {len(left_out)} rows lack a value that the format needs' if left_out else ''}"
+        what = (
+            f"no examples{f': all {left_out.count} rows lack a value that the format needs' if left_out.count else ''}"
+        )
         raise DataError(what, where=", ".join(names), fix="name files with at least one row")
 
 

@@ -143,7 +143,7 @@ class Preparation:
     def _notes(self, examples: Examples) -> list[str]:
         names = sorted(examples.unused - {self._data.partition_column})
         notes = [f"not used: {', '.join(names)}"] if names else []
-        places, count = examples.left_out
+        places, count = examples.left_out.places, examples.left_out.count
         if count:
             more = f" and {count - len(places)} more" if count > len(places) else ""
             notes.append(f"left out, for want of a value: {several(count, 'row')} ({'; '.join(places)}{more})")

@@ -20,7 +20,7 @@ from deca_ds.data.cache import Cache
 from deca_ds.data.checks import own_sources, validate_data_config
 from deca_ds.data.code import code_of
 from deca_ds.data.encoding import PIECES
-from deca_ds.data.examples import ReadExamples, check_unchanged, contents, read_examples
+from deca_ds.data.examples import LeftOut, ReadExamples, check_unchanged, contents, read_examples
 from deca_ds.data.formats import FORMATS, ExampleRules
 from deca_ds.data.formats.labels import normal_label
 from deca_ds.data.partition import Indices, by_key, choose, dirichlet, hold_out, iid
@@ -50,7 +50,6 @@ class Examples:
     pieces of documents, "place".
 
     words: for classification, label -> answer word. unused: names of fields in the files that nothing is done with.
-    left_out: see ReadExamples.
     """
 
     train: Dataset
@@ -58,7 +57,7 @@ class Examples:
     common: Dataset
     words: dict[str, str]
     unused: frozenset[str]
-    left_out: tuple[list[str], int]
+    left_out: LeftOut
 
 
 class Selection:
@@ -99,15 +98,14 @@ class Selection:
     def examples(self, scratch: Scratch, cut: Callable[[Batch], Batch]) -> Examples:
         """Read, partitioned and held out. cut: a batched map of documents to PIECES."""
         data = self._data
-        pool, (places, left_out) = self._read(self._train, self.words, training=True)
+        pool, left_out = self._read(self._train, self.words, training=True)
         words, unused = self.words or self._words_of(pool), _unused(pool)
 
         def evaluation(sources: Sequence[Source]) -> Dataset | None:
-            nonlocal places, left_out
             if not sources:
                 return None
-            examples, (more, count) = self._read(sources, words, training=False)
-            places, left_out = [*places, *more], left_out + count
+            examples, more = self._read(sources, words, training=False)
+            left_out.add(more.places, more.count)
             unused.update(_unused(examples))
             return self._cut_documents(examples, scratch, cut)
 
@@ -126,7 +124,7 @@ class Selection:
         if common is None:
             common = scratch.select(pool, for_all)
         own, common = self._scored(own, scratch, own=True), self._scored(common, scratch)
-        return Examples(examples, own, common, words, frozenset(unused), (places, left_out))
+        return Examples(examples, own, common, words, frozenset(unused), left_out)
 
     def seed(self, draw: Draw, *, own: bool = False) -> list[int]:
         """Return the seed of a random choice. own: which every client makes for itself."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deca_ds.data.examples import ExampleRules, generate_examples
+from deca_ds.data.examples import ExampleRules, LeftOut, generate_examples
 from deca_ds.data.files import COMPRESSIONS, SUFFIXES
 from deca_ds.data.formats import FORMATS
 from deca_ds.data.sources import read_rows
@@ -84,7 +84,7 @@ def test_any_rows_are_examples_of_a_format_or_one_error(tmp_path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for format in FORMATS:
         try:
-            examples = list(generate_examples([path], ExampleRules(format=format), []))
+            examples = list(generate_examples([path], ExampleRules(format=format), LeftOut()))
         except DataError as error:
             assert str(path) in str(error)
         else:
