@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from histories import assert_simulated
 from jobs import BIN, REPOSITORY, Finished, free_port, run_command
 from preloaded import PYTHON
+from safetensors.torch import load_file
 
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
@@ -163,6 +165,26 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     assert export_model(output, tmp_path / "mean").source == f"mean of {clients} clients"
     assert clients_in(output, 32) == everybody
     ShardedModel(step_folder(output / "checkpoints", 32)).verify()
+
+
+def test_a_client_that_comes_back_has_the_exact_masters_of_a_bfloat16_model(keys, tmp_path):
+    """On a complete graph all clients hold the same bits. The first block has been trained when client 1 dies, and is
+    not trained again: what it holds of that block in the end is what another one has handed it."""
+    output = tmp_path / "run"
+    keys = [*keys, "cluster.clients=3", "gossip.graph=complete", "algorithm.rounds=1", "algorithm.inner_steps=16"]
+    keys += ["model.dtype=bfloat16", "evaluation.every=0"]
+    finished = run(3, "1:18:before", keys, "torch", joins=1)
+    assert finished.code == 0, finished.output[-6000:]
+    lost, back = records(output / "metrics" / "job.jsonl", "membership")
+    assert (lost["missing"], back["missing"]) == ([1], [])
+    masters = []
+    for client in range(3):
+        export_model(output, tmp_path / f"client{client}", client=client, dtype="float32")
+        masters.append(load_file(tmp_path / f"client{client}" / "model.safetensors"))
+    for name, values in masters[0].items():
+        assert all(torch.equal(values, of[name]) for of in masters[1:]), name
+    (first,) = [name for name in masters[0] if "embed_tokens" in name]
+    assert not torch.equal(masters[1][first], masters[1][first].bfloat16().float()), "rounding would change nothing"
 
 
 def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
