@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch.optim.adamw import adamw
 
 from deca_ds.algorithm.rule import Rule, State
 
@@ -27,18 +27,13 @@ class AdamRule(Rule):
 
     @torch.no_grad()
     def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
-        """See Rule."""
-        m, v, grad = state["m"], state["v"], state["grad"]
-        m.lerp_(grad, 1 - self.a1)
-        v.mul_(self.a2).addcmul_(grad, grad, value=1 - self.a2)
-        self.candidate(state["theta"], m, v, grad, inner=inner, lr=lr, decay=decay)
-
-    def candidate(
-        self, theta: Tensor, m: Tensor, v: Tensor, out: Tensor, *, inner: int, lr: float, decay: float
-    ) -> None:
-        """Write theta_half of these moments into `out`."""
-        m_correction = 1 - self.a1 ** (inner + 1)
-        v_correction = 1 - self.a2 ** (inner + 1)
-        denominator = v.sqrt().div_(v_correction**0.5).add_(self.eps)
-        torch.mul(theta, 1 - lr * decay, out=out)
-        out.addcdiv_(m, denominator, value=-lr / m_correction)
+        """See Rule. torch's fused kernel reads and writes each element once, but takes for granted that there are no
+        gaps between them: it gets a stacked state row by row."""
+        gradient = state["grad"].clone()
+        candidate = state["grad"].copy_(state["theta"])
+        params, grads, m, v = (list(torch.atleast_2d(x)) for x in (candidate, gradient, state["m"], state["v"]))
+        made = [torch.full((), float(inner), device=candidate.device) for _ in params]
+        adamw(
+            params, grads, m, v, [], made, lr=lr, beta1=self.a1, beta2=self.a2, eps=self.eps, weight_decay=decay,
+            fused=True, amsgrad=False, maximize=False,
+        )  # fmt: skip

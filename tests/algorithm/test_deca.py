@@ -87,6 +87,20 @@ def test_the_step_is_elementwise(signal, cut, inner):
         torch.testing.assert_close(whole[index], together, rtol=8 * UNIT, atol=8 * UNIT)
 
 
+def test_columns_of_stacked_clients_step_as_the_whole():
+    """The kernel of torch.optim would run over the gap between two rows."""
+    generator = torch.Generator().manual_seed(0)
+    whole = dict(zip(("theta", "grad", "m"), torch.randn(3, 4, 64, generator=generator), strict=True))
+    whole["v"] = torch.rand(4, 64, generator=generator)
+    cut = {name: tensor.clone() for name, tensor in whole.items()}
+    rule = DecaRule()
+    rule.local_step(whole, inner=2, lr=1e-2, decay=0.1)
+    for columns in (slice(0, 16), slice(16, 64)):
+        rule.local_step({name: tensor[:, columns] for name, tensor in cut.items()}, inner=2, lr=1e-2, decay=0.1)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=8 * UNIT, atol=8 * UNIT)
+
+
 def test_zero_learning_rate_has_a_finite_signal():
     x = torch.ones(3)
     _, m, v, _ = one_step(DecaRule(signal="quasi_global"), x, x, x, x, x, 0, 0.0)
