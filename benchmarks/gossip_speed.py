@@ -1,11 +1,12 @@
 """An averaging beside the bare messages of the same bytes, in one run: how much of the network's speed is left.
 
-    python benchmarks/gossip_speed.py [--results FILE] [--transports mpi mpi-tcp torch] [--ranks 2 4]
+    python benchmarks/gossip_speed.py [--results FILE] [--transports mpi mpi-tcp torch] [--links 10gbit] [--ranks 2 4]
         [--mib 1 4 16 64 256] [--chunk-mib 8]
 
 Starts the ranks by itself, each a client of a ring on this machine with a shard of so many MiB. They are joined by MPI
-in shared memory, by MPI over TCP as between hosts (Open MPI with OMPI_MCA_btl=tcp,self), or by gloo. These alternate,
-a repetition of each after the other:
+in shared memory, by MPI over TCP on the loopback interface (Open MPI with OMPI_MCA_btl=tcp,self), by gloo, or by MPI
+over links of these rates between hosts, which are network namespaces here: that takes root and `tc`. These alternate, a
+repetition of each after the other:
 
     raw         the shard to every neighbour and every neighbour's shard into a buffer of its own, one message each:
                 Isend, Irecv and Waitall of MPI, or send, recv and wait of gloo
@@ -28,15 +29,17 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from hosts import Hosts, may_make_hosts
 from torch import Tensor
 from torch.distributed import TCPStore
 
@@ -155,22 +158,39 @@ def work(kind: str, sizes: Sequence[int], chunks: Sequence[float], place: Sequen
     for mib in sizes:
         found = measure(transport, raw, mib, chunks)
         if transport.client == 0:
-            print(json.dumps({"transport": kind, "ranks": transport.clients} | found), flush=True)
+            print(json.dumps(found), flush=True)
     barrier(transport)
     transport.close()
 
 
 def run(kind: str, ranks: int, sizes: Sequence[int], chunks: Sequence[float]) -> list[dict[str, object]]:
-    """Start the ranks and wait for them; what rank 0 printed."""
-    script = [sys.executable, __file__, "--worker", kind, "--mib", *map(str, sizes), "--chunk-mib", *map(str, chunks)]
+    """Start the ranks and wait for them; what rank 0 printed. kind: of KINDS, or the rate of a link."""
+    worker = kind if kind in KINDS else "mpi"
+    script = [sys.executable, __file__, "--worker", worker, "--mib", *map(str, sizes), "--chunk-mib", *map(str, chunks)]
     environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     environment |= os.environ | MPI_KINDS.get(kind, {})
+    if kind not in KINDS:
+        hosts = Hosts(ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            hosts.set_up()
+            try:
+                hosts.limit(kind)
+                return wait(kind, ranks, [hosts.mpirun(Path(folder), *script)], environment)
+            finally:
+                hosts.clean_up()
     if kind in MPI_KINDS:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         commands = [[shutil.which("mpirun", path=path) or "mpirun", "--oversubscribe", "-n", str(ranks), *script]]
     else:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         commands = [[*script, "--place", str(rank), str(ranks), str(store.port)] for rank in range(ranks)]
+    return wait(kind, ranks, commands, environment)
+
+
+def wait(
+    kind: str, ranks: int, commands: Sequence[Sequence[str]], environment: Mapping[str, str]
+) -> list[dict[str, object]]:
+    """Start these commands and wait for them; what the first one printed."""
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands]
     try:
         outputs = [process.communicate(timeout=1200)[0] for process in started]
@@ -179,12 +199,13 @@ def run(kind: str, ranks: int, sizes: Sequence[int], chunks: Sequence[float]) ->
             process.terminate()
     if any(process.returncode for process in started):
         sys.exit(f"{kind} with {ranks} ranks failed")
-    return [json.loads(line) for line in outputs[0].splitlines()]
+    return [{"transport": kind, "ranks": ranks} | json.loads(line) for line in outputs[0].splitlines()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transports", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--transports", nargs="*", default=KINDS, choices=KINDS)
+    parser.add_argument("--links", nargs="*", default=[], metavar="RATE", help="as tc writes it: 10gbit")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--mib", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--chunk-mib", nargs="*", type=float, default=[])
@@ -194,8 +215,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return work(options.worker, options.mib, options.chunk_mib, options.place)
+    if options.links and not may_make_hosts():
+        sys.exit("--links takes root and network namespaces (iproute2)")
     rows = []
-    for kind in options.transports:
+    for kind in (*options.transports, *options.links):
         for ranks in options.ranks:
             for row in run(kind, ranks, options.mib, options.chunk_mib):
                 rows.append(row)

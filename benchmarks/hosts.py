@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 ADDRESS = "10.77.0.{}"
 DEVICE = "lan"
+# ssh for Open MPI; it wants hosts to have different names
+AGENT = 'ip netns exec {prefix}h$((${{host##*.}} - 1)) unshare --uts sh -c "hostname host${{host##*.}}; $*"'
 
 
 def ip(*command: str) -> None:
@@ -67,6 +71,29 @@ class Hosts:
     def link(self, i: int, state: str) -> None:
         """state: up or down."""
         ip("-n", self.switch, "link", "set", f"port{i}", state)
+
+    def limit(self, rate: str) -> None:
+        """Let each host send at most at `rate`, which is written as `tc` wants it: 10gbit. Raises as `ip` does."""
+        bucket = ("burst", "1mb", "latency", "100ms")
+        for name in self.names:
+            limit = ["tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", rate, *bucket]
+            subprocess.run(limit, check=True, capture_output=True, timeout=100)
+
+    def mpirun(self, folder: Path, *command: str) -> list[str]:
+        """What runs `command` under Open MPI's mpirun, called on host 0, with one rank a host and TCP between them.
+        folder: for the list of the hosts and for what stands in for ssh."""
+        hosts, agent = folder / "hosts", folder / "agent"
+        hosts.write_text("".join(f"{ADDRESS.format(i + 1)} slots=1\n" for i in range(len(self.names))))
+        agent.write_text(f"#!/bin/sh\nhost=$1; shift\nexec {AGENT.format(prefix=self.prefix)}\n")
+        agent.chmod(0o755)
+        settings = {"pml": "ob1", "btl": "tcp,self", "btl_tcp_if_include": DEVICE}
+        mpirun = [
+            *(str(Path(sys.executable).parent / "mpirun"), "--prtemca", "plm_ssh_agent", str(agent)),
+            *("--hostfile", str(hosts), "-n", str(len(self.names)), "--map-by", "node", "--bind-to", "none"),
+            *(word for key, value in settings.items() for word in ("--mca", key, value)),
+        ]
+        named = ("unshare", "--uts", "sh", "-c", 'hostname host1; exec "$@"', "sh")
+        return self.command(0, *named, *mpirun, "-x", "OMP_NUM_THREADS", *command)
 
     def command(self, i: int, *command: str) -> list[str]:
         """What runs `command` on host i."""
