@@ -18,7 +18,7 @@ from deca_ds.data import validate_data_config
 from deca_ds.data.sources import HubName, load_hub
 from deca_ds.engine.load import given_weights, load_architecture, load_tokenizer
 from deca_ds.errors import DataError, ModelError
-from deca_ds.tools.chat.speaker import check_model
+from deca_ds.tools.chat.command import check_model
 
 ANSWERS = {  # of the hub: status, and the code that it sends along
     "known": (200, ""),

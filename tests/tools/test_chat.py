@@ -11,9 +11,9 @@ from rich.console import Console
 
 from deca_ds.cli import main
 from deca_ds.errors import ModelError
-from deca_ds.tools.chat.command import talk
+from deca_ds.tools.chat.command import check_model, talk
 from deca_ds.tools.chat.show import Below, Beside, screen
-from deca_ds.tools.chat.speaker import Sampling, Speaker, check_model
+from deca_ds.tools.chat.speaker import Sampling, Speaker
 
 CPU = torch.device("cpu")
 TEMPLATE = "{% for m in messages %}{{ m.role[0] + ' ' + m.content + ' </s> ' }}{% endfor %}Label : "

@@ -41,7 +41,7 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
     looks = [["--help"], ["status", str(run)], ["stop", str(run)], ["where"]]
     others = [["supervise", "true", "train.py", *keys], *helps]
     mistakes = [[name, "--config", "none.yaml"] for name in ("plan", "simulate")]
-    mistakes += [["data", "none.yaml"], ["export", str(tmp_path / "none"), "out"]]
+    mistakes += [["data", "none.yaml"], ["export", str(tmp_path / "none"), "out"], ["chat", "./none"]]
     wide = os.environ | {"COLUMNS": "160"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(looks), json.dumps(others), json.dumps(mistakes)],

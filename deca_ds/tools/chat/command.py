@@ -6,10 +6,13 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deca_ds.config.paths import check_model_on_hub, could_be_hub_name, look_for
 from deca_ds.errors import ConfigError, ModelError, UserError
 from deca_ds.printing import print_line, print_wrapped
+from deca_ds.run_folder import BASE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,14 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--seed {arguments.seed} is no seed", fix="give 0 or more")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise ConfigError("--prompt is empty", fix="ask something")
+    for name in arguments.models:
+        check_model(name)
 
     import torch
     from rich.console import Console
 
-    from deca_ds.tools.chat.speaker import Sampling, Speaker, check_model
+    from deca_ds.tools.chat.speaker import Sampling, Speaker
 
-    for name in arguments.models:
-        check_model(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         how = {"plain": arguments.plain, "trust_remote_code": arguments.trust_remote_code}
@@ -78,6 +81,26 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     talk(speakers, sampling, arguments.seed, console, plain=arguments.plain)
     return 0
+
+
+def check_model(name: str) -> None:
+    """Raise ModelError for what is neither a model's folder nor to be had from the hub."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return
+    if (folder / BASE / "config.json").is_file():
+        raise ModelError(
+            f"{name!r} is the folder of a run, not of a model",
+            where="MODEL",
+            fix=f"deca export {name} NEW_FOLDER, and name that folder",
+        )
+    if folder.is_dir():
+        raise ModelError(f"{name!r} holds no model: it has no config.json", where="MODEL", fix="name a model's folder")
+    if folder.exists():
+        raise ModelError(f"{name!r} is a file", where="MODEL", fix="name the folder that holds config.json")
+    if not could_be_hub_name(name):
+        raise ModelError(f"there is no folder {name!r}", where="MODEL", fix=look_for(name))
+    check_model_on_hub(name, "MODEL")
 
 
 def talk(speakers: Sequence[Speaker], sampling: Sampling, seed: int, console: Console, *, plain: bool = False) -> None:

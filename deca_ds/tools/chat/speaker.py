@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from deca_ds.config.paths import check_model_on_hub, could_be_hub_name, look_for
 from deca_ds.data.template import ERRORS
 from deca_ds.engine.load import BAD_FILE, explained, tokenizer_in
 from deca_ds.errors import ModelError
-from deca_ds.run_folder import BASE
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,10 @@ class Speaker:
     """A causal language model, its tokenizer, and the conversation so far, in the model's own words.
 
     Without a chat template the model continues the text of all that was said. plain: it does in any case. Raises
-    ModelError for what is no model.
+    ModelError for what is no causal language model.
     """
 
     def __init__(self, name: str, device: torch.device, *, plain: bool = False, trust_remote_code: bool = False):
-        check_model(name)
         logging.disable_progress_bar()
         self._tokenizer = tokenizer_in(name, "MODEL", trust_remote_code=trust_remote_code)
         with explained(name, "MODEL", BAD_FILE):
@@ -139,23 +135,3 @@ class _Streamer(TextStreamer):
         self.text += text
         if text:
             self._say(text)
-
-
-def check_model(name: str) -> None:
-    """Raise ModelError for what is neither a model's folder nor to be had from the hub."""
-    folder = Path(name)
-    if (folder / "config.json").is_file():
-        return
-    if (folder / BASE / "config.json").is_file():
-        raise ModelError(
-            f"{name!r} is the folder of a run, not of a model",
-            where="MODEL",
-            fix=f"deca export {name} NEW_FOLDER, and name that folder",
-        )
-    if folder.is_dir():
-        raise ModelError(f"{name!r} holds no model: it has no config.json", where="MODEL", fix="name a model's folder")
-    if folder.exists():
-        raise ModelError(f"{name!r} is a file", where="MODEL", fix="name the folder that holds config.json")
-    if not could_be_hub_name(name):
-        raise ModelError(f"there is no folder {name!r}", where="MODEL", fix=look_for(name))
-    check_model_on_hub(name, "MODEL")
