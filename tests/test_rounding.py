@@ -74,10 +74,10 @@ def test_a_gradient_is_no_more_off_than_with_noise(arguments):
 
 
 def wrong_correction(simulation, monkeypatch):
-    step = type(simulation.rule).candidate
+    step = type(simulation.rule).local_step
     monkeypatch.setattr(
         type(simulation.rule),
-        "candidate",
+        "local_step",
         lambda *arguments, inner, **options: step(*arguments, inner=inner + 1, **options),
     )
 

@@ -30,6 +30,7 @@ REFUSED_DEEPSPEED_KEYS = {
     "zero_optimization.zero_hpz_partition_size": "its secondary copies go stale when shards are written",
     "zero_optimization.zero_quantized_weights": "its quantised copies go stale when shards are written",
     "zero_optimization.zero_quantized_nontrainable_weights": "its quantised copies go stale when shards are written",
+    "zero_optimization.stage3_allgather_sequential": "what it gathers for one rank are copies, which training misses",
     "zero_optimization.mics_shard_size": "every client is one ZeRO-3 world",
     "zero_optimization.stage3_param_persistence_threshold": "it must be 0, and is: kept parameters would go stale",
     "zero_optimization.stage3_model_persistence_threshold": "it must be 0, and is: kept parameters would go stale",

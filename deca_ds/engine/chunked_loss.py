@@ -71,8 +71,9 @@ def summed_loss(
 def _chunks(labels: Tensor, head: OutputHead, device: torch.device) -> Iterator[Chunk]:
     """Yield the positions that have a target, in flattened batch and length, and the targets, some at a time."""
     labels = labels.flatten()
-    for at in (labels != -100).nonzero().flatten().split(positions_at_a_time(head)):
-        yield at.to(device), labels[at].to(device)
+    at, positions = (labels != -100).nonzero().flatten(), positions_at_a_time(head)
+    # all together: a copy waits for what a GPU has to do before it
+    yield from zip(at.to(device).split(positions), labels[at].to(device).split(positions), strict=True)
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What glibc keeps of freed memory."""
+"""What glibc and torch keep of freed memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import os
 import platform
 from contextlib import suppress
 
+import torch
+
 _LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX of a 64-bit glibc
 
 
 def return_freed_memory() -> None:
-    """Give the host back what was freed: glibc keeps pieces below 32 MiB in the process's heap, for the next ones."""
+    """Give the host back what was freed, and the GPU: glibc keeps pieces below 32 MiB in the process's heap, torch
+    all of a GPU's memory, which another client on that GPU may need."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -55,6 +55,7 @@ def keep_shards_whole(engine: Any) -> bool:
     for module in engine.module.modules():
         module._parameters = dict(module._parameters.items())  # DeepSpeed's own looks at whatever is looked up
     parameters[0].all_gather(parameters)
+    assert all(p.data_ptr() == shard(p).data_ptr() for p in parameters), "what is written to shards misses the model"
     torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
     return True
 

@@ -16,6 +16,7 @@ from deca_ds.engine.output_head import OutputHead, find_head
 from deca_ds.errors import ModelError
 
 _ROUNDING = 1e-3  # relative; what another order of summing may make in float32
+_CHUNKED = {torch.float32: _ROUNDING, torch.bfloat16: 2e-2}  # and of logits, by the model's data type
 
 
 class TokenScores(NamedTuple):
@@ -106,7 +107,7 @@ def check_own_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: 
         )
     if (head := find_head(model)) is not None:
         by_chunks = float(_chunked_scores(model, head, batch, device).losses.sum() / mask.sum())
-        if _differ(by_chunks, mean):
+        if _differ(by_chunks, mean, _CHUNKED[model.dtype]):
             raise ModelError(
                 f"{name} has the loss {by_chunks:.6g} with the logits of each position by itself, and {mean:.6g} with "
                 "those of the whole sequence",
@@ -127,8 +128,8 @@ def excerpt(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     return {name: each[:, stop - length : stop] if each.dim() > 1 else each for name, each in batch.items()}
 
 
-def _differ(one: float, other: float) -> bool:
-    return not abs(one - other) <= _ROUNDING * max(1.0, abs(other))
+def _differ(one: float, other: float, rounding: float = _ROUNDING) -> bool:
+    return not abs(one - other) <= rounding * max(1.0, abs(other))
 
 
 def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:

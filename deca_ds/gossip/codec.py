@@ -26,7 +26,7 @@ class Codec:
 
     def encode(self, x: Tensor, out: Tensor) -> None:
         """Write what is sent for the float32 `x` to `out`, which has x's shape and `dtype`, on any device."""
-        out.copy_(x)
+        out.copy_(x if x.device == out.device else x.to(out.dtype))  # or a GPU's would be converted on the CPU
 
     def decode(self, wire: Tensor) -> Tensor:
         """Return the float32 values of `wire`, on its device; may be `wire` itself. What is not finite must stay so."""

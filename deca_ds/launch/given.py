@@ -23,7 +23,7 @@ from deca_ds.errors import LaunchError
 from deca_ds.launch.allocation import scheduler_of
 from deca_ds.launch.hostfile import read_hostfile
 
-_DEEPSPEED = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+DEEPSPEED = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 _MPIRUN = ("mpirun", "mpiexec", "orterun", "prterun")
 _HOSTFILE = ("-H", "-hostfile", "--hostfile", "-machinefile", "--machinefile")
 _WORLD_INFO = "--world_info="
@@ -57,7 +57,7 @@ class Given:
         """Find the launcher above this process. above: this process's parent, its parent, and so on."""
         hosts = next((found for command in above if (found := _hosts_of_ranks(command.words))), ())
         for command in above:
-            by_deepspeed = command.names(_DEEPSPEED)
+            by_deepspeed = command.names(DEEPSPEED)
             if (by_deepspeed or command.names(_MPIRUN)) and (name := _hostfile(command.words)) is not None:
                 return cls(Path(command.folder, name), hosts, by_deepspeed)
         return cls(hosts=hosts)

@@ -33,6 +33,7 @@ import psutil
 from deca_ds.checkpoint.done import ended, is_done, stopped_without
 from deca_ds.checkpoint.steps import steps_in
 from deca_ds.config import Config, load_config
+from deca_ds.config.arguments import chosen
 from deca_ds.config.checks import check_world
 from deca_ds.config.resume import tells_divergence
 from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError, in_words
@@ -96,7 +97,7 @@ def configuration_of(command: Sequence[str]) -> Config:
             fix="give it the whole command: deca supervise mpirun -n 8 python launchers/train.py --config ...",
         )
     arguments = train_parser(command[script]).parse_intermixed_args(command[script + 1 :])
-    return load_config(arguments.config, arguments.overrides)
+    return load_config(*chosen(arguments))
 
 
 def _script(command: Sequence[str]) -> int | None:

@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 
 from deca_ds.launch import Launch
+from deca_ds.launch.given import DEEPSPEED
 from deca_ds.printing import print_wrapped
 from deca_ds.watchdog.started_by import started_by
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 
 _SHELLS = ("sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh")
-_RUNNERS = ("deepspeed", "deepspeed.py", "ds", "deepspeed.launcher.runner")
 _LAUNCHER = "deepspeed.launcher.launch"
 _RUNNER_GONE = "`deepspeed` is gone: the job saves a checkpoint and stops after this inner step"
 
@@ -82,7 +82,7 @@ class Ancestors:
 
 def is_runner(command: Sequence[str]) -> bool:
     """Return whether this is the command line of an interpreter that runs `deepspeed`."""
-    return _script(command) in _RUNNERS
+    return _script(command) in DEEPSPEED
 
 
 def _script(command: Sequence[str]) -> str:

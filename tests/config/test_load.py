@@ -207,6 +207,7 @@ def test_output_folder_is_never_used_twice(tmp_path):
         ('{"fp16": {"enabled": true}}', "fp16 cannot be set here"),
         ('{"optimizer": {"type": "Adam"}}', "optimizer cannot be set here"),
         ('{"zero_optimization": {"zero_hpz_partition_size": 2}}', "zero_hpz_partition_size cannot be set"),
+        ('{"zero_optimization": {"stage3_allgather_sequential": true}}', "stage3_allgather_sequential cannot be set"),
         ('{"zero_optimization": {"zero_quantized_weights": true}}', "zero_quantized_weights cannot be set"),
         ('{"zero_optimization": {"offload_param": {"device": "nvme"}}}', "'nvme'"),
         ('{"zero_optimization": 3}', "is a JSON object"),

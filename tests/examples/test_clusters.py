@@ -200,3 +200,11 @@ def test_templates_without_a_scheduler_pass_arguments_that_launcher_and_trainer_
 def test_each_template_says_how_it_is_started():
     for path in TEMPLATES.iterdir():
         assert re.search(rf"^#   .*{re.escape(name(path))}", path.read_text(), re.MULTILINE), path
+
+
+def test_a_supervised_job_may_name_its_configuration_as_any_other():
+    command = ["mpirun", "-n", "2", "python", "launchers/train.py"]
+    run, key = str(REPOSITORY / "examples" / "two_clients_text.yaml"), "run.seed=7"
+    assert supervise.configuration_of([*command, run, key]) == supervise.configuration_of(
+        [*command, "--config", run, key]
+    )
