@@ -24,9 +24,12 @@ def round_into(value: Tensor, master: Tensor) -> None:
     if value.dtype != torch.bfloat16 or master.dtype != torch.float32:
         value.copy_(master)
         return
-    for part, bits in zip(*(t.split(_piece(master)) for t in (value, master.view(torch.int32))), strict=True):
+    piece = _piece(value, master)
+    for part, bits in zip(value.split(piece), master.view(torch.int32).split(piece), strict=True):
         up = bits >> 15  # its last bit is the first of those that are rounded off: set, it makes a tie more than one
-        part.copy_(up.bitwise_and_(1).bitwise_or_(bits).view(torch.float32))
+        untied = up.bitwise_and_(1).bitwise_or_(bits).view(torch.float32)
+        # to another device half of the bytes; torch would convert those of a GPU on the CPU
+        part.copy_(untied if part.device == untied.device else untied.to(part.dtype))
 
 
 def rounded(master: Tensor) -> Tensor:
@@ -73,8 +76,8 @@ def join(value: Tensor, low: Tensor | None) -> Tensor:
     return master
 
 
-def _piece(values: Tensor) -> int:
-    return _PIECE if values.device.type == "cpu" else 64 * _PIECE
+def _piece(*tensors: Tensor) -> int:
+    return _PIECE if all(each.device.type == "cpu" for each in tensors) else 64 * _PIECE
 
 
 class LowBits(Mapping[str, Tensor]):
