@@ -148,6 +148,22 @@ def without_a_neighbour_it_moves_to_its_own_candidate(rule: Rule) -> None:
     assert all(torch.equal(state[name], values) for name, values in kept.items())
 
 
+def alone_is_the_local_step_and_stay(rule: Rule) -> None:
+    start, gradient = problem(seed=6)
+    state = stacked_state(rule, start)
+    run(rule, state, gradient, cycle(matrices_of("ring")), every=2, steps=range(3))  # whose last step averages
+    state["grad"].copy_(torch.stack([torch.tensor(gradient(3, i, start[i])) for i in range(CLIENTS)]))
+    apart = {name: tensor.clone() for name, tensor in state.items()}
+    rule.local_step(state, inner=3, lr=LR, decay=0.1, alone=True)
+    rule.local_step(apart, inner=3, lr=LR, decay=0.1)
+    rule.stay(apart)
+    norm = apart["grad"].norm(dim=1, keepdim=True) if rule.needs_norm else 0.0
+    for each in (state, apart):
+        rule.finish(each, lr=LR, norm=norm, mixed=False)
+    for name in {*state} - {"grad"}:
+        torch.testing.assert_close(state[name], apart[name], rtol=1e-13, atol=1e-13, msg=f"{name} of a step alone")
+
+
 def mixing_keeps_the_mean(rule: Rule) -> None:
     """Of what the clients move to: the mean of theta over them is that of an exact averaging's, whatever the graph."""
     start, gradient = problem(seed=2)
@@ -214,6 +230,7 @@ CONTRACT: list[Callable[[Rule], None]] = [
     its_state_is_what_it_names,
     a_part_is_worked_on_as_the_whole,
     without_a_neighbour_it_moves_to_its_own_candidate,
+    alone_is_the_local_step_and_stay,
     mixing_keeps_the_mean,
     a_saved_state_continues_as_if_never_interrupted,
 ]

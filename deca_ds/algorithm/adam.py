@@ -26,13 +26,16 @@ class AdamRule(Rule):
     eps: float = 1e-8
 
     @torch.no_grad()
-    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0, alone: bool = False) -> None:
         """See Rule. torch's fused kernel reads and writes each element once, but takes for granted that there are no
         gaps between them: it gets a stacked state row by row."""
-        gradient = state["grad"].clone()
-        candidate = state["grad"].copy_(state["theta"])
-        params, grads, m, v = (list(torch.atleast_2d(x)) for x in (candidate, gradient, state["m"], state["v"]))
-        made = [torch.full((), float(inner), device=candidate.device) for _ in params]
+        if alone:
+            gradient, stepped = state["grad"], state["theta"]
+        else:
+            gradient = state["grad"].clone()
+            stepped = state["grad"].copy_(state["theta"])
+        params, grads, m, v = (list(torch.atleast_2d(x)) for x in (stepped, gradient, state["m"], state["v"]))
+        made = [torch.full((), float(inner), device=stepped.device) for _ in params]
         adamw(
             params, grads, m, v, [], made, lr=lr, beta1=self.a1, beta2=self.a2, eps=self.eps, weight_decay=decay,
             fused=True, amsgrad=False, maximize=False,

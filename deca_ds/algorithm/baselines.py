@@ -52,10 +52,12 @@ class QgAdam(AdamRule):
         return True
 
     @torch.no_grad()
-    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0, alone: bool = False) -> None:
         """See Rule; the kept moments stay as they are."""
         passing = {**state, "m": state["m"].clone(), "v": state["v"].clone()}
         super().local_step(passing, inner=inner, lr=lr, decay=decay)
+        if alone:
+            self.stay(state)
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:
@@ -93,13 +95,13 @@ class GtAdam(AdamRule):
     travels: ClassVar[tuple[str, ...]] = ("grad", "tracker")
 
     @torch.no_grad()
-    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0, alone: bool = False) -> None:
         """See Rule; tracker and previous start at zero, which makes the first tracker the gradient."""
         grad, tracker, previous = state["grad"], state["tracker"], state["previous"]
         tracker.add_(grad).sub_(previous)
         previous.copy_(grad)
         grad.copy_(tracker)
-        super().local_step(state, inner=inner, lr=lr, decay=decay)
+        super().local_step(state, inner=inner, lr=lr, decay=decay, alone=alone)
 
     @torch.no_grad()
     def skip_step(self, state: State) -> None:

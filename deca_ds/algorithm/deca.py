@@ -57,11 +57,11 @@ class DecaRule(AdamRule):
         return self.signal == "quasi_global_norm"
 
     @torch.no_grad()
-    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0, alone: bool = False) -> None:
         """See Rule; m and v become m_half and v_half, or stay as they are for "trivial"."""
         if self.signal == "trivial":
             state = {**state, "m": state["m"].clone(), "v": state["v"].clone()}
-        super().local_step(state, inner=inner, lr=lr, decay=decay)
+        super().local_step(state, inner=inner, lr=lr, decay=decay, alone=alone)
 
     @torch.no_grad()
     def accept(self, state: State, name: str, mixed: Tensor) -> None:

@@ -55,10 +55,11 @@ class DecaExactDiffusion(DecaRule):
         ]
 
     @torch.no_grad()
-    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
-        """See Rule; state["grad"] becomes what is sent."""
-        super().local_step(state, inner=inner, lr=lr, decay=decay)
-        state["grad"].add_(state["change"], alpha=self.correction)
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0, alone: bool = False) -> None:
+        """See Rule; state["grad"] becomes what is sent. Alone, the correction waits for the next averaging."""
+        super().local_step(state, inner=inner, lr=lr, decay=decay, alone=alone)
+        if not alone:
+            state["grad"].add_(state["change"], alpha=self.correction)
 
     @torch.no_grad()
     def skip_step(self, state: State) -> None:

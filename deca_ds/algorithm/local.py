@@ -50,8 +50,11 @@ class LocalSteps:
         return runs
 
 
-def local_step(rule: Rule, state: State, runs: Iterable[Run], chunk: slice, *, lr: float, weight_decay: float) -> None:
-    """Apply the rule's local step to the elements `chunk` of one client's state, run by run. lr: of this step."""
+def local_step(
+    rule: Rule, state: State, runs: Iterable[Run], chunk: slice, *, lr: float, weight_decay: float, alone: bool = False
+) -> None:
+    """Apply the rule's local step to the elements `chunk` of one client's state, run by run. lr: of this step. alone:
+    see Rule.local_step."""
     for run in runs:
         elements = slice(max(run.start, chunk.start), min(run.stop, chunk.stop))
         if elements.start >= elements.stop:
@@ -59,5 +62,7 @@ def local_step(rule: Rule, state: State, runs: Iterable[Run], chunk: slice, *, l
         part = {name: tensor[elements] for name, tensor in state.items()}
         if run.inner is None:
             rule.skip_step(part)
+            if alone:
+                rule.stay(part)
         else:
-            rule.local_step(part, inner=run.inner, lr=lr, decay=weight_decay if run.decays else 0.0)
+            rule.local_step(part, inner=run.inner, lr=lr, decay=weight_decay if run.decays else 0.0, alone=alone)

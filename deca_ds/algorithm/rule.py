@@ -7,7 +7,8 @@
         rule.skip_step(state)                           for parameters that got no gradient
         for name in rule.travels:                       where the client has a neighbour at this step
             rule.accept(state, name, sum_j w_ij state_j[name])
-        rule.stay(state)                                where it has none
+        rule.stay(state)                                where it has none; rule.local_step(state, ..., alone=True) is
+                                                        both in one, for steps known to have none
         rule.finish(state, ...)                         theta is where the next gradient is taken
 
 A state is a mapping of tensors of one shape: "theta", "grad" and the rule's own `buffers`, all float32. All operations
@@ -61,11 +62,12 @@ class Rule(ABC):
         """Initialise the buffers of a block that becomes active; they are zero when this is called."""
 
     @abstractmethod
-    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0) -> None:
+    def local_step(self, state: State, *, inner: int, lr: float, decay: float = 0.0, alone: bool = False) -> None:
         """Update the buffers with the gradient and leave theta_half in state["grad"]; theta itself must not change.
 
         inner: r, the local steps that these parameters have made since the block became active: 0 .. R-1. decay:
-        coefficient of the decoupled weight decay, which applies to all of theta.
+        coefficient of the decoupled weight decay, which applies to all of theta. alone: the client has no neighbour at
+        this step, so do what `stay` does as well; a rule may do both at once, in theta.
         """
 
     @torch.no_grad()

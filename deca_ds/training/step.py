@@ -48,6 +48,7 @@ def inner_step(
     stats = client.gradient(micro_batches, optimizer.clip_norm, gossip.transport.progress.tick)
     check(step, stats)
     averaging = begin(gossip, step.gossip)
+    alone = not averaging.mixes
 
     def accept(means: Iterable[Mean]) -> None:
         for chunk, name, values in means:
@@ -57,13 +58,13 @@ def inner_step(
     chunks = gossip.chunks(client.block_numels())
     assert sum(chunk.numel for chunk in chunks) == state.theta.numel(), "the shard is not ZeRO-3's of this block"
     for chunk in chunks:
-        local_step(rule, state.tensors, runs, chunk.part, lr=lr, weight_decay=optimizer.weight_decay)
-        for name in rule.travels if averaging.mixes else ():
+        local_step(rule, state.tensors, runs, chunk.part, lr=lr, weight_decay=optimizer.weight_decay, alone=alone)
+        for name in () if alone else rule.travels:
             accept(averaging.send(chunk, name, state.tensors[name][chunk.part]))
 
     def end() -> None:
         accept(averaging.settle())
-        if not averaging.mixes:  # known only now, as neighbours may have died or been left out
+        if not averaging.mixes and not alone:  # known only now: the neighbours have died or been left out
             rule.stay(state.tensors)
         norm = client.client_sum(float(squared_norm(state.grad))) ** 0.5 if rule.needs_norm else 0.0
         rule.finish(state.tensors, lr=lr, norm=norm, mixed=averaging.mixes)

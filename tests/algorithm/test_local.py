@@ -67,9 +67,9 @@ def test_a_client_alone_is_adamw_where_gradients_are_missing(chunk):
     torch.testing.assert_close(theta, torch.cat([p.detach() for p in parameters]), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("every", "in_place"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize(("method", "signal"), EVERY_METHOD)
-def test_a_method_equals_the_dense_reference_where_gradients_are_missing(method, signal, every):
+def test_a_method_equals_the_dense_reference_where_gradients_are_missing(method, signal, every, in_place):
     start, gradient = problem(seed=1)
     rule, matrices = build_rule(method, signal=signal, **COEFFICIENTS), cycle(matrices_of("one_peer_exponential"))
     state, steps = stacked_state(rule, start), [LocalSteps(SIZES, DECAYS) for _ in range(CLIENTS)]
@@ -79,17 +79,19 @@ def test_a_method_equals_the_dense_reference_where_gradients_are_missing(method,
         return np.repeat(reached_at(step, i), SIZES)
 
     for r in range(STEPS):
+        mixes = (r + 1) % every == 0 or r == STEPS - 1
+        alone = in_place and not mixes
         for i in range(CLIENTS):
             own = {name: tensor[i] for name, tensor in state.items()}
             own["grad"].copy_(torch.tensor(np.where(there(r, i), gradient(r, i, own["theta"].numpy()), 0.0)))
-            local_step(rule, own, steps[i].next(reached_at(r, i)), slice(0, NUMEL), lr=LR, weight_decay=0.05)
-        mixes = (r + 1) % every == 0 or r == STEPS - 1
+            runs = steps[i].next(reached_at(r, i))
+            local_step(rule, own, runs, slice(0, NUMEL), lr=LR, weight_decay=0.05, alone=alone)
         if mixes:
             w = torch.tensor(next(matrices), dtype=torch.float64)
             sent = {name: w @ state[name] for name in rule.travels}
             for name in rule.travels:
                 rule.accept(state, name, sent[name])
-        else:
+        elif not alone:
             rule.stay(state)
         norm = state["grad"].norm(dim=1, keepdim=True) if rule.needs_norm else 0.0
         rule.finish(state, lr=LR, norm=norm, mixed=mixes)
