@@ -27,8 +27,9 @@ from deca_ds.algorithm.schedule import Schedule
 from deca_ds.config import load_config
 from deca_ds.config.schema import Config, GossipConfig
 from deca_ds.engine import internals
+from deca_ds.engine.architecture import load_architecture
 from deca_ds.engine.client import BlockState, Client
-from deca_ds.engine.load import load_architecture, load_model
+from deca_ds.engine.load import load_model
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.launch import read_launch

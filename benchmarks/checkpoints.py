@@ -65,8 +65,9 @@ def case(cluster: Any, model_folder: str, layers_per_block: int, keep: int) -> d
     from deca_ds.algorithm.schedule import Schedule
     from deca_ds.config import load_config
     from deca_ds.config.schema import CheckpointConfig
+    from deca_ds.engine.architecture import load_architecture
     from deca_ds.engine.client import Client
-    from deca_ds.engine.load import load_architecture, load_model
+    from deca_ds.engine.load import load_model
     from deca_ds.engine.state import TrainingState
     from deca_ds.training.checkpoints import Checkpoints
     from deca_ds.training.completion import CompletionByStore

@@ -147,6 +147,7 @@ SET_FROM_OUTSIDE = {
         "engine/adapters.py": ["a.data", "b.data"],
         "engine/chunked_loss.py": ["ctx.grads"],
         "engine/compare_weights.py": ["buffer.data"],
+        "engine/architecture.py": ["setattr(part, name)"],
         "engine/dry_pass.py": [
             "logger.disabled",
             "masking_utils.fast_all",
@@ -159,9 +160,9 @@ SET_FROM_OUTSIDE = {
             "module._parameters",
             "torch.nn.functional.linear",
         ],
-        "engine/load.py": ["part.tie_word_embeddings", "setattr(part, name)"],
         "engine/masters.py": ["weakref.finalize(self, runtime.cudaHostUnregister, flat.data_ptr()).atexit"],
         "engine/output_head.py": ["model._modules", "self.linear.forward"],
+        "engine/weight_files.py": ["part.tie_word_embeddings"],
         "simulation/stacked.py": ["parameter.data", "parameter.grad"],
         "training/terminal.py": ["setattr(sys, name)"],
     },

@@ -14,7 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deca_ds.config import Config
 from deca_ds.config.schema import ModelConfig
 from deca_ds.data.formats import FORMATS
-from deca_ds.engine.load import given_weights, has_tokenizer_settings, meta_model
+from deca_ds.engine.architecture import meta_model
+from deca_ds.engine.tokenizer import has_tokenizer_settings
+from deca_ds.engine.weight_files import given_weights
 from deca_ds.errors import DataError, ModelError
 
 _POSITIONAL = re.compile(r"pos|wpe")

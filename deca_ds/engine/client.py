@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from deca_ds.algorithm import Block, BlockPlan, LocalSteps, parameter_shapes, squared_norm
 from deca_ds.config import Config
 from deca_ds.engine import internals
+from deca_ds.engine.architecture import find_blocks
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.gradients import GradientReducer
 from deca_ds.engine.heap import return_freed_memory
-from deca_ds.engine.load import find_blocks, zero3_config
+from deca_ds.engine.load import zero3_config
 from deca_ds.engine.losses import RowScores, check_own_loss, count_targets, excerpt, row_scores, training_loss
 from deca_ds.engine.masters import LowBits, join, join_into, low_bits, round_into
 from deca_ds.engine.same_modules import SameModules

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.architecture import DTYPES, expert_lists, meta_model
 from deca_ds.engine.chunked_loss import positions_at_a_time, positions_of_a_piece, summed_loss
 from deca_ds.engine.heap import kept_below
-from deca_ds.engine.load import DTYPES, expert_lists, meta_model
 from deca_ds.engine.losses import losses_of
 from deca_ds.engine.output_head import OutputHead, find_head
 

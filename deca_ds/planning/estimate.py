@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 from deca_ds.algorithm import BlockPlan, Rule, Schedule, parameter_shapes
 from deca_ds.config import Config
 from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.architecture import find_blocks, meta_model
 from deca_ds.engine.dry_pass import DryModel, NotWithoutValues, PassMemory
-from deca_ds.engine.load import find_blocks, meta_model, zero3_config
+from deca_ds.engine.load import zero3_config
 from deca_ds.gossip import MixingSchedule
 from deca_ds.gossip.codec import CODECS
 from deca_ds.planning.gathered import Gathered, peak_gathered

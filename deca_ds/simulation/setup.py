@@ -13,11 +13,13 @@ from deca_ds.config import Config
 from deca_ds.config.paths import check_model_path
 from deca_ds.data import ClientData, evaluation_batches, load_all, validate_data_config
 from deca_ds.engine.adapters import add_adapters
+from deca_ds.engine.architecture import DTYPES, find_blocks, load_architecture
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
-from deca_ds.engine.load import DTYPES, find_blocks, given_weights, load_architecture, load_tokenizer, padding_of
 from deca_ds.engine.losses import check_own_loss
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
+from deca_ds.engine.tokenizer import load_tokenizer, padding_of
+from deca_ds.engine.weight_files import given_weights
 from deca_ds.errors import ConfigError
 from deca_ds.gossip import MixingSchedule, build_mixing
 from deca_ds.printing import print_wrapped

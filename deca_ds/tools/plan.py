@@ -19,9 +19,10 @@ from deca_ds.algorithm import BlockPlan, fused_parameters
 from deca_ds.config import Config
 from deca_ds.config.checks import check_world, is_used
 from deca_ds.elastic import check_absent
+from deca_ds.engine.architecture import load_architecture
 from deca_ds.engine.check_model import check_model
-from deca_ds.engine.load import load_architecture, load_tokenizer
 from deca_ds.engine.output_head import find_head
+from deca_ds.engine.tokenizer import load_tokenizer
 from deca_ds.errors import ConfigError
 from deca_ds.gossip import MixingSchedule, agreement, build_mixing, subset
 from deca_ds.gossip.late import check_wait

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from deca_ds.data import ClientData, evaluation_batches, training_batches
 from deca_ds.elastic import ElasticAgent, Invitation, Lookout, save_addresses
 from deca_ds.engine.client import Client
-from deca_ds.engine.load import padding_of
 from deca_ds.engine.state import TrainingState
+from deca_ds.engine.tokenizer import padding_of
 from deca_ds.gossip.clip import Clip
 from deca_ds.gossip.codec import CODECS
 from deca_ds.gossip.gossip import Gossip

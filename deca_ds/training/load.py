@@ -25,9 +25,11 @@ from deca_ds.data.cache import Cache
 from deca_ds.data.checks import tell_files
 from deca_ds.data.rows import Work
 from deca_ds.engine.adapters import find_adapters
+from deca_ds.engine.architecture import load_architecture
 from deca_ds.engine.check_model import check_model, check_token_ids
 from deca_ds.engine.client import Client
-from deca_ds.engine.load import load_architecture, load_model, load_tokenizer
+from deca_ds.engine.load import load_model
+from deca_ds.engine.tokenizer import load_tokenizer
 from deca_ds.errors import DataError
 from deca_ds.launch import Launch
 from deca_ds.launch.devices import machine

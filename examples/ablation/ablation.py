@@ -122,7 +122,7 @@ class Runner:
     def build(self, keys: Keys) -> Any:
         """The simulation of a run."""
         from deca_ds.config import load_config
-        from deca_ds.engine.load import load_tokenizer
+        from deca_ds.engine.tokenizer import load_tokenizer
         from deca_ds.simulation.setup import build, load_data
 
         config = load_config(None, [f"{key}={self._place(value)}" for key, value in keys.items()])

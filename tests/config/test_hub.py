@@ -16,7 +16,9 @@ from deca_ds.config.paths import check_model_path
 from deca_ds.config.schema import ModelConfig
 from deca_ds.data import validate_data_config
 from deca_ds.data.sources import HubName, load_hub
-from deca_ds.engine.load import given_weights, load_architecture, load_tokenizer
+from deca_ds.engine.architecture import load_architecture
+from deca_ds.engine.tokenizer import load_tokenizer
+from deca_ds.engine.weight_files import given_weights
 from deca_ds.errors import DataError, ModelError
 from deca_ds.tools.chat.command import check_model
 

@@ -17,7 +17,7 @@ from deca_ds.config.paths import KEYS, argument, check_model_path, check_writabl
 from deca_ds.config.resume import check_folder
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.data.sources import HubName, load_hub
-from deca_ds.engine.load import load_architecture
+from deca_ds.engine.architecture import load_architecture
 from deca_ds.errors import ConfigError, DataError, LaunchError, ModelError
 
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from deca_ds.config import load_config
 from deca_ds.engine import internals
+from deca_ds.engine.architecture import load_architecture
 from deca_ds.engine.client import Client
-from deca_ds.engine.load import load_architecture, load_model
+from deca_ds.engine.load import load_model
 from deca_ds.engine.losses import training_loss
 from deca_ds.launch import read_launch
 from deca_ds.launch.store import open_job_store

@@ -23,8 +23,9 @@ from deca_ds.checkpoint.part import Part
 from deca_ds.checkpoint.write_shards import save_shards
 from deca_ds.config import load_config
 from deca_ds.engine import chunked_loss
+from deca_ds.engine.architecture import load_architecture
 from deca_ds.engine.client import Client
-from deca_ds.engine.load import load_architecture, load_model
+from deca_ds.engine.load import load_model
 from deca_ds.engine.random_weights import draw_weights, nothing_drawn
 from deca_ds.engine.state import model_pieces
 from deca_ds.errors import UserError

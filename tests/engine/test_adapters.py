@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from deca_ds.config import load_config
 from deca_ds.engine.adapters import add_adapters, find_adapters
-from deca_ds.engine.load import find_blocks, meta_model
+from deca_ds.engine.architecture import find_blocks, meta_model
 from deca_ds.errors import ConfigError, ModelError
 from deca_ds.tools.plan import print_plan
 from deca_ds.training.chosen_method import check_method

@@ -14,9 +14,9 @@ from words import make_tokenizer
 from deca_ds.config import load_config
 from deca_ds.config.schema import ModelConfig
 from deca_ds.data.encoding import SEQUENCES
+from deca_ds.engine.architecture import expert_lists, load_architecture
 from deca_ds.engine.causality import check_causal
 from deca_ds.engine.check_model import check_model, check_token_ids
-from deca_ds.engine.load import expert_lists, load_architecture
 from deca_ds.engine.losses import check_own_loss, count_targets, excerpt, training_loss
 from deca_ds.errors import DataError, ModelError
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from deca_ds.config.schema import ModelConfig
-from deca_ds.engine.load import given_weights, load_architecture
+from deca_ds.engine.architecture import load_architecture
+from deca_ds.engine.weight_files import given_weights
 from deca_ds.errors import ModelError
 
 SIZES = dict(vocab_size=40, hidden_size=16, intermediate_size=12, num_attention_heads=2, num_hidden_layers=2)

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deca_ds.config import load_config
+from deca_ds.engine.architecture import meta_model
 from deca_ds.engine.dry_pass import DryModel, NotWithoutValues
 from deca_ds.engine.heap import kept_below
-from deca_ds.engine.load import meta_model
 
 ROWS, LENGTH = 3, 32
 

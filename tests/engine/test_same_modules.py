@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deca_ds.engine import internals
-from deca_ds.engine.load import expert_lists
+from deca_ds.engine.architecture import expert_lists
 from deca_ds.engine.same_modules import SameModules
 from deca_ds.errors import ModelError
 

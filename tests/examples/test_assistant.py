@@ -13,7 +13,7 @@ import pytest
 from deca_ds.cli import main
 from deca_ds.config import load_config
 from deca_ds.data import load_all
-from deca_ds.engine.load import load_tokenizer
+from deca_ds.engine.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 ASSISTANT = REPOSITORY / "examples" / "assistant"

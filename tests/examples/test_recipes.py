@@ -12,7 +12,7 @@ from manual import commands
 
 from deca_ds.cli import main
 from deca_ds.config import load_config
-from deca_ds.engine.load import load_architecture, meta_model
+from deca_ds.engine.architecture import load_architecture, meta_model
 from deca_ds.planning.roofline import GPUS, USABLE
 
 REPOSITORY = Path(__file__).parents[2]

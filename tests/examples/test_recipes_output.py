@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from deca_ds.config import Config, load_config
-from deca_ds.engine.load import find_blocks, load_architecture, meta_model
+from deca_ds.engine.architecture import find_blocks, load_architecture, meta_model
 from deca_ds.gossip import agreement, build_mixing
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.length import tell_length

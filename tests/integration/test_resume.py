@@ -19,7 +19,7 @@ from deca_ds.checkpoint.open_steps import find_checkpoint
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.config import load_config
-from deca_ds.engine.load import find_blocks, load_architecture, meta_model
+from deca_ds.engine.architecture import find_blocks, load_architecture, meta_model
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.training.chosen_method import build_schedule, rule_of
 from deca_ds.training.summary import best_of, evaluations

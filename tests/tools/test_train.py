@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 from deca_ds.checkpoint.done import mark_done
 from deca_ds.config import Config, load_config
 from deca_ds.elastic import save_addresses
-from deca_ds.engine.load import explained
+from deca_ds.engine.explain import explained
 from deca_ds.errors import DataError, EndedError, LaunchError, exit_code, public_message, whole_message
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress

@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from deca_ds.config.data import DataConfig
 from deca_ds.config.schema import Config, ModelConfig
-from deca_ds.engine.load import load_tokenizer
+from deca_ds.engine.tokenizer import load_tokenizer
 from deca_ds.errors import DataError
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import Progress

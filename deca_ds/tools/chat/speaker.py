@@ -18,7 +18,8 @@ from transformers import (
 from transformers.utils import logging
 
 from deca_ds.data.template import ERRORS
-from deca_ds.engine.load import BAD_FILE, explained, tokenizer_in
+from deca_ds.engine.explain import BAD_FILE, explained
+from deca_ds.engine.tokenizer import tokenizer_in
 from deca_ds.errors import ModelError
 
 

@@ -65,7 +65,7 @@ def _check(arguments: argparse.Namespace, clients: int) -> None:
 
 def _look(config: Config, arguments: argparse.Namespace) -> Found:
     """Prepare the data as a run would, in a folder that is removed again. Raises UserErrors."""
-    from deca_ds.engine.load import load_tokenizer
+    from deca_ds.engine.tokenizer import load_tokenizer
     from deca_ds.tools.data.look import look
 
     tokenizer = load_tokenizer(config.model)

@@ -14,7 +14,7 @@ from deca_ds.config.checks import check_world
 from deca_ds.config.hub import Kind
 from deca_ds.config.paths import could_be_hub_name
 from deca_ds.data.sources import LOOKS_LIKE_A_PATH
-from deca_ds.engine.load import load_architecture
+from deca_ds.engine.architecture import load_architecture
 from deca_ds.errors import ModelError, UserError
 from deca_ds.gossip import MixingSchedule, build_mixing
 from deca_ds.launch import ClientLayout
