@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deca_ds import run_folder
 from deca_ds.errors import CheckpointError, ConfigError, DataError, LaunchError, ModelError, in_words
 
 PACKAGE = Path(__file__).parent.parent / "deca_ds"
@@ -295,6 +296,30 @@ def test_attributes_that_are_set_later_are_seen(tmp_path):
         "        self.late: int = 1\n"
     )
     assert set_after_construction([path]) == {"Made.place", "Made.late"}
+
+
+# All but plain words such as model, which name other things, too.
+IN_A_RUN = {name for key, name in vars(run_folder).items() if key.isupper() and not (name.isalpha() and name.islower())}
+
+
+def names_in_a_run(path: Path) -> list[str]:
+    """Texts in a module that are names of run_folder.py, or what comes there before a number."""
+    texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    before = tuple(name.partition("{")[0] for name in IN_A_RUN if "{" in name)
+    return [text for text in texts if isinstance(text, str) and (text in IN_A_RUN or text.endswith(before))]
+
+
+def test_names_in_a_runs_folder_are_written_in_one_place():
+    found = {str(path): names_in_a_run(path) for path in MODULES if path.stem != "run_folder"}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_name_in_a_runs_folder_is_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""A STOP."""\nrun / "STOP"\nrun / f"a/client_{client:03d}.json"\nrun / "model" / "adapters.json"\n'
+    )
+    assert sorted(names_in_a_run(path)) == ["STOP", "a/client_", "adapters.json"]
 
 
 TESTS = Path(__file__).parent
