@@ -140,7 +140,11 @@ class StopByStore:
         with self._gate:
             while self._is_closed(done):
                 if not self._gate.wait(timeout=1.0) and time.monotonic() > deadline:
-                    raise AbsentError(f"the ranks did not agree on where to stop within {self._timeout_s:g} s")
+                    raise AbsentError(
+                        f"the ranks did not agree on where to stop within {self._timeout_s:g} s",
+                        where=f"rank {self._rank}",
+                        fix="look for a rank that hangs (deca status); if it is only slow, raise cluster.timeout_s",
+                    )
             if self._last is not None and done >= self._last:
                 return False
             self._committed = done + 1
