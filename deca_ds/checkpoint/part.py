@@ -7,6 +7,8 @@ from pathlib import Path
 
 from deca_ds.run_folder import CLIENT, RANK, numbered
 
+PARTIAL = ".partial"  # after the name of a rank's folder until it is complete
+
 
 def rank_folder(folder: Path, client: int, rank: int) -> Path:
     """Return the folder in which `rank` of `client` keeps its slices."""

@@ -12,8 +12,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from deca_ds.checkpoint.part import Part
-from deca_ds.checkpoint.write_shards import PARTIAL
+from deca_ds.checkpoint.part import PARTIAL, Part
 from deca_ds.run_folder import RANK, STEP, numbered
 
 

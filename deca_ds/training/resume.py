@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 
 from deca_ds.checkpoint.done import inner_steps, is_done
 from deca_ds.checkpoint.open_steps import open_part
-from deca_ds.checkpoint.part import Part, rank_folders
+from deca_ds.checkpoint.part import PARTIAL, Part, rank_folders
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import remove_newer, step_folder, steps_in
-from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL
+from deca_ds.checkpoint.write_shards import MANIFEST
 from deca_ds.config import Config
 from deca_ds.config.resume import check_folder, has_begun, save_changes
 from deca_ds.errors import CheckpointError, in_words
