@@ -3,7 +3,7 @@
 Fails if a rank does. With DECA_TEST_JOIN=N the ranks that are killed are started again with --join, up to N of them;
 with DECA_TEST_SUPERVISED=1 `deca supervise` does that.
 With DECA_TEST_DEATHS=1 ranks may end as they like. With DECA_TEST_LATE=2,3:PATH these ranks are started with --join, as
-soon as there is a PATH.
+soon as the file PATH has a line.
 """
 
 import os
@@ -28,7 +28,7 @@ late, _, sign = os.environ.get("DECA_TEST_LATE", "").partition(":")
 absent = [int(rank) for rank in late.split(",") if rank]
 started = {rank: start(rank) for rank in range(int(ranks)) if rank not in absent}
 while any(process.poll() is None for process in started.values()):
-    if absent and os.path.exists(sign):
+    if absent and os.path.exists(sign) and os.path.getsize(sign):
         started |= {rank: start(rank, "--join") for rank in absent}
         absent = []
     for rank, process in started.items():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deca_ds.errors import CheckpointError, ConfigError, DataError, LaunchError, ModelError, in_words
+from deca_ds import errors, run_folder
+from deca_ds.errors import in_words
 
 PACKAGE = Path(__file__).parent.parent / "deca_ds"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -298,6 +299,30 @@ def test_attributes_that_are_set_later_are_seen(tmp_path):
     assert set_after_construction([path]) == {"Made.place", "Made.late"}
 
 
+# All but plain words such as model, which name other things, too.
+IN_A_RUN = {name for key, name in vars(run_folder).items() if key.isupper() and not (name.isalpha() and name.islower())}
+
+
+def names_in_a_run(path: Path) -> list[str]:
+    """Texts in a module that are names of run_folder.py, or what comes there before a number."""
+    texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    before = tuple(name.partition("{")[0] for name in IN_A_RUN if "{" in name)
+    return [text for text in texts if isinstance(text, str) and (text in IN_A_RUN or text.endswith(before))]
+
+
+def test_names_in_a_runs_folder_are_written_in_one_place():
+    found = {str(path): names_in_a_run(path) for path in MODULES if path.stem != "run_folder"}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_name_in_a_runs_folder_is_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""A STOP."""\nrun / "STOP"\nrun / f"a/client_{client:03d}.json"\nrun / "model" / "adapters.json"\n'
+    )
+    assert sorted(names_in_a_run(path)) == ["STOP", "a/client_", "adapters.json"]
+
+
 TESTS = Path(__file__).parent
 TIME_LIMIT = re.compile(r"_?[A-Z][A-Z0-9_]*_S")
 FRAMES = {"f_locals", "f_globals", "gi_frame", "tb_frame", "_getframe", "currentframe"}
@@ -337,18 +362,22 @@ def test_replaced_time_limits_and_frames_are_seen(tmp_path):
     assert reached_into(path) == {"_PAUSE_S", "_WAIT_S", "deca_ds.module.LOOK_S", "gi_frame", "f_locals"}
 
 
-# Errors of what users give. Those of messages and lost ranks get their fix where the first failure is known.
-GIVEN = {kind.__name__ for kind in (ConfigError, DataError, ModelError, LaunchError, CheckpointError)}
+# All but MessageError: where messages are given up, they are sent again, or the first failure is told with its fix.
+TOLD = {
+    name
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.UserError) and kind is not errors.MessageError
+}
 
 
 def fixless(path: Path) -> list[int]:
-    """Lines that make an error of what users give and do not say how to mend it."""
+    """Lines that make an error that users read and do not say how to mend it."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    made = [call for call in calls if _name(call.func) in GIVEN]
+    made = [call for call in calls if _name(call.func) in TOLD]
     return [call.lineno for call in made if not {"fix", None} & {keyword.arg for keyword in call.keywords}]
 
 
-def test_every_error_of_what_users_give_says_how_to_mend_it():
+def test_every_error_that_users_read_says_how_to_mend_it():
     found = {str(path): fixless(path) for path in PACKAGE.rglob("*.py")}
     assert {path: lines for path, lines in found.items() if lines} == {}
 

@@ -13,18 +13,17 @@ from torch import Tensor
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.engine.adapters import Adapter
 from deca_ds.errors import CheckpointError
-
-FILE = "adapters.json"
+from deca_ds.run_folder import ADAPTERS
 
 
 def save_adapters(run: Path, adapters: Sequence[Adapter]) -> None:
-    """Write `FILE` into the run's output folder: names and scales, no values."""
-    (run / FILE).write_text(json.dumps([asdict(adapter) for adapter in adapters], indent=1) + "\n")
+    """Write `ADAPTERS` into the run's output folder: names and scales, no values."""
+    (run / ADAPTERS).write_text(json.dumps([asdict(adapter) for adapter in adapters], indent=1) + "\n")
 
 
 def read_adapters(run: Path) -> tuple[Adapter, ...]:
-    """Read the adapters of a run; none where it has no `FILE`. Raises CheckpointError for a damaged one."""
-    path = run / FILE
+    """Read the adapters of a run; none where it has no `ADAPTERS`. Raises CheckpointError for a damaged one."""
+    path = run / ADAPTERS
     if not path.is_file():
         return ()
     try:
@@ -91,7 +90,7 @@ class MergedModel:
         held = set(self._saved.names)
         missing = [name for name in (adapter.a, adapter.b, *adapter.renamed.values()) if name not in held]
         if missing or adapter.weight not in adapter.renamed:
-            found = f"the saved model has no {missing[0]}" if missing else f"{FILE} leaves out {adapter.weight}"
+            found = f"the saved model has no {missing[0]}" if missing else f"{ADAPTERS} leaves out {adapter.weight}"
         else:
             weight, a, b = (self._saved.shape(name) for name in (adapter.renamed[adapter.weight], adapter.a, adapter.b))
             if adapter.transposed:
@@ -99,4 +98,4 @@ class MergedModel:
             if (b[0], a[1]) == weight and a[0] == b[1]:
                 return
             found = f"the adapter of {adapter.weight} {weight} has shapes {a} and {b}"
-        raise CheckpointError(found, where=str(self.folder), fix=f"{FILE} and model/ must come from the same run")
+        raise CheckpointError(found, where=str(self.folder), fix=f"{ADAPTERS} and model/ must come from the same run")

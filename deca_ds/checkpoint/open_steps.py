@@ -9,6 +9,7 @@ from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import step_folder, steps_in
 from deca_ds.checkpoint.write_shards import MANIFEST
 from deca_ds.errors import CheckpointError
+from deca_ds.run_folder import CLIENT, numbered
 
 
 def open_checkpoint(folder: Path, step: int, own: Part) -> ShardedModel:
@@ -63,7 +64,7 @@ def find_checkpoint(folder: Path, step: int | None = None, client: int | None = 
 
 def _whole(here: Path, client: int | None) -> ShardedModel:
     """Open the checkpoint in the folder `here`: of `client`, or of all clients that took part when it was saved."""
-    there = sorted(int(path.name.removeprefix("client_")) for path in here.glob("client_*"))
+    there = list(numbered(here, CLIENT))
     state = next(iter(ShardedModel(here, there[:1] if client is None else [client]).states.values()))
     missing = state.get("missing", ())
     saved = ShardedModel(here, None if client is None else [client], without=missing, model_only=True)

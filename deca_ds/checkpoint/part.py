@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from deca_ds.run_folder import CLIENT, RANK, numbered
+
+PARTIAL = ".partial"  # after the name of a rank's folder until it is complete
+
 
 def rank_folder(folder: Path, client: int, rank: int) -> Path:
     """Return the folder in which `rank` of `client` keeps its slices."""
-    return folder / f"client_{client:03d}" / f"rank_{rank:03d}"
+    return folder / CLIENT.format(client) / RANK.format(rank)
+
+
+def rank_folders(folder: Path) -> list[Path]:
+    """Return those of all ranks that are in the folder of a model, client by client."""
+    return [own for client in numbered(folder, CLIENT).values() for own in numbered(client, RANK).values()]
 
 
 @dataclass(frozen=True)

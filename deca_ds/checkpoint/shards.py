@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum
-from deca_ds.checkpoint.part import rank_folder
-from deca_ds.checkpoint.write_shards import MANIFEST, MANIFEST_CHECKSUM, PARTIAL, VERSION
+from deca_ds.checkpoint.part import rank_folder, rank_folders
+from deca_ds.checkpoint.write_shards import MANIFEST, MANIFEST_CHECKSUM, VERSION
 from deca_ds.engine.slices import is_buffer
 from deca_ds.errors import CheckpointError
 
@@ -132,12 +132,12 @@ class ShardedModel:
         self, clients: Sequence[int] | None, ranks: Sequence[int] | None
     ) -> dict[tuple[int, int], dict[str, Any]]:
         if clients is None or ranks is None:
-            folders = [path.parent for path in self.folder.glob(f"client_*/rank_*/{MANIFEST}")]
+            folders = rank_folders(self.folder)
         else:
             folders = [rank_folder(self.folder, client, rank) for client in clients for rank in ranks]
         manifests = {}
         for path in (folder / MANIFEST for folder in sorted(folders)):
-            if path.parent.suffix != PARTIAL and path.is_file():
+            if path.is_file():
                 manifest = self._read_manifest(path)
                 manifests[manifest["client"], manifest["rank"]] = manifest
         if not manifests:

@@ -9,32 +9,31 @@ when a run resumes (open_steps.py). So nobody waits for another host to write, a
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from pathlib import Path
 
-from deca_ds.checkpoint.part import Part
+from deca_ds.checkpoint.part import PARTIAL, Part
+from deca_ds.run_folder import RANK, STEP, numbered
 
 
 def step_folder(folder: Path, step: int) -> Path:
     """Return the folder of the checkpoint after `step` inner steps."""
-    return folder / f"step_{step:08d}"
+    return folder / STEP.format(step)
 
 
 def steps_in(folder: Path) -> list[int]:
     """Return the steps that there are folders of, whole or not, ascending."""
-    found = (re.fullmatch(r"step_(\d{8,})", path.name) for path in folder.glob("step_*"))
-    return sorted(int(match[1]) for match in found if match)
+    return list(numbered(folder, STEP))
 
 
 def remove_part(folder: Path, step: int, own: Part) -> None:
     """Remove what a rank answers for: with k ranks, the parts of rank, rank + k, ..., whoever wrote them."""
     here = step_folder(folder, step)
     of_client = own.folder(here).parent
-    for path in of_client.glob("rank_*"):
-        number = re.match(r"rank_(\d+)", path.name)
-        if number and int(number[1]) % own.ranks == own.rank:
-            shutil.rmtree(path)
+    for name in (RANK, RANK + PARTIAL):
+        for rank, path in numbered(of_client, name).items():
+            if rank % own.ranks == own.rank:
+                shutil.rmtree(path)
     with contextlib.suppress(OSError):  # the others' parts are still there, or another rank was first
         of_client.rmdir()
         here.rmdir()

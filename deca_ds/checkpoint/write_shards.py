@@ -23,14 +23,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from deca_ds.checkpoint.files import checksum, sync
-from deca_ds.checkpoint.part import Part
+from deca_ds.checkpoint.part import PARTIAL, Part
 from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.engine.slices import Slice
 from deca_ds.errors import CheckpointError, in_words
 
 VERSION = 1
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.blake2b"
-PARTIAL = ".partial"
 
 
 def file_name(index: int, label: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,20 @@ from deca_ds.config.load import load_config, save_config
 from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
 from deca_ds.errors import CheckpointError, ConfigError
-from deca_ds.run_folder import CHECKPOINTS, DONE, FAILED, HEARTBEATS, MODEL, SAVED_CONFIG, STARTS, STOPPED, is_lock
+from deca_ds.run_folder import (
+    CHECKPOINTS,
+    CLIENT_FAILED,
+    DONE,
+    FAILED,
+    HEARTBEATS,
+    MODEL,
+    SAVED_CONFIG,
+    STARTS,
+    STOP,
+    STOPPED,
+    is_lock,
+    numbered,
+)
 
 # What changes how long the run is, or no more than the rounding of what is trained. The number of ranks launched is no
 # key and may change, too.
@@ -44,12 +58,8 @@ MAY_CHANGE = (
     "deepspeed",
 )
 AFTER_DIVERGENCE = ("optimizer.",)  # what may change, too, where the run has ended because it had diverged
-BEFORE_CONFIG = {
-    HEARTBEATS,
-    FAILED,
-    STOPPED,
-    "STOP",
-}  # what may be there of a run that ended before it had saved its configuration
+# what may be there of a run that ended before it had saved its configuration
+BEFORE_CONFIG = {HEARTBEATS, FAILED, STOPPED, STOP}
 _TRAINED = (STARTS, CHECKPOINTS, MODEL, DONE)  # one of these is there of a run that has come to train
 
 
@@ -118,12 +128,14 @@ def has_begun(output: Path) -> bool:
 
 def has_diverged(output: Path) -> bool:
     """Return whether the run in `output` has ended at values that were not finite."""
-    return any(map(tells_divergence, output.glob(f"{FAILED}*")))
+    return any(map(tells_divergence, (output / FAILED, *numbered(output, CLIENT_FAILED).values())))
 
 
 def tells_divergence(marker: Path) -> bool:
-    """Return whether the marker of a failure tells of values that were not finite."""
-    return "has diverged" in marker.read_text(errors="replace")
+    """Return whether the marker of a failure, if there is one, tells of values that were not finite."""
+    with suppress(FileNotFoundError):
+        return "has diverged" in marker.read_text(errors="replace")
+    return False
 
 
 def save_changes(config: Config) -> str:

@@ -10,6 +10,7 @@ from deca_ds.config import Config
 from deca_ds.errors import DataError, LaunchError
 from deca_ds.launch import Launch
 from deca_ds.launch.compare_ranks import LIBRARIES
+from deca_ds.watchdog.restart import JOIN
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Invitation:
 
     @staticmethod
     def read(message: Mapping[str, Any]) -> Invitation:
-        """Read a message. Raises TypeError if anything is missing."""
-        return Invitation(**{key: value for key, value in message.items() if key != "kind"})
+        """Read a message. Raises LaunchError if it is one of another version of deca_ds."""
+        try:
+            return Invitation(**{key: value for key, value in message.items() if key != "kind"})
+        except TypeError as error:
+            raise LaunchError("the job runs another version of deca_ds", where=JOIN, fix=_AS_BEFORE) from error
 
     def compare_software(self, config: Config, launch: Launch, own: Mapping[str, str]) -> None:
         """Raise LaunchError unless this rank runs what the job runs."""
@@ -55,8 +59,8 @@ class Invitation:
                 raise LaunchError(
                     f"rank {launch.rank} on {launch.host} has {_NAMES.get(name, name)} {value}, the job "
                     f"{self.software[name]}",
-                    where="--join",
-                    fix="start it as it was started with the others: the same deca_ds, libraries and configuration",
+                    where=JOIN,
+                    fix=_AS_BEFORE,
                 )
 
     def compare_data(self, label_names: Sequence[str], common_evaluation: int, tokenizer: str) -> None:
@@ -67,9 +71,10 @@ class Invitation:
             if value != of_job:
                 raise DataError(
                     f"this client has the {name} {value}, the job {of_job}",
-                    where="--join",
+                    where=JOIN,
                     fix="give it the data and the model that it was started with",
                 )
 
 
+_AS_BEFORE = "start it as it was started with the others: the same deca_ds, libraries and configuration"
 _NAMES = {"code": "deca_ds source files", "keys": "configuration"}

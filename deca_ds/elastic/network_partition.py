@@ -69,9 +69,11 @@ class Lookout:
 
 def clients_at(address: tuple[str, int]) -> list[int]:
     """Ask the coordinator at `address` for its members; there are none if it is inactive or out of reach."""
-    with contextlib.suppress(OSError, KeyError, TypeError), socket.create_connection(address, _CONNECT_S) as connection:
+    with (
+        contextlib.suppress(OSError, KeyError, TypeError, ValueError),  # a stranger may answer
+        socket.create_connection(address, _CONNECT_S) as connection,
+    ):
         line = JsonConnection(connection)
         line.send({"kind": "who"})
-        for message in line.receive() or []:
-            return [int(client) for client in message["clients"]]
+        return [int(client) for client in line.answer(time.monotonic() + _CONNECT_S)["clients"]]
     return []

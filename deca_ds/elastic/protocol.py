@@ -154,7 +154,7 @@ class Coordinator:
             last, lost = Decision.read(message["last"]), [int(client) for client in message["lost"]]
             self._hello(_Peer(connection, self._rank(message), int(last.number)), last, lost, now)
         elif kind == "join":
-            self._join(_Peer(connection, self._rank(message), address=message["address"]))
+            self._join(_Peer(connection, self._rank(message), address=_address(message["address"])))
         elif kind == "who":
             part = [] if self.invitation is None else self.clients
             self._sends.append((connection, {"kind": "part", "clients": part}))
@@ -357,3 +357,11 @@ class Coordinator:
     def _ranks_of(self, clients: Sequence[int]) -> list[int]:
         """Return the clients' ranks, client by client."""
         return [rank for client in clients for rank in self._layout.ranks_of(client)]
+
+
+def _address(told: Any) -> tuple[str, int] | None:
+    """Read the address of a coordinator, which only leaders have. Raises TypeError or ValueError if it is none."""
+    if told is None:
+        return None
+    host, port = told
+    return str(host), int(port)

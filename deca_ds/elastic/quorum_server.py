@@ -11,7 +11,9 @@ from itertools import count
 
 from deca_ds.elastic.protocol import Coordinator, Message, Sends
 from deca_ds.elastic.wire import JsonConnection
+from deca_ds.errors import in_words
 from deca_ds.launch import ClientLayout
+from deca_ds.printing import print_wrapped
 
 
 class QuorumServer:
@@ -26,6 +28,7 @@ class QuorumServer:
         self._coordinator = Coordinator(layout, client, clients, timeout_s, silence_s, time.monotonic())
         self._look_s = min(0.5, silence_s / 20)
         self._connections: dict[int, JsonConnection] = {}
+        self._refused = False  # whether the last connection could not be taken
         threading.Thread(target=self._serve, daemon=True).start()
 
     @property
@@ -47,9 +50,9 @@ class QuorumServer:
                 self._send(self._coordinator.awake(time.monotonic()))
                 for key, _ in heard:
                     if key.data is None:
-                        connection = JsonConnection(self._server.accept()[0])
-                        self._connections[number := next(numbers)] = connection
-                        ready.register(connection.connection, selectors.EVENT_READ, number)
+                        if (connection := self._accept()) is not None:
+                            self._connections[number := next(numbers)] = connection
+                            ready.register(connection.connection, selectors.EVENT_READ, number)
                     elif (messages := self._connections[key.data].receive()) is None:
                         ready.unregister(key.fileobj)
                         self._connections.pop(key.data).connection.close()
@@ -60,6 +63,21 @@ class QuorumServer:
         self._server.close()
         for connection in self._connections.values():
             connection.end()
+
+    def _accept(self) -> JsonConnection | None:
+        """Return the next connection; None if there is none after all: its other end is gone again, or this process has
+        too many files open, which others may close in time."""
+        try:
+            connection = JsonConnection(self._server.accept()[0])
+            self._refused = False
+            return connection
+        except OSError as error:
+            if not self._refused:
+                self._refused = True
+                host, port = self.address
+                print_wrapped(f"WARNING: {host} {port} cannot take a connection for now: {in_words(error)}")
+            time.sleep(self._look_s)
+            return None
 
     def _hear(self, number: int, messages: list[Message]) -> None:
         try:

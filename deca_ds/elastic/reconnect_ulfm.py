@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from deca_ds.elastic.survivor_commit import answers_in, bits
-from deca_ds.errors import DisconnectedError, RankLostError
+from deca_ds.errors import LOOK_AT_THE_KILLED, DisconnectedError, RankLostError
 from deca_ds.launch.view import View
 from deca_ds.transport import Endpoint, MpiExchange, MpiTransport, poll
 
@@ -72,7 +72,11 @@ class ReconnectingUlfm(MpiTransport):
         try:
             request = self._everybody.Iagree(number)
             if not poll(request.Test, time.monotonic() + self.timeout_s):
-                raise DisconnectedError(f"no agreement within {self.timeout_s:g} s", where=f"client {self.client}")
+                raise DisconnectedError(
+                    f"no agreement within {self.timeout_s:g} s: not all ranks have come to it",
+                    where=f"client {self.client}",
+                    fix="look for a rank that hangs; if it is only slow, raise cluster.timeout_s",
+                )
         except self._mpi.Exception:
             return []
         finally:
@@ -90,7 +94,11 @@ class ReconnectingUlfm(MpiTransport):
             whole = [c for c in before.clients if all(rank in living for rank in self.layout.ranks_of(c))]
             if self.client not in whole:
                 lost = sorted(set(self.layout.ranks_of(self.client)) - living)
-                raise RankLostError(f"rank {', '.join(map(str, lost))} of client {self.client} is gone")
+                raise RankLostError(
+                    f"rank {', '.join(map(str, lost))} of client {self.client} is gone",
+                    where=f"client {self.client}",
+                    fix=LOOK_AT_THE_KILLED,
+                )
             view = View(before.number + 1, tuple(whole), before.total)
             if len(living) > sum(len(self.layout.ranks_of(c)) for c in whole):
                 continue  # the next shrink waits until the ranks of incomplete clients have left

@@ -63,8 +63,12 @@ def join_job(
                 own = own or QuorumServer(layout, client, host, timeout_s, everybody, silence_s)
                 addresses[client] = own.address
             rejoin = _ask_to_join(launch.rank, client, addresses, own, timeout_s)
-            _check_reach(rejoin)
-            return rejoin, join_job_store(rejoin.invitation["store"], timeout_s)
+            try:
+                _check_reach(rejoin)
+                return rejoin, join_job_store(rejoin.invitation["store"], timeout_s)
+            except BaseException:
+                rejoin.line.connection.close()
+                raise
         except LaunchError:
             if is_over():
                 return None
@@ -79,22 +83,25 @@ def _ask_to_join(rank: int, client: int, addresses: Addresses, own: QuorumServer
         if other == client:
             continue
         try:
-            connection = socket.create_connection(address, CONNECT_S)
+            line = JsonConnection(socket.create_connection(address, CONNECT_S))
         except OSError:
             continue
-        line = JsonConnection(connection)
         line.send({"kind": "join", "rank": rank, "address": None if own is None else own.address})
-        connection.settimeout(max(0.1, deadline - time.monotonic()))
-        for message in line.receive() or []:
-            if message["kind"] == "invitation":
-                connection.settimeout(None)
-                return Rejoin(line, other, message, own, addresses)
-            if message["kind"] == "out":
-                raise AbsentError(message["why"], where=JOIN, fix="join when the others have dropped it")
-            if message["kind"] == "asleep":
-                asleep.append(other)
+        answer = line.answer(deadline)  # an invitation may be taken back at once
+        kind = answer.get("kind")
+        if kind == "invitation":
+            return Rejoin(line, other, answer, own, addresses)
+        line.connection.close()
+        if kind == "out" and "why" in answer:
+            raise AbsentError(str(answer["why"]), where=JOIN, fix="join when the others have dropped it")
+        if kind == "asleep":
+            asleep.append(other)
         if time.monotonic() > deadline:
-            raise AbsentError(f"the other ranks of client {client} did not come within {timeout_s:g} s", where=JOIN)
+            raise AbsentError(
+                f"the other ranks of client {client} did not come within {timeout_s:g} s",
+                where=JOIN,
+                fix="start all its ranks, and look at the output of those that have ended",
+            )
     raise _nobody(addresses, asleep)
 
 
@@ -124,7 +131,6 @@ def _check_reach(rejoin: Rejoin) -> None:
     everybody = {client: (host, port) for client, host, port in rejoin.invitation["addresses"]}
     apart = [client for client in rejoin.invitation["clients"] if not is_in_reach(everybody[client])]
     if apart:
-        rejoin.line.connection.close()
         raise AbsentError(f"client {', '.join(map(str, apart))} is out of reach from here", where=JOIN,
                           fix="look at the network")  # fmt: skip
 
@@ -146,7 +152,7 @@ def save_addresses(folder: Path, addresses: Addresses) -> None:
 
 
 def _read(path: Path) -> Addresses:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         read = {int(client): (str(host), int(port)) for client, (host, port) in json.loads(path.read_text()).items()}
         if read:
             return read

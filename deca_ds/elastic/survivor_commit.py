@@ -96,7 +96,7 @@ class SurvivorCommit(Commit):
 
 
 def bits(answers: Sequence[bool]) -> int:
-    """Write answers as bits of a number, the first answer lowest; the first two are agreement.YES and OPEN."""
+    """Write answers as bits of a number, the first answer lowest; the first two are decision.YES and decision.OPEN."""
     return sum(1 << place for place, yes in enumerate(answers) if yes)
 
 

@@ -14,7 +14,7 @@ from deca_ds.elastic.decision import OPEN, YES
 from deca_ds.errors import DisconnectedError
 
 _ATTEMPTS = 4  # of the same clients to connect, in a row
-_FIRST = 2  # the lowest bit for a pair: the bits below are agreement.YES and OPEN
+_FIRST = 2  # the lowest bit for a pair: the bits below are decision.YES and decision.OPEN
 
 Pair = tuple[int, int]  # clients, the smaller number first
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from deca_ds.elastic.decision import Decision
 from deca_ds.elastic.protocol import ALIVE_S, GRACE_S, Message
 from deca_ds.errors import CutOffError, UserError
+from deca_ds.watchdog.restart import JOIN
 
 Addresses = dict[int, tuple[str, int]]  # of every client's coordinator
 Effects = list[Message | Decision | UserError]  # in this order: messages to send, decisions, why this client is out
@@ -75,7 +76,11 @@ class Voter:
         self._signed = now
         if kind == "out":
             return self._end(
-                CutOffError(f"this client is out of the job: {message['why']}", where=f"rank {self._rank}")
+                CutOffError(
+                    f"this client is out of the job: {message['why']}",
+                    where=f"rank {self._rank}",
+                    fix=f"to have it come back, mend that, and start its ranks again with {JOIN}",
+                )
             )
         if kind == "welcome":
             self._welcome = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import time
 from typing import Any
 
 from deca_ds.watchdog.lifelines import keep_alive
@@ -44,9 +45,19 @@ class JsonConnection:
                 return None
             self._text = rest
             messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return messages if all(isinstance(message, dict) for message in messages) else None
+
+    def answer(self, until: float) -> dict[str, Any]:
+        """Wait for a message, until the time `until` by time.monotonic(), and return it; of several that come together
+        the last one. Empty if there is none: the other end is gone, silent, or does not speak this protocol."""
+        messages: list[dict[str, Any]] | None = []
+        while messages == [] and (left_s := until - time.monotonic()) > 0:
+            self.connection.settimeout(left_s)
+            messages = self.receive()
+        self.connection.settimeout(None)
+        return messages[-1] if messages else {}
 
     def end(self) -> None:
         """End the connection for both sides; `receive` then returns None."""

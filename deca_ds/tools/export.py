@@ -15,7 +15,7 @@ from deca_ds.config.paths import look_for
 from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.plural import several
 from deca_ds.printing import print_line
-from deca_ds.run_folder import CHECKPOINTS, METRICS
+from deca_ds.run_folder import CHECKPOINTS, CLIENT_METRICS, METRICS, numbered
 from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _checkpoint(text: str) -> int | str:
 
 
 def _best_step(run: Path) -> int:
-    client = min((int(path.stem.removeprefix("client_")) for path in run.glob(f"{METRICS}/client_*.jsonl")), default=0)
+    client = min(numbered(run / METRICS, CLIENT_METRICS), default=0)
     best = best_of(evaluations(run, client))
     if best is None or not best.step:
         found = "no evaluation found a loss" if best is None else "the model was best before its first inner step"

@@ -197,7 +197,8 @@ def _missing(folder: Path, marker: str | None) -> dict[int, int | None]:
     they are on the host of the first client that is left."""
     since: dict[int, int | None] = {}
     for record in _memberships(job_metrics(folder)):
-        since = {client: since.get(client, record["from_step"]) for client in record["missing"]}
+        with suppress(LookupError, TypeError):  # of another version of deca_ds
+            since = {client: since.get(client, record["from_step"]) for client in record["missing"]}
     if marker in (DONE, STOPPED):
         told = missing_clients(folder) if marker == DONE else stopped_without(folder)
         return {client: since.get(client) for client in told}
@@ -224,5 +225,6 @@ def _last_loss(path: Path) -> float | None:
         return None
     for line in reversed(lines):
         if line.startswith(b'{"kind": "step"') and line.endswith(b"}"):
-            return float(json.loads(line)["loss"])
+            with suppress(ValueError, LookupError, TypeError):  # of another version of deca_ds
+                return float(json.loads(line)["loss"])
     return None

@@ -39,7 +39,7 @@ from deca_ds.config.resume import tells_divergence
 from deca_ds.errors import USER_ERROR_CODE, ConfigError, LaunchError, in_words
 from deca_ds.launch import ClientLayout, read_launch
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import CHECKPOINTS, DONE, FAILED, STOPPED
+from deca_ds.run_folder import CHECKPOINTS, CLIENT_FAILED, DONE, FAILED, STOPPED, numbered
 from deca_ds.tools.train_arguments import parser as train_parser
 from deca_ds.training.terminal import on_stop
 from deca_ds.watchdog.failure import EXIT_CODES, told_exit_codes
@@ -202,10 +202,9 @@ class Supervisor:
     def _failures(self) -> set[tuple[Path, int]]:
         """Return the markers of failures in the run's folder, with their times. Of the markers of single clients, a
         rank that joins by itself looks at its own alone."""
-        others = self.output.glob(f"{FAILED}_client_*") if self.client is None else ()
-        own = () if self.client is None else (self.output / f"{FAILED}_client_{self.client:03d}",)
+        of_clients = numbered(self.output, CLIENT_FAILED).items()
         job = (self.output / FAILED,) if ended(self.output) == FAILED else ()
-        return _with_times((*job, *own, *others))
+        return _with_times((*job, *(marker for client, marker in of_clients if self.client in (None, client))))
 
     def _wait(self, seconds: float) -> bool:
         """Wait; returns whether a signal has asked this process to stop meanwhile."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from deca_ds.checkpoint.done import is_marked_since
 from deca_ds.errors import ConfigError, LaunchError, in_words
 from deca_ds.launch import Launch
-from deca_ds.run_folder import HEARTBEATS, LOCK
+from deca_ds.run_folder import BEAT, HEARTBEATS, JOINED, LOCK, numbered
 from deca_ds.training.lock_file import Holder, create, give_back, hold, is_free, is_there, job_of, lock, wait_for_holder
 from deca_ds.watchdog.heartbeats import PERIOD_S, SILENCE_S
 from deca_ds.watchdog.stop import forget_request
@@ -127,7 +127,7 @@ def leave_place(output: Path, rank: int) -> None:
 
 
 def _place(output: Path, rank: int) -> Path:
-    return output.resolve() / HEARTBEATS / f"rank_{rank:04d}.joined"
+    return output.resolve() / HEARTBEATS / JOINED.format(rank)
 
 
 def check_held(output: Path) -> None:
@@ -227,14 +227,14 @@ def _have_begun(output: Path, file: Path) -> bool:
     """Return whether heartbeats have been written since the file was."""
     with contextlib.suppress(OSError):
         since = file.stat().st_mtime_ns
-        return any(path.stat().st_mtime_ns >= since for path in (output / HEARTBEATS).glob("rank_*.json"))
+        return any(path.stat().st_mtime_ns >= since for path in numbered(output / HEARTBEATS, BEAT).values())
     return False
 
 
 def _heartbeats(output: Path) -> dict[str, bytes]:
     found = {}
     os.listdir(output)  # or a network file system may not see a folder that another host has just made
-    for path in (output / HEARTBEATS).glob("rank_*.json"):
+    for path in numbered(output / HEARTBEATS, BEAT).values():
         with contextlib.suppress(OSError):
             found[path.name] = path.read_bytes()
     return found

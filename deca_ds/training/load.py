@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deca_ds.algorithm import METHODS, fused_parameters
-from deca_ds.checkpoint.adapters import FILE as ADAPTERS
 from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.generation import save_generation_config
 from deca_ds.config import Config
@@ -37,7 +36,7 @@ from deca_ds.launch.progress import SHARED
 from deca_ds.launch.store import JobStore
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import BASE
+from deca_ds.run_folder import ADAPTERS, BASE
 from deca_ds.training.config_warnings import config_warnings
 from deca_ds.training.connect import Job
 from deca_ds.training.tables import warn_of_blocks, warn_of_experts

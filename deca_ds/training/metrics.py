@@ -21,7 +21,7 @@ from deca_ds.config.monitoring import LoggingConfig
 from deca_ds.errors import CheckpointError, ConfigError, in_words
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import METRICS
+from deca_ds.run_folder import client_metrics, job_metrics
 from deca_ds.training.display import Display
 from deca_ds.training.summary import Evaluation
 from deca_ds.training.trackers import CLOSE_S, START_S, Tracker, open_trackers
@@ -84,8 +84,8 @@ class Metrics:
 
     def __init__(self, config: LoggingConfig, cluster: Cluster, output: Path, schedule: Schedule, display: Display):
         self._cluster, self._output, self._config = cluster, output, config
-        self._own = self._open(f"client_{cluster.client:03d}") if cluster.is_leader else None
-        self._job = self._open("job") if cluster.is_job_leader else None
+        self._own = self._open(client_metrics(output, cluster.client)) if cluster.is_leader else None
+        self._job = self._open(job_metrics(output)) if cluster.is_job_leader else None
         self._steps, self._display = len(schedule), display
 
     def step(self, step: Step, record: dict[str, Any]) -> None:
@@ -110,10 +110,10 @@ class Metrics:
         become the one that logs for the job."""
         if self._job is None and self._cluster.is_job_leader:
             try:
-                self._job = self._open("job")
+                self._job = self._open(job_metrics(self._output))
             except ConfigError as error:  # of a tracker: the job continues
                 print_wrapped(f"WARNING: {error}")
-                self._job = Log(self._path("job"), ())
+                self._job = Log(job_metrics(self._output), ())
             self._display.show()
         self.job("membership", step, record)
 
@@ -133,13 +133,10 @@ class Metrics:
                 with self._cluster.progress.granted(CLOSE_S):
                     log.close()
 
-    def _open(self, name: str) -> Log:
+    def _open(self, path: Path) -> Log:
         with self._cluster.progress.granted(START_S):
-            trackers = open_trackers(self._config, self._output, name)
-        return Log(self._path(name), trackers)
-
-    def _path(self, name: str) -> Path:
-        return self._output / METRICS / f"{name}.jsonl"
+            trackers = open_trackers(self._config, self._output, path.stem)
+        return Log(path, trackers)
 
     @staticmethod
     def _write(log: Log | None, kind: str, step: int, record: dict[str, Any]) -> None:

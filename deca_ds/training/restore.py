@@ -17,9 +17,9 @@ from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import remove_newer
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import Scope, TrainingState, Value
-from deca_ds.errors import CheckpointError
+from deca_ds.errors import CheckpointError, in_words
 from deca_ds.launch.world import Cluster
-from deca_ds.run_folder import CHECKPOINTS, DATA, MODEL, client_metrics, job_metrics
+from deca_ds.run_folder import CHECKPOINTS, CLIENT, DATA, MODEL, client_metrics, job_metrics
 from deca_ds.training.resume import Resumption
 
 
@@ -32,7 +32,7 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
     remove_newer(output / CHECKPOINTS, done, Part(cluster.client, cluster.shard, cluster.ranks))
     if cluster.is_leader:
         rewind_lines(client_metrics(output, cluster.client), done)
-        shutil.rmtree(output / MODEL / f"client_{cluster.client:03d}", ignore_errors=True)
+        shutil.rmtree(output / MODEL / CLIENT.format(cluster.client), ignore_errors=True)
     if cluster.is_job_leader:
         rewind_lines(job_metrics(output), done)
     dist.barrier()
@@ -59,7 +59,14 @@ def compare_with_saved(output: Path, summaries: list[dict[str, Any]]) -> list[di
     """Raise CheckpointError unless every client trains on as much data as before, as far as counts can tell. Returns
     what is to be saved: those of clients that were not there before come to it."""
     path = output / DATA
-    before = {summary["client"]: summary for summary in json.loads(path.read_text())}
+    try:
+        before = {summary["client"]: summary for summary in json.loads(path.read_text())}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot tell which data the run was started with: {in_words(error)}",
+            where=str(path),
+            fix="bring the file back, from the host of the run's first rank",
+        ) from error
     for new in summaries:
         client = new["client"]
         old = before.setdefault(client, new)

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 
 from deca_ds.checkpoint.done import inner_steps, is_done
 from deca_ds.checkpoint.open_steps import open_part
-from deca_ds.checkpoint.part import Part
+from deca_ds.checkpoint.part import PARTIAL, Part, rank_folders
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import remove_newer, step_folder, steps_in
-from deca_ds.checkpoint.write_shards import MANIFEST, PARTIAL
+from deca_ds.checkpoint.write_shards import MANIFEST
 from deca_ds.config import Config
 from deca_ds.config.resume import check_folder, has_begun, save_changes
 from deca_ds.errors import CheckpointError, in_words
@@ -27,7 +27,18 @@ from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import CHECKPOINTS, DATA, DONE, FAILED, MODEL, STARTS, STOPPED
+from deca_ds.run_folder import (
+    CHECKPOINTS,
+    CLIENT_FAILED,
+    DATA,
+    DONE,
+    FAILED,
+    MODEL,
+    RANK,
+    STARTS,
+    STOPPED,
+    numbered,
+)
 from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.claim import check_free
 from deca_ds.training.length import count_rounds, one_block, too_short
@@ -107,7 +118,7 @@ def _wanted(config: Config, starts: list[dict[str, Any]]) -> int:
     try:
         rows = [client["train"] for client in json.loads((output / DATA).read_text())]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise _unreadable(output / DATA, str(error)) from error
+        raise _unreadable(output / DATA, in_words(error)) from error
     return count_rounds(config, len(_blocks(output, starts)), rows)
 
 
@@ -129,7 +140,7 @@ def _unreadable(path: Path, why: str) -> CheckpointError:
 
 def _check_state(model: Path) -> None:
     """Raise CheckpointError if a trained model on this host lacks the state that a longer run needs."""
-    for manifest in model.glob(f"client_*/rank_*/{MANIFEST}"):
+    for manifest in (folder / MANIFEST for folder in rank_folders(model)):
         try:
             keeps_state = bool(json.loads(manifest.read_text())["state"])
         except (OSError, ValueError, LookupError, TypeError):  # it will be refused as a checkpoint
@@ -190,8 +201,8 @@ def keep_model(output: Path, own: Part) -> None:
     """
     made: list[Path] = []
     try:
-        for part in sorted(own.folder(output / MODEL).parent.glob("rank_*")):
-            if part.suffix != PARTIAL and int(part.name.removeprefix("rank_")) % own.ranks == own.rank:
+        for rank, part in numbered(own.folder(output / MODEL).parent, RANK).items():
+            if rank % own.ranks == own.rank:
                 _keep(part, output / CHECKPOINTS, made)
     except BaseException:
         for folder in made:
@@ -229,9 +240,9 @@ def _link(source: str, target: str) -> None:
 def _places(output: Path, own: Part, *, finished: bool) -> dict[int, Path]:
     """Return the folder of each checkpoint that is here, by its step."""
     places = {step: step_folder(output / CHECKPOINTS, step) for step in steps_in(output / CHECKPOINTS)}
-    for manifest in own.folder(output / MODEL).parent.glob(f"rank_*/{MANIFEST}") if finished else ():
+    for part in numbered(own.folder(output / MODEL).parent, RANK).values() if finished else ():
         with suppress(OSError, ValueError, LookupError, TypeError):  # it will be missed
-            places.setdefault(int(json.loads(manifest.read_text())["step"]), output / MODEL)
+            places.setdefault(int(json.loads((part / MANIFEST).read_text())["step"]), output / MODEL)
     return places
 
 
@@ -258,7 +269,8 @@ def leave_behind(config: Config, resumption: Resumption, launch: Launch, store: 
     if launch.rank == launch.first and has_begun(output) and (changed := save_changes(config)):
         print_wrapped(f"continuing with {changed}")
     remove_newer(output / CHECKPOINTS, resumption.step, own)
-    for marker in (*(output / name for name in (DONE, STOPPED, FAILED)), *output.glob(f"{FAILED}_client_*")):
+    ends = (output / name for name in (DONE, STOPPED, FAILED))
+    for marker in (*ends, *numbered(output, CLIENT_FAILED).values()):
         marker.unlink(missing_ok=True)
     store.gather(launch, "output/left_behind", None)  # or one rank would remove what another one says of its failure
     if launch.rank != launch.first:

@@ -185,5 +185,5 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.is_file():
         with open(path, encoding="utf-8") as file:
             for line in file:
-                if '"kind": "evaluation"' in line:
+                if '"kind": "evaluation"' in line and line.endswith("}\n"):  # else its process was killed meanwhile
                     yield json.loads(line)

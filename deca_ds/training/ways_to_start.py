@@ -22,7 +22,7 @@ from deca_ds.engine.state import TrainingState
 from deca_ds.gossip import agreement, subset
 from deca_ds.launch.compare_ranks import compare_start
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import MODEL, SAVED_CONFIG, STOPPED, client_failure
+from deca_ds.run_folder import CLIENT_FAILED, MODEL, SAVED_CONFIG, STOPPED
 from deca_ds.training.chosen_method import build_schedule, rule_of
 from deca_ds.training.claim import take_for_job
 from deca_ds.training.compare_clients import compare_data, digest_of_start
@@ -248,7 +248,7 @@ class RejoinedRun(Start):
     def join(self, job: Job, agent: ElasticAgent, state: TrainingState, metrics: Metrics) -> None:
         """See Start. Waits until the job lets this client in, and takes over a neighbour's state."""
         agent.wait_for_admission(state)
-        for marker in (client_failure(job.cluster.client), STOPPED):
+        for marker in (CLIENT_FAILED.format(job.cluster.client), STOPPED):
             (job.output / marker).unlink(missing_ok=True)
         rewind(job.output, job.cluster, state.done)  # it may have gone on further than the others
         metrics.reopen()

@@ -22,6 +22,7 @@ from deca_ds.transport.transport import BARRIER_TAG, GATHER_TAG, REDUCE_TAG, Tra
 
 REDUCE_PIECE = 2**22  # elements that a sum works on at a time; bounds its buffers
 MAX_JSON_BYTES = 2**28
+_DAMAGED = "have all ranks run the same deca_ds and configuration; if they do, look at that client's host and network"
 
 Result = TypeVar("Result")
 
@@ -81,7 +82,7 @@ def gather_json(transport: Transport, value: Any) -> list[Any]:
     where = f"client {transport.client}"
     for j, length in lengths.items():
         if not 0 < int(length) <= MAX_JSON_BYTES:
-            raise GossipError(f"client {j} announced {int(length)} bytes of JSON", where=where)
+            raise GossipError(f"client {j} announced {int(length)} bytes of JSON", where=where, fix=_DAMAGED)
     texts = {j: torch.empty(int(length), dtype=torch.uint8) for j, length in lengths.items()}
     _tell(transport, own, texts, GATHER_TAG).wait()
     texts[transport.client] = own
@@ -98,7 +99,7 @@ def _parse(j: int, text: Tensor, where: str) -> Any:
     try:
         return json.loads(text.numpy().tobytes())
     except ValueError as error:
-        raise GossipError(f"client {j} sent no valid JSON: {error}", where=where) from None
+        raise GossipError(f"client {j} sent no valid JSON: {error}", where=where, fix=_DAMAGED) from None
 
 
 def _others(transport: Transport) -> list[int]:

@@ -31,7 +31,7 @@ from deca_ds.launch import Launch
 from deca_ds.launch.given import look_for_files
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.printing import print_wrapped
-from deca_ds.run_folder import FAILED, client_failure
+from deca_ds.run_folder import CLIENT_FAILED, FAILED
 from deca_ds.watchdog.failure import (
     Failure,
     all_leave,
@@ -100,7 +100,7 @@ class Ending:
         assert client is not None, "clients are known once the others may continue without one"
         report = self.report(self._told(error)[1], FAILURE_CODE)
         report.tell(of_client=client)
-        report.mark(self.output, client_failure(client))
+        report.mark(self.output, CLIENT_FAILED.format(client))
         sys.stdout.flush()
         # not an exit: mpirun lets the others continue after a process that died, and ends them after one that failed
         os.kill(os.getpid(), signal.SIGKILL)

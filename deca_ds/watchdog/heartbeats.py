@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deca_ds.errors import StallError
+from deca_ds.errors import CheckpointError, StallError, in_words
 from deca_ds.launch import Launch
 from deca_ds.launch.progress import EVERYBODY, SHARED, Progress, place
 from deca_ds.plural import first_few
-from deca_ds.run_folder import HEARTBEATS
+from deca_ds.run_folder import BEAT, HEARTBEATS, numbered
 from deca_ds.watchdog.signs import Signs
 
 if TYPE_CHECKING:
@@ -181,9 +181,10 @@ class Heartbeats:
         # the part of the job that needs the disk reports that it is full
         with self._writing, suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._folder / f".rank_{self.launch.rank:04d}.partial"
+            path = self._folder / BEAT.format(self.launch.rank)
+            partial = path.with_name(f".{path.name}.partial")
             partial.write_text(json.dumps(asdict(self.own())) + "\n")
-            os.replace(partial, self._folder / f"rank_{self.launch.rank:04d}.json")
+            os.replace(partial, path)
 
     def stalled(self, store: Store, *, own: bool = False) -> StallError | None:
         """Return why the job has to end, if this rank has waited too long (see the module's text). own: also if others
@@ -281,7 +282,7 @@ class Heartbeats:
         ranks = list(dict.fromkeys(awaited))[:_SHOWN] if rank is None else [rank]
         known, seen = dict[int, Heartbeat](), Sightings()  # as in last_seen
         if self._folder is not None:
-            with suppress(OSError, ValueError, TypeError):  # other ranks write them, perhaps of another version
+            with suppress(CheckpointError, OSError):
                 known = {heartbeat.rank: heartbeat for heartbeat in read_heartbeats(self._folder.parent)}
         if store is not None:
             with suppress(RuntimeError):  # it is gone
@@ -342,5 +343,21 @@ def told_key(rank: int) -> str:
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """Read the heartbeats in a run's folder, ascending by rank: those of ranks whose folder is on this host's disks."""
-    return [Heartbeat(**json.loads(path.read_text())) for path in sorted((folder / HEARTBEATS).glob("rank_*.json"))]
+    """Read the heartbeats in a run's folder, ascending by rank: those of ranks whose folder is on this host's disks.
+    Raises CheckpointError for one that cannot be read."""
+    return [_read(path) for path in numbered(folder / HEARTBEATS, BEAT).values()]
+
+
+def _read(path: Path) -> Heartbeat:
+    try:
+        return Heartbeat(**json.loads(path.read_text()))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read a heartbeat: {in_words(error)}", where=str(path), fix="make the folder readable"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            "this is no heartbeat of this version of deca_ds",
+            where=str(path),
+            fix="use the version that the run was started with, or remove the file: a rank that lives writes it again",
+        ) from error

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deca_ds.errors import AbsentError
+from deca_ds.run_folder import STOP
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -31,22 +32,20 @@ if TYPE_CHECKING:
 _ASKED, _TOLD, _AGREED = "stop/asked", "stop/told", "stop/agreed"
 _NOWHERE = -1  # where a rank that does not train yet may end
 
-_REQUEST = "STOP"  # in the run's folder
-
 
 def request_stop(run: Path) -> None:
     """Ask the job that writes to this folder to stop. Raises OSError if the request cannot be written."""
-    (run / _REQUEST).touch()
+    (run / STOP).touch()
 
 
 def is_requested(run: Path) -> bool:
     """Return whether the folder has a request to stop."""
-    return (run / _REQUEST).exists()
+    return (run / STOP).exists()
 
 
 def forget_request(run: Path) -> None:
     """Remove a request that the ranks have seen, or that was meant for another job."""
-    (run / _REQUEST).unlink(missing_ok=True)
+    (run / STOP).unlink(missing_ok=True)
 
 
 class StopByCommit:
@@ -141,7 +140,11 @@ class StopByStore:
         with self._gate:
             while self._is_closed(done):
                 if not self._gate.wait(timeout=1.0) and time.monotonic() > deadline:
-                    raise AbsentError(f"the ranks did not agree on where to stop within {self._timeout_s:g} s")
+                    raise AbsentError(
+                        f"the ranks did not agree on where to stop within {self._timeout_s:g} s",
+                        where=f"rank {self._rank}",
+                        fix="look for a rank that hangs (deca status); if it is only slow, raise cluster.timeout_s",
+                    )
             if self._last is not None and done >= self._last:
                 return False
             self._committed = done + 1

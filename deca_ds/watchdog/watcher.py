@@ -123,7 +123,13 @@ class Watcher:
         """End this rank if the others have dropped its client and the main thread hangs, so that it does not notice."""
         hangs = time.monotonic() - self._progress.moved > (self._progress.timeout_s or 0.0)
         if hangs and self._standing.is_cut_off() and not self._finished.wait(_LEARNS_S):
-            self._fail(CutOffError("this client is out of the job, and its main thread hangs"))
+            self._fail(
+                CutOffError(
+                    "this client is out of the job, and its main thread hangs",
+                    where=self._progress.place,
+                    fix="look at what its main thread does there, and at the disks and the network that it uses",
+                )
+            )
 
     def _lost_store(self) -> Failure | None:
         """Return why this rank has to end without the store, or None if the survivors will open another one."""

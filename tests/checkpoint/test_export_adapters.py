@@ -11,11 +11,12 @@ import torch
 from saved_states import CONFIGS, load_exported, model_state, save_clients
 from transformers import AutoModelForCausalLM
 
-from deca_ds.checkpoint.adapters import FILE, save_adapters
+from deca_ds.checkpoint.adapters import save_adapters
 from deca_ds.checkpoint.export import export_model
 from deca_ds.config import load_config
 from deca_ds.engine.adapters import add_adapters, find_adapters
 from deca_ds.errors import CheckpointError
+from deca_ds.run_folder import ADAPTERS
 
 DEC_LORA = ["model.path=x", "algorithm.method=dec-lora", "blocks.layers_per_block=null"]
 IDS = torch.arange(3, 21).view(2, 9)
@@ -112,9 +113,9 @@ def test_a_client_that_diverged_is_named(tmp_path, make_adapted):
 )
 def test_a_list_that_does_not_fit_is_refused(tmp_path, make_adapted, damage, message):
     run, _ = make_adapted("llama")
-    entries = json.loads((run / FILE).read_text())
+    entries = json.loads((run / ADAPTERS).read_text())
     damage(entries)
-    (run / FILE).write_text(json.dumps(entries))
+    (run / ADAPTERS).write_text(json.dumps(entries))
     with pytest.raises(CheckpointError, match=message):
         export_model(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saved_states import zero3_slices
 
 from deca_ds.checkpoint import files, write_shards
-from deca_ds.checkpoint.open_steps import open_checkpoint
+from deca_ds.checkpoint.open_steps import find_checkpoint, open_checkpoint
 from deca_ds.checkpoint.part import Part, rank_folder
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.checkpoint.steps import remove_part, step_folder, steps_in
@@ -146,3 +146,19 @@ def test_every_rank_removes_what_it_answers_for(tmp_path: Path) -> None:
     remove_part(tmp_path, 4, Part(0, 0, 2))
     assert steps_in(tmp_path) == [8]
     remove_part(tmp_path, 4, Part(0, 0, 2))  # it is gone already
+
+
+def test_copies_that_somebody_has_put_beside_a_checkpoint_are_no_part_of_it(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    here = step_folder(tmp_path, 4)
+    shutil.copytree(here / "client_000" / "rank_001", here / "client_000" / "rank_001.bak")
+    shutil.copytree(here / "client_000", here / "client_000.bak")
+    (here / "client_notes").mkdir()
+    for client in (None, 0):
+        saved = find_checkpoint(tmp_path, client=client)
+        assert torch.equal(saved.read("w", 0), STATE["w"])
+    open_checkpoint(tmp_path, 4, Part(0, 0, 1))
+    remove_part(tmp_path, 4, Part(0, 0, 1))
+    left = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.name.startswith(("client", "rank")))
+    parts = ["client_000.bak/rank_000", "client_000.bak/rank_001", "client_000.bak/rank_001.bak"]
+    assert left == ["client_000", "client_000.bak", *parts, "client_000/rank_001.bak", "client_notes"]

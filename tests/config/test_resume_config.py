@@ -115,6 +115,7 @@ def test_what_changes_the_training_is_refused_by_name(run: Path, changes: list[s
 def test_after_divergence_the_optimizer_may_be_another_one(run: Path) -> None:
     smaller = configured(run, "optimizer.lr=1e-6", "optimizer.clip_norm=0.5")
     (run / "FAILED").write_text("rank 0 on n1\nout of memory\n")
+    (run / "FAILED_client_notes").mkdir()  # somebody's
     with pytest.raises(ConfigError, match=r"optimizer.lr = 1e-06 \(and optimizer.clip_norm\)"):
         check_folder(smaller)
     (run / "FAILED").write_text("rank 0 on n1, gradient, step 5\nclient 0 has diverged: the loss is not finite (nan)\n")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 from deca_ds.elastic.decision import Decision
 from deca_ds.elastic.quorum_client import QuorumClient
@@ -46,3 +51,26 @@ class Job:
 
 def wait_until_connected(job: Job) -> None:
     assert {decision.yes for decision in job.vote(dict.fromkeys(range(len(job.votes)), 1)).values()} == {1}
+
+
+@contextmanager
+def answering(*pieces: bytes) -> Iterator[tuple[tuple[str, int], list[socket.socket]]]:
+    """A server that answers whatever it is sent by the same bytes, in pieces: its address, and its connections."""
+    connections: list[socket.socket] = []
+
+    def serve() -> None:
+        with suppress(OSError):  # it is closed, or the other end is
+            while True:
+                connections.append(server.accept()[0])
+                connections[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connections[-1].recv(1000)
+                for number, piece in enumerate(pieces):
+                    time.sleep(0.1 * (number > 0))
+                    connections[-1].sendall(piece)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname(), connections
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in connections:
+            connection.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quorum_job import Job, wait_until_connected
+from quorum_job import Job, answering, wait_until_connected
 
 from deca_ds.elastic.network_partition import Lookout, clients_at, goes_first
 from deca_ds.launch.view import Membership, View
@@ -43,3 +44,14 @@ def test_a_smaller_part_finds_the_coordinator_of_the_larger():
             time.sleep(0.02)
         assert looking.found == found, part
         looking.found = True  # ends its thread
+
+
+@pytest.mark.parametrize("answer", [{}, {"clients": None}, {"clients": ["x"]}, {"clients": [[1]]}])
+def test_a_stranger_at_a_coordinators_address_has_no_clients(answer):
+    with answering(json.dumps(answer).encode() + b"\n") as (address, _):
+        assert clients_at(address) == []
+
+
+def test_an_answer_may_come_in_pieces():
+    with answering(b'{"kind": "part", "clien', b'ts": [3, 4]}\n') as (address, _):
+        assert clients_at(address) == [3, 4]

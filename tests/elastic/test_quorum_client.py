@@ -5,6 +5,8 @@ What the protocol itself does is in test_scenarios.py and test_protocol.py.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 
 import pytest
@@ -76,3 +78,19 @@ def test_strangers_and_goodbyes_put_nobody_out():
     job.votes[1].close()
     job.votes[1]._line.connection.shutdown(socket.SHUT_RDWR)
     assert job.vote({0: 1})[0].clients == (0, 1)
+
+
+def test_a_coordinator_that_cannot_take_a_connection_for_a_while_takes_it_later(monkeypatch, capsys):
+    """As long as its process has too many files open."""
+    accept, refusals = socket.socket.accept, [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] * 3
+
+    def refusing(server):
+        if refusals:
+            raise refusals.pop()
+        return accept(server)
+
+    monkeypatch.setattr(socket.socket, "accept", refusing)
+    job = Job(2, silence_s=2.0)
+    wait_until_connected(job)
+    assert not refusals
+    assert "cannot take a connection for now: Too many open files" in capsys.readouterr().err

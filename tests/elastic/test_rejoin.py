@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from jobs import wait_until
-from quorum_job import Job, wait_until_connected
+from quorum_job import Job, answering, wait_until_connected
 from torch.distributed import TCPStore
 
 from deca_ds.elastic.decision import OPEN, YES
+from deca_ds.elastic.invitation import Invitation
 from deca_ds.elastic.quorum_client import QuorumClient
 from deca_ds.elastic.rejoin import join_job, save_addresses
-from deca_ds.errors import CutOffError, LaunchError
+from deca_ds.errors import AbsentError, CutOffError, LaunchError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import join_job_store
 
@@ -143,3 +145,84 @@ def test_an_invitation_to_a_store_that_has_gone_is_not_waited_for():
         address = closed.getsockname()
     with pytest.raises(LaunchError, match="the job's store is out of reach"):
         join_job_store(address, 600.0, answer_s=1.0)
+
+
+STRANGE = [
+    b"{}\n",
+    b'{"kind": 7}\n',
+    b"[1]\n",
+    b"HTTP/1.1 400 Bad Request\r\n",
+    b"[" * 100_000 + b"\n",
+    b'{"kind": "out"}\n',
+]
+
+
+@pytest.mark.parametrize("answer", STRANGE)
+def test_a_stranger_at_a_coordinators_address_is_no_answer(tmp_path, answer):
+    """And keeps no connection."""
+    launch = Launch("deepspeed", 1, 2, 0, None)
+    with answering(answer) as (address, connections):
+        save_addresses(tmp_path, {0: address, 1: address})
+        with pytest.raises(AbsentError, match="no other client answers"):
+            join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
+        (connection,) = connections
+        connection.settimeout(30.0)
+        assert connection.recv(1) == b"", "it was closed"
+
+
+def test_an_invitation_that_comes_in_pieces_is_one_and_one_that_is_taken_back_is_none(tmp_path):
+    launch, layout = Launch("deepspeed", 1, 2, 0, None), ClientLayout(2, 1)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"kind": "invitation", "store": ("127.0.0.1", store.port), "addresses": [], "clients": []}
+    text = json.dumps(told).encode() + b"\n"
+    with answering(text[:20], text[20:]) as (address, _):
+        save_addresses(tmp_path, {0: address, 1: address})
+        found, _ = join_job(launch, layout, tmp_path, 60.0, 60.0)
+        assert found.invitation["clients"] == [] and found.coordinator == 0
+        assert found.line.connection.gettimeout() is None
+    with answering(text + b'{"kind": "out", "why": "another process has asked"}\n') as (address, _):
+        save_addresses(tmp_path, {0: address, 1: address})
+        with pytest.raises(AbsentError, match="another process has asked"):
+            join_job(launch, layout, tmp_path, 60.0, 60.0)
+
+
+def test_whoever_does_not_get_in_keeps_no_connection(tmp_path):
+    """A member, or the job's store, is out of reach."""
+    launch = Launch("deepspeed", 1, 2, 0, None)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()
+    told = {"kind": "invitation", "store": nobody, "addresses": [(0, *nobody)], "clients": [0]}
+    with answering(json.dumps(told).encode() + b"\n") as (address, connections):
+        save_addresses(tmp_path, {0: address, 1: address})
+        with pytest.raises(AbsentError, match="client 0 is out of reach from here"):
+            join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
+        (connection,) = connections
+        connection.settimeout(30.0)
+        assert connection.recv(1) == b"", "it was closed"
+
+
+def test_a_rank_that_names_no_address_of_its_coordinator_gets_no_further(tmp_path):
+    """Nobody else's connection suffers for it."""
+    job = Job(3)
+    wait_until_connected(job)
+    job.servers[0].invite(invitation(job))
+    job.end(1)
+    assert job.vote({0: 1, 2: 1})[0].clients == (0, 2)
+    with socket.create_connection(job.servers[0].address) as stranger:
+        stranger.sendall(b'{"kind": "join", "rank": 1, "address": 7}\n{"kind": "ready"}\n')
+        stranger.settimeout(30.0)
+        assert stranger.recv(1) == b""
+        decided = job.vote({0: YES | OPEN, 2: YES | OPEN})
+    assert {(each.clients, each.joining) for each in decided.values()} == {((0, 2), ())}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"0": 7}', '{"0": ["n0", null]}', '{"x": ["n0", 1]}'])
+def test_addresses_that_are_none_are_told(tmp_path, text):
+    (tmp_path / "coordinators.json").write_text(text)
+    with pytest.raises(LaunchError, match="no addresses of a job to join"):
+        join_job(Launch("deepspeed", 1, 2, 0, None), ClientLayout(2, 1), tmp_path, 5.0, 60.0)
+
+
+def test_an_invitation_of_another_version_is_told():
+    with pytest.raises(LaunchError, match="the job runs another version of deca_ds"):
+        Invitation.read({"kind": "invitation", "store": ("n0", 1), "mood": "fine"})

@@ -5,8 +5,9 @@ error (the same, by an exception), nan (there, a parameter is), sent (its first 
 (while the mean model after STEP is averaged), returned (before the local step, STEP steps after a client has come
 back). All but error and nan is SIGKILL. And damaged: a bit of its first chunk flips on the way; hangs: its main thread
 does, before the local step; stopped: its process is, there, until the others have put it out. A rank that is started
-with --join does none of that; with DECA_TEST_LOADS_UNTIL=PATH it loads its model as soon as there is a PATH. While a
-client is missing, steps take DECA_TEST_AWAY_S seconds, or one.
+with --join does none of that; with DECA_TEST_LOADS=BEGUN:UNTIL it creates the file BEGUN when it is to load its model,
+and loads it as soon as there is an UNTIL; the others train as soon as there is a BEGUN. While a client is missing,
+steps take DECA_TEST_AWAY_S seconds, or one.
 """
 
 import gc
@@ -34,12 +35,19 @@ if "--join" in sys.argv:
     last = 0
 job = next(word for word in sys.argv if word.startswith("run.output=")).partition("=")[2] + "/metrics/job.jsonl"
 gradient = Client.gradient
+loads_begun, _, loads_until = os.environ.get("DECA_TEST_LOADS", "").partition(":")
 steps, since_return, membership, damaged = 0, -1, None, []
+
+
+def await_file(path):
+    while path and not os.path.exists(path):
+        time.sleep(0.02)
 
 
 def counting_gradient(self, *arguments):
     global steps, since_return
     steps += 1
+    await_file(loads_begun)
     assert gc.isenabled(), "garbage is not collected in training"
     if membership is not None and membership.view.missing:
         since_return = 0
@@ -78,17 +86,15 @@ def dying(exchange):
     return dying_exchange
 
 
-def loads_late(load, path):
-    def loads(*arguments):
-        while not os.path.exists(path):
-            time.sleep(0.02)
-        return load(*arguments)
-
-    return loads
+def loading_late(*arguments):
+    open(loads_begun, "w").close()
+    await_file(loads_until)
+    return load_client(*arguments)
 
 
-if "--join" in sys.argv and (until := os.environ.get("DECA_TEST_LOADS_UNTIL")):
-    build.load_client = loads_late(build.load_client, until)
+load_client = build.load_client
+if "--join" in sys.argv and loads_begun:
+    build.load_client = loading_late
 Client.gradient = counting_gradient
 for transport in (ReconnectingUlfm, ReconnectingGloo):
     transport._exchange = dying(transport._exchange)  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from jobs import launch
 from rounding import MARGIN, UNIT, Noise, assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deca_ds.checkpoint.adapters import FILE, read_adapters
+from deca_ds.checkpoint.adapters import read_adapters
 from deca_ds.checkpoint.export import export_model
 from deca_ds.checkpoint.shards import ShardedModel
 from deca_ds.config import load_config
@@ -24,6 +24,7 @@ from deca_ds.data import evaluation_batches, load_client_data
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.losses import token_scores
 from deca_ds.engine.masters import rounded
+from deca_ds.run_folder import ADAPTERS
 
 pytestmark = pytest.mark.multiprocess
 
@@ -201,7 +202,7 @@ def test_exports_are_merged_plain_models(runs, references, tmp_path):
     for client, expected, other in ((1, exact[1], noisy[1]), (None, mean(exact), mean(noisy))):
         report = export_model(run, tmp_path / f"out{client}", client=client)
         assert report.source == ("mean of 3 clients" if client is None else "client 1") + ", adapters merged"
-        assert not (tmp_path / f"out{client}" / FILE).exists()
+        assert not (tmp_path / f"out{client}" / ADAPTERS).exists()
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{client}")
         merged, with_noise = (
             plain

@@ -217,7 +217,7 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     """Client 0 of three, whose first rank would host the store. It has no folder but the addresses."""
     output = tmp_path / "run"
     keys = [*keys, "cluster.clients=3", "algorithm.rounds=4", "evaluation.every=16", "checkpoint.every=8"]
-    finished = run(3, "0:0:never", [*keys, "cluster.absent=[0]"], "torch", late=f"0:{output}/metrics/client_001.jsonl")
+    finished = run(3, "0:0:never", [*keys, "cluster.absent=[0]"], "torch", late=f"0:{output}/metrics/job.jsonl")
     assert finished.code == 0, finished.output[-6000:]
     absent, back = records(output / "metrics" / "job.jsonl", "membership")
     assert (absent["from_step"], absent["missing"], absent["clients"]) == (1, [0], [1, 2])
@@ -233,12 +233,14 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
 
 
 def test_a_client_that_is_still_loading_when_the_others_finish_does_not_fail(keys, tmp_path, monkeypatch):
-    """It has been invited, and comes to learn of the end from its connections to the job."""
+    """It has been invited, for which the others wait before they train, and comes to learn of the end from its
+    connections to the job. Their first record, of who is absent, is written when they let others in."""
     output = tmp_path / "run"
-    monkeypatch.setenv("DECA_TEST_LOADS_UNTIL", str(output / "DONE"))
+    monkeypatch.setenv("DECA_TEST_LOADS", f"{tmp_path / 'loads'}:{output / 'DONE'}")
     keys = [*keys, "cluster.clients=3", "gossip.graph=complete", "cluster.absent=[2]"]
-    finished = run(3, "0:0:never", keys, "torch", late=f"2:{output}/metrics/client_001.jsonl")
+    finished = run(3, "0:0:never", keys, "torch", late=f"2:{output}/metrics/job.jsonl")
     assert finished.code == 0, finished.output[-6000:]
+    assert (tmp_path / "loads").exists()
     told = f"nothing left to join: the job has finished without client 2, {output} is DONE\n"
     assert told in finished.output and "ERROR" not in finished.output
     assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 2\n"

@@ -207,3 +207,25 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     for command in ("status", "stop"):
         assert main([command, str(tmp_path / "away")]) == 2
         assert f"there is no folder '{tmp_path / 'away'}'" in capsys.readouterr().err
+
+
+def test_a_heartbeat_of_another_version_is_named(tmp_path, capsys):
+    beat(tmp_path, 0)
+    (tmp_path / HEARTBEATS / "rank_0001.json").write_text('{"rank": 1, "mood": "fine"}')
+    assert main(["status", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "no heartbeat of this version of deca_ds" in told and "rank_0001.json" in told and "fix:" in told
+
+
+def test_metrics_of_another_version_count_as_missing(tmp_path):
+    beat(tmp_path, 0)
+    (tmp_path / "metrics").mkdir()
+    step, members = '{"kind": "step", ', '{"kind": "membership", '
+    known = f'{step}"loss": 2.5}}\n{step}"nats": 2.0}}\n{step}"loss": null}}\n{step}loss: 1}}\n'
+    (tmp_path / "metrics" / "client_000.jsonl").write_text(known)
+    known = (
+        f'{members}"from_step": 4, "missing": [1]}}\n{members}"gone": [2]}}\n{members}"from_step": 5, "missing": 2}}\n'
+    )
+    (tmp_path / "metrics" / "job.jsonl").write_text(known)
+    state = look(tmp_path)
+    assert state.losses == {0: 2.5} and state.missing == {1: 4}

@@ -116,6 +116,17 @@ def test_a_rank_by_itself_joins_the_others_again(tmp_path, capfd, monkeypatch, p
     assert capfd.readouterr().err.count("Starting it again") == starts - 1
 
 
+def test_heartbeats_of_another_version_are_named(tmp_path, capfd, monkeypatch):
+    """Those of an earlier start of the same rank tell how far it has trained."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "run" / "heartbeats").mkdir(parents=True)
+    (tmp_path / "run" / "heartbeats" / "rank_0001.json").write_text('{"rank": 1, "mood": "fine"}')
+    keys = ("cluster.on_failure=continue", "cluster.clients=2", "run.resume=never")
+    assert supervise(tmp_path, "done:0", *keys) == (2, 0)
+    assert "no heartbeat of this version of deca_ds" in capfd.readouterr().err
+
+
 def ask_by_terminal(supervisor: subprocess.Popen) -> None:
     """Ctrl-C: to all processes that the terminal's command consists of."""
     os.killpg(supervisor.pid, signal.SIGINT)

@@ -30,7 +30,7 @@ from deca_ds.training.checkpoints import mixing_digest
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.claim import release
 from deca_ds.training.restore import compare_with_saved, rewind_lines
-from deca_ds.training.resume import choose, leave_behind
+from deca_ds.training.resume import choose, keep_model, leave_behind
 from deca_ds.training.start import begin_or_resume, start
 from deca_ds.training.ways_to_start import NewRun, ResumedRun
 
@@ -290,3 +290,31 @@ def test_a_new_run_keeps_nothing_of_a_start_that_failed_while_it_loaded(tmp_path
     job = SimpleNamespace(output=tmp_path, config=config, mixing=ALONE)
     NewRun()._describe(job, [dict.fromkeys(numbers, 0) | {"labels": {}}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "data.json"]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[7]", '[{"train": 5}]', "7"])
+def test_data_that_nothing_tells_are_refused_with_the_file(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "data.json").write_text(text)
+    with pytest.raises(CheckpointError, match="cannot tell which data the run was started with") as told:
+        compare_with_saved(tmp_path, [{"client": 0, "train": 5}])
+    assert told.value.where == str(tmp_path / "data.json")
+
+
+def test_copies_beside_a_trained_model_are_not_continued_from(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 4)
+    step_folder(tmp_path / "checkpoints", 4).rename(tmp_path / "model")
+    part = rank_folder(tmp_path / "model", 0, 0)
+    for copy in ("rank_000.bak", "rank_notes", "rank_001.partial"):
+        shutil.copytree(part, part.with_name(copy))
+    keep_model(tmp_path, Part(0, 0, 1))
+    kept = step_folder(tmp_path / "checkpoints", 4) / "client_000"
+    assert [path.name for path in kept.iterdir()] == ["rank_000"]
+
+
+def test_only_markers_of_the_run_are_removed_when_it_continues(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 4)
+    for name in ("FAILED", "FAILED_client_001", "FAILED_client_001.bak", "FAILED_client_notes"):
+        (tmp_path / name).touch()
+    chosen(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("FAILED*")) == ["FAILED_client_001.bak", "FAILED_client_notes"]

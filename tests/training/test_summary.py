@@ -97,3 +97,10 @@ def test_where_clients_were_lost_the_first_command_says_how_the_job_ended(tmp_pa
         assert first.split("  ")[1] == f"deca status {tmp_path}" and "the launcher's exit code" in first
         assert others == of_run(False).split("\n")
         assert first.index("how the job") == re.search(r"\S {4,}\S", others[0]).end() - 1, "one below the other"
+
+
+def test_an_evaluation_that_a_killed_process_has_not_written_to_its_end_is_left_out(tmp_path):
+    write(tmp_path, "client_001.jsonl", [{"kind": "evaluation", "step": 8, "own": scores(1.0)}])
+    with open(tmp_path / "metrics" / "client_001.jsonl", "a") as file:
+        file.write('{"kind": "evaluation", "step": 16, "own": {"loss": 2}')
+    assert [each.step for each in evaluations(tmp_path, 1)] == [8]

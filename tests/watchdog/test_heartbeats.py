@@ -9,7 +9,7 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from deca_ds.errors import StallError
+from deca_ds.errors import CheckpointError, StallError
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.progress import EVERYBODY, SHARED, Progress
 from deca_ds.watchdog.heartbeats import Heartbeats, Sightings, read_heartbeats
@@ -379,3 +379,25 @@ def test_reads_of_the_store_grow_with_the_ranks_and_not_with_their_square(monkey
         asked[total] = stores[0].keys, max(one.keys for one in stores[1:])
     assert asked[16][1] == asked[128][1] <= 3 * seconds  # its heartbeat, and what it is told
     assert asked[128][0] <= 9 * asked[16][0] and asked[128][0] <= 4 * 128 * seconds
+
+
+OTHERS = ['{"rank": 0, "mood": "fine"}', "[1]", "null", "3", "", '{"rank": 0', "\x00\x00"]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_a_heartbeat_of_another_version_is_told_and_stands_in_no_errors_way(job, tmp_path, text):
+    job.ranks[2].write_to(tmp_path / "heartbeats")
+    file = tmp_path / "heartbeats" / "rank_0003.json"
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match="no heartbeat of this version of deca_ds") as told:
+        read_heartbeats(tmp_path)
+    assert told.value.where == str(file)
+    assert job.ranks[2].other_end(None) == [("rank 3", "")]
+
+
+def test_a_heartbeat_that_cannot_be_read_is_told_and_stands_in_no_errors_way(job, tmp_path):
+    job.ranks[2].write_to(tmp_path / "heartbeats")
+    (tmp_path / "heartbeats" / "rank_0003.json").mkdir()
+    with pytest.raises(CheckpointError, match="cannot read a heartbeat: Is a directory"):
+        read_heartbeats(tmp_path)
+    assert job.ranks[2].other_end(None) == [("rank 3", "")]

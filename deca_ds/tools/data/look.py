@@ -91,7 +91,7 @@ def look(
         for number in numbers:
             preparation = Preparation(config, tokenizer, number, cache, work, sample)
             entry = preparation.entry()
-            own = scratch / f"client_{number}"
+            own = scratch / str(number)
             own.mkdir()
             of = preparation.examples(own)
             sets = {TRAIN: of.train, OWN: of.own, COMMON: of.common}

@@ -7,7 +7,6 @@ A line or file that cannot be read is left out and named in `Run.notes`; values 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,20 @@ import yaml
 from deca_ds.checkpoint.done import ended
 from deca_ds.errors import CheckpointError, in_words
 from deca_ds.plural import first_few
-from deca_ds.run_folder import DATA, EDGES, FAILED, METRICS, SAVED_CONFIG, SIMULATION, STARTS
+from deca_ds.run_folder import (
+    BEAT,
+    CLIENT_FAILED,
+    CLIENT_METRICS,
+    DATA,
+    EDGES,
+    HEARTBEATS,
+    METRICS,
+    SAVED_CONFIG,
+    SIMULATION,
+    STARTS,
+    job_metrics,
+    numbered,
+)
 from deca_ds.tools.report import parsing
 from deca_ds.tools.report.parsing import number
 from deca_ds.tools.report.records import Run
@@ -82,7 +94,7 @@ class _Folder:
         config = self._config()
         clients = self._clients(config)
         simulated = (self.path / SIMULATION).is_file()
-        job = list(self._lines(SIMULATION if simulated else f"{METRICS}/job.jsonl"))
+        job = list(self._lines(self.path / SIMULATION if simulated else job_metrics(self.path)))
         if simulated:
             by_client = {client: [parsing.of_client(line, client) for line in job] for client in range(clients)}
         else:
@@ -137,9 +149,7 @@ class _Folder:
     def _lines_by_client(self) -> dict[int, list[dict[str, Any]]]:
         """Return the metrics of each client whose file is in this folder."""
         return {
-            int(found[1]): list(self._lines(f"metrics/{path.name}"))
-            for path in sorted(self.path.glob(f"{METRICS}/client_*.jsonl"))
-            if (found := re.search(r"client_(\d+)", path.name)) is not None
+            client: list(self._lines(path)) for client, path in numbered(self.path / METRICS, CLIENT_METRICS).items()
         }
 
     def _note_missing(self, clients: Sequence[int]) -> None:
@@ -150,11 +160,7 @@ class _Folder:
 
     def _lost(self) -> dict[int, str]:
         """Return why clients ended without the others, as far as they could still write that."""
-        return {
-            int(path.name.rpartition("_")[2]): self._message(path)
-            for path in sorted(self.path.glob(f"{FAILED}_client_*"))
-            if path.name.rpartition("_")[2].isdigit()
-        }
+        return {client: self._message(path) for client, path in numbered(self.path, CLIENT_FAILED).items()}
 
     def _end(self) -> tuple[str, str] | None:
         marker = ended(self.path)
@@ -173,10 +179,10 @@ class _Folder:
     def _message(self, path: Path) -> str:
         return self._text(path).strip()[:_LARGEST_MESSAGE]
 
-    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+    def _lines(self, path: Path) -> Iterator[dict[str, Any]]:
         """Yield the objects of a JSON Lines file; the last line of a run that was killed may be incomplete."""
         bad = 0
-        for line in filter(None, self._text(self.path / name).split("\n")):
+        for line in filter(None, self._text(path).split("\n")):
             record = _json(line)
             if isinstance(record, dict) and number(record.get("step")) is not None:
                 yield record
@@ -184,7 +190,7 @@ class _Folder:
                 bad += 1
         if bad:
             lines = "1 line cannot be read and is" if bad == 1 else f"{bad} lines cannot be read and are"
-            self.notes.append(f"{name}: {lines} left out")
+            self.notes.append(f"{path.relative_to(self.path)}: {lines} left out")
 
     def _entries(self, name: str) -> list[dict[str, Any]]:
         """Return the objects of a JSON list."""
@@ -195,7 +201,7 @@ class _Folder:
         return [entry for entry in read if isinstance(entry, dict)] if isinstance(read, list) else []
 
     def _last_sign(self) -> tuple[float, str] | None:
-        beats = [_json(self._text(path)) for path in sorted(self.path.glob("heartbeats/rank_*.json"))]
+        beats = [_json(self._text(path)) for path in numbered(self.path / HEARTBEATS, BEAT).values()]
         signs = [
             (time, f"rank {beat.get('rank')}, {beat.get('phase')}")
             for beat in beats
