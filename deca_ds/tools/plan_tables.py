@@ -13,6 +13,7 @@ from deca_ds.planning.estimate import BlockMemory, Estimate
 from deca_ds.planning.fits import Setting, nearest
 from deca_ds.planning.memory import ACTIVATIONS, BETWEEN_PASSES, MOMENTS, PASSES, Part, Place, peak
 from deca_ds.planning.roofline import ARITHMETIC, LINK, MEMORY, USABLE, Gpu, StepTime
+from deca_ds.plural import several
 from deca_ds.printing import print_line
 
 
@@ -29,7 +30,7 @@ def memory_table(block: BlockMemory, estimate: Estimate) -> Table:
     there is one."""
     k = estimate.ranks
     table = Table(
-        title=f"memory of a rank, {k} rank{'s' if k > 1 else ''} a client, block {block.index} ({block.label}) active",
+        title=f"memory of a rank, {several(k, 'rank')} a client, block {block.index} ({block.label}) active",
         show_footer=True,
     )
     places: tuple[Place, ...] = ("gpu", "host") if estimate.gpu else ("host",)

@@ -28,6 +28,7 @@ from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
+from deca_ds.plural import named
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import COORDINATORS, DONE, LOCK
 from deca_ds.tools.train_arguments import parser
@@ -312,7 +313,7 @@ def _steps(trainer: Trainer) -> str:
 
 
 def _without(missing: Sequence[int]) -> str:
-    return f" without client {', '.join(map(str, missing))}" if missing else ""
+    return f" without {named('client', missing)}" if missing else ""
 
 
 def _plan(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> None:

@@ -106,7 +106,7 @@ def test_over_mpi_the_others_continue_when_clients_die_and_messages_are_damaged(
     assert [record["step"] for record in records(job, "evaluation")] == [0, 4, 8]
     assert finished.output.count("client 3 gone; 3 of 4 continue") == 1, finished.output[-4000:]
     assert finished.output.count("clients 0, 3 gone; 2 of 4 continue") == 1
-    assert f"done without client 0, 3: {output}\n  deca status {output} " in finished.output
+    assert f"done without clients 0, 3: {output}\n  deca status {output} " in finished.output
     assert "a message from rank 2 (client 1) was damaged on its way: its checksum differs" in finished.output
     for client, steps in ((0, 4), (1, 8), (2, 8), (3, 4)):
         lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")

@@ -10,10 +10,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from deca_ds.plural import several
+from deca_ds.plural import named, several
 from deca_ds.run_folder import DONE
 from deca_ds.tools.report.records import Run, Scores, mean
-from deca_ds.tools.report.wording import clients as client_names
 from deca_ds.tools.report.wording import (
     count,
     duration,
@@ -26,6 +25,7 @@ from deca_ds.tools.report.wording import (
 )
 from deca_ds.training.summary import MEAN_MODEL
 
+_SHOWN = 8  # clients that an event names
 SETS = {"common": "the common evaluation set", "own": "each client's own evaluation set"}
 
 
@@ -272,8 +272,8 @@ def events(run: Run) -> list[Event]:
     there = set(range(run.clients))
     for change in run.memberships:
         now = set(change.clients)
-        said = [f"{client_names(sorted(there - now))} gone"] if there - now else []
-        said += [f"{client_names(sorted(now - there))} back"] if now - there else []
+        said = [f"{named('client', sorted(there - now), _SHOWN)} gone"] if there - now else []
+        said += [f"{named('client', sorted(now - there), _SHOWN)} back"] if now - there else []
         gap = f", spectral gap {change.gap:.3g}" if change.gap is not None else ""
         apart = f", in {change.parts} parts that do not reach each other" if change.parts > 1 else ""
         found.append(

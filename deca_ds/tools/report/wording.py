@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -114,15 +113,6 @@ def moment(time: float | None) -> str:
         return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
         return NONE
-
-
-def clients(numbers: Sequence[int], shown: int = 8) -> str:
-    """Name clients as in "client 1" or "clients 1, 2 and 4"."""
-    if len(numbers) == 1:
-        return f"client {numbers[0]}"
-    if len(numbers) > shown:
-        return f"{len(numbers)} clients"
-    return f"clients {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def short(number: int) -> str:
