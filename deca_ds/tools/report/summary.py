@@ -15,10 +15,10 @@ from deca_ds.run_folder import DONE
 from deca_ds.tools.report.records import Run, Scores, mean
 from deca_ds.tools.report.wording import (
     count,
-    duration,
     moment,
     percent,
     redact,
+    rough_duration,
     short_count,
     significant,
     size,
@@ -140,7 +140,7 @@ def figures_of(run: Run) -> list[tuple[str, str]]:
     if (seen := tokens(run)) is not None:
         found.append(("tokens trained", short_count(seen)))
     if (seconds := training_seconds(run)) is not None:
-        found.append(("training time", duration(seconds)))
+        found.append(("training time", rough_duration(seconds)))
     if (sent := sent_by_client(run)) and max(sent.values()):
         found.append(("sent by a client", size(max(sent.values()))))
     return found
