@@ -202,7 +202,7 @@ class Trainer:
         found = best.after(self.state.best, self.done, loss, sets)
         if not is_through and best.gives_up(found, patience):
             self.stopped_early = (
-                f", because {several(found['since'], 'evaluation')} in a row found no lower loss than "
+                f"{several(found['since'], 'evaluation')} in a row found no lower loss than "
                 f"the one after step {found['step']}"
             )
             return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -10,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from deca_ds.checkpoint.done import steps_told
 from deca_ds.plural import named, several
 from deca_ds.run_folder import DONE
 from deca_ds.tools.report.records import Run, Scores, mean
@@ -54,8 +54,8 @@ class Event:
 
 def length(run: Run) -> int | None:
     """Return the inner steps of the whole run, where its files tell."""
-    if run.end is not None and (found := re.search(r"of (\d+) inner steps", run.end[1])) is not None:
-        return int(found[1])
+    if run.end is not None and (told := steps_told(run.end[1])) is not None:
+        return told
     blocks = len(run.starts[-1].blocks) if run.starts else 0
     inner = run.config.get("algorithm.inner_steps")
     if blocks and isinstance(rounds := rounds_of(run), int) and isinstance(inner, int):
