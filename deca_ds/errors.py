@@ -15,6 +15,7 @@ _ERROR_NUMBER = re.compile(r"\[Errno -?\d+\] ")
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
 KILLED = "it was killed, or its host is out of reach"  # what it means that the connection to a rank broke off
+DIVERGED = "has diverged"
 LOOK_AT_THE_KILLED = "look at the end of its output, and on its host for the out-of-memory killer (dmesg)"
 
 
@@ -115,7 +116,8 @@ class StallError(UserError):
 
 
 class DivergedError(UserError):
-    """A loss, a gradient, a parameter, a moment or a score is not finite."""
+    """A loss, a gradient, a parameter, a moment or a score is not finite. The message has the words DIVERGED, by which
+    it is known later, in the marker that a failed run leaves."""
 
 
 class DivergedMessageError(DivergedError, GossipError):

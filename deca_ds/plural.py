@@ -1,4 +1,4 @@
-"""Counts in words, for people."""
+"""Counts and lists in words, for people."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from collections.abc import Iterable
 def several(number: int, noun: str) -> str:
     """Write a number with its noun: 1 client, 3 clients. noun: in the singular, one that takes an s."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def named(noun: str, names: Iterable[object], most: int | None = None) -> str:
+    """Name each of some: client 3, clients 3, 4. noun: as for `several`. most: see `first_few`; all by default."""
+    every = list(names)
+    return f"{noun}{'' if len(every) == 1 else 's'} {first_few(every, len(every) if most is None else most)}"
 
 
 def first_few(names: Iterable[object], most: int, between: str = ", ") -> str:

@@ -18,18 +18,22 @@ from deca_ds.checkpoint.files import sync
 from deca_ds.errors import CheckpointError, in_words
 from deca_ds.run_folder import BASE, DONE, FAILED, METRICS, STOPPED
 
-_MISSING = "missing clients:"
+_STEPS, _MISSING = "inner steps:", "missing clients:"  # fields of DONE and STOPPED, a line each
 
 
-def mark_done(run: Path, steps: str, missing: Sequence[int] = ()) -> None:
-    """Write the marker, once all that belongs to the run is on the disk. steps: how many the run had, for people.
-    missing: clients that died before the end. Raises CheckpointError if that cannot be."""
-    _mark(run / DONE, steps, missing)
+def mark_done(run: Path, steps: int, missing: Sequence[int] = ()) -> None:
+    """Write the marker, once all that belongs to the run is on the disk. steps: inner steps of the run. missing:
+    clients that died before the end. Raises CheckpointError if that cannot be."""
+    _mark(run / DONE, [f"{_STEPS} {steps} of {steps}"], missing)
 
 
-def mark_stopped(run: Path, steps: str, how: str, missing: Sequence[int] = ()) -> None:
-    """Mark the run as stopped, so that it can continue. steps: done so far. how: to continue, for people."""
-    _mark(run / STOPPED, steps, missing, f"to continue: {how}")
+def mark_stopped(
+    run: Path, how: str, missing: Sequence[int] = (), *, steps: tuple[int, int] | None = None, why: str = ""
+) -> None:
+    """Mark the run as stopped, so that it can continue. how: to continue, for people. steps: inner steps done so far,
+    and of the whole run; None before training. why: it has stopped by itself, for people."""
+    first = "stopped before training began" if steps is None else f"{_STEPS} {steps[0]} of {steps[1]}"
+    _mark(run / STOPPED, [first, *([f"because: {why}"] if why else [])], missing, f"to continue: {how}")
 
 
 def ended(run: Path) -> str | None:
@@ -55,14 +59,21 @@ def is_done(run: Path) -> bool:
 
 def inner_steps(run: Path) -> int:
     """Return the inner steps of a run that is done. Raises CheckpointError if its marker does not tell."""
-    found = re.search(r"of (\d+) inner steps", (run / DONE).read_text(errors="replace"))
-    if found is None:
+    steps = steps_told((run / DONE).read_text(errors="replace"))
+    if steps is None:
         raise CheckpointError(
             f"{DONE} does not say how many inner steps the run had",
             where=str(run / DONE),
-            fix="if it is not this trainer's, remove it; run.resume=auto then looks at the checkpoints",
+            fix=f"if an earlier version of deca_ds wrote it, write `{_STEPS} N of N` as its first line; if it is not "
+            "this trainer's, remove it: run.resume=auto then looks at the checkpoints",
         )
-    return int(found[1])
+    return steps
+
+
+def steps_told(text: str) -> int | None:
+    """Return the inner steps of the whole run as a marker tells them; None if it does not. text: of the marker."""
+    found = re.search(rf"^{_STEPS} \d+ of (\d+)$", text, re.MULTILINE)
+    return None if found is None else int(found[1])
 
 
 def missing_clients(run: Path) -> list[int]:
@@ -75,9 +86,9 @@ def stopped_without(run: Path) -> list[int]:
     return _missing(run / STOPPED)
 
 
-def _mark(marker: Path, steps: str, missing: Sequence[int], *more: str) -> None:
+def _mark(marker: Path, first: Sequence[str], missing: Sequence[int], *more: str) -> None:
     run, partial = marker.parent, marker.with_name(f".{marker.name}.partial")
-    lines = [steps, *([f"{_MISSING} {', '.join(map(str, missing))}"] if missing else []), *more]
+    lines = [*first, *([f"{_MISSING} {', '.join(map(str, missing))}"] if missing else []), *more]
     try:
         # slices are synchronised when they are written
         for path in (*run.glob("*.*"), *run.glob(f"{BASE}/**/*"), *run.glob(f"{METRICS}/*"), run / BASE, run / METRICS):

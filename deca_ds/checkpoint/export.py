@@ -35,7 +35,7 @@ from deca_ds.checkpoint.tensor_files import save_file
 from deca_ds.checkpoint.verify import compare_file, compare_shapes, digest, reload_model, reload_tokenizer
 from deca_ds.engine.masters import rounded
 from deca_ds.errors import CheckpointError, in_words
-from deca_ds.plural import several
+from deca_ds.plural import named, several
 from deca_ds.run_folder import BASE, CHECKPOINTS, DONE, FAILED, MODEL
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.partial")
@@ -187,8 +187,7 @@ class _Stream:
                 self.planned[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         self.total_bytes = sum(tensor.nbytes for tensor in self.planned.values())
         self.dtype = next(t.dtype for t in self.planned.values() if t.is_floating_point())
-        count = len(saved.clients)
-        mean = f"mean of {count} client{'s' if count > 1 else ''}"
+        mean = f"mean of {several(len(saved.clients), 'client')}"
         self.source = mean if client is None else f"client {client}"
         self.source += ", adapters merged" if isinstance(saved, MergedModel) else ""
 
@@ -220,10 +219,10 @@ class _Stream:
     def _refuse_not_finite(self, name: str, tensor: Tensor) -> None:
         if not (count := _not_finite(tensor)):
             return
-        bad = [str(client) for client in self.saved.clients if _not_finite(self.saved.read(name, client))]
+        bad = [client for client in self.saved.clients if _not_finite(self.saved.read(name, client))]
         raise CheckpointError(
             f"{count} of {tensor.numel()} elements of {name} are NaN or infinite",
-            where=f"{self.source}; not finite in client {', '.join(bad) or 'none, only their sum overflows'}",
+            where=f"{self.source}; not finite in {named('client', bad) if bad else 'none, only their sum overflows'}",
             fix="training diverged there: export a client that did not, or train again with a smaller optimizer.lr",
         )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deca_ds.config.checks import check_output
+from deca_ds.config.flat import flat
 from deca_ds.config.load import load_config, save_config
 from deca_ds.config.paths import check_writable
 from deca_ds.config.schema import Config
-from deca_ds.errors import CheckpointError, ConfigError
+from deca_ds.errors import DIVERGED, CheckpointError, ConfigError
 from deca_ds.run_folder import (
     CHECKPOINTS,
     CLIENT_FAILED,
@@ -134,7 +135,7 @@ def has_diverged(output: Path) -> bool:
 def tells_divergence(marker: Path) -> bool:
     """Return whether the marker of a failure, if there is one, tells of values that were not finite."""
     with suppress(FileNotFoundError):
-        return "has diverged" in marker.read_text(errors="replace")
+        return DIVERGED in marker.read_text(errors="replace")
     return False
 
 
@@ -163,15 +164,3 @@ def changes(before: Config, now: Config, allowed: Sequence[str] = MAY_CHANGE) ->
         and (key, value) != ("data.date", None)  # then the day of the first start counts
         and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in allowed)
     }
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Return the value of every key, by section.key."""
-    found: dict[str, Any] = {}
-    for section, values in asdict(config).items():
-        found |= (
-            {f"{section}.{key}": value for key, value in values.items()}
-            if isinstance(values, dict)
-            else {section: values}
-        )
-    return found

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from deca_ds.errors import DataError
-from deca_ds.plural import first_few
+from deca_ds.plural import first_few, several
 
 LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")  # the kinds that data.column_names applies to
@@ -84,8 +84,7 @@ class Found:
         return [file for state, file in self._names.items() if state in other._names]
 
     def __str__(self) -> str:
-        files = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
-        read = f"{files}: {some(self.files)}" if self.files else "no file"
+        read = f"{several(len(self.files), 'file')}: {some(self.files)}" if self.files else "no file"
         if not self.left_out:
             return read
         return f"{read}; left out: {some(f'{path} ({why})' for path, why in self.left_out.items())}"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from deca_ds.config.schema import ClusterConfig
 from deca_ds.elastic.handover import receive, send
 from deca_ds.elastic.network_partition import Lookout
-from deca_ds.elastic.policy import Action, Situation, decide, named
+from deca_ds.elastic.policy import Action, Situation, decide
 from deca_ds.elastic.reconnect_gloo import ReconnectingGloo
 from deca_ds.elastic.survivor_commit import Question, SurvivorCommit
 from deca_ds.engine.state import TrainingState
@@ -20,6 +20,7 @@ from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.view import View
 from deca_ds.launch.world import Cluster
+from deca_ds.plural import named
 from deca_ds.printing import print_wrapped
 from deca_ds.watchdog.stop import StopByCommit
 
@@ -64,7 +65,7 @@ class ElasticAgent:
         """Begin this attempt at the run, after `done` inner steps, with the clients that are present."""
         if self.cluster.members.missing:
             self.cluster.progress.enter("starting", step=done)
-            self._regroup(f"{named(self.cluster.members.missing)} absent", done + 1)
+            self._regroup(f"{named('client', self.cluster.members.missing)} absent", done + 1)
 
     def let_in(self, state: TrainingState) -> None:
         """Between two inner steps: let in the clients that the last agreement announced, and hand the state over."""
@@ -114,7 +115,7 @@ class ElasticAgent:
         progress = self.cluster.progress
         # the members average the current inner step again, or for the first time
         from_step = progress.step + (progress.phase not in ("gradient", "gossip"))
-        self._regroup(f"{named(back)} back" if back else f"{named(view.missing)} gone", from_step)
+        self._regroup(f"{named('client', back)} back" if back else f"{named('client', view.missing)} gone", from_step)
 
     def _regroup(self, who: str, from_step: int) -> None:
         """Restrict averagings to the members from now on, and obey the policy."""

@@ -10,6 +10,7 @@ from deca_ds.config.schema import ClusterConfig
 from deca_ds.errors import ConfigError
 from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch.view import View
+from deca_ds.plural import named
 
 
 class Action(Enum):
@@ -43,7 +44,7 @@ def decide(now: Situation, config: ClusterConfig) -> Verdict:
     """Return the verdict for a situation. All ranks see the same situation, so they reach the same verdict."""
     view = now.view
     if now.larger_part:
-        clients = named(sorted(view.clients))
+        clients = named("client", sorted(view.clients))
         return Verdict(Action.REJOIN, f"the larger part of the network is in reach again: {clients} will rejoin it")
     if len(view) < config.min_clients:
         action = Action.REJOIN if config.return_s > 0 else Action.STOP
@@ -68,8 +69,3 @@ def check_absent(config: ClusterConfig, mixing: MixingSchedule) -> None:
             where="cluster.absent",
             fix="choose another graph, or let each part train by itself with cluster.on_partition=continue",
         )
-
-
-def named(clients: Sequence[int]) -> str:
-    """Name clients in a message: "client 3" or "clients 3, 4"."""
-    return f"client{'s' * (len(clients) > 1)} {', '.join(map(str, clients))}"

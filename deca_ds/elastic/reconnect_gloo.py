@@ -25,6 +25,7 @@ from deca_ds.errors import GossipError, MessageError
 from deca_ds.launch.progress import EVERYBODY, Progress
 from deca_ds.launch.store_site import StoreSite
 from deca_ds.launch.view import View
+from deca_ds.plural import named
 from deca_ds.transport import Endpoint, GlooTransport, TorchExchange
 
 _CONNECT_S = 30.0  # for the survivors, which have just agreed, to connect in a new group
@@ -129,7 +130,7 @@ class ReconnectingGloo(GlooTransport):
             apart = pairs_apart(decision.yes, clients, total)
             if own in attempts.failed(clients, apart):
                 others = sorted(sum(pair) - own for pair in apart if own in pair)
-                self.votes.leave(f"client {own} and client {', '.join(map(str, others))} cannot reach each other")
+                self.votes.leave(f"client {own} and {named('client', others)} cannot reach each other")
             return False
         return True
 

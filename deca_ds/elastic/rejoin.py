@@ -18,6 +18,7 @@ from deca_ds.elastic.wire import CONNECT_S, JsonConnection, is_in_reach
 from deca_ds.errors import AbsentError, LaunchError, in_words
 from deca_ds.launch import ClientLayout, Launch
 from deca_ds.launch.store import JobStore, join_job_store, own_address
+from deca_ds.plural import named
 from deca_ds.run_folder import COORDINATORS, DONE, FAILED, STOPPED
 from deca_ds.watchdog.restart import JOIN
 
@@ -110,10 +111,9 @@ def _nobody(addresses: Addresses, asleep: Sequence[int]) -> AbsentError:
     are not active."""
     where = ", ".join(f"{host} {port}" for host, port in addresses.values())
     if asleep:
-        named = f"client{'s' * (len(asleep) > 1)} {', '.join(map(str, asleep))}"
         return AbsentError(
-            f"no other client lets this one in, though {named} answered: the job has not begun to train yet, or the "
-            "client that decides is out of reach from here",
+            f"no other client lets this one in, though {named('client', asleep)} answered: the job has not begun to "
+            "train yet, or the client that decides is out of reach from here",
             where=where,
             fix="join again later; if that does not help, look at the network",
         )

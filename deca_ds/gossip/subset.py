@@ -9,6 +9,7 @@ import numpy as np
 
 from deca_ds.gossip import weights
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.plural import named
 
 
 def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
@@ -23,8 +24,7 @@ def without(mixing: MixingSchedule, missing: Collection[int]) -> MixingSchedule:
     if not missing:
         return mixing
     matrices = _of_those_left(mixing, missing) or _without_edges(mixing, missing)
-    names = ", ".join(map(str, sorted(missing)))
-    return MixingSchedule(f"{mixing.name} without client {names}", mixing.size, tuple(matrices))
+    return MixingSchedule(f"{mixing.name} without {named('client', sorted(missing))}", mixing.size, tuple(matrices))
 
 
 def _of_those_left(mixing: MixingSchedule, missing: Collection[int]) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from deca_ds.gossip.schedule import MixingSchedule
+from deca_ds.plural import several
 
 # Of the standard deviation of freshly drawn weights: a disagreement as large as this is no small perturbation.
 LARGE_DISAGREEMENT = 0.5
@@ -89,7 +90,7 @@ def slow_mixing(
             does = "average all clients"
         found.append(
             "the graph mixes slowly for this number of inner steps: a block is averaged "
-            f"{averagings} time{'s' if averagings > 1 else ''} while it is active, and it takes "
+            f"{several(averagings, 'time')} while it is active, and it takes "
             f"about {needed:.3g} averagings to {does}. What a client learns in a block has not reached all clients "
             "when the next block begins. Another gossip.graph (exponential, complete), more algorithm.inner_steps or a "
             "smaller gossip.every helps"

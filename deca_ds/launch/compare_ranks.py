@@ -16,13 +16,14 @@ from typing import Any
 import deca_ds
 from deca_ds.config import Config
 from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.flat import flat
 from deca_ds.config.paths import KEYS as PATHS
-from deca_ds.config.resume import flat
 from deca_ds.errors import LaunchError
 from deca_ds.launch.digests import code_digest, digest, version_of
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.plural import several
 from deca_ds.printing import print_wrapped
 
 _PACKAGES = ("torch", "deepspeed", "transformers")
@@ -87,7 +88,7 @@ def odd_ones(values: Mapping[int, str], hosts: Mapping[int, str]) -> list[str]:
         if value != majority:
             whose = ", ".join(f"{rank} on {hosts[rank]}" for rank in ranks)
             who = f"rank {whose} has" if len(ranks) == 1 else f"ranks {whose} have"
-            named.append(f"{who} {{}} {value}, {others} other{'s' if others > 1 else ''} {majority}")
+            named.append(f"{who} {{}} {value}, {several(others, 'other')} {majority}")
     return named
 
 

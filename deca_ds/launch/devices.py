@@ -15,7 +15,7 @@ from deca_ds.errors import LaunchError
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
-from deca_ds.plural import first_few
+from deca_ds.plural import first_few, named
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -131,7 +131,7 @@ def check_devices(devices: Mapping[int, Taken], layout: ClientLayout) -> None:
 def shared_gpus(devices: Mapping[int, Taken], layout: ClientLayout) -> str | None:
     """Return a line for each GPU that several clients compute on; None if there is none."""
     lines = [
-        f"one GPU for clients {', '.join(str(layout.client_of(rank)) for rank in ranks)} "
+        f"one GPU for {named('client', map(layout.client_of, ranks))} "
         f"({_shown({rank: devices[rank] for rank in ranks})}): they take turns, and its memory must hold all of them"
         for identity, ranks in _by_gpu(devices).items()
         if identity and len(ranks) > 1

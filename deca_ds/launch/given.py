@@ -22,6 +22,7 @@ import psutil
 from deca_ds.errors import LaunchError
 from deca_ds.launch.allocation import scheduler_of
 from deca_ds.launch.hostfile import read_hostfile
+from deca_ds.plural import several
 
 DEEPSPEED = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 _MPIRUN = ("mpirun", "mpiexec", "orterun", "prterun")
@@ -71,7 +72,7 @@ class Given:
         elif str(self.hostfile) != os.devnull and set(self.hosts) == {"localhost"}:
             raise LaunchError(
                 f"deepspeed was given the hostfile {str(self.hostfile)!r}, which is not there, and so started "
-                f"{ranks} rank{'s' if ranks > 1 else ''} on this host alone",
+                f"{several(ranks, 'rank')} on this host alone",
                 where="deepspeed --hostfile",
                 fix="check the path; to train on this host alone leave --hostfile out",
             )

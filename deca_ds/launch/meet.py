@@ -9,7 +9,7 @@ from deca_ds.errors import AbsentError
 from deca_ds.launch.given import Given, given, look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.store import JobStore, of_two_jobs
-from deca_ds.plural import first_few
+from deca_ds.plural import first_few, named
 
 _FIRST_S = 10.0  # that the first rank, which knows who is missing, is ahead of the others
 _POLL_S = 0.05
@@ -57,11 +57,11 @@ def _all_come(launch: Launch, store: JobStore, within_s: float) -> bool:
 
 def silence(silent: list[int], launch: Launch, given: Given, meet_s: float) -> str:
     """Say who did not come, host by host where the launcher tells the hosts."""
-    who = f"rank{'s' if len(silent) > 1 else ''} {first_few(silent, _SHOWN)}"
+    who = named("rank", silent, _SHOWN)
     if len(given.hosts) == launch.world_size:
         hosts = dict.fromkeys(given.hosts[rank] for rank in silent)
         there = {host for rank, host in enumerate(given.hosts) if rank in launch.ranks and rank not in silent}
         names = [host + (" (in part)" if host in there else "") for host in hosts]
-        who = f"host{'s' if len(names) > 1 else ''} {', '.join(names)}: {who}"
+        who = f"{named('host', names)}: {who}"
     came = len(launch.ranks) - len(silent)
     return f"{who} did not start within {meet_s:g} s; {came} of {len(launch.ranks)} ranks are there"

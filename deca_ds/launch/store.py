@@ -25,6 +25,7 @@ from deca_ds.launch.given import given, look_at_hosts
 from deca_ds.launch.launcher import Launch
 from deca_ds.launch.mpi_start import late, starting
 from deca_ds.launch.progress import EVERYBODY, Progress
+from deca_ds.plural import named
 
 _ANSWER_S = 30.0  # for a store to answer
 MEETING = "job store"  # name of the thread that makes the store
@@ -75,7 +76,7 @@ class JobStore:
                 missing = [rank for rank, part in parts.items() if not self.store.check([part])]
                 raise AbsentError(
                     f"rank {launch.rank} on {launch.host} waited {within_s:g} s for "
-                    + (f"rank {', '.join(map(str, missing))}" if missing else f"rank {min(parts)}, which knows of all"),
+                    + (named("rank", missing) if missing else f"rank {min(parts)}, which knows of all"),
                     where=key.rsplit("/", 1)[0],
                     fix="look at the output of these ranks",
                 )

@@ -20,7 +20,7 @@ from deca_ds.gossip.codec import CODECS
 from deca_ds.simulation.averaging import means_of
 from deca_ds.simulation.stacked import StackedClients
 from deca_ds.training.chosen_method import step_learning_rate
-from deca_ds.training.divergence import diverged
+from deca_ds.training.divergence import not_finite
 from deca_ds.training.evaluation import MEAN, average, empty_totals, summarize, take_in
 from deca_ds.training.pace import evaluates
 
@@ -122,7 +122,7 @@ class Simulation:
         for name, value in values.items():
             if not math.isfinite(value):
                 block = self.clients.plan.blocks[step.block].label
-                raise diverged(client, name, value, f"inner step {step.index + 1}, block {block}")
+                raise not_finite(client, name, value, f"inner step {step.index + 1}, block {block}")
 
     def exchange(self, state: State, rows: Tensor | None, mixed: bool, step: Step, lr: float) -> None:
         """Finish an inner step of the clients `rows` (None: of all, in place), with an averaging if `mixed`."""

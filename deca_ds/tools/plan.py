@@ -31,7 +31,7 @@ from deca_ds.launch.devices import computes_on_gpu
 from deca_ds.launch.hostfile import hosts_of_clients, read_hostfile
 from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.roofline import Gpu, find_gpu, read_rate
-from deca_ds.plural import several
+from deca_ds.plural import named, several
 from deca_ds.printing import print_line
 from deca_ds.tools.disk import DiskNeed, Stored, disk_need, taken
 from deca_ds.tools.plan_hosts import look_at_hosts
@@ -181,8 +181,8 @@ def _print_gossip(console: Console, config: Config, mixing: MixingSchedule, arch
     if config.cluster.absent:
         without = subset.without(mixing, config.cluster.absent)
         gap = subset.spectral_gap(without, [c for c in range(mixing.size) if c not in config.cluster.absent])
-        absent = ", ".join(map(str, sorted(config.cluster.absent)))
-        print_line(console, f"at the start: client {absent} absent, spectral gap {gap:.4g}")
+        absent = named("client", sorted(config.cluster.absent))
+        print_line(console, f"at the start: {absent} absent, spectral gap {gap:.4g}")
     scale = getattr(architecture.get_text_config(), "initializer_range", None) or _USUAL_WEIGHT_SCALE
     for warning in gossip_warnings(config, mixing, scale):
         _warn(console, warning)

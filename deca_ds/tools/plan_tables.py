@@ -13,7 +13,9 @@ from deca_ds.planning.estimate import BlockMemory, Estimate
 from deca_ds.planning.fits import Setting, nearest
 from deca_ds.planning.memory import ACTIVATIONS, BETWEEN_PASSES, MOMENTS, PASSES, Part, Place, peak
 from deca_ds.planning.roofline import ARITHMETIC, LINK, MEMORY, USABLE, Gpu, StepTime
+from deca_ds.plural import several
 from deca_ds.printing import print_line
+from deca_ds.tools.report.wording import rough_duration
 
 
 def print_memory(console: Console, estimate: Estimate) -> None:
@@ -29,7 +31,7 @@ def memory_table(block: BlockMemory, estimate: Estimate) -> Table:
     there is one."""
     k = estimate.ranks
     table = Table(
-        title=f"memory of a rank, {k} rank{'s' if k > 1 else ''} a client, block {block.index} ({block.label}) active",
+        title=f"memory of a rank, {several(k, 'rank')} a client, block {block.index} ({block.label}) active",
         show_footer=True,
     )
     places: tuple[Place, ...] = ("gpu", "host") if estimate.gpu else ("host",)
@@ -127,17 +129,21 @@ def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: 
     step = time.step
     parts = {"compute": step.compute, "ZeRO-3, where compute does not hide it": step.zero3, "gossip": step.gossip}
     for part, seconds in parts.items():
-        table.add_row(part, duration(seconds), f"{seconds / step.step:.0%}")
-    table.add_row("a step, mean over blocks", duration(step.step), "")
+        table.add_row(part, rough_duration(seconds), f"{seconds / step.step:.0%}")
+    table.add_row("a step, mean over blocks", rough_duration(step.step), "")
     if time.evaluation is not None:
-        table.add_row("an evaluation", duration(time.evaluation.step), "")
+        table.add_row("an evaluation", rough_duration(time.evaluation.step), "")
     if (run := time.run) is not None and time.steps is not None:
         table.add_section()
-        table.add_row(f"{time.steps:,} steps", duration(time.steps * step.step), f"{time.steps * step.step / run:.0%}")
+        table.add_row(
+            f"{time.steps:,} steps", rough_duration(time.steps * step.step), f"{time.steps * step.step / run:.0%}"
+        )
         if time.evaluation is not None:
             scored = time.evaluations * time.evaluation.step
-            table.add_row(f"{time.evaluations:,} evaluations", duration(scored), f"{scored / run:.0%}")
-        table.add_row("the run" if time.evaluation is not None else "the run, without evaluations", duration(run), "")
+            table.add_row(f"{time.evaluations:,} evaluations", rough_duration(scored), f"{scored / run:.0%}")
+        table.add_row(
+            "the run" if time.evaluation is not None else "the run, without evaluations", rough_duration(run), ""
+        )
     console.print(table)
     dtype = estimate.config.model.dtype
     rate = gpu.bf16 if dtype == "bfloat16" else gpu.fp32
@@ -152,17 +158,3 @@ def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: 
     )
     if net is None and estimate.neighbours:
         print_line(console, "Without --net, messages between hosts take no time here")
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in the unit that people would use."""
-    for limit, unit, size in (
-        (1e-3, "us", 1e-6),
-        (1, "ms", 1e-3),
-        (120, "s", 1),
-        (7200, "min", 60),
-        (172_800, "h", 3600),
-    ):
-        if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86_400:.3g} days"

@@ -28,6 +28,7 @@ from deca_ds.launch import ClientLayout, Launch, read_launch
 from deca_ds.launch.given import given
 from deca_ds.launch.meet import meet
 from deca_ds.launch.store import JobStore, open_job_store
+from deca_ds.plural import named
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import COORDINATORS, DONE, LOCK
 from deca_ds.tools.train_arguments import parser
@@ -263,7 +264,7 @@ def _end_before_training(config: Config, guard: JobGuard, number: int, *_: Any) 
 def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
     """Mark the run's folder as DONE, and print the results and the next commands. missing: clients."""
     config = trainer.config
-    mark_done(trainer.output, _steps(trainer), missing)
+    mark_done(trainer.output, len(trainer.schedule), missing)
     print_summary(evaluations(trainer.output, trainer.cluster.client))
     best, lost = _has_best(trainer), bool(_lost(missing, config))
     commands = next_commands(trainer.output, config.cluster.clients, best=best, lost=lost)
@@ -272,7 +273,7 @@ def _end_done(trainer: Trainer, missing: Sequence[int]) -> None:
 
 def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
     """Mark the run's folder as STOPPED, and print how to continue. missing: clients."""
-    config, steps = trainer.config, _steps(trainer) + trainer.stopped_early
+    config, steps = trainer.config, (trainer.done, len(trainer.schedule))
     how = same_command(config.run.resume, trained=True)
     if trainer.stopped_early:
         how += f" {'and' if ' with ' in how else 'with'} evaluation.patience=0"
@@ -281,9 +282,11 @@ def _end_stopped(trainer: Trainer, missing: Sequence[int]) -> None:
         how += ", from the newest checkpoint that all clients wrote"
         if trainer.cluster.transport == "torch":
             how += f"; from here, without them: cluster.absent=[{','.join(map(str, missing))}]"
-    mark_stopped(trainer.output, steps, how, missing)
+    mark_stopped(trainer.output, how, missing, steps=steps, why=trainer.stopped_early)
     commands = stopped_commands(trainer.output, best=_has_best(trainer), lost=bool(lost))
-    print_wrapped(f"stopped after {steps}{_without(missing)}; to continue: {how}\n{commands}", sys.stdout)
+    why = f", because {trainer.stopped_early}" if trainer.stopped_early else ""
+    stopped = f"stopped after {steps[0]} of {steps[1]} inner steps{why}{_without(missing)}"
+    print_wrapped(f"{stopped}; to continue: {how}\n{commands}", sys.stdout)
 
 
 def _end_early(config: Config, output: Path | None) -> None:
@@ -293,7 +296,7 @@ def _end_early(config: Config, output: Path | None) -> None:
     if output is not None:
         how = same_command(config.run.resume, trained=False)
         if not is_done(output):  # of a finished run that was to be longer
-            mark_stopped(output, "before training began", how)
+            mark_stopped(output, how)
         forget_request(output)
     print_wrapped(f"stopped before training began: nothing was trained; to continue: {how}", sys.stdout)
 
@@ -307,12 +310,8 @@ def _has_best(trainer: Trainer) -> bool:
     return trainer.config.checkpoint.best and is_saved(trainer.state.best)
 
 
-def _steps(trainer: Trainer) -> str:
-    return f"{trainer.done} of {len(trainer.schedule)} inner steps"
-
-
 def _without(missing: Sequence[int]) -> str:
-    return f" without client {', '.join(map(str, missing))}" if missing else ""
+    return f" without {named('client', missing)}" if missing else ""
 
 
 def _plan(config: Config, launch: Launch, store: JobStore, guard: JobGuard) -> None:

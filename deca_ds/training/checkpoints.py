@@ -25,13 +25,13 @@ from deca_ds.checkpoint.write_shards import file_name, save_shards
 from deca_ds.config.monitoring import CheckpointConfig
 from deca_ds.engine.slices import Slice
 from deca_ds.engine.state import FROZEN, Piece, Scope, TrainingState, Value
-from deca_ds.errors import CheckpointError, DivergedError
+from deca_ds.errors import CheckpointError
 from deca_ds.gossip import MixingSchedule
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
 from deca_ds.training.completion import Completion
-from deca_ds.training.divergence import FIX
+from deca_ds.training.divergence import diverged
 
 _LOOKS, _LOOK_S = 10, 0.2  # at whether the others have written a checkpoint, too, when a run ends
 
@@ -238,7 +238,7 @@ def _finite(slices: Iterable[Slice]) -> Iterator[Slice]:
     for piece in slices:
         # the sum is a cheap check; the exact one is needed only if the sum is not finite, which large values cause too
         if not piece.values.sum().isfinite() and not piece.values.isfinite().all():
-            raise DivergedError(f"the model has diverged: {piece.name} is not finite", where="saving", fix=FIX)
+            raise diverged("the model", f"{piece.name} is not finite", "saving")
         yield piece
 
 

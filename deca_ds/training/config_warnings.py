@@ -14,7 +14,7 @@ import torch
 
 from deca_ds.algorithm import METHODS
 from deca_ds.config import Config
-from deca_ds.config.resume import flat
+from deca_ds.config.flat import flat
 from deca_ds.config.schema import AlgorithmConfig, LoraConfig
 from deca_ds.data.files import TABLES, kind_of
 from deca_ds.data.formats import FORMATS

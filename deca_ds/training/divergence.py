@@ -19,10 +19,11 @@ from torch import Tensor
 from deca_ds.algorithm import Step
 from deca_ds.checkpoint.steps import step_folder
 from deca_ds.engine.client import Client, GradientStats
-from deca_ds.errors import DivergedError
+from deca_ds.errors import DIVERGED, DivergedError
 from deca_ds.launch.world import Cluster
+from deca_ds.plural import named
 
-FIX = "lower optimizer.lr, set optimizer.clip_norm, or look at the data"
+_FIX = "lower optimizer.lr, set optimizer.clip_norm, or look at the data"
 
 
 @dataclass
@@ -55,24 +56,27 @@ class Watch:
     def _refuse(self, names: Sequence[str], values: Sequence[float], by_rank: Tensor) -> None:
         for (name, value), own in zip(zip(names, values, strict=False), by_rank, strict=False):
             if not math.isfinite(value):
-                raise diverged(self.cluster.client, name, value, f"{self._last}, {self._origin(own)}")
+                raise not_finite(self.cluster.client, name, value, f"{self._last}, {self._origin(own)}")
 
     def _origin(self, own: Tensor) -> str:
         """Name the ranks whose part is not finite. All ranks of the client call this."""
         bad = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.client.device)
         bad[dist.get_rank()] = not own.isfinite()
         dist.all_reduce(bad)
-        ranks = [
-            rank for rank, is_bad in zip(self.cluster.layout.ranks_of(self.cluster.client), bad, strict=True) if is_bad
-        ]
-        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "the sum over its ranks"
+        every = self.cluster.layout.ranks_of(self.cluster.client)
+        ranks = [rank for rank, is_bad in zip(every, bad, strict=True) if is_bad]
+        return named("rank", ranks) if ranks else "the sum over its ranks"
 
 
-def diverged(client: int, name: str, value: float, where: str) -> DivergedError:
-    """Make the error. name: subject and verb, as in "the loss is". value: the value. where: step, block and ranks."""
-    return DivergedError(
-        f"client {client} has diverged: {name} not finite ({value:g})", where=f"client {client}, {where}", fix=FIX
-    )
+def not_finite(client: int, name: str, value: float, where: str) -> DivergedError:
+    """Make the error for a value of a client. name: subject and verb, as in "the loss is". where: step, block and
+    ranks."""
+    return diverged(f"client {client}", f"{name} not finite ({value:g})", f"client {client}, {where}")
+
+
+def diverged(whose: str, how: str, where: str) -> DivergedError:
+    """Make the error. whose: the model, as in "client 3". how: what is not finite."""
+    return DivergedError(f"{whose} {DIVERGED}: {how}", where=where, fix=_FIX)
 
 
 def with_checkpoint(error: DivergedError, folder: Path, newest: int | None) -> DivergedError:

@@ -19,9 +19,8 @@ from deca_ds.data import ClientData, evaluation_batches
 from deca_ds.engine.client import Client
 from deca_ds.engine.losses import RowScores
 from deca_ds.engine.masters import round_into
-from deca_ds.errors import DivergedError
 from deca_ds.launch.world import Cluster
-from deca_ds.training.divergence import FIX
+from deca_ds.training.divergence import diverged
 from deca_ds.training.summary import MEAN_MODEL, SETS
 from deca_ds.transport import Commit, Transport, all_reduce_sum, gather_json, sum_slices
 
@@ -184,11 +183,8 @@ def summarize(totals: Tensor, dataset: Dataset, data: ClientData, whose: str = "
     losses, right, counts = totals.numpy().T
     bad = len(losses) - int(np.isfinite(losses).sum())
     if bad:
-        raise DivergedError(
-            f"{whose} has diverged: the loss of {bad} of {len(losses)} rows of an evaluation set is not finite",
-            where="evaluation",
-            fix=FIX,
-        )
+        how = f"the loss of {bad} of {len(losses)} rows of an evaluation set is not finite"
+        raise diverged(whose, how, "evaluation")
     if "candidate" not in dataset.column_names:
         exact = {"exact_match": float(np.mean(right == counts))} if data.answers else {}
         token_accuracy = float(right.sum() / max(1.0, counts.sum()))

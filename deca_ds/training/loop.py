@@ -20,6 +20,7 @@ from deca_ds.engine.state import TrainingState, model_pieces
 from deca_ds.errors import DataError, DivergedError
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.launch.world import Cluster
+from deca_ds.plural import several
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import MODEL
 from deca_ds.training import best
@@ -201,7 +202,7 @@ class Trainer:
         found = best.after(self.state.best, self.done, loss, sets)
         if not is_through and best.gives_up(found, patience):
             self.stopped_early = (
-                f", because {found['since']} evaluation{'s' * (found['since'] > 1)} in a row found no lower loss than "
+                f"{several(found['since'], 'evaluation')} in a row found no lower loss than "
                 f"the one after step {found['step']}"
             )
             return True

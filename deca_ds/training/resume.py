@@ -26,6 +26,7 @@ from deca_ds.errors import CheckpointError, in_words
 from deca_ds.gossip import MixingSchedule, subset
 from deca_ds.launch import Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.plural import named
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import (
     CHECKPOINTS,
@@ -256,7 +257,7 @@ def _try(here: Path, step: int, own: Part, absent: Collection[int]) -> tuple[Sha
         return None, {"reason": f"{in_words(error)} ({here})"}
     state = next(iter(saved.states.values()))
     if missing := [client for client in state.get("missing", ()) if client not in absent]:
-        return None, {"reason": f"it was saved without client {', '.join(map(str, missing))}"}
+        return None, {"reason": f"it was saved without {named('client', missing)}"}
     return saved, {key: state[key] for key in ("attempt", "earlier") if key in state}
 
 

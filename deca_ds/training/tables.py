@@ -85,6 +85,6 @@ def warn_of_experts(console: Console, fused: Sequence[str], gradient_checkpointi
 def untrained(label: str, names: Sequence[str]) -> str:
     """Name the parameters of a block that no gradient has reached in a whole activation."""
     return (
-        f"no gradient reached {len(names)} parameter{'s' if len(names) > 1 else ''} of block {label!r} while it was "
+        f"no gradient reached {several(len(names), 'parameter')} of block {label!r} while it was "
         f"active ({first_few(names, 3)}): this data does not use them, and they stay as they are"
     )

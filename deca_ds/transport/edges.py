@@ -14,6 +14,7 @@ from deca_ds.errors import DisconnectedError, MessageError
 from deca_ds.launch import Launch
 from deca_ds.launch.given import look_at_hosts
 from deca_ds.launch.store import JobStore
+from deca_ds.plural import several
 from deca_ds.run_folder import EDGES
 from deca_ds.transport.transport import PROBE_TAG, Transport
 
@@ -70,7 +71,7 @@ def save_edges(edges: list[dict[str, Any]], folder: Path) -> str:
     slowest = min(edges, key=lambda edge: min(shard["mb_per_s"] for shard in edge["shards"]))
     (i, j), (here, there) = slowest["clients"], slowest["hosts"]
     return (
-        f"slowest of {len(edges)} edge{'s' if len(edges) > 1 else ''}: client {i} on {here} - client {j} on {there}, "
+        f"slowest of {several(len(edges), 'edge')}: client {i} on {here} - client {j} on {there}, "
         f"round trip {max(shard['round_trip_ms'] for shard in slowest['shards']):.2f} ms, "
         f"{min(shard['mb_per_s'] for shard in slowest['shards']):,.0f} MB/s"
     )

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from deca_ds.checkpoint import done
-from deca_ds.checkpoint.done import ended, is_done, mark_done, mark_stopped, missing_clients
+from deca_ds.checkpoint.done import (
+    ended,
+    inner_steps,
+    is_done,
+    mark_done,
+    mark_stopped,
+    missing_clients,
+    steps_told,
+)
 from deca_ds.errors import CheckpointError
 from deca_ds.watchdog.failure import Failure
 
@@ -19,9 +27,9 @@ FAILURE = Failure(0, "n1", "the end", "a terminal is gone \u2501 \udcff", 1)
 def test_the_last_word_stands_alone(tmp_path: Path) -> None:
     FAILURE.mark(tmp_path, "FAILED")
     assert ended(tmp_path) == "FAILED"
-    mark_stopped(tmp_path, "3 of 8 inner steps", "again")
+    mark_stopped(tmp_path, "again", steps=(3, 8))
     assert ended(tmp_path) == "STOPPED" and not is_done(tmp_path)
-    mark_done(tmp_path, "8 of 8 inner steps", [1])
+    mark_done(tmp_path, 8, [1])
     FAILURE.mark(tmp_path, "FAILED")
     assert ended(tmp_path) == "DONE" and missing_clients(tmp_path) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["DONE"]
@@ -37,7 +45,7 @@ def test_a_run_whose_files_do_not_come_to_the_disk_is_not_done(tmp_path: Path, m
 
     monkeypatch.setattr(done, "sync", full)
     with pytest.raises(CheckpointError, match="cannot mark the run DONE: No space left"):
-        mark_done(tmp_path, "8 of 8 inner steps")
+        mark_done(tmp_path, 8)
     assert ended(tmp_path) is None
 
 
@@ -68,7 +76,7 @@ def test_who_fails_while_the_run_is_marked_leaves_no_other_word(tmp_path: Path, 
     """At whatever moment the one begins, while the other is at it."""
 
     def mark(run: Path) -> None:
-        mark_done(run, "8 of 8 inner steps") if marker == "DONE" else mark_stopped(run, "3 of 8", "again")
+        mark_done(run, 8) if marker == "DONE" else mark_stopped(run, "again", steps=(3, 8))
 
     def fail(run: Path) -> None:
         FAILURE.mark(run, "FAILED")
@@ -89,7 +97,7 @@ def test_who_fails_while_the_run_is_marked_leaves_no_other_word(tmp_path: Path, 
 
 
 def test_who_is_killed_before_it_has_removed_the_other_marker_leaves_one_that_counts(tmp_path: Path) -> None:
-    mark_done(tmp_path, "8 of 8 inner steps")
+    mark_done(tmp_path, 8)
     (tmp_path / "FAILED").touch()
     assert ended(tmp_path) == "DONE"
 
@@ -104,5 +112,21 @@ def test_at_no_moment_a_run_that_has_failed_and_is_marked_is_without_a_marker(tm
 
     FAILURE.mark(tmp_path, "FAILED")
     monkeypatch.setattr(Path, "unlink", looks)
-    mark_done(tmp_path, "8 of 8 inner steps")
+    mark_done(tmp_path, 8)
     assert ended(tmp_path) == "DONE"
+
+
+def test_the_length_of_a_run_is_a_field_of_its_marker(tmp_path):
+    mark_stopped(tmp_path, "again", [1], steps=(3, 8), why="2 evaluations in a row found no lower loss")
+    assert steps_told((tmp_path / "STOPPED").read_text()) == 8
+    mark_stopped(tmp_path, "again")
+    assert steps_told((tmp_path / "STOPPED").read_text()) is None
+    mark_done(tmp_path, 8, [1])
+    assert inner_steps(tmp_path) == 8
+
+
+def test_a_marker_of_an_earlier_version_tells_who_is_missing_and_is_refused_where_its_length_counts(tmp_path):
+    (tmp_path / "DONE").write_text("8 of 8 inner steps\nmissing clients: 0, 3\n")
+    assert missing_clients(tmp_path) == [0, 3]
+    with pytest.raises(CheckpointError, match=r"DONE does not say how many inner steps[\s\S]*`inner steps: N of N`"):
+        inner_steps(tmp_path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deca_ds.config import load_config
 from deca_ds.config.schema import GossipConfig
-from deca_ds.errors import ConfigError, GossipError
+from deca_ds.errors import DIVERGED, ConfigError, GossipError
 from deca_ds.gossip.clip import Clip, clipped_weights
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.schedule import build_mixing
@@ -104,6 +104,7 @@ def test_a_poisoned_message_is_refused_by_name_before_anything_of_it_is_used(rad
         mix(here, 3, own)
     assert "1 of 50 values of client 1 are not finite (averaging 3)" in caught.value.what
     assert caught.value.where == "client 0, gossip, step 412, block layers 0-1"
+    assert DIVERGED in str(caught.value), "or a run that ends so could not continue with another learning rate"
     assert torch.equal(own, torch.arange(50.0))
 
 

@@ -133,7 +133,7 @@ with guarded(launch, store) as guard:
         if leave_after == "done":
             trainer.meet()
             if cluster.is_job_leader:
-                mark_done(trainer.output, f"{trainer.done} of {len(trainer.schedule)} inner steps")
+                mark_done(trainer.output, len(trainer.schedule))
             trainer.meet()
             trainer.checkpoints.forget()
         for name, _, _, values, low in trainer.client.masters(tuple(kept)):

@@ -106,12 +106,12 @@ def test_over_mpi_the_others_continue_when_clients_die_and_messages_are_damaged(
     assert [record["step"] for record in records(job, "evaluation")] == [0, 4, 8]
     assert finished.output.count("client 3 gone; 3 of 4 continue") == 1, finished.output[-4000:]
     assert finished.output.count("clients 0, 3 gone; 2 of 4 continue") == 1
-    assert f"done without client 0, 3: {output}\n  deca status {output} " in finished.output
+    assert f"done without clients 0, 3: {output}\n  deca status {output} " in finished.output
     assert "a message from rank 2 (client 1) was damaged on its way: its checksum differs" in finished.output
     for client, steps in ((0, 4), (1, 8), (2, 8), (3, 4)):
         lines = records(output / "metrics" / f"client_{client:03d}.jsonl", "step")
         assert [line["step"] for line in lines] == list(range(1, steps + 1)), "no step is lost or repeated"
-    assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0, 3\n"
+    assert (output / "DONE").read_text() == "inner steps: 8 of 8\nmissing clients: 0, 3\n"
     assert not (output / "FAILED").exists() and not (output / "model" / "client_003").exists()
     # beside the last one, the newest that the survivors know all clients to have written stays, for them to resume from
     whole = [step for step in steps_in(output / "checkpoints") if clients_in(output, step) == [0, 1, 2, 3]]
@@ -161,7 +161,7 @@ def test_a_client_comes_back_with_a_neighbours_state(keys, tmp_path):
     assert_numbers(output, keys, {dead: step}, {dead: (back["from_step"] - 1, 1)})
     own = records(output / "metrics" / f"client_{dead:03d}.jsonl", "step")
     assert [line["step"] for line in own] == [*range(1, step), *range(back["from_step"], 33)]
-    assert (output / "DONE").read_text() == "32 of 32 inner steps\n" and not list(output.glob("FAILED*"))
+    assert (output / "DONE").read_text() == "inner steps: 32 of 32\n" and not list(output.glob("FAILED*"))
     assert export_model(output, tmp_path / "mean").source == f"mean of {clients} clients"
     assert clients_in(output, 32) == everybody
     ShardedModel(step_folder(output / "checkpoints", 32)).verify()
@@ -206,7 +206,7 @@ def test_clients_of_different_sizes_die_and_come_back(keys, tmp_path):
     assert_numbers(output, keys, {0: 4, 1: second["from_step"]}, returns)
     own = records(output / "metrics" / "client_001.jsonl", "step")
     assert [line["step"] for line in own] == [*range(1, second["from_step"]), *range(again["from_step"], 129)]
-    assert (output / "DONE").read_text() == "128 of 128 inner steps\n" and not list(output.glob("FAILED*"))
+    assert (output / "DONE").read_text() == "inner steps: 128 of 128\n" and not list(output.glob("FAILED*"))
     assert [record["step"] for record in records(job, "evaluation")] == [0, 64, 128]
     saved = ShardedModel(step_folder(output / "checkpoints", 128))
     saved.verify()
@@ -228,7 +228,7 @@ def test_a_client_that_was_not_there_at_the_start_comes_later(keys, tmp_path):
     own = records(output / "metrics" / "client_000.jsonl", "step")
     assert [line["step"] for line in own] == list(range(back["from_step"], 33))
     assert [summary["client"] for summary in json.loads((output / "data.json").read_text())] == [1, 2]
-    assert (output / "DONE").read_text() == "32 of 32 inner steps\n" and not list(output.glob("FAILED*"))
+    assert (output / "DONE").read_text() == "inner steps: 32 of 32\n" and not list(output.glob("FAILED*"))
     assert export_model(output, tmp_path / "mean").source == "mean of 3 clients"
 
 
@@ -243,7 +243,7 @@ def test_a_client_that_is_still_loading_when_the_others_finish_does_not_fail(key
     assert (tmp_path / "loads").exists()
     told = f"nothing left to join: the job has finished without client 2, {output} is DONE\n"
     assert told in finished.output and "ERROR" not in finished.output
-    assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 2\n"
+    assert (output / "DONE").read_text() == "inner steps: 8 of 8\nmissing clients: 2\n"
     assert not list(output.glob("FAILED*"))
 
 
@@ -260,7 +260,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(key
     assert "rank 0\n" in told and "run.resume=require continues after inner step" in told
     assert finished.output.count("client 0 has diverged") == 1 and "client 0 ends" in finished.output
     stopped, _, how = (output / "STOPPED").read_text().partition("to continue: ")
-    assert stopped == "6 of 8 inner steps\nmissing clients: 0\n"
+    assert stopped == "inner steps: 6 of 8\nmissing clients: 0\n"
     assert how.startswith("the same command with run.resume=require, from the newest checkpoint that all clients wrote")
     assert not (output / "FAILED").exists() and clients_in(output, 4) == [0, 1, 2] and clients_in(output, 6) == [1, 2]
     assert "from here, without them: cluster.absent=[0]" in finished.output
@@ -270,7 +270,7 @@ def test_a_graph_that_falls_apart_stops_the_job_and_the_parts_can_be_resumed(key
     assert resumed.code == 0, resumed.output[-4000:]
     assert "[1] and [2] do not reach each other any more: each part continues by itself" in resumed.output
     assert "continuing after inner step 6 of 8" in resumed.output
-    assert (output / "DONE").read_text() == "8 of 8 inner steps\nmissing clients: 0\n"
+    assert (output / "DONE").read_text() == "inner steps: 8 of 8\nmissing clients: 0\n"
     assert not (output / "STOPPED").exists()
     assert_numbers(output, keys, {0: 6})
 
@@ -292,7 +292,7 @@ def test_the_rest_stop_early_together(keys, tmp_path):
         assert [line["step"] for line in lines] == list(range(1, 9))
     why = "2 evaluations in a row found no lower loss than the one after step 4"
     stopped, _, how = (output / "STOPPED").read_text().partition("to continue: ")
-    assert stopped == f"8 of 16 inner steps, because {why}\nmissing clients: 1\n"
+    assert stopped == f"inner steps: 8 of 16\nbecause: {why}\nmissing clients: 1\n"
     assert how.startswith("the same command with run.resume=require and evaluation.patience=0, from the newest")
     assert f"deca export {output} MODEL --checkpoint best" in finished.output
     assert not (output / "FAILED").exists()

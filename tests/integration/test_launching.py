@@ -57,7 +57,7 @@ def test_every_launcher_runs_the_same_job(config, tmp_path, launcher, ranks, exp
         # after the last averaging over the complete graph of two, both clients are the mean model
         assert job[-1]["mean"]["loss"] == pytest.approx(evaluations[-1]["common"]["loss"], rel=1e-4)
     (read,) = read_runs([run])
-    assert not read.notes and read.end == ("DONE", "12 of 12 inner steps") and length(read) == read.reached == 12
+    assert not read.notes and read.end == ("DONE", "inner steps: 12 of 12") and length(read) == read.reached == 12
     assert read.starts[0].ranks == (ranks // clients,) * clients and "torch" in read.starts[0].software
     after, last = read.evaluations[clients - 1][-1], evaluations[-1]
     assert after.sent == last["gossip_bytes_sent"] and sum(after.common.confusion.values()) == after.common.examples

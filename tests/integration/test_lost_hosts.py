@@ -106,7 +106,7 @@ def test_a_network_falls_apart_and_comes_together(tiny_model, word_files, tmp_pa
     lost, back = memberships[1][-2:]
     assert (lost["missing"], back["missing"]) == ([0], [])
     assert memberships[0][2]["missing"] == [1, 2]
-    assert (tmp_path / "run1" / "DONE").read_text() == f"{STEPS} of {STEPS} inner steps\n"
+    assert (tmp_path / "run1" / "DONE").read_text() == f"inner steps: {STEPS} of {STEPS}\n"
     assert not list(tmp_path.glob("run*/STOPPED")) and not list(tmp_path.glob("run*/FAILED*"))
 
     assert "client 2 and client 1 cannot reach each other" in said and "client 2 gone; 2 of 3 continue" in said

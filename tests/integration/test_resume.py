@@ -186,7 +186,7 @@ def test_a_finished_run_that_gets_longer_equals_one_that_had_that_length_from_th
     """Which has dropout. Of all checkpoints the best one is left, in both."""
     run, long = crashed_and_moved / "prolonged", crashed_and_moved / "long"
     assert_equal(run, long)
-    assert (run / "DONE").read_text() == "32 of 32 inner steps\n"
+    assert (run / "DONE").read_text() == "inner steps: 32 of 32\n"
     best = best_of(evaluations(run, 0)).step
     assert steps_in(run / "checkpoints") == steps_in(long / "checkpoints") == [best] and best > 0
     one, other = find_checkpoint(run / "checkpoints", best), find_checkpoint(long / "checkpoints", best)

@@ -85,7 +85,7 @@ def write_job(folder: Path, clients: int = 3, steps: int = 16, labels: Sequence[
     start |= {"method": "DECA (signal: descent)", "papers": ["2606.03209"]}
     model = {"architecture": "LlamaForCausalLM", "parameters": 242240, "blocks": [["layers 0", 9], ["layers 1", 9]]}
     (folder / "starts.json").write_text(json.dumps([{**start, "software": {"torch": "2.13.0"}, "model": model}]))
-    (folder / "DONE").write_text(f"{steps} of {steps} inner steps\n")
+    (folder / "DONE").write_text(f"inner steps: {steps} of {steps}\n")
     return folder
 
 

@@ -46,7 +46,7 @@ if what in ("diverged", "other"):
         f"rank {whose} on n0, gradient, step 3\nclient {whose} has diverged: the loss is not finite (nan)\n"
     )
     if code == "0":
-        mark_stopped(output, "3 of 8 inner steps", "", [whose])
+        mark_stopped(output, "", [whose], steps=(3, 8))
 elif what in ("trained", "outlived", "invited"):
     from deca_ds.run_folder import HEARTBEATS
     from deca_ds.watchdog.heartbeats import Heartbeat, read_heartbeats
@@ -62,16 +62,16 @@ elif what in ("trained", "outlived", "invited"):
 elif what == "told":
     tell_exit_code(2)
 elif what in ("done", "both"):
-    mark_done(output, "8 of 8 inner steps")
+    mark_done(output, 8)
 elif what in ("stopped", "lost"):
-    mark_stopped(output, "3 of 8 inner steps", "", [1] if what == "lost" else [])
+    mark_stopped(output, "", [1] if what == "lost" else [], steps=(3, 8))
 elif what in ("waits", "asked", "deaf"):
     told = []
     signal.signal(signal.SIGUSR1, lambda *_: told.append(output.with_suffix(".heard").touch()))
     output.with_suffix(".waits").touch()
     while what == "deaf" or not (told if what == "waits" else is_requested(output)):
         time.sleep(0.05)
-    mark_stopped(output, "5 of 8 inner steps", "")
+    mark_stopped(output, "", steps=(5, 8))
 if what in ("failed", "both"):
     (output / "FAILED").write_text("rank 0 on n0, gradient, step 3\nkilled\n")
 sys.exit(int(code))

@@ -35,7 +35,7 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
         '{"rank": 0, "host": "n0", "client": 0, "phase": "gossip", "step": 3, "block": "layers 0-1", "awaits": 1,'
         ' "idle_s": 0.5, "time": 1.0}'
     )
-    (run / "DONE").write_text("3 of 3 inner steps\n")
+    (run / "DONE").write_text("inner steps: 3 of 3\n")
     helps = [[name, "--help"] for name in COMMANDS]
     keys = (f"run.output={run}", "model.path=none", "data.train=[none]", "run.resume=auto", "checkpoint.every=1")
     looks = [["--help"], ["status", str(run)], ["stop", str(run)], ["where"]]
@@ -51,7 +51,7 @@ def test_what_looks_at_files_imports_nothing_slow(tmp_path):
         env=wide,
     )
     assert done.returncode == 0, done.stderr
-    assert "gossip, waiting for client 1" in done.stdout and "3 of 3 inner steps" in done.stdout
+    assert "gossip, waiting for client 1" in done.stdout and "inner steps: 3 of 3" in done.stdout
     assert "nothing to stop: DONE" in done.stdout
     assert "usage: deca [-h] [--version] COMMAND ...\n" in done.stdout, "its list of commands is no part of the usage"
 

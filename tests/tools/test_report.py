@@ -22,7 +22,7 @@ from deca_ds.tools.report.compare_runs import clients_scores, differences, gaps
 from deca_ds.tools.report.network import network
 from deca_ds.tools.report.reading import read_runs
 from deca_ds.tools.report.summary import averaged, length, score_rows
-from deca_ds.tools.report.wording import NONE, redact, setting, short
+from deca_ds.tools.report.wording import NONE, redact, rough_duration, setting, short
 
 EVIL = "<script>alert('x')</script>{{ 7 * 7 }}"
 LIBRARY = "window.vegaEmbed = async () => ({view: null});"
@@ -471,6 +471,11 @@ def test_a_configuration_that_no_run_had_is_refused(tmp_path):
 )
 def test_secrets_are_left_out(text, shown):
     assert redact(text) == shown
+
+
+def test_times_have_the_unit_that_people_would_use():
+    said = [rough_duration(seconds) for seconds in (2e-6, 0.9996, 45.26, 725, 3 * 3600 + 300, 1e6, None)]
+    assert said == ["2 us", "1,000 ms", "45.3 s", "12.1 min", "3.08 h", "11.6 days", NONE]
 
 
 def test_settings_are_written_as_in_yaml():

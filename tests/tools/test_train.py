@@ -91,7 +91,7 @@ def joins(tmp_path, monkeypatch) -> Callable[[], int]:
 
 @pytest.mark.parametrize("missing", [[1], []])
 def test_who_comes_back_after_the_end_is_told_so_and_does_not_fail(joins, tmp_path, capsys, missing):
-    mark_done(tmp_path, "8 of 8 inner steps", missing)
+    mark_done(tmp_path, 8, missing)
     assert joins() == 0
     said = capsys.readouterr()
     without = " without client 1" if missing else ""
@@ -107,7 +107,7 @@ def test_who_comes_back_after_an_end_that_is_not_certain_is_told_what_may_be_and
     """A job is loading that continues the run, or has been started elsewhere; or it may be a part of a split network
     that has stopped."""
     if written in (LOCK, COORDINATORS):
-        mark_done(tmp_path, "8 of 8 inner steps", [1])
+        mark_done(tmp_path, 8, [1])
         later = (tmp_path / DONE).stat().st_mtime_ns + 1
         os.utime(tmp_path / written, ns=(later, later))
     elif written is not None:
@@ -118,7 +118,7 @@ def test_who_comes_back_after_an_end_that_is_not_certain_is_told_what_may_be_and
 
 
 def test_of_the_ranks_that_come_back_after_the_end_one_says_so(joins, tmp_path, capsys, monkeypatch):
-    mark_done(tmp_path, "8 of 8 inner steps", [1])
+    mark_done(tmp_path, 8, [1])
     monkeypatch.setenv("WORLD_SIZE", "4")
     for rank, says in ((2, True), (3, False)):
         monkeypatch.setenv("RANK", str(rank))

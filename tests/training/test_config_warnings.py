@@ -3,7 +3,7 @@
 import pytest
 
 from deca_ds.config import load_config
-from deca_ds.config.resume import flat
+from deca_ds.config.flat import flat
 from deca_ds.config.schema import Config
 from deca_ds.training.config_warnings import READ, config_warnings, length_warnings
 from deca_ds.training.template_date import today

@@ -30,7 +30,7 @@ def make_run(run: Path, *, done: bool = True, blocks: int = 4, state: bool = Tru
     (run / "starts.json").write_text(json.dumps([start]))
     (run / "data.json").write_text(json.dumps([{"client": 0, "train": 10}, {"client": 1, "train": 30}]))
     if done:
-        (run / "DONE").write_text(f"{2 * blocks * 5} of {2 * blocks * 5} inner steps\n")
+        (run / "DONE").write_text(f"inner steps: {2 * blocks * 5} of {2 * blocks * 5}\n")
     part = run / "model/client_000/rank_000"
     part.mkdir(parents=True)
     (part / "manifest.json").write_text(json.dumps({"state": {"attempt": 1} if state else {}}))

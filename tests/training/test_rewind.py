@@ -185,7 +185,7 @@ def finish(run: Path) -> None:
     (step,) = steps_in(run / "checkpoints")
     step_folder(run / "checkpoints", step).rename(run / "model")
     (run / "checkpoints").rmdir()
-    (run / "DONE").write_text("8 of 8 inner steps\n")
+    (run / "DONE").write_text("inner steps: 8 of 8\n")
 
 
 def test_a_run_that_goes_on_notes_what_is_new(tmp_path: Path, capsys) -> None:

@@ -45,8 +45,7 @@ def summary(facts: Facts, findings: Sequence[Finding]) -> str:
         hosts += f" of this {facts.scheduler} job, {several(sum(of.slots for of in facts.hosts.values()), 'rank')}"
     if not bad and not doubtful:
         return f"{hosts}: all well"
-    warnings = f"{doubtful} warning{'s' if doubtful != 1 else ''}"
-    return f"{hosts}: {bad} failure{'s' if bad != 1 else ''}, {warnings}"
+    return f"{hosts}: {several(bad, 'failure')}, {several(doubtful, 'warning')}"
 
 
 def as_dict(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:

@@ -6,20 +6,20 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from deca_ds import __version__
 from deca_ds.config import Config
+from deca_ds.config.flat import flat
 from deca_ds.errors import ConfigError
 from deca_ds.run_folder import DONE
 from deca_ds.tools.report import charts, curves, figures, tables
 from deca_ds.tools.report.charts import Figure
 from deca_ds.tools.report.compare_runs import differences
 from deca_ds.tools.report.network import Network, network
-from deca_ds.tools.report.reading import flatten
 from deca_ds.tools.report.records import Run
 from deca_ds.tools.report.summary import figures_of, sentences, state
 from deca_ds.tools.report.tables import Table
@@ -60,7 +60,7 @@ def render(runs: Sequence[Run], draws: Callable[[], str] = library) -> str:
     """
     template, drawing = _template(), draws()
     nets = [network(run) for run in runs]
-    defaults = flatten(asdict(Config()))
+    defaults = flat(Config())
     views = [_view(run, net, defaults, place) for place, (run, net) in enumerate(zip(runs, nets, strict=True))]
     comparison = _comparison(runs, nets, defaults) if len(runs) > 1 else []
     places = _Places()

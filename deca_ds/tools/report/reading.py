@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from deca_ds.checkpoint.done import ended
+from deca_ds.config.flat import flatten
 from deca_ds.errors import CheckpointError, in_words
-from deca_ds.plural import first_few
+from deca_ds.plural import first_few, named
 from deca_ds.run_folder import (
     BEAT,
     CLIENT_FAILED,
@@ -44,17 +45,6 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         _check(folder)
     paths = list(dict.fromkeys(folder.resolve() for folder in folders))
     return [_Folder(path).read(name) for path, name in zip(paths, _names(paths), strict=True)]
-
-
-def flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values by section.key."""
-    found: dict[str, Any] = {}
-    for section, values in sections.items():
-        if isinstance(values, Mapping):
-            found |= {f"{section}.{key}": value for key, value in values.items()}
-        else:
-            found[str(section)] = values
-    return found
 
 
 def _check(folder: Path) -> None:
@@ -155,8 +145,8 @@ class _Folder:
     def _note_missing(self, clients: Sequence[int]) -> None:
         if not clients:
             return
-        missing = first_few(clients, 8)
-        self.notes.append(f"no metrics of client {missing} in this folder: not begun, or written on another host")
+        missing = named("client", clients, 8)
+        self.notes.append(f"no metrics of {missing} in this folder: not begun, or written on another host")
 
     def _lost(self) -> dict[int, str]:
         """Return why clients ended without the others, as far as they could still write that."""

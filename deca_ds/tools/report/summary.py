@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -10,22 +9,23 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from deca_ds.plural import several
+from deca_ds.checkpoint.done import steps_told
+from deca_ds.plural import named, several
 from deca_ds.run_folder import DONE
 from deca_ds.tools.report.records import Run, Scores, mean
-from deca_ds.tools.report.wording import clients as client_names
 from deca_ds.tools.report.wording import (
     count,
-    duration,
     moment,
     percent,
     redact,
+    rough_duration,
     short_count,
     significant,
     size,
 )
 from deca_ds.training.summary import MEAN_MODEL
 
+_SHOWN = 8  # clients that an event names
 SETS = {"common": "the common evaluation set", "own": "each client's own evaluation set"}
 
 
@@ -54,8 +54,8 @@ class Event:
 
 def length(run: Run) -> int | None:
     """Return the inner steps of the whole run, where its files tell."""
-    if run.end is not None and (found := re.search(r"of (\d+) inner steps", run.end[1])) is not None:
-        return int(found[1])
+    if run.end is not None and (told := steps_told(run.end[1])) is not None:
+        return told
     blocks = len(run.starts[-1].blocks) if run.starts else 0
     inner = run.config.get("algorithm.inner_steps")
     if blocks and isinstance(rounds := rounds_of(run), int) and isinstance(inner, int):
@@ -140,7 +140,7 @@ def figures_of(run: Run) -> list[tuple[str, str]]:
     if (seen := tokens(run)) is not None:
         found.append(("tokens trained", short_count(seen)))
     if (seconds := training_seconds(run)) is not None:
-        found.append(("training time", duration(seconds)))
+        found.append(("training time", rough_duration(seconds)))
     if (sent := sent_by_client(run)) and max(sent.values()):
         found.append(("sent by a client", size(max(sent.values()))))
     return found
@@ -272,8 +272,8 @@ def events(run: Run) -> list[Event]:
     there = set(range(run.clients))
     for change in run.memberships:
         now = set(change.clients)
-        said = [f"{client_names(sorted(there - now))} gone"] if there - now else []
-        said += [f"{client_names(sorted(now - there))} back"] if now - there else []
+        said = [f"{named('client', sorted(there - now), _SHOWN)} gone"] if there - now else []
+        said += [f"{named('client', sorted(now - there), _SHOWN)} back"] if now - there else []
         gap = f", spectral gap {change.gap:.3g}" if change.gap is not None else ""
         apart = f", in {change.parts} parts that do not reach each other" if change.parts > 1 else ""
         found.append(

@@ -25,11 +25,11 @@ from deca_ds.tools.report.summary import (
 from deca_ds.tools.report.wording import (
     NONE,
     count,
-    duration,
     loss,
     moment,
     percent,
     redact,
+    rough_duration,
     setting,
     significant,
     size,
@@ -242,5 +242,5 @@ def _column(run: Run, net: Network, gap: Gap | None) -> dict[str, str]:
         "gap closed, in accuracy": NONE if gap is None or gap.accuracy is None else f"{gap.accuracy:.0%}",
         "consensus distance": significant(distances[-1] if distances and several else None),
         "sent by a client": size(max(sent.values())) if any(sent.values()) else NONE,
-        "training time": duration(training_seconds(run)),
+        "training time": rough_duration(training_seconds(run)),
     }

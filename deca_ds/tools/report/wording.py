@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -94,16 +93,20 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def duration(seconds: float | None) -> str:
-    """Write a time in the unit that fits it."""
+def rough_duration(seconds: float | None) -> str:
+    """Write a time with three digits, in the unit that people would use."""
     if seconds is None:
         return NONE
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    for limit, unit, size in (
+        (1e-3, "us", 1e-6),
+        (1, "ms", 1e-3),
+        (120, "s", 1),
+        (7200, "min", 60),
+        (172_800, "h", 3600),
+    ):
+        if seconds < limit:
+            return f"{significant(seconds / size)} {unit}"
+    return f"{significant(seconds / 86_400)} days"
 
 
 def moment(time: float | None) -> str:
@@ -114,15 +117,6 @@ def moment(time: float | None) -> str:
         return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
         return NONE
-
-
-def clients(numbers: Sequence[int], shown: int = 8) -> str:
-    """Name clients as in "client 1" or "clients 1, 2 and 4"."""
-    if len(numbers) == 1:
-        return f"client {numbers[0]}"
-    if len(numbers) > shown:
-        return f"{len(numbers)} clients"
-    return f"clients {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def short(number: int) -> str:
