@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from deca_ds.algorithm import METHODS, BlockPlan, split_into_blocks
 from deca_ds.config import Config
-from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.deepspeed import read_deepspeed_json
 from deca_ds.config.hub import cached_files, hub_fix, why_not_whole
 from deca_ds.config.paths import check_model_path, look_for
 from deca_ds.config.schema import ModelConfig
