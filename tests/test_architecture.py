@@ -33,7 +33,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["training"] = {*MAY_IMPORT["elastic"], "data", "checkpoint", "elastic"}
 MAY_IMPORT["simulation"] = {"config", "algorithm", "data", "gossip", "engine", "training"}
-MAY_IMPORT["planning"] = {"config", "algorithm", "engine", "gossip", "training"}
+MAY_IMPORT["planning"] = {"config", "algorithm", "engine", "transport", "gossip", "training"}
 MAY_IMPORT["tools"] = {*MAY_IMPORT["training"] - {"transport"}, "training", "planning"}
 MAY_IMPORT["launchers"] = {"tools", "training"}
 MAY_IMPORT["cli"] = {"launchers", "training"}  # and the module of a command, by its name

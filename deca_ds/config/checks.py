@@ -1,40 +1,17 @@
-"""Checks that need nothing but the configuration itself. They run before any process group exists."""
+"""Checks of the configuration by itself: values out of range, keys that contradict each other or the number of ranks.
+They look at no file."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
-from deca_ds.config.paths import check_writable, read_given
 from deca_ds.config.schema import Config
 from deca_ds.errors import ConfigError
-from deca_ds.run_folder import HEARTBEATS, is_lock
 
 _LARGEST = 1e30  # of any number: larger ones, times others, are none in float32
-
-# DeepSpeed keys that the trainer sets itself or that would break block-wise training, with the reason.
-REFUSED_DEEPSPEED_KEYS = {
-    "optimizer": "the block optimizer replaces it; set optimizer.* in the run's YAML",
-    "scheduler": "set optimizer.schedule in the run's YAML",
-    "fp16": "float16 is not supported; use model.dtype=bfloat16",
-    "bf16": "it follows model.dtype",
-    "gradient_clipping": "set optimizer.clip_norm in the run's YAML",
-    "gradient_accumulation_steps": "it follows data.batch_size and data.micro_batch_size",
-    "train_batch_size": "set data.batch_size in the run's YAML",
-    "train_micro_batch_size_per_gpu": "set data.micro_batch_size in the run's YAML",
-    "zero_optimization.offload_optimizer": "only the active block has optimizer state",
-    "zero_optimization.zero_hpz_partition_size": "its secondary copies go stale when shards are written",
-    "zero_optimization.zero_quantized_weights": "its quantised copies go stale when shards are written",
-    "zero_optimization.zero_quantized_nontrainable_weights": "its quantised copies go stale when shards are written",
-    "zero_optimization.stage3_allgather_sequential": "what it gathers for one rank are copies, which training misses",
-    "zero_optimization.mics_shard_size": "every client is one ZeRO-3 world",
-    "zero_optimization.stage3_param_persistence_threshold": "it must be 0, and is: kept parameters would go stale",
-    "zero_optimization.stage3_model_persistence_threshold": "it must be 0, and is: kept parameters would go stale",
-}
 
 
 def check(config: Config) -> None:
@@ -51,8 +28,6 @@ def check(config: Config) -> None:
     _check_wait(config)
     _check_best(config)
     _check_batch(config)
-    if config.deepspeed is not None:
-        read_deepspeed_json(Path(config.deepspeed))
 
 
 def check_ranges(config: Config) -> None:
@@ -139,8 +114,10 @@ def _check_wait(config: Config) -> None:
 
 
 def _check_best(config: Config) -> None:
-    """Raise ConfigError for a key that compares evaluations, unless there are several and all clients know one loss."""
-    evaluation = config.evaluation
+    """Raise ConfigError for a key that compares evaluations, unless there are several, of a set that the configuration
+    names, and all clients know one loss."""
+    evaluation, data = config.evaluation, config.data
+    scored = data.evaluation or data.per_client_evaluation or data.common_holdout > 0 or data.client_holdout > 0
     for key, value in (("evaluation.patience", evaluation.patience), ("checkpoint.best", config.checkpoint.best)):
         if value and not evaluation.every:
             raise ConfigError(
@@ -154,49 +131,12 @@ def _check_best(config: Config) -> None:
                 where=key,
                 fix=f"set evaluation.mean_model=true, or leave {key} out",
             )
-
-
-def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """Return the user's DeepSpeed configuration. Raises ConfigError for a file that is no JSON object, for a ZeRO stage
-    other than 3 and for keys that the trainer owns or cannot support."""
-    text = read_given(path, "the DeepSpeed configuration", ConfigError, where="deepspeed")
-    try:
-        read = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}", fix="repair it there"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise ConfigError(
-            f"cannot be read: {error}", where=str(path), fix="write JSON that other programs read"
-        ) from error
-    if not isinstance(read, dict) or not isinstance(read.get("zero_optimization", {}), dict):
-        raise ConfigError(
-            "a DeepSpeed configuration is a JSON object, and so is its zero_optimization",
-            where=str(path),
-            fix="write {...}, like ds_configs/zero3.json",
-        )
-    zero = read.get("zero_optimization", {})
-    if zero.get("stage", 3) != 3:
-        raise ConfigError(f"zero_optimization.stage = {zero['stage']}", where=str(path), fix="every client is ZeRO-3")
-    for key, reason in REFUSED_DEEPSPEED_KEYS.items():
-        section, _, name = key.rpartition(".")
-        if name in (read.get(section, {}) if section else read):
-            raise ConfigError(f"{key} cannot be set here", where=str(path), fix=f"take it out: {reason}")
-    offload = zero.get("offload_param") or {}
-    if not isinstance(offload, dict):
-        raise ConfigError(
-            f"zero_optimization.offload_param = {offload!r} is no JSON object",
-            where=str(path),
-            fix='write {"device": "cpu"}',
-        )
-    if offload.get("device", "none") not in ("none", "cpu"):
-        raise ConfigError(
-            f"zero_optimization.offload_param.device = {offload['device']!r}",
-            where=str(path),
-            fix="parameters can be offloaded to cpu; shards that lie on NVMe cannot be mixed with the neighbours'",
-        )
-    return read
+        if value and not scored:
+            raise ConfigError(
+                f"{key} = {value}, but there is no evaluation set to compare models on",
+                where=key,
+                fix="name one in data.evaluation, or hold one out with data.common_holdout or data.client_holdout",
+            )
 
 
 def check_world(config: Config, world_size: int) -> list[int]:
@@ -277,35 +217,6 @@ def _check_absent(config: Config) -> None:
             where="cluster.absent",
             fix="start with more clients, or lower cluster.min_clients",
         )
-
-
-def check_output(config: Config) -> Path:
-    """Return the run's output folder. Raises ConfigError if it cannot be made, or holds more than LOCK and heartbeats,
-    which a job writes when it takes the folder, and leaves there if it is refused or killed."""
-    output = Path(config.run.output)
-    check_writable(output, "run.output")
-    if is_used(output):
-        raise already_used(output)
-    return output
-
-
-def is_used(output: Path) -> bool:
-    """Return whether the folder holds more than LOCK and heartbeats."""
-    return output.is_dir() and holds_more(path.name for path in output.iterdir())
-
-
-def holds_more(names: Iterable[str]) -> bool:
-    """Return whether a folder with files of these names holds more than LOCK and heartbeats."""
-    return any(name != HEARTBEATS and not is_lock(name) for name in names)
-
-
-def already_used(output: Path) -> ConfigError:
-    """Make the error for an output folder that holds a run already."""
-    return ConfigError(
-        f"the output folder {str(output)!r} is already used",
-        where="run.output",
-        fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
-    )
 
 
 def _check_finite(section: Any, prefix: str) -> None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from deca_ds.config.checks import check
+from deca_ds.config.deepspeed import read_deepspeed_json
 from deca_ds.config.paths import argument as path_argument
 from deca_ds.config.paths import expand_all, look_for
 from deca_ds.config.schema import Config
@@ -67,6 +68,8 @@ def load_config(given: Given | None, overrides: Sequence[str] = ()) -> Config:
         raise _explain(error, where, config) from error
     expand_all(typed)
     check(typed)
+    if typed.deepspeed is not None:
+        read_deepspeed_json(Path(typed.deepspeed))
     return typed
 
 

@@ -1,14 +1,13 @@
-"""Whether a configuration continues the run in its output folder, or contradicts it."""
+"""The output folder: whether it is free, and whether a configuration continues the run in it, or contradicts it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deca_ds.config.checks import check_output
 from deca_ds.config.flat import flat
 from deca_ds.config.load import load_config, save_config
 from deca_ds.config.paths import check_writable
@@ -99,6 +98,35 @@ def check_folder(config: Config) -> None:
             fix="resume with the run's own configuration; only these and the number of ranks may change: "
             + ", ".join(name.rstrip(".") for name in allowed),
         )
+
+
+def check_output(config: Config) -> Path:
+    """Return the run's output folder. Raises ConfigError if it cannot be made, or holds more than LOCK and heartbeats,
+    which a job writes when it takes the folder, and leaves there if it is refused or killed."""
+    output = Path(config.run.output)
+    check_writable(output, "run.output")
+    if is_used(output):
+        raise already_used(output)
+    return output
+
+
+def is_used(output: Path) -> bool:
+    """Return whether the folder holds more than LOCK and heartbeats."""
+    return output.is_dir() and holds_more(path.name for path in output.iterdir())
+
+
+def holds_more(names: Iterable[str]) -> bool:
+    """Return whether a folder with files of these names holds more than LOCK and heartbeats."""
+    return any(name != HEARTBEATS and not is_lock(name) for name in names)
+
+
+def already_used(output: Path) -> ConfigError:
+    """Make the error for an output folder that holds a run already."""
+    return ConfigError(
+        f"the output folder {str(output)!r} is already used",
+        where="run.output",
+        fix="name a new folder: a run never writes over another one. To continue that run: run.resume=require",
+    )
 
 
 def check_new(config: Config) -> None:

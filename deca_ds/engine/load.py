@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deca_ds.config import Config
-from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.deepspeed import read_deepspeed_json
 from deca_ds.engine import internals
 from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.architecture import DTYPES, expert_lists

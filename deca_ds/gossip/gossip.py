@@ -28,6 +28,11 @@ from deca_ds.gossip.skip_log import SkipLog
 from deca_ds.transport import Chunk, Commit, Transport
 
 
+def chunk_elements(chunk_mib: float) -> int:
+    """Return the most float32 elements of a chunk. chunk_mib: gossip.chunk_mib."""
+    return max(1, int(chunk_mib * 2**20) // 4)
+
+
 class Gossip:
     """Mixes this rank's shards with what the ranks of neighbouring clients hold of the same parameters.
 
@@ -72,7 +77,7 @@ class Gossip:
         self.outputs = Outputs(self.device)
         self.skip_log = SkipLog(transport, client_sum, reports)
         self.clip, self.late = clip, late
-        self._chunk_elements = max(1, int(chunk_mib * 2**20) // 4)
+        self._chunk_elements = chunk_elements(chunk_mib)
         self._chunks: dict[tuple[int, ...], list[Chunk]] = {}  # by block, as far as they have been needed
 
     def average_by(self, schedule: MixingSchedule) -> None:

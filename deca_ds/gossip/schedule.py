@@ -78,7 +78,7 @@ class MixingSchedule:
         return weights.spectral_gap(self.matrices)
 
     @property
-    def max_degree(self) -> int:
+    def max_sources(self) -> int:
         """Largest number of neighbours that a client receives from in one averaging."""
         return max(len(self.sources(i, t)) for t in range(self.period) for i in range(self.size))
 
@@ -95,7 +95,7 @@ class MixingSchedule:
         period = f", period {self.period}" if self.period > 1 else ""
         return (
             f"{self.name} on {several(self.size, 'client')}{period}: "
-            f"at most {several(self.max_degree, 'neighbour')} a client, "
+            f"at most {several(self.max_sources, 'neighbour')} a client, "
             f"the block is sent {self.messages:g} time{'s' if self.messages != 1 else ''} per averaging, "
             f"spectral gap {self.spectral_gap:.4g}"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import deca_ds
 from deca_ds.config import Config
-from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.deepspeed import read_deepspeed_json
 from deca_ds.config.flat import flat
 from deca_ds.config.paths import KEYS as PATHS
 from deca_ds.errors import LaunchError

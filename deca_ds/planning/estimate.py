@@ -18,8 +18,9 @@ from deca_ds.engine.dry_pass import DryModel, NotWithoutValues, PassMemory
 from deca_ds.engine.load import zero3_config
 from deca_ds.gossip import MixingSchedule
 from deca_ds.gossip.codec import CODECS
+from deca_ds.gossip.gossip import chunk_elements
 from deca_ds.planning.gathered import Gathered, peak_gathered
-from deca_ds.planning.memory import Part, Place, Shape, parts, peak, totals
+from deca_ds.planning.memory import Part, Place, Shape, page_locked, parts, peak, totals
 from deca_ds.planning.roofline import Gpu, StepTime, Work, pass_flops, step_time
 from deca_ds.training.chosen_method import build_schedule, rule_of
 from deca_ds.training.length import ANY_ROUNDS
@@ -102,8 +103,8 @@ class Estimate:
         return 2 if self.config.model.dtype == "bfloat16" else _FLOAT32
 
     @property
-    def neighbours(self) -> int:
-        """The most neighbours that a client has in an averaging."""
+    def max_partners(self) -> int:
+        """The most clients that a client sends to, or receives from, in an averaging: a link carries both at a time."""
         clients = range(self.config.cluster.clients)
         return max(
             (
@@ -154,7 +155,7 @@ class Estimate:
         read = w * passes * (every + back * (2 if again else 1))
         optimizer = 3 * self.rule.bytes_per_parameter * block.numel / k
         received = read * (k - 1) / k + 4 * passes * block.numel * (k - 1) / k
-        sent = self.message_bytes(block.numel) * self.neighbours * self.averagings_a_step()
+        sent = self.message_bytes(block.numel) * self.max_partners * self.averagings_a_step()
         fetched = read / k if self._offload else 0.0
         return Work(
             flops=self._pass_flops(of_block, above),
@@ -226,6 +227,15 @@ class Estimate:
         """Whether the model's shard is on the host of a GPU."""
         return self.gpu and (self._zero.get("offload_param") or {}).get("device", "none") != "none"
 
+    @property
+    def _rounding(self) -> int:
+        """Bytes that page-locking adds to the model's shard on the host: DeepSpeed page-locks each parameter's part by
+        itself, through torch, and by default (Init._partition_param in runtime/zero/partition_parameters.py)."""
+        if not self._offload or not self._zero["offload_param"].get("pin_memory", True):
+            return 0
+        slices = [self.width * ceil(numel / self.ranks) for numel in self._numels.values()]
+        return sum(page_locked(size) - size for size in slices)
+
     @cached_property
     def _multiplied(self) -> dict[str, int]:
         """Elements of the matrices that every token is multiplied with, by name."""
@@ -261,13 +271,14 @@ class Estimate:
             state_bytes=self.rule.bytes_per_parameter,
             low_halves=self.width == 2 and self.config.model.masters == "exact",
             offload=self._offload,
-            neighbours=self.neighbours,
+            rounding=self._rounding,
+            sources=self.mixing.max_sources,
             travels=len(self.rule.travels),
             wire=CODECS[gossip.wire].bytes,
-            chunk=max(1, int(gossip.chunk_mib * 2**20) // _FLOAT32),
+            chunk=chunk_elements(gossip.chunk_mib),
             whole=late or committed or gossip.clip_radius is not None,
             kept=committed,
-            copied=self.gpu or late or gossip.wire != "float32",
+            copied=self.gpu or late or not CODECS[gossip.wire].exact,
             mean_model=self.config.evaluation.mean_model and self.config.cluster.clients > 1,
         )
 

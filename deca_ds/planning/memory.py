@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from deca_ds.engine.client import BUCKET_NUMEL
 from deca_ds.engine.dry_pass import PassMemory
 from deca_ds.gossip.strategies import WINDOW
 from deca_ds.planning.gathered import Gathered
+from deca_ds.transport.collectives import PIECES_AT_A_TIME, REDUCE_PIECE
 
 Place = Literal["gpu", "host"]
 # of a block's activation, in order: between steps; the passes of a micro-batch, during which layers arrive; the
@@ -23,10 +25,8 @@ BETWEEN_PASSES = tuple(moment for moment in MOMENTS if moment not in PASSES)
 ACTIVATIONS = "activations kept for backward"
 KEPT = "freed by passes, kept by the C library"
 
-BUCKET_NUMEL = 50_000_000  # elements of gradients that are reduced together
 PROCESS = 470_000_000  # host memory of a process with its libraries, measured: benchmarks/results/client_memory.json
 CONTEXT = 1 << 30  # assumed: a GPU's context and the workspaces of cuBLAS and NCCL
-_PIECE = 16 << 20  # of the mean model
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Shape:
 
     trained, frozen: elements of the client. width: bytes of an element of the model. state_bytes: bytes of state of an
     element of the active block. low_halves: whether the host keeps the low halves of masters. offload: whether the
-    model's shard is on the host. neighbours: the most in an averaging. travels, wire: the number of tensors that an
-    averaging sends, and bytes of an element. chunk: elements. whole: whether a rank receives all of an averaging before
-    it makes the means. kept: whether it keeps all means. copied: whether it copies what it sends. buffers: bytes.
+    model's shard is on the host. rounding: bytes that page-locking adds to it there. sources: the most clients that an
+    averaging receives from. travels, wire: the number of tensors that an averaging sends, and bytes of an element.
+    chunk: elements. whole: whether a rank receives all of an averaging before it makes the means. kept: whether it
+    keeps all means. copied: whether it copies what it sends. buffers: bytes.
     """
 
     ranks: int
@@ -60,7 +61,8 @@ class Shape:
     state_bytes: int
     low_halves: bool
     offload: bool
-    neighbours: int
+    rounding: int
+    sources: int
     travels: int
     wire: int
     chunk: int
@@ -81,7 +83,7 @@ def parts(
     model = shape.width * _share(shape.trained + shape.frozen, k)
     low = 2 * _share(shape.trained, k) if shape.low_halves else 0
     found = [
-        Part("model shard", model, "host" if shape.offload else near),
+        Part("model shard", model + shape.rounding, "host" if shape.offload else near),
         Part("model buffers", shape.buffers, near),
         Part("active block: float32 state", shape.state_bytes * shard, near),
         Part("low halves of masters", low, "host"),
@@ -105,8 +107,9 @@ def parts(
         found.append(Part("gloo: copies of layers that arrive", arriving, "host", ("arrival",)))
     found += _gossip(shape, shard, near)
     if shape.mean_model:
-        pieces = _PIECE * (1 + shape.neighbours)
-        found.append(Part("mean model: copy and pieces", model + pieces, "host", ("mean model",)))
+        trained = _share(shape.trained, k)
+        pieces = 4 * PIECES_AT_A_TIME * min(REDUCE_PIECE, trained)
+        found.append(Part("mean model: copy and pieces", shape.width * trained + pieces, "host", ("mean model",)))
     written = shape.state_bytes * shard + shape.width * _share(shape.trained, k) + low
     found.append(Part("checkpoint: copies to write", written, "host", ("checkpoint",)))
     found.append(Part("process", PROCESS, "host"))
@@ -131,20 +134,28 @@ def _buckets(shape: Shape, block: int, near: Place) -> list[Part]:
 
 
 def _gossip(shape: Shape, shard: int, near: Place) -> list[Part]:
-    if not shape.neighbours:
+    if not shape.sources:
         return []
-    sent = shard * shape.travels
-    in_flight = sent if shape.whole else min(sent, WINDOW * shape.chunk)
-    received = shape.wire * in_flight * (shape.neighbours + shape.copied)
-    means = sent if shape.kept else min(shape.chunk, shard)
+    full, rest = divmod(shard, shape.chunk)
+    messages = ([shape.chunk] * full + [rest] * (rest > 0)) * shape.travels
+    under_way = messages if shape.whole else sorted(messages, reverse=True)[:WINDOW]
+    buffers = sum(page_locked(shape.wire * numel) if shape.gpu else shape.wire * numel for numel in under_way)
+    received = buffers * (shape.sources + shape.copied)
+    means = sum(messages) if shape.kept else min(shape.chunk, shard)
     found = [
         Part("gossip: receive buffers", received, "host"),
         Part("gossip: means", 4 * means, near),
     ]
     if shape.gpu:  # a chunk's values, of the neighbours and of the client itself
-        terms = 4 * min(shape.chunk, shard) * (1 + shape.neighbours)
+        terms = 4 * min(shape.chunk, shard) * (1 + shape.sources)
         found.append(Part("gossip: a chunk's terms", terms, near, ("gossip",)))
     return found
+
+
+def page_locked(size: int) -> int:
+    """Return the bytes of host memory that torch takes for `size` bytes of a page-locked tensor: the next power of two
+    (CachingHostAllocatorImpl::allocate in ATen/core/CachingHostAllocator.h)."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def totals(found: Iterable[Part], where: Place) -> dict[str, int]:

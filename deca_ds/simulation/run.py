@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.progress import track
 
 from deca_ds.config import Config, Given, load_config, save_config
-from deca_ds.config.checks import check_output
+from deca_ds.config.resume import check_output
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import DATA, SAVED_CONFIG, SIMULATION
 from deca_ds.simulation.setup import build, check

@@ -22,7 +22,6 @@ from deca_ds.tools.report.summary import Row, length, rounds_of, score_rows
 from deca_ds.tools.report.wording import count, percent, significant
 from deca_ds.training.summary import MEAN_MODEL
 
-NAME = "README.md"
 _SOFTWARE = ("deca_ds", "deepspeed", "transformers", "torch")
 _SETS = {"common": "the common evaluation set", "own": "held-out examples of the client"}
 _POOLED = "held-out examples of all clients"
@@ -52,7 +51,7 @@ class Card:
         self.client, self.missing, self.base_model = client, list(missing), base_model
 
     def text(self, *, parameters: int, dtype: str, chat: bool) -> str:
-        """Write the content of `NAME`."""
+        """Write the content of README.md."""
         data = ModelCardData(
             base_model=self.base_model,
             library_name="transformers",

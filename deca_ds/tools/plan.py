@@ -17,7 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deca_ds.algorithm import BlockPlan, fused_parameters
 from deca_ds.config import Config
-from deca_ds.config.checks import check_world, is_used
+from deca_ds.config.checks import check_world
+from deca_ds.config.resume import is_used
 from deca_ds.elastic import check_absent
 from deca_ds.engine.architecture import load_architecture
 from deca_ds.engine.check_model import check_model

@@ -156,5 +156,5 @@ def print_times(console: Console, estimate: Estimate, name: str, gpu: Gpu, net: 
         "left out: loading, writing checkpoints, waiting for slower ranks, and what the host and small kernels take, "
         "which is most of the time where models or batches are small",
     )
-    if net is None and estimate.neighbours:
+    if net is None and estimate.max_partners:
         print_line(console, "Without --net, messages between hosts take no time here")

@@ -21,6 +21,9 @@ from deca_ds.transport.intersections import Chunk
 from deca_ds.transport.transport import BARRIER_TAG, GATHER_TAG, REDUCE_TAG, Transport
 
 REDUCE_PIECE = 2**22  # elements that a sum works on at a time; bounds its buffers
+# at the most, of all that `sum_slices` holds: the piece that its caller has taken last, the three under way, and what
+# the other clients have sent of two of these
+PIECES_AT_A_TIME = 6
 MAX_JSON_BYTES = 2**28
 _DAMAGED = "have all ranks run the same deca_ds and configuration; if they do, look at that client's host and network"
 

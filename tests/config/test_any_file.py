@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deca_ds.config import load_config
-from deca_ds.config.checks import read_deepspeed_json
+from deca_ds.config.deepspeed import read_deepspeed_json
 from deca_ds.config.load import save_config
 from deca_ds.errors import ConfigError
 

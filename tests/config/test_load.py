@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deca_ds.config import Config, load_config, save_config
-from deca_ds.config.checks import check_output, check_world, read_deepspeed_json
+from deca_ds.config.checks import check_world
+from deca_ds.config.deepspeed import read_deepspeed_json
+from deca_ds.config.resume import check_output
 from deca_ds.errors import ConfigError
 
 BASE = ["model.path=somewhere"]
@@ -108,8 +110,17 @@ def test_keys_that_contradict_each_other_are_refused_together():
     refused("evaluation.patience = 2, but evaluation.every = 0", "evaluation.patience=2")
     refused("checkpoint.best = True, but evaluation.every = 0", "checkpoint.best=true")
     refused("no client knows", "checkpoint.best=true", "evaluation.every=5", alone, "cluster.clients=2")
-    load_config(None, [*BASE, "checkpoint.best=true", "evaluation.every=5", alone])
+    held = "data.client_holdout=0.1"
+    load_config(None, [*BASE, "checkpoint.best=true", "evaluation.every=5", alone, held])
     refused("data.batch_size = 6 is not a multiple", "data.batch_size=6", "data.micro_batch_size=4")
+
+
+@pytest.mark.parametrize("key", ["checkpoint.best=true", "evaluation.patience=2"])
+def test_models_are_not_compared_without_an_evaluation_set(key):
+    refused("there is no evaluation set to compare models on", key, "evaluation.every=5", "data.client_holdout=0")
+    sets = ("client_holdout=0.1", "common_holdout=0.1", "evaluation=[e]", "per_client_evaluation=[e]")
+    for held in sets:
+        load_config(None, [*BASE, key, "evaluation.every=5", "data.client_holdout=0", f"data.{held}"])
 
 
 def test_a_missing_value_and_an_unreadable_file_are_named(tmp_path):

@@ -12,9 +12,8 @@ import pytest
 
 from deca_ds.config import load_config, save_config
 from deca_ds.config import paths as rules
-from deca_ds.config.checks import check_output
 from deca_ds.config.paths import KEYS, argument, check_model_path, check_writable, look_for, read_given
-from deca_ds.config.resume import check_folder
+from deca_ds.config.resume import check_folder, check_output
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.data.sources import HubName, load_hub
 from deca_ds.engine.architecture import load_architecture

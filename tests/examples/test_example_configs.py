@@ -14,7 +14,8 @@ from manual import NO_TEST, commands, marked_commands
 from deca_ds.algorithm.methods import METHODS, Method
 from deca_ds.algorithm.rule import Rule
 from deca_ds.cli import parse
-from deca_ds.config.checks import check_world, read_deepspeed_json
+from deca_ds.config.checks import check_world
+from deca_ds.config.deepspeed import read_deepspeed_json
 from deca_ds.config.load import load_config
 from deca_ds.config.schema import Config
 from deca_ds.data import sources, validate_data_config

@@ -48,6 +48,6 @@ def test_three_clients_agree_in_three_averagings_of_pairs():
 
 def test_the_configuration_chooses_graph_and_degree():
     mixing = build_mixing(GossipConfig(graph="base", degree=2), 5, seed=0)
-    assert (mixing.max_degree, mixing.period, mixing.spectral_gap) == (2, 3, 1.0)
+    assert (mixing.max_sources, mixing.period, mixing.spectral_gap) == (2, 3, 1.0)
     assert mixing.summary().startswith("base (degree 2) on 5 clients, period 3: at most 2 neighbours a client")
     check_wait(1.0, mixing)  # symmetric, so that a late neighbour may be left out

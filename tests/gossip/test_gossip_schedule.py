@@ -42,7 +42,7 @@ def test_one_peer_exponential_averages_exactly_in_one_period(n: int, start: int)
     x = np.random.default_rng(n).normal(size=(n, 5))
     mixed = x
     for t in range(start, start + schedule.period):
-        assert schedule.max_degree == 1
+        assert schedule.max_sources == 1
         mixed = schedule.matrix(t) @ mixed
     np.testing.assert_allclose(mixed, np.broadcast_to(x.mean(axis=0), x.shape), atol=1e-12)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -12,8 +14,9 @@ from deca_ds.engine.dry_pass import PassMemory
 from deca_ds.gossip.schedule import build_mixing
 from deca_ds.planning.estimate import Estimate, memory_json
 from deca_ds.planning.gathered import Gathered, peak_gathered
-from deca_ds.planning.memory import ACTIVATIONS, BUCKET_NUMEL, PROCESS, Shape, parts, peak, totals
+from deca_ds.planning.memory import ACTIVATIONS, BUCKET_NUMEL, PROCESS, Shape, page_locked, parts, peak, totals
 from deca_ds.planning.roofline import ARITHMETIC, LINK, Gpu
+from deca_ds.transport import collectives
 
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
 LENGTH = 16
@@ -39,7 +42,7 @@ def test_the_memory_of_a_bfloat16_model_on_two_gpus_is_the_sum_by_hand():
     assert held["model shard"] == 2 * numel // 2
     assert held["active block: float32 state"] == 16 * layer // 2
     assert held["low halves of masters"] == 2 * numel // 2
-    assert held["gossip: receive buffers"] == 4 * layer // 2 * (2 + 1)  # two neighbours, a copy to send
+    assert held["gossip: receive buffers"] == page_locked(4 * layer // 2) * (2 + 1)  # two neighbours, a copy to send
     assert held["gradient bucket under way, its sum"] == 4 * (layer + layer // 2)
     assert held["checkpoint: copies to write"] == 16 * layer // 2 + (2 + 2) * numel // 2
     where = {part.name: part.where for part in found.worst.parts}
@@ -125,9 +128,46 @@ def test_one_rank_brings_parameters_one_by_one():
 def small_shape(**changes) -> Shape:
     known = dict(
         ranks=1, gpu=True, width=2, trained=1000, frozen=0, buffers=0, state_bytes=16, low_halves=True, offload=False,
-        neighbours=0, travels=1, wire=4, chunk=64, whole=False, kept=False, copied=True, mean_model=False,
+        rounding=0, sources=0, travels=1, wire=4, chunk=64, whole=False, kept=False, copied=True, mean_model=False,
     )  # fmt: skip
     return Shape(**known | changes)
+
+
+@pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (4, 4), (5, 8), ((1 << 22) + 1, 1 << 23)])
+def test_torch_page_locks_the_next_power_of_two(size, taken):
+    assert page_locked(size) == taken
+
+
+@pytest.mark.parametrize("pinned", [True, False, None])
+def test_the_part_of_each_offloaded_parameter_is_page_locked_by_itself(tmp_path, pinned):
+    file, ranks = tmp_path / "offload.json", 3
+    offload = {"device": "cpu"} | ({} if pinned is None else {"pin_memory": pinned})
+    file.write_text(json.dumps({"zero_optimization": {"offload_param": offload}}))
+    found = estimate(ranks, True, f"deepspeed={file}")
+    sizes = [p.numel() for p in found.model.parameters()]
+    slices = sum(page_locked(4 * -(-numel // ranks)) for numel in sizes)
+    exact = 4 * -(-sum(sizes) // ranks)
+    held = next(part for part in found.worst.parts if part.name == "model shard")
+    assert held.where == "host" and abs(held.bytes - (exact if pinned is False else slices)) < 4 * len(sizes)
+
+
+@pytest.mark.parametrize(("whole", "expected"), [(False, 4 * 4096), (True, 5 * 4096 + 512)])
+def test_each_receive_buffer_is_page_locked_on_gpus(whole, expected):
+    """Chunks of 3000 bytes, and one of 400 that is left."""
+    shape = small_shape(sources=2, chunk=750, whole=whole)
+    found = parts(shape, 5 * 750 + 100, PassMemory(0, 0, 0, 0, 0), Gathered(0, 0, 0), scoring=0, largest_call=0)
+    assert {part.name: part.bytes for part in found}["gossip: receive buffers"] == 3 * expected
+
+
+@pytest.mark.parametrize("clients", [3, 8])
+@pytest.mark.parametrize("graph", ["ring", "complete"])
+def test_the_mean_model_takes_pieces_of_one_size_whatever_the_graph(clients, graph):
+    numel = 2 * collectives.REDUCE_PIECE
+    pieces = 4 * collectives.PIECES_AT_A_TIME * collectives.REDUCE_PIECE
+    planned = estimate(1, False, f"gossip.graph={graph}", clients=clients)
+    shape = replace(planned._shape, trained=numel, frozen=numel)
+    found = parts(shape, 10, PassMemory(0, 0, 0, 0, 0), Gathered(0, 0, 0), scoring=0, largest_call=0)
+    assert {part.name: part.bytes for part in found}["mean model: copy and pieces"] == 4 * numel + pieces
 
 
 @pytest.mark.parametrize("gpu", [True, False])

@@ -185,7 +185,9 @@ def test_a_script_that_was_started_again_to_return_joins(monkeypatch, tmp_path, 
 @pytest.mark.parametrize(("best", "named"), [({}, "newest"), ({"step": 0}, "newest"), ({"step": 4}, "best")])
 def test_a_stopped_run_names_a_checkpoint_that_is_there(tmp_path, capsys, best, named):
     """Before training the model may have been best: that is no checkpoint."""
-    config = load_config(None, ["model.path=x", "checkpoint.best=true", "evaluation.every=2"])
+    config = load_config(
+        None, ["model.path=x", "checkpoint.best=true", "evaluation.every=2", "data.client_holdout=0.1"]
+    )
     cluster, state = SimpleNamespace(transport="torch"), SimpleNamespace(best=best)
     trainer = SimpleNamespace(
         config=config, cluster=cluster, state=state, output=tmp_path, done=6, schedule=range(8), stopped_early=""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from deca_ds.config.checks import is_used
+from deca_ds.config.resume import is_used
 from deca_ds.errors import ConfigError, LaunchError
 from deca_ds.run_folder import LOCK
 from deca_ds.training.claim import check_free, check_held, leave_place, release, take, take_place

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from deca_ds.config.checks import already_used, holds_more
+from deca_ds.config.resume import already_used, holds_more
 from deca_ds.errors import UserError
 from deca_ds.plural import several
 from deca_ds.tools.doctor.facts import Facts, Needs
