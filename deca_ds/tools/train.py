@@ -45,7 +45,7 @@ from deca_ds.watchdog.stop import forget_request
 if TYPE_CHECKING:
     from deca_ds.training.loop import Trainer
 
-_HAS_TRAINED = threading.Event()  # this process, by `train`
+_HAS_TRAINED = threading.Event()  # this process, to the end of a job
 _LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
 _INTERRUPTED = "interrupted: the job stops, and saves a checkpoint if it has trained; Ctrl-C again ends it at once"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other if the configuration cannot be read
@@ -88,7 +88,6 @@ def train(config: Given, overrides: Sequence[str] = (), *, join: bool = False) -
         )
     with _environment_kept(), handlers_kept():
         typed, launch = _run(lambda: load_config(config, overrides), join=join or tries_until() > 0, dry_run=False)
-    _HAS_TRAINED.set()
     client = ClientLayout.of(check_world(typed, launch.world_size)).client_of(launch.rank)
     output = Path(typed.run.output)
     return RunResult(output, evaluations(output, client))
@@ -255,6 +254,7 @@ def _end(trainer: Trainer, guard: JobGuard, *, finished: bool) -> None:
     if trainer.agent is not None and trainer.agent.rejoins:
         guard.come_back("is in the smaller part of the network, or alone")
     trainer.cluster.close_world()
+    _HAS_TRAINED.set()
 
 
 def _end_before_training(config: Config, guard: JobGuard, number: int, *_: Any) -> None:
