@@ -225,6 +225,7 @@ def _client(shape: dict[str, Any], overrides: list[str]) -> Iterator[tuple[Clien
         config = load_config(None, [*base, *overrides])
         cluster = connect(config, launch, store)
         yield Client(config, load_model(config, load_architecture(config.model)), cluster.device), config
+        cluster.close_world()
 
 
 if __name__ == "__main__":

@@ -14,24 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deca_ds.engine.copies import on_device
 from deca_ds.engine.masters import add_into
 from deca_ds.engine.output_head import OutputHead
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]  # positions, of batch and length flattened, and their targets, 1-D int64
 
 LOGITS_BYTES = 128 * 2**20  # of a chunk's logits in float32
+# the product with a bfloat16 weight makes as many operations of each of its bytes: with so many no GPU waits for memory
+GPU_POSITIONS = 512
 PIECE_BYTES = 4 * 2**20  # of a piece's; what is computed from them takes three times as much again
 
 
-def positions_at_a_time(head: OutputHead) -> int:
-    """Return how many positions make a chunk: the head's layer computes them together."""
-    return max(1, LOGITS_BYTES // (4 * head.linear.out_features))
+def positions_at_a_time(head: OutputHead, gpu: bool) -> int:
+    """Return how many positions make a chunk: the head's layer computes them together. On a GPU, which would wait for
+    the layer's weight with few positions, it is a multiple of GPU_POSITIONS, however large the vocabulary is."""
+    positions = max(1, LOGITS_BYTES // (4 * head.linear.out_features))
+    return max(1, positions // GPU_POSITIONS) * GPU_POSITIONS if gpu else positions
 
 
 def positions_of_a_piece(head: OutputHead, gpu: bool) -> int:
     """Return how many positions of a chunk have losses and their gradients together: on a GPU, which has no use for
     small pieces, all of them. The numbers do not depend on it."""
-    return positions_at_a_time(head) if gpu else max(1, PIECE_BYTES // (4 * head.linear.out_features))
+    return positions_at_a_time(head, gpu) if gpu else max(1, PIECE_BYTES // (4 * head.linear.out_features))
 
 
 def chunked_scores(model: nn.Module, head: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -71,9 +76,8 @@ def summed_loss(
 def _chunks(labels: Tensor, head: OutputHead, device: torch.device) -> Iterator[Chunk]:
     """Yield the positions that have a target, in flattened batch and length, and the targets, some at a time."""
     labels = labels.flatten()
-    at, positions = (labels != -100).nonzero().flatten(), positions_at_a_time(head)
-    # all together: a copy waits for what a GPU has to do before it
-    yield from zip(at.to(device).split(positions), labels[at].to(device).split(positions), strict=True)
+    at, positions = (labels != -100).nonzero().flatten(), positions_at_a_time(head, device.type == "cuda")
+    yield from zip(on_device(at, device).split(positions), on_device(labels[at], device).split(positions), strict=True)
 
 
 class _SummedLoss(torch.autograd.Function):

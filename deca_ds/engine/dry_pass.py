@@ -25,7 +25,7 @@ from deca_ds.engine.adapters import add_adapters
 from deca_ds.engine.architecture import DTYPES, expert_lists, meta_model
 from deca_ds.engine.chunked_loss import positions_at_a_time, positions_of_a_piece, summed_loss
 from deca_ds.engine.heap import kept_below
-from deca_ds.engine.losses import losses_of
+from deca_ds.engine.losses import has_auxiliary, losses_of
 from deca_ds.engine.output_head import OutputHead, find_head
 
 _TRACEABLE = ("eager", "sdpa")  # implementations of attention that run without values; others take what sdpa takes
@@ -131,7 +131,7 @@ class DryModel:
             if head is None:
                 return losses_of(self._model(**inputs).logits, ids)[0].sum()
             # later chunks take no more
-            first = torch.zeros(min(ids.numel(), positions_at_a_time(head)), dtype=torch.int64)
+            first = torch.zeros(min(ids.numel(), positions_at_a_time(head, self._gpu)), dtype=torch.int64)
             piece = positions_of_a_piece(head, self._gpu)
             return head.run(
                 self._model, lambda hidden: summed_loss(self._model, head, hidden, [(first, first)], piece, 1), inputs
@@ -169,7 +169,8 @@ class DryModel:
     @contextmanager
     def _allocated(self, rows: int) -> Iterator[_Allocated]:
         own = (*self._model.parameters(), *self._model.buffers())
-        padded = rows > 1 and not self._packed  # rows of different lengths
+        # rows of different lengths, and a mask that tells
+        padded = rows > 1 and not self._packed and has_auxiliary(self._model)
         allocated = _Allocated((tensor.untyped_storage() for tensor in own), 0 if self._gpu else kept_below())
         with _without_values(self._mode), _masks(padded), allocated:
             yield allocated

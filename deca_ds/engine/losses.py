@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deca_ds.engine.chunked_loss import chunked_loss, chunked_scores
+from deca_ds.engine.copies import on_device
 from deca_ds.engine.output_head import OutputHead, find_head
 from deca_ds.errors import ModelError
 
@@ -54,7 +55,7 @@ def token_scores(model: nn.Module, batch: Mapping[str, Tensor], device: torch.de
     head = None if torch.is_grad_enabled() else find_head(model)
     if head is not None:
         return _chunked_scores(model, head, batch, device)
-    logits, labels = model(**_inputs(batch, device)).logits, batch["labels"].to(device)
+    logits, labels = model(**_inputs(model, batch, device)).logits, on_device(batch["labels"], device)
     losses, targets = losses_of(logits, labels)
     return TokenScores(losses, logits[:, :-1].argmax(dim=-1) == labels[:, 1:], targets)
 
@@ -69,13 +70,12 @@ def training_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: t
     """
     head = find_head(model)
     if head is None:
-        outputs = model(**_inputs(batch, device))
-        loss = losses_of(outputs.logits, batch["labels"].to(device))[0].sum() / targets
+        outputs = model(**_inputs(model, batch, device))
+        loss = losses_of(outputs.logits, on_device(batch["labels"], device))[0].sum() / targets
     else:
         labels = _predicted(batch["labels"])
-        loss, outputs = head.run(
-            model, lambda hidden: chunked_loss(model, head, hidden, labels, targets), _inputs(batch, device)
-        )
+        inputs = _inputs(model, batch, device)
+        loss, outputs = head.run(model, lambda hidden: chunked_loss(model, head, hidden, labels, targets), inputs)
         loss = loss.sum()
     auxiliary = _auxiliary(model, outputs)
     return loss if auxiliary is None else loss + auxiliary.to(loss.device) * (count_targets(batch) / targets)
@@ -89,9 +89,9 @@ def check_own_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], device: 
     loss by chunks, if what a class makes of its head's output depends on more than its forward shows. batch: with
     targets. A model whose forward takes no labels has no loss of its own.
     """
-    labels = batch["labels"].to(device)
+    labels = on_device(batch["labels"], device)
     own_labels = {"labels": labels} if "labels" in inspect.signature(model.forward).parameters else {}
-    outputs = model(**_inputs(batch, device), **own_labels)
+    outputs = model(**_inputs(model, batch, device), **own_labels)
     losses, mask = losses_of(outputs.logits, labels)
     mean = float(losses.sum() / mask.sum())
     auxiliary = _auxiliary(model, outputs)
@@ -121,6 +121,12 @@ def count_targets(batch: Mapping[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
+def has_auxiliary(model: nn.Module) -> bool:
+    """Return whether the model computes a router's auxiliary loss."""
+    config: Any = model.config
+    return any(getattr(part, "output_router_logits", False) for part in (config, config.get_text_config()))
+
+
 def excerpt(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     """Return the batch with `length` tokens of each row, a target among them if the batch has one."""
     targets = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero()
@@ -132,8 +138,12 @@ def _differ(one: float, other: float, rounding: float = _ROUNDING) -> bool:
     return not abs(one - other) <= rounding * max(1.0, abs(other))
 
 
-def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+def _inputs(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Return what the model's forward gets. Its attention mask hides no padding: that comes after a row's tokens, of
+    which none looks ahead (causality.py). A mask that does would keep torch from its fastest attention kernels, and
+    have transformers copy keys and values that heads share. The router's auxiliary loss alone leaves padding out."""
+    ids = on_device(batch["input_ids"], device)
+    mask = on_device(batch["attention_mask"], device) if has_auxiliary(model) else torch.ones_like(ids)
     return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
 
@@ -146,9 +156,10 @@ def _chunked_scores(
     model: nn.Module, head: OutputHead, batch: Mapping[str, Tensor], device: torch.device
 ) -> TokenScores:
     labels = _predicted(batch["labels"])
-    scores, _ = head.run(model, lambda hidden: chunked_scores(model, head, hidden, labels), _inputs(batch, device))
+    inputs = _inputs(model, batch, device)
+    scores, _ = head.run(model, lambda hidden: chunked_scores(model, head, hidden, labels), inputs)
     losses, right = scores[:, :-1].unbind(dim=2)
-    return TokenScores(losses, right.bool(), (labels[:, :-1] != -100).to(device))
+    return TokenScores(losses, right.bool(), on_device(labels[:, :-1] != -100, device))
 
 
 def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 _ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
+_NCCL_ERRORS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING")  # of torch; the old name counts, too
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class Cluster:
     @property
     def transport(self) -> str:
         return "mpi" if self.gossip_comm is not None else "torch"
+
+    def close_world(self) -> None:
+        """Close this client's world, if it is NCCL's; all of the client's ranks call this after their last collective.
+        Torch would abort it when the interpreter ends, where nobody watches."""
+        if self.device.type == "cuda":
+            dist.destroy_process_group()
 
     def gather_in_client(self, value: Any) -> list[Any]:
         """Gather what each rank of this client gives, by shard; small objects, which stay within the client."""
@@ -147,8 +154,14 @@ def _set_environment(rank: int, ranks: int, local_rank: int) -> None:
 
 
 def _open_world(store: Store, rank: int, ranks: int, device: torch.device, timeout_s: float) -> None:
-    """Make the client's world, the default process group of its ranks. timeout_s: of its collectives."""
+    """Make the client's world, the default process group of its ranks. timeout_s: of its collectives.
+
+    By default torch aborts a process when NCCL has lost a rank, maybe before the watcher has told who is gone. Without
+    that the collective never ends, and the watcher does.
+    """
     on_gpu = device.type == "cuda"
+    if on_gpu and not any(name in os.environ for name in _NCCL_ERRORS):
+        os.environ[_NCCL_ERRORS[0]] = "0"
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
         store=PrefixStore("world", store),

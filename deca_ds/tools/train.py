@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ from deca_ds.watchdog.stop import forget_request
 if TYPE_CHECKING:
     from deca_ds.training.loop import Trainer
 
+_HAS_TRAINED = threading.Event()  # this process, to the end of a job
 _LONGER = "To train on, make algorithm.rounds or algorithm.epochs larger"
 _INTERRUPTED = "interrupted: the job stops, and saves a checkpoint if it has trained; Ctrl-C again ends it at once"
 _START_TIMEOUT_S = 600.0  # for ranks to find each other if the configuration cannot be read
@@ -79,7 +81,7 @@ def train(config: Given, overrides: Sequence[str] = (), *, join: bool = False) -
     found each other. After that an error that ends the job or this client ends the process, with a message and an exit
     code, and so does the end of a job from which clients have gone or to which they have come.
     """
-    if is_initialized():
+    if is_initialized() or _HAS_TRAINED.is_set():
         raise LaunchError(
             "this process has a process group of torch.distributed already, from an earlier job or the script's own",
             where="deca_ds.train",
@@ -252,6 +254,8 @@ def _end(trainer: Trainer, guard: JobGuard, *, finished: bool) -> None:
         trainer.checkpoints.forget()
     if trainer.agent is not None and trainer.agent.rejoins:
         guard.come_back("is in the smaller part of the network, or alone")
+    trainer.cluster.close_world()
+    _HAS_TRAINED.set()
 
 
 def _end_before_training(config: Config, guard: JobGuard, number: int, *_: Any) -> None:

@@ -35,7 +35,8 @@ def rewind(output: Path, cluster: Cluster, done: int) -> None:
         shutil.rmtree(output / MODEL / CLIENT.format(cluster.client), ignore_errors=True)
     if cluster.is_job_leader:
         rewind_lines(job_metrics(output), done)
-    dist.barrier()
+    if cluster.ranks > 1:
+        dist.barrier()
 
 
 def rewind_lines(path: Path, done: int) -> None:

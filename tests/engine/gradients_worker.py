@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from deca_ds.config import load_config
 from deca_ds.engine import client as engine
@@ -80,6 +81,8 @@ class Frozen(nn.Module):
 
 class Model(nn.Module):
     """Blocks of LAYERS: the first one is trained, the second one is above it."""
+
+    config = PretrainedConfig()
 
     def __init__(self):
         super().__init__()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PretrainedConfig
 
 from deca_ds.algorithm.deca import DecaRule
 from deca_ds.config import load_config
@@ -59,6 +60,8 @@ class Layer(nn.Module):
 
 class Model(nn.Module):
     """A causal language model as far as training needs one."""
+
+    config = PretrainedConfig()
 
     def __init__(self):
         super().__init__()

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from deca_ds.engine import chunked_loss, losses
+from deca_ds.engine.chunked_loss import positions_at_a_time
 from deca_ds.engine.losses import check_own_loss, token_scores, training_loss
-from deca_ds.engine.output_head import find_head
+from deca_ds.engine.output_head import OutputHead, find_head
 from deca_ds.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -166,6 +167,12 @@ def test_what_is_made_of_logits_on_a_cpu_is_as_large_as_a_piece(chunked):
     assert losses_of.rows == PIECE and any_type.rows == POSITIONS
 
 
+@pytest.mark.parametrize(("vocabulary", "cpu", "gpu"), [(64, 524288, 524288), (32000, 1048, 1024), (256000, 131, 512)])
+def test_a_gpus_chunk_is_made_of_parts_that_keep_it_computing(vocabulary, cpu, gpu):
+    head = OutputHead(nn.Linear(1, vocabulary, device="meta"), {})
+    assert (positions_at_a_time(head, False), positions_at_a_time(head, True)) == (cpu, gpu)
+
+
 def test_no_operation_makes_logits_of_more_positions_than_wanted(chunked):
     model = build(lambda: hf.Gemma2Config(**WIDE, query_pre_attn_scalar=8, tie_word_embeddings=False))
     head = model.get_output_embeddings()
@@ -287,11 +294,11 @@ class OwnScale(hf.LlamaForCausalLM):
 
 
 class Unlike(hf.LlamaForCausalLM):
-    """Its logits depend on the padding, which a probe of the head does not have."""
+    """Its logits depend on the number of rows, of which a probe of the head has one."""
 
-    def forward(self, attention_mask, **inputs):
-        outputs = super().forward(attention_mask=attention_mask, **inputs)
-        return outputs if attention_mask.all() else dataclasses.replace(outputs, logits=2 * outputs.logits)
+    def forward(self, input_ids, **inputs):
+        outputs = super().forward(input_ids=input_ids, **inputs)
+        return outputs if len(input_ids) == 1 else dataclasses.replace(outputs, logits=2 * outputs.logits)
 
 
 @pytest.mark.parametrize("kind", [Shifted, Copying, InPlace, LayerBehind, OwnScale, "bert"])
@@ -306,7 +313,7 @@ def test_another_forward_keeps_all_logits(kind, monkeypatch):
     monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", 4)
     loss, gradients, *_ = compute(model)
     with torch.no_grad():
-        logits = model(input_ids=ROWS["input_ids"], attention_mask=ROWS["attention_mask"]).logits[:, :-1]
+        logits = model(input_ids=ROWS["input_ids"]).logits[:, :-1]
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), ROWS["labels"][:, 1:].flatten(), reduction="sum")
     assert float(loss) == pytest.approx(float(expected) / TARGETS, rel=1e-6)
     used = {name for name, parameter in model.named_parameters() if name not in ("scale",)}

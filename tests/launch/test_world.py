@@ -10,8 +10,9 @@ from torch.distributed import HashStore
 from deca_ds.config import load_config
 from deca_ds.launch import world
 from deca_ds.launch.devices import Placement
-from deca_ds.launch.launcher import Launch
+from deca_ds.launch.launcher import ClientLayout, Launch
 from deca_ds.launch.store import JobStore
+from deca_ds.launch.view import Membership, View
 
 SEEN = {"LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3", "RANK": "7", "WORLD_SIZE": "9"}
 
@@ -53,3 +54,34 @@ def test_a_device_is_bound_where_several_ranks_have_gpus(opened, device, ranks, 
     arguments = opened(device, ranks)
     assert (arguments["backend"], arguments["device_id"]) == (backend, bound)
     assert (arguments["rank"], arguments["world_size"]) == (0, ranks)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cuda:0", {}, "0"),
+        ("cuda:0", {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}, "1"),
+        ("cuda:0", {"NCCL_ASYNC_ERROR_HANDLING": "1"}, None),
+        ("cpu", {}, None),
+    ],
+)
+def test_torch_leaves_what_nccl_loses_to_the_watcher_unless_users_want_it(opened, monkeypatch, device, given, expected):
+    for name in world._NCCL_ERRORS:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    opened(device, 2)
+    assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == expected
+
+
+@pytest.mark.parametrize(("device", "closed"), [("cuda:0", 1), ("cpu", 0)])
+def test_a_world_of_nccl_is_closed_before_the_interpreter_ends(monkeypatch, device, closed):
+    calls: list[str] = []
+    monkeypatch.setattr(world.dist, "destroy_process_group", lambda: calls.append(device))
+    cluster = world.Cluster(
+        Launch("deepspeed", 0, 1, 0, None), ClientLayout(1, 1), JobStore(HashStore(), None, timedelta(seconds=10)),
+        torch.device(device), None, Membership(View(0, (0,), 1)),
+    )  # fmt: skip
+    cluster.close_world()
+    assert len(calls) == closed

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from deca_ds.engine.chunked_loss import GPU_POSITIONS
 from deca_ds.errors import ConfigError
 from deca_ds.planning.roofline import (
     ARITHMETIC,
@@ -57,6 +58,11 @@ def test_operations_count_forward_backward_and_recomputation():
     # 100 elements of matrices; 30 after the block, 20 in it: forward 2, gradients of activations 2, of weights 2
     assert flops(tokens=7) == 7 * (200 + 60 + 80)
     assert flops(attention=5, attention_above=2, again=True) == 200 + 5 + 60 + 80 + 4 + 100 + 2
+
+
+def test_a_chunk_of_the_loss_has_enough_positions_to_keep_any_gpu_computing():
+    """One of few positions would wait for the head's weight, of two bytes an element."""
+    assert max(gpu.bf16 / gpu.bandwidth for gpu in GPUS.values()) < GPU_POSITIONS
 
 
 def test_gpus_and_rates_are_found_by_name_and_unknown_ones_refused():

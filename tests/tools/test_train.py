@@ -194,3 +194,11 @@ def test_a_stopped_run_names_a_checkpoint_that_is_there(tmp_path, capsys, best, 
     )
     train._end_stopped(trainer, [])
     assert f"MODEL --checkpoint {named} " in capsys.readouterr().out
+
+
+def test_a_process_trains_once_also_where_its_world_has_been_closed(monkeypatch):
+    trained = threading.Event()
+    trained.set()
+    monkeypatch.setattr(train, "_HAS_TRAINED", trained)
+    with pytest.raises(LaunchError, match="train once in a process"):
+        train.train(None)
