@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from deca_ds.errors import UserError
     from deca_ds.simulation.run import simulate
     from deca_ds.tools.train import train
-    from deca_ds.training.summary import RunResult
+    from deca_ds.training.scores import RunResult
 
 __version__ = "0.1.0"
 __all__ = ["Config", "RunResult", "UserError", "load_config", "simulate", "train"]
 
 _MODULES = {  # imported when they are asked for: the commands that look at files do without torch
     "Config": "config",
-    "RunResult": "training.summary",
+    "RunResult": "training.scores",
     "UserError": "errors",
     "load_config": "config",
     "simulate": "simulation.run",

@@ -15,7 +15,7 @@ from deca_ds.config import load_config
 from deca_ds.config.arguments import add_config, chosen
 from deca_ds.plural import several
 from deca_ds.printing import print_line
-from deca_ds.training.summary import MEAN_MODEL, SETS, Scores
+from deca_ds.training.scores import MEAN_MODEL, SETS, Scores
 
 if TYPE_CHECKING:
     from deca_ds.simulation.simulate import Simulation
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def report(simulation: Simulation, seconds: float) -> None:
     """Print a table of the evaluations, and the traffic. seconds: that the simulation took."""
-    from deca_ds.training.tables import untrained
+    from deca_ds.training.notices import untrained
 
     table = Table(
         title=f"{simulation.config.algorithm.method}, {simulation.mixing.summary()}",

@@ -18,9 +18,9 @@ from deca_ds.simulation.setup import build, check
 from deca_ds.simulation.simulate import Simulation
 from deca_ds.training.claim import release, take
 from deca_ds.training.config_warnings import config_warnings
+from deca_ds.training.notices import print_notes
+from deca_ds.training.scores import Evaluation, RunResult
 from deca_ds.training.start_log import record_start
-from deca_ds.training.summary import Evaluation, RunResult
-from deca_ds.training.tables import print_notes
 
 
 def simulate(config: Given, overrides: Sequence[str] = ()) -> RunResult:

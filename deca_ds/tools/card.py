@@ -20,7 +20,7 @@ from deca_ds.tools.report.reading import read_runs
 from deca_ds.tools.report.records import Run
 from deca_ds.tools.report.summary import Row, length, rounds_of, score_rows
 from deca_ds.tools.report.wording import count, percent, significant
-from deca_ds.training.summary import MEAN_MODEL
+from deca_ds.training.scores import MEAN_MODEL
 
 _SOFTWARE = ("deca_ds", "deepspeed", "transformers", "torch")
 _SETS = {"common": "the common evaluation set", "own": "held-out examples of the client"}

@@ -16,7 +16,8 @@ from deca_ds.errors import CheckpointError, ConfigError
 from deca_ds.plural import several
 from deca_ds.printing import print_line
 from deca_ds.run_folder import CHECKPOINTS, CLIENT_METRICS, METRICS, numbered
-from deca_ds.training.summary import BEST, NEWEST, best_of, evaluations
+from deca_ds.training.next_commands import BEST, NEWEST
+from deca_ds.training.scores import best_of, evaluations
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

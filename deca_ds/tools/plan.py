@@ -40,9 +40,10 @@ from deca_ds.tools.plan_run import Planned, fault_of_data, print_run
 from deca_ds.tools.plan_tables import RunTime, print_fit, print_memory, print_times
 from deca_ds.training.chosen_method import check_method, rule_of
 from deca_ds.training.config_warnings import config_warnings, gossip_warnings
+from deca_ds.training.notices import warn_of_blocks, warn_of_experts
 from deca_ds.training.pace import evaluations_left
 from deca_ds.training.resume import check_start
-from deca_ds.training.tables import block_table, warn_of_blocks, warn_of_experts
+from deca_ds.training.tables import block_table
 from deca_ds.training.trackers import check_logging
 
 _USUAL_WEIGHT_SCALE = 0.02  # initializer_range of most architectures, for the few that name none

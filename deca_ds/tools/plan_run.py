@@ -25,7 +25,8 @@ from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.compare_clients import compare_data
 from deca_ds.training.config_warnings import length_warnings
 from deca_ds.training.length import ANY_ROUNDS, Length, count_rounds, length_of, tell_length
-from deca_ds.training.tables import data_table, print_notes
+from deca_ds.training.notices import print_notes
+from deca_ds.training.tables import data_table
 
 
 @dataclass(frozen=True)

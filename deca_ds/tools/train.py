@@ -35,7 +35,9 @@ from deca_ds.run_folder import COORDINATORS, DONE, LOCK
 from deca_ds.tools.train_arguments import parser
 from deca_ds.training.best import is_saved
 from deca_ds.training.claim import check_held, leave_place, take_place
-from deca_ds.training.summary import RunResult, evaluations, next_commands, print_summary, stopped_commands
+from deca_ds.training.next_commands import next_commands, stopped_commands
+from deca_ds.training.scores import RunResult, evaluations
+from deca_ds.training.summary import print_summary
 from deca_ds.training.terminal import handlers_kept, on_interrupt, on_stop, own_streams
 from deca_ds.watchdog.failure import tell_exit_code
 from deca_ds.watchdog.guard import JobGuard, guarded

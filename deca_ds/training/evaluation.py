@@ -21,7 +21,7 @@ from deca_ds.engine.losses import RowScores
 from deca_ds.engine.masters import round_into
 from deca_ds.launch.world import Cluster
 from deca_ds.training.divergence import diverged
-from deca_ds.training.summary import MEAN_MODEL, SETS
+from deca_ds.training.scores import MEAN_MODEL, SETS
 from deca_ds.transport import Commit, Transport, all_reduce_sum, gather_json, sum_slices
 
 MEAN = "the mean of the clients' models"

@@ -39,7 +39,7 @@ from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import ADAPTERS, BASE
 from deca_ds.training.config_warnings import config_warnings
 from deca_ds.training.connect import Job
-from deca_ds.training.tables import warn_of_blocks, warn_of_experts
+from deca_ds.training.notices import warn_of_blocks, warn_of_experts
 
 
 def load_base(job: Job) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:

@@ -30,10 +30,10 @@ from deca_ds.training.claim import check_held
 from deca_ds.training.divergence import Watch, with_checkpoint
 from deca_ds.training.evaluation import JOB_SCORES, Evaluator
 from deca_ds.training.metrics import Metrics, peak_memory_bytes
+from deca_ds.training.notices import untrained
 from deca_ds.training.pace import evaluates
+from deca_ds.training.scores import Evaluation
 from deca_ds.training.step import inner_step
-from deca_ds.training.summary import Evaluation
-from deca_ds.training.tables import untrained
 from deca_ds.transport import barrier
 from deca_ds.watchdog.stop import StopByCommit, StopByStore
 

@@ -23,7 +23,7 @@ from deca_ds.launch.world import Cluster
 from deca_ds.printing import print_wrapped
 from deca_ds.run_folder import client_metrics, job_metrics
 from deca_ds.training.display import Display
-from deca_ds.training.summary import Evaluation
+from deca_ds.training.scores import Evaluation
 from deca_ds.training.trackers import CLOSE_S, START_S, Tracker, open_trackers
 
 

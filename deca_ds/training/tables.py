@@ -1,19 +1,18 @@
-"""Tables for people: what each client got, what the blocks and the graph are, how the models scored."""
+"""Tables of what each client trains on, and of the blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from deca_ds.algorithm import BlockPlan
-from deca_ds.plural import first_few, several
-from deca_ds.printing import print_line, print_wrapped
+from deca_ds.plural import several
 
 
 def data_table(summaries: Sequence[dict[str, Any]], column: str | None = None) -> Group:
@@ -36,12 +35,6 @@ def data_table(summaries: Sequence[dict[str, Any]], column: str | None = None) -
     return Group(table, labels) if labels.row_count else Group(table)
 
 
-def print_notes(notes: Sequence[str], client: int | None = None) -> None:
-    """Print `ClientData.notes` on stderr. client: whose files they are about, if it has files of its own."""
-    for note in notes:
-        print_wrapped(f"data{'' if client is None else f' of client {client}'}: {note}")
-
-
 def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
     """Make the table of blocks with their size and the memory of each one's state on a rank while it is active."""
     table = Table(title="blocks in model order")
@@ -56,35 +49,3 @@ def block_table(plan: BlockPlan, ranks: int, bytes_per_parameter: int) -> Table:
     if plan.beside:
         table.add_row("-", f"frozen: {several(len(plan.beside), 'parameter')} for other input than text", "", "", "")
     return table
-
-
-def warn_of_blocks(console: Console, plan: BlockPlan) -> None:
-    """Say which blocks are much larger than the others, and that parameters for other input than text stay frozen."""
-    for warning in plan.imbalance:
-        print_line(console, f"WARNING: {warning}")
-    if plan.beside:
-        print_line(
-            console,
-            f"frozen: {several(len(plan.beside), 'parameter')} for other input than text ({first_few(plan.beside, 3)})",
-        )
-
-
-def warn_of_experts(console: Console, fused: Sequence[str], gradient_checkpointing: bool) -> None:
-    """Say that a model with fused experts needs gradient checkpointing, unless it has it. fused: their parameters.
-
-    Autograd saves each expert's part of such a tensor, and with it the whole one, which ZeRO-3 cannot free then.
-    """
-    if fused and not gradient_checkpointing:
-        print_line(
-            console,
-            f"WARNING: without model.gradient_checkpointing=true, fused experts ({first_few(fused, 3)}) stay "
-            "whole on every rank between the forward and the backward pass, in all layers from the active block on",
-        )
-
-
-def untrained(label: str, names: Sequence[str]) -> str:
-    """Name the parameters of a block that no gradient has reached in a whole activation."""
-    return (
-        f"no gradient reached {several(len(names), 'parameter')} of block {label!r} while it was "
-        f"active ({first_few(names, 3)}): this data does not use them, and they stay as they are"
-    )

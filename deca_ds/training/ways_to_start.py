@@ -31,10 +31,11 @@ from deca_ds.training.connect import Job
 from deca_ds.training.length import check_place, count_rounds, tell_length, tell_other_length
 from deca_ds.training.load import forget_base
 from deca_ds.training.metrics import Metrics
+from deca_ds.training.notices import print_notes
 from deca_ds.training.restore import compare_with_saved, restore, rewind, save_summaries
 from deca_ds.training.resume import Resumption, keep_model, leave_behind
 from deca_ds.training.start_log import record_start
-from deca_ds.training.tables import data_table, print_notes
+from deca_ds.training.tables import data_table
 from deca_ds.transport import gather_json, probe_edges, save_edges
 
 

@@ -16,7 +16,9 @@ from deca_ds.engine.architecture import find_blocks, load_architecture, meta_mod
 from deca_ds.gossip import agreement, build_mixing
 from deca_ds.training.chosen_method import build_schedule
 from deca_ds.training.length import tell_length
-from deca_ds.training.summary import Evaluation, next_commands, print_summary
+from deca_ds.training.next_commands import next_commands
+from deca_ds.training.scores import Evaluation
+from deca_ds.training.summary import print_summary
 from deca_ds.training.tables import data_table
 from deca_ds.transport.edges import save_edges
 

@@ -22,7 +22,7 @@ from deca_ds.config import load_config
 from deca_ds.engine.architecture import find_blocks, load_architecture, meta_model
 from deca_ds.tools.disk import Stored, disk_need
 from deca_ds.training.chosen_method import build_schedule, rule_of
-from deca_ds.training.summary import best_of, evaluations
+from deca_ds.training.scores import best_of, evaluations
 
 pytestmark = pytest.mark.multiprocess
 

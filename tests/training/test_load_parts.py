@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+from deca_ds.algorithm import split_into_blocks
 from deca_ds.config.data import DataConfig
 from deca_ds.config.schema import Config, ModelConfig
 from deca_ds.engine.tokenizer import load_tokenizer
@@ -93,3 +95,21 @@ def test_one_rank_a_host_prepares_and_all_have_the_same(hosts, tiny_model, tmp_p
     assert all(one.train.to_dict() == first.train.to_dict() and one.summary == first.summary for one in others)
     for error in load([same, same, other]):
         assert isinstance(error, DataError) and "client 0 has other data on b than on a" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("leads", "checkpointing", "warns"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_a_mixture_of_experts_is_told_at_the_start_that_it_needs_checkpointing(
+    leads, checkpointing, warns, monkeypatch, capsys
+):
+    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=2))
+    plan = split_into_blocks(model, layers_per_block=1, outside="own")
+    monkeypatch.setattr(module, "load_model", lambda config, architecture: model)
+    monkeypatch.setattr(module, "Client", lambda config, model, device: SimpleNamespace(model=model, plan=plan))
+    cluster = SimpleNamespace(progress=Progress(), launch=SimpleNamespace(rank=0), device=None, is_job_leader=leads)
+    config = Config(model=ModelConfig(path="none", gradient_checkpointing=checkpointing))
+    module.load_client(SimpleNamespace(config=config, cluster=cluster), model.config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("without model.gradient_checkpointing=true, fused experts (" in said) == warns

@@ -3,7 +3,9 @@
 import json
 import re
 
-from deca_ds.training.summary import Evaluation, evaluations, next_commands, print_summary, stopped_commands
+from deca_ds.training.next_commands import next_commands, stopped_commands
+from deca_ds.training.scores import Evaluation, evaluations
+from deca_ds.training.summary import print_summary
 
 
 def scores(loss, accuracy=None):

@@ -2,14 +2,8 @@ import pytest
 from rich.console import Console
 
 from deca_ds.algorithm.blocks import Block, BlockPlan
-from deca_ds.training.tables import (
-    block_table,
-    data_table,
-    print_notes,
-    untrained,
-    warn_of_blocks,
-    warn_of_experts,
-)
+from deca_ds.training.notices import print_notes, untrained, warn_of_blocks, warn_of_experts
+from deca_ds.training.tables import block_table, data_table
 
 
 def shown(table) -> str:

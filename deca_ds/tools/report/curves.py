@@ -11,7 +11,7 @@ from deca_ds.tools.report import charts
 from deca_ds.tools.report.charts import Figure, Series, Value
 from deca_ds.tools.report.records import Run, Scores, Step
 from deca_ds.tools.report.summary import SETS, every_nth
-from deca_ds.training.summary import MEAN_MODEL
+from deca_ds.training.scores import MEAN_MODEL
 
 SINGLE = 20  # clients that get a line each; of more, the mean and the range are drawn
 

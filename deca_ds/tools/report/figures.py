@@ -11,7 +11,7 @@ from deca_ds.tools.report.network import Network
 from deca_ds.tools.report.records import Run, Scores
 from deca_ds.tools.report.summary import SETS, activations, blocks, every_nth, length, score_rows
 from deca_ds.tools.report.wording import NONE, count, loss, percent, short, significant, size
-from deca_ds.training.summary import MEAN_MODEL
+from deca_ds.training.scores import MEAN_MODEL
 
 _MOST_LABELS = 40
 _MOST_FRAMED = 16  # labels of a matrix that shows its zeros, too

@@ -23,7 +23,7 @@ from deca_ds.tools.report.wording import (
     significant,
     size,
 )
-from deca_ds.training.summary import MEAN_MODEL
+from deca_ds.training.scores import MEAN_MODEL
 
 _SHOWN = 8  # clients that an event names
 SETS = {"common": "the common evaluation set", "own": "each client's own evaluation set"}
