@@ -15,7 +15,7 @@ _ERROR_NUMBER = re.compile(r"\[Errno -?\d+\] ")
 
 USER_ERROR_CODE, FAILURE_CODE = 2, 1
 KILLED = "it was killed, or its host is out of reach"  # what it means that the connection to a rank broke off
-DIVERGED = "has diverged"
+DIVERGED = "has diverged"  # in the messages of such errors: a run that ended so may continue at another rate
 LOOK_AT_THE_KILLED = "look at the end of its output, and on its host for the out-of-memory killer (dmesg)"
 
 

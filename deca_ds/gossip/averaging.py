@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deca_ds.errors import DIVERGED, DivergedMessageError
+from deca_ds.errors import DivergedMessageError
 from deca_ds.gossip.gossip import Gossip
 from deca_ds.gossip.late import row_without
 from deca_ds.gossip.mean import not_finite, weighted_mean
@@ -77,7 +77,7 @@ class Averaging(ABC):
         return DivergedMessageError(
             f"{what} (averaging {self.t})",
             where=f"client {transport.client}, {transport.progress.place}",
-            fix=f"the training of client {j} {DIVERGED}: lower optimizer.lr or look at its data",
+            fix=f"the training of client {j} has diverged: lower optimizer.lr or look at its data",
         )
 
     def _message(self, chunk: Chunk, name: str, x: Tensor) -> Message:

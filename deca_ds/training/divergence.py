@@ -19,7 +19,7 @@ from torch import Tensor
 from deca_ds.algorithm import Step
 from deca_ds.checkpoint.steps import step_folder
 from deca_ds.engine.client import Client, GradientStats
-from deca_ds.errors import DIVERGED, DivergedError
+from deca_ds.errors import DivergedError
 from deca_ds.launch.world import Cluster
 from deca_ds.plural import named
 
@@ -76,7 +76,7 @@ def not_finite(client: int, name: str, value: float, where: str) -> DivergedErro
 
 def diverged(whose: str, how: str, where: str) -> DivergedError:
     """Make the error. whose: the model, as in "client 3". how: what is not finite."""
-    return DivergedError(f"{whose} {DIVERGED}: {how}", where=where, fix=_FIX)
+    return DivergedError(f"{whose} has diverged: {how}", where=where, fix=_FIX)
 
 
 def with_checkpoint(error: DivergedError, folder: Path, newest: int | None) -> DivergedError:

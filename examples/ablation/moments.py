@@ -50,10 +50,10 @@ class Watch:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rule, name)
 
-    def local_step(self, state: dict[str, Tensor], *, inner: int, lr: float, decay: float = 0.0) -> None:
+    def local_step(self, state: dict[str, Tensor], *, inner: int, lr: float, **options: Any) -> None:
         self._gradients.append(state["grad"].clone())
         self._inner, self._lr = inner, lr
-        self._rule.local_step(state, inner=inner, lr=lr, decay=decay)
+        self._rule.local_step(state, inner=inner, lr=lr, **options)
 
     def accept(self, state: dict[str, Tensor], name: str, mixed: Tensor) -> None:
         theta, half = state["theta"].clone(), state["grad"].clone()

@@ -237,12 +237,12 @@ def test_killed_damaged_and_stopped_twice_equals_uninterrupted(keys, crashed_and
     last = steps_in(checkpoints)[-1]
     assert (
         run / "STOPPED"
-    ).read_text() == f"{last} of {STEPS} inner steps\nto continue: the same command\n" and last >= 20
+    ).read_text() == f"inner steps: {last} of {STEPS}\nto continue: the same command\n" and last >= 20
 
     stopped = start("deepspeed", 2, terminate_launch_process)
     assert f"continuing after inner step {last} of {STEPS}" in stopped.output, stopped.output[-4000:]
     assert "ERROR" not in stopped.output and not (run / "FAILED").exists()
-    assert (run / "STOPPED").read_text().startswith(f"{steps_in(checkpoints)[-1]} of {STEPS} inner steps\n")
+    assert (run / "STOPPED").read_text().startswith(f"inner steps: {steps_in(checkpoints)[-1]} of {STEPS}\n")
     assert steps_in(checkpoints)[-1] >= last + 2
 
     def kill_for_once(supervisor: subprocess.Popen) -> None:

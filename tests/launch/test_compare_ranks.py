@@ -107,5 +107,5 @@ def test_a_rank_that_does_not_come_is_named():
     store.set_timeout(timedelta(seconds=0.3))
     job = JobStore(store, None, timedelta(seconds=0.3))
     store.set("key/1/2", "1")
-    with pytest.raises(LaunchError, match=r"rank 0 on .* waited 0\.3 s for rank 1, 3"):
+    with pytest.raises(LaunchError, match=r"rank 0 on .* waited 0\.3 s for ranks 1, 3"):
         job.gather(Launch("python", 0, 4, 0, None), "key", 1)

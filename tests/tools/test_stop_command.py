@@ -22,15 +22,17 @@ def test_a_job_is_asked_and_its_end_is_told(tmp_path: Path, monkeypatch, capsys,
     def ends(folder: Path, show):
         assert is_requested(folder)
         if marker == "STOPPED":
-            mark_stopped(folder, "5 of 9", "the same command")
+            mark_stopped(folder, "the same command", steps=(5, 9))
         else:
-            (folder / marker).write_text("5 of 9\n")
+            (folder / marker).write_text("inner steps: 5 of 9\n")
         return look(folder)
 
     monkeypatch.setattr(stop, "watch", ends)
     assert main(["stop", str(tmp_path)]) == code
     told = capsys.readouterr().out
-    assert f"{marker}: 5 of 9" in told and ("to continue: the same command" in told) == (marker == "STOPPED")
+    assert f"{marker}: inner steps: 5 of 9" in told and ("to continue: the same command" in told) == (
+        marker == "STOPPED"
+    )
 
 
 @pytest.mark.parametrize(("silent_s", "marker", "code"), [(90.0, None, 4), (90.0, "STOPPED", 0), (90.0, "FAILED", 1)])
@@ -45,7 +47,7 @@ def test_where_no_job_is_at_work_nobody_is_asked(tmp_path: Path, capsys, silent_
 def test_a_job_that_starts_meanwhile_is_asked_again(tmp_path: Path, monkeypatch) -> None:
     """It forgets what the one before, which was killed a moment ago, was asked."""
     beat(tmp_path, 0)
-    steps = iter([forget_request, lambda run: None, lambda run: mark_stopped(run, "5 of 9", "the same command")])
+    steps = iter([forget_request, lambda run: None, lambda run: mark_stopped(run, "the same command", steps=(5, 9))])
     asked = []
 
     def pause(seconds: float) -> None:

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from deca_ds.algorithm.schedule import Schedule
 from deca_ds.engine.client import GradientStats
-from deca_ds.errors import DivergedError, DivergedMessageError, GossipError
+from deca_ds.errors import DIVERGED, DivergedError, DivergedMessageError, GossipError
 from deca_ds.launch.launcher import ClientLayout
 from deca_ds.training import divergence
 from deca_ds.training.divergence import Watch, with_checkpoint
@@ -53,6 +53,10 @@ def test_each_kind_is_named_with_step_block_client_and_rank(watch, bad, values, 
         watch.gradient(STEPS[1], stats(**values(bad)))
     assert caught.value.what.startswith("client 1 has diverged: ") and told in caught.value.what
     assert caught.value.where == f"client 1, {place}, rank 3"
+
+
+def test_the_marker_of_a_run_that_ends_so_tells_it() -> None:
+    assert DIVERGED in str(divergence.diverged("client 3", "the loss is nan", "inner step 1"))
 
 
 def test_what_is_left_to_continue_from_is_named() -> None:
