@@ -27,6 +27,7 @@ from torch import Tensor
 from deca_ds.elastic.survivor_commit import answers_in, bits
 from deca_ds.errors import LOOK_AT_THE_KILLED, DisconnectedError, RankLostError
 from deca_ds.launch.view import View
+from deca_ds.plural import named
 from deca_ds.transport import Endpoint, MpiExchange, MpiTransport, poll
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class ReconnectingUlfm(MpiTransport):
             if self.client not in whole:
                 lost = sorted(set(self.layout.ranks_of(self.client)) - living)
                 raise RankLostError(
-                    f"rank {', '.join(map(str, lost))} of client {self.client} is gone",
+                    f"client {self.client} has lost {named('rank', lost)}",
                     where=f"client {self.client}",
                     fix=LOOK_AT_THE_KILLED,
                 )

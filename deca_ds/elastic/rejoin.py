@@ -131,8 +131,7 @@ def _check_reach(rejoin: Rejoin) -> None:
     everybody = {client: (host, port) for client, host, port in rejoin.invitation["addresses"]}
     apart = [client for client in rejoin.invitation["clients"] if not is_in_reach(everybody[client])]
     if apart:
-        raise AbsentError(f"client {', '.join(map(str, apart))} is out of reach from here", where=JOIN,
-                          fix="look at the network")  # fmt: skip
+        raise AbsentError(f"cannot reach {named('client', apart)} from here", where=JOIN, fix="look at the network")
 
 
 def _address_towards(addresses: Addresses) -> str:

@@ -194,7 +194,7 @@ def test_whoever_does_not_get_in_keeps_no_connection(tmp_path):
     told = {"kind": "invitation", "store": nobody, "addresses": [(0, *nobody)], "clients": [0]}
     with answering(json.dumps(told).encode() + b"\n") as (address, connections):
         save_addresses(tmp_path, {0: address, 1: address})
-        with pytest.raises(AbsentError, match="client 0 is out of reach from here"):
+        with pytest.raises(AbsentError, match="cannot reach client 0 from here"):
             join_job(launch, ClientLayout(2, 1), tmp_path, 5.0, 60.0)
         (connection,) = connections
         connection.settimeout(30.0)
